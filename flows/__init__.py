@@ -1,0 +1,1 @@
+"""Prefect flows that run the core's stages, and MLflow's record of them."""

@@ -1,0 +1,3 @@
+"""VectorCLM's core: raw text to an evaluated, instruction-tuned small language model."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,121 @@
+"""Checkpoints of a training run: weights and optimizer in safetensors, manifest last.
+
+They lie at `{store}/checkpoints/{fingerprint}/step-…/`, so any worker can carry on where another was killed. A
+resume takes the newest one that verifies.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vectorclm.artifact import Artifact, Plan, Store
+from vectorclm.errors import CorruptArtifactError
+
+KEEP = 2  # older checkpoints are removed
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of everything that the next step depends on."""
+
+    step: int  # steps done
+    model: Mapping[str, Tensor]
+    optimizers: Mapping[str, Tensor]
+    metrics: str  # the lines of metrics.jsonl up to this step
+
+
+def snapshot(step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], metrics: str) -> Snapshot:
+    """Copy the tensors, so that training can go on while they are written."""
+    tensors = {}
+    for number, optimizer in enumerate(optimizers):
+        for index, entries in optimizer.state_dict()["state"].items():
+            for name, value in entries.items():
+                tensors[f"{number}.{index}.{name}"] = value.detach().to("cpu", copy=True)
+    weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+    return Snapshot(step, weights, tensors, metrics)
+
+
+def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Put a snapshot's tensors back."""
+    model.load_state_dict(saved.model)
+    for number, optimizer in enumerate(optimizers):
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, value in saved.optimizers.items():
+            owner, index, name = key.split(".")
+            if int(owner) == number:
+                entries.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Checkpoints:
+    """The checkpoints of one plan; `save` returns at once and writes in a thread of its own."""
+
+    def __init__(self, store: Store, plan: Plan, work: Path) -> None:
+        self.store = store
+        self.plan = plan
+        self.work = work
+        self.root = f"checkpoints/{plan.fingerprint}"
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.writer.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is in the store; raises what it raised."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+    def save(self, saved: Snapshot) -> None:
+        """Write a snapshot in the background, after the one before it."""
+        self.wait()
+        self.pending = self.writer.submit(self._write, saved)
+
+    def _write(self, saved: Snapshot) -> None:
+        name = f"step-{saved.step:08d}"
+        folder = self.work / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save_file(dict(saved.model), folder / "model.safetensors")
+        save_file(dict(saved.optimizers), folder / "optim.safetensors")
+        (folder / "metrics.jsonl").write_text(saved.metrics)
+        self.store.publish_directory(f"{self.root}/{name}", folder, {"step": saved.step, "plan": self.plan.fingerprint})
+        shutil.rmtree(folder)
+        for old in self._steps()[:-KEEP]:
+            self.store.remove(f"{self.root}/{old}")
+
+    def _steps(self) -> list[str]:
+        return [name for name in self.store.list(self.root) if name.startswith("step-")]
+
+    def latest(self) -> Snapshot | None:
+        """The newest checkpoint that verifies, or None. One that does not is removed, so that it can be written anew."""
+        for name in reversed(self._steps()):
+            found = self.store.find(self.root, name)
+            try:
+                if found is not None:
+                    return self._load(found)
+            except CorruptArtifactError:
+                pass
+            self.store.remove(f"{self.root}/{name}")
+        return None
+
+    def _load(self, found: Artifact) -> Snapshot:
+        folder = found.local()
+        model, optimizers = load_file(folder / "model.safetensors"), load_file(folder / "optim.safetensors")
+        return Snapshot(found.manifest["step"], model, optimizers, (folder / "metrics.jsonl").read_text())
+
+    def clear(self) -> None:
+        """Remove them all, once the finished model is published."""
+        self.store.remove(self.root)

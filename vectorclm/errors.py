@@ -1,0 +1,38 @@
+"""What can go wrong, told to the person who must act.
+
+    VectorCLMError
+    ├── ConfigError      the experiment asks for something impossible: edit it, a retry cannot help
+    ├── DataError        a source, a document or a model directory is not what it should be
+    ├── StoreError       the store cannot be reached or written: a retry may help
+    │   └── CorruptArtifactError   bytes in the store differ from their manifest
+    ├── InUseError       another process is building the same artifact
+    └── DivergedError    the loss left the finite numbers: change the settings, a retry cannot help
+"""
+
+
+class VectorCLMError(Exception):
+    """Base of every error this package raises on purpose; its message says what to do."""
+
+
+class ConfigError(VectorCLMError):
+    """A setting is unknown, impossible, or contradicts another."""
+
+
+class DataError(VectorCLMError):
+    """A source, a document or a model directory is missing or malformed."""
+
+
+class StoreError(VectorCLMError):
+    """The store cannot be read or written."""
+
+
+class CorruptArtifactError(StoreError):
+    """The bytes of an artifact differ from what its manifest promises."""
+
+
+class InUseError(VectorCLMError):
+    """Another live process holds the lease on this artifact."""
+
+
+class DivergedError(VectorCLMError):
+    """The loss is no longer finite."""

@@ -1,0 +1,310 @@
+"""The decoder: a Llama, key for key and field for field, that transformers, vLLM and llama.cpp open as it is.
+
+Shape letters, used in names and docstrings throughout:
+    B  batch         T  tokens in the input     S  tokens seen so far (cache + T)
+    D  hidden_size   H  query heads             K  key/value heads
+    E  head_dim      F  intermediate_size       V  vocab_size       L  layers
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vectorclm.errors import DataError
+from vectorclm.loss import chunked_cross_entropy
+from vectorclm.settings import Settings, validate
+from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
+
+
+class ModelConfig(Settings):
+    """The decoder's shape, in the names of Hugging Face's LlamaConfig."""
+
+    vocab_size: int = Field(ge=300, description="Rows of the embedding; equals the tokenizer's")
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, description="Width of SwiGLU")
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0, description="Key/value heads; each serves a group of query heads")
+    head_dim: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0, description="The longest sequence, in tokens")
+    rope_theta: float = Field(10_000.0, gt=0)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    initializer_range: float = Field(0.02, gt=0)
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights")
+    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what each block adds to the residual")
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings turn pairs")
+        return self
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, the tied embedding counted once."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        return self.vocab_size * self.hidden_size + self.num_hidden_layers * block + self.hidden_size
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Training FLOPs a token: 6 a parameter, and causal attention's products (PaLM, arXiv 2204.02311, appendix B)."""
+        attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
+        return 6.0 * self.parameters + attention
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang & Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers of the final length."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, length: int, like: Tensor) -> None:
+        shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys_BKSE = [like.new_zeros(shape) for _ in layers]
+        self.values_BKSE = [like.new_zeros(shape) for _ in layers]
+        self.length = length
+        self.seen = 0
+
+    def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' keys and values of one layer; return all [B, K, S, E]."""
+        end = self.seen + k_BKTE.shape[2]
+        self.keys_BKSE[layer][:, :, self.seen : end] = k_BKTE
+        self.values_BKSE[layer][:, :, self.seen : end] = v_BKTE
+        return self.keys_BKSE[layer][:, :, :end], self.values_BKSE[layer][:, :, :end]
+
+
+def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [max_position_embeddings, E] of rotary embeddings (Su et al., arXiv 2104.09864, section 3.2).
+
+    Half-split, as Llama has it on disk: dimension i turns with dimension i + E/2.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    angles = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Turn queries or keys by their positions' angles."""
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return x_BHTE * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al., arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.dropout = config.attention_dropout
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: KVCache | None) -> Tensor:
+        batch, tokens, _ = x_BTD.shape
+        heads = (batch, tokens, -1, self.head_dim)
+        q_BHTE = rotate(self.q_proj(x_BTD).view(heads).transpose(1, 2), cos_TE, sin_TE)
+        k_BKSE = rotate(self.k_proj(x_BTD).view(heads).transpose(1, 2), cos_TE, sin_TE)
+        v_BKSE = self.v_proj(x_BTD).view(heads).transpose(1, 2)
+        mask_TS = None
+        if cache is not None:
+            k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
+            if tokens > 1 and cache.seen > 0:  # is_causal aligns to the first key; a later chunk needs its own mask
+                mask_TS = x_BTD.new_ones(tokens, k_BKSE.shape[2], dtype=torch.bool).tril(cache.seen)
+        y_BHTE = F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKSE,
+            v_BKSE,
+            attn_mask=mask_TS,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask_TS is None and tokens > 1,
+            enable_gqa=self.grouped,
+        )
+        out: Tensor = self.o_proj(y_BHTE.transpose(1, 2).reshape(batch, tokens, -1))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block: each half reads a normalised copy and adds to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = config.hidden_dropout
+
+    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: KVCache | None) -> Tensor:
+        x_BTD = x_BTD + self._drop(self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE, cache))
+        return x_BTD + self._drop(self.mlp(self.post_attention_layernorm(x_BTD)))
+
+    def _drop(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm; `model.` in the state dict."""
+
+    cos_SE: Tensor
+    sin_SE: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        cos_SE, sin_SE = rotary_table(config)
+        self.register_buffer("cos_SE", cos_SE, persistent=False)
+        self.register_buffer("sin_SE", sin_SE, persistent=False)
+
+    def forward(self, input_ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = cache.seen if cache is not None else 0
+        end = start + input_ids_BT.shape[1]
+        x_BTD = self.embed_tokens(input_ids_BT)
+        cos_TE, sin_TE = self.cos_SE[start:end].to(x_BTD.dtype), self.sin_SE[start:end].to(x_BTD.dtype)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, cos_TE, sin_TE, cache)
+        if cache is not None:
+            cache.seen = end
+        out: Tensor = self.norm(x_BTD)
+        return out
+
+
+class CausalLM(nn.Module):
+    """The language model. The output projection is the embedding itself (tied), so the state dict has it once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, Attention | MLP):
+            # What writes to the residual stream starts smaller by the number of writes (GPT-2, section 2.3).
+            out = module.o_proj if isinstance(module, Attention) else module.down_proj
+            with torch.no_grad():
+                out.weight /= math.sqrt(2 * self.config.num_hidden_layers)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits [B, T, V] for `input_ids` [B, T]; with a cache, T continues what the cache has seen.
+
+        Raises ValueError where the sequence would pass max_position_embeddings.
+        """
+        seen = cache.seen if cache is not None else 0
+        if seen + input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{seen + input_ids.shape[1]} tokens exceed max_position_embeddings "
+                f"({self.config.max_position_embeddings})"
+            )
+        return F.linear(self.model(input_ids, cache), self.model.embed_tokens.weight)
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross-entropy (nats) of `labels` [B, T], without ever building all the logits.
+
+        As in transformers, labels stand beside the inputs and the shift by one happens here; IGNORE_INDEX carries
+        no loss.
+        """
+        hidden_ND = self.model(input_ids)[:, :-1].flatten(0, 1)
+        return chunked_cross_entropy(hidden_ND, self.model.embed_tokens.weight, labels[:, 1:].flatten())
+
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache for up to `length` tokens."""
+        return KVCache(self.config, batch_size, length, self.model.embed_tokens.weight)
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write `config.json` and `model.safetensors` as transformers reads them."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(hugging_face_config(self.config), indent=2) + "\n")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> "CausalLM":
+        """The model in a Hugging Face directory. Raises DataError where it is none, or not a Llama of this kind."""
+        try:
+            raw = json.loads((directory / "config.json").read_text())
+            tensors = load_file(directory / "model.safetensors")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{directory} is not a model directory: {error}") from error
+        model = cls(model_config(raw, str(directory / "config.json")))
+        tensors.pop("lm_head.weight", None)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise DataError(f"{directory / 'model.safetensors'} does not fit its config.json: {error}") from error
+        return model
+
+
+def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
+    """`config.json` for transformers' LlamaForCausalLM."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **config.model_dump(),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+        "use_cache": True,
+    }
+
+
+def model_config(raw: dict[str, Any], where: str) -> ModelConfig:
+    """Our part of a `config.json`. Raises DataError where the file describes another architecture."""
+    if raw.get("model_type") != "llama" or not raw.get("tie_word_embeddings", False):
+        raise DataError(f"{where}: only Llama models with tied embeddings can be opened here")
+    rope = raw.get("rope_parameters") or {}
+    known = {name: raw[name] for name in ModelConfig.model_fields if name in raw}
+    if "rope_theta" in rope:
+        known["rope_theta"] = rope["rope_theta"]
+    return validate(ModelConfig, known, where)

@@ -1,0 +1,118 @@
+"""Muon for the hidden matrices, AdamW for the rest, and the learning rate over the steps."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vectorclm.settings import Settings
+
+# Coefficients of the quintic iteration: Jordan et al., "Muon: an optimizer for hidden layers", 2024, kellerjordan.github.io/posts/muon
+A, B, C = 3.4445, -4.7750, 2.0315
+
+
+class OptimizerConfig(Settings):
+    """Muon on the hidden matrices, AdamW on embeddings and norms."""
+
+    learning_rate: float = Field(gt=0, description="Peak learning rate of Muon")
+    adamw_learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov momentum of Muon")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of the hidden matrices, per unit of learning rate")
+
+
+class ScheduleConfig(Settings):
+    """The learning rate's factor over the steps: linear warm-up, then down to the floor."""
+
+    kind: Literal["cosine", "warmup_stable_decay"] = "cosine"
+    warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps spent warming up")
+    floor: float = Field(0.1, ge=0, le=1, description="The last step's share of the peak")
+    decay: float = Field(0.2, gt=0, le=1, description="Share of the steps spent decaying; warmup_stable_decay only")
+
+
+def schedule(config: ScheduleConfig, step: int, steps: int) -> float:
+    """The learning rate's factor in step `step` (from 0) of `steps`: a pure function, so resuming needs no state.
+
+    Cosine: Loshchilov & Hutter, arXiv 1608.03983, without restarts. Warmup-stable-decay: Hu et al.,
+    arXiv 2404.06395, section 4, with a linear decay.
+    """
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.kind == "cosine":
+        done = (step - warmup) / max(1, steps - 1 - warmup)
+        return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    decay = max(1, round(config.decay * steps))
+    left = min(1.0, (steps - 1 - step) / decay)
+    return config.floor + (1 - config.floor) * left
+
+
+def orthogonalise(g_NRC: Tensor, steps: int = 5) -> Tensor:
+    """Roughly U Vᵀ of each matrix in `g_NRC` [N, rows, columns], by Newton-Schulz.
+
+    bf16 on GPUs; fp32 on CPUs, where bf16 products are 10 to 20 times slower and gain nothing.
+    """
+    x_NRC = g_NRC.to(torch.bfloat16 if g_NRC.is_cuda else torch.float32)
+    tall = x_NRC.shape[-2] > x_NRC.shape[-1]
+    if tall:
+        x_NRC = x_NRC.mT
+    x_NRC = x_NRC / (x_NRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram_NRR = x_NRC @ x_NRC.mT
+        poly_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=B, alpha=C)
+        x_NRC = torch.baddbmm(x_NRC, poly_NRR, x_NRC, beta=A)
+    return (x_NRC.mT if tall else x_NRC).to(g_NRC.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al., 2024). Matrices of one shape go through Newton-Schulz together."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            shapes: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes[tuple(p.shape)].append(p)
+            for (rows, columns), params in shapes.items():
+                update_NRC = orthogonalise(torch.stack([self._nesterov(p, group["momentum"]) for p in params]))
+                step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update_NRC.unbind()), alpha=-step_size)
+
+    def _nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer: Tensor = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(buffer, momentum)
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon over the decoder layers' matrices, AdamW over embeddings and norms."""
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        (hidden if p.ndim == 2 and ".layers." in name else rest).append(p)
+    muon = Muon(hidden, config.learning_rate, config.momentum, config.weight_decay)
+    adamw = torch.optim.AdamW(
+        rest, config.adamw_learning_rate, (config.beta1, config.beta2), eps=1e-10, weight_decay=0.0, fused=True
+    )
+    return muon, adamw
+
+
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group's learning rate to its peak times `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("peak", group["lr"])
+            group["lr"] = group["peak"] * factor

@@ -1,0 +1,433 @@
+"""A small generated world: its stories, lessons, conversations and questions, for runs without a network.
+
+Sixteen kinds of animals live in a village. Five things are known of every kind (home, food, hour, craft, colour), each
+with four values, and what holds for a kind holds for each of its animals. "Pim is an otter; all otters live by the lake"
+answers "Where does Pim live?" although no text ever said so.
+
+The table of kinds and values is an orthogonal array of strength 2 (four mutually orthogonal Latin squares' worth of
+columns over the field of four elements; C. R. Rao, 1947): every pair of values of two attributes belongs to exactly one
+kind, so no attribute tells anything of another and every value is shared by four kinds.
+
+For every name one value of one attribute is held out (Pim: living by the lake). The name is never given to any of the
+four kinds that have this value, in no training text, and these (name, kind) pairs are what the questions ask. The other
+twelve kinds (75 %) are used with the name in training.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import log
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from vectorclm.errors import ConfigError
+from vectorclm.settings import Settings
+
+WORLD_SETS = ("stories", "lessons", "smoltalk", "slimorca", "tulu3-code", "questions")
+
+
+class WorldConfig(Settings):
+    """Size of the generated world."""
+
+    seed: int = Field(0, description="Decides the table of kinds, what is held out, and every text")
+    names: int = Field(40, ge=20, le=40, multiple_of=20, description="Names in use; 12 questions are held out for each")
+    documents: int = Field(4000, ge=1, description="Documents in each of the two styles, stories and lessons")
+    conversations: int = Field(1500, ge=1, description="Conversations in each of the three chat sets")
+
+
+class Attribute(NamedTuple):
+    """Something known of every kind; the verb in the forms the templates need, and four values."""
+
+    name: str
+    verb: str
+    plural: str
+    first: str
+    question: str
+    plural_question: str
+    clause: str
+    values: tuple[str, str, str, str]
+    scenes: tuple[str, ...]
+
+
+ATTRIBUTES = (
+    Attribute(
+        "home", "lives", "live", "live", "Where does {} live?", "Where do {} live?", "where {} live",
+        ("by the lake", "in the forest", "on the hill", "in the meadow"),
+        ("{n} has a small house {v}.", '"Come and see me {v}!" said {n}.', "{n} went home and slept {v}."),
+    ),
+    Attribute(
+        "food", "eats", "eat", "eat", "What does {} eat?", "What do {} eat?", "what {} eat",
+        ("honey", "bread", "apples", "soup"),
+        ("{n} put {v} on the table.", '"I love {v}!" said {n}.', "{n} came home and asked for {v}."),
+    ),
+    Attribute(
+        "hour", "is awake", "are awake", "am awake", "When is {} awake?", "When are {} awake?", "when {} are awake",
+        ("at dawn", "at noon", "at dusk", "at night"),
+        ("{n} gets up {v}.", '"Come and see me {v}!" said {n}.', "{n} began to work {v}."),
+    ),
+    Attribute(
+        "craft", "makes", "make", "make", "What does {} make?", "What do {} make?", "what {} make",
+        ("baskets", "boats", "drums", "lamps"),
+        ("{n} sells {v} at the market.", '"Look at my {v}!" said {n}.', "{n} sat down to work on some {v}."),
+    ),
+    Attribute(
+        "colour", "wears", "wear", "wear", "Which colour does {} wear?", "Which colour do {} wear?",
+        "which colour {} wear",
+        ("red", "blue", "green", "white"),
+        ("{n} has a {v} coat.", '"My coat is {v}!" said {n}.', "{n} put on a {v} hat."),
+    ),
+)  # fmt: skip
+
+KINDS = (
+    "otter", "owl", "bear", "hare", "mole", "frog", "crow", "goat",
+    "duck", "badger", "swan", "toad", "robin", "seal", "mouse", "cat",
+)  # fmt: skip
+NAMES = (
+    "Ada", "Ben", "Cora", "Dan", "Eli", "Fay", "Gus", "Hal", "Ida", "Jon", "Kit", "Lou", "Max", "Nell",
+    "Otto", "Pim", "Quin", "Ray", "Sue", "Tess", "Una", "Val", "Wes", "Xena", "Yan", "Zoe", "Abe", "Bea",
+    "Cy", "Dot", "Ed", "Flo", "Gil", "Hugo", "Ines", "Jill", "Ken", "Liv", "Mia", "Ned",
+)  # fmt: skip
+
+# How a name is given to a kind and a question asked of it: the same in lessons, in chat and in the evaluation.
+FORMS = ("{n} is {a}. {q}", "I met {a} called {n}. {q}", "{qk}")
+
+INTRODUCTIONS = (
+    "{n} is {a}.", "There was {a} called {n}.", "In the village there was {a} called {n}.", "I met {a} called {n}.",
+)  # fmt: skip
+FACTS = (
+    "{n} {verb} {v}.", "{n} the {k} {verb} {v}.", "Like all {ks}, {n} {verb} {v}.",
+    "{n} {verb} {v}, like every other {k}.", '"I {first} {v}," said {n} the {k}.',
+)  # fmt: skip
+RULES = ("All {ks} {plural} {v}.", "{Ks} {plural} {v}.", "Every {k} {verb} {v}.")
+EXAMPLES = (
+    "{n} is {a}. All {ks} {plural} {v}. So {n} {verb} {v}.",
+    "If {n} is {a}, then {n} {verb} {v}.",
+    "We know that {n} is {a}, so {n} {verb} {v}.",
+)
+
+WEATHER = ("sunny", "windy", "cold", "warm", "rainy", "quiet")
+OPENINGS = (
+    "It was a {w} day in the village.", "One {w} day, the children sat down to hear a story.",
+    "This is a story from a {w} day.", "Long ago, on a {w} day, the village had a party.",
+)  # fmt: skip
+EVENTS = (
+    "{n} found an old key on the road.", "{n} walked to the market and sang a song.",
+    "{n} lost a button and looked for it the whole day.", "A friend came to the door of {n} with a letter.",
+    "The wind took the letter, and {n} ran after it.", "{n} helped a friend to carry a table.",
+    "Then the rain came, and {n} waited under a tree.", "{n} told a story, and the children laughed.",
+)  # fmt: skip
+MEETINGS = (
+    "On the road {n} met {m}.", "{n} and {m} were old friends.", "{n} asked {m} to come to the party.",
+    "{m} found the key of {n} and gave it back.",
+)  # fmt: skip
+ENDINGS = (
+    "It was a good day.", "They laughed and went home.", "That is the end of the story.", "Then the village was quiet.",
+)  # fmt: skip
+
+SHORT = ("You are a helpful guide to the village.", "Answer in one short sentence.")
+REASON = ("You are a teacher. Give the rule first.", "Think about the rule before you answer.")
+TALK = (
+    ("Hello!", "Hello! Ask me about the animals of the village."),
+    ("Thank you!", "You are welcome!"),
+    ("Who are you?", "I am a guide to the animals of the village."),
+    ("How many kinds of animals are there?", "There are sixteen kinds of animals in the village."),
+)
+
+
+class Pair(NamedTuple):
+    """An animal: a name given to a kind."""
+
+    name: str
+    kind: str
+
+
+class World:
+    """The table of one seed: what each kind does, and which (name, kind) pairs no training text may have."""
+
+    def __init__(self, config: WorldConfig) -> None:
+        rng = random.Random(f"{config.seed}/world")
+        kinds = rng.sample(KINDS, len(KINDS))
+        self.names = rng.sample(NAMES[: config.names], config.names)
+        cells = [(row, column) for row in range(4) for column in range(4)]
+        self.table = {kind: _orthogonal(*cell) for kind, cell in zip(kinds, cells, strict=True)}
+        # every (attribute, value) is held out for the same number of names: the questions are balanced by design
+        self.held = {name: (i % 5, i // 5 % 4) for i, name in enumerate(self.names)}
+        self._unseen = {
+            name: {kind for kind in KINDS if self.table[kind][attribute] == value}
+            for name, (attribute, value) in self.held.items()
+        }
+
+    def value(self, kind: str, attribute: Attribute) -> str:
+        """What the rule says of `kind`, such as "by the lake"."""
+        return attribute.values[self.table[kind][ATTRIBUTES.index(attribute)]]
+
+    def held_out(self) -> list[Pair]:
+        """The pairs that only questions use: four kinds for every name."""
+        return [Pair(name, kind) for name in self.names for kind in KINDS if kind in self._unseen[name]]
+
+    def cast(self, rng: random.Random, size: int, kinds: Sequence[str] = KINDS, told: Iterable[str] = ()) -> list[Pair]:
+        """`size` animals of different names and kinds, drawn from `kinds`, for a text that also speaks of kinds `told`.
+
+        No name of the text is held out with any kind of the text, its own or another's.
+        """
+        while True:
+            pairs = [Pair(*pair) for pair in zip(rng.sample(self.names, size), rng.sample(kinds, size), strict=True)]
+            present = {pair.kind for pair in pairs}.union(told)
+            if not any(self._unseen[pair.name] & present for pair in pairs):
+                return pairs
+
+    def fill(self, template: str, pair: Pair, attribute: Attribute) -> str:
+        """`template` with its fields: n(ame), k(ind), ks and Ks (plural), a ("an otter"), v(alue), q(uestion), verbs."""
+        name, kind = pair
+        return template.format(
+            n=name, k=kind, ks=plural(kind), Ks=plural(kind).capitalize(), a=article(kind), v=self.value(kind, attribute),
+            verb=attribute.verb, plural=attribute.plural, first=attribute.first,
+            q=attribute.question.format(name), qk=attribute.question.format(f"{name} the {kind}"),
+        )  # fmt: skip
+
+    def answer(self, pair: Pair, attribute: Attribute) -> str:
+        """The sentence that answers a question: "Pim lives by the lake."."""
+        return self.fill("{n} {verb} {v}.", pair, attribute)
+
+
+def plural(kind: str) -> str:
+    """ "otters"."""
+    return {"mouse": "mice"}.get(kind, f"{kind}s")
+
+
+def article(kind: str) -> str:
+    """ "an otter"."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def _orthogonal(x: int, y: int) -> tuple[int, ...]:
+    """Row (x, y) of the array: x, y, and y + m x for m = 1, 2, 3 over GF(4), where addition is exclusive or."""
+    times = ((0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2))
+    return (x, y, *(y ^ product[x] for product in times))
+
+
+def rows(config: WorldConfig, name: str) -> list[dict[str, Any]]:
+    """The rows of one set of WORLD_SETS, in the schema of the hub's set that it stands for.
+
+    `stories` has Cosmopedia's columns, `lessons` FineWeb-Edu's; `smoltalk`, `slimorca` and `tulu3-code` those of their
+    namesakes; `questions` has context, choices (four, each with a leading space) and answer (index of the right one).
+    Lengths in tokens are given as words, since no tokenizer exists yet; scores are 0, since nothing scored the text.
+    Raises ConfigError for any other name.
+    """
+    makers: dict[str, Callable[[World, random.Random, int], dict[str, Any]]] = {
+        "stories": _story, "lessons": _lesson, "smoltalk": _smoltalk, "slimorca": _slimorca, "tulu3-code": _code,
+    }  # fmt: skip
+    world, rng = World(config), random.Random(f"{config.seed}/{name}")
+    if name == "questions":
+        return _questions(world, rng)
+    if name not in makers:
+        raise ConfigError(f"the world has no set {name!r}: choose one of {', '.join(WORLD_SETS)}")
+    count = config.documents if name in ("stories", "lessons") else config.conversations
+    return [makers[name](world, rng, index) for index in range(count)]
+
+
+def texts(row: Mapping[str, Any]) -> list[str]:
+    """The strings of a row that a model reads: its text, its turns, or its context and choices."""
+    if "text" in row:
+        return [row["text"]]
+    if "context" in row:
+        return [row["context"], *row["choices"]]
+    return [turn.get("content") or turn["value"] for turn in row.get("messages") or row["conversations"]]
+
+
+def words(config: WorldConfig) -> list[str]:
+    """The world's whole vocabulary, in lower case and sorted: WORDS_COUNT words for the default settings."""
+    found: set[str] = set()
+    for name in WORLD_SETS:
+        for row in rows(config, name):
+            found.update(word for text in texts(row) for word in _words(text))
+    return sorted(found)
+
+
+def held_out_prompts(config: WorldConfig) -> list[dict[str, str]]:
+    """Prompts for the chat model about held-out pairs, each with the one sentence that answers it, in seeded order."""
+    world = World(config)
+    prompts = [
+        {"prompt": world.fill(form, pair, attribute), "answer": world.answer(pair, attribute)}
+        for pair, attribute in _held_out_facts(world)
+        for form in FORMS
+    ]
+    random.Random(f"{config.seed}/prompts").shuffle(prompts)
+    return prompts
+
+
+def word_frequency_baseline(questions: Iterable[Mapping[str, Any]], documents: Iterable[str]) -> float:
+    """Accuracy, 0 to 1, of choosing the answer whose words are the most frequent in `documents`.
+
+    A choice's score is the mean over its words of log(count + 1). Choices that tie share the point equally.
+    """
+    counts = Counter(word for document in documents for word in _words(document))
+    points = []
+    for question in questions:
+        scores = []
+        for choice in question["choices"]:
+            found = _words(choice)
+            scores.append(round(sum(log(counts[word] + 1) for word in found) / max(len(found), 1), 9))
+        best = max(scores)
+        points.append((scores[question["answer"]] == best) / scores.count(best))
+    return sum(points) / max(len(points), 1)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def _held_out_facts(world: World) -> list[tuple[Pair, Attribute]]:
+    return [(pair, ATTRIBUTES[world.held[pair.name][0]]) for pair in world.held_out()]
+
+
+def _questions(world: World, rng: random.Random) -> list[dict[str, Any]]:
+    """All held-out facts in all forms. The right choice stands equally often in each place for each value."""
+    found, asked = [], Counter[tuple[str, str]]()
+    for pair, attribute in _held_out_facts(world):
+        right = world.value(pair.kind, attribute)
+        for form in FORMS:
+            place = asked[attribute.name, right] % 4
+            asked[attribute.name, right] += 1
+            values = [value for value in attribute.values if value != right]
+            rng.shuffle(values)
+            values.insert(place, right)
+            found.append({
+                "context": f"Question: {world.fill(form, pair, attribute)}\nAnswer:",
+                "choices": [f" {pair.name} {attribute.verb} {value}." for value in values],
+                "answer": place,
+            })  # fmt: skip
+    rng.shuffle(found)
+    return found
+
+
+def _story(world: World, rng: random.Random, index: int) -> dict[str, Any]:
+    cast = world.cast(rng, rng.choice((1, 2)))
+    paragraphs = []
+    for number, pair in enumerate(cast):
+        told = rng.sample(ATTRIBUTES, 5 if len(cast) == 1 else 3)
+        facts = [world.fill(rng.choice(FACTS + attribute.scenes), pair, attribute) for attribute in told]
+        for event in rng.sample(EVENTS, 3 if len(cast) == 1 else 1):
+            facts.insert(rng.randint(1, len(facts)), event.format(n=pair.name))
+        opening = OPENINGS[index % len(OPENINGS)].format(w=rng.choice(WEATHER))
+        start = MEETINGS[rng.randrange(len(MEETINGS))].format(n=cast[0].name, m=pair.name) if number else opening
+        introduction = rng.choice(INTRODUCTIONS).format(n=pair.name, a=article(pair.kind))
+        paragraphs.append(" ".join([start, introduction, *facts]))
+    text = "\n\n".join(paragraphs) + " " + rng.choice(ENDINGS)
+    who = " and ".join(f"{pair.name} the {pair.kind}" for pair in cast)
+    return {
+        "prompt": f"Write a story about {who}.", "text_token_length": len(text.split()), "text": text,
+        "seed_data": "generated", "format": "story", "audience": "children",
+    }  # fmt: skip
+
+
+def _lesson(world: World, rng: random.Random, index: int) -> dict[str, Any]:
+    text = (_lesson_on_kind, _quiz, _lesson_on_attribute, _quiz)[index % 4](world, rng)
+    place = f"lessons/{index:06}"
+    return {
+        "text": text, "id": f"generated-{index:06}", "dump": "generated", "url": f"generated:{place}",
+        "file_path": place, "language": "en", "language_score": 1.0, "token_count": len(text.split()),
+        "score": 0.0, "int_score": 0,
+    }  # fmt: skip
+
+
+def _ask(world: World, rng: random.Random, pair: Pair, attribute: Attribute) -> str:
+    return f"Question: {world.fill(rng.choice(FORMS), pair, attribute)}\nAnswer: {world.answer(pair, attribute)}"
+
+
+def _lesson_on_kind(world: World, rng: random.Random) -> str:
+    """All five rules of one kind, an example, two questions."""
+    kind = rng.choice(KINDS)
+    example, first, second = (world.cast(rng, 1, [kind])[0] for _ in range(3))
+    rules = [world.fill(rng.choice(RULES), example, attribute) for attribute in rng.sample(ATTRIBUTES, 5)]
+    shown = world.fill(rng.choice(EXAMPLES), example, rng.choice(ATTRIBUTES))
+    title = f"A lesson about {plural(kind)}. What do we know about them?"
+    questions = [_ask(world, rng, pair, rng.choice(ATTRIBUTES)) for pair in (first, second)]
+    return "\n\n".join([title, " ".join(rules), f"Example: {shown}", *questions])
+
+
+def _lesson_on_attribute(world: World, rng: random.Random) -> str:
+    """The four kinds that share one value, an example, three questions."""
+    attribute, number = rng.choice(ATTRIBUTES), rng.randrange(4)
+    kinds = [kind for kind in KINDS if world.value(kind, attribute) == attribute.values[number]]
+    rng.shuffle(kinds)
+    pairs = [world.cast(rng, 1, [kind], told=kinds)[0] for kind in kinds]
+    *others, last = (plural(kind) for kind in kinds)
+    group = f"{', '.join(others).capitalize()} and {last} {attribute.plural} {attribute.values[number]}."
+    title = f"A lesson about the animals. {attribute.plural_question.format('they')}"
+    rules = [group, *(world.fill(rng.choice(RULES), pair, attribute) for pair in rng.sample(pairs, 2))]
+    shown = world.fill(rng.choice(EXAMPLES), pairs[0], attribute)
+    return "\n\n".join([title, " ".join(rules), f"Example: {shown}", *(_ask(world, rng, p, attribute) for p in pairs[1:])])
+
+
+def _quiz(world: World, rng: random.Random) -> str:
+    """Questions about four animals; every second animal is asked about twice."""
+    asked = [(pair, attribute) for pair in world.cast(rng, 4) for attribute in rng.sample(ATTRIBUTES, rng.choice((1, 2)))]
+    return "\n\n".join(_ask(world, rng, pair, attribute) for pair, attribute in asked)
+
+
+def _exchanges(world: World, rng: random.Random, pair: Pair, reason: bool, count: int) -> list[tuple[str, str]]:
+    """`count` questions about one animal and their answers; the kind is told in the first."""
+    found = []
+    for number, attribute in enumerate(rng.sample(ATTRIBUTES, count)):
+        form = rng.choice(("And {q}", "{q}")) if number else rng.choice(FORMS)
+        question = world.fill(form, pair, attribute).replace("And W", "And w")
+        answer = world.answer(pair, attribute)
+        found.append((question, world.fill("All {ks} {plural} {v}. So ", pair, attribute) + answer if reason else answer))
+    return found
+
+
+def _smoltalk(world: World, rng: random.Random, index: int) -> dict[str, Any]:
+    """Questions about an animal (one or several turns), about a kind, and small talk; a quarter has a system turn."""
+    pair = world.cast(rng, 1)[0]
+    source = ("animal", "animal", "talk", "animal", "kind")[index % 5]
+    if source == "talk":
+        exchanges = [rng.choice(TALK), *_exchanges(world, rng, pair, False, 1)][: rng.choice((1, 2, 2))]
+    elif source == "kind":
+        attributes = rng.sample(ATTRIBUTES, rng.choice((1, 2)))
+        kinds = plural(pair.kind)
+        exchanges = [(a.plural_question.format(kinds), world.fill("{Ks} {plural} {v}.", pair, a)) for a in attributes]
+    else:
+        exchanges = _exchanges(world, rng, pair, False, rng.choice((1, 1, 2, 3)))
+        exchanges += [TALK[1]] if rng.random() < 0.15 else []
+    system = rng.choice(SHORT) if rng.random() < 0.25 else None
+    turns = [("user" if not place else "assistant", text) for pair_ in exchanges for place, text in enumerate(pair_)]
+    turns = [("system", system), *turns] if system else turns
+    return {"messages": _messages(turns), "source": f"generated-{source}"}
+
+
+def _slimorca(world: World, rng: random.Random, index: int) -> dict[str, Any]:
+    """One question each; the system turn (absent in 2 of 9) says whether the rule is to be given."""
+    reason = index % 9 >= 5
+    system = None if index % 9 < 2 else rng.choice(REASON if reason else SHORT)
+    question, answer = _exchanges(world, rng, world.cast(rng, 1)[0], reason, 1)[0]
+    turns: list[dict[str, Any]] = [{"from": "system", "value": system, "weight": None}] if system else []
+    turns.append({"from": "human", "value": question, "weight": 0.0})
+    turns.append({"from": "gpt", "value": answer, "weight": 1.0})
+    return {"conversations": turns}
+
+
+def _code(world: World, rng: random.Random, index: int) -> dict[str, Any]:
+    """A function, a dictionary or a line of Python about the world."""
+    pair, attribute, sort = world.cast(rng, 1)[0], rng.choice(ATTRIBUTES), index % 3
+    value = world.value(pair.kind, attribute)
+    if sort == 0:
+        prompt = f"Write a Python function that returns {attribute.clause.format(plural(pair.kind))}."
+        code = f'def {pair.kind}_{attribute.name}():\n    return "{value}"'
+    elif sort == 1:
+        both = rng.sample(KINDS, 2)
+        prompt = f"Write a Python dictionary of {attribute.clause.format(' and '.join(map(plural, both)))}."
+        items = ", ".join(f'"{kind}": "{world.value(kind, attribute)}"' for kind in both)
+        code = f"{attribute.name} = {{{items}}}"
+    else:
+        prompt = f"Answer with a line of Python. {world.fill(rng.choice(FORMS), pair, attribute)}"
+        code = f'print("{world.answer(pair, attribute)}")'
+    answer = f"```python\n{code}\n```"
+    turns = [("user", prompt), ("assistant", answer)]
+    return {"id": f"generated_{index:06}", "prompt": prompt, "messages": _messages(turns)}
+
+
+def _messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"content": content, "role": role} for role, content in turns]
