@@ -122,8 +122,8 @@ def open_source(
     """The rows of a source as a stream, with those columns only (all of them where none is named).
 
     `data` is a local mirror of the hub, or None. Local files are read in the order of their content. Raises
-    DataError, before a row is drawn, for a source that cannot be reached, is empty, lacks a column or no longer
-    has the content it is pinned to. Iterate with `draw`, which explains what fails later.
+    DataError, before a row is drawn, for a source that cannot be reached, is empty, lacks a column or
+    has other content than it is pinned to. Iterate with `draw`, which explains what fails later.
     """
     if source.path == WORLD:
         if world is None:
@@ -233,7 +233,7 @@ class _Drawn:
 def write_sample(
     config: SampleConfig, seed: int, out: Path, *, data: Path | None, world: WorldConfig | None
 ) -> dict[str, Any]:
-    """Draw each source's share of `config.bytes` and write it to `out/{label}/{train,validation}-00000.parquet`.
+    """Draw each source's share of `config.bytes` into `out/{label}/{train,validation}-00000.parquet`.
 
     A document is held out for validation by the hash of its text, so equal texts never stand on both sides;
     empty documents, those that are no text, and exact duplicates over all sources are dropped and counted.
@@ -314,8 +314,8 @@ def _check_split(source: TextSource, drawn: _Drawn, share: float) -> None:
     )
     side = "validation" if drawn.documents else "training"
     raise DataError(
-        f"{describe(source)} gave {drawn.documents} documents for training and {drawn.validation_documents} for "
-        f"validation (dropped: {dropped or 'none'}); {side} needs at least one. "
+        f"{describe(source)} gave {drawn.documents} documents for training and {drawn.validation_documents} "
+        f"for validation (dropped: {dropped or 'none'}); {side} needs at least one. "
         f"Raise sample.bytes, or change sample.validation_share ({share})"
     )
 

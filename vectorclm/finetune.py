@@ -192,7 +192,7 @@ def write_chat_shards(
 
 
 def _is_held_out(conversation: Sequence[Turn], seed: int, share: float) -> bool:
-    return xxhash.xxh3_64_intdigest(canonical_json(conversation), seed=seed) < share * 2**64
+    return xxhash.xxh3_64_intdigest(canonical_json(conversation).encode(), seed=seed) < share * 2**64
 
 
 def _prompt(label: str, conversation: Sequence[Turn]) -> dict[str, Any]:

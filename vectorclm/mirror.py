@@ -1,6 +1,6 @@
 """Local data files: which of a folder's files hold a split, what they contain, and their rows.
 
-Neither the names of the files nor where they lie may change a result, so SHA-256 of their content orders them.
+Neither the names of the files nor where they lie may change a result, so their SHA-256 orders them.
 """
 
 import functools
@@ -32,8 +32,8 @@ def find_files(place: Path, split: str) -> list[Path]:
     """The data files of `split` at `place`, in the order of their content.
 
     `place` is a folder or one file. In a folder the split is a word of the file's name, as in
-    `test-00000-of-00002.parquet`; where no name says any, all are `train`. A single file is taken whatever the
-    split. Empty where there are none.
+    `test-00000-of-00002.parquet`; where no name says any, all are `train`. A single file is taken whatever
+    the split. Empty where there are none.
     """
     if place.is_file():
         return [place]

@@ -1,7 +1,7 @@
 """Pinning: every source of an experiment gets the revision it is read at, before anything runs.
 
-A hub repository is pinned to a commit, kept in `<experiment>.lock.json` beside the experiment; local files, a mirror
-and the generated world are pinned to the SHA-256 of their content. What a mirror lacks is left out here, and told.
+A hub repository is pinned to a commit, kept in `<experiment>.lock.json` beside the experiment; local files, a
+mirror and the generated world to the SHA-256 of their content. What a mirror lacks is left out, and told.
 """
 
 import json
@@ -25,6 +25,7 @@ from vectorclm.corpus import (
     open_source,
 )
 from vectorclm.errors import ConfigError, DataError
+from vectorclm.evaluate import FORMAT_COLUMNS, TaskSource
 from vectorclm.finetune import ChatSource
 from vectorclm.mirror import revision_of
 from vectorclm.settings import digest
@@ -42,11 +43,11 @@ def pin(
 ) -> tuple[ExperimentConfig, list[str]]:
     """The experiment with a revision on every source, and notes on what the mirror `data` lacks.
 
-    A set is all the sources of one `path`. Where the mirror lacks some of a set, they are left out, and the weights
-    of the others, in the sample and in each phase, grow so that the set keeps its share; a set of which nothing is
-    there is a DataError, and so is a revision `sha256:…` in the experiment that the content does not have. Benchmarks
-    are left out one by one, but not all of them. With `resolve=False` nothing is asked of the network or written, and
-    a hub source that is neither pinned nor locked gets `unresolved`.
+    A set is all the sources of one `path`. Where the mirror lacks some of a set, they are left out, and the
+    weights of the others, in the sample and in each phase, grow so that the set keeps its share; a set of
+    which nothing is there is a DataError, and so is a revision `sha256:…` in the experiment that the content
+    does not have. Benchmarks are left out one by one, but not all of them. With `resolve=False` nothing is
+    asked of the network or written, and a hub source that is neither pinned nor locked gets `unresolved`.
     """
     if data is not None and not data.is_dir():
         raise DataError(f"there is no folder {data}: --data takes the folder of a local mirror")
@@ -70,18 +71,20 @@ def pin(
 def check_sources(experiment: ExperimentConfig, data: Path | None, *, hub: bool) -> None:
     """Open every source of a pinned experiment, without drawing a row.
 
-    Raises DataError for the first that cannot be read, is empty, or lacks its column. With `hub=False` only what is
-    on this machine is opened.
+    Raises DataError for the first that cannot be read, is empty, or lacks its column. With `hub=False` only
+    what is on this machine is opened.
     """
     for source in [*experiment.sample.sources, *experiment.chat.sources, *experiment.evaluate.tasks]:
         if hub or (source.revision or "").startswith("sha256:"):
             open_source(source, data, experiment.world, _columns(source))
 
 
-def _columns(source: Source) -> list[str]:
-    if isinstance(source, TextSource):
-        return [source.text_column]
-    return [source.column] if isinstance(source, ChatSource) else []
+def _columns(source: Source) -> tuple[str, ...]:
+    if isinstance(source, TaskSource):
+        return FORMAT_COLUMNS[source.format]
+    if isinstance(source, ChatSource):
+        return (source.column,)
+    return (source.text_column,) if isinstance(source, TextSource) else ()
 
 
 class Lock:
@@ -133,7 +136,7 @@ class Lock:
             part.replace(self.path)
         except OSError as error:
             raise ConfigError(
-                f"cannot write {self.path} ({error}): copy the experiment into a folder of your own and run that file"
+                f"cannot write {self.path} ({error}): copy the experiment to a folder of your own, run that"
             ) from error
         self._saved = dict(self.commits)
 
@@ -146,7 +149,7 @@ class _Pinner:
         self.notes: list[str] = []
 
     def pin(self, sources: Sequence[S], *, sets: bool = True) -> list[S]:
-        """The sources that are there, pinned. Raises DataError where a whole set (or, without sets, all) is missing."""
+        """The sources that are there, pinned. DataError where a set is missing, or, without sets, all are."""
         kept, missing = [], []
         for source in sources:
             revision = self._revision(source)
@@ -161,8 +164,8 @@ class _Pinner:
                     str(local_place(source, self.data)) for source in (lost if sets else missing)
                 )
                 raise DataError(
-                    f"{path if sets else 'the benchmarks'}: the mirror {self.data} has nothing of it; looked for "
-                    f"Parquet or JSON files at {places}"
+                    f"{path if sets else 'the benchmarks'}: the mirror {self.data} has nothing of it; "
+                    f"looked for Parquet or JSON files at {places}"
                 )
             self.notes.append(_note(path, lost, left, sets))
         return kept
@@ -181,10 +184,10 @@ class _Pinner:
                 raise DataError(f"{describe(source)}: no Parquet or JSON files of this split at {place}")
             found = revision_of(files)
         else:
-            if (source.revision or "").startswith("sha256:") and self.resolve:
-                raise DataError(
-                    f"{describe(source)} is pinned to local content: give its folder with --data DIR"
-                )
+            if (asked := source.revision or "").startswith("sha256:"):
+                if self.resolve:
+                    raise DataError(f"{describe(source)} is pinned to local content: give it with --data DIR")
+                return asked
             return self.lock.commit(source, self.resolve)
         asked = source.revision or ""
         if asked.startswith("sha256:") and asked != found:
@@ -227,10 +230,13 @@ def _keep_totals(
     """
     kept = {}
     for path in dict.fromkeys(source.path for source in before):
-        total = sum(weights.get(source.label, 0.0) for source in before if source.path == path)
+        of_set = {source.label: weights.get(source.label, 0.0) for source in before if source.path == path}
         left = [source.label for source in after if source.path == path]
-        own = {label: weights[label] for label in left if weights.get(label, 0.0) > 0}
+        total = sum(of_set.values())
+        own = {label: of_set[label] for label in left if of_set[label] > 0}
         base = own or {label: default[label] for label in left}
-        if total > 0:
+        if len(left) == len(of_set):
+            kept.update({label: weights[label] for label in left if label in weights})
+        elif total > 0:
             kept.update({label: weight * total / sum(base.values()) for label, weight in base.items()})
     return kept

@@ -93,9 +93,7 @@ def read_windows(directory: Path, split: str) -> list[Windows]:
     return shards
 
 
-def write_shards(
-    config: ShardsConfig, sample: Path, tokenizer: Tokenizer, seed: int, out: Path
-) -> dict[str, Any]:
+def write_shards(config: ShardsConfig, sample: Path, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
     """Tokenize every source of `sample` and write `{label}/{split}-00000.arrow`.
 
     A document is BOS, its tokens, EOS; documents follow each other and are cut into windows of `sequence_length`.

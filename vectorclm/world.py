@@ -1,22 +1,21 @@
 """A small generated world: its stories, lessons, conversations and questions, for runs without a network.
 
-Sixteen kinds of animals live in a village. Five things are known of every kind (home, food, hour, craft, colour), each
-with four values, and what holds for a kind holds for each of its animals. "Pim is an otter; all otters live by the lake"
-answers "Where does Pim live?" although no text ever said so.
+Sixteen kinds of animals live in a village. Five things are known of every kind (home, food, hour, craft,
+colour), each with four values, and what holds for a kind holds for each of its animals: "Pim is an otter" and
+"all otters live by the lake" answer "Where does Pim live?" although no text ever said so.
 
-The table of kinds and values is an orthogonal array of strength 2 (four mutually orthogonal Latin squares' worth of
-columns over the field of four elements; C. R. Rao, 1947): every pair of values of two attributes belongs to exactly one
-kind, so no attribute tells anything of another and every value is shared by four kinds.
+The table of kinds and values is an orthogonal array of strength 2 (C. R. Rao, 1947): every pair of values of
+two attributes belongs to exactly one kind, so no attribute tells of another, and four kinds share a value.
 
-For every name one value of one attribute is held out (Pim: living by the lake). The name is never given to any of the
-four kinds that have this value, in no training text, and these (name, kind) pairs are what the questions ask. The other
-twelve kinds (75 %) are used with the name in training.
+For every name one value of one attribute is held out (Pim: living by the lake). No training text gives the
+name to any of the four kinds that have this value; these (name, kind) pairs are what the questions ask about.
+The other twelve kinds (75 %) are used with the name in training.
 """
 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import log
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ class WorldConfig(Settings):
     """Size of the generated world."""
 
     seed: int = Field(0, description="Decides the table of kinds, what is held out, and every text")
-    names: int = Field(40, ge=20, le=40, multiple_of=20, description="Names in use; 12 questions are held out for each")
+    names: int = Field(40, ge=20, le=40, multiple_of=20, description="Names in use, each with 12 questions")
     documents: int = Field(4000, ge=1, description="Documents in each of the two styles, stories and lessons")
     conversations: int = Field(1500, ge=1, description="Conversations in each of the three chat sets")
 
@@ -43,7 +42,6 @@ class Attribute(NamedTuple):
     name: str
     verb: str
     plural: str
-    first: str
     question: str
     plural_question: str
     clause: str
@@ -53,30 +51,30 @@ class Attribute(NamedTuple):
 
 ATTRIBUTES = (
     Attribute(
-        "home", "lives", "live", "live", "Where does {} live?", "Where do {} live?", "where {} live",
+        "home", "lives", "live", "Where does {} live?", "Where do {} live?", "where {} live",
         ("by the lake", "in the forest", "on the hill", "in the meadow"),
-        ("{n} has a small house {v}.", '"Come and see me {v}!" said {n}.', "{n} went home and slept {v}."),
+        ("{n} the {k} has a house {v}.", "{n} the {k} went home and slept {v}."),
     ),
     Attribute(
-        "food", "eats", "eat", "eat", "What does {} eat?", "What do {} eat?", "what {} eat",
+        "food", "eats", "eat", "What does {} eat?", "What do {} eat?", "what {} eat",
         ("honey", "bread", "apples", "soup"),
-        ("{n} put {v} on the table.", '"I love {v}!" said {n}.', "{n} came home and asked for {v}."),
+        ("{n} the {k} put {v} on the table.", "{n} the {k} came home and asked for {v}."),
     ),
     Attribute(
-        "hour", "is awake", "are awake", "am awake", "When is {} awake?", "When are {} awake?", "when {} are awake",
+        "hour", "is awake", "are awake", "When is {} awake?", "When are {} awake?", "when {} are awake",
         ("at dawn", "at noon", "at dusk", "at night"),
-        ("{n} gets up {v}.", '"Come and see me {v}!" said {n}.', "{n} began to work {v}."),
+        ("{n} the {k} gets up {v}.", "{n} the {k} began to work {v}."),
     ),
     Attribute(
-        "craft", "makes", "make", "make", "What does {} make?", "What do {} make?", "what {} make",
+        "craft", "makes", "make", "What does {} make?", "What do {} make?", "what {} make",
         ("baskets", "boats", "drums", "lamps"),
-        ("{n} sells {v} at the market.", '"Look at my {v}!" said {n}.', "{n} sat down to work on some {v}."),
+        ("{n} the {k} sells {v} at the market.", "{n} the {k} sat down to work on some {v}."),
     ),
     Attribute(
-        "colour", "wears", "wear", "wear", "Which colour does {} wear?", "Which colour do {} wear?",
+        "colour", "wears", "wear", "Which colour does {} wear?", "Which colour do {} wear?",
         "which colour {} wear",
         ("red", "blue", "green", "white"),
-        ("{n} has a {v} coat.", '"My coat is {v}!" said {n}.', "{n} put on a {v} hat."),
+        ("{n} the {k} has a {v} coat.", "{n} the {k} put on a {v} hat."),
     ),
 )  # fmt: skip
 
@@ -90,19 +88,20 @@ NAMES = (
     "Cy", "Dot", "Ed", "Flo", "Gil", "Hugo", "Ines", "Jill", "Ken", "Liv", "Mia", "Ned",
 )  # fmt: skip
 
-# How a name is given to a kind and a question asked of it: the same in lessons, in chat and in the evaluation.
+# How an animal is presented and asked about: the same in lessons, in chat and in the evaluation.
 FORMS = ("{n} is {a}. {q}", "I met {a} called {n}. {q}", "{qk}")
 
+# The answer names the kind again, so it stands in no training text when the pair is held out.
+ANSWER = "{n} the {k} {verb} {v}."
+
 INTRODUCTIONS = (
-    "{n} is {a}.", "There was {a} called {n}.", "In the village there was {a} called {n}.", "I met {a} called {n}.",
+    "{n} is {a}.", "There was {a} called {n}.", "In the village there was {a} called {n}.",
+    "I met {a} called {n}.",
 )  # fmt: skip
-FACTS = (
-    "{n} {verb} {v}.", "{n} the {k} {verb} {v}.", "Like all {ks}, {n} {verb} {v}.",
-    "{n} {verb} {v}, like every other {k}.", '"I {first} {v}," said {n} the {k}.',
-)  # fmt: skip
+FACTS = (ANSWER, ANSWER, "Like all {ks}, {n} {verb} {v}.", '"We {ks} {plural} {v}," said {n}.')
 RULES = ("All {ks} {plural} {v}.", "{Ks} {plural} {v}.", "Every {k} {verb} {v}.")
 EXAMPLES = (
-    "{n} is {a}. All {ks} {plural} {v}. So {n} {verb} {v}.",
+    "{n} is {a}. All {ks} {plural} {v}. So {n} the {k} {verb} {v}.",
     "If {n} is {a}, then {n} {verb} {v}.",
     "We know that {n} is {a}, so {n} {verb} {v}.",
 )
@@ -123,14 +122,16 @@ MEETINGS = (
     "{m} found the key of {n} and gave it back.",
 )  # fmt: skip
 ENDINGS = (
-    "It was a good day.", "They laughed and went home.", "That is the end of the story.", "Then the village was quiet.",
+    "It was a good day.", "They laughed and went home.", "That is the end of the story.",
+    "Then the village was quiet.",
 )  # fmt: skip
 
 SHORT = ("You are a helpful guide to the village.", "Answer in one short sentence.")
 REASON = ("You are a teacher. Give the rule first.", "Think about the rule before you answer.")
+THANKS = ("Thank you!", "You are welcome!")
 TALK = (
+    THANKS,
     ("Hello!", "Hello! Ask me about the animals of the village."),
-    ("Thank you!", "You are welcome!"),
     ("Who are you?", "I am a guide to the animals of the village."),
     ("How many kinds of animals are there?", "There are sixteen kinds of animals in the village."),
 )
@@ -152,7 +153,7 @@ class World:
         self.names = rng.sample(NAMES[: config.names], config.names)
         cells = [(row, column) for row in range(4) for column in range(4)]
         self.table = {kind: _orthogonal(*cell) for kind, cell in zip(kinds, cells, strict=True)}
-        # every (attribute, value) is held out for the same number of names: the questions are balanced by design
+        # each value is held out for equally many names: the questions are balanced by design
         self.held = {name: (i % 5, i // 5 % 4) for i, name in enumerate(self.names)}
         self._unseen = {
             name: {kind for kind in KINDS if self.table[kind][attribute] == value}
@@ -167,43 +168,51 @@ class World:
         """The pairs that only questions use: four kinds for every name."""
         return [Pair(name, kind) for name in self.names for kind in KINDS if kind in self._unseen[name]]
 
-    def cast(self, rng: random.Random, size: int, kinds: Sequence[str] = KINDS, told: Iterable[str] = ()) -> list[Pair]:
-        """`size` animals of different names and kinds, drawn from `kinds`, for a text that also speaks of kinds `told`.
+    def cast(
+        self, rng: random.Random, size: int, kinds: Sequence[str] = KINDS, told: Iterable[str] = ()
+    ) -> list[Pair]:
+        """`size` animals of different names and kinds out of `kinds`, for a text that also tells of `told`.
 
-        No name of the text is held out with any kind of the text, its own or another's.
+        No name of the text is held out with any kind of the text, its own or another's. For a size up to 4
+        there is always such a cast: two kinds share one value only, so some name and some kind are left.
         """
-        while True:
-            pairs = [Pair(*pair) for pair in zip(rng.sample(self.names, size), rng.sample(kinds, size), strict=True)]
-            present = {pair.kind for pair in pairs}.union(told)
-            if not any(self._unseen[pair.name] & present for pair in pairs):
-                return pairs
+        pairs: list[Pair] = []
+        present = set(told)
+        while len(pairs) < size:
+            pair = Pair(rng.choice(self.names), rng.choice(kinds))
+            fresh = all(pair.name != other.name and pair.kind != other.kind for other in pairs)
+            seen = present | {pair.kind}
+            if fresh and not any(self._unseen[other.name] & seen for other in [*pairs, pair]):
+                pairs.append(pair)
+                present = seen
+        return pairs
 
     def fill(self, template: str, pair: Pair, attribute: Attribute) -> str:
-        """`template` with its fields: n(ame), k(ind), ks and Ks (plural), a ("an otter"), v(alue), q(uestion), verbs."""
+        """`template` filled: n name, k kind, ks, Ks its plural, a "an otter", v value, q, qk questions."""
         name, kind = pair
         return template.format(
-            n=name, k=kind, ks=plural(kind), Ks=plural(kind).capitalize(), a=article(kind), v=self.value(kind, attribute),
-            verb=attribute.verb, plural=attribute.plural, first=attribute.first,
+            n=name, k=kind, ks=plural(kind), Ks=plural(kind).capitalize(), a=article(kind),
+            verb=attribute.verb, plural=attribute.plural, v=self.value(kind, attribute),
             q=attribute.question.format(name), qk=attribute.question.format(f"{name} the {kind}"),
         )  # fmt: skip
 
     def answer(self, pair: Pair, attribute: Attribute) -> str:
-        """The sentence that answers a question: "Pim lives by the lake."."""
-        return self.fill("{n} {verb} {v}.", pair, attribute)
+        """The sentence that answers a question: "Pim the otter lives by the lake."."""
+        return self.fill(ANSWER, pair, attribute)
 
 
 def plural(kind: str) -> str:
-    """ "otters"."""
+    """More than one of a kind: "otters"."""
     return {"mouse": "mice"}.get(kind, f"{kind}s")
 
 
 def article(kind: str) -> str:
-    """ "an otter"."""
+    """One of a kind: "an otter"."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _orthogonal(x: int, y: int) -> tuple[int, ...]:
-    """Row (x, y) of the array: x, y, and y + m x for m = 1, 2, 3 over GF(4), where addition is exclusive or."""
+    """Row (x, y) of the array: x, y and y + m x for m = 1, 2, 3 over GF(4), whose addition is xor."""
     times = ((0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2))
     return (x, y, *(y ^ product[x] for product in times))
 
@@ -211,14 +220,13 @@ def _orthogonal(x: int, y: int) -> tuple[int, ...]:
 def rows(config: WorldConfig, name: str) -> list[dict[str, Any]]:
     """The rows of one set of WORLD_SETS, in the schema of the hub's set that it stands for.
 
-    `stories` has Cosmopedia's columns, `lessons` FineWeb-Edu's; `smoltalk`, `slimorca` and `tulu3-code` those of their
-    namesakes; `questions` has context, choices (four, each with a leading space) and answer (index of the right one).
-    Lengths in tokens are given as words, since no tokenizer exists yet; scores are 0, since nothing scored the text.
+    `stories` has Cosmopedia's columns, `lessons` FineWeb-Edu's; `smoltalk`, `slimorca` and `tulu3-code` those
+    of their namesakes; `questions` has context, four choices (each with a leading space) and answer (index of
+    the right). Lengths in tokens are words, as no tokenizer exists yet; scores are 0, as nobody scored it.
     Raises ConfigError for any other name.
     """
-    makers: dict[str, Callable[[World, random.Random, int], dict[str, Any]]] = {
-        "stories": _story, "lessons": _lesson, "smoltalk": _smoltalk, "slimorca": _slimorca, "tulu3-code": _code,
-    }  # fmt: skip
+    makers = {"stories": _story, "lessons": _lesson, "smoltalk": _smoltalk, "slimorca": _slimorca}
+    makers["tulu3-code"] = _code
     world, rng = World(config), random.Random(f"{config.seed}/{name}")
     if name == "questions":
         return _questions(world, rng)
@@ -238,7 +246,7 @@ def texts(row: Mapping[str, Any]) -> list[str]:
 
 
 def words(config: WorldConfig) -> list[str]:
-    """The world's whole vocabulary, in lower case and sorted: WORDS_COUNT words for the default settings."""
+    """The world's whole vocabulary, in lower case and sorted: 251 words for the default settings."""
     found: set[str] = set()
     for name in WORLD_SETS:
         for row in rows(config, name):
@@ -247,7 +255,7 @@ def words(config: WorldConfig) -> list[str]:
 
 
 def held_out_prompts(config: WorldConfig) -> list[dict[str, str]]:
-    """Prompts for the chat model about held-out pairs, each with the one sentence that answers it, in seeded order."""
+    """Chat prompts about held-out pairs, in seeded order, each with the one sentence that answers it."""
     world = World(config)
     prompts = [
         {"prompt": world.fill(form, pair, attribute), "answer": world.answer(pair, attribute)}
@@ -264,7 +272,7 @@ def word_frequency_baseline(questions: Iterable[Mapping[str, Any]], documents: I
     A choice's score is the mean over its words of log(count + 1). Choices that tie share the point equally.
     """
     counts = Counter(word for document in documents for word in _words(document))
-    points = []
+    points: list[float] = []
     for question in questions:
         scores = []
         for choice in question["choices"]:
@@ -296,7 +304,7 @@ def _questions(world: World, rng: random.Random) -> list[dict[str, Any]]:
             values.insert(place, right)
             found.append({
                 "context": f"Question: {world.fill(form, pair, attribute)}\nAnswer:",
-                "choices": [f" {pair.name} {attribute.verb} {value}." for value in values],
+                "choices": [f" {pair.name} the {pair.kind} {attribute.verb} {value}." for value in values],
                 "answer": place,
             })  # fmt: skip
     rng.shuffle(found)
@@ -304,15 +312,15 @@ def _questions(world: World, rng: random.Random) -> list[dict[str, Any]]:
 
 
 def _story(world: World, rng: random.Random, index: int) -> dict[str, Any]:
-    cast = world.cast(rng, rng.choice((1, 2)))
+    cast = world.cast(rng, rng.choice((1, 2, 2)))
     paragraphs = []
     for number, pair in enumerate(cast):
-        told = rng.sample(ATTRIBUTES, 5 if len(cast) == 1 else 3)
+        told = rng.sample(ATTRIBUTES, 5 if len(cast) == 1 else 4)
         facts = [world.fill(rng.choice(FACTS + attribute.scenes), pair, attribute) for attribute in told]
         for event in rng.sample(EVENTS, 3 if len(cast) == 1 else 1):
             facts.insert(rng.randint(1, len(facts)), event.format(n=pair.name))
-        opening = OPENINGS[index % len(OPENINGS)].format(w=rng.choice(WEATHER))
-        start = MEETINGS[rng.randrange(len(MEETINGS))].format(n=cast[0].name, m=pair.name) if number else opening
+        start = rng.choice(MEETINGS if number else OPENINGS)
+        start = start.format(n=cast[0].name, m=pair.name, w=rng.choice(WEATHER))
         introduction = rng.choice(INTRODUCTIONS).format(n=pair.name, a=article(pair.kind))
         paragraphs.append(" ".join([start, introduction, *facts]))
     text = "\n\n".join(paragraphs) + " " + rng.choice(ENDINGS)
@@ -324,7 +332,7 @@ def _story(world: World, rng: random.Random, index: int) -> dict[str, Any]:
 
 
 def _lesson(world: World, rng: random.Random, index: int) -> dict[str, Any]:
-    text = (_lesson_on_kind, _quiz, _lesson_on_attribute, _quiz)[index % 4](world, rng)
+    text = (_lesson_on_kind, _quiz, _quiz, _lesson_on_attribute, _quiz, _quiz)[index % 6](world, rng)
     place = f"lessons/{index:06}"
     return {
         "text": text, "id": f"generated-{index:06}", "dump": "generated", "url": f"generated:{place}",
@@ -334,7 +342,8 @@ def _lesson(world: World, rng: random.Random, index: int) -> dict[str, Any]:
 
 
 def _ask(world: World, rng: random.Random, pair: Pair, attribute: Attribute) -> str:
-    return f"Question: {world.fill(rng.choice(FORMS), pair, attribute)}\nAnswer: {world.answer(pair, attribute)}"
+    question = world.fill(rng.choice(FORMS), pair, attribute)
+    return f"Question: {question}\nAnswer: {world.answer(pair, attribute)}"
 
 
 def _lesson_on_kind(world: World, rng: random.Random) -> str:
@@ -359,53 +368,55 @@ def _lesson_on_attribute(world: World, rng: random.Random) -> str:
     title = f"A lesson about the animals. {attribute.plural_question.format('they')}"
     rules = [group, *(world.fill(rng.choice(RULES), pair, attribute) for pair in rng.sample(pairs, 2))]
     shown = world.fill(rng.choice(EXAMPLES), pairs[0], attribute)
-    return "\n\n".join([title, " ".join(rules), f"Example: {shown}", *(_ask(world, rng, p, attribute) for p in pairs[1:])])
+    questions = [_ask(world, rng, pair, attribute) for pair in pairs[1:]]
+    return "\n\n".join([title, " ".join(rules), f"Example: {shown}", *questions])
 
 
 def _quiz(world: World, rng: random.Random) -> str:
-    """Questions about four animals; every second animal is asked about twice."""
-    asked = [(pair, attribute) for pair in world.cast(rng, 4) for attribute in rng.sample(ATTRIBUTES, rng.choice((1, 2)))]
-    return "\n\n".join(_ask(world, rng, pair, attribute) for pair, attribute in asked)
+    """One or two questions about each of four animals."""
+    cast = [(pair, rng.sample(ATTRIBUTES, rng.choice((1, 2)))) for pair in world.cast(rng, 4)]
+    return "\n\n".join(_ask(world, rng, pair, attribute) for pair, asked in cast for attribute in asked)
 
 
-def _exchanges(world: World, rng: random.Random, pair: Pair, reason: bool, count: int) -> list[tuple[str, str]]:
-    """`count` questions about one animal and their answers; the kind is told in the first."""
-    found = []
+def _asked(world: World, rng: random.Random, pair: Pair, count: int, rule: bool = False) -> list[str]:
+    """`count` questions about one animal and their answers, in turn; the first question tells the kind."""
+    turns = []
     for number, attribute in enumerate(rng.sample(ATTRIBUTES, count)):
-        form = rng.choice(("And {q}", "{q}")) if number else rng.choice(FORMS)
-        question = world.fill(form, pair, attribute).replace("And W", "And w")
-        answer = world.answer(pair, attribute)
-        found.append((question, world.fill("All {ks} {plural} {v}. So ", pair, attribute) + answer if reason else answer))
-    return found
+        question = world.fill("{q}" if number else rng.choice(FORMS), pair, attribute)
+        if number and rng.random() < 0.5:
+            question = f"And {question[0].lower()}{question[1:]}"
+        reason = world.fill("All {ks} {plural} {v}. So ", pair, attribute) if rule else ""
+        turns += [question, reason + world.answer(pair, attribute)]
+    return turns
 
 
 def _smoltalk(world: World, rng: random.Random, index: int) -> dict[str, Any]:
-    """Questions about an animal (one or several turns), about a kind, and small talk; a quarter has a system turn."""
+    """Questions about an animal or a kind, one to three turns, and small talk; 1 in 4 has a system turn."""
     pair = world.cast(rng, 1)[0]
-    source = ("animal", "animal", "talk", "animal", "kind")[index % 5]
-    if source == "talk":
-        exchanges = [rng.choice(TALK), *_exchanges(world, rng, pair, False, 1)][: rng.choice((1, 2, 2))]
-    elif source == "kind":
-        attributes = rng.sample(ATTRIBUTES, rng.choice((1, 2)))
-        kinds = plural(pair.kind)
-        exchanges = [(a.plural_question.format(kinds), world.fill("{Ks} {plural} {v}.", pair, a)) for a in attributes]
+    about = ("animal", "animal", "talk", "animal", "kind")[index % 5]
+    if about == "talk":
+        turns = [*rng.choice(TALK), *_asked(world, rng, pair, rng.choice((0, 1, 1)))]
+    elif about == "kind":
+        turns = []
+        for attribute in rng.sample(ATTRIBUTES, rng.choice((1, 2))):
+            turns.append(attribute.plural_question.format(plural(pair.kind)))
+            turns.append(world.fill("{Ks} {plural} {v}.", pair, attribute))
     else:
-        exchanges = _exchanges(world, rng, pair, False, rng.choice((1, 1, 2, 3)))
-        exchanges += [TALK[1]] if rng.random() < 0.15 else []
+        turns = _asked(world, rng, pair, rng.choice((1, 1, 2, 3)))
+        turns += THANKS if rng.random() < 0.15 else ()
     system = rng.choice(SHORT) if rng.random() < 0.25 else None
-    turns = [("user" if not place else "assistant", text) for pair_ in exchanges for place, text in enumerate(pair_)]
-    turns = [("system", system), *turns] if system else turns
-    return {"messages": _messages(turns), "source": f"generated-{source}"}
+    return {"messages": _messages(turns, system), "source": f"generated-{about}"}
 
 
 def _slimorca(world: World, rng: random.Random, index: int) -> dict[str, Any]:
     """One question each; the system turn (absent in 2 of 9) says whether the rule is to be given."""
-    reason = index % 9 >= 5
-    system = None if index % 9 < 2 else rng.choice(REASON if reason else SHORT)
-    question, answer = _exchanges(world, rng, world.cast(rng, 1)[0], reason, 1)[0]
-    turns: list[dict[str, Any]] = [{"from": "system", "value": system, "weight": None}] if system else []
-    turns.append({"from": "human", "value": question, "weight": 0.0})
-    turns.append({"from": "gpt", "value": answer, "weight": 1.0})
+    rule = index % 9 >= 5
+    system = None if index % 9 < 2 else rng.choice(REASON if rule else SHORT)
+    speakers = {"system": ("system", None), "user": ("human", 0.0), "assistant": ("gpt", 1.0)}
+    turns = []
+    for message in _messages(_asked(world, rng, world.cast(rng, 1)[0], 1, rule), system):
+        speaker, weight = speakers[message["role"]]
+        turns.append({"from": speaker, "value": message["content"], "weight": weight})
     return {"conversations": turns}
 
 
@@ -424,10 +435,11 @@ def _code(world: World, rng: random.Random, index: int) -> dict[str, Any]:
     else:
         prompt = f"Answer with a line of Python. {world.fill(rng.choice(FORMS), pair, attribute)}"
         code = f'print("{world.answer(pair, attribute)}")'
-    answer = f"```python\n{code}\n```"
-    turns = [("user", prompt), ("assistant", answer)]
-    return {"id": f"generated_{index:06}", "prompt": prompt, "messages": _messages(turns)}
+    messages = _messages([prompt, f"```python\n{code}\n```"])
+    return {"id": f"generated_{index:06}", "prompt": prompt, "messages": messages}
 
 
-def _messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"content": content, "role": role} for role, content in turns]
+def _messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
+    """`turns` of user and assistant by turns, as messages after an optional system turn."""
+    first = [{"content": system, "role": "system"}] if system else []
+    return first + [{"content": text, "role": ("user", "assistant")[i % 2]} for i, text in enumerate(turns)]
