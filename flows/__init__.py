@@ -1,1 +1,1 @@
-"""Prefect flows that run the core's stages, and MLflow's record of them."""
+"""The curriculum as a Prefect flow, tracked in MLflow. The core, `vectorclm`, knows neither."""

@@ -30,7 +30,9 @@ class Snapshot:
     metrics: str  # the lines of metrics.jsonl up to this step
 
 
-def snapshot(step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], metrics: str) -> Snapshot:
+def snapshot(
+    step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], metrics: str
+) -> Snapshot:
     """Copy the tensors, so that training can go on while they are written."""
     tensors = {}
     for number, optimizer in enumerate(optimizers):
@@ -67,7 +69,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.writer.shutdown(wait=True)
         if kind is None:
             self.wait()
@@ -91,7 +95,9 @@ class Checkpoints:
         save_file(dict(saved.model), folder / "model.safetensors")
         save_file(dict(saved.optimizers), folder / "optim.safetensors")
         (folder / "metrics.jsonl").write_text(saved.metrics)
-        self.store.publish_directory(f"{self.root}/{name}", folder, {"step": saved.step, "plan": self.plan.fingerprint})
+        self.store.publish_directory(
+            f"{self.root}/{name}", folder, {"step": saved.step, "plan": self.plan.fingerprint}
+        )
         shutil.rmtree(folder)
         for old in self._steps()[:-KEEP]:
             self.store.remove(f"{self.root}/{old}")

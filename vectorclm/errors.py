@@ -1,12 +1,12 @@
 """What can go wrong, told to the person who must act.
 
-    VectorCLMError
-    ├── ConfigError      the experiment asks for something impossible: edit it, a retry cannot help
-    ├── DataError        a source, a document or a model directory is not what it should be
-    ├── StoreError       the store cannot be reached or written: a retry may help
-    │   └── CorruptArtifactError   bytes in the store differ from their manifest
-    ├── InUseError       another process is building the same artifact
-    └── DivergedError    the loss left the finite numbers: change the settings, a retry cannot help
+VectorCLMError
+├── ConfigError      the experiment asks for something impossible: edit it, a retry cannot help
+├── DataError        a source, a document or a model directory is not what it should be
+├── StoreError       the store cannot be reached or written: a retry may help
+│   └── CorruptArtifactError   bytes in the store differ from their manifest
+├── InUseError       another process is building the same artifact
+└── DivergedError    the loss left the finite numbers: change the settings, a retry cannot help
 """
 
 

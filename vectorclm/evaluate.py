@@ -38,7 +38,9 @@ class EvaluateConfig(Settings):
 
     tasks: list[TaskSource] = Field(default=[])
     prompts: list[str] = Field(min_length=1, description="Questions the chat model answers in the summary")
-    chat_prompts: int = Field(100, ge=1, description="Held-out conversations whose answers are checked for the template")
+    chat_prompts: int = Field(
+        100, ge=1, description="Held-out conversations whose answers are checked for the template"
+    )
     max_new_tokens: int = Field(128, ge=1, description="Longest answer to a prompt, in tokens")
 
 
@@ -92,7 +94,9 @@ def token_losses(model: CausalLM, input_ids: Tensor, targets: Tensor) -> Tensor:
     weight_VD = model.model.embed_tokens.weight
     pairs = zip(hidden_BTD[kept_BT].split(2048), targets[kept_BT].split(2048), strict=True)
     parts = [
-        F.cross_entropy(F.linear(hidden_ND.to(weight_VD.dtype), weight_VD).float(), targets_N, reduction="none")
+        F.cross_entropy(
+            F.linear(hidden_ND.to(weight_VD.dtype), weight_VD).float(), targets_N, reduction="none"
+        )
         for hidden_ND, targets_N in pairs
     ]
     if parts:
@@ -127,7 +131,10 @@ def windows_scores(
             tokens += int((targets_BT != IGNORE_INDEX).sum())
             text_nats += float((losses_BT.double() * (bytes_BT > 0)).sum())
             size += int(bytes_BT.sum())
-        scores[label] = {"loss": nats / max(1, tokens), "bits_per_byte": text_nats / math.log(2) / max(1, size)}
+        scores[label] = {
+            "loss": nats / max(1, tokens),
+            "bits_per_byte": text_nats / math.log(2) / max(1, size),
+        }
     return scores
 
 
@@ -171,7 +178,12 @@ def text_scores(model: CausalLM, tokenizer: Tokenizer, text: str, device: torch.
 
 
 def task_scores(
-    model: CausalLM, tokenizer: Tokenizer, label: str, items: Sequence[Item], micro_batch: int, device: torch.device
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    label: str,
+    items: Sequence[Item],
+    micro_batch: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Accuracy by the summed log-likelihood of each choice (`acc`), and by it over the choice's characters (`acc_norm`).
 
@@ -179,9 +191,13 @@ def task_scores(
     """
     model.eval()
     requests = [(number, c) for number, item in enumerate(items) for c in range(len(item.choices))]
-    sequences = [choice_ids(tokenizer, items[n], c, model.config.max_position_embeddings) for n, c in requests]
+    sequences = [
+        choice_ids(tokenizer, items[n], c, model.config.max_position_embeddings) for n, c in requests
+    ]
     sums = [0.0] * len(requests)
-    order = sorted(range(len(requests)), key=lambda i: -len(sequences[i][0]))  # alike in length: little padding
+    order = sorted(
+        range(len(requests)), key=lambda i: -len(sequences[i][0])
+    )  # alike in length: little padding
     with Progress(f"evaluate {label}", len(requests), "choices") as progress:
         for start in range(0, len(order), micro_batch):
             group = order[start : start + micro_batch]
@@ -191,7 +207,9 @@ def task_scores(
             for row, i in enumerate(group):
                 sequence, scored = sequences[i]
                 ids[row, : len(sequence)] = torch.tensor(sequence)
-                targets[row, len(sequence) - 1 - scored : len(sequence) - 1] = torch.tensor(sequence[-scored:])
+                targets[row, len(sequence) - 1 - scored : len(sequence) - 1] = torch.tensor(
+                    sequence[-scored:]
+                )
             losses = token_losses(model, ids[:, :-1].to(device), targets.to(device))
             for i, nats in zip(group, losses.double().sum(dim=1).tolist(), strict=True):
                 sums[i] = -nats
@@ -211,7 +229,9 @@ def choice_ids(tokenizer: Tokenizer, item: Item, choice: int, limit: int) -> tup
     return [BOS_ID, *whole][-limit - 1 :], min(scored, limit)
 
 
-def _accuracies(items: Sequence[Item], requests: Sequence[tuple[int, int]], sums: Sequence[float]) -> dict[str, Any]:
+def _accuracies(
+    items: Sequence[Item], requests: Sequence[tuple[int, int]], sums: Sequence[float]
+) -> dict[str, Any]:
     by_item: list[list[float]] = [[] for _ in items]
     for (number, _), value in zip(requests, sums, strict=True):
         by_item[number].append(value)
@@ -233,7 +253,9 @@ def _accuracies(items: Sequence[Item], requests: Sequence[tuple[int, int]], sums
 
 def write_scores(out: Path, scores: Mapping[str, Any]) -> None:
     """Write `scores.json`."""
-    (out / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "scores.json").write_text(
+        json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def read_items(task: TaskSource, rows: Iterable[Mapping[str, Any]], seed: int) -> list[Item]:

@@ -9,7 +9,13 @@ from typing import Any
 from vectorclm.artifact import Artifact
 from vectorclm.train_tokenizer import BOS_ID, EOS, EOS_ID, IM_END, IM_END_ID, PAD_ID, write_tokenizer_config
 
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
 
 
 def write_model_files(tokenizer: Path, model_max_length: int, *, chat: bool, out: Path) -> None:
@@ -24,7 +30,9 @@ def write_model_files(tokenizer: Path, model_max_length: int, *, chat: bool, out
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def export(name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+def export(
+    name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Artifact], out: Path
+) -> dict[str, Any]:
     """Write `base/` and `chat/`. `inputs` are the stages exported from, `lineage` every stage behind them."""
     for kind, stage, evaluation in (("base", "pretrain", "evaluate_base"), ("chat", "finetune", "evaluate")):
         source, folder = inputs[stage].local(), out / kind
@@ -57,7 +65,11 @@ def model_card(
         f"A decoder of {trained['parameters']:,} parameters ({config['num_hidden_layers']} layers, hidden size "
         f"{config['hidden_size']}, {config['num_attention_heads']} query and {config['num_key_value_heads']} key/value "
         f"heads, vocabulary {config['vocab_size']:,}, up to {config['max_position_embeddings']:,} tokens), "
-        + ("instruction-tuned with a loss on the assistant's tokens only." if kind == "chat" else "pretrained on text."),
+        + (
+            "instruction-tuned with a loss on the assistant's tokens only."
+            if kind == "chat"
+            else "pretrained on text."
+        ),
         "",
         "## Data",
         "",
@@ -69,20 +81,29 @@ def model_card(
     for label, counts in sample.summary["sources"].items():
         revision = str(sources[label].get("revision"))
         epochs = trained["epochs"].get(label, 0.0)
-        lines.append(f"| {label} | {counts['documents']:,} | {counts['bytes']:,} | {epochs:.2f} | `{revision[:19]}` |")
+        lines.append(
+            f"| {label} | {counts['documents']:,} | {counts['bytes']:,} | {epochs:.2f} | `{revision[:19]}` |"
+        )
     if kind == "chat":
         lines += ["", "Instruction-tuned on:", "", "| source | conversations |", "|---|---:|"]
         for label, counts in lineage["chat_shards"].summary["sources"].items():
             lines.append(f"| {label} | {counts.get('train', 0):,} |")
     lines += ["", "## Scores", "", "| held-out text | bits per byte |", "|---|---:|"]
     lines += [f"| {label} | {value:.4f} |" for label, value in scores["bits_per_byte"].items()]
-    lines += ["", "| benchmark | acc | acc_norm | standard error | chance | items |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [
+        "",
+        "| benchmark | acc | acc_norm | standard error | chance | items |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for label, score in scores["tasks"].items():
         figures = " | ".join(f"{score[key]:.3f}" for key in ("acc", "acc_norm", "stderr", "chance"))
         lines.append(f"| {label} | {figures} | {score['items']:,} |")
     if "chat" in scores:
         counts = scores["chat"]
-        lines += ["", f"{counts['ended']} of {counts['prompts']} held-out prompts are answered to the end of the turn."]
+        lines += [
+            "",
+            f"{counts['ended']} of {counts['prompts']} held-out prompts are answered to the end of the turn.",
+        ]
     lines += ["", "## Lineage", "", "| stage | fingerprint |", "|---|---|"]
     lines += [f"| {stage} | `{artifact.fingerprint}` |" for stage, artifact in lineage.items()]
     return "\n".join(lines) + "\n"

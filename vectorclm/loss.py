@@ -44,7 +44,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         (scale,) = grads
-        return grad_hidden_ND * scale.to(grad_hidden_ND.dtype), grad_weight_VD * scale.to(grad_weight_VD.dtype), None
+        return (
+            grad_hidden_ND * scale.to(grad_hidden_ND.dtype),
+            grad_weight_VD * scale.to(grad_weight_VD.dtype),
+            None,
+        )
 
 
 def chunked_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

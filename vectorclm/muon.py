@@ -23,7 +23,9 @@ class OptimizerConfig(Settings):
     momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov momentum of Muon")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of the hidden matrices, per unit of learning rate")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled decay of the hidden matrices, per unit of learning rate"
+    )
 
 
 class ScheduleConfig(Settings):
@@ -32,7 +34,9 @@ class ScheduleConfig(Settings):
     kind: Literal["cosine", "warmup_stable_decay"] = "cosine"
     warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps spent warming up")
     floor: float = Field(0.1, ge=0, le=1, description="The last step's share of the peak")
-    decay: float = Field(0.2, gt=0, le=1, description="Share of the steps spent decaying; warmup_stable_decay only")
+    decay: float = Field(
+        0.2, gt=0, le=1, description="Share of the steps spent decaying; warmup_stable_decay only"
+    )
 
 
 def schedule(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -72,7 +76,9 @@ def orthogonalise(g_NRC: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al., 2024). Matrices of one shape go through Newton-Schulz together."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -84,7 +90,9 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes[tuple(p.shape)].append(p)
             for (rows, columns), params in shapes.items():
-                update_NRC = orthogonalise(torch.stack([self._nesterov(p, group["momentum"]) for p in params]))
+                update_NRC = orthogonalise(
+                    torch.stack([self._nesterov(p, group["momentum"]) for p in params])
+                )
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(update_NRC.unbind()), alpha=-step_size)
@@ -105,7 +113,12 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Muon, t
         (hidden if p.ndim == 2 and ".layers." in name else rest).append(p)
     muon = Muon(hidden, config.learning_rate, config.momentum, config.weight_decay)
     adamw = torch.optim.AdamW(
-        rest, config.adamw_learning_rate, (config.beta1, config.beta2), eps=1e-10, weight_decay=0.0, fused=True
+        rest,
+        config.adamw_learning_rate,
+        (config.beta1, config.beta2),
+        eps=1e-10,
+        weight_decay=0.0,
+        fused=True,
     )
     return muon, adamw
 

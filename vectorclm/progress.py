@@ -56,7 +56,9 @@ class Progress:
         if time.monotonic() - self._last > 0.2:
             self._say(self.tick)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._say(self.tick)
 
     def _say(self, tick: Tick) -> None:
@@ -110,7 +112,9 @@ class Bars(_Handler):
     def show(self, tick: Tick) -> None:
         task = self.tasks.get(tick.stage)
         if task is None:
-            task = self.tasks[tick.stage] = self.live.add_task(tick.stage, total=tick.total, unit=tick.unit, note="")
+            task = self.tasks[tick.stage] = self.live.add_task(
+                tick.stage, total=tick.total, unit=tick.unit, note=""
+            )
         self.live.update(task, completed=tick.done, total=tick.total, unit=tick.unit, note=tick.note)
 
 

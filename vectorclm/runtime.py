@@ -16,14 +16,29 @@ from vectorclm.settings import Settings
 class Runtime(Settings):
     """Settings of the machine, not of the result."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where torch runs; auto takes a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where torch runs; auto takes a GPU if there is one"
+    )
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 = as many as cores")
-    micro_batch_size: int = Field(0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length")
-    loader_workers: int = Field(0, ge=0, description="Processes that read batches ahead; 0 = read in the training process")
-    checkpoint_interval: int = Field(0, ge=0, description="Steps between checkpoints; 0 = a twentieth of the run, at most 1,000 steps")
-    parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
-    retries: int = Field(2, ge=0, description="How often a stage is retried after a fault that a retry can mend")
-    work_dir: str | None = Field(None, description="Local folder for work in progress; default: beside a local store, else the cache folder")
+    micro_batch_size: int = Field(
+        0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length"
+    )
+    loader_workers: int = Field(
+        0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
+    )
+    checkpoint_interval: int = Field(
+        0, ge=0, description="Steps between checkpoints; 0 = a twentieth of the run, at most 1,000 steps"
+    )
+    parallel_stages: int = Field(
+        0, ge=0, description="Stages that may run side by side; 0 = one for each two cores"
+    )
+    retries: int = Field(
+        2, ge=0, description="How often a stage is retried after a fault that a retry can mend"
+    )
+    work_dir: str | None = Field(
+        None,
+        description="Local folder for work in progress; default: beside a local store, else the cache folder",
+    )
 
     def torch_device(self) -> torch.device:
         """The device this runtime names."""

@@ -61,7 +61,10 @@ class ShardWriter:
         schema = pa.schema([(name, array.type) for name, array in arrays.items()])
         schema = schema.with_metadata({"sequence_length": str(self.sequence_length)})
         batch = pa.record_batch(list(arrays.values()), schema=schema)
-        with pa.OSFile(f"{self.prefix}-{self.shards:05d}.arrow", "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with (
+            pa.OSFile(f"{self.prefix}-{self.shards:05d}.arrow", "wb") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
             writer.write_batch(batch)
         self.shards += 1
         self.windows += rows
@@ -126,7 +129,9 @@ def write_shards(config: ShardsConfig, sample: Path, tokenizer: Tokenizer, out: 
     return summary
 
 
-def _write_split(writer: ShardWriter, texts: Iterable[str], tokenizer: Tokenizer, dtype: Any) -> tuple[int, int]:
+def _write_split(
+    writer: ShardWriter, texts: Iterable[str], tokenizer: Tokenizer, dtype: Any
+) -> tuple[int, int]:
     """Write all windows of one split; how many documents went in and how many tokens were left over."""
     length = writer.sequence_length
     rest = np.empty(0, dtype)

@@ -43,7 +43,9 @@ class Phase(Settings):
     """A stretch of the curriculum."""
 
     tokens: int = Field(gt=0, description="Token budget")
-    weights: dict[str, float] = Field(default={}, description="Share of each source; left out, the sample's weights")
+    weights: dict[str, float] = Field(
+        default={}, description="Share of each source; left out, the sample's weights"
+    )
 
 
 class PretrainConfig(TrainConfig):
@@ -92,12 +94,18 @@ def train(
     steps, start = dataset.steps, dataset.start_step
     interval = work.runtime.checkpoint_interval or max(1, min(1000, steps // 20))
     window_tokens = dataset.window_tokens
-    loader = DataLoader(dataset, batch_size=None, num_workers=work.runtime.loader_workers, pin_memory=device.type == "cuda")
-    micro_batch = work.runtime.micro_batch_size or max(1, (65_536 if device.type == "cuda" else 4_096) // window_tokens)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=work.runtime.loader_workers, pin_memory=device.type == "cuda"
+    )
+    micro_batch = work.runtime.micro_batch_size or max(
+        1, (65_536 if device.type == "cuda" else 4_096) // window_tokens
+    )
     scores: dict[str, dict[str, float]] = {}
     with Progress(work.stage, steps * config.batch_size * window_tokens, "tokens") as progress:
         for step, batch in enumerate(loader, start):
-            torch.manual_seed(seed * 1_000_003 + step)  # dropout is a function of the step, so nothing needs saving
+            torch.manual_seed(
+                seed * 1_000_003 + step
+            )  # dropout is a function of the step, so nothing needs saving
             factor = schedule(config.schedule, step, steps)
             set_learning_rates(optimizers, factor)
             loss, norm = train_step(model, optimizers, batch, config.gradient_clipping, micro_batch, device)
@@ -107,13 +115,20 @@ def train(
             if (step + 1) % FLUSH_STEPS == 0 or last:
                 metrics.flush()
             if (step + 1) % config.validation_interval == 0 or last:
-                scores = windows_scores(model, validation, token_lengths, config.validation_windows, micro_batch, device)
+                scores = windows_scores(
+                    model, validation, token_lengths, config.validation_windows, micro_batch, device
+                )
                 metrics.write({"step": step + 1, "tokens": tokens, "validation": scores})
             if (step + 1) % interval == 0 and not last:
                 metrics.flush()
                 work.checkpoints.save(snapshot(step + 1, model, optimizers, metrics.text()))
             progress.at(tokens, metrics.note)
-    return {"steps": steps, "tokens": steps * config.batch_size * window_tokens, **metrics.summary(), "validation": scores}
+    return {
+        "steps": steps,
+        "tokens": steps * config.batch_size * window_tokens,
+        **metrics.summary(),
+        "validation": scores,
+    }
 
 
 def train_step(
@@ -132,7 +147,9 @@ def train_step(
     model.train()
     supervised = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
     if not supervised:
-        raise DataError("a batch has no supervised token: its labels are all -100, so there is nothing to learn from")
+        raise DataError(
+            "a batch has no supervised token: its labels are all -100, so there is nothing to learn from"
+        )
     total = torch.zeros((), device=device)
     for rows in torch.arange(len(batch.input_ids)).split(micro_batch):
         here = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -181,13 +198,17 @@ class Metrics:
         if not self.waiting:
             return
         now, tokens = time.monotonic(), self.waiting[-1][1]
-        values = torch.stack([torch.stack((loss, norm.to(loss))) for _, _, loss, norm, _ in self.waiting]).tolist()
+        values = torch.stack(
+            [torch.stack((loss, norm.to(loss))) for _, _, loss, norm, _ in self.waiting]
+        ).tolist()
         speed = (tokens - self.tokens) / max(now - self.since, 1e-9)
         self.since, self.tokens = now, tokens
         self.speeds.append(speed)
         for (step, done, _, _, rate), (loss, norm) in zip(self.waiting, values, strict=True):
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise DivergedError(f"loss {loss} and gradient norm {norm} in step {step}: lower the learning rate")
+                raise DivergedError(
+                    f"loss {loss} and gradient norm {norm} in step {step}: lower the learning rate"
+                )
             line = {"step": step, "tokens": done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             self.write({**line, "tokens_per_second": round(speed, 1)})
             self.losses.append(loss)

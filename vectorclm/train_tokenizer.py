@@ -34,10 +34,14 @@ class TokenizerConfig(Settings):
     """Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2, section 2.2)."""
 
     vocab_size: int = Field(16_384, ge=300, le=65_536, description="Tokens, the special ones included")
-    bytes: int = Field(gt=0, description="UTF-8 bytes of sampled text to learn from, the same from every source")
+    bytes: int = Field(
+        gt=0, description="UTF-8 bytes of sampled text to learn from, the same from every source"
+    )
 
 
-def train_tokenizer(config: TokenizerConfig, sample: Path, model_max_length: int, out: Path) -> dict[str, Any]:
+def train_tokenizer(
+    config: TokenizerConfig, sample: Path, model_max_length: int, out: Path
+) -> dict[str, Any]:
     """Learn the merges from the training text in `sample` and write `tokenizer.json` and `tokenizer_config.json`.
 
     Every source gives the same number of bytes, or all it has. Returns counts, and bytes per token on that text.
@@ -122,7 +126,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise DataError(f"{path} is not a tokenizer: {error}") from error
     found = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     if found != list(range(len(SPECIAL_TOKENS))):
-        raise DataError(f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}")
+        raise DataError(
+            f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}"
+        )
     tokenizer.encode_special_tokens = True
     return tokenizer
 

@@ -1,0 +1,103 @@
+"""What an experiment will cost, from its settings alone: nothing is opened, nothing asked of the network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+
+from vectorclm.artifact import Plan
+from vectorclm.config import ExperimentConfig
+from vectorclm.pinning import UNRESOLVED
+
+# Training FLOP/s that a small model reaches in practice: a third of the dense bf16 peak on GPUs, and
+# about 25 GFLOP/s a core in fp32 on CPUs with AVX2.
+DEVICES: Mapping[str, float] = {
+    "2 CPU cores": 0.05e12,
+    "16 CPU cores": 0.4e12,
+    "RTX 4090": 55e12,
+    "A100": 104e12,
+    "H100 or H200": 330e12,
+}
+
+
+def budget(experiment: ExperimentConfig, plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """Tokens, parameters, FLOPs, bytes, hours, and fingerprints: `unresolved` where a source's commit is unknown.
+
+    Memory is that of training in fp32: weights, gradients, Muon's one moment for matrices, AdamW's two for the
+    rest, and the activations of one window.
+    """
+    model, shards = experiment.model, experiment.shards
+    tokens = experiment.pretrain.tokens
+    flops = model.flops_per_token(shards.sequence_length) * tokens
+    embedding = model.vocab_size * model.hidden_size
+    state = 4 * (3 * model.parameters + embedding)
+    window = 4 * shards.sequence_length * model.num_hidden_layers
+    window *= 10 * model.hidden_size + 4 * model.intermediate_size
+    return {
+        "stages": {name: _fingerprint(name, experiment, plans) for name in plans},
+        "parameters": model.parameters,
+        "pretrain_tokens": tokens,
+        "phases": [phase.model_dump() for phase in experiment.pretrain.phases],
+        "tokens_per_step": experiment.pretrain.batch_size * shards.sequence_length,
+        "steps": tokens // (experiment.pretrain.batch_size * shards.sequence_length),
+        "sample_bytes": experiment.sample.bytes,
+        "conversations": sum(source.conversations for source in experiment.chat.sources),
+        "flops": flops,
+        "memory_bytes": {"model_and_optimizer": state, "one_window": window},
+        "hours": {device: flops / speed / 3600 for device, speed in DEVICES.items()},
+    }
+
+
+def _fingerprint(name: str, experiment: ExperimentConfig, plans: Mapping[str, Plan]) -> str:
+    """The stage's fingerprint, unless it or something before it reads a source whose commit is not known."""
+    reads: dict[str, Any] = {
+        "sample": experiment.sample.sources,
+        "chat_shards": experiment.chat.sources,
+        "evaluate_base": experiment.evaluate.tasks,
+        "evaluate": experiment.evaluate.tasks,
+    }
+    own = any(source.revision == UNRESOLVED for source in reads.get(name, []))
+    before = any(_fingerprint(stage, experiment, plans) == UNRESOLVED for stage in plans[name].inputs)
+    return UNRESOLVED if own or before else plans[name].fingerprint
+
+
+def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Console) -> None:
+    """Print the budget for a person."""
+    stages = Table("stage", "fingerprint", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for name, fingerprint in costs["stages"].items():
+        known = fingerprint != UNRESOLVED
+        stages.add_row(name, fingerprint if known else f"[yellow]{fingerprint}[/]")
+    facts = Table.grid(padding=(0, 2))
+    for number, phase in enumerate(costs["phases"], 1):
+        mix = phase["weights"] or {source.label: source.weight for source in experiment.sample.sources}
+        total = sum(mix.values())
+        parts = ", ".join(f"{label} {weight / total:.0%}" for label, weight in mix.items())
+        facts.add_row(f"phase {number}", f"{phase['tokens']:,} tokens: {parts}")
+    facts.add_row(
+        "pretraining",
+        f"{costs['pretrain_tokens']:,} tokens in {costs['steps']:,} steps of {costs['tokens_per_step']:,}",
+    )
+    facts.add_row("sample", f"{costs['sample_bytes']:,} bytes of text")
+    facts.add_row(
+        "tuning", f"up to {costs['conversations']:,} conversations, read {experiment.finetune.epochs:g} times"
+    )
+    facts.add_row("parameters", f"{costs['parameters']:,}")
+    facts.add_row("training FLOPs", f"{costs['flops']:.3g}")
+    memory = costs["memory_bytes"]
+    facts.add_row("memory", f"{memory['model_and_optimizer'] / 1e9:.2f} GB for model and optimizer")
+    facts.add_row("", f"and about {memory['one_window'] / 1e9:.2f} GB for each window of a micro-batch")
+    hours = Table(
+        "device", "TFLOP/s assumed", "pretraining", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim"
+    )
+    for device, value in costs["hours"].items():
+        hours.add_row(device, f"{DEVICES[device] / 1e12:g}", _hours(value))
+    console.print(
+        Panel(Group(stages, facts, hours), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED)
+    )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

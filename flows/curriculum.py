@@ -1,0 +1,31 @@
+"""The whole mission: raw text becomes an evaluated, instruction-tuned model."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows.stages import Handle, Stages
+from vectorclm.config import ExperimentConfig
+from vectorclm.runtime import Runtime
+
+
+@flow(name="curriculum", flow_run_name="{experiment.name}", persist_result=False)
+def curriculum(
+    experiment: ExperimentConfig, runtime: Runtime, store: str, data: str | None = None
+) -> dict[str, Handle]:
+    """Make every artifact of a pinned experiment, or find it made: what each stage gave, by name.
+
+    A stage starts when those named after it are done. Raises StageFailedError naming the first stage that
+    failed; what was finished stays, and the next run reuses it.
+    """
+    with Stages(experiment, runtime, store, Path(data) if data else None) as stage:
+        sample = stage("sample")
+        tokenizer = stage("tokenizer", sample)
+        shards = stage("shards", sample, tokenizer)
+        chat_shards = stage("chat_shards", tokenizer)
+        pretrain = stage("pretrain", shards)
+        finetune = stage("finetune", pretrain, chat_shards)
+        evaluate_base = stage("evaluate_base", pretrain, shards)
+        evaluate = stage("evaluate", finetune, chat_shards, shards)
+        stage("export", pretrain, finetune, evaluate_base, evaluate)
+        return stage.handles()

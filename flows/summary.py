@@ -1,0 +1,158 @@
+"""What a finished curriculum tells: to a person as tables, to a program as one object."""
+
+import json
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from flows.stages import Handle, duration
+from flows.tracking import tracking_uri
+from vectorclm.artifact import Artifact, Store
+from vectorclm.config import ExperimentConfig
+
+ANSWERS = 3  # sample answers shown
+TITLES = {"base": "base model", "chat": "chat model"}
+
+
+class Summary:
+    """The results of one curriculum, read from its artifacts' manifests."""
+
+    def __init__(self, experiment: ExperimentConfig, store: Store, handles: Mapping[str, Handle]) -> None:
+        self.experiment, self.store, self.handles = experiment, store, handles
+        self.scores = {"base": self._of("evaluate_base").summary, "chat": self._of("evaluate").summary}
+        export = self._of("export")
+        folder = export.local() if not store.is_local else None
+        self.models = {
+            kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in TITLES
+        }
+
+    def _of(self, stage: str) -> Artifact:
+        found = self.store.find(stage, self.handles[stage]["fingerprint"])
+        assert found is not None
+        return found
+
+    def as_object(self) -> dict[str, Any]:
+        """The object that `--json` prints; `scores` are the base model's means, beside all of both models."""
+        keys = ("fingerprint", "uri", "state", "seconds")
+        stages = {name: {key: dict(handle)[key] for key in keys} for name, handle in self.handles.items()}
+        tasks = [task["acc"] for task in self.scores["base"]["tasks"].values()]
+        scores = {
+            "multiple_choice": fmean(tasks) if tasks else None,
+            "bits_per_byte": fmean(self.scores["base"]["bits_per_byte"].values()),
+            **self.scores,
+        }
+        return {"stages": stages, "scores": scores, "models": self.models}
+
+    def show(self, console: Console) -> None:
+        """Print the results for a person."""
+        console.print()
+        console.print(
+            Panel(self._body(), title=f"[bold]{self.experiment.name}[/]", box=box.ROUNDED, padding=(1, 2))
+        )
+
+    def _body(self) -> RenderableType:
+        gap = Text()
+        return Group(
+            self._stages(),
+            gap,
+            self._training(),
+            gap,
+            self._texts(),
+            gap,
+            self._tasks(),
+            gap,
+            self._answers(),
+            gap,
+            self._places(),
+        )
+
+    def _stages(self) -> RenderableType:
+        table = _table("stage", "state", "time >", "fingerprint")
+        for name, handle in self.handles.items():
+            built = handle["state"] == "built"
+            state = "[green]built[/]" if built else "[cyan]reused[/]"
+            table.add_row(
+                name, state, duration(handle["seconds"]) if built else "", handle["fingerprint"][:12]
+            )
+        return table
+
+    def _training(self) -> RenderableType:
+        table = _table(
+            "training", "steps >", "tokens >", "first loss >", "last loss >", "validation >", "tokens/s >"
+        )
+        for stage in ("pretrain", "finetune"):
+            made = self._of(stage).summary
+            held_out = fmean(item["loss"] for item in made["validation"].values())
+            table.add_row(
+                stage,
+                f"{made['steps']:,}",
+                f"{made['tokens']:,}",
+                f"{made['first_loss']:.3f}",
+                f"[bold]{made['last_loss']:.3f}[/]",
+                f"{held_out:.3f}",
+                f"{made['tokens_per_second']:,.0f}",
+            )
+        return table
+
+    def _texts(self) -> RenderableType:
+        table = _table("held-out text, bits per byte", *(f"{title} >" for title in TITLES.values()))
+        for label in self.scores["base"]["bits_per_byte"]:
+            table.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES))
+        return table
+
+    def _tasks(self) -> RenderableType:
+        table = _table("multiple choice", "chance >", *(f"{title} >" for title in TITLES.values()), "items >")
+        for label, task in self.scores["base"]["tasks"].items():
+            found = [self.scores[kind]["tasks"][label] for kind in TITLES]
+            figures = [f"[bold]{item['acc']:.1%}[/] ± {item['stderr']:.1%}" for item in found]
+            table.add_row(label, f"{task['chance']:.1%}", *figures, f"{task['items']:,}")
+        counts = self.scores["chat"].get("chat")
+        if counts:
+            said = f"{counts['answered_in_template']} of {counts['prompts']}"
+            table.add_row("answers in the template, ended", "", "", f"[bold]{said}[/]", "")
+        return table
+
+    def _answers(self) -> RenderableType:
+        lines = []
+        for sample in self.scores["chat"]["samples"][:ANSWERS]:
+            lines.append(f"[bold]you[/]    {escape(sample['prompt'])}")
+            lines.append(f"[bold green]model[/]  {escape(sample['answer'].strip()) or '[dim](nothing)[/]'}")
+        return Text.from_markup("\n".join(lines))
+
+    def _places(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        uri = tracking_uri(self.store)
+        if uri.startswith("sqlite:"):
+            look = f"mlflow ui --backend-store-uri {uri} --port 5000"
+            table.add_row("MLflow", Text(look, overflow="fold"))
+            table.add_row("", "then open http://localhost:5000/?workflowType=machine_learning")
+        else:
+            table.add_row("MLflow", Text(f"{uri}?workflowType=machine_learning", overflow="fold"))
+        table.add_row("artifacts", Text(self.store.uri, overflow="fold"))
+        for kind, title in TITLES.items():
+            table.add_row(title, Text(self.models[kind], overflow="fold"))
+        table.add_row(
+            "talk to it", Text(f"vectorclm chat {self.models['chat']}", style="bold", overflow="fold")
+        )
+        return table
+
+
+def _table(*headings: str) -> Table:
+    """An open table; a heading that ends in `>` stands over a column of numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for heading in headings:
+        name = heading.removesuffix(" >")
+        table.add_column(name, justify="right" if name != heading else "left")
+    return table
+
+
+def as_line(summary: Summary) -> str:
+    """The summary as one line of JSON."""
+    return json.dumps(summary.as_object(), ensure_ascii=False)
