@@ -12,22 +12,22 @@ from vectorclm.artifact import Plan
 from vectorclm.config import ExperimentConfig
 from vectorclm.pinning import UNRESOLVED
 
-# Training FLOP/s that a small model reaches in practice: a third of the dense bf16 peak on GPUs, and
-# about 25 GFLOP/s a core in fp32 on CPUs with AVX2.
+# Training FLOP/s taken for the estimate: a fifth of the dense bf16 peak on GPUs, whose products a small model
+# keeps short, and 25 GFLOP/s a core in fp32 on CPUs with AVX2.
 DEVICES: Mapping[str, float] = {
     "2 CPU cores": 0.05e12,
     "16 CPU cores": 0.4e12,
-    "RTX 4090": 55e12,
-    "A100": 104e12,
-    "H100 or H200": 330e12,
+    "RTX 4090": 33e12,
+    "A100": 62e12,
+    "H100 or H200": 200e12,
 }
 
 
 def budget(experiment: ExperimentConfig, plans: Mapping[str, Plan]) -> dict[str, Any]:
-    """Tokens, parameters, FLOPs, bytes, hours, and fingerprints: `unresolved` where a source's commit is unknown.
+    """Tokens, parameters, FLOPs, bytes, hours, and fingerprints: `unresolved` while a source has no commit.
 
-    Memory is that of training in fp32: weights, gradients, Muon's one moment for matrices, AdamW's two for the
-    rest, and the activations of one window.
+    Memory is that of training in fp32: weights, gradients, Muon's one moment for matrices, AdamW's two for
+    the rest, and the activations of one window.
     """
     model, shards = experiment.model, experiment.shards
     tokens = experiment.pretrain.tokens
@@ -89,14 +89,10 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     memory = costs["memory_bytes"]
     facts.add_row("memory", f"{memory['model_and_optimizer'] / 1e9:.2f} GB for model and optimizer")
     facts.add_row("", f"and about {memory['one_window'] / 1e9:.2f} GB for each window of a micro-batch")
-    hours = Table(
-        "device", "TFLOP/s assumed", "pretraining", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim"
-    )
+    hours = Table("device", "TFLOP/s assumed", "pretraining", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for device, value in costs["hours"].items():
         hours.add_row(device, f"{DEVICES[device] / 1e12:g}", _hours(value))
-    console.print(
-        Panel(Group(stages, facts, hours), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED)
-    )
+    console.print(Panel(Group(stages, facts, hours), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED))
 
 
 def _hours(hours: float) -> str:

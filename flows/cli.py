@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,19 +25,23 @@ from vectorclm.artifact import Store
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.pinning import check_sources, pin
-from vectorclm.progress import bars
+from vectorclm.progress import Tick, bars
 from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
 from vectorclm.stages import plans
 
+PROGRESS = {"vectorclm.progress": logging.INFO}
+TOLD = {
+    "flows": logging.INFO,
+    "vectorclm": logging.WARNING,
+}  # what a person sees of the log without --verbose
+REPORT_SECONDS = 30
 END_SECONDS = 25  # after Ctrl-C; a stage in the middle of a library's call cannot be asked to stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 where all went well, 2 for an error that its message explains, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        "vectorclm", description="From raw text to an instruction-tuned language model."
-    )
+    parser = argparse.ArgumentParser("vectorclm", description="From raw text to an instruction-tuned language model.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     core.add_commands(commands)
@@ -65,9 +70,7 @@ def _add_run(commands: Any) -> None:
         help="tiny, small, base, or a file (%(default)s)",
     )
     core.add_place(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print the results as one JSON object, and nothing else"
-    )
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object, and nothing else")
     parser.add_argument("--dry-run", action="store_true", help="print fingerprints and costs, and do nothing")
     parser.add_argument(
         "--set",
@@ -80,11 +83,7 @@ def _add_run(commands: Any) -> None:
     machine = parser.add_argument_group("this machine (never part of a result's fingerprint)")
     for name, field in Runtime.model_fields.items():
         kind = field.annotation
-        options = (
-            {"choices": get_args(kind)}
-            if get_origin(kind) is Literal
-            else {"type": int if kind is int else str}
-        )
+        options = {"choices": get_args(kind)} if get_origin(kind) is Literal else {"type": int if kind is int else str}
         about = (field.description or "").replace("%", "%%")
         machine.add_argument(f"--{name.replace('_', '-')}", dest=f"runtime_{name}", help=about, **options)
 
@@ -133,9 +132,7 @@ def _member(inside: Any, part: str, key: str, value: Any = _ABSENT) -> Any:
 def _runtime(args: argparse.Namespace) -> Runtime:
     chosen = core.load_runtime(args.runtime).model_dump()
     given = {name: getattr(args, f"runtime_{name}") for name in Runtime.model_fields}
-    return validate(
-        Runtime, {**chosen, **{key: value for key, value in given.items() if value is not None}}, "options"
-    )
+    return validate(Runtime, {**chosen, **{key: value for key, value in given.items() if value is not None}}, "options")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -195,9 +192,9 @@ def _curriculum(
         workers = runtime.parallel_stages or default_workers()
         runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers)
         flow = curriculum.with_options(task_runner=cast(Any, runner))
-        stack.enter_context(bars(console))
+        stack.enter_context(bars(console) if console.is_terminal else _attached(_Reports(console), PROGRESS))
         if not args.verbose:
-            stack.enter_context(_told(console))
+            stack.enter_context(_attached(_Lines(console), TOLD))
         data = str(args.data.absolute()) if args.data is not None else None
         return flow(experiment, runtime, store.uri, data)
 
@@ -228,7 +225,7 @@ def _interruptible() -> Iterator[None]:
 
 
 class _Lines(logging.Handler):
-    """Log records as lines above the progress bars."""
+    """Log records as lines, above the progress bars where there are any."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -236,22 +233,36 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "green"
-        self.console.print(record.getMessage(), style=style, highlight=False, markup=False)
+        self.console.print(record.getMessage(), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Reports(logging.Handler):
+    """Progress for a log file: a line a stage, and no more than one in REPORT_SECONDS."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+        self._last: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tick = getattr(record, "tick", None)
+        now = time.monotonic()
+        if isinstance(tick, Tick) and now - self._last.setdefault(tick.stage, now) > REPORT_SECONDS:
+            self._last[tick.stage] = now
+            line = f"{tick.stage} {tick.done:,} of {tick.total:,} {tick.unit}  {tick.note}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def _told(console: Console) -> Iterator[None]:
-    """Show what the flow says of each stage, and the warnings of the core."""
-    handler = _Lines(console)
-    levels = {"flows": logging.INFO, "vectorclm": logging.WARNING}
-    for name, level in levels.items():
-        named = logging.getLogger(name)
-        named.setLevel(level)
-        named.addHandler(handler)
+def _attached(handler: logging.Handler, names: Mapping[str, int]) -> Iterator[None]:
+    """Have the handler hear these loggers, from these levels up, while the block runs."""
+    for name, level in names.items():
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).addHandler(handler)
     try:
         yield
     finally:
-        for name in levels:
+        for name in names:
             logging.getLogger(name).removeHandler(handler)
 
 

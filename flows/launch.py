@@ -121,7 +121,7 @@ class Launcher:
 
 
 def dying_with_parent(command: Sequence[str]) -> list[str]:
-    """`command`, made to receive SIGTERM when the thread that starts it is gone, even by `kill -9` (on Linux)."""
+    """`command`, made to get SIGTERM when the thread that starts it is gone, even by `kill -9` (on Linux)."""
     if shutil.which("setpriv"):
         return ["setpriv", "--pdeathsig", "TERM", *command]
     if platform.system() == "Linux":

@@ -38,7 +38,7 @@ def has_own_server() -> bool:
 
 
 class PrivateServer:
-    """A Prefect server in a child process, its database in `home`; `start`, then `wait` before the first call."""
+    """A Prefect server in a child process, its database in `home`; `start`, then `wait` for it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home

@@ -29,9 +29,7 @@ from vectorclm.errors import CorruptArtifactError, DataError, StoreError, Vector
 from vectorclm.runtime import Runtime
 from vectorclm.stages import plans, run_stage
 
-TORCH_STAGES = frozenset(
-    {"pretrain", "finetune", "evaluate", "evaluate_base"}
-)  # each in a process of its own
+TORCH_STAGES = frozenset({"pretrain", "finetune", "evaluate", "evaluate_base"})  # each in a process of its own
 RETRY_DELAY = 5  # seconds
 
 logger = logging.getLogger(__name__)
@@ -95,7 +93,7 @@ class Stages:
             persist_result=False,
             result_serializer="json",
         )
-        self._futures[name] = task.submit(wait_for=list(after))
+        self._futures[name] = task.submit(return_state=False, wait_for=list(after))
         return self._futures[name]
 
     def handles(self) -> dict[str, Handle]:
@@ -138,9 +136,7 @@ class Stages:
         self.launcher.run(command, get_run_logger().info)
         plan = self.plans[name]
         if (made := self.store.find(plan.stage, plan.fingerprint)) is None:
-            raise StoreError(
-                f"{name} ended well, but {self.store.uri_of(plan.stage)} lacks {plan.fingerprint}"
-            )
+            raise StoreError(f"{name} ended well, but {self.store.uri_of(plan.stage)} lacks {plan.fingerprint}")
         return made
 
 
@@ -159,9 +155,7 @@ def duration(seconds: float) -> str:
 
 def _handle(name: str, artifact: Artifact, state: str, began: float) -> Handle:
     seconds = round(time.monotonic() - began, 2)
-    return Handle(
-        stage=name, fingerprint=artifact.fingerprint, uri=artifact.uri, state=state, seconds=seconds
-    )
+    return Handle(stage=name, fingerprint=artifact.fingerprint, uri=artifact.uri, state=state, seconds=seconds)
 
 
 def _may_help(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -181,6 +175,4 @@ def _failure(name: str, error: BaseException) -> StageFailedError:
     else:
         todo = "this is a fault of the program; with --verbose it shows where"
     what = str(error) if isinstance(error, VectorCLMError) else f"{type(error).__name__}: {error}"
-    return StageFailedError(
-        f"stage {name} failed: {what}\nFinished stages are kept and will be reused; {todo}."
-    )
+    return StageFailedError(f"stage {name} failed: {what}\nFinished stages are kept and will be reused; {todo}.")

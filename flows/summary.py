@@ -29,9 +29,7 @@ class Summary:
         self.scores = {"base": self._of("evaluate_base").summary, "chat": self._of("evaluate").summary}
         export = self._of("export")
         folder = export.local() if not store.is_local else None
-        self.models = {
-            kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in TITLES
-        }
+        self.models = {kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in TITLES}
 
     def _of(self, stage: str) -> Artifact:
         found = self.store.find(stage, self.handles[stage]["fingerprint"])
@@ -53,40 +51,25 @@ class Summary:
     def show(self, console: Console) -> None:
         """Print the results for a person."""
         console.print()
-        console.print(
-            Panel(self._body(), title=f"[bold]{self.experiment.name}[/]", box=box.ROUNDED, padding=(1, 2))
-        )
-
-    def _body(self) -> RenderableType:
-        gap = Text()
-        return Group(
-            self._stages(),
-            gap,
-            self._training(),
-            gap,
-            self._texts(),
-            gap,
-            self._tasks(),
-            gap,
-            self._answers(),
-            gap,
-            self._places(),
-        )
+        body = Group(self._stages(), self._training(), self._texts(), self._tasks(), self._answers())
+        title = f"[bold]{self.experiment.name}[/]"
+        console.print(Panel(body, title=title, box=box.ROUNDED, padding=(0, 2)))
+        for (
+            heading,
+            place,
+        ) in self._places():  # outside of the frame, and never wrapped: these are to be copied
+            console.print(f"[dim]{heading:<11}[/] {escape(place)}", soft_wrap=True, highlight=False)
 
     def _stages(self) -> RenderableType:
         table = _table("stage", "state", "time >", "fingerprint")
         for name, handle in self.handles.items():
             built = handle["state"] == "built"
             state = "[green]built[/]" if built else "[cyan]reused[/]"
-            table.add_row(
-                name, state, duration(handle["seconds"]) if built else "", handle["fingerprint"][:12]
-            )
+            table.add_row(name, state, duration(handle["seconds"]) if built else "", handle["fingerprint"][:12])
         return table
 
     def _training(self) -> RenderableType:
-        table = _table(
-            "training", "steps >", "tokens >", "first loss >", "last loss >", "validation >", "tokens/s >"
-        )
+        table = _table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
         for stage in ("pretrain", "finetune"):
             made = self._of(stage).summary
             held_out = fmean(item["loss"] for item in made["validation"].values())
@@ -116,7 +99,7 @@ class Summary:
         counts = self.scores["chat"].get("chat")
         if counts:
             said = f"{counts['answered_in_template']} of {counts['prompts']}"
-            table.add_row("answers in the template, ended", "", "", f"[bold]{said}[/]", "")
+            table.add_row("ends its answers", "", "", f"[bold]{said}[/]", "")
         return table
 
     def _answers(self) -> RenderableType:
@@ -126,22 +109,19 @@ class Summary:
             lines.append(f"[bold green]model[/]  {escape(sample['answer'].strip()) or '[dim](nothing)[/]'}")
         return Text.from_markup("\n".join(lines))
 
-    def _places(self) -> RenderableType:
-        table = Table.grid(padding=(0, 2))
-        uri = tracking_uri(self.store)
+    def _places(self) -> list[tuple[str, str]]:
+        uri, start = tracking_uri(self.store), "http://localhost:5000"
         if uri.startswith("sqlite:"):
-            look = f"mlflow ui --backend-store-uri {uri} --port 5000"
-            table.add_row("MLflow", Text(look, overflow="fold"))
-            table.add_row("", "then open http://localhost:5000/?workflowType=machine_learning")
+            look = [("MLflow", f"mlflow ui --backend-store-uri {uri} --port 5000")]
         else:
-            table.add_row("MLflow", Text(f"{uri}?workflowType=machine_learning", overflow="fold"))
-        table.add_row("artifacts", Text(self.store.uri, overflow="fold"))
-        for kind, title in TITLES.items():
-            table.add_row(title, Text(self.models[kind], overflow="fold"))
-        table.add_row(
-            "talk to it", Text(f"vectorclm chat {self.models['chat']}", style="bold", overflow="fold")
-        )
-        return table
+            look, start = [], uri.rstrip("/")
+        return [
+            *look,
+            ("" if look else "MLflow", f"{start}/?workflowType=machine_learning"),
+            ("artifacts", self.store.uri),
+            *((title, self.models[kind]) for kind, title in TITLES.items()),
+            ("talk to it", f"vectorclm chat {self.models['chat']}"),
+        ]
 
 
 def _table(*headings: str) -> Table:

@@ -1,4 +1,4 @@
-"""What MLflow is told: a run for the curriculum, one for each stage in it, data sets, models and their lineage.
+"""What MLflow is told: a run for the curriculum, one for each stage in it, data sets, models, their lineage.
 
 One thread talks to MLflow, in order; stages only hand it jobs. Whatever fails there is warned of once and
 never stops or slows a run: live metrics that could not be sent are sent later, from the file that keeps them.
@@ -144,7 +144,7 @@ class Tracker:
         self.do(job)
 
     def model_id(self, name: str, artifact: Artifact | None = None) -> str | None:
-        """The logged model of a stage's artifact, made where there is none; None where the artifact is missing."""
+        """The logged model of a stage's artifact, made where there is none; None without the artifact."""
         plan = self.plans[name]
         if plan.fingerprint not in self.model_ids:
             known = self.client.search_logged_models(
@@ -339,9 +339,7 @@ class StageRun:
         made = [tracker.dataset(name) for name in plan.inputs if name in DATASETS]
         inputs = [DatasetInput(entity, context) for entity in [*made, *self._sources()] if entity is not None]
         models = [tracker.model_id(name) for name in plan.inputs if name in MODELS]
-        tracker.client.log_inputs(
-            self._run_id, inputs, [LoggedModelInput(model) for model in models if model]
-        )
+        tracker.client.log_inputs(self._run_id, inputs, [LoggedModelInput(model) for model in models if model])
         monitor: Any = SystemMetricsMonitor  # MLflow's is untyped
         self._monitor = monitor(self._run_id, sampling_interval=5, tracking_uri=tracker.uri)
         self._monitor.start()
@@ -427,9 +425,7 @@ class StageRun:
         client = tracker.client
         model_id = tracker.model_id(name, artifact) if name in MODELS else None
         if model_id is not None:
-            client.log_outputs(
-                self._run_id, [LoggedModelOutput(model_id, step=artifact.summary.get("steps", 0))]
-            )
+            client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step=artifact.summary.get("steps", 0))])
         client.log_batch(self._run_id, tags=[RunTag("uri", artifact.uri)])
         if "metrics.jsonl" in artifact.manifest["files"]:
             kept = tracker.store.read(f"{artifact.stage}/{artifact.fingerprint}/metrics.jsonl") or b""
@@ -454,9 +450,7 @@ class StageRun:
         self._log(figures, model_id, tracker.dataset("shards"))
         tracker.glance(self.name, figures)
 
-    def _log(
-        self, figures: Mapping[str, float], model_id: str | None = None, dataset: Dataset | None = None
-    ) -> None:
+    def _log(self, figures: Mapping[str, float], model_id: str | None = None, dataset: Dataset | None = None) -> None:
         now = int(time.time() * 1000)
         linked = (model_id, dataset.name, dataset.digest) if dataset is not None else (model_id, None, None)
         batch = [Metric(key, value, now, 0, *linked) for key, value in figures.items()]

@@ -50,9 +50,7 @@ class Hub:
     def push(self, repo: str, files: Mapping[str, bytes]) -> str:
         """A new commit, the head from now on, with exactly these files; its hash."""
         history = self.commits.setdefault(repo, {})
-        content = "".join(
-            f"{name} {hashlib.sha1(data).hexdigest()}\n" for name, data in sorted(files.items())
-        )
+        content = "".join(f"{name} {hashlib.sha1(data).hexdigest()}\n" for name, data in sorted(files.items()))
         commit = hashlib.sha1(f"{len(history)} {content}".encode()).hexdigest()
         history[commit] = dict(files)
         self.heads[repo] = commit
@@ -93,25 +91,17 @@ class _Handler(BaseHTTPRequestHandler):
             parts.get("verb") or ("resolve" if "path" in parts else "revision"),
             parts.get("rest") or "main",
         )
-        revision, _, below = (
-            rest.partition("/") if "rest" in parts else (parts["revision"], "", parts["path"])
-        )
+        revision, _, below = rest.partition("/") if "rest" in parts else (parts["revision"], "", parts["path"])
         commit = self.hub.heads[parts["repo"]] if revision == "main" else revision
         if commit not in history:
             return self._missing("RevisionNotFound", f"Invalid rev id: {revision}")
         files = history[commit]
         if verb == "revision":
-            return self._json(
-                {"id": parts["repo"], "sha": commit, "siblings": [{"rfilename": n} for n in files]}
-            )
+            return self._json({"id": parts["repo"], "sha": commit, "siblings": [{"rfilename": n} for n in files]})
         if verb == "tree":
             recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["False"])[0].lower() == "true"
             entries = _tree(files, below, recursive)
-            return (
-                self._json(entries)
-                if entries or not below
-                else self._missing("EntryNotFound", "no such folder")
-            )
+            return self._json(entries) if entries or not below else self._missing("EntryNotFound", "no such folder")
         if verb == "paths-info":
             known = {entry["path"]: entry for entry in _tree(files, "", recursive=True)}
             return self._json([known[name] for name in self.form["paths"] if name in known])
@@ -128,12 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, data, headers)
 
     def _bytes(self, sha256: str) -> None:
-        blobs = (
-            data
-            for commits in self.hub.commits.values()
-            for files in commits.values()
-            for data in files.values()
-        )
+        blobs = (data for commits in self.hub.commits.values() for files in commits.values() for data in files.values())
         data = next(data for data in blobs if hashlib.sha256(data).hexdigest() == sha256)
         if (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))) is None:
             return self._answer(200, data, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})

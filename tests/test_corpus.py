@@ -160,9 +160,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     (tmp_path / "papers").mkdir()
     rows = [{"text": text} for text in [*documents(30), *documents(40, "paper"), 7, "\ud800 half a pair"]]
     (tmp_path / "papers" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    summary = sample(
-        tmp_path / "out", tmp_path, sources=[source(), source(label="papers", path="owner/papers")]
-    )
+    summary = sample(tmp_path / "out", tmp_path, sources=[source(), source(label="papers", path="owner/papers")])
     books, papers = summary["sources"]["books"], summary["sources"]["papers"]
     assert books["dropped"] == {"empty": 2, "not_text": 1, "duplicate": 20}
     assert papers["dropped"] == {"empty": 0, "not_text": 2, "duplicate": 30}
@@ -173,9 +171,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
 
 def test_a_source_must_give_both_sides(tmp_path: Path) -> None:
     write_parquet(tmp_path / "books" / "a.parquet", [*documents(5), None])
-    with pytest.raises(
-        DataError, match=r"gave 5 documents for training and 0 .*1 not text.*validation_share"
-    ):
+    with pytest.raises(DataError, match=r"gave 5 documents for training and 0 .*1 not text.*validation_share"):
         sample(tmp_path / "out", tmp_path, validation_share=1e-9)
     write_parquet(tmp_path / "books" / "a.parquet", ["", None])
     with pytest.raises(DataError, match=r"gave 0 documents .*1 empty, 1 not text.*training needs"):
@@ -185,9 +181,7 @@ def test_a_source_must_give_both_sides(tmp_path: Path) -> None:
 def test_a_file_that_breaks_in_the_middle_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "books"
     folder.mkdir()
-    lines = "".join(
-        json.dumps({"text": hashlib.sha256(bytes([n % 256])).hexdigest() * n}) + "\n" for n in range(400)
-    )
+    lines = "".join(json.dumps({"text": hashlib.sha256(bytes([n % 256])).hexdigest() * n}) + "\n" for n in range(400))
     packed = zstandard.compress(lines.encode())
     (folder / "a.jsonl.zst").write_bytes(packed[: len(packed) - 50])
     with pytest.raises(DataError, match=r"cannot read .*a\.jsonl\.zst.*fetch it again"):

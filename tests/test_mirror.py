@@ -56,10 +56,7 @@ def test_the_split_is_a_word_of_the_name(tmp_path: Path) -> None:
         "train.md",
     ):
         write(tmp_path / name, name.encode())
-    found = {
-        split: [path.name for path in find_files(tmp_path, split)]
-        for split in ("train", "test", "validation")
-    }
+    found = {split: [path.name for path in find_files(tmp_path, split)] for split in ("train", "test", "validation")}
     assert found == {
         "train": ["train-00000-of-00001.jsonl"],
         "test": ["smol_test.jsonl"],

@@ -72,9 +72,7 @@ def test_what_a_mirror_lacks_is_told_and_its_set_keeps_its_share(tmp_path: Path)
     assert phases[0] == pytest.approx({"plays": 0.8, "web": 0.2})
     assert phases[1] == pytest.approx({"plays": 0.28, "poems": 0.42, "web": 0.3})
     assert phases[2] == {}
-    assert (
-        phases[0]["web"] == 0.2 and weights(pinned)["web"] == 0.4
-    )  # an untouched set keeps its very numbers
+    assert phases[0]["web"] == 0.2 and weights(pinned)["web"] == 0.4  # an untouched set keeps its very numbers
 
 
 def test_a_set_wholly_missing_is_an_error(tmp_path: Path) -> None:
@@ -88,9 +86,7 @@ def test_a_set_wholly_missing_is_an_error(tmp_path: Path) -> None:
 def test_benchmarks_are_left_out_one_by_one(tmp_path: Path) -> None:
     data = mirror(tmp_path / "data", "books/plays", "web", "chat", "arc")
     tasks = [{"label": name, "path": f"owner/{name}", "format": "arc"} for name in ("arc", "piqa")]
-    pinned, notes = pin(
-        experiment(evaluate={"prompts": ["Hi"], "tasks": tasks}), tmp_path / "x", data, resolve=True
-    )
+    pinned, notes = pin(experiment(evaluate={"prompts": ["Hi"], "tasks": tasks}), tmp_path / "x", data, resolve=True)
     assert [task.label for task in pinned.evaluate.tasks] == ["arc"]
     assert "owner/piqa: the mirror has no piqa" in notes
     lost = experiment(evaluate={"prompts": ["Hi"], "tasks": tasks[1:]})

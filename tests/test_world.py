@@ -124,9 +124,7 @@ def test_documents_are_short_and_the_vocabulary_is_the_stated_one(sets):
         assert len({row["text"] for row in sets[name]}) == len(lengths)
     vocabulary = words(WorldConfig())
     assert len(vocabulary) == 251
-    used = {
-        word.lower() for name in WORLD_SETS for row in sets[name] for t in texts(row) for word in tokens(t)
-    }
+    used = {word.lower() for name in WORLD_SETS for row in sets[name] for t in texts(row) for word in tokens(t)}
     assert used <= set(vocabulary)
 
 
@@ -146,9 +144,7 @@ def test_no_training_row_has_a_held_out_pair_or_answer(name, sets, world):
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_name_never_meets_its_held_out_value(name, sets, world):
     """Stronger than the pair: no sentence, in any words, says of Pim what is held out for Pim."""
-    values = {
-        n: ATTRIBUTES[attribute].values[value].split()[-1] for n, (attribute, value) in world.held.items()
-    }
+    values = {n: ATTRIBUTES[attribute].values[value].split()[-1] for n, (attribute, value) in world.held.items()}
     for row in sets[name]:
         for text in strings(row):
             for sentence in re.split(r"[.!?\n]", text):

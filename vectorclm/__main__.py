@@ -39,13 +39,9 @@ ABOUT = {
 def add_place(parser: argparse.ArgumentParser) -> None:
     """The options that say where artifacts and sources are."""
     default = os.environ.get("VECTORCLM_STORE", "./store")
-    parser.add_argument(
-        "--store", default=default, metavar="URI", help="where artifacts are kept (%(default)s)"
-    )
+    parser.add_argument("--store", default=default, metavar="URI", help="where artifacts are kept (%(default)s)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="read every source from this local mirror")
-    parser.add_argument(
-        "--runtime", type=Path, metavar="FILE", help="TOML or JSON with settings of this machine"
-    )
+    parser.add_argument("--runtime", type=Path, metavar="FILE", help="TOML or JSON with settings of this machine")
 
 
 def add_commands(commands: Any) -> None:
@@ -53,9 +49,7 @@ def add_commands(commands: Any) -> None:
     for stage in STAGES:
         parser = commands.add_parser(stage, help=ABOUT[stage])
         what = "experiment (tiny, small, base, or a TOML file)"
-        parser.add_argument(
-            "target", metavar="EXPERIMENT", help=what + (" or model" if stage == "evaluate" else "")
-        )
+        parser.add_argument("target", metavar="EXPERIMENT", help=what + (" or model" if stage == "evaluate" else ""))
         add_place(parser)
         parser.add_argument(
             "--relay",
@@ -72,9 +66,7 @@ def add_commands(commands: Any) -> None:
             parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser = commands.add_parser("chat", help="talk to a model in the terminal")
     parser.add_argument("target", type=Path, metavar="MODEL", help="model directory")
-    parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0 takes the likeliest token (%(default)s)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (%(default)s)")
     parser.add_argument(
         "--top-p", type=float, default=0.95, help="draw from this much of the probability (%(default)s)"
     )
@@ -102,9 +94,7 @@ def score_text(directory: Path, file: Path, *, as_json: bool) -> None:
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8: byte {error.start} cannot be read; convert the file first"
-        ) from error
+        raise DataError(f"{file} is not UTF-8: byte {error.start} cannot be read; convert the file first") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     device = Runtime().configure_torch()

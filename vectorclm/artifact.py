@@ -37,9 +37,7 @@ class Plan:
     """What one stage is asked to make: its settings and the fingerprints of its inputs, before anything runs."""
 
     stage: str
-    version: (
-        int  # of the stage's output format and meaning; raise it when code changes what equal settings give
-    )
+    version: int  # of the stage's output format and meaning; raise it when code changes what equal settings give
     config: Mapping[str, Any]
     inputs: Mapping[str, str]  # stage name -> fingerprint
 
@@ -102,9 +100,7 @@ class Store:
     def __init__(self, uri: str) -> None:
         self.fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         self.root = str(root).rstrip("/")
-        self.is_local = "file" in (
-            [self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol
-        )
+        self.is_local = "file" in ([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol)
         self.uri = self.root if self.is_local else uri.rstrip("/")
 
     def path(self, key: str) -> str:
@@ -171,9 +167,7 @@ class Store:
         self.publish_directory(f"{plan.stage}/{plan.fingerprint}", directory, head)
         found = self.find(plan.stage, plan.fingerprint)
         if found is None:
-            raise StoreError(
-                f"the manifest of {plan.stage}/{plan.fingerprint} was written but cannot be read back"
-            )
+            raise StoreError(f"the manifest of {plan.stage}/{plan.fingerprint} was written but cannot be read back")
         return found
 
     def publish_directory(self, key: str, directory: Path, head: Mapping[str, Any]) -> None:
@@ -193,9 +187,7 @@ class Store:
     def list(self, key: str) -> list[str]:
         """Names directly below `key`, sorted; empty where there is nothing."""
         try:
-            return sorted(
-                name.rstrip("/").rsplit("/", 1)[-1] for name in self.fs.ls(self.path(key), detail=False)
-            )
+            return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in self.fs.ls(self.path(key), detail=False))
         except FileNotFoundError:
             return []
 
@@ -228,9 +220,7 @@ class Store:
             self.fs.get_file(self.path(f"{artifact.stage}/{artifact.fingerprint}/{name}"), str(part))
             if (found := _sha256(part)) != want["sha256"]:
                 part.unlink()
-                raise CorruptArtifactError(
-                    f"{artifact.uri}/{name}: SHA-256 is {found[:12]}…: {_mend(artifact)}"
-                )
+                raise CorruptArtifactError(f"{artifact.uri}/{name}: SHA-256 is {found[:12]}…: {_mend(artifact)}")
             part.replace(path)
         return cache
 
@@ -313,9 +303,7 @@ def _explained(where: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(
-                f"no space left while writing {where}: free some, or choose another store"
-            ) from error
+            raise StoreError(f"no space left while writing {where}: free some, or choose another store") from error
         raise
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,9 +31,7 @@ class Snapshot:
     metrics: str  # the lines of metrics.jsonl up to this step
 
 
-def snapshot(
-    step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], metrics: str
-) -> Snapshot:
+def snapshot(step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], metrics: str) -> Snapshot:
     """Copy the tensors, so that training can go on while they are written."""
     tensors = {}
     for number, optimizer in enumerate(optimizers):
@@ -95,9 +94,7 @@ class Checkpoints:
         save_file(dict(saved.model), folder / "model.safetensors")
         save_file(dict(saved.optimizers), folder / "optim.safetensors")
         (folder / "metrics.jsonl").write_text(saved.metrics)
-        self.store.publish_directory(
-            f"{self.root}/{name}", folder, {"step": saved.step, "plan": self.plan.fingerprint}
-        )
+        self.store.publish_directory(f"{self.root}/{name}", folder, {"step": saved.step, "plan": self.plan.fingerprint})
         shutil.rmtree(folder)
         for old in self._steps()[:-KEEP]:
             self.store.remove(f"{self.root}/{old}")

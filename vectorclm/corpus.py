@@ -201,9 +201,7 @@ def hub_error(source: Source, error: Exception) -> DataError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, ValueError | TypeError | KeyError | DatasetsError):
         return DataError(f"{where}: {first}")
-    return DataError(
-        f"{where}: cannot read from the hub: {first}. Check the network and HF_ENDPOINT, {mirror}"
-    )
+    return DataError(f"{where}: cannot read from the hub: {first}. Check the network and HF_ENDPOINT, {mirror}")
 
 
 def draw(source: Source, stream: IterableDataset) -> Iterator[dict[str, Any]]:
@@ -309,9 +307,7 @@ def _utf8(text: Any) -> bytes | None:
 def _check_split(source: TextSource, drawn: _Drawn, share: float) -> None:
     if drawn.documents and drawn.validation_documents:
         return
-    dropped = ", ".join(
-        f"{count} {reason.replace('_', ' ')}" for reason, count in drawn.dropped.items() if count
-    )
+    dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in drawn.dropped.items() if count)
     side = "validation" if drawn.documents else "training"
     raise DataError(
         f"{describe(source)} gave {drawn.documents} documents for training and {drawn.validation_documents} "

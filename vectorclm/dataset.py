@@ -76,9 +76,7 @@ class CurriculumPlan:
     phases: a source repeats only once all its windows were used, and then in a new order.
     """
 
-    def __init__(
-        self, phases: Sequence[tuple[int, Mapping[str, float]]], sizes: Mapping[str, int], seed: int
-    ) -> None:
+    def __init__(self, phases: Sequence[tuple[int, Mapping[str, float]]], sizes: Mapping[str, int], seed: int) -> None:
         self.labels = sorted(sizes)
         self.sizes = [sizes[label] for label in self.labels]
         self.seed = seed
@@ -180,8 +178,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         self.rank = rank
         self.world_size = world_size
         self.bounds = {
-            label: np.cumsum([0, *(len(shard.input_ids) for shard in parts)])
-            for label, parts in shards.items()
+            label: np.cumsum([0, *(len(shard.input_ids) for shard in parts)]) for label, parts in shards.items()
         }
 
     @property
@@ -198,9 +195,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         """This rank's rows of a step."""
         places = np.arange(self.batch_size)[self.rank :: self.world_size] + step * self.batch_size
         sources, windows = self.plan.locate(places)
-        return collate(
-            [self._row(self.plan.labels[s], int(w)) for s, w in zip(sources, windows, strict=True)]
-        )
+        return collate([self._row(self.plan.labels[s], int(w)) for s, w in zip(sources, windows, strict=True)])
 
     def _row(self, label: str, window: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
         number = int(np.searchsorted(self.bounds[label], window, side="right")) - 1

@@ -92,15 +92,12 @@ def token_losses(model: CausalLM, input_ids: Tensor, targets: Tensor) -> Tensor:
     kept_BT = targets != IGNORE_INDEX
     losses_BT = torch.zeros(targets.shape, device=device)
     weight_VD = model.model.embed_tokens.weight
-    pairs = zip(hidden_BTD[kept_BT].split(2048), targets[kept_BT].split(2048), strict=True)
+    pairs = zip(torch.split(hidden_BTD[kept_BT], 2048), torch.split(targets[kept_BT], 2048), strict=True)
     parts = [
-        F.cross_entropy(
-            F.linear(hidden_ND.to(weight_VD.dtype), weight_VD).float(), targets_N, reduction="none"
-        )
+        F.cross_entropy(F.linear(hidden_ND.to(weight_VD.dtype), weight_VD).float(), targets_N, reduction="none")
         for hidden_ND, targets_N in pairs
     ]
-    if parts:
-        losses_BT[kept_BT] = torch.cat(parts)
+    losses_BT[kept_BT] = torch.cat(parts)
     return losses_BT
 
 
@@ -191,13 +188,9 @@ def task_scores(
     """
     model.eval()
     requests = [(number, c) for number, item in enumerate(items) for c in range(len(item.choices))]
-    sequences = [
-        choice_ids(tokenizer, items[n], c, model.config.max_position_embeddings) for n, c in requests
-    ]
+    sequences = [choice_ids(tokenizer, items[n], c, model.config.max_position_embeddings) for n, c in requests]
     sums = [0.0] * len(requests)
-    order = sorted(
-        range(len(requests)), key=lambda i: -len(sequences[i][0])
-    )  # alike in length: little padding
+    order = sorted(range(len(requests)), key=lambda i: -len(sequences[i][0]))  # alike in length: little padding
     with Progress(f"evaluate {label}", len(requests), "choices") as progress:
         for start in range(0, len(order), micro_batch):
             group = order[start : start + micro_batch]
@@ -207,9 +200,7 @@ def task_scores(
             for row, i in enumerate(group):
                 sequence, scored = sequences[i]
                 ids[row, : len(sequence)] = torch.tensor(sequence)
-                targets[row, len(sequence) - 1 - scored : len(sequence) - 1] = torch.tensor(
-                    sequence[-scored:]
-                )
+                targets[row, len(sequence) - 1 - scored : len(sequence) - 1] = torch.tensor(sequence[-scored:])
             losses = token_losses(model, ids[:, :-1].to(device), targets.to(device))
             for i, nats in zip(group, losses.double().sum(dim=1).tolist(), strict=True):
                 sums[i] = -nats
@@ -229,9 +220,7 @@ def choice_ids(tokenizer: Tokenizer, item: Item, choice: int, limit: int) -> tup
     return [BOS_ID, *whole][-limit - 1 :], min(scored, limit)
 
 
-def _accuracies(
-    items: Sequence[Item], requests: Sequence[tuple[int, int]], sums: Sequence[float]
-) -> dict[str, Any]:
+def _accuracies(items: Sequence[Item], requests: Sequence[tuple[int, int]], sums: Sequence[float]) -> dict[str, Any]:
     by_item: list[list[float]] = [[] for _ in items]
     for (number, _), value in zip(requests, sums, strict=True):
         by_item[number].append(value)
@@ -253,9 +242,7 @@ def _accuracies(
 
 def write_scores(out: Path, scores: Mapping[str, Any]) -> None:
     """Write `scores.json`."""
-    (out / "scores.json").write_text(
-        json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (out / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_items(task: TaskSource, rows: Iterable[Mapping[str, Any]], seed: int) -> list[Item]:

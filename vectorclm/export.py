@@ -30,9 +30,7 @@ def write_model_files(tokenizer: Path, model_max_length: int, *, chat: bool, out
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def export(
-    name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Artifact], out: Path
-) -> dict[str, Any]:
+def export(name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
     """Write `base/` and `chat/`. `inputs` are the stages exported from, `lineage` every stage behind them."""
     for kind, stage, evaluation in (("base", "pretrain", "evaluate_base"), ("chat", "finetune", "evaluate")):
         source, folder = inputs[stage].local(), out / kind
@@ -46,9 +44,7 @@ def export(
     return {"base": "base", "chat": "chat"}
 
 
-def model_card(
-    title: str, kind: str, model: Path, scores: Mapping[str, Any], lineage: Mapping[str, Artifact]
-) -> str:
+def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], lineage: Mapping[str, Artifact]) -> str:
     """The README.md of a model directory."""
     config = json.loads((model / "config.json").read_text())
     trained = lineage["pretrain"].summary
@@ -66,9 +62,7 @@ def model_card(
         f"{config['hidden_size']}, {config['num_attention_heads']} query and {config['num_key_value_heads']} key/value "
         f"heads, vocabulary {config['vocab_size']:,}, up to {config['max_position_embeddings']:,} tokens), "
         + (
-            "instruction-tuned with a loss on the assistant's tokens only."
-            if kind == "chat"
-            else "pretrained on text."
+            "instruction-tuned with a loss on the assistant's tokens only." if kind == "chat" else "pretrained on text."
         ),
         "",
         "## Data",
@@ -81,9 +75,7 @@ def model_card(
     for label, counts in sample.summary["sources"].items():
         revision = str(sources[label].get("revision"))
         epochs = trained["epochs"].get(label, 0.0)
-        lines.append(
-            f"| {label} | {counts['documents']:,} | {counts['bytes']:,} | {epochs:.2f} | `{revision[:19]}` |"
-        )
+        lines.append(f"| {label} | {counts['documents']:,} | {counts['bytes']:,} | {epochs:.2f} | `{revision[:19]}` |")
     if kind == "chat":
         lines += ["", "Instruction-tuned on:", "", "| source | conversations |", "|---|---:|"]
         for label, counts in lineage["chat_shards"].summary["sources"].items():

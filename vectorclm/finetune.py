@@ -38,9 +38,7 @@ class ChatConfig(Settings):
     sources: list[ChatSource] = Field(min_length=1)
     sequence_length: int = Field(ge=8, description="Tokens in a window of packed conversations")
     validation_share: float = Field(0.01, gt=0, lt=0.5, description="Share of conversations held out")
-    shuffle_buffer: int = Field(
-        10_000, ge=1, description="Conversations held in memory to shuffle the stream"
-    )
+    shuffle_buffer: int = Field(10_000, ge=1, description="Conversations held in memory to shuffle the stream")
 
 
 class FinetuneConfig(TrainConfig):
@@ -76,9 +74,7 @@ def read_conversation(turns: Any, where: str) -> list[Turn]:
         if not isinstance(turn, Mapping) or not (
             {"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()
         ):
-            raise DataError(
-                f"{where}: a turn must hold role and content, or from and value; found {turn!r:.200}"
-            )
+            raise DataError(f"{where}: a turn must hold role and content, or from and value; found {turn!r:.200}")
         role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
         if role not in ROLES or not isinstance(content, str):
             raise DataError(
@@ -115,9 +111,7 @@ def render_prompt(tokenizer: Tokenizer, conversation: Sequence[Turn]) -> list[in
     return [*ids, IM_START_ID, *encode(tokenizer, "assistant\n")]
 
 
-def fit(
-    tokenizer: Tokenizer, conversation: Sequence[Turn], length: int
-) -> tuple[list[int], list[bool]] | str:
+def fit(tokenizer: Tokenizer, conversation: Sequence[Turn], length: int) -> tuple[list[int], list[bool]] | str:
     """The conversation in at most `length` tokens, its last turns left off as needed; or why it is of no use."""
     if any(not turn.content.strip() for turn in conversation):
         return "empty turn"
@@ -181,9 +175,7 @@ def write_chat_shards(
             for number, turns in enumerate(rows[source.label]):
                 if number >= source.conversations:
                     break
-                conversation = read_conversation(
-                    turns, f"{source.label}, row {number}, column {source.column}"
-                )
+                conversation = read_conversation(turns, f"{source.label}, row {number}, column {source.column}")
                 split = "validation" if _is_held_out(conversation, seed, config.validation_share) else "train"
                 item = fit(tokenizer, conversation, config.sequence_length)
                 progress.advance(1)
@@ -199,9 +191,7 @@ def write_chat_shards(
                     f"{source.label}: no usable conversation; left out: {dict(counts) or 'the source is empty'}"
                 )
             summary["sources"][source.label] = dict(counts)
-    order = np.random.Generator(np.random.Philox(key=[seed, len(kept["train"])])).permutation(
-        len(kept["train"])
-    )
+    order = np.random.Generator(np.random.Philox(key=[seed, len(kept["train"])])).permutation(len(kept["train"]))
     kept["train"] = [kept["train"][i] for i in order]
     for split, items in kept.items():
         summary[split] = _write_packed(out / "chat" / split, items, config.sequence_length, dtype)
@@ -234,9 +224,7 @@ def _write_packed(prefix: Path, items: Iterable[Item], length: int, dtype: Any) 
         supervised_tokens += int(mask.sum())
     windows = writer.close()
     if not supervised_tokens:
-        raise DataError(
-            f"{prefix.name}: no supervised token; draw more conversations or raise chat.validation_share"
-        )
+        raise DataError(f"{prefix.name}: no supervised token; draw more conversations or raise chat.validation_share")
     return {"windows": windows, "tokens": tokens, "supervised_tokens": supervised_tokens}
 
 
@@ -252,9 +240,7 @@ def finetune(
     plan = CurriculumPlan([(round(config.epochs * windows), {"chat": 1.0})], {"chat": windows}, seed)
     dataset = StreamingLanguageModelDataset(training, plan, config.batch_size)
     if dataset.steps == 0:
-        raise ConfigError(
-            f"{windows} windows of conversations make no step of finetune.batch_size {config.batch_size}"
-        )
+        raise ConfigError(f"{windows} windows of conversations make no step of finetune.batch_size {config.batch_size}")
     model = CausalLM.from_pretrained(base)
     validation = {"chat": read_windows(chat_shards / "chat", "validation")}
     return model, train(model, config, dataset, validation, token_lengths, seed, work)

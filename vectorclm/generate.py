@@ -99,9 +99,7 @@ def template_scores(
     return {"prompts": len(prompts), "ended": ended, "answered_in_template": in_template, "exact": exact}
 
 
-def chat(
-    model: CausalLM, tokenizer: Tokenizer, temperature: float, top_p: float, max_new_tokens: int
-) -> None:
+def chat(model: CausalLM, tokenizer: Tokenizer, temperature: float, top_p: float, max_new_tokens: int) -> None:
     """Talk in the terminal until an empty line or end of input; each answer appears as it is made."""
     conversation: list[Turn] = []
     while True:
@@ -115,9 +113,7 @@ def chat(
         text = ""
         print("model> ", end="", flush=True)  # noqa: T201
         ids: list[int] = []
-        for token in answer(
-            model, tokenizer, conversation, max_new_tokens, temperature=temperature, top_p=top_p
-        ):
+        for token in answer(model, tokenizer, conversation, max_new_tokens, temperature=temperature, top_p=top_p):
             if token < len(SPECIAL_TOKENS):
                 break
             ids.append(token)

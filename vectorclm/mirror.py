@@ -137,9 +137,7 @@ def _parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"cannot read {path}: {error}; it is no Parquet file, or cut short: fetch it again"
-        ) from error
+        raise DataError(f"cannot read {path}: {error}; it is no Parquet file, or cut short: fetch it again") from error
 
 
 def _labelled(path: Path) -> Iterator[dict[str, Any]]:

@@ -38,9 +38,7 @@ class ModelConfig(Settings):
     rms_norm_eps: float = Field(1e-5, gt=0)
     initializer_range: float = Field(0.02, gt=0)
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights")
-    hidden_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout on what each block adds to the residual"
-    )
+    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what each block adds to the residual")
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -56,9 +54,7 @@ class ModelConfig(Settings):
     @property
     def parameters(self) -> int:
         """Trainable parameters, the tied embedding counted once."""
-        attention = (
-            2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
-        )
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
         block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         return self.vocab_size * self.hidden_size + self.num_hidden_layers * block + self.hidden_size
 
@@ -141,9 +137,7 @@ class Attention(nn.Module):
         mask_TS = None
         if cache is not None:
             k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
-            if (
-                tokens > 1 and cache.seen > 0
-            ):  # is_causal aligns to the first key; a later chunk needs its own mask
+            if tokens > 1 and cache.seen > 0:  # is_causal aligns to the first key; a later chunk needs its own mask
                 mask_TS = x_BTD.new_ones(tokens, k_BKSE.shape[2], dtype=torch.bool).tril(cache.seen)
         y_BHTE = F.scaled_dot_product_attention(
             q_BHTE,
@@ -283,9 +277,7 @@ class CausalLM(nn.Module):
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
-            raise DataError(
-                f"{directory / 'model.safetensors'} does not fit its config.json: {error}"
-            ) from error
+            raise DataError(f"{directory / 'model.safetensors'} does not fit its config.json: {error}") from error
         return model
 
 

@@ -34,9 +34,7 @@ class ScheduleConfig(Settings):
     kind: Literal["cosine", "warmup_stable_decay"] = "cosine"
     warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps spent warming up")
     floor: float = Field(0.1, ge=0, le=1, description="The last step's share of the peak")
-    decay: float = Field(
-        0.2, gt=0, le=1, description="Share of the steps spent decaying; warmup_stable_decay only"
-    )
+    decay: float = Field(0.2, gt=0, le=1, description="Share of the steps spent decaying; warmup_stable_decay only")
 
 
 def schedule(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -76,28 +74,24 @@ def orthogonalise(g_NRC: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al., 2024). Matrices of one shape go through Newton-Schulz together."""
 
-    def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
-    ) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every matrix that has a gradient."""
         for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+            shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     shapes[tuple(p.shape)].append(p)
             for (rows, columns), params in shapes.items():
-                update_NRC = orthogonalise(
-                    torch.stack([self._nesterov(p, group["momentum"]) for p in params])
-                )
+                update_NRC = orthogonalise(torch.stack([self._nesterov(p, group["momentum"]) for p in params]))
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(update_NRC.unbind()), alpha=-step_size)
 
-    def _nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
+    def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
         assert p.grad is not None
         state = self.state[p]
         if not state:
@@ -108,7 +102,8 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Muon, torch.optim.AdamW]:
     """Muon over the decoder layers' matrices, AdamW over embeddings and norms."""
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (hidden if p.ndim == 2 and ".layers." in name else rest).append(p)
     muon = Muon(hidden, config.learning_rate, config.momentum, config.weight_decay)

@@ -103,9 +103,7 @@ class Lock:
                 raise ConfigError(f"{path} is no lock file ({error}): delete it to pin anew") from error
         for key, commit in self.commits.items():
             if not (isinstance(commit, str) and COMMIT.fullmatch(commit)):
-                raise ConfigError(
-                    f"{path}: {key} has {commit!r}, which is no commit: delete the line to pin anew"
-                )
+                raise ConfigError(f"{path}: {key} has {commit!r}, which is no commit: delete the line to pin anew")
         self._saved = dict(self.commits)
 
     def commit(self, source: Source, resolve: bool) -> str:
@@ -160,9 +158,7 @@ class _Pinner:
         for path in dict.fromkeys(source.path for source in missing):
             lost = [source for source in missing if source.path == path]
             if not (left := [source for source in kept if source.path == path] if sets else kept):
-                places = ", ".join(
-                    str(local_place(source, self.data)) for source in (lost if sets else missing)
-                )
+                places = ", ".join(str(local_place(source, self.data)) for source in (lost if sets else missing))
                 raise DataError(
                     f"{path if sets else 'the benchmarks'}: the mirror {self.data} has nothing of it; "
                     f"looked for Parquet or JSON files at {places}"
@@ -213,8 +209,7 @@ def _reweighted(
     shared = _keep_totals(weights, weights, before, after)
     sources = [source.model_copy(update={"weight": shared[source.label]}) for source in after]
     return sources, [
-        phase.model_copy(update={"weights": _keep_totals(phase.weights, weights, before, after)})
-        for phase in phases
+        phase.model_copy(update={"weights": _keep_totals(phase.weights, weights, before, after)}) for phase in phases
     ]
 
 

@@ -15,9 +15,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.progress import TaskID
 
 logger = logging.getLogger("vectorclm.progress")
 logger.setLevel(logging.INFO)
@@ -112,9 +111,7 @@ class Bars(_Handler):
     def show(self, tick: Tick) -> None:
         task = self.tasks.get(tick.stage)
         if task is None:
-            task = self.tasks[tick.stage] = self.live.add_task(
-                tick.stage, total=tick.total, unit=tick.unit, note=""
-            )
+            task = self.tasks[tick.stage] = self.live.add_task(tick.stage, total=tick.total, unit=tick.unit, note="")
         self.live.update(task, completed=tick.done, total=tick.total, unit=tick.unit, note=tick.note)
 
 

@@ -29,12 +29,8 @@ class Runtime(Settings):
     checkpoint_interval: int = Field(
         0, ge=0, description="Steps between checkpoints; 0 = a twentieth of the run, at most 1,000 steps"
     )
-    parallel_stages: int = Field(
-        0, ge=0, description="Stages that may run side by side; 0 = one for each two cores"
-    )
-    retries: int = Field(
-        2, ge=0, description="How often a stage is retried after a fault that a retry can mend"
-    )
+    parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
+    retries: int = Field(2, ge=0, description="How often a stage is retried after a fault that a retry can mend")
     work_dir: str | None = Field(
         None,
         description="Local folder for work in progress; default: beside a local store, else the cache folder",

@@ -129,9 +129,7 @@ def write_shards(config: ShardsConfig, sample: Path, tokenizer: Tokenizer, out: 
     return summary
 
 
-def _write_split(
-    writer: ShardWriter, texts: Iterable[str], tokenizer: Tokenizer, dtype: Any
-) -> tuple[int, int]:
+def _write_split(writer: ShardWriter, texts: Iterable[str], tokenizer: Tokenizer, dtype: Any) -> tuple[int, int]:
     """Write all windows of one split; how many documents went in and how many tokens were left over."""
     length = writer.sequence_length
     rest = np.empty(0, dtype)

@@ -41,9 +41,7 @@ def plans(experiment: ExperimentConfig) -> dict[str, Plan]:
     made: dict[str, Plan] = {}
 
     def plan(stage: str, config: Mapping[str, Any], *inputs: str) -> None:
-        made[stage] = Plan(
-            stage, 1, {**config, "seed": seed}, {name: made[name].fingerprint for name in inputs}
-        )
+        made[stage] = Plan(stage, 1, {**config, "seed": seed}, {name: made[name].fingerprint for name in inputs})
 
     def sources(config: Any, field: str) -> dict[str, Any]:
         return {**config.model_dump(), field: [identity(source) for source in getattr(config, field)]}
@@ -95,13 +93,9 @@ def run_stage(
             opened = open_source(source, data, experiment.world, [source.column])
             shuffled = opened.shuffle(seed=seed, buffer_size=experiment.chat.shuffle_buffer)
             rows[source.label] = _column(draw(source, shuffled), source.column)
-        return write_chat_shards(
-            experiment.chat, rows, load_tokenizer(inputs["tokenizer"].local()), seed, out
-        )
+        return write_chat_shards(experiment.chat, rows, load_tokenizer(inputs["tokenizer"].local()), seed, out)
 
-    def trained(
-        train: Callable[[list[int], Work], tuple[CausalLM, dict[str, Any]]], out: Path
-    ) -> Mapping[str, Any]:
+    def trained(train: Callable[[list[int], Work], tuple[CausalLM, dict[str, Any]]], out: Path) -> Mapping[str, Any]:
         encoder = _input(store, stages["tokenizer"]).local()
         with Checkpoints(store, plan, work_folder) as checkpoints:
             work = Work(plan.stage, work_folder, checkpoints, runtime)
@@ -116,17 +110,13 @@ def run_stage(
         weights = {source.label: source.weight for source in experiment.sample.sources}
         folder = inputs["shards"].local()
         return trained(
-            lambda lengths, work: pretrain(
-                experiment.model, experiment.pretrain, weights, folder, lengths, seed, work
-            ),
+            lambda lengths, work: pretrain(experiment.model, experiment.pretrain, weights, folder, lengths, seed, work),
             out,
         )
 
     def finetuned(out: Path) -> Mapping[str, Any]:
         base, chat = inputs["pretrain"].local(), inputs["chat_shards"].local()
-        return trained(
-            lambda lengths, work: finetune(experiment.finetune, base, chat, lengths, seed, work), out
-        )
+        return trained(lambda lengths, work: finetune(experiment.finetune, base, chat, lengths, seed, work), out)
 
     def evaluated(out: Path) -> Mapping[str, Any]:
         return _evaluate(experiment, inputs, runtime, data, out)
@@ -180,9 +170,7 @@ def _evaluate(
     device = runtime.configure_torch()
     model, tokenizer = CausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
     held_out = inputs["shards"].local()
-    texts = {
-        path.name: read_windows(path, "validation") for path in sorted(held_out.iterdir()) if path.is_dir()
-    }
+    texts = {path.name: read_windows(path, "validation") for path in sorted(held_out.iterdir()) if path.is_dir()}
     micro_batch = runtime.micro_batch_size or 16
     by_source = windows_scores(model, texts, token_lengths(tokenizer), 0, micro_batch, device)
     scores: dict[str, Any] = {

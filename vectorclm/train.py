@@ -43,9 +43,7 @@ class Phase(Settings):
     """A stretch of the curriculum."""
 
     tokens: int = Field(gt=0, description="Token budget")
-    weights: dict[str, float] = Field(
-        default={}, description="Share of each source; left out, the sample's weights"
-    )
+    weights: dict[str, float] = Field(default={}, description="Share of each source; left out, the sample's weights")
 
 
 class PretrainConfig(TrainConfig):
@@ -97,15 +95,11 @@ def train(
     loader = DataLoader(
         dataset, batch_size=None, num_workers=work.runtime.loader_workers, pin_memory=device.type == "cuda"
     )
-    micro_batch = work.runtime.micro_batch_size or max(
-        1, (65_536 if device.type == "cuda" else 4_096) // window_tokens
-    )
+    micro_batch = work.runtime.micro_batch_size or max(1, (65_536 if device.type == "cuda" else 4_096) // window_tokens)
     scores: dict[str, dict[str, float]] = {}
     with Progress(work.stage, steps * config.batch_size * window_tokens, "tokens") as progress:
         for step, batch in enumerate(loader, start):
-            torch.manual_seed(
-                seed * 1_000_003 + step
-            )  # dropout is a function of the step, so nothing needs saving
+            torch.manual_seed(seed * 1_000_003 + step)  # dropout is a function of the step, so nothing needs saving
             factor = schedule(config.schedule, step, steps)
             set_learning_rates(optimizers, factor)
             loss, norm = train_step(model, optimizers, batch, config.gradient_clipping, micro_batch, device)
@@ -147,17 +141,15 @@ def train_step(
     model.train()
     supervised = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
     if not supervised:
-        raise DataError(
-            "a batch has no supervised token: its labels are all -100, so there is nothing to learn from"
-        )
+        raise DataError("a batch has no supervised token: its labels are all -100, so there is nothing to learn from")
     total = torch.zeros((), device=device)
-    for rows in torch.arange(len(batch.input_ids)).split(micro_batch):
-        here = slice(int(rows[0]), int(rows[-1]) + 1)
+    for start in range(0, len(batch.input_ids), micro_batch):
+        here = slice(start, start + micro_batch)
         input_ids = batch.input_ids[here].to(device, non_blocking=True)
         labels = batch.labels[here].to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             loss = model.loss(input_ids, labels) / supervised
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clipping)
     for optimizer in optimizers:
@@ -198,17 +190,13 @@ class Metrics:
         if not self.waiting:
             return
         now, tokens = time.monotonic(), self.waiting[-1][1]
-        values = torch.stack(
-            [torch.stack((loss, norm.to(loss))) for _, _, loss, norm, _ in self.waiting]
-        ).tolist()
+        values = torch.stack([torch.stack((loss, norm.to(loss))) for _, _, loss, norm, _ in self.waiting]).tolist()
         speed = (tokens - self.tokens) / max(now - self.since, 1e-9)
         self.since, self.tokens = now, tokens
         self.speeds.append(speed)
         for (step, done, _, _, rate), (loss, norm) in zip(self.waiting, values, strict=True):
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise DivergedError(
-                    f"loss {loss} and gradient norm {norm} in step {step}: lower the learning rate"
-                )
+                raise DivergedError(f"loss {loss} and gradient norm {norm} in step {step}: lower the learning rate")
             line = {"step": step, "tokens": done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             self.write({**line, "tokens_per_second": round(speed, 1)})
             self.losses.append(loss)

@@ -34,14 +34,10 @@ class TokenizerConfig(Settings):
     """Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2, section 2.2)."""
 
     vocab_size: int = Field(16_384, ge=300, le=65_536, description="Tokens, the special ones included")
-    bytes: int = Field(
-        gt=0, description="UTF-8 bytes of sampled text to learn from, the same from every source"
-    )
+    bytes: int = Field(gt=0, description="UTF-8 bytes of sampled text to learn from, the same from every source")
 
 
-def train_tokenizer(
-    config: TokenizerConfig, sample: Path, model_max_length: int, out: Path
-) -> dict[str, Any]:
+def train_tokenizer(config: TokenizerConfig, sample: Path, model_max_length: int, out: Path) -> dict[str, Any]:
     """Learn the merges from the training text in `sample` and write `tokenizer.json` and `tokenizer_config.json`.
 
     Every source gives the same number of bytes, or all it has. Returns counts, and bytes per token on that text.
@@ -126,9 +122,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise DataError(f"{path} is not a tokenizer: {error}") from error
     found = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     if found != list(range(len(SPECIAL_TOKENS))):
-        raise DataError(
-            f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}"
-        )
+        raise DataError(f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}")
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -143,4 +137,5 @@ def token_lengths(tokenizer: Tokenizer) -> list[int]:
     """UTF-8 bytes that each token stands for [V]; special tokens stand for none. Makes bits per byte out of nats."""
     special = set(range(len(SPECIAL_TOKENS)))
     # A byte-level token is written with one character for each byte.
-    return [0 if i in special else len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())]
+    lengths = {i: len(token) for token, i in tokenizer.get_vocab().items()}
+    return [0 if i in special else lengths[i] for i in range(len(lengths))]

@@ -168,9 +168,7 @@ class World:
         """The pairs that only questions use: four kinds for every name."""
         return [Pair(name, kind) for name in self.names for kind in KINDS if kind in self._unseen[name]]
 
-    def cast(
-        self, rng: random.Random, size: int, kinds: Sequence[str] = KINDS, told: Iterable[str] = ()
-    ) -> list[Pair]:
+    def cast(self, rng: random.Random, size: int, kinds: Sequence[str] = KINDS, told: Iterable[str] = ()) -> list[Pair]:
         """`size` animals of different names and kinds out of `kinds`, for a text that also tells of `told`.
 
         No name of the text is held out with any kind of the text, its own or another's. For a size up to 4
