@@ -103,7 +103,7 @@ class Checkpoints:
         return [name for name in self.store.list(self.root) if name.startswith("step-")]
 
     def latest(self) -> Snapshot | None:
-        """The newest checkpoint that verifies, or None. One that does not is removed, so that it can be written anew."""
+        """The newest checkpoint that verifies, or None. One that does not is removed, to be written anew."""
         for name in reversed(self._steps()):
             found = self.store.find(self.root, name)
             try:

@@ -86,7 +86,8 @@ class CurriculumPlan:
             unknown = set(weights) - set(sizes)
             if unknown:
                 raise ConfigError(
-                    f"phase {number + 1} weighs {', '.join(sorted(unknown))}, but the sources are {', '.join(self.labels)}"
+                    f"phase {number + 1} weighs {', '.join(sorted(unknown))}, "
+                    f"but the sources are {', '.join(self.labels)}"
                 )
             counts = quotas([weights.get(label, 0.0) for label in self.labels], BLOCK)
             pattern = np.repeat(np.arange(len(self.labels)), counts)

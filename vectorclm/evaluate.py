@@ -182,7 +182,7 @@ def task_scores(
     micro_batch: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Accuracy by the summed log-likelihood of each choice (`acc`), and by it over the choice's characters (`acc_norm`).
+    """Accuracy by each choice's log-likelihood (`acc`), and by it over the choice's characters (`acc_norm`).
 
     Both as in EleutherAI's lm-evaluation-harness, with its standard error of `acc`; `chance` is a blind guess's.
     """

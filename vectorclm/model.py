@@ -59,7 +59,7 @@ class ModelConfig(Settings):
         return self.vocab_size * self.hidden_size + self.num_hidden_layers * block + self.hidden_size
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Training FLOPs a token: 6 a parameter, and causal attention's products (PaLM, arXiv 2204.02311, appendix B)."""
+        """Training FLOPs a token: 6 a parameter, and causal attention (PaLM, arXiv 2204.02311, appendix B)."""
         attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
         return 6.0 * self.parameters + attention
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vectorclm.settings import Settings
 
-# Coefficients of the quintic iteration: Jordan et al., "Muon: an optimizer for hidden layers", 2024, kellerjordan.github.io/posts/muon
+# Coefficients of the quintic iteration: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024
 A, B, C = 3.4445, -4.7750, 2.0315
 
 

@@ -28,7 +28,7 @@ class ShardsConfig(Settings):
 
 
 class ShardWriter:
-    """Writes windows [n, T] of one or more integer columns to `{prefix}-00000.arrow`, a new file every `shard_bytes`."""
+    """Writes windows [n, T] of integer columns to `{prefix}-00000.arrow`, a new file every `shard_bytes`."""
 
     def __init__(self, prefix: Path, sequence_length: int, shard_bytes: int) -> None:
         self.prefix = prefix
