@@ -1,0 +1,104 @@
+"""`tiny` as a newcomer runs it: one command, and the model answers questions whose answers it never read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vectorclm.config import load_experiment
+from vectorclm.evaluate import read_items, task_scores
+from vectorclm.finetune import Turn, render_prompt
+from vectorclm.generate import answer, answer_text, generate
+from vectorclm.model import CausalLM
+from vectorclm.train_tokenizer import BOS_ID, encode, load_tokenizer
+from vectorclm.world import held_out_prompts, rows, texts, word_frequency_baseline
+
+EXPERIMENT, _ = load_experiment("tiny")
+assert EXPERIMENT.world is not None
+QUESTIONS = rows(EXPERIMENT.world, "questions")
+PROMPT = "Question: Pim is an otter. Where does Pim live?\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `vectorclm run tiny --json` prints last."""
+    store = tmp_path_factory.mktemp("tiny") / "store"
+    command = [sys.executable, "-m", "flows.cli", "run", "tiny", "--json", "--store", str(store)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_TRACKING"))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return summary
+
+
+def test_the_base_model_answers_held_out_questions(result: dict[str, Any]) -> None:
+    assert {stage["state"] for stage in result["stages"].values()} == {"built"}
+    assert result["scores"]["multiple_choice"] >= 0.9
+    assert result["scores"]["base"]["tasks"]["world"]["items"] == len(QUESTIONS)
+
+
+def test_an_untrained_model_and_word_frequencies_guess(result: dict[str, Any]) -> None:
+    assert EXPERIMENT.world is not None
+    tokenizer = load_tokenizer(Path(result["models"]["base"]))
+    torch.manual_seed(0)
+    items = read_items(EXPERIMENT.evaluate.tasks[0], QUESTIONS, EXPERIMENT.seed)
+    untrained = task_scores(CausalLM(EXPERIMENT.model), tokenizer, "world", items, 32, torch.device("cpu"))
+    assert abs(untrained["acc"] - 0.25) <= 0.05
+    read = [text for name in ("stories", "lessons") for row in rows(EXPERIMENT.world, name) for text in texts(row)]
+    assert abs(word_frequency_baseline(QUESTIONS, read) - 0.25) <= 0.05
+
+
+def test_the_chat_model_stays_in_its_template(result: dict[str, Any]) -> None:
+    chat = result["scores"]["chat"]["chat"]
+    assert chat["prompts"] == 100
+    assert chat["answered_in_template"] >= 95 and chat["ended"] >= 95
+
+
+def test_the_chat_model_answers_questions_about_pairs_it_never_read(result: dict[str, Any]) -> None:
+    assert EXPERIMENT.world is not None
+    folder = Path(result["models"]["chat"])
+    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
+    prompts = held_out_prompts(EXPERIMENT.world)[::8]
+    right = sum(answer_text(model, tokenizer, item["prompt"], 40) == item["answer"] for item in prompts)
+    assert right >= 0.75 * len(prompts), f"{right} of {len(prompts)}"
+
+
+def test_transformers_opens_both_models_and_says_the_same(result: dict[str, Any]) -> None:
+    for kind in ("base", "chat"):
+        folder = Path(result["models"][kind])
+        ours, theirs = CausalLM.from_pretrained(folder).eval(), AutoModelForCausalLM.from_pretrained(folder).eval()
+        tokenizer, judge = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        ids = [BOS_ID, *encode(tokenizer, PROMPT)]
+        assert judge(PROMPT)["input_ids"] == ids
+        with torch.no_grad():
+            assert (ours(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max() < 1e-4
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
+        stops = theirs.generation_config.eos_token_id
+        mine = list(generate(ours, ids, 40, stop_ids=stops if isinstance(stops, list) else [stops]))
+        assert mine == expected
+
+
+def test_the_chat_template_gives_transformers_the_same_prompt_and_answer(result: dict[str, Any]) -> None:
+    folder = Path(result["models"]["chat"])
+    ours, theirs = CausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, judge = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    question = "Where does Pim the otter live?"
+    messages = [{"role": "user", "content": question}]
+    encoded = judge.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert encoded["input_ids"][0].tolist() == render_prompt(tokenizer, [Turn("user", question)])
+    made = theirs.generate(**encoded, max_new_tokens=40, do_sample=False)[0, encoded["input_ids"].shape[1] :].tolist()
+    assert made == list(answer(ours, tokenizer, [Turn("user", question)], 40))
+
+
+def test_the_card_states_data_scores_and_lineage(result: dict[str, Any]) -> None:
+    card = (Path(result["models"]["chat"]) / "README.md").read_text()
+    for expected in ("## Data", "stories", "smoltalk", "bits per byte", "| world |", "803,968 parameters"):
+        assert expected in card
+    for name in ("sample", "tokenizer", "shards", "chat_shards", "pretrain", "finetune", "evaluate"):
+        assert result["stages"][name]["fingerprint"] in card
