@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped: what is finished is kept, and the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

@@ -163,7 +163,10 @@ def _may_help(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     error = state.data
     if isinstance(error, CorruptArtifactError | StageCancelledError):
         return False
-    return isinstance(error, StoreError | OSError | StageInterruptedError)
+    helps = isinstance(error, StoreError | OSError | StageInterruptedError)
+    if helps:
+        logger.warning("%s: %s; trying again", run.name, str(error).partition("\n")[0])
+    return helps
 
 
 def _failure(name: str, error: BaseException) -> StageFailedError:

@@ -248,7 +248,7 @@ class Tracker:
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             level = logging.DEBUG if self._warned else logging.WARNING
-            logger.log(level, "MLflow at %s: %s; the run goes on without it", self.uri, first[:300])
+            logger.log(level, "MLflow at %s: %s; the run goes on without it", self.uri, first[:160])
             self._warned = True
 
     @property

@@ -74,7 +74,9 @@ def test_killed_and_resumed_equals_never_killed(folder: Path) -> None:
 
     one, two = (store / "pretrain" / fingerprint for store in (whole, killed))
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
-    assert not checkpoints.exists() and not list((killed / "leases").iterdir()) and not list((killed / "work").iterdir())
+    assert (
+        not checkpoints.exists() and not list((killed / "leases").iterdir()) and not list((killed / "work").iterdir())
+    )
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
     for mine, other in zip(*lines, strict=True):  # every step once, with the same figures
         mine.pop("tokens_per_second", None)

@@ -1,0 +1,316 @@
+"""The whole flow from the command line: real Prefect, real MLflow, real stages, a very small experiment."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flows.cli import main, override
+from flows.launch import Launcher, StageFailedError, StageInterruptedError, dying_with_parent
+from vectorclm.config import ExperimentConfig, load_experiment
+from vectorclm.errors import ConfigError, DataError, StoreError
+from vectorclm.pinning import pin
+from vectorclm.stages import STAGES, plans
+
+SHRUNK = {
+    "name": "mini",
+    "sample.bytes": 400_000,
+    "tokenizer.vocab_size": 320,
+    "tokenizer.bytes": 100_000,
+    "shards.sequence_length": 64,
+    "model.vocab_size": 320,
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "model.num_hidden_layers": 1,
+    "model.num_attention_heads": 2,
+    "model.num_key_value_heads": 1,
+    "model.head_dim": 16,
+    "model.max_position_embeddings": 128,
+    "pretrain.batch_size": 8,
+    "pretrain.validation_interval": 5,
+    "pretrain.validation_windows": 4,
+    "pretrain.phases": "[{tokens = 8192}]",
+    "chat.sequence_length": 128,
+    "chat.sources.0.conversations": 60,
+    "chat.sources.1.conversations": 60,
+    "chat.sources.2.conversations": 60,
+    "finetune.epochs": 1.0,
+    "finetune.batch_size": 8,
+    "finetune.validation_interval": 5,
+    "finetune.validation_windows": 4,
+    "evaluate.chat_prompts": 3,
+    "evaluate.max_new_tokens": 8,
+    "evaluate.tasks.0.limit": 8,
+}
+STEPS = 8192 // (8 * 64)
+
+
+def mini() -> ExperimentConfig:
+    tiny, _ = load_experiment("tiny")
+    return override(tiny, [f"{key}={value}" for key, value in SHRUNK.items()])
+
+
+def run_cli(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """The command as a user has it, away from whatever servers this machine is set to use."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    return subprocess.run(
+        command, env={**clean, **environment}, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One run from nothing, which the tests below look at and build upon."""
+    folder = tmp_path_factory.mktemp("curriculum")
+    experiment, store = folder / "mini.json", folder / "store"
+    experiment.write_text(mini().model_dump_json())
+
+    def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        options = ["--store", str(store), "--json", "--checkpoint-interval", "1000", "--threads", "1"]
+        return run_cli("run", str(experiment), *options, *arguments, **environment)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    return SimpleNamespace(
+        experiment=experiment,
+        store=store,
+        run=run,
+        done=done,
+        result=json.loads(done.stdout),
+        client=client,
+        runs=lambda query="": client.search_runs([client.get_experiment_by_name("mini").experiment_id], query),
+    )
+
+
+def states(done: "subprocess.CompletedProcess[str]") -> dict[str, str]:
+    assert done.returncode == 0, done.stderr
+    return {name: stage["state"] for name, stage in json.loads(done.stdout)["stages"].items()}
+
+
+def test_the_summary_is_one_object_and_nothing_else(first: SimpleNamespace) -> None:
+    assert len(first.done.stdout.splitlines()) == 1
+    assert set(first.result) == {"stages", "scores", "models"}
+    assert set(first.result["stages"]) == set(STAGES)
+    for name, stage in first.result["stages"].items():
+        assert set(stage) == {"fingerprint", "uri", "state", "seconds"}
+        assert stage["state"] == "built"
+        assert stage["uri"] == f"{first.store}/{name}/{stage['fingerprint']}"
+        assert (Path(stage["uri"]) / "manifest.json").is_file()
+    scores = first.result["scores"]
+    assert scores["multiple_choice"] == scores["base"]["tasks"]["world"]["acc"]
+    by_source = scores["base"]["bits_per_byte"]
+    assert set(by_source) == {"stories", "lessons"}
+    assert scores["bits_per_byte"] == pytest.approx(sum(by_source.values()) / 2)
+    assert scores["chat"]["chat"]["prompts"] == 3
+
+
+def test_a_finished_run_leaves_no_traceback_and_no_work_behind(first: SimpleNamespace) -> None:
+    assert "Traceback" not in first.done.stderr and "Error" not in first.done.stderr
+    assert [line.split()[0] for line in first.done.stderr.splitlines() if " built in " in line] != []
+    assert list((first.store / "work").iterdir()) == []
+    assert list((first.store / "leases").iterdir()) == []
+
+
+def test_the_models_open_with_transformers(first: SimpleNamespace) -> None:
+    for directory in first.result["models"].values():
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        ids = AutoTokenizer.from_pretrained(directory)("Pim is an otter.", return_tensors="pt").input_ids
+        with torch.no_grad():
+            assert torch.isfinite(model(ids).logits).all()
+
+
+def test_prefect_keeps_a_task_a_stage(first: SimpleNamespace) -> None:
+    with closing(sqlite3.connect(first.store / ".prefect" / "prefect.db")) as database:
+        found = dict(database.execute("select name, state_type from task_run where state_name = 'Completed'"))
+    assert found == dict.fromkeys(STAGES, "COMPLETED")
+
+
+def test_mlflow_has_a_run_for_the_curriculum_and_one_a_stage(first: SimpleNamespace) -> None:
+    parents = first.runs("tags.stage = 'curriculum'")
+    built = {run.data.tags["stage"]: run for run in first.runs("tags.state = 'built'")}
+    assert set(STAGES) <= set(built)
+    assert {run.info.status for run in [*parents, *built.values()]} == {"FINISHED"}
+    oldest = min(parents, key=lambda run: run.info.start_time)
+    for name in STAGES:
+        tags = built[name].data.tags
+        assert tags["fingerprint"] and tags["prefect.flow_run_id"] and tags["git"] and tags["experiment"] == "mini"
+    assert built["sample"].data.tags["mlflow.parentRunId"] == oldest.info.run_id
+    assert oldest.data.metrics["base/tasks.world.acc"] == first.result["scores"]["multiple_choice"]
+    assert built["pretrain"].data.params["optimizer.learning_rate"] == str(mini().pretrain.optimizer.learning_rate)
+
+
+def test_mlflow_has_each_step_once(first: SimpleNamespace) -> None:
+    (run,) = first.runs("tags.stage = 'pretrain' and tags.state = 'built'")
+    artifact = Path(first.result["stages"]["pretrain"]["uri"])
+    lines = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
+    for key in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        history = sorted(first.client.get_metric_history(run.info.run_id, f"train/{key}"), key=lambda m: m.step)
+        assert [(m.step, m.value) for m in history] == [(line["step"], line[key]) for line in lines if key in line]
+    history = first.client.get_metric_history(run.info.run_id, "validation/bits_per_byte.stories")
+    assert sorted(m.step for m in history) == [5, 10, 15, STEPS]
+
+
+def test_mlflow_links_data_and_models(first: SimpleNamespace) -> None:
+    runs = {run.data.tags["stage"]: first.client.get_run(run.info.run_id) for run in first.runs("tags.state = 'built'")}
+    inputs = {name: {item.dataset.name for item in run.inputs.dataset_inputs} for name, run in runs.items()}
+    assert inputs["sample"] == {"stories", "lessons"}
+    assert inputs["shards"] == {"mini sample"}
+    assert inputs["pretrain"] == {"mini shards"}
+    assert "mini chat_shards" in inputs["finetune"]
+    (shards,) = (item.dataset for item in runs["pretrain"].inputs.dataset_inputs)
+    assert first.result["stages"]["shards"]["fingerprint"].startswith(shards.digest)
+    assert "tokens" in shards.profile
+    for stage, name in (("pretrain", "vectorclm-base"), ("finetune", "vectorclm-chat")):
+        made = first.result["stages"][stage]
+        query = f"name = '{name}' and tags.fingerprint = '{made['fingerprint']}'"
+        (version,) = first.client.search_model_versions(query)
+        assert version.tags["uri"] == made["uri"]
+        assert all(f"[{part}](#/experiments/" in version.description for part in ("sample", "tokenizer", stage))
+        assert first.client.get_model_version_by_alias(name, "candidate").name == name
+    (model,) = first.client.search_logged_models(
+        [runs["pretrain"].info.experiment_id],
+        f"tags.fingerprint = '{first.result['stages']['pretrain']['fingerprint']}'",
+    )
+    metrics = {metric.key: metric.value for metric in model.metrics}
+    assert metrics["tasks.world.acc"] == first.result["scores"]["multiple_choice"]
+
+
+def test_a_second_run_reuses_every_stage_and_registers_nothing(first: SimpleNamespace) -> None:
+    before = len(first.client.search_model_versions())
+    done = first.run()
+    assert states(done) == dict.fromkeys(STAGES, "reused")
+    assert json.loads(done.stdout)["scores"] == first.result["scores"]
+    assert len(first.client.search_model_versions()) == before
+    newest = max(first.runs("tags.stage = 'curriculum'"), key=lambda run: run.info.start_time)
+    nested = first.runs(f"tags.mlflow.parentRunId = '{newest.info.run_id}'")
+    assert {run.data.tags["stage"]: run.data.tags["state"] for run in nested} == dict.fromkeys(STAGES, "reused")
+
+
+def test_a_changed_setting_reruns_its_stage_and_what_follows(first: SimpleNamespace) -> None:
+    done = first.run("--set", "finetune.epochs=0.5")
+    rerun = {"finetune", "evaluate", "export"}
+    assert states(done) == {name: "built" if name in rerun else "reused" for name in STAGES}
+    versions = first.client.search_model_versions("name = 'vectorclm-chat'")
+    assert {version.tags["fingerprint"] for version in versions} == {
+        first.result["stages"]["finetune"]["fingerprint"],
+        json.loads(done.stdout)["stages"]["finetune"]["fingerprint"],
+    }
+    assert len(first.client.search_model_versions("name = 'vectorclm-base'")) == 1
+
+
+def test_an_unreachable_mlflow_is_warned_of_once_and_stops_nothing(first: SimpleNamespace) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed = probe.getsockname()[1]
+    done = first.run(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{closed}")
+    assert set(states(done).values()) == {"reused"}
+    assert done.stderr.count("the run goes on without it") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failing_stage_is_named_and_what_was_finished_is_kept(first: SimpleNamespace) -> None:
+    size = 60_000  # more than the text can yield
+    done = first.run("--set", f"tokenizer.vocab_size={size}", "--set", f"model.vocab_size={size}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "error: stage tokenizer failed: " in done.stderr and "Traceback" not in done.stderr
+    assert "Finished stages are kept" in done.stderr
+    assert "sample reused" in done.stderr
+
+
+def test_an_unknown_key_names_its_neighbours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", "tiny", "--store", str(tmp_path), "--set", "finetune.epoch=1.0"]) == 2
+    said = capsys.readouterr().err
+    assert "finetune.epoch" in said and "did you mean 'epochs'?" in said and "batch_size" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("assignment", ["finetune.epochs", "pretrain.phases.7.tokens=1", "seed.x=1"])
+def test_an_assignment_that_fits_nowhere_is_refused(assignment: str) -> None:
+    with pytest.raises(ConfigError, match=assignment.partition("=")[0]):
+        override(mini(), [assignment])
+
+
+def test_a_store_that_cannot_be_written_stops_the_run_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert main(["run", "tiny", "--store", str(tmp_path / "file" / "store")]) == 2
+    assert "not writable" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_fingerprints_and_touches_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", "tiny", "--store", str(tmp_path), "--dry-run", "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)
+    tiny, path = load_experiment("tiny")
+    pinned, _ = pin(tiny, path, None, resolve=False)
+    assert costs["stages"] == {name: plan.fingerprint for name, plan in plans(pinned).items()}
+    assert costs["parameters"] == tiny.model.parameters and costs["pretrain_tokens"] == tiny.pretrain.tokens
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_the_mission_needs_no_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("COLUMNS", "120")
+    base, _ = load_experiment("base")
+    copy = tmp_path / "base.json"  # no lock file lies beside this one
+    copy.write_text(base.model_dump_json())
+    assert main(["run", str(copy), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("unresolved") == len(STAGES)
+    assert "50,348,544" in said and "3,500,000,000 tokens" in said and "hours" in said
+
+
+def child(source: str) -> list[str]:
+    return [sys.executable, "-c", source]
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, StoreError, FileNotFoundError])
+def test_an_error_of_a_child_is_the_same_error_here(kind: type[Exception]) -> None:
+    said = json.dumps({"error": {"type": kind.__name__, "message": "what to do"}})
+    with Launcher() as launcher, pytest.raises(kind, match="what to do"):
+        launcher.run(child(f"print('a line'); print({said!r}); raise SystemExit(2)"), lambda line: None)
+
+
+def test_lines_of_a_child_are_relayed_and_quoted_when_it_crashes() -> None:
+    lines: list[str] = []
+    with Launcher() as launcher, pytest.raises(StageFailedError, match="ZeroDivisionError") as caught:
+        launcher.run(child("print('hello'); 1 / 0"), lines.append)
+    assert lines[0] == "hello"
+    assert not isinstance(caught.value, StageInterruptedError)
+
+
+def test_a_killed_child_is_an_interruption() -> None:
+    source = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with Launcher() as launcher, pytest.raises(StageInterruptedError, match="SIGKILL"):
+        launcher.run(child(source), lambda line: None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    sleeper = dying_with_parent(child("import time; time.sleep(600)"))
+    source = f"import subprocess, time; print(subprocess.Popen({sleeper!r}).pid, flush=True); time.sleep(600)"
+    with subprocess.Popen(child(source), stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        orphan: Any = psutil.Process(int(parent.stdout.readline()))
+        deadline = time.monotonic() + 60
+        while "setpriv" in orphan.cmdline()[0] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        parent.send_signal(signal.SIGKILL)
+    orphan.wait(timeout=60)
+    assert not orphan.is_running()

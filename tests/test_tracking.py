@@ -1,0 +1,155 @@
+"""What MLflow is told, against a real database."""
+
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from flows.tracking import StageRun, Tracker, flatten, numbers, readable
+from vectorclm.artifact import Store
+from vectorclm.config import ExperimentConfig, load_experiment
+from vectorclm.pinning import pin
+from vectorclm.stages import plans
+
+DEAD = str(2**22 + 1)  # above the largest process id of Linux
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One database for all tests here: a new one takes seconds to migrate."""
+    return Store(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def experiment() -> ExperimentConfig:
+    tiny, path = load_experiment("tiny")
+    pinned, _ = pin(tiny, path, None, resolve=False)
+    return pinned
+
+
+@pytest.fixture(autouse=True)
+def local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def tracker(store: Store, experiment: ExperimentConfig, name: str) -> Tracker:
+    """A tracker in an MLflow experiment of its own."""
+    renamed = experiment.model_copy(update={"name": name})
+    return Tracker(store, renamed, plans(renamed))
+
+
+def client(store: Store) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{store.root}/mlflow.db")
+
+
+def step(number: int, loss: float) -> str:
+    return json.dumps({"step": number, "tokens": 10 * number, "loss": loss, "learning_rate": 0.1}) + "\n"
+
+
+def test_each_step_is_sent_once_however_the_file_is_cut_back(
+    store: Store, experiment: ExperimentConfig, tmp_path: Path
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    validation = json.dumps({"step": 2, "tokens": 20, "validation": {"a": {"bits_per_byte": 1.5}}}) + "\n"
+    versions = [
+        step(1, 3.0) + step(2, 2.5) + validation + '{"step": 3, "lo',  # a line in the making
+        step(1, 3.0),  # back to a checkpoint
+        step(1, 3.0) + step(2, 2.5) + validation + step(3, 2.25),
+    ]
+    with tracker(store, experiment, "relay") as told, told.stage("pretrain", 1, tmp_path) as run:
+        for text in versions:
+
+            def look(text: str = text, run: StageRun = run) -> None:
+                file.write_text(text)
+                run.relay()
+
+            told.do(look)
+    found = client(store)
+    run_id = told.run_ids["pretrain"]
+    assert [(m.step, m.value) for m in found.get_metric_history(run_id, "train/loss")] == [
+        (1, 3.0),
+        (2, 2.5),
+        (3, 2.25),
+    ]
+    assert [m.step for m in found.get_metric_history(run_id, "validation/bits_per_byte.a")] == [2]
+
+
+def test_a_failed_stage_and_its_curriculum_are_marked_failed(
+    store: Store, experiment: ExperimentConfig, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(ValueError, match="too hot"),
+        tracker(store, experiment, "failing") as told,
+        told.stage("sample", 2, tmp_path),
+    ):
+        raise ValueError("too hot")
+    stage, parent = (client(store).get_run(told.run_ids[name]) for name in ("sample", "curriculum"))
+    assert (stage.info.status, parent.info.status) == ("FAILED", "FAILED")
+    assert stage.data.tags["error"] == "ValueError: too hot" and stage.data.tags["attempt"] == "2"
+    assert stage.data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def test_runs_of_dead_processes_are_closed_and_those_of_the_living_are_not(
+    store: Store, experiment: ExperimentConfig
+) -> None:
+    with tracker(store, experiment, "orphans") as told:
+        pass
+    found, here = client(store), socket.gethostname()
+    place = found.get_run(told.run_ids["curriculum"]).info.experiment_id
+    ours = told.plans["pretrain"].fingerprint
+    left = {
+        "dead here": {"host": here, "pid": DEAD, "fingerprint": "another"},
+        "alive here": {"host": here, "pid": str(os.getpid()), "fingerprint": ours},
+        "elsewhere, ours": {"host": "another", "pid": "1", "fingerprint": ours},
+        "elsewhere, not ours": {"host": "another", "pid": "1", "fingerprint": "another"},
+    }
+    ids = {name: found.create_run(place, tags=tags).info.run_id for name, tags in left.items()}
+    with tracker(store, experiment, "orphans"):
+        pass
+    assert {name: found.get_run(run_id).info.status for name, run_id in ids.items()} == {
+        "dead here": "KILLED",
+        "alive here": "RUNNING",
+        "elsewhere, ours": "KILLED",
+        "elsewhere, not ours": "RUNNING",
+    }
+
+
+def test_an_unreachable_server_is_warned_of_once(
+    store: Store,
+    experiment: ExperimentConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{probe.getsockname()[1]}")
+    with (
+        caplog.at_level(logging.WARNING, "flows.tracking"),
+        tracker(store, experiment, "nowhere") as told,
+        told.stage("pretrain", 1, tmp_path),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(step(1, 3.0))
+    said = [record.getMessage() for record in caplog.records if record.name == "flows.tracking"]
+    assert len(said) == 1 and "goes on without it" in said[0]
+
+
+def test_settings_and_scores_become_flat_keys() -> None:
+    config = {
+        "optimizer": {"rate": 0.5},
+        "phases": [{"tokens": 3, "weights": {"a": 1}}],
+        "names": ["x", "y"],
+        "no": None,
+    }
+    assert flatten(config) == {
+        "optimizer.rate": "0.5",
+        "phases.0.tokens": "3",
+        "phases.0.weights.a": "1",
+        "names": "['x', 'y']",
+    }
+    assert numbers({"tasks": {"world": {"acc": 0.5, "ok": True}}, "text": "x"}) == {"tasks.world.acc": 0.5}
+    assert readable({"step": 1, "tokens": 9, "loss": 2.0}) == {"train/loss": 2.0}
