@@ -66,5 +66,5 @@ def test_a_truncated_shard_is_named(sample: Path, tokenizer: Tokenizer, tmp_path
     write_shards(ShardsConfig(sequence_length=32), sample, tokenizer, tmp_path)
     shard = tmp_path / "a" / "train-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(CorruptArtifactError, match="train-00000.arrow is not a readable shard"):
+    with pytest.raises(CorruptArtifactError, match=r"train-00000\.arrow is not a readable shard"):
         read_windows(tmp_path / "a", "train")
