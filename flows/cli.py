@@ -78,7 +78,7 @@ def _add_run(commands: Any) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a setting of the experiment, such as finetune.learning_rate=0.001; may be repeated",
+        help="change a setting of the experiment, such as finetune.optimizer.learning_rate=0.001; may be repeated",
     )
     parser.add_argument("--verbose", action="store_true", help="show every log line")
     machine = parser.add_argument_group("this machine (never part of a result's fingerprint)")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -11,7 +10,6 @@ import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -303,14 +301,17 @@ def test_a_killed_child_is_an_interruption() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
-    sleeper = dying_with_parent(child("import time; time.sleep(600)"))
+    ready = tmp_path / "ready"
+    sleeper = dying_with_parent(child(f"import time; open({str(ready)!r}, 'x'); time.sleep(600)"))
     source = f"import subprocess, time; print(subprocess.Popen({sleeper!r}).pid, flush=True); time.sleep(600)"
     with subprocess.Popen(child(source), stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        orphan: Any = psutil.Process(int(parent.stdout.readline()))
-        deadline = time.monotonic() + 60
-        while "setpriv" in orphan.cmdline()[0] and time.monotonic() < deadline:
-            time.sleep(0.01)
-        parent.send_signal(signal.SIGKILL)
+        try:
+            assert parent.stdout is not None
+            orphan = psutil.Process(int(parent.stdout.readline()))
+            while not ready.exists():
+                assert parent.poll() is None
+                time.sleep(0.01)
+        finally:
+            parent.kill()
     orphan.wait(timeout=60)
     assert not orphan.is_running()

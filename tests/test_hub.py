@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import Hub
 
+from tests.hub import Hub
 from vectorclm.corpus import read_texts
 
 COSMOPEDIA, FINEWEB = "HuggingFaceTB/cosmopedia", "HuggingFaceFW/fineweb-edu"

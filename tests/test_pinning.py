@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_hub import minimal_experiment
 
+from tests.test_hub import minimal_experiment
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import identity
 from vectorclm.errors import ConfigError, DataError
