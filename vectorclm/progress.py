@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -70,14 +71,15 @@ def say(tick: Tick) -> None:
     logger.info("%s %d/%d %s", tick.stage, tick.done, tick.total, tick.unit, extra={"tick": tick})
 
 
-class _Handler(logging.Handler):
+class _Handler(logging.Handler, ABC):
     def emit(self, record: logging.LogRecord) -> None:
         tick = getattr(record, "tick", None)
         if isinstance(tick, Tick):
             self.show(tick)
 
+    @abstractmethod
     def show(self, tick: Tick) -> None:
-        raise NotImplementedError
+        """Make the tick visible."""
 
 
 class JsonLines(_Handler):
