@@ -27,7 +27,7 @@ class Runtime(Settings):
         0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
     )
     checkpoint_interval: int = Field(
-        0, ge=0, description="Steps between checkpoints; 0 = a twentieth of the run, at most 1,000 steps"
+        0, ge=0, description="Steps between checkpoints; 0 = a twentieth of the run, but 25 to 1,000 steps"
     )
     parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
     retries: int = Field(2, ge=0, description="How often a stage is retried after a fault that a retry can mend")

@@ -90,7 +90,7 @@ def train(
         dataset.start_step = saved.step
     metrics.restart(saved.metrics if saved is not None else "")
     steps, start = dataset.steps, dataset.start_step
-    interval = work.runtime.checkpoint_interval or max(1, min(1000, steps // 20))
+    interval = work.runtime.checkpoint_interval or max(25, min(1000, steps // 20))
     window_tokens = dataset.window_tokens
     loader = DataLoader(
         dataset, batch_size=None, num_workers=work.runtime.loader_workers, pin_memory=device.type == "cuda"

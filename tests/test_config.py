@@ -1,0 +1,91 @@
+"""Bad settings are refused before any work, with the key, its neighbours and what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vectorclm.config import EXPERIMENTS, load_experiment
+from vectorclm.errors import ConfigError
+from vectorclm.pinning import pin
+from vectorclm.stages import STAGES, plans
+
+
+def write(folder: Path, **changes: Any) -> str:
+    """`tiny` with some sections changed, as a JSON file."""
+    values = load_experiment("tiny")[0].model_dump(exclude_none=True)
+    for section, change in changes.items():
+        values[section] = {**values[section], **change} if isinstance(change, dict) else change
+    path = folder / "experiment.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_an_unknown_key_names_itself_and_its_neighbours(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(write(tmp_path, tokenizer={"vocabsize": 3}))
+    message = str(caught.value)
+    assert "tokenizer.vocabsize: unknown key; did you mean 'vocab_size'? (known here: vocab_size, bytes)" in message
+
+
+def test_an_unknown_key_in_a_list_is_named_with_its_place(tmp_path: Path) -> None:
+    phases = [{"tokens": 1000}, {"tokens": 1000, "wieghts": {}}]
+    with pytest.raises(ConfigError, match=r"pretrain\.phases\.1\.wieghts: unknown key; did you mean 'weights'"):
+        load_experiment(write(tmp_path, pretrain={"phases": phases}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"vocab_size": 600}}, r"model\.vocab_size \(600\) and tokenizer\.vocab_size \(512\) must be equal"),
+        ({"shards": {"sequence_length": 300}}, r"shards\.sequence_length \(300\) is longer than the model's"),
+        ({"chat": {"sequence_length": 300}}, r"chat\.sequence_length \(300\) is longer than the model's"),
+        ({"pretrain": {"phases": [{"tokens": 9, "weights": {"poems": 1}}]}}, "phase 1 weighs poems, but the sources"),
+        ({"model": {"num_key_value_heads": 3}}, "must be a multiple of"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(write(tmp_path, **changes))
+
+
+def test_a_missing_experiment_and_a_broken_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no experiment 'tinny': use base, small, tiny"):
+        load_experiment("tinny")
+    (tmp_path / "broken.toml").write_text("name = 'a'\nname = 'b'")
+    with pytest.raises(ConfigError, match=r"broken\.toml: .*line 2"):
+        load_experiment(str(tmp_path / "broken.toml"))
+
+
+def test_the_shipped_experiments_are_what_they_state() -> None:
+    shipped = {path.stem: load_experiment(path.stem)[0] for path in EXPERIMENTS.glob("*.toml")}
+    assert {name: e.model.parameters for name, e in shipped.items()} == {
+        "tiny": 803_968,
+        "small": 8_621_312,
+        "base": 50_348_544,
+    }
+    assert shipped["base"].pretrain.tokens == 3_500_000_000
+    assert shipped["base"].shards.sequence_length == 1024
+    cosmopedia = {s.name for s in shipped["base"].sample.sources if s.path == "HuggingFaceTB/cosmopedia"}
+    assert len(cosmopedia) == 8
+
+
+def test_a_setting_changes_the_fingerprints_of_its_stage_and_what_follows(tmp_path: Path) -> None:
+    def fingerprints(**changes: Any) -> dict[str, str]:
+        experiment, path = load_experiment(write(tmp_path, **changes))
+        return {name: plan.fingerprint for name, plan in plans(pin(experiment, path, None, resolve=False)[0]).items()}
+
+    before = fingerprints()
+    assert tuple(before) == STAGES
+
+    def changed(**changes: Any) -> set[str]:
+        after = fingerprints(**changes)
+        return {name for name in STAGES if after[name] != before[name]}
+
+    assert changed(finetune={"epochs": 1.0}) == {"finetune", "evaluate", "export"}
+    assert changed(chat={"validation_share": 0.1}) == {"chat_shards", "finetune", "evaluate", "export"}
+    assert changed(shards={"shard_bytes": 8192}) == set(STAGES) - {"sample", "tokenizer", "chat_shards"}
+    assert changed(name="other") == {"export"}
+    assert changed(seed=2) == set(STAGES)
