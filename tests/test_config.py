@@ -54,7 +54,7 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
 def test_a_missing_experiment_and_a_broken_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no experiment 'tinny': use base, small, tiny"):
         load_experiment("tinny")
-    (tmp_path / "broken.toml").write_text("name = 'a'\nname = 'b'")
+    (tmp_path / "broken.toml").write_text("name = 'a'\nname = 'b'\nseed = 1")
     with pytest.raises(ConfigError, match=r"broken\.toml: .*line 2"):
         load_experiment(str(tmp_path / "broken.toml"))
 
