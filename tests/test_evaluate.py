@@ -1,0 +1,131 @@
+"""transformers' own Llama is the reference of every score."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import write_sample_text
+from tests.test_model import CONFIG
+from vectorclm.errors import DataError
+from vectorclm.evaluate import Item, TaskSource, choice_ids, read_item, read_items, task_scores, text_scores
+from vectorclm.export import write_model_files
+from vectorclm.generate import generate
+from vectorclm.model import CausalLM
+from vectorclm.train_tokenizer import BOS_ID, TokenizerConfig, encode, load_tokenizer, train_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with random weights."""
+    root = tmp_path_factory.mktemp("model")
+    write_sample_text(root / "sample" / "a", tiny_text, "train")
+    (root / "tokenizer").mkdir()
+    train_tokenizer(TokenizerConfig(vocab_size=307, bytes=20_000), root / "sample", 64, root / "tokenizer")
+    torch.manual_seed(0)
+    model = CausalLM(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(root / "out")
+    write_model_files(root / "tokenizer", 64, chat=False, out=root / "out")
+    return root / "out"
+
+
+def reference(folder: Path, ids: list[int], scored: int) -> float:
+    """Nats of the last `scored` of `ids`, by transformers."""
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids[:-1]])).logits[0].double()
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    return float(losses[-scored:].sum())
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 63, 64, 65, 128, 150])
+def test_a_text_scores_what_transformers_says(folder: Path, tokens: int) -> None:
+    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
+    text = tokenizer.decode(encode(tokenizer, "The fox swims, 12 boats; ça va? " * 40)[:tokens])
+    ids = encode(tokenizer, text)
+    expected, done = 0.0, 0
+    while done < len(ids):  # windows of 64 inputs that do not overlap, the last one moved back to be full
+        end = min(done + 64, len(ids))
+        expected += reference(folder, [BOS_ID, *ids][max(0, end - 64) : end + 1], end - done)
+        done = end
+    scores = text_scores(model, tokenizer, text, CPU)
+    assert scores["tokens"] == len(ids) and scores["bytes"] == len(text.encode())
+    assert scores["nats_per_token"] == pytest.approx(expected / len(ids), rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(expected / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_choices_score_what_transformers_says_in_any_batch(folder: Path) -> None:
+    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
+    contexts = ["The fox", "Wer singt im Wald? " * 9, "12", "", "the lake at night, and makes"]
+    choices = (" swims by the lake.", " sings", " in the wood and at night", " 12 boats")
+    items = [Item(context, choices, answer) for context, answer in zip(contexts, (0, 1, 2, 3, 0), strict=True)]
+    right = right_norm = 0
+    for item in items:
+        values = [-reference(folder, *choice_ids(tokenizer, item, c, 64)) for c in range(4)]
+        right += values.index(max(values)) == item.answer
+        normed = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
+        right_norm += normed.index(max(normed)) == item.answer
+    for micro_batch in (1, 3, 20):
+        scores = task_scores(model, tokenizer, "x", items, micro_batch, CPU)
+        assert (scores["acc"], scores["acc_norm"]) == (right / 5, right_norm / 5)
+    assert scores["chance"] == 0.25 and scores["items"] == 5
+
+
+def test_each_benchmark_reads_its_rows() -> None:
+    assert read_item("hellaswag", {"activity_label": "A", "ctx": "b", "endings": ["c", "d"], "label": "1"}) == Item(
+        "A: b", (" c", " d"), 1
+    )
+    arc = {"question": "q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+    assert read_item("arc", arc) == Item("Question: q?\nAnswer:", (" x", " y"), 1)
+    piqa = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
+    assert read_item("piqa", piqa) == Item("Question: g\nAnswer:", (" a", " b"), 0)
+    assert read_item("blimp", {"sentence_good": "a", "sentence_bad": "b"}) == Item("", ("a", "b"), 0)
+
+
+def test_a_row_that_is_no_question_is_named() -> None:
+    task = TaskSource(label="arc", path="json", format="arc")
+    bad = {"question": "q?", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "E"}
+    with pytest.raises(DataError, match="arc, row 0: not a arc question"):
+        read_items(task, [bad], 0)
+    with pytest.raises(DataError, match="arc: no questions"):
+        read_items(task, [], 0)
+
+
+def test_greedy_continuation_is_that_of_transformers(folder: Path) -> None:
+    ours, theirs = CausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = [BOS_ID, *encode(load_tokenizer(folder), "The otter")]
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, len(prompt) :].tolist()
+    assert list(generate(ours, prompt, 30)) == expected
+
+
+def test_generation_ends_where_the_context_is_full_and_repeats_with_its_seed(folder: Path) -> None:
+    model = CausalLM.from_pretrained(folder)
+    assert len(list(generate(model, [5] * 60, 30, stop_ids=()))) == 4
+    drawn = [
+        list(generate(model, [5], 30, temperature=1.0, top_p=0.9, generator=torch.Generator().manual_seed(seed)))
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_command_prints_one_object_and_refuses_what_is_no_text(folder: Path, tmp_path: Path) -> None:
+    def evaluate(file: Path) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "vectorclm", "evaluate", str(folder), "--text", str(file), "--json"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    (tmp_path / "text").write_text("The fox swims.")
+    scores = json.loads(evaluate(tmp_path / "text").stdout.splitlines()[-1])
+    expected = text_scores(CausalLM.from_pretrained(folder), load_tokenizer(folder), "The fox swims.", CPU)
+    assert scores["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    (tmp_path / "bytes").write_bytes(b"abc\xff")
+    refused = evaluate(tmp_path / "bytes")
+    assert refused.returncode == 2 and "is not UTF-8: byte 3" in refused.stderr
