@@ -84,7 +84,7 @@ def test_a_setting_changes_the_fingerprints_of_its_stage_and_what_follows(tmp_pa
         after = fingerprints(**changes)
         return {name for name in STAGES if after[name] != before[name]}
 
-    assert changed(finetune={"epochs": 1.0}) == {"finetune", "evaluate", "export"}
+    assert changed(finetune={"epochs": 3.0}) == {"finetune", "evaluate", "export"}
     assert changed(chat={"validation_share": 0.1}) == {"chat_shards", "finetune", "evaluate", "export"}
     assert changed(shards={"shard_bytes": 8192}) == set(STAGES) - {"sample", "tokenizer", "chat_shards"}
     assert changed(name="other") == {"export"}
