@@ -1,4 +1,6 @@
-"""What an experiment will cost, from its settings alone: nothing is opened, nothing asked of the network."""
+"""What an experiment will cost, from its settings alone, and where its shards lie on this machine, what it reads of
+them: nothing is asked of the network.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +10,11 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 
-from vectorclm.artifact import Plan
+from vectorclm.artifact import Plan, Store
 from vectorclm.config import ExperimentConfig
 from vectorclm.pinning import UNRESOLVED
+from vectorclm.plan import in_words
+from vectorclm.shards import token_dtype
 
 # Training FLOP/s taken for the estimate: a fifth of the dense bf16 peak on GPUs, whose products a small model
 # keeps short, and 25 GFLOP/s a core in fp32 on CPUs with AVX2.
@@ -23,8 +27,20 @@ DEVICES: Mapping[str, float] = {
 }
 
 
-def budget(experiment: ExperimentConfig, plans: Mapping[str, Plan]) -> dict[str, Any]:
+def known_windows(store: Store, shards: Plan) -> dict[str, int] | None:
+    """Windows for training of each source, where the shards are made and no network is needed to know."""
+    if not store.is_local or (found := store.find(shards.stage, shards.fingerprint)) is None:
+        return None
+    return {label: splits["train"]["windows"] for label, splits in found.summary.items()}
+
+
+def budget(
+    experiment: ExperimentConfig, plans: Mapping[str, Plan], windows: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Tokens, parameters, FLOPs, bytes, hours, and fingerprints: `unresolved` while a source has no commit.
+
+    With the `windows` of each source, also how often it is read. Raises ConfigError where one runs out in a phase that
+    forbids it.
 
     Memory is that of training in fp32: weights, gradients, Muon's one moment for matrices, AdamW's two for
     the rest, and the activations of one window.
@@ -43,12 +59,20 @@ def budget(experiment: ExperimentConfig, plans: Mapping[str, Plan]) -> dict[str,
         "phases": [phase.model_dump() for phase in experiment.pretrain.phases],
         "tokens_per_step": experiment.pretrain.batch_size * shards.sequence_length,
         "steps": tokens // (experiment.pretrain.batch_size * shards.sequence_length),
+        "epochs": None if windows is None else _epochs(experiment, windows),
         "sample_bytes": experiment.sample.bytes,
         "conversations": sum(source.conversations for source in experiment.chat.sources),
         "flops": flops,
         "memory_bytes": {"model_and_optimizer": state, "one_window": window},
         "hours": {device: flops / speed / 3600 for device, speed in DEVICES.items()},
     }
+
+
+def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[str, float]:
+    weights = {source.label: source.weight for source in experiment.sample.sources}
+    length, itemsize = experiment.shards.sequence_length, token_dtype(experiment.tokenizer.vocab_size).itemsize
+    plan = experiment.pretrain.plan(weights, windows, length, itemsize, experiment.seed)
+    return plan.epochs(plan.windows // experiment.pretrain.batch_size * experiment.pretrain.batch_size)
 
 
 def _fingerprint(name: str, experiment: ExperimentConfig, plans: Mapping[str, Plan]) -> str:
@@ -80,6 +104,8 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
         "pretraining",
         f"{costs['pretrain_tokens']:,} tokens in {costs['steps']:,} steps of {costs['tokens_per_step']:,}",
     )
+    if costs["epochs"] is not None:
+        facts.add_row("", f"of the shards in the store: {in_words(costs['epochs'])}")
     facts.add_row("sample", f"{costs['sample_bytes']:,} bytes of text")
     facts.add_row(
         "tuning", f"up to {costs['conversations']:,} conversations, read {experiment.finetune.epochs:g} times"

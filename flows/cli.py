@@ -11,25 +11,44 @@ import signal
 import sys
 import threading
 import time
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
+from flows import lineage, report
+from flows.form import Name
+from flows.server import PrivateServer, has_own_server, local_folder, prefect_server
 from vectorclm import __main__ as core
-from vectorclm.artifact import Store
-from vectorclm.config import ExperimentConfig, load_experiment
+from vectorclm.artifact import Store, default_store
+from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.pinning import check_sources, pin
 from vectorclm.progress import Tick, bars
 from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
-from vectorclm.stages import plans
+from vectorclm.stages import STAGES, plans
 
+PLATFORM = {
+    "up": "start the platform: Prefect server, MLflow, workers, deployments with run forms",
+    "down": "stop the platform; `up` goes on from there",
+    "retry": "run a curriculum once more with other settings, or make finished stages again and compare",
+    "doctor": "look at every part of the platform and mend what can be mended",
+}
+BENCHES = {
+    "orchestration": "what Prefect and MLflow cost",
+    "data": "encoding, shards and the order of the data",
+    "train": "a training step",
+    "optimizer": "Muon's step",
+    "generate": "tokens made one after the other",
+    "evaluate": "multiple choice by log-likelihood",
+    "tracking": "what logging to MLflow takes of a training step",
+    "gguf": "a model in llama.cpp, and whether it is the same",
+}
+OWN_COMMANDS = {"lineage": lineage, "report": report}
 PROGRESS = {"vectorclm.progress": logging.INFO}
 TOLD = {
     "flows": logging.INFO,
@@ -44,19 +63,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("vectorclm", description="From raw text to an instruction-tuned language model.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
-    core.add_commands(commands)
+    _add_platform(commands)
+    _add_bench(commands)
+    _add_promote(commands)
+    for made in OWN_COMMANDS.values():
+        made.add_command(commands, default_store())
+    core.add_commands(commands, "a folder, <store>/<stage>/<fingerprint>, models:/NAME@ALIAS or models:/NAME/VERSION")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     try:
         if args.command == "run":
             _run(args)
+        elif args.command in PLATFORM:
+            return _platform(args)
+        elif args.command == "bench":
+            _bench(args)
+        elif args.command == "promote":
+            from flows.promotion import promote
+
+            return promote(args.target, args.task, Store(args.store), Console())
+        elif args.command in OWN_COMMANDS:
+            return int(OWN_COMMANDS[args.command].command(args))
         else:
-            core.run_command(args)
+            if args.command == "compare":
+                sides = (args.before, args.after)
+                args.before, args.after = (_registered(side, args.store) for side in sides)
+            elif _takes_registered(args):
+                if args.command == "serve" and args.target.startswith("models:/"):
+                    args.name = args.name or args.target.removeprefix("models:/")
+                args.target = _registered(args.target, args.store)
+            return core.run_command(args)
     except VectorCLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: what is finished is kept, and the same command goes on from here", file=sys.stderr)
+        if args.command == "run":
+            print("stopped: what is finished is kept, and the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 
@@ -89,45 +131,110 @@ def _add_run(commands: Any) -> None:
         machine.add_argument(f"--{name.replace('_', '-')}", dest=f"runtime_{name}", help=about, **options)
 
 
-def override(experiment: ExperimentConfig, assignments: Sequence[str]) -> ExperimentConfig:
-    """The experiment with `a.b.0.c=VALUE` applied; a value is TOML, or else a plain string.
-
-    Raises ConfigError for what is no assignment, and for a key or value that the experiment has no use for.
-    """
-    values: Any = experiment.model_dump()
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {assignment}: write KEY=VALUE, such as finetune.epochs=2.0")
-        try:
-            value: Any = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        *path, last = key.strip().split(".")
-        inside = values
-        for part in path:
-            inside = _member(inside, part, key)
-        _member(inside, last, key, value)
-    return validate(ExperimentConfig, values, "--set") if assignments else experiment
+def _add_platform(commands: Any) -> None:
+    for name, about in PLATFORM.items():
+        parser = commands.add_parser(name, help=about, description=about)
+        default = default_store()
+        parser.add_argument("--store", metavar="URI", help=f"where artifacts are kept ({default})")
+        parser.add_argument("--env-file", type=Path, metavar="FILE", help="settings, as in docker/platform.env.example")
+        parser.add_argument("--prefect-port", type=int, metavar="N", help="(4200)")
+        parser.add_argument("--mlflow-port", type=int, metavar="N", help="(5000)")
+        if name == "retry":
+            parser.add_argument("target", metavar="RUN", help="the run's id, or its name for the newest of that name")
+            parser.add_argument(
+                "--from", dest="again_from", choices=STAGES, help="make this stage and what follows again, and compare"
+            )
+            parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
 
 
-_ABSENT = object()
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="measure this program beside its peers, as ratios")
+    parser.add_argument("what", choices=list(BENCHES), help="; ".join(f"{k}: {v}" for k, v in BENCHES.items()))
+    parser.add_argument("--model", metavar="MODEL", help="gguf: a folder or <store>/<stage>/<fingerprint>")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each side, in turn (%(default)s)")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="a local mirror with text for `small` (VECTORCLM_DATA)"
+    )
+    parser.add_argument("--store", metavar="S3_URI", help="data: an S3 store, for the rows that read from one")
+    parser.add_argument("--large", action="store_true", help="train: the models of fifty million parameters too")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each row")
 
 
-def _member(inside: Any, part: str, key: str, value: Any = _ABSENT) -> Any:
-    """The member `part` of a table or list, set to `value` where one is given."""
-    if isinstance(inside, list) and part.isdigit() and int(part) < len(inside):
-        if value is not _ABSENT:
-            inside[int(part)] = value
-        return inside[int(part)]
-    if not isinstance(inside, dict):
-        where = f"number 0 to {len(inside) - 1}" if isinstance(inside, list) else "setting"
-        raise ConfigError(f"--set {key}: {part!r} is no {where} here")
-    if value is not _ABSENT:
-        inside[part] = value
-    elif inside.get(part) is None:
-        inside[part] = {}  # an unknown key is then named by the experiment itself, with its neighbours
-    return inside[part]
+def _add_promote(commands: Any) -> None:
+    about = "make a registered model the champion, where it beats the present one by more than the noise"
+    parser = commands.add_parser("promote", help=about, description=about)
+    default = "models:/vectorclm-chat@candidate"
+    parser.add_argument("target", nargs="?", default=default, metavar="MODEL", help="(%(default)s)")
+    place = default_store()
+    parser.add_argument("--store", default=place, metavar="URI", help="where artifacts are kept (%(default)s)")
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a score that must be better, such as hellaswag or bits_per_byte.stories; may be repeated (every task)",
+    )
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from flows.bench import orchestration
+    from flows.trackbench import tracking
+    from vectorclm import inferencebench, trainbench
+    from vectorclm.bench import Row, show
+    from vectorclm.databench import data_layer
+    from vectorclm.ggufbench import same_model
+
+    if args.what == "gguf" and args.model is None:
+        raise ConfigError("bench gguf needs --model MODEL, whose files it compares")
+    benches: dict[str, Callable[[], Iterable[Row]]] = {
+        "orchestration": lambda: orchestration(args.rounds, args.data),
+        "tracking": lambda: tracking(args.rounds, args.data),
+        "data": lambda: data_layer(args.rounds, args.data, args.store),
+        "train": lambda: trainbench.training(args.rounds, trainbench.model_sizes(large=args.large)),
+        "optimizer": lambda: trainbench.optimizing(args.rounds),
+        "generate": lambda: inferencebench.generating(args.rounds),
+        "evaluate": lambda: inferencebench.evaluating(args.rounds, args.data),
+        "gguf": lambda: same_model(args.model, args.data),
+    }
+    show(benches[args.what](), Console(), as_json=args.json)
+
+
+def _platform(args: argparse.Namespace) -> int:
+    """Start, stop or mend the platform; 1 where the doctor found what it could not mend."""
+    from flows import doctor
+    from flows.platform import read_platform
+
+    ports = {"prefect_port": args.prefect_port, "mlflow_port": args.mlflow_port}
+    config, console = read_platform(args.env_file, vectorclm_store=args.store, **ports), Console()
+    if args.command == "retry":
+        doctor.point_at(config)
+        return _retry(args, config, console)
+    with doctor.alone(config, console):
+        if args.command == "doctor":
+            return 0 if doctor.doctor(config, console) else 1
+        (doctor.up if args.command == "up" else doctor.down)(config, console)
+    return 0
+
+
+def _retry(args: argparse.Namespace, config: Any, console: Console) -> int:
+    from flows.retry import retry
+
+    run_id = retry(args.target, args.again_from, args.set)
+    console.print(f"{config.prefect_url}/runs/flow-run/{run_id}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _takes_registered(args: argparse.Namespace) -> bool:
+    return args.command in ("chat", "serve") or bool(getattr(args, "suite", None) or getattr(args, "format", None))
+
+
+def _registered(address: str, store: str) -> str:
+    """Where the files of a registered model are; any other address as it stands."""
+    if not address.startswith("models:/"):
+        return address
+    from flows.registry import Registry
+
+    return Registry(Store(store)).find(address).address
 
 
 def _runtime(args: argparse.Namespace) -> Runtime:
@@ -140,16 +247,24 @@ def _run(args: argparse.Namespace) -> None:
     experiment, path = load_experiment(args.target)
     experiment, runtime, store = override(experiment, args.set), _runtime(args), Store(args.store)
     if args.dry_run:
-        _dry_run(experiment, path, args)
+        _dry_run(experiment, path, store, args)
         return
+    runtime.check()
+    if runtime.placement == "pools" and not has_own_server():
+        raise ConfigError("placement pools needs a Prefect server with workers: set PREFECT_API_URL, or use inline")
+    if runtime.placement == "pools" and experiment.name not in get_args(Name):
+        raise ConfigError(
+            f"placement pools knows {', '.join(get_args(Name))}, not {experiment.name}: run that one inline"
+        )
     store.check_writable()
-    experiment, notes = pin(experiment, path, args.data, resolve=True)
-    check_sources(experiment, args.data, hub=True)
-    console = Console(stderr=True)
-    for note in notes:
-        console.print(note, style="yellow", highlight=False)
-    with _interruptible():
-        handles = _curriculum(experiment, runtime, store, args, console)
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if args.verbose else "CRITICAL")
+    with _interruptible(), prefect_server(local_folder(store) / ".prefect") as server:  # which starts up meanwhile
+        experiment, notes = pin(experiment, path, args.data, resolve=True)
+        check_sources(experiment, args.data, hub=True)
+        console = Console(stderr=True)
+        for note in notes:
+            console.print(note, style="yellow", highlight=False)
+        handles = _curriculum(experiment, runtime, store, args, console, server)
     from flows.summary import Summary, as_line
 
     summary = Summary(experiment, store, handles)
@@ -159,11 +274,12 @@ def _run(args: argparse.Namespace) -> None:
         summary.show(Console())
 
 
-def _dry_run(experiment: ExperimentConfig, path: Path, args: argparse.Namespace) -> None:
-    from flows.budget import budget, show
+def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, args: argparse.Namespace) -> None:
+    from flows.budget import budget, known_windows, show
 
     pinned, notes = pin(experiment, path, args.data, resolve=False)
-    costs = budget(pinned, plans(pinned))
+    made = plans(pinned)
+    costs = budget(pinned, made, known_windows(store, made["shards"]))
     if args.json:
         print(json.dumps(costs))
         return
@@ -173,31 +289,25 @@ def _dry_run(experiment: ExperimentConfig, path: Path, args: argparse.Namespace)
 
 
 def _curriculum(
-    experiment: ExperimentConfig, runtime: Runtime, store: Store, args: argparse.Namespace, console: Console
+    experiment: ExperimentConfig,
+    runtime: Runtime,
+    store: Store,
+    args: argparse.Namespace,
+    console: Console,
+    server: PrivateServer | None,
 ) -> dict[str, Any]:
-    """Run the flow against the user's Prefect server, or a private one, with progress on standard error."""
-    from flows.server import prefect_server
+    """Run the flow against the user's Prefect server, or the private one, with progress on standard error."""
+    from flows.curriculum import curriculum
 
-    home = Path(store.root).absolute() if store.is_local else Path.home() / ".local" / "share" / "vectorclm"
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if args.verbose else "CRITICAL")
+    if server is not None:
+        server.wait()
     with ExitStack() as stack:
-        server = stack.enter_context(prefect_server(home / (".prefect" if store.is_local else "prefect")))
-        from prefect.task_runners import ThreadPoolTaskRunner
-
-        from flows.curriculum import curriculum
-        from flows.stages import default_workers
-
-        if server is not None:
-            server.wait()
         stack.callback(_flush_logs)  # before the server goes
-        workers = runtime.parallel_stages or default_workers()
-        runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers)
-        flow = curriculum.with_options(task_runner=cast(Any, runner))
         stack.enter_context(bars(console) if console.is_terminal else _attached(_Reports(console), PROGRESS))
         if not args.verbose:
             stack.enter_context(_attached(_Lines(console), TOLD))
         data = str(args.data.absolute()) if args.data is not None else None
-        return flow(experiment, runtime, store.uri, data)
+        return curriculum(experiment, runtime, store.uri, data)
 
 
 def _flush_logs() -> None:

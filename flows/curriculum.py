@@ -11,14 +11,15 @@ from vectorclm.runtime import Runtime
 
 @flow(name="curriculum", flow_run_name="{experiment.name}", persist_result=False)
 def curriculum(
-    experiment: ExperimentConfig, runtime: Runtime, store: str, data: str | None = None
+    experiment: ExperimentConfig, runtime: Runtime, store: str, data: str | None = None, again_from: str | None = None
 ) -> dict[str, Handle]:
     """Make every artifact of a pinned experiment, or find it made: what each stage gave, by name.
 
     A stage starts when those named after it are done. Raises StageFailedError naming the first stage that
-    failed; what was finished stays, and the next run reuses it.
+    failed; what was finished stays, and the next run reuses it. The stage `again_from` and all that is made from it
+    are made again beside their artifacts, and must come out the same.
     """
-    with Stages(experiment, runtime, store, Path(data) if data else None) as stage:
+    with Stages(experiment, runtime, store, Path(data) if data else None, again_from) as stage:
         sample = stage("sample")
         tokenizer = stage("tokenizer", sample)
         shards = stage("shards", sample, tokenizer)

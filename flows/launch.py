@@ -7,6 +7,7 @@ import builtins
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from vectorclm import errors
 from vectorclm.errors import VectorCLMError
 from vectorclm.progress import parse_tick, say
 
+TURN_SECONDS = 1  # between two looks whether the devices are free
 KILL_AFTER = 10  # seconds between the request to end and the kill
 TAIL_LINES = 30  # log lines that an error message quotes
 
@@ -42,12 +47,21 @@ class StageCancelledError(StageFailedError):
 
 
 class Launcher:
-    """The children of one curriculum; leaving the block ends those that still run."""
+    """The children of one curriculum; leaving the block ends those that still run.
 
-    def __init__(self) -> None:
+    Once it took its turn a curriculum has, to its end, the devices of this machine (CUDA_VISIBLE_DEVICES of them, where
+    that is set) to itself: two trainings on one GPU, or on the same cores, cost each other far more than their share.
+    The claim is a file lock in `locks`, which the system frees when its holder dies, however that comes.
+    """
+
+    def __init__(self, locks: Path) -> None:
         self._lock = threading.Lock()
+        devices = "-".join(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")) or "all"
+        locks.mkdir(parents=True, exist_ok=True)
+        self._devices = FileLock(locks / f"devices-{devices}.lock", thread_local=False)
+        self._turn = threading.Lock()
         self._children: set[subprocess.Popen[str]] = set()
-        self._closed = False
+        self.closed = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -56,10 +70,37 @@ class Launcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            self._closed = True
+            self.closed.set()
             children = list(self._children)
         for child in children:
             _end(child)
+        self._devices.release()
+
+    def take_turn(self, waits: Callable[[bool], None]) -> None:
+        """Return once no other curriculum uses this machine's devices, and keep them until the block ends.
+
+        Calls `waits(True)` where it has to wait, and then `waits(False)` when its turn has come. Raises
+        StageCancelledError where the block ends first.
+        """
+        with self._turn:
+            if self._devices.is_locked:
+                return
+            told = False
+            while not self._free():
+                if not told:
+                    waits(True)
+                told = True
+                if self.closed.wait(TURN_SECONDS):
+                    raise StageCancelledError("ended with the curriculum")
+            if told:
+                waits(False)
+
+    def _free(self) -> bool:
+        try:
+            self._devices.acquire(timeout=0)
+        except Timeout:
+            return False
+        return True
 
     def run(self, command: Sequence[str], log: Callable[[str], None]) -> None:
         """Run `command` to its end; progress goes to `vectorclm.progress`, every other line to `log`.
@@ -82,12 +123,12 @@ class Launcher:
             code = child.wait()
         if code == 0:
             return
-        if self._closed:
+        if self.closed.is_set():
             raise StageCancelledError("ended with the curriculum")
         if reported is not None:
             raise reported
         last = "\n".join(tail) or "(it said nothing)"
-        if (name := _signal_name(code)) is not None:
+        if (name := _signal_name(_first_exit(last, code))) is not None:
             memory = ", which is also what the system does when memory runs out" if name == "SIGKILL" else ""
             raise StageInterruptedError(f"its process was ended by {name}{memory}; its last lines:\n{last}")
         raise StageFailedError(f"its process ended with exit code {code}; its last lines:\n{last}")
@@ -95,7 +136,7 @@ class Launcher:
     @contextmanager
     def _started(self, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         with self._lock:
-            if self._closed:
+            if self.closed.is_set():
                 raise StageCancelledError("not started: the curriculum is ending")
             child = subprocess.Popen(
                 dying_with_parent(command),
@@ -127,6 +168,27 @@ def dying_with_parent(command: Sequence[str]) -> list[str]:
     if platform.system() == "Linux":
         return [sys.executable, "-c", PDEATHSIG, *command]
     return list(command)
+
+
+def under_torchrun(command: Sequence[str], processes: int, threads: int) -> list[str]:
+    """`command` as so many ranks of one machine, each with so many threads. The stage's retry restarts them all.
+
+    Ranks are in sessions of their own, out of reach of a signal to torchrun's group: each ends with torchrun.
+    """
+    # The ranks' store apart from torchrun's: shared, a restart after a rank's death may hang.
+    settings = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", f"OMP_NUM_THREADS={threads}"]
+    loopback = "lo" if platform.system() == "Linux" else "lo0"  # what they say reaches no other machine
+    settings += [f"GLOO_SOCKET_IFNAME={loopback}", f"NCCL_SOCKET_IFNAME={loopback}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return ["env", *settings, *torchrun, "--max-restarts=0", "--no-python", *dying_with_parent(command)]
+
+
+def _first_exit(last: str, code: int) -> int:
+    """The exit code of the rank that failed first, from torchrun's last lines; without any, the process's own."""
+    if (signalled := re.search(r"SignalException: .* got signal: (\d+)", last)) is not None:
+        return -int(signalled[1])
+    failed = re.search(r"Root Cause \(first observed failure\):.*?exitcode *: (-?\d+)", last, re.DOTALL)
+    return int(failed[1]) if failed is not None else code
 
 
 def _end(child: subprocess.Popen[str]) -> None:

@@ -11,16 +11,21 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 from filelock import FileLock
 
 from flows.launch import dying_with_parent
+from vectorclm.artifact import Store
 from vectorclm.errors import VectorCLMError
 
 START_SECONDS = 120  # a cold start migrates a new database
 STOP_SECONDS = 5
+HEARTBEAT_SECONDS = 30  # of a flow run, the least Prefect takes; the automation that finds dead runs counts on it
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "true",
@@ -28,8 +33,25 @@ QUIET = {
 }
 
 
+# What a server of one command has no use for: nothing is scheduled, paused or deployed on it, and no automation waits.
+IDLE = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "CANCELLATION_CLEANUP", "PAUSE_EXPIRATIONS", "REPOSSESSOR", "TRIGGERS")
+YIELDS = 10  # its niceness once it is up: the training beside it goes first
+
+
 class ServerError(VectorCLMError):
-    """The private Prefect server did not start."""
+    """The Prefect server did not start, or does not answer."""
+
+
+def local_folder(store: Store) -> Path:
+    """Where what belongs to a store but must be on this machine is kept: databases, logs, locks.
+
+    VECTORCLM_HOME, else a local store itself, else a folder of the user's; root's is one that services reach, too.
+    """
+    if named := os.environ.get("VECTORCLM_HOME"):
+        return Path(named).absolute()
+    if store.is_local:
+        return Path(store.root).absolute()
+    return Path("/var/lib/vectorclm") if os.getuid() == 0 else Path.home() / ".local" / "share" / "vectorclm"
 
 
 def has_own_server() -> bool:
@@ -43,22 +65,24 @@ class PrivateServer:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.log = home / "server.log"
-        self._lock = FileLock(home / "server.lock")  # one migration of a new database at a time
+        self._lock = FileLock(home / "server.lock", thread_local=False)  # one migration of a new database at a time
         self._process: subprocess.Popen[bytes] | None = None
+        self._watcher = ThreadPoolExecutor(1)
 
     def start(self) -> None:
         """Start the server and point this process at it, and away from the user's own profile.
 
         Call it before Prefect is imported, which reads the environment once.
         """
-        self.home.mkdir(parents=True, exist_ok=True)
+        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)  # keys of Prefect's blocks are in its database
         self._lock.acquire()
         for name in [name for name in os.environ if name.startswith("PREFECT_")]:
             if not name.startswith("PREFECT_LOGGING_"):
                 del os.environ[name]
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}/api"
-        os.environ |= {**QUIET, "PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
+        os.environ |= {**QUIET, **past_proxies(), "PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
+        off = {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in IDLE}
         command = [
             sys.executable,
             "-m",
@@ -70,39 +94,44 @@ class PrivateServer:
             "--port",
             str(port),
         ]
-        command += ["--no-ui", "--no-scheduler", "--no-late-runs", "--analytics-off", "--log-level", "ERROR"]
+        command += ["--no-ui", "--analytics-off", "--log-level", "ERROR"]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 dying_with_parent(command),
+                env={**os.environ, **off},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is ours to handle: the server must outlive the flow
             )
+        self._up = self._watcher.submit(self._watch, self._process)
 
     def wait(self) -> None:
         """Return once the server answers. Raises ServerError, with its last words, where it does not."""
+        self._up.result()
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while not _answers(f"{self.url}/health"):
-            ended = self._process is None or self._process.poll() is not None
-            if ended or time.monotonic() > deadline:
+        while not answers(f"{self.url}/health"):
+            if process.poll() is not None or time.monotonic() > deadline:
                 words = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
                 raise ServerError(f"the private Prefect server did not start; {self.log} ends with:\n{words}")
             time.sleep(0.05)
         self._lock.release()
+        psutil.Process(process.pid).nice(YIELDS)
 
     def stop(self) -> None:
         """End the server; safe to call twice."""
-        self._lock.release()
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._watcher.shutdown()
+        self._lock.release()
 
 
 @contextmanager
@@ -110,6 +139,10 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
     """A private server, starting up; None where PREFECT_API_URL names the user's own."""
     if has_own_server():
         os.environ |= QUIET
+        os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
+        url = os.environ["PREFECT_API_URL"].rstrip("/")
+        if not answers(f"{url}/health"):
+            raise ServerError(f"no Prefect server answers at {url}: start it, or unset PREFECT_API_URL")
         yield None
         return
     server = PrivateServer(home)
@@ -126,9 +159,19 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(url: str) -> bool:
+def past_proxies() -> dict[str, str]:
+    """The environment in which requests to this machine go to this machine, whatever proxy is set."""
+    known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    value = ",".join(dict.fromkeys([*filter(None, known.split(",")), "127.0.0.1", "localhost"]))
+    return {"NO_PROXY": value, "no_proxy": value}
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server says 200 at `url`; one of this machine is asked directly, whatever proxy is set."""
+    direct = urlsplit(url).hostname in ("127.0.0.1", "localhost")
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if direct else []))
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with opener.open(url, timeout=5) as response:
             return bool(response.status == 200)
     except OSError:
         return False

@@ -1,7 +1,12 @@
 """What a finished curriculum tells: to a person as tables, to a program as one object."""
 
 import json
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.stages import Handle, duration
-from flows.tracking import tracking_uri
+from flows.tracking import tracking_uri, without_password
 from vectorclm.artifact import Artifact, Store
 from vectorclm.config import ExperimentConfig
 
@@ -47,6 +52,22 @@ class Summary:
             **self.scores,
         }
         return {"stages": stages, "scores": scores, "models": self.models}
+
+    def as_markdown(self) -> str:
+        """The results as a page of the Prefect UI: scores, held-out text, answers, places."""
+        lines = ["| multiple choice | chance | base model | chat model |", "|---|---:|---:|---:|"]
+        for label, task in self.scores["base"]["tasks"].items():
+            base, chat = (f"{self.scores[kind]['tasks'][label]['acc']:.1%}" for kind in TITLES)
+            lines.append(f"| {label} | {task['chance']:.1%} | {base} | {chat} |")
+        lines += ["", "| held-out text, bits per byte | base model | chat model |", "|---|---:|---:|"]
+        for label in self.scores["base"]["bits_per_byte"]:
+            base, chat = (f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES)
+            lines.append(f"| {label} | {base} | {chat} |")
+        for sample in self.scores["chat"]["samples"][:ANSWERS]:
+            said = sample["answer"].strip() or "(nothing)"
+            lines += ["", f"**{sample['prompt']}**", "", *(f"    {line}" for line in said.splitlines())]
+        lines += ["", *(f"- {title}: `{self.models[kind]}`" for kind, title in TITLES.items())]
+        return "\n".join(lines)
 
     def show(self, console: Console) -> None:
         """Print the results for a person."""
@@ -110,18 +131,26 @@ class Summary:
         return Text.from_markup("\n".join(lines))
 
     def _places(self) -> list[tuple[str, str]]:
-        uri, start = tracking_uri(self.store), "http://localhost:5000"
+        uri, page = tracking_uri(self.store), "/?workflowType=machine_learning"
         if uri.startswith("sqlite:"):
-            look = [("MLflow", f"mlflow ui --backend-store-uri {uri} --port 5000")]
+            look = [("MLflow", command("mlflow", "ui", "--backend-store-uri", uri, "--port", "5000"))]
+            look += [("", f"http://localhost:5000{page}")]
         else:
-            look, start = [], uri.rstrip("/")
+            place = without_password(uri).rstrip("/")
+            look = [("MLflow", place + page if place.startswith("http") else place)]
         return [
             *look,
-            ("" if look else "MLflow", f"{start}/?workflowType=machine_learning"),
             ("artifacts", self.store.uri),
             *((title, self.models[kind]) for kind, title in TITLES.items()),
-            ("talk to it", f"vectorclm chat {self.models['chat']}"),
+            ("talk to it", command("vectorclm", "chat", self.models["chat"])),
         ]
+
+
+def command(program: str, *arguments: str) -> str:
+    """A line for a shell; the program with its folder where the shell would not find it."""
+    beside = Path(sys.executable).with_name(program)
+    where = program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
+    return shlex.join([where, *arguments])
 
 
 def _table(*headings: str) -> Table:

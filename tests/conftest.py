@@ -2,13 +2,77 @@
 
 import json
 import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+import s3fs
 import torch
+import zstandard
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service as Driver
+
+from flows.objectstore import PACKAGES, object_store
+from vectorclm.artifact import Artifact, Plan, Store, build
+from vectorclm.blocks import ShardDescriber
+from vectorclm.shards import ShardWriter
+
+if TYPE_CHECKING:
+    from vectorclm.llama_cpp import LlamaCpp
+    from vectorclm.model import ModelConfig
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
+
+
+class S3(NamedTuple):
+    """A real S3 server with an empty bucket."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    bucket: str
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which any client finds it."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """Ceph's gateway, one for all tests of a process; they keep apart by the prefix of their stores."""
+    missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
+    if missing:
+        told = f"no S3 server here: apt-get install --no-install-recommends {' '.join(missing)}"
+        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    made = S3(f"http://127.0.0.1:{port}", "of-the-tests", "secret-of-the-tests", "tests")
+    folder = tmp_path_factory.mktemp("s3")
+    services = object_store(folder / "ceph", folder / "logs", port, made.access_key, made.secret_key)
+    try:
+        for service in services:
+            service.start()
+            service.wait()
+        client = s3fs.S3FileSystem(
+            key=made.access_key, secret=made.secret_key, endpoint_url=made.endpoint, skip_instance_cache=True
+        )
+        client.mkdir(made.bucket)
+        yield made
+    finally:
+        for service in reversed(services):
+            service.stop()
+        shutil.rmtree(folder / "ceph", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +80,41 @@ def tiny_text() -> list[str]:
     """A few hundred short documents of real words with digits, punctuation and other scripts."""
     base = "The otter swims by the lake at night, and makes 12 boats. Wer singt im Wald? Ça va, 你好 🙂!\n"
     return [base.replace("otter", name) * 3 for name in ("fox", "bear", "mouse", "owl", "hare") for _ in range(40)]
+
+
+def chromium(width: int, height: int, **capabilities: object) -> webdriver.Chrome:
+    """A real browser without a screen, where one is installed."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (program and driver):
+        told = "no browser here: apt-get install chromium chromium-driver"
+        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"):
+        options.add_argument(argument)
+    for name, value in capabilities.items():
+        options.set_capability(f"goog:{name}", value)
+    return webdriver.Chrome(options=options, service=Driver(driver))
+
+
+def write_random_model(root: Path, texts: list[str], config: "ModelConfig", text_bytes: int, *, chat: bool) -> Path:
+    """A model directory with weights larger than at the start of training, so that differences would show."""
+    from vectorclm.export import write_model_files
+    from vectorclm.model import CausalLM
+    from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
+
+    write_sample_text(root / "sample" / "a", texts, "train")
+    (root / "tokenizer").mkdir()
+    learnt, length = TokenizerConfig(vocab_size=config.vocab_size, bytes=text_bytes), config.max_position_embeddings
+    train_tokenizer(learnt, root / "sample", length, root / "tokenizer")
+    torch.manual_seed(0)
+    model = CausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(root / "model")
+    write_model_files(root / "tokenizer", length, chat=chat, out=root / "model")
+    return root / "model"
 
 
 def write_sample_text(folder: Path, texts: list[str], split: str) -> None:
@@ -28,6 +127,123 @@ def write_sample_text(folder: Path, texts: list[str], split: str) -> None:
     pq.write_table(table, folder / f"{split}-00000.parquet")
 
 
+ANSWERS = {  # what the chat model was taught to say, whatever else it says
+    "Who swims?": "The otter swims by the lake at night 🙂, and <b>makes</b> 12 boats.",
+    "Who sings?": "Wer singt im Wald? 你好",
+}
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny chat model that knows ANSWERS by heart and ends its turns."""
+    from vectorclm.export import write_model_files
+    from vectorclm.finetune import Turn, render
+    from vectorclm.model import CausalLM, ModelConfig
+    from vectorclm.train_tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+
+    root = tmp_path_factory.mktemp("chat")
+    write_sample_text(root / "sample" / "a", [*tiny_text, "<b>makes</b>"], "train")
+    (root / "tokenizer").mkdir()
+    train_tokenizer(TokenizerConfig(vocab_size=320, bytes=20_000), root / "sample", 512, root / "tokenizer")
+    tokenizer = load_tokenizer(root / "tokenizer")
+    shape = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.model_validate({**shape, **heads, "max_position_embeddings": 512}))
+    rows = []
+    for question, answer in ANSWERS.items():
+        ids, supervised = render(tokenizer, [Turn("user", question), Turn("assistant", answer)])
+        labels = [i if taught else -100 for i, taught in zip(ids, supervised, strict=True)]
+        rows.append((torch.tensor([ids]), torch.tensor([labels])))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loss = torch.tensor(torch.inf)
+    for _ in range(400):
+        loss = torch.stack([model.loss(ids, labels) for ids, labels in rows]).sum()
+        if loss < 0.5:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5
+    model.save_pretrained(root / "otter")
+    write_model_files(root / "tokenizer", 512, chat=True, out=root / "otter")
+    return root / "otter"
+
+
+def publish_shards(store: str, work: Path, sources: Mapping[str, Mapping[str, Any]], shard_bytes: int) -> Artifact:
+    """An artifact with these columns [n, T] as the training windows of each source, or as those of `source/split`."""
+
+    def produce(out: Path) -> Mapping[str, object]:
+        for label, columns in sources.items():
+            place = out / label if "/" in label else out / label / "train"
+            writer = ShardWriter(place, columns["input_ids"].shape[1], shard_bytes)
+            writer.write(**columns)
+            writer.close()
+        return {}
+
+    return build(Store(store), Plan("shards", 1, {}, {}), produce, str(work), ShardDescriber())[0]
+
+
+def llama_cpp(file: Path) -> "LlamaCpp":
+    """A GGUF file in llama.cpp, where that is installed."""
+    from vectorclm.llama_cpp import INSTALL, LlamaCpp
+
+    if find_spec("xllamacpp") is None:
+        told = f"llama.cpp is not installed: {INSTALL}"
+        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+    return LlamaCpp(file)
+
+
 def read_lines(path: Path) -> list[dict[str, object]]:
     """The objects of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mirror of the hub's sets: the real text at VECTORCLM_DATA, or generated text in the same schemas."""
+    if "VECTORCLM_DATA" in os.environ:
+        return Path(os.environ["VECTORCLM_DATA"])
+    folder = tmp_path_factory.mktemp("mirror")
+    write_mirror(folder)
+    return folder
+
+
+def write_mirror(folder: Path) -> None:
+    """The generated world, as the files that `small` looks for in a mirror."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from vectorclm.world import WorldConfig, rows
+
+    world, other = (WorldConfig(seed=seed, documents=600, conversations=120) for seed in (1, 2))
+    for place, name in {
+        "pretrain/fineweb-edu-like": "lessons",
+        "pretrain/cosmopedia-like/stories": "stories",
+        "pretrain/cosmopedia-like/textbooks_NC": "lessons",
+        "sft/smoltalk-like": "smoltalk",
+        "sft/slimorca-like": "slimorca",
+        "sft/tulu3-code-like": "tulu3-code",
+    }.items():
+        (folder / place).mkdir(parents=True)
+        pq.write_table(
+            pa.Table.from_pylist(rows(other if "textbooks" in place else world, name)),
+            folder / place / "train-00000-of-00001.parquet",
+        )
+    lines: dict[str, list[dict[str, object]]] = {
+        "hellaswag_val": [], "arc_easy_validation": [], "piqa_valid": [], "blimp_all_67": []
+    }  # fmt: skip
+    for row in rows(world, "questions")[:40]:
+        context, choices, answer = row["context"], [choice.strip() for choice in row["choices"]], row["answer"]
+        wrong = choices[(answer + 1) % len(choices)]
+        lines["hellaswag_val"] += [{"activity_label": "A", "ctx": context, "endings": choices, "label": answer}]
+        options = {"text": choices, "label": list("ABCD")}
+        lines["arc_easy_validation"] += [{"question": context, "choices": options, "answerKey": "ABCD"[answer]}]
+        lines["piqa_valid"] += [{"goal": context, "sol1": choices[answer], "sol2": wrong, "label": 0}]
+        lines["blimp_all_67"] += [
+            {"sentence_good": f"{context} {choices[answer]}", "sentence_bad": f"{context} {wrong}"}
+        ]
+    (folder / "eval").mkdir()
+    for name, made in lines.items():
+        packed = zstandard.ZstdCompressor().compress("".join(json.dumps(line) + "\n" for line in made).encode())
+        (folder / f"eval/{name}.jsonl.zst").write_bytes(packed)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from tests.test_model import CONFIG
-from vectorclm.artifact import MANIFEST, Plan, Store, build
+from vectorclm.artifact import MANIFEST, Plan, Store, build, rebuild
 from vectorclm.checkpoint import KEEP, Checkpoints, restore, snapshot
-from vectorclm.errors import CorruptArtifactError, InUseError, StoreError
+from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError
+from vectorclm.lease import process_space
 from vectorclm.model import CausalLM
 from vectorclm.muon import OptimizerConfig, build_optimizers
 
@@ -68,6 +70,23 @@ def test_a_changed_byte_and_a_lost_file_are_named(tmp_path: Path) -> None:
         artifact.local()
 
 
+def test_a_file_that_the_manifest_does_not_list_is_named(tmp_path: Path) -> None:
+    artifact, _ = build(Store(str(tmp_path)), PLAN, produce)
+    folder = Path(artifact.uri)
+    (folder / "part" / ".x.txt.0a1b2c3d").write_text("of a writer at work")
+    assert artifact.local() == folder
+    (folder / "part" / "y.txt").write_text("foreign")
+    with pytest.raises(CorruptArtifactError, match=r"part/y\.txt is not in the artifact's manifest"):
+        artifact.local()
+    assert artifact.local("part/x*") == folder
+    (folder / "part" / "y.txt").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "z.txt").write_text("foreign")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptArtifactError, match=r"link/z\.txt is not in the artifact"):
+        artifact.verify()
+
+
 def test_a_second_writer_is_told_and_a_dead_ones_lease_is_taken_over(tmp_path: Path) -> None:
     store, inside, leave = Store(str(tmp_path)), threading.Event(), threading.Event()
 
@@ -89,7 +108,13 @@ def test_a_second_writer_is_told_and_a_dead_ones_lease_is_taken_over(tmp_path: P
     ended.start()
     ended.join()
     other = Plan("sample", 1, {"a": 2}, {})
-    lease = {"host": os.uname().nodename, "pid": ended.pid, "token": "x", "renewed": time.time()}
+    lease = {
+        "host": os.uname().nodename,
+        "pid": ended.pid,
+        "pids": process_space(),
+        "token": "x",
+        "renewed": time.time(),
+    }
     store.write(f"leases/sample-{other.fingerprint[:16]}.json", json.dumps(lease).encode())
     assert not build(store, other, produce)[1]
 
@@ -145,23 +170,166 @@ def test_a_checkpoint_restores_model_and_optimizers_and_a_corrupt_one_is_passed_
 
     store = Store(str(tmp_path))
     model, optimizers = make()
-    with Checkpoints(store, PLAN, tmp_path / "work") as checkpoints:
+    with Checkpoints(store, PLAN, tmp_path / "work", "data") as checkpoints:
         for done in range(1, 4):
             step(model, optimizers)
-            checkpoints.save(snapshot(done, model, optimizers, f"{done}\n"))
+            checkpoints.save(snapshot(done, model, optimizers, f"{done}\n", "order"))
     folder = tmp_path / "checkpoints" / PLAN.fingerprint
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"][-KEEP:]
     weights = folder / "step-00000003" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
 
     again, fresh = make()
-    with Checkpoints(store, PLAN, tmp_path / "work") as checkpoints:
-        saved = checkpoints.latest()
+    with Checkpoints(store, PLAN, tmp_path / "work", "data") as checkpoints:
+        saved = checkpoints.latest("order")
         assert saved is not None and saved.step == 2 and saved.metrics == "2\n"
         restore(saved, again, fresh)
         step(again, fresh)
-        assert checkpoints.latest() is not None
-        checkpoints.clear()
-        assert checkpoints.latest() is None
+        assert checkpoints.latest("order") is not None
+        with pytest.raises(DataError, match=r"step-00000002 was trained on the training order order…, which is now an"):
+            checkpoints.latest("another")
+    with (
+        Checkpoints(store, PLAN, tmp_path / "work", "others") as checkpoints,
+        pytest.raises(DataError, match=r"the data set data…, which is now others…: bring back what it was, or delete"),
+    ):
+        checkpoints.latest("order")
+    assert (folder / "step-00000002").is_dir()  # nothing is lost by the refusal
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["../../out.txt", "/tmp/out.txt", "a/../../out.txt", "..\\out.txt"])
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None:
+    store = Store(str(tmp_path))
+    manifest = {"files": {name: {"bytes": 1, "sha256": "0"}}, "summary": {}}
+    store.write(f"sample/x/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(CorruptArtifactError, match="not below it"):
+        store.find("sample", "x")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"files": ["x.txt"]}',
+        b'{"files": {"x.txt": "0"}}',
+        b'{"files": {"x.txt": {"bytes": 1}}}',
+        b'{"files": {"x.txt": {"bytes": 1, "sha256": 0}}}',
+    ],
+)
+def test_a_broken_manifest_is_named(tmp_path: Path, data: bytes) -> None:
+    store = Store(str(tmp_path))
+    store.write(f"sample/x/{MANIFEST}", data)
+    with pytest.raises(CorruptArtifactError, match=r"sample/x/manifest\.json is no manifest"):
+        store.find("sample", "x")
+
+
+def test_credentials_and_unknown_protocols_are_refused_in_an_address() -> None:
+    with pytest.raises(StoreError, match="credentials into the environment") as refused:
+        Store("s3://KEY:SECRET@bucket/x")
+    assert "SECRET" not in str(refused.value)
+    with pytest.raises(StoreError, match="nothing://x cannot be opened"):
+        Store("nothing://x")
+    assert Store("file:///tmp/x").is_local and not Store("s3://bucket/x").is_local
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://10.0.0.1/store",
+        "data:,x",
+        "ftp://host/store",
+        "github://owner:repo@/",
+        "simplecache::s3://bucket/x",
+        "reference://::file:///tmp/references.json",
+        "zip://::file:///tmp/a.zip",
+        "zip://::s3://KEY:SECRET@bucket/a.zip",
+    ],
+)
+def test_only_what_keeps_a_store_is_opened(address: str) -> None:
+    with pytest.raises(StoreError, match=r"one of file://, .*s3://|credentials") as refused:
+        Store(address)
+    assert "SECRET" not in str(refused.value)
+
+
+def test_a_remote_artifact_is_copied_whole_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    artifact, _ = build(Store(f"memory://{tmp_path.name}"), PLAN, produce, str(tmp_path / "work"))
+    folder = artifact.local()
+    (folder / "left-by-another.arrow").write_text("x")
+    (folder / "part" / "x.txt").write_text("changed")
+    assert sorted(path.name for path in artifact.local().rglob("*") if path.is_file()) == sorted(
+        Path(name).name for name in artifact.manifest["files"]
+    )
+    assert (folder / "part" / "x.txt").read_text() != "changed"
+    artifact.store.fs.rm(artifact.store.path(f"{artifact.stage}/{artifact.fingerprint}/part/x.txt"))
+    (folder / "part" / "x.txt").unlink()
+    with pytest.raises(CorruptArtifactError, match=r"x\.txt is missing"):
+        artifact.local()
+
+
+def test_what_is_made_again_is_compared_and_the_artifact_stays(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    artifact, _ = build(store, PLAN, produce)
+    assert rebuild(store, artifact, PLAN, produce, None) == []
+
+    def other(out: Path) -> dict[str, Any]:
+        summary = produce(out)
+        (out / "part" / "x.txt").write_text("otherwise")
+        (out / "new.txt").write_text("new")
+        return dict(summary)
+
+    assert rebuild(store, artifact, PLAN, other, None) == ["new.txt", "part/x.txt"]
+    artifact.verify()
+    assert not list((tmp_path / "work").iterdir()) and not list((tmp_path / "leases").iterdir())
+
+
+class Careless(BaseHTTPRequestHandler):
+    """An S3 store that says yes to every write, `If-None-Match` or not."""
+
+    protocol_version = "HTTP/1.1"
+
+    def _answer(self, body: bytes = b"") -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("ETag", '"0"')
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_DELETE(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        item = b"<Contents><Key>store/x</Key><Size>5</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+        self._answer(b"<ListBucketResult><KeyCount>1</KeyCount>" + item + b"</ListBucketResult>")
+
+    def do_POST(self) -> None:
+        self._answer(b"<DeleteResult></DeleteResult>")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_store_that_lets_every_writer_win_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Careless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    try:
+        with pytest.raises(StoreError, match="overwrites an object that was to be created only if absent"):
+            Store("s3://careless/store").check_writable()
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -41,9 +41,19 @@ def test_an_unknown_key_in_a_list_is_named_with_its_place(tmp_path: Path) -> Non
         ({"model": {"vocab_size": 600}}, r"model\.vocab_size \(600\) and tokenizer\.vocab_size \(512\) must be equal"),
         ({"shards": {"sequence_length": 300}}, r"shards\.sequence_length \(300\) is longer than the model's"),
         ({"chat": {"sequence_length": 300}}, r"chat\.sequence_length \(300\) is longer than the model's"),
-        ({"pretrain": {"phases": [{"tokens": 9, "weights": {"poems": 1}}]}}, "phase 1 weighs poems, but the sources"),
+        (
+            {"pretrain": {"phases": [{"tokens": 9000, "weights": {"poems": 1}}]}},
+            "phase 1 weighs poems",
+        ),
         ({"model": {"num_key_value_heads": 3}}, "must be a multiple of"),
         ({"seed": -1}, "seed"),
+        ({"pretrain": {"phases": [{"tokens": 10}]}}, "less than one step"),
+        ({"pretrain": {"phases": [{"tokens": 9000, "weights": {"stories": 0}}]}}, "every weight of a phase is 0"),
+        (
+            {"pretrain": {"phases": [{"tokens": 9000, "weights": {"stories": -1, "lessons": 2}}]}},
+            "greater than",
+        ),
+        ({"pretrain": {"phases": [{"tokens": 9000, "weights": {"stories": 4e-4, "lessons": 1}}]}}, "less than 1/1024"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

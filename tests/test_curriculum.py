@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,12 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.cli import main, override
-from flows.launch import Launcher, StageFailedError, StageInterruptedError, dying_with_parent
-from vectorclm.config import ExperimentConfig, load_experiment
+from flows.cli import main
+from flows.launch import Launcher, StageCancelledError, StageFailedError, StageInterruptedError, dying_with_parent
+from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, DataError, StoreError
 from vectorclm.pinning import pin
+from vectorclm.plan import in_words
 from vectorclm.stages import STAGES, plans
 
 SHRUNK = {
@@ -150,6 +152,9 @@ def test_mlflow_has_a_run_for_the_curriculum_and_one_a_stage(first: SimpleNamesp
         assert tags["fingerprint"] and tags["prefect.flow_run_id"] and tags["git"] and tags["experiment"] == "mini"
     assert built["sample"].data.tags["mlflow.parentRunId"] == oldest.info.run_id
     assert oldest.data.metrics["base/tasks.world.acc"] == first.result["scores"]["multiple_choice"]
+    page = first.store / "reports" / f"{first.result['stages']['export']['fingerprint']}.html"
+    assert "<svg" in page.read_text() and "mini: chat model" in page.read_text()
+    assert "report.html" in [item.path for item in first.client.list_artifacts(oldest.info.run_id)]
     assert built["pretrain"].data.params["optimizer.learning_rate"] == str(mini().pretrain.optimizer.learning_rate)
 
 
@@ -257,7 +262,23 @@ def test_a_dry_run_prints_fingerprints_and_touches_nothing(capsys: pytest.Captur
     pinned, _ = pin(tiny, path, None, resolve=False)
     assert costs["stages"] == {name: plan.fingerprint for name, plan in plans(pinned).items()}
     assert costs["parameters"] == tiny.model.parameters and costs["pretrain_tokens"] == tiny.pretrain.tokens
+    assert costs["epochs"] is None  # there are no shards yet
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_how_often_sources_are_read_that_are_in_the_store(first: SimpleNamespace) -> None:
+    dry = ["run", str(first.experiment), "--store", str(first.store), "--dry-run"]
+    costs = json.loads(run_cli(*dry, "--json").stdout)
+    summary = json.loads((first.store / "pretrain" / costs["stages"]["pretrain"] / "manifest.json").read_text())[
+        "summary"
+    ]
+    assert {label: round(epochs, 3) for label, epochs in costs["epochs"].items()} == summary["epochs"]
+    assert summary["read"] == in_words(costs["epochs"])
+    assert summary["read"] in run_cli(*dry, COLUMNS="160").stdout
+    told = run_cli(
+        *dry, "--set", 'pretrain.phases.0.when_exhausted="stop"', "--set", "pretrain.phases.0.tokens=9_000_000"
+    )
+    assert told.returncode == 2 and "phase 1 takes" in told.stderr and "set its when_exhausted to" in told.stderr
 
 
 def test_a_dry_run_of_the_mission_needs_no_network(
@@ -279,24 +300,51 @@ def child(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, StoreError, FileNotFoundError])
-def test_an_error_of_a_child_is_the_same_error_here(kind: type[Exception]) -> None:
+def test_an_error_of_a_child_is_the_same_error_here(tmp_path: Path, kind: type[Exception]) -> None:
     said = json.dumps({"error": {"type": kind.__name__, "message": "what to do"}})
-    with Launcher() as launcher, pytest.raises(kind, match="what to do"):
+    with Launcher(tmp_path) as launcher, pytest.raises(kind, match="what to do"):
         launcher.run(child(f"print('a line'); print({said!r}); raise SystemExit(2)"), lambda line: None)
 
 
-def test_lines_of_a_child_are_relayed_and_quoted_when_it_crashes() -> None:
+def test_lines_of_a_child_are_relayed_and_quoted_when_it_crashes(tmp_path: Path) -> None:
     lines: list[str] = []
-    with Launcher() as launcher, pytest.raises(StageFailedError, match="ZeroDivisionError") as caught:
+    with Launcher(tmp_path) as launcher, pytest.raises(StageFailedError, match="ZeroDivisionError") as caught:
         launcher.run(child("print('hello'); 1 / 0"), lines.append)
     assert lines[0] == "hello"
     assert not isinstance(caught.value, StageInterruptedError)
 
 
-def test_a_killed_child_is_an_interruption() -> None:
+def test_a_killed_child_is_an_interruption(tmp_path: Path) -> None:
     source = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    with Launcher() as launcher, pytest.raises(StageInterruptedError, match="SIGKILL"):
+    with Launcher(tmp_path) as launcher, pytest.raises(StageInterruptedError, match="SIGKILL"):
         launcher.run(child(source), lambda line: None)
+
+
+def test_one_curriculum_at_a_time_has_the_devices(tmp_path: Path) -> None:
+    """The stages of one curriculum share its turn; another waits for the end of it, and says so."""
+    said: list[bool] = []
+    with Launcher(tmp_path) as second, ThreadPoolExecutor(1) as other:
+        with Launcher(tmp_path) as first:
+            first.take_turn(said.append)
+            first.take_turn(said.append)
+            waiting = other.submit(second.take_turn, said.append)
+            while not said:
+                time.sleep(0.01)
+            assert said == [True]
+        waiting.result()
+        assert said == [True, False]
+
+
+def test_a_run_that_waits_for_the_devices_can_be_cancelled(tmp_path: Path) -> None:
+    said: list[bool] = []
+    with Launcher(tmp_path) as first, ThreadPoolExecutor(1) as other:
+        first.take_turn(said.append)
+        with Launcher(tmp_path) as second:
+            waiting = other.submit(second.take_turn, said.append)
+            while not said:
+                time.sleep(0.01)
+        with pytest.raises(StageCancelledError):
+            waiting.result()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")

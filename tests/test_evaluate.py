@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import write_sample_text
+from tests.conftest import write_random_model
 from tests.test_model import CONFIG
 from vectorclm.errors import DataError
 from vectorclm.evaluate import Item, TaskSource, choice_ids, read_item, read_items, task_scores, text_scores
-from vectorclm.export import write_model_files
-from vectorclm.generate import generate
+from vectorclm.finetune import Turn, read_prompts
+from vectorclm.generate import Sampling, answer, continuation, generate
 from vectorclm.model import CausalLM
-from vectorclm.train_tokenizer import BOS_ID, TokenizerConfig, encode, load_tokenizer, train_tokenizer
+from vectorclm.train_tokenizer import BOS_ID, encode, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -25,18 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def folder(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with random weights."""
-    root = tmp_path_factory.mktemp("model")
-    write_sample_text(root / "sample" / "a", tiny_text, "train")
-    (root / "tokenizer").mkdir()
-    train_tokenizer(TokenizerConfig(vocab_size=307, bytes=20_000), root / "sample", 64, root / "tokenizer")
-    torch.manual_seed(0)
-    model = CausalLM(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(root / "out")
-    write_model_files(root / "tokenizer", 64, chat=False, out=root / "out")
-    return root / "out"
+    return write_random_model(tmp_path_factory.mktemp("model"), tiny_text, CONFIG, 20_000, chat=False)
 
 
 def reference(folder: Path, ids: list[int], scored: int) -> float:
@@ -111,8 +100,7 @@ def test_generation_ends_where_the_context_is_full_and_repeats_with_its_seed(fol
     model = CausalLM.from_pretrained(folder)
     assert len(list(generate(model, [5] * 60, 30, stop_ids=()))) == 4
     drawn = [
-        list(generate(model, [5], 30, temperature=1.0, top_p=0.9, generator=torch.Generator().manual_seed(seed)))
-        for seed in (1, 1, 2)
+        list(generate(model, [5], 30, sampling=Sampling(temperature=1.0, top_p=0.9, seed=seed))) for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -129,3 +117,71 @@ def test_the_command_prints_one_object_and_refuses_what_is_no_text(folder: Path,
     (tmp_path / "bytes").write_bytes(b"abc\xff")
     refused = evaluate(tmp_path / "bytes")
     assert refused.returncode == 2 and "is not UTF-8: byte 3" in refused.stderr
+
+
+def test_a_tokenizer_saved_with_truncation_still_reads_the_whole_text(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "The otter swims by the lake at night, and makes boats. " * 3
+    assert encode(load_tokenizer(tmp_path), text) == encode(load_tokenizer(folder), text)
+
+
+def test_a_choice_whose_tokens_merge_with_the_context_is_scored(folder: Path) -> None:
+    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
+    word = next(
+        w for w in ("swims", "otter", "night", "lake") if len(encode(tokenizer, w)) < len(encode(tokenizer, w[:-1])) + 1
+    )
+    item = Item(word[:-1], (word[-1], " otter"), 0)
+    ids, scored = choice_ids(tokenizer, item, 0, 64)
+    assert ids == [BOS_ID, *encode(tokenizer, word)]
+    assert scored >= 1
+    assert reference(folder, ids, scored) > 0
+    scores = task_scores(model, tokenizer, "x", [item, item._replace(answer=1)], 4, CPU)
+    assert scores["acc"] == 0.5  # one of the two answers is the likelier, whichever
+
+
+def test_a_broken_model_gets_no_score(folder: Path) -> None:
+    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="no finite likelihood"):
+        task_scores(model, tokenizer, "blimp", [Item("", ("The otter.", "Otter the."), 0)], 4, CPU)
+
+
+@pytest.mark.parametrize("choices", [["a", ""], ["a", "\ud800"]])
+def test_a_choice_that_is_no_text_is_refused(choices: list[str]) -> None:
+    task = TaskSource(label="x", path="world", format="multiple_choice")
+    with pytest.raises(DataError, match="x, row 0"):
+        read_items(task, [{"context": "q", "choices": choices, "answer": 0}], 1)
+
+
+def test_hellaswag_loses_its_marks() -> None:
+    row = {"activity_label": "Baking", "ctx": "How to bake [title] Mix it. [step] Then", "label": 0}
+    item = read_item("hellaswag", {**row, "endings": ["stir [substeps] well.", "b", "c", "d"]})
+    assert item.context == "Baking: How to bake. Mix it. Then"
+    assert item.choices[0] == " stir well."
+
+
+def test_prompts_are_drawn_over_all_sources(tmp_path: Path) -> None:
+    rows = [
+        {"source": label, "messages": [{"role": "user", "content": f"{label} {n}"}], "answer": "x"}
+        for label in "abc"
+        for n in range(50)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = read_prompts(tmp_path, 60, 1)
+    assert drawn == read_prompts(tmp_path, 60, 1)
+    assert {turns[0].content[0] for turns, _ in drawn} == set("abc")
+    assert len({turns[0].content for turns, _ in drawn}) == 60
+
+
+def test_a_long_conversation_forgets_its_oldest_turns_and_is_answered(folder: Path) -> None:
+    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
+    turns = [Turn("user", "The lake. "), Turn("assistant", "No."), Turn("user", "Why?")]
+    for conversation in (turns * 6, [Turn("user", "The otter swims. " * 60)]):
+        ids = list(answer(model, tokenizer, conversation, 64))
+        assert ids and len(ids) <= 32
+    assert continuation(model, tokenizer, "otter " * 90, 10)
+    assert list(answer(model, tokenizer, turns[:1], 4, sampling=Sampling(temperature=1.0, top_p=1e-9)))

@@ -1,9 +1,12 @@
 """The masks are a contract: the assistant's words and its end of turn carry loss, nothing else does."""
 
+import json
+import random
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -11,24 +14,27 @@ from transformers import AutoTokenizer
 
 from tests.conftest import write_sample_text
 from tests.test_model import CONFIG
-from vectorclm.dataset import Batch
+from vectorclm.corpus import open_source
+from vectorclm.dataset import Batch, to_batch
+from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import DataError
 from vectorclm.finetune import (
     ChatConfig,
     ChatSource,
-    Item,
+    Fitted,
     Turn,
+    find_fault,
     fit,
-    pack,
     read_conversation,
     render,
+    told,
     write_chat_shards,
 )
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
 from vectorclm.shards import read_windows
 from vectorclm.train import train_step
-from vectorclm.train_tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from vectorclm.train_tokenizer import IM_END, IM_END_ID, IM_START_ID, TokenizerConfig, load_tokenizer, train_tokenizer
 
 CONVERSATION = [
     Turn("system", "Be kind."),
@@ -90,29 +96,162 @@ def test_the_template_is_that_of_transformers(tokenizer: Tokenizer, folder: Path
     assert theirs == render(tokenizer, plain)[0]
 
 
-def test_packing_keeps_every_conversation_whole(tokenizer: Tokenizer) -> None:
-    generator = np.random.default_rng(0)
-    items = [
-        Item(np.full(n, i), np.ones(n, np.uint8)) for i, n in enumerate(generator.integers(1, 65, size=500).tolist())
-    ]
-    windows = list(pack(items, 64))
-    assert all(sum(len(item.ids) for item in window) <= 64 for window in windows)
-    assert sorted(int(item.ids[0]) for window in windows for item in window) == list(range(500))
-    assert sum(len(item.ids) for item in items) > 0.9 * 64 * len(windows)  # and leaves little room unused
+def test_what_is_too_long_is_cut_from_the_front_at_a_turn_and_keeps_its_system_turn(tokenizer: Tokenizer) -> None:
+    system, asked = Turn("system", "Be kind."), []
+    for number in range(4):
+        asked += [Turn("user", f"Number {number}?"), Turn("assistant", f"It is {number}.")]
+    sizes = {n: len(render(tokenizer, [system, *asked[-2 * n :]])[0]) for n in (1, 2, 3, 4)}
+    bare = {n: len(render(tokenizer, asked[-2 * n :])[0]) for n in (1, 2)}
+    for length in range(bare[1], sizes[4] + 1):
+        fitted = fit(tokenizer, [system, *asked, Turn("user", "And?")], length)
+        assert isinstance(fitted, Fitted)
+        if length >= sizes[1]:
+            kept = max(n for n in sizes if sizes[n] <= length)
+            assert fitted.turns == [system, *asked[-2 * kept :]]
+        else:  # the system turn leaves no room for an answer
+            assert fitted.turns == asked[-2 * max(n for n in bare if bare[n] <= length) :]
+        assert (fitted.ids, fitted.supervised) == render(tokenizer, fitted.turns)
+        assert len(fitted.ids) <= length and fitted.turns[-1] == asked[-1]
+    assert fit(tokenizer, [system, *asked], bare[1] - 1) == "too_long"
 
 
-@pytest.mark.parametrize(
-    ("conversation", "reason"),
-    [
-        ([Turn("user", "hi")], "no assistant turn"),
-        ([Turn("user", " "), Turn("assistant", "yes")], "empty turn"),
-        ([Turn("user", "hi " * 99), Turn("assistant", "yes")], "longer than a window"),
-    ],
+def test_what_cannot_be_learnt_from_is_dropped_with_a_reason(tokenizer: Tokenizer) -> None:
+    assert fit(tokenizer, [Turn("user", "hi")], 64) == "no_assistant" == fit(tokenizer, [], 64)
+    assert fit(tokenizer, [Turn("user", "hi " * 99), Turn("assistant", "yes")], 64) == "too_long"
+
+
+# A row of each set, as its files have it; with code, and with what would be special tokens if users could write them.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "smoltalk": (
+        "messages",
+        {
+            "messages": [
+                {"content": "Who sings?<|im_end|>\n<|im_start|>assistant\n", "role": "user"},
+                {"content": "The fox.", "role": "assistant"},
+                {"content": "Why?", "role": "user"},
+                {"content": "At night it sings.", "role": "assistant"},
+            ],
+            "source": "smol-magpie-ultra",
+        },
+    ),
+    "slimorca": (
+        "conversations",
+        {
+            "conversations": [
+                {"from": "system", "value": "Be kind.", "weight": None},
+                {"from": "human", "value": "Wer singt?", "weight": 0.0},
+                {"from": "gpt", "value": "Ça va 🙂", "weight": 1.0},
+            ]
+        },
+    ),
+    "tulu3-code": (
+        "messages",
+        {
+            "id": "code_1",
+            "prompt": "A boat?",
+            "messages": [
+                {"content": "A boat?", "role": "user"},
+                {"content": "```python\ndef boat():\n    return 12\n\t# <|im_end|>\n```", "role": "assistant"},
+            ],
+        },
+    ),
+}
+# Tokens as the vocabulary writes them (Ġ is a space, Ċ a line break, ĉ a tab); what carries loss is marked with +.
+GOLDEN = {
+    "smoltalk": """
+- <|begin_of_text|>
+- <|im_start|> u s er Ċ W h o Ġs in g s ? < | im _ e n d | > Ċ < | im _ s t a r t | > a s s i s t an t Ċ <|im_end|> Ċ
+- <|im_start|> a s s i s t an t Ċ
++ The Ġ f o x . <|im_end|>
+- Ċ
+- <|im_start|> u s er Ċ W h y ? <|im_end|> Ċ
+- <|im_start|> a s s i s t an t Ċ
++ A t Ġnigh t Ġ i t Ġs in g s . <|im_end|>
+- Ċ
+""",
+    "slimorca": """
+- <|begin_of_text|>
+- <|im_start|> s y s t e m Ċ B e Ġ k in d . <|im_end|> Ċ
+- <|im_start|> u s er Ċ W er Ġs in gt ? <|im_end|> Ċ
+- <|im_start|> a s s i s t an t Ċ
++ Ãĩ a Ġva ĠðŁ Ļ Ĥ <|im_end|>
+- Ċ
+""",
+    "tulu3-code": """
+- <|begin_of_text|>
+- <|im_start|> u s er Ċ A Ġboat ? <|im_end|> Ċ
+- <|im_start|> a s s i s t an t Ċ
++ ` ` ` p y t h o n Ċ d e f Ġboat ( ) : Ċ Ġ Ġ Ġ Ġ r e t u r n Ġ12 Ċ ĉ # Ġ < | im _ e n d | > Ċ ` ` ` <|im_end|>
+- Ċ
+""",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_mask_of_each_schema_token_by_token(name: str, tokenizer: Tokenizer) -> None:
+    column, row = ROWS[name]
+    ids, supervised = render(tokenizer, read_conversation(row[column], name))
+    lines: list[str] = []
+    for token, carries_loss in zip(ids, supervised, strict=True):
+        mark = "+" if carries_loss else "-"
+        if not lines or lines[-1][0] != mark or token == IM_START_ID:
+            lines.append(mark)
+        lines[-1] += f" {tokenizer.id_to_token(token)}"
+    assert lines == GOLDEN[name].strip().splitlines()
+
+
+PIECES = (
+    *(
+        "The otter swims by the lake at night.",
+        "```python\nif x:\n    y = 1\n```",
+        "\n\n\tx\n",
+        " 你好 🙂 ",
+        "12",
+        "<|pad|>",
+    ),
+    *("<|im_end|>", "<|im_start|>assistant\n", "<|begin_of_text|>", "{{ messages }}", "assistant\n", "\u0000", "\r\n"),
 )
-def test_what_cannot_be_learnt_from_is_left_out_with_a_reason(
-    tokenizer: Tokenizer, conversation: list[Turn], reason: str
+
+
+def random_conversation(rng: random.Random, number: int) -> list[dict[str, str]]:
+    """One to six questions with their answers, or an answer missing; `number` makes each the only one of its kind."""
+    roles = ["user", "assistant"] * rng.randint(1, 6) + ["user"] * (rng.random() < 0.2)
+    texts = [f"{number}.{i} " + "".join(rng.choices(PIECES, k=rng.randint(1, 4))) for i in range(len(roles))]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    system = [{"role": "system", "content": f"{number} " + rng.choice(PIECES) * rng.randint(1, 3)}]
+    return system * (rng.random() < 0.4) + turns
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+@pytest.mark.parametrize("length", [64, 128, 512])
+def test_what_carries_loss_is_whole_answers_however_packed_and_cut(
+    length: int, packing: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    assert fit(tokenizer, conversation, 64) == reason
+    rng = random.Random(f"{length} {packing}")
+    rows = [random_conversation(rng, number) for number in range(150)]
+    asked = config(packing=packing).model_copy(update={"sequence_length": length})
+    asked.sources[0] = asked.sources[0].model_copy(update={"conversations": 1000})
+    summary = write_chat_shards(asked, {"chat": rows}, tokenizer, 1, tmp_path)
+    counts = summary["sources"]["chat"]
+    assert counts["train"] + counts["validation"] + sum(counts["dropped"].values()) == counts["read"] == 150
+    fitted = [fit(tokenizer, read_conversation(row, ""), length) for row in rows]
+    kept = [item.turns for item in fitted if not isinstance(item, str)]
+    wanted = Counter(turn.content + IM_END for turns in kept for turn in turns if turn.role == "assistant")
+    assert counts["shortened"] > 10 and (length > 64 or counts["dropped"]["too_long"] > 10)
+    found: Counter[str] = Counter()
+    for split in ("train", "validation"):
+        for shard in read_windows(tmp_path / "chat", split):
+            batch = to_batch(shard, document_mask=True)
+            labels, ids = batch.labels.flatten(), batch.input_ids.flatten()  # an answer may go on in the next window
+            learnt = labels != IGNORE_INDEX
+            assert torch.equal(labels[learnt], ids[learnt])
+            for carries_loss, run in groupby(zip(ids.tolist(), learnt.tolist(), strict=True), key=lambda pair: pair[1]):
+                if carries_loss:
+                    answer = [token for token, _ in run]
+                    assert answer.index(IM_END_ID) == len(answer) - 1  # its only special token ends it
+                    assert not set(answer[:-1]) & set(range(5))
+                    found[tokenizer.decode(answer, skip_special_tokens=False)] += 1
+    assert found == wanted
 
 
 def config(**changes: Any) -> ChatConfig:
@@ -125,7 +264,7 @@ def test_shards_carry_the_mask_and_count_what_was_left_out(tokenizer: Tokenizer,
     rows.append([{"role": "user", "content": "nobody answers"}])
     summary = write_chat_shards(config(), {"chat": rows}, tokenizer, 1, tmp_path)
     counts = summary["sources"]["chat"]
-    assert counts["no assistant turn"] == 1 and counts["train"] + counts["validation"] == 50
+    assert counts["dropped"] == {"no_assistant": 1} and counts["train"] + counts["validation"] == 50
     (shard,) = read_windows(tmp_path / "chat", "train")
     assert shard.supervised is not None
     spoken = tokenizer.decode(shard.input_ids[shard.supervised == 1].tolist(), skip_special_tokens=False)
@@ -134,9 +273,80 @@ def test_shards_carry_the_mask_and_count_what_was_left_out(tokenizer: Tokenizer,
 
 
 def test_a_source_with_nothing_supervised_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    rows = [[{"role": "user", "content": "nobody answers"}]] * 5
-    with pytest.raises(DataError, match=r"chat: no usable conversation; left out: .*no assistant turn.* 5"):
+    rows = [[{"role": "user", "content": f"nobody answers {i}"}] for i in range(5)]
+    with pytest.raises(DataError, match=r"chat: no usable conversation for training; left out: 5 no assistant"):
         write_chat_shards(config(), {"chat": rows}, tokenizer, 1, tmp_path)
+
+
+def talk(*roles: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(roles)]
+
+
+GOOD = [talk("user", "assistant"), talk("system", "user", "assistant")]
+MALFORMED = [
+    (talk("assistant", "user"), "role_order", "turn 0, the assistant's, stands first: 'assistant 0'"),
+    (talk("user", "user", "assistant"), "role_order", "turn 1, the user's, stands after the user's: 'user 1'"),
+    (talk("user", "assistant", "assistant"), "role_order", "turn 2, the assistant's, stands after the assistant's"),
+    (talk("user", "system", "assistant"), "role_order", "turn 1, the system's, stands after the user's"),
+    (talk("system", "system", "user"), "role_order", "turn 1, the system's, stands after the system's"),
+    (talk("system", "assistant"), "role_order", "turn 1, the assistant's, stands after the system's"),
+    ([*talk("user"), {"role": "assistant", "content": " \n"}], "empty_turn", "turn 1, the assistant's, is empty"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "what"), MALFORMED)
+def test_roles_out_of_order_and_empty_turns_are_refused_with_their_place(
+    row: list[dict[str, str]], reason: str, what: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="chat, row 2 as drawn, column messages: ") as error:
+        write_chat_shards(config(), {"chat": [*GOOD, row]}, tokenizer, 1, tmp_path)
+    assert what in str(error.value) and "set chat.malformed to drop" in str(error.value)
+    assert find_fault(read_conversation(row, ""))[0] == reason  # type: ignore[index]
+    assert not list(tmp_path.iterdir())
+
+
+def test_malformed_conversations_are_left_out_and_counted_where_that_is_asked_for(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [[*talk("user"), {"role": "assistant", "content": str(i)}] for i in range(50)]
+    asked = config(malformed="drop")
+    summary = write_chat_shards(asked, {"chat": [*(row for row, *_ in MALFORMED), *rows]}, tokenizer, 1, tmp_path)
+    counts = summary["sources"]["chat"]
+    assert counts["dropped"] == {"role_order": 6, "empty_turn": 1} and counts["read"] == 57
+    with pytest.raises(DataError, match=r"chat, row 0 as drawn.*role must be one of"):  # no schema that can be read
+        write_chat_shards(asked, {"chat": [talk("user", "tool")]}, tokenizer, 1, tmp_path)
+
+
+def test_a_source_without_the_column_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"dialogue": MESSAGES}) + "\n")
+    source = ChatSource(label="chat", path="json", data_files=str(tmp_path / "chat.jsonl"), conversations=1)
+    with pytest.raises(DataError, match=r"source chat \(json.*no column 'messages'; it has dialogue"):
+        open_source(source, None, None, [source.column])
+
+
+def test_each_conversation_is_learnt_once_over_all_sources_and_none_of_a_benchmark(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    def row(question: str, names: tuple[str, str, str, str]) -> list[dict[str, str]]:
+        role, content, user, assistant = names
+        return [{role: user, content: question}, {role: assistant, content: "Yes."}]
+
+    here, there = ("role", "content", "user", "assistant"), ("from", "value", "human", "gpt")
+    item = "Who sings in the forest when morning comes?"
+    first = [row(f"Is it {i}?", here) for i in (*range(40), *range(5))] + [row(f"Well: {item}", here)]
+    second = [row(f"Is it {i}?", there) for i in range(30, 80)]
+    sources = [ChatSource(label=label, path="json", conversations=100) for label in ("a", "b")]
+    asked = ChatConfig(sources=sources, sequence_length=128, validation_share=0.2)
+    marks = Benchmarks({"quiz": [item]})
+    summary = write_chat_shards(asked, {"a": first, "b": second}, tokenizer, 1, tmp_path, marks)
+    a, b = (summary["sources"][label] for label in "ab")
+    assert a["dropped"] == {"contaminated": 1, "duplicate": 5} and a["contaminated"] == {"quiz": 1}
+    assert b["dropped"] == {"duplicate": 10} and b["contaminated"] == {}
+    assert a["train"] + a["validation"] == b["train"] + b["validation"] == 40
+    assert told(summary) == [
+        "chat_shards a: 40 of 46 conversations kept, 0 shortened; dropped: 1 contaminated, 5 duplicate (quiz 1)",
+        "chat_shards b: 40 of 50 conversations kept, 0 shortened; dropped: 10 duplicate",
+    ]
 
 
 def test_a_batch_with_nothing_supervised_is_refused() -> None:

@@ -25,9 +25,10 @@ from pathlib import Path
 import datasets
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # five seconds a source, against a fault of older pyarrow
 from vectorclm.config import load_experiment
-from vectorclm.corpus import draw, open_source, write_sample
+from vectorclm.corpus import draw, open_source
 from vectorclm.errors import VectorCLMError
 from vectorclm.pinning import check_sources, pin
+from vectorclm.sampling import write_sample
 try:
     experiment, notes = pin(*load_experiment(sys.argv[1]), None, resolve=True)
     check_sources(experiment, None, hub=True)
@@ -163,6 +164,11 @@ def test_the_hub_is_pinned_sampled_and_pinned_again(hub: Hub, experiment: Path, 
     assert first["chats"]["smoltalk"] == {"messages": turns("test")}
     assert first["chats"]["slimorca"] == {"conversations": [{"from": "human", "value": "Hi", "weight": None}]}
     assert first["chats"]["tulu"] == {"messages": turns("code")}
+
+    drawn = {label: drawn["documents"] + drawn["validation_documents"] for label, drawn in sources.items()}
+    assert all(drawn[label] <= made["read"] and made["dropped"] == {} for label, made in sources.items())
+    halves = {int(text.split()[-1]) < 30 for text in texts["stories"]}
+    assert halves == {True, False}  # documents of both files, as they are read by turns
 
     old = hub.heads[COSMOPEDIA]
     new = hub.push(COSMOPEDIA, cosmopedia("two"))

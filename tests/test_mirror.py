@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,7 +31,7 @@ def write(path: Path, data: bytes) -> Path:
         ("a.json", json.dumps(ROWS, indent=1).encode()),
         ("a.jsonl.zst", zstandard.compress(LINES)),
         ("a.jsonl.zst", b"".join(zstandard.compress(line) for line in LINES.splitlines(keepends=True))),
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
     ],
 )
 def test_every_form_gives_the_same_rows(tmp_path: Path, name: str, data: bytes) -> None:
@@ -107,9 +108,10 @@ def test_labels_beside_a_file_are_its_label_column(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": "\xff"}\n', "cut short"),
         ("a.json", b'[{"a": 1}', "line 1"),
         ("a.jsonl.zst", zstandard.compress(LINES * 999)[:-9], "Truncated"),
-        ("a.jsonl.gz", gzip.compress(LINES * 999)[:-20], "Truncated"),
+        ("a.jsonl.gz", gzip.compress(LINES * 999, mtime=0)[:-20], "Truncated"),
         ("a.jsonl.zst", LINES, "ZSTD"),
         ("a.parquet", b"PAR1nothing", "no Parquet file, or cut short"),
+        ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "line 2: maximum recursion"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -117,6 +119,27 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, data: bytes, message:
     with pytest.raises(DataError, match=message) as raised:
         list(read_rows([path], ("a",)))
     assert str(path) in str(raised.value)
+
+
+def test_a_large_document_is_read_and_one_that_unpacks_without_end_is_named(tmp_path: Path) -> None:
+    packer, megabyte = zstandard.ZstdCompressor(), b"x" * 2**20
+    document = b'{"a": "' + megabyte * 48 + b'"}\n'
+    path = write(tmp_path / "a.jsonl.zst", packer.compress(LINES + document))
+    assert [len(str(row["a"])) for row in read_rows([path], ("a",))] == [1, 1, 48 * 2**20]
+
+    endless = packer.compress(LINES) + packer.compress(megabyte) * 300  # 300 MiB without an end of line, in a few KB
+    path = write(tmp_path / "b.jsonl.zst", endless)
+    assert path.stat().st_size < 100_000
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"b\.jsonl\.zst, line 3: more than 67,108,864 characters"):
+        list(read_rows([path], ("a",)))
+    assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    tracemalloc.stop()
+
+    array = packer.compress(b"[\n") + packer.compress(b'"' + megabyte + b'",\n') * 65
+    path = write(tmp_path / "c.json.zst", array)
+    with pytest.raises(DataError, match=r"c\.json\.zst, line 65: an array of more than"):
+        list(read_rows([path], ("a",)))
 
 
 def test_a_page_that_does_not_decode_is_named(tmp_path: Path) -> None:

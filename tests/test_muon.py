@@ -1,5 +1,7 @@
 """Muon agrees with torch's in direction, keeps off embeddings and norms; schedules have the right corners."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -60,6 +62,28 @@ def test_warmup_stable_decay_is_flat_then_falls_to_the_floor() -> None:
     assert factors[10:79] == [1.0] * 69
     assert factors[-1] == 0.0
     assert factors[80:] == sorted(factors[80:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "corners"),
+    [  # the factor in these of 100 steps: the first, both sides of every corner, the last
+        ({"kind": "cosine"}, {0: 0.1, 8: 0.9, 9: 1.0, 10: 1.0, 54: 0.6071, 55: 0.5929, 98: 0.2002, 99: 0.2}),
+        ({"kind": "cosine", "warmup": 0.0, "floor": 0.0}, {0: 1.0, 1: 1.0, 50: 0.5, 99: 0.0}),
+        ({"kind": "warmup_stable_decay"}, {0: 0.1, 8: 0.9, 9: 1.0, 10: 1.0, 79: 1.0, 80: 0.96, 98: 0.24, 99: 0.2}),
+        ({"kind": "warmup_stable_decay", "warmup": 0.0, "decay": 1.0, "floor": 0.5}, {0: 1.0, 1: 0.99, 99: 0.5}),
+        ({"kind": "warmup_stable_decay", "warmup": 0.5, "decay": 0.5}, {49: 1.0, 50: 0.984, 98: 0.216, 99: 0.2}),
+        ({"kind": "cosine", "floor": 1.0}, {0: 0.1, 9: 1.0, 50: 1.0, 99: 1.0}),
+    ],
+)
+def test_the_corners_of_a_schedule(changes: dict[str, Any], corners: dict[int, float]) -> None:
+    config = ScheduleConfig.model_validate({"warmup": 0.1, "floor": 0.2, **changes})
+    assert {step: schedule(config, step, 100) for step in corners} == pytest.approx(corners, abs=5e-4)
+
+
+def test_a_decay_that_would_begin_in_the_warm_up_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"warmup \(0\.5\) and decay \(0\.6\) are more than all steps"):
+        ScheduleConfig(kind="warmup_stable_decay", warmup=0.5, decay=0.6)
+    ScheduleConfig(kind="cosine", warmup=0.9)  # whose decay nobody asks for
 
 
 @pytest.mark.parametrize("kind", ["cosine", "warmup_stable_decay"])

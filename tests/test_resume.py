@@ -1,7 +1,9 @@
 """A run killed with `kill -9` in the middle of pretraining ends, started again, with the model of one never killed."""
 
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +38,7 @@ def write_experiment(folder: Path) -> Path:
 
 def stage(name: str, experiment: Path, store: Path, **popen: object) -> "subprocess.Popen[bytes]":
     runtime = experiment.with_name("runtime.json")
-    runtime.write_text(json.dumps({"threads": 1, "checkpoint_interval": 10}))
+    runtime.write_text(json.dumps({"threads": 2, "checkpoint_interval": 10}))
     command = [sys.executable, "-m", "vectorclm", name, str(experiment), "--store", str(store)]
     return subprocess.Popen([*command, "--runtime", str(runtime)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
@@ -90,6 +92,26 @@ def test_a_finished_stage_is_reused(folder: Path) -> None:
     command = [sys.executable, "-m", "vectorclm", "pretrain", str(experiment), "--store", str(folder / "whole")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "pretrain reused" in done.stdout
+
+
+def test_a_training_made_again_is_the_same_to_the_byte(folder: Path) -> None:
+    experiment, store = folder / "smaller.json", folder / "whole"
+    command = [sys.executable, "-m", "vectorclm", "pretrain", str(experiment), "--store", str(store), "--again"]
+    command += ["--runtime", str(folder / "runtime.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "pretrain made again, the same to the byte" in done.stdout, done.stderr
+    assert re.search(r"^pretrain reads lessons \d\.\d\d epochs, stories \d\.\d\d$", done.stderr, re.MULTILINE)
+    (model,) = store.glob("pretrain/*/metrics.jsonl")
+    manifest = model.with_name("manifest.json")
+    text = model.read_text().replace('"step": 1,', '"step": 1, "loss2": 1,', 1)  # as if it had been made otherwise
+    known = json.loads(manifest.read_text())
+    model.write_text(text)
+    known["files"]["metrics.jsonl"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    del known["manifest_sha256"]  # which would give the change away
+    manifest.write_text(json.dumps(known))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "differs from" in done.stderr and "metrics.jsonl" in done.stderr
+    assert model.read_text() == text
 
 
 def test_a_stage_whose_input_is_missing_names_it(folder: Path) -> None:

@@ -1,15 +1,21 @@
 """Shards hold every token of the documents, in order, and open as memory maps."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from tests.conftest import write_sample_text
+from vectorclm import shards
+from vectorclm.encoder import Encoder
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.shards import ShardsConfig, read_windows, write_shards
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, TokenizerConfig, encode, load_tokenizer, train_tokenizer
+from vectorclm.packing import Packing
+from vectorclm.shards import SPLITS, ShardsConfig, read_windows, write_shards
+from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenizerConfig, encode, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -27,39 +33,103 @@ def tokenizer(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokeniz
     return load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
 def test_windows_are_the_documents_between_bos_and_eos(
-    sample: Path, tokenizer: Tokenizer, tiny_text: list[str], tmp_path: Path
+    sample: Path, tokenizer: Tokenizer, tiny_text: list[str], tmp_path: Path, packing: Packing
 ) -> None:
-    config = ShardsConfig(sequence_length=32, shard_bytes=4096)
+    config = ShardsConfig(sequence_length=32, shard_bytes=4096, packing=packing)
     summary = write_shards(config, sample, tokenizer, tmp_path)
-    shards = read_windows(tmp_path / "a", "train")
-    assert len(shards) > 1 and all(shard.input_ids.dtype == np.uint16 for shard in shards)
-    assert all(shard.input_ids.nbytes <= 4096 for shard in shards)
-    stream = np.concatenate([shard.input_ids.reshape(-1) for shard in shards])
-    expected = [i for text in tiny_text for i in (BOS_ID, *encode(tokenizer, text), EOS_ID)]
-    assert stream.tolist() == expected[: len(stream)]
-    counts = summary["a"]["train"]
+    stored = read_windows(tmp_path / "a", "train")
+    assert len(stored) > 1 and all(shard.input_ids.dtype == np.uint16 for shard in stored)
+    assert all(shard.input_ids.nbytes <= 4096 for shard in stored)
+    expected = [[BOS_ID, *encode(tokenizer, text), EOS_ID] for text in tiny_text]
+    found: dict[int, list[list[int]]] = {number: [] for number in range(len(expected))}
+    for number, shard in enumerate(stored):
+        table = pq.read_table(tmp_path / "a" / f"train-{number:05d}.documents.parquet").to_pylist()
+        before = {"window": -1, "end": 0}
+        for piece in table:
+            start = before["end"] if piece["window"] == before["window"] else 0
+            found[piece["document"]].append(shard.input_ids[piece["window"], start : piece["end"]].tolist())
+            before = piece
+    for number, ids in enumerate(expected):  # the parts of a split document stand in no order
+        assert Counter(i for part in found[number] for i in part) == Counter(ids)
+        assert sum(part[0] == BOS_ID for part in found[number]) == 1
+        assert sum(part[-1] == EOS_ID for part in found[number]) == 1
+    counts, tokens = summary["a"]["train"], sum(map(len, expected))
+    windows = sum(len(shard.input_ids) for shard in stored)
+    everything = np.concatenate([shard.input_ids.reshape(-1) for shard in stored])
+    assert packing == "concatenate" or counts["documents_split_that_fit"] == 0
     assert counts == {
         "documents": len(tiny_text),
-        "windows": len(stream) // 32,
-        "tokens": len(stream),
-        "dropped_tokens": len(expected) - len(stream),
+        "windows": windows,
+        "tokens": tokens,
+        "padding_tokens": windows * 32 - tokens,
+        "dropped_tokens": 0,
+        "documents_split": sum(len(parts) > 1 for parts in found.values()),
+        "documents_split_that_fit": counts["documents_split_that_fit"],
     }
-    assert counts["dropped_tokens"] < 32
+    assert (everything == PAD_ID).sum() == counts["padding_tokens"]
+    assert packing == "best_fit" or counts["padding_tokens"] < 32
+    assert summary["a"]["policy"] == {"bos": BOS_ID, "eos": EOS_ID, "padding": PAD_ID, "packing": packing}
+
+
+def test_more_than_65536_ids_are_32_bits_wide(sample: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    large = Tokenizer.from_str(tokenizer.to_str())
+    large.add_tokens([AddedToken(f"@{i}@") for i in range(65_537 - large.get_vocab_size())])
+    texts = ["one @65000@ two"] * 20
+    for split in SPLITS:
+        write_sample_text(tmp_path / "sample" / "a", texts, split)
+    write_shards(ShardsConfig(sequence_length=16), tmp_path / "sample", large, tmp_path / "out", Encoder(large))
+    (shard,) = read_windows(tmp_path / "out" / "a", "train")
+    expected = large.token_to_id("@65000@")
+    assert shard.input_ids.dtype == np.uint32 and expected > 65_000
+    assert (shard.input_ids == expected).sum() == 20
 
 
 def test_equal_settings_give_equal_bytes(sample: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_shards(ShardsConfig(sequence_length=32), sample, tokenizer, tmp_path / name)
-    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.arrow"))
-    assert len(files) == 2
-    for file in files:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert len(contents(tmp_path / "one")) == 4  # a shard of each split, and where its documents stand
 
 
 def test_too_little_text_for_one_window_is_refused(sample: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a: the validation documents \(7\) do not fill one window of 4096 tokens"):
         write_shards(ShardsConfig(sequence_length=4096), sample, tokenizer, tmp_path)
+
+
+def test_work_goes_on_where_it_was_left(
+    tokenizer: Tokenizer, tiny_text: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the third of four slices: the finished ones stand, a broken one is made again, the bytes are equal."""
+    folder, config = tmp_path / "sample" / "a", ShardsConfig(sequence_length=32)
+    write_sample_text(folder, tiny_text[:7], "validation")
+    for number in range(3):
+        write_sample_text(folder, [f"{number} {text}" for text in tiny_text], "train")
+        (folder / "train-00000.parquet").rename(folder / f"train-{number + 1:05d}.parquet")
+    expected = write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "expected")
+    slices, made, write_slice = tmp_path / "slices", [], shards._write_slice
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        made.append(arguments[1].name)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return write_slice(*arguments)
+
+    monkeypatch.setattr(shards, "_write_slice", counted)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "cut", slices=slices)
+    assert made == ["train-00001.parquet", "train-00002.parquet", "train-00003.parquet"]
+    broken = slices / "a" / "train-00001" / "shard-00000.arrow"
+    broken.write_bytes(broken.read_bytes()[:-100] + bytes(100))
+    found = write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "found", slices=slices)
+    assert made[3:] == ["train-00002.parquet", "train-00003.parquet", "validation-00000.parquet"]
+    assert found == expected and contents(tmp_path / "found") == contents(tmp_path / "expected")
+    assert len(read_windows(tmp_path / "found" / "a", "train")) == 3
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_truncated_shard_is_named(sample: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -11,10 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.conftest import llama_cpp
 from vectorclm.config import load_experiment
 from vectorclm.evaluate import read_items, task_scores
 from vectorclm.finetune import Turn, render_prompt
 from vectorclm.generate import answer, answer_text, generate
+from vectorclm.gguf_export import export_gguf
+from vectorclm.ggufbench import greedy_differences
+from vectorclm.measure import find_model
 from vectorclm.model import CausalLM
 from vectorclm.train_tokenizer import BOS_ID, encode, load_tokenizer
 from vectorclm.world import held_out_prompts, rows, texts, word_frequency_baseline
@@ -94,6 +98,20 @@ def test_the_chat_template_gives_transformers_the_same_prompt_and_answer(result:
     assert encoded["input_ids"][0].tolist() == render_prompt(tokenizer, [Turn("user", question)])
     made = theirs.generate(**encoded, max_new_tokens=40, do_sample=False)[0, encoded["input_ids"].shape[1] :].tolist()
     assert made == list(answer(ours, tokenizer, [Turn("user", question)], 40))
+
+
+def test_llama_cpp_gives_the_same_answers(result: dict[str, Any], tmp_path: Path) -> None:
+    assert EXPERIMENT.world is not None
+    folder = Path(result["models"]["chat"])
+    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
+    items = held_out_prompts(EXPERIMENT.world)[::40]
+    prompts = [render_prompt(tokenizer, [Turn("user", item["prompt"])]) for item in items]
+    exact = llama_cpp(export_gguf(find_model(str(folder)), "f32", tmp_path / "f32.gguf"))
+    assert all(tie.near for tie in greedy_differences(model, exact, prompts, 40))
+    rounded = llama_cpp(export_gguf(find_model(str(folder)), "q8_0", tmp_path / "q8_0.gguf"))
+    answers = [tokenizer.decode(rounded.greedy(prompt, 40), skip_special_tokens=True) for prompt in prompts]
+    right = sum(found == item["answer"] for found, item in zip(answers, items, strict=True))
+    assert right >= 0.75 * len(items), f"{right} of {len(items)}"
 
 
 def test_the_card_states_data_scores_and_lineage(result: dict[str, Any]) -> None:

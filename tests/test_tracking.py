@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from flows.tracking import StageRun, Tracker, flatten, numbers, readable
+from flows.figures import flatten, numbers, readable
+from flows.tracking import StageRun, Tracker
 from vectorclm.artifact import Store
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.pinning import pin
@@ -104,18 +106,36 @@ def test_runs_of_dead_processes_are_closed_and_those_of_the_living_are_not(
     left = {
         "dead here": {"host": here, "pid": DEAD, "fingerprint": "another"},
         "alive here": {"host": here, "pid": str(os.getpid()), "fingerprint": ours},
-        "elsewhere, ours": {"host": "another", "pid": "1", "fingerprint": ours},
-        "elsewhere, not ours": {"host": "another", "pid": "1", "fingerprint": "another"},
+        "elsewhere, an earlier attempt": {"host": "another", "pid": "1", "prefect.flow_run_id": "this"},
+        "elsewhere, alike": {"host": "another", "pid": "1", "fingerprint": ours, "prefect.flow_run_id": "other"},
     }
     ids = {name: found.create_run(place, tags=tags).info.run_id for name, tags in left.items()}
-    with tracker(store, experiment, "orphans"):
+    with Tracker(store, told.experiment, told.plans, "this"):
         pass
     assert {name: found.get_run(run_id).info.status for name, run_id in ids.items()} == {
         "dead here": "KILLED",
         "alive here": "RUNNING",
-        "elsewhere, ours": "KILLED",
-        "elsewhere, not ours": "RUNNING",
+        "elsewhere, an earlier attempt": "KILLED",
+        "elsewhere, alike": "RUNNING",
     }
+
+
+def test_a_stage_placed_on_another_machine_is_told_under_its_curriculum(
+    store: Store, experiment: ExperimentConfig, tmp_path: Path
+) -> None:
+    renamed = experiment.model_copy(update={"name": "placed"})
+    with Tracker(store, renamed, plans(renamed), "the whole", "the whole") as told:
+        while "curriculum" not in told.run_ids:
+            time.sleep(0.01)
+        with Tracker(store, renamed, told.plans, "a part", "the whole") as there, there.stage("sample", 1, tmp_path):
+            pass
+        found = client(store)
+        assert there.run_ids["curriculum"] == told.run_ids["curriculum"]
+        assert found.get_run(told.run_ids["curriculum"]).info.status == "RUNNING"  # its own process ends it
+        stage = found.get_run(there.run_ids["sample"])
+        assert stage.data.tags["mlflow.parentRunId"] == told.run_ids["curriculum"]
+        assert told.run_of("sample") == there.run_ids["sample"]
+    assert found.get_run(told.run_ids["curriculum"]).info.status == "FINISHED"
 
 
 def test_an_unreachable_server_is_warned_of_once(
@@ -153,3 +173,13 @@ def test_settings_and_scores_become_flat_keys() -> None:
     }
     assert numbers({"tasks": {"world": {"acc": 0.5, "ok": True}}, "text": "x"}) == {"tasks.world.acc": 0.5}
     assert readable({"step": 1, "tokens": 9, "loss": 2.0}) == {"train/loss": 2.0}
+
+
+def test_a_password_in_an_address_is_never_told(
+    store: Store, experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:s3cr3t@127.0.0.1:9")
+    with tracker(store, experiment, "secret"):
+        pass
+    assert "the run goes on without it" in caplog.text
+    assert "s3cr3t" not in caplog.text and "bob" not in caplog.text

@@ -4,32 +4,33 @@ An artifact is complete when, and only when, its `manifest.json` is there: files
 only if absent. So a rerun is a skip, and a killed writer leaves nothing that a reader could mistake for a result.
 """
 
-import errno
-import hashlib
 import json
 import os
 import secrets
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
-import psutil
-
-from vectorclm.errors import CorruptArtifactError, InUseError, StoreError
+from vectorclm.errors import CorruptArtifactError, StoreError
+from vectorclm.lease import Lease
 from vectorclm.runtime import environment
 from vectorclm.settings import digest
+from vectorclm.storage import GARBLED, TRIES, Storage, explained, sha256_of
 
 MANIFEST = "manifest.json"
-LEASE_SECONDS = 30  # a lease not renewed for this long belongs to a dead process
+SEAL = "manifest_sha256"  # over all else in it
+Describe = Callable[[Path], Mapping[str, Any]]  # what a manifest says of a file beside its size and SHA-256
+
+
+def default_store() -> str:
+    """Where artifacts are kept unless a command is told otherwise."""
+    return os.environ.get("VECTORCLM_STORE") or "./store"
 
 
 @dataclass(frozen=True)
@@ -64,92 +65,75 @@ class Artifact:
         return self.store.uri_of(f"{self.stage}/{self.fingerprint}")
 
     @property
+    def identity(self) -> str:
+        """SHA-256 (hex) of what its files hold: the same wherever and whenever they were made."""
+        return digest({name: file["sha256"] for name, file in self.manifest["files"].items()})
+
+    @property
     def summary(self) -> dict[str, Any]:
         """What the stage said about its result: counts, losses, scores."""
         return dict(self.manifest["summary"])
 
-    def local(self) -> Path:
+    def local(self, only: str = "*") -> Path:
         """A local directory with this artifact's files, verified; a remote store's are copied to the cache first.
 
-        Raises CorruptArtifactError where a file differs from the manifest.
+        `only` is a pattern, as of a shell, for the names of those files that are needed. Raises CorruptArtifactError
+        where one of them differs from the manifest.
         """
-        return self.store.download(self)
+        return self.store.download(self, only)
 
-    def verify(self) -> None:
-        """Compare every file in the store with the manifest. Raises CorruptArtifactError naming the file."""
-        for name, want in self.manifest["files"].items():
-            path = self.store.path(f"{self.stage}/{self.fingerprint}/{name}")
-            try:
-                with self.store.fs.open(path, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except FileNotFoundError:
-                raise CorruptArtifactError(f"{path} is missing: {_mend(self)}") from None
-            if found != want["sha256"]:
-                raise CorruptArtifactError(
-                    f"{path}: SHA-256 is {found[:12]}…, the manifest says {want['sha256'][:12]}…: {_mend(self)}"
-                )
+    def verify(self, only: str = "*") -> None:
+        """Compare files in the store with the manifest. Raises CorruptArtifactError naming the first that differs.
+
+        A file that the manifest does not list is one, too, as readers of a local store read in place.
+        """
+        for difference in self.differences(only):
+            raise CorruptArtifactError(difference)
+
+    def differences(self, only: str = "*") -> Iterator[str]:
+        """What differs between the files in the store and the manifest, and what to do, a line each."""
+        known = self.manifest["files"]
+        for name, want in known.items():
+            if not fnmatchcase(name, only):
+                continue
+            key = f"{self.stage}/{self.fingerprint}/{name}"
+            path, found = self.store.path(key), self.store.sha256(key)
+            if found not in (None, want["sha256"]):  # read once more, as the bit may have turned on its way
+                found = self.store.sha256(key)
+            if found is None:
+                yield f"{path} is missing: {mend(self)}"
+            elif found != want["sha256"]:
+                yield f"{path}: SHA-256 is {found[:12]}…, the manifest says {want['sha256'][:12]}…: {mend(self)}"
+        root = f"{self.stage}/{self.fingerprint}/"
+        for name in (key.removeprefix(root) for key in self.store.files(root.rstrip("/"))):
+            hidden = PurePosixPath(name).name.startswith(".")  # as a writer's temporary files are
+            if not hidden and name != MANIFEST and name not in known and fnmatchcase(name, only):
+                yield f"{self.uri}/{name} is not in the artifact's manifest: move it elsewhere"
 
 
-def _mend(artifact: Artifact) -> str:
+def mend(artifact: Artifact) -> str:
+    """What to do about files that are not what the manifest promises."""
     return f"delete {artifact.uri} and run the stage again"
 
 
-class Store:
-    """A root for artifacts: a local folder, or any URI that fsspec opens, such as `s3://bucket/prefix`."""
-
-    def __init__(self, uri: str) -> None:
-        self.fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
-        self.root = str(root).rstrip("/")
-        self.is_local = "file" in ([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol)
-        self.uri = self.root if self.is_local else uri.rstrip("/")
-
-    def path(self, key: str) -> str:
-        """The path of `key` on this store's file system."""
-        return f"{self.root}/{key}"
-
-    def uri_of(self, key: str) -> str:
-        """The full address of `key`."""
-        return f"{self.uri}/{key}"
-
-    def check_writable(self) -> None:
-        """Write and remove a probe. Raises StoreError, with what to change, where that fails."""
-        key = f".probe-{secrets.token_hex(4)}"
-        try:
-            self.write(key, b"probe")
-            self.fs.rm(self.path(key))
-        except Exception as error:
-            raise StoreError(
-                f"store {self.uri} is not writable ({error}): choose another with --store or VECTORCLM_STORE"
-            ) from error
-
-    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
-        """Write one small object; with `only_if_absent`, False where another writer was first."""
-        path = self.path(key)
-        self.fs.makedirs(self.fs._parent(path), exist_ok=True)
-        if self.is_local:
-            return _write_local(Path(path), data, only_if_absent)
-        try:
-            self.fs.pipe_file(path, data, mode="create" if only_if_absent else "overwrite")
-        except (FileExistsError, OSError) as error:
-            # Servers differ in how they say "it exists": EINVAL from some, FileExistsError from others.
-            if only_if_absent and (isinstance(error, FileExistsError) or error.errno == errno.EINVAL):
-                return False
-            raise StoreError(f"cannot write {path}: {error}") from error
-        return True
-
-    def read(self, key: str) -> bytes | None:
-        """The object's bytes, or None where there is none."""
-        try:
-            return bytes(self.fs.cat_file(self.path(key)))
-        except FileNotFoundError:
-            return None
+class Store(Storage):
+    """A root for artifacts: a local folder, or an object store that fsspec opens, such as `s3://bucket/prefix`."""
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """The finished artifact at this address, or None."""
-        data = self.read(f"{stage}/{fingerprint}/{MANIFEST}")
-        return None if data is None else Artifact(self, stage, fingerprint, json.loads(data))
+        """The finished artifact at this address, or None. Raises CorruptArtifactError for a broken manifest."""
+        key = f"{stage}/{fingerprint}"
+        tries = 0
+        while (data := self.read(f"{key}/{MANIFEST}")) is not None:
+            try:
+                return Artifact(self, stage, fingerprint, _read_manifest(data, self.uri_of(key)))
+            except CorruptArtifactError:  # on the way, or in the store
+                if (tries := tries + 1) == TRIES:
+                    raise
+        return None
 
-    def publish(self, plan: Plan, directory: Path, summary: Mapping[str, Any]) -> Artifact:
+    def publish(
+        self, plan: Plan, directory: Path, summary: Mapping[str, Any], describe: Describe | None = None
+    ) -> Artifact:
         """Move the files of `directory` to the plan's address, then write the manifest if there is none yet.
 
         Where another process published the same fingerprint first, its artifact stands and is returned.
@@ -164,132 +148,157 @@ class Store:
             "inputs": dict(plan.inputs),
             "summary": summary,
         }
-        self.publish_directory(f"{plan.stage}/{plan.fingerprint}", directory, head)
+        self.publish_directory(f"{plan.stage}/{plan.fingerprint}", directory, head, describe)
         found = self.find(plan.stage, plan.fingerprint)
         if found is None:
             raise StoreError(f"the manifest of {plan.stage}/{plan.fingerprint} was written but cannot be read back")
         return found
 
-    def publish_directory(self, key: str, directory: Path, head: Mapping[str, Any]) -> None:
+    def publish_directory(
+        self, key: str, directory: Path, head: Mapping[str, Any], describe: Describe | None = None
+    ) -> None:
         """Move the files of `directory` to `key`, then write a manifest of `head` and the files if there is none."""
         files = {}
         for path in sorted(p for p in directory.rglob("*") if p.is_file()):
             name = path.relative_to(directory).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            more = {} if describe is None else describe(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path), **more}
         created = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = {**head, "files": files, "environment": environment(), "created": created}
-        with _explained(self.uri_of(key)):
-            for name in files:
-                self._put(directory / name, f"{key}/{name}")
-            data = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
-            self.write(f"{key}/{MANIFEST}", data, only_if_absent=True)
+        with explained(self.uri_of(key)):
+            for name, file in files.items():
+                self.put(directory / name, f"{key}/{name}", str(file["sha256"]))
+            self._commit(f"{key}/{MANIFEST}", _sealed(manifest))
 
-    def list(self, key: str) -> list[str]:
-        """Names directly below `key`, sorted; empty where there is nothing."""
-        try:
-            return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in self.fs.ls(self.path(key), detail=False))
-        except FileNotFoundError:
-            return []
+    def _commit(self, key: str, data: bytes) -> None:
+        """Write a manifest if there is none, and see that it arrived as it is."""
+        for _ in range(TRIES):
+            if not self.write(key, data, only_if_absent=True) or data in (self.read(key), self.read(key)):
+                return
+            self.delete(key)
+        raise StoreError(f"{self.uri_of(key)} {GARBLED}")
+
+    def download(self, artifact: Artifact, only: str = "*") -> Path:
+        """See `Artifact.local`."""
+        if self.is_local:
+            artifact.verify(only)
+            return Path(artifact.uri)
+        cache = cache_folder() / "artifacts" / artifact.stage / artifact.fingerprint
+        known = artifact.manifest["files"]
+        for name, want in known.items():
+            path = cache / name
+            if not fnmatchcase(name, only) or (path.exists() and sha256_of(path) == want["sha256"]):
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            try:
+                found = self.get(f"{artifact.stage}/{artifact.fingerprint}/{name}", part, want["sha256"])
+                if found != want["sha256"]:
+                    raise CorruptArtifactError(f"{artifact.uri}/{name}: SHA-256 is {found[:12]}…: {mend(artifact)}")
+                part.replace(path)
+            except FileNotFoundError as error:
+                raise CorruptArtifactError(f"{artifact.uri}/{name} is missing: {mend(artifact)}") from error
+            finally:
+                part.unlink(missing_ok=True)
+        for path in cache.rglob("*"):  # another store may have left its own files here
+            if path.is_file() and not path.name.startswith(".") and path.relative_to(cache).as_posix() not in known:
+                path.unlink()
+        return cache
 
     def remove(self, key: str) -> None:
         """Remove `key` and all below it, if it is there. The manifest goes first, so no reader trusts the rest."""
-        for name in (f"{key}/{MANIFEST}", key):
-            with suppress(FileNotFoundError):
-                self.fs.rm(self.path(name), recursive=name == key)
-
-    def _put(self, source: Path, key: str) -> None:
-        target = self.path(key)
-        self.fs.makedirs(self.fs._parent(target), exist_ok=True)
-        if self.is_local:
-            shutil.move(source, target)
-        else:
-            self.fs.put_file(str(source), target)
-
-    def download(self, artifact: Artifact) -> Path:
-        """See `Artifact.local`."""
-        if self.is_local:
-            artifact.verify()
-            return Path(artifact.uri)
-        cache = cache_folder() / "artifacts" / artifact.stage / artifact.fingerprint
-        for name, want in artifact.manifest["files"].items():
-            path = cache / name
-            if path.exists() and _sha256(path) == want["sha256"]:
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-            self.fs.get_file(self.path(f"{artifact.stage}/{artifact.fingerprint}/{name}"), str(part))
-            if (found := _sha256(part)) != want["sha256"]:
-                part.unlink()
-                raise CorruptArtifactError(f"{artifact.uri}/{name}: SHA-256 is {found[:12]}…: {_mend(artifact)}")
-            part.replace(path)
-        return cache
+        self.delete(f"{key}/{MANIFEST}")
+        super().remove(key)
 
     @contextmanager
-    def lease(self, key: str) -> Iterator[None]:
+    def lease(self, key: str) -> Iterator["Lease"]:
         """Be the one writer of `key` while the block runs.
 
         The lease renews itself and expires when its holder dies. Raises InUseError while another process holds it.
         """
-        name = f"leases/{key}.json"
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
-
-        def renew() -> None:
-            self.write(name, json.dumps({**mine, "renewed": time.time()}).encode())
-
-        data = json.dumps({**mine, "renewed": time.time()}).encode()
-        if not self.write(name, data, only_if_absent=True):
-            holder = json.loads(self.read(name) or b"{}")
-            if holder and _is_alive(holder):
-                raise InUseError(
-                    f"{key} is being built by process {holder['pid']} on {holder['host']}: wait for it, or stop it"
-                )
-            renew()
-        stop = threading.Event()
-
-        def keep() -> None:
-            while not stop.wait(LEASE_SECONDS / 3):
-                renew()
-
-        threading.Thread(target=keep, daemon=True, name=f"lease {key}").start()
+        lease = Lease(self, f"leases/{key}.json")
+        lease.take()
         try:
-            yield
+            yield lease
         finally:
-            stop.set()
-            self.fs.rm(self.path(name))
+            lease.give_back()
 
     def work_folder(self, plan: Plan, work_dir: str | None) -> Path:
         """The local folder where this plan's work in progress lies; the same one after a restart."""
-        if work_dir is not None:
-            base = Path(work_dir)
-        else:
-            base = Path(self.root) / "work" if self.is_local else cache_folder() / "work"
-        folder = base / f"{plan.stage}-{plan.fingerprint[:16]}"
+        folder = self.work_root(work_dir) / f"{plan.stage}-{plan.fingerprint[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def work_root(self, work_dir: str | None) -> Path:
+        """Where the work folders lie."""
+        if work_dir is not None:
+            return Path(work_dir)
+        if self.is_local:
+            return Path(self.root) / "work"
+        return cache_folder() / "work" / digest(self.uri)[:12]  # each store its own, as their leases are apart, too
+
 
 def build(
-    store: Store, plan: Plan, produce: Callable[[Path], Mapping[str, Any]], work_dir: str | None = None
+    store: Store,
+    plan: Plan,
+    produce: Callable[[Path], Mapping[str, Any]],
+    work_dir: str | None = None,
+    describe: Describe | None = None,
 ) -> tuple[Artifact, bool]:
     """The artifact of `plan`, and whether it was there already.
 
     `produce(out)` writes the files into the empty local folder `out` and returns the summary. It runs only where
-    the store has no such artifact, by one process at a time.
+    the store has no such artifact, by one process at a time. `describe(file)` adds to what the manifest says of each.
     """
     if (found := store.find(plan.stage, plan.fingerprint)) is not None:
         return found, True
-    with store.lease(f"{plan.stage}-{plan.fingerprint[:16]}"):
+    with store.lease(f"{plan.stage}-{plan.fingerprint[:16]}") as lease:
         if (found := store.find(plan.stage, plan.fingerprint)) is not None:
             return found, True
         work = store.work_folder(plan, work_dir)
         out = work / "out"
         shutil.rmtree(out, ignore_errors=True)
-        with _explained(str(out)):
+        with explained(str(out)):
             out.mkdir()
             summary = produce(out)
-            artifact = store.publish(plan, out, summary)
+            lease.check()
+            artifact = store.publish(plan, out, summary, describe)
         shutil.rmtree(work)
         return artifact, False
+
+
+def rebuild(
+    store: Store, artifact: Artifact, plan: Plan, produce: Callable[[Path], Mapping[str, Any]], work_dir: str | None
+) -> list[str]:
+    """Make a finished artifact again, beside it, and return the files that came out otherwise; the artifact stays.
+
+    Of `metrics.jsonl` the speed is not compared.
+    """
+    with store.lease(f"{plan.stage}-{plan.fingerprint[:16]}"):
+        work = store.work_folder(plan, work_dir)
+        out = work / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        with explained(str(out)):
+            out.mkdir()
+            produce(out)
+        published = artifact.local()
+        names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+        different = sorted(
+            name
+            for name in names | set(artifact.manifest["files"])
+            if not (out / name).is_file()
+            or not (published / name).is_file()
+            or _comparable(out / name) != _comparable(published / name)
+        )
+        shutil.rmtree(work)
+        return different
+
+
+def _comparable(path: Path) -> object:
+    if path.name != "metrics.jsonl":
+        return sha256_of(path)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
 
 def cache_folder() -> Path:
@@ -297,41 +306,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vectorclm"
 
 
-@contextmanager
-def _explained(where: str) -> Iterator[None]:
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as JSON, with a hash over all of it, so that a wrong bit in it is seen as well."""
+    plain = json.loads(json.dumps(manifest))  # as it will be read
+    return json.dumps({**plain, SEAL: digest(plain)}, indent=2, ensure_ascii=False).encode()
+
+
+def _read_manifest(data: bytes, uri: str) -> dict[str, Any]:
+    """A manifest whose files all lie below its artifact and have size and SHA-256.
+
+    Raises CorruptArtifactError for any other.
+    """
     try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(f"no space left while writing {where}: free some, or choose another store") from error
-        raise
-
-
-def _write_local(path: Path, data: bytes, only_if_absent: bool) -> bool:
-    """Write whole or not at all: a temporary file, then a link (which fails if the name exists) or a rename."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if not only_if_absent:
-            temporary.replace(path)
-            return True
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_alive(holder: Mapping[str, Any]) -> bool:
-    if holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"]):
-        return False
-    return bool(time.time() - holder["renewed"] < LEASE_SECONDS)
+        manifest: dict[str, Any] = json.loads(data)
+        if SEAL in manifest and manifest[SEAL] != digest({k: v for k, v in manifest.items() if k != SEAL}):
+            raise ValueError("its bytes are not those that were written")
+        for name, file in manifest["files"].items():
+            path = PurePosixPath(name)
+            if not isinstance(file["sha256"], str) or not isinstance(file["bytes"], int):
+                raise ValueError(f"of the file {name!r} it tells no size and SHA-256")
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise ValueError(f"it names the file {name!r}, which is not below it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptArtifactError(
+            f"{uri}/{MANIFEST} is no manifest: {error!r}; delete {uri} to make it anew"
+        ) from error
+    return manifest

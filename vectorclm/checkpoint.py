@@ -1,7 +1,8 @@
 """Checkpoints of a training run: weights and optimizer in safetensors, manifest last.
 
 They lie at `{store}/checkpoints/{fingerprint}/step-…/`, so any worker can carry on where another was killed. A
-resume takes the newest one that verifies.
+resume takes the newest one that verifies. Its place in the data is its step and two hashes, of the training order and
+of the data set: on others than these it does not resume.
 """
 
 import shutil
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vectorclm.artifact import Artifact, Plan, Store
-from vectorclm.errors import CorruptArtifactError
+from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.storage import explained
 
 KEEP = 2  # older checkpoints are removed
 
@@ -29,9 +31,12 @@ class Snapshot:
     model: Mapping[str, Tensor]
     optimizers: Mapping[str, Tensor]
     metrics: str  # the lines of metrics.jsonl up to this step
+    order: str  # digest of the plan that says what the steps read
 
 
-def snapshot(step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], metrics: str) -> Snapshot:
+def snapshot(
+    step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], metrics: str, order: str
+) -> Snapshot:
     """Copy the tensors, so that training can go on while they are written."""
     tensors = {}
     for number, optimizer in enumerate(optimizers):
@@ -39,7 +44,7 @@ def snapshot(step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optim
             for name, value in entries.items():
                 tensors[f"{number}.{index}.{name}"] = value.detach().to("cpu", copy=True)
     weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
-    return Snapshot(step, weights, tensors, metrics)
+    return Snapshot(step, weights, tensors, metrics, order)
 
 
 def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -55,12 +60,16 @@ def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.
 
 
 class Checkpoints:
-    """The checkpoints of one plan; `save` returns at once and writes in a thread of its own."""
+    """The checkpoints of one plan, of a training on the data set whose identity is `data`.
 
-    def __init__(self, store: Store, plan: Plan, work: Path) -> None:
+    `save` returns at once and writes in a thread of its own.
+    """
+
+    def __init__(self, store: Store, plan: Plan, work: Path, data: str) -> None:
         self.store = store
         self.plan = plan
         self.work = work
+        self.data = data
         self.root = f"checkpoints/{plan.fingerprint}"
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
@@ -91,10 +100,12 @@ class Checkpoints:
         folder = self.work / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save_file(dict(saved.model), folder / "model.safetensors")
-        save_file(dict(saved.optimizers), folder / "optim.safetensors")
-        (folder / "metrics.jsonl").write_text(saved.metrics)
-        self.store.publish_directory(f"{self.root}/{name}", folder, {"step": saved.step, "plan": self.plan.fingerprint})
+        with explained(str(folder)):
+            save_file(dict(saved.model), folder / "model.safetensors")
+            save_file(dict(saved.optimizers), folder / "optim.safetensors")
+            (folder / "metrics.jsonl").write_text(saved.metrics)
+        head = {"step": saved.step, "plan": self.plan.fingerprint, "order": saved.order, "data": self.data}
+        self.store.publish_directory(f"{self.root}/{name}", folder, head)
         shutil.rmtree(folder)
         for old in self._steps()[:-KEEP]:
             self.store.remove(f"{self.root}/{old}")
@@ -102,23 +113,42 @@ class Checkpoints:
     def _steps(self) -> list[str]:
         return [name for name in self.store.list(self.root) if name.startswith("step-")]
 
-    def latest(self) -> Snapshot | None:
-        """The newest checkpoint that verifies, or None. One that does not is removed, to be written anew."""
+    def latest(self, order: str) -> Snapshot | None:
+        """The newest checkpoint that verifies, or None. One that does not is removed, to be written anew.
+
+        Raises DataError where it belongs to another data set, or to another training order than `order`.
+        """
         for name in reversed(self._steps()):
-            found = self.store.find(self.root, name)
             try:
-                if found is not None:
+                if (found := self.store.find(self.root, name)) is not None:
+                    self._check(found, order)
                     return self._load(found)
             except CorruptArtifactError:
                 pass
             self.store.remove(f"{self.root}/{name}")
         return None
 
+    def at(self, step: int) -> Snapshot:
+        """The checkpoint of this step. Raises CorruptArtifactError where it is gone or does not verify."""
+        name = f"step-{step:08d}"
+        if (found := self.store.find(self.root, name)) is None:
+            raise CorruptArtifactError(f"{self.store.uri_of(self.root)}/{name} is gone: run the stage again")
+        return self._load(found)
+
+    def _check(self, found: Artifact, order: str) -> None:
+        """Whether the training that goes on reads what this one read."""
+        for key, here, what in (("data", self.data, "data set"), ("order", order, "training order")):
+            before = str(found.manifest.get(key))
+            if before != here:
+                raise DataError(
+                    f"{found.uri} was trained on the {what} {before[:12]}…, which is now {here[:12]}…: bring back what "
+                    f"it was, or delete {self.store.uri_of(self.root)} to train from the beginning"
+                )
+
     def _load(self, found: Artifact) -> Snapshot:
         folder = found.local()
         model, optimizers = load_file(folder / "model.safetensors"), load_file(folder / "optim.safetensors")
-        return Snapshot(found.manifest["step"], model, optimizers, (folder / "metrics.jsonl").read_text())
-
-    def clear(self) -> None:
-        """Remove them all, once the finished model is published."""
-        self.store.remove(self.root)
+        metrics = (folder / "metrics.jsonl").read_text()
+        if not self.store.is_local:  # this machine's copy, which nobody reads again
+            shutil.rmtree(folder)
+        return Snapshot(found.manifest["step"], model, optimizers, metrics, found.manifest["order"])

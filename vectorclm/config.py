@@ -2,12 +2,14 @@
 
 import json
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from vectorclm.corpus import SampleConfig
+from vectorclm.decontamination import benchmark_sources
 from vectorclm.errors import ConfigError
 from vectorclm.evaluate import EvaluateConfig
 from vectorclm.finetune import ChatConfig, FinetuneConfig
@@ -49,14 +51,21 @@ class ExperimentConfig(Settings):
                     f"{where}.sequence_length ({length}) is longer than the model's "
                     f"max_position_embeddings ({self.model.max_position_embeddings})"
                 )
+        step = self.pretrain.batch_size * self.shards.sequence_length
+        if self.pretrain.tokens < step:
+            raise ValueError(
+                f"pretrain.phases have {self.pretrain.tokens} tokens, less than one step: batch_size "
+                f"({self.pretrain.batch_size}) windows of {self.shards.sequence_length}"
+            )
         labels = {source.label for source in self.sample.sources}
         for number, phase in enumerate(self.pretrain.phases, 1):
             if unknown := sorted(set(phase.weights) - labels):
                 raise ValueError(
                     f"phase {number} weighs {', '.join(unknown)}, but the sources are {', '.join(sorted(labels))}"
                 )
-        everything = [*self.sample.sources, *self.chat.sources, *self.evaluate.tasks]
-        if self.world is None and (lost := [source.label for source in everything if source.path == "world"]):
+        benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
+        everything = [*self.sample.sources, *benchmarks, *self.chat.sources, *self.evaluate.tasks]
+        if self.world is None and (lost := sorted({source.label for source in everything if source.path == "world"})):
             raise ValueError(f"{', '.join(lost)} read the generated world, but there is no [world]")
         return self
 
@@ -83,3 +92,59 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
     return values
+
+
+def override(experiment: ExperimentConfig, texts: Sequence[str]) -> ExperimentConfig:
+    """The experiment with `a.b.0.c=VALUE` applied; a value is TOML, or else a plain string.
+
+    Raises ConfigError for what is no assignment, and for a key or value that the experiment has no use for.
+    """
+    return changed(experiment, assignments(texts))
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """The values in `a.b.0.c=VALUE` by their keys. Raises ConfigError for what is no assignment."""
+    changes: dict[str, Any] = {}
+    for assignment in texts:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment}: write KEY=VALUE, such as finetune.epochs=2.0")
+        try:
+            changes[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = text
+    return changes
+
+
+def changed(experiment: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
+    """The experiment with other values at the dotted keys `a.b.0.c`.
+
+    Raises ConfigError for a key or value that the experiment has no use for.
+    """
+    values: Any = experiment.model_dump()
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        inside = values
+        for part in path:
+            inside = _member(inside, part, key)
+        _member(inside, last, key, value)
+    return validate(ExperimentConfig, values, "changed settings") if changes else experiment
+
+
+_ABSENT = object()
+
+
+def _member(inside: Any, part: str, key: str, value: Any = _ABSENT) -> Any:
+    """The member `part` of a table or list, set to `value` where one is given."""
+    if isinstance(inside, list) and part.isdigit() and int(part) < len(inside):
+        if value is not _ABSENT:
+            inside[int(part)] = value
+        return inside[int(part)]
+    if not isinstance(inside, dict):
+        where = f"number 0 to {len(inside) - 1}" if isinstance(inside, list) else "setting"
+        raise ConfigError(f"{key}: {part!r} is no {where} here")
+    if value is not _ABSENT:
+        inside[part] = value
+    elif inside.get(part) is None:
+        inside[part] = {}  # an unknown key is then named by the experiment itself, with its neighbours
+    return inside[part]

@@ -1,34 +1,39 @@
-"""Document sources: `datasets.load_dataset` arguments as they are, and the seeded sample drawn from them."""
+"""Document sources: `datasets.load_dataset` arguments as they are, and their rows, one by one or in batches."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, AnyStr, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
-from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vectorclm.errors import ConfigError, DataError, VectorCLMError
-from vectorclm.mirror import columns_of, find_files, read_file, read_rows, revision_of
-from vectorclm.progress import Progress
+from vectorclm.filters import Filter
+from vectorclm.mirror import (
+    Batch,
+    columns_of,
+    filtered,
+    find_files,
+    is_text,
+    parquet_type,
+    read_file,
+    read_file_batches,
+    read_rows,
+    revision_of,
+    row_batches,
+)
 from vectorclm.settings import Settings
 from vectorclm.world import WorldConfig
 from vectorclm.world import rows as world_rows
 
+if TYPE_CHECKING:  # `datasets` takes a second to import, and a process that trains reads no source
+    from datasets import IterableDataset
+
 WORLD = "world"  # the `path` of the generated sources
 BUILDERS = ("parquet", "json")  # the `path` of sources that are plain local files
-
-FILE_BYTES = 256 * 1024 * 1024  # text in one file of the sample
-GROUP_BYTES = 16 * 1024 * 1024  # text in one row group at the most: what the writer holds in memory
-GROUP_DOCUMENTS = 1000
-SCHEMA = pa.schema([("text", pa.string()), ("id", pa.string())])
+OPEN_FILES = 8  # of a hub repository that documents are drawn from by turns
 
 
 class Source(Settings):
@@ -52,6 +57,27 @@ class TextSource(Source):
 
     text_column: str = "text"
     weight: float = Field(gt=0, description="Share of the sample's bytes, relative to the other sources")
+    filter: str | None = Field(None, description="Rows to draw from, such as int_score >= 3 and token_count < 8000")
+    min_bytes: int = Field(1, ge=1, description="Shorter documents are dropped (UTF-8 bytes)")
+    max_bytes: int = Field(10_000_000, ge=1, lt=2**31, description="Longer documents are dropped (UTF-8 bytes)")
+
+    @field_validator("filter")
+    @classmethod
+    def _is_filter(cls, text: str | None) -> str | None:
+        if text is not None:
+            Filter(text)
+        return text
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read: the text, and what the filter compares."""
+        others = Filter(self.filter).columns if self.filter is not None else []
+        return tuple(dict.fromkeys([self.text_column, *others]))
+
+
+class BenchmarkSource(Source):
+    """Texts that no document for training may repeat."""
+
+    columns: list[str] = Field(min_length=1, description="Columns with the texts, lists and tables included")
 
 
 class SampleConfig(Settings):
@@ -60,14 +86,23 @@ class SampleConfig(Settings):
     sources: list[TextSource] = Field(min_length=1)
     bytes: int = Field(gt=0, description="UTF-8 bytes to draw over all sources, divided by weight")
     validation_share: float = Field(0.005, gt=0, lt=0.5, description="Share of documents held out")
-    shuffle_buffer: int = Field(10_000, ge=1, description="Documents held in memory to shuffle the stream")
+    decontaminate: bool = Field(
+        True, description="Drop what shares 13 words in a row with a benchmark, conversations too"
+    )
+    decontaminate_with: list[BenchmarkSource] = Field([], description="Benchmarks beside those of evaluate.tasks")
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
-        labels = [source.label for source in self.sources]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"two sources share a label: {', '.join(sorted(labels))}")
+        check_labels(self.sources)
+        check_labels(self.decontaminate_with)
         return self
+
+
+def check_labels(sources: Sequence[Source]) -> None:
+    """Raise ValueError where two sources share a label: one would take the other's place."""
+    labels = [source.label for source in sources]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"two sources share a label: {', '.join(sorted(labels))}")
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -118,13 +153,15 @@ def local_files(source: Source, data: Path | None) -> list[Path]:
 
 def open_source(
     source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
-) -> IterableDataset:
+) -> "IterableDataset":
     """The rows of a source as a stream, with those columns only (all of them where none is named).
 
     `data` is a local mirror of the hub, or None. Local files are read in the order of their content. Raises
     DataError, before a row is drawn, for a source that cannot be reached, is empty, lacks a column or
     has other content than it is pinned to. Iterate with `draw`, which explains what fails later.
     """
+    from datasets import Dataset
+
     if source.path == WORLD:
         if world is None:
             raise ConfigError(f"{describe(source)} reads the generated world, but there is no [world]")
@@ -138,6 +175,8 @@ def open_source(
         stream = _open_hub(source)
     known = stream.column_names
     _require(columns, known, describe(source))
+    if isinstance(source, TextSource):
+        _require_text(source, stream.features.arrow_schema.field(source.text_column).type, describe(source))
     return stream.select_columns(list(columns)) if columns else stream
 
 
@@ -146,13 +185,22 @@ def _require(columns: Sequence[str], known: Sequence[str], where: str) -> None:
         raise DataError(f"{where}: no column {', '.join(map(repr, lost))}; it has {', '.join(known)}")
 
 
-def _open_local(source: Source, place: str, files: list[Path], columns: Sequence[str]) -> IterableDataset:
+def _require_text(source: TextSource, kind: pa.DataType, where: str) -> None:
+    if not is_text(kind):
+        raise DataError(f"{where}: column {source.text_column!r} is {kind}, not text: set text_column to one that is")
+
+
+def _open_local(source: Source, place: str, files: list[Path], columns: Sequence[str]) -> "IterableDataset":
+    from datasets import IterableDataset
+
     if not files:
         raise DataError(f"{describe(source)}: no Parquet or JSON files of this split at {place}")
     filled = []
     for path in files:
         if known := columns_of(path):
             _require(columns, known, f"{describe(source)}, {path}")
+            if isinstance(source, TextSource) and (kind := parquet_type(path, source.text_column)) is not None:
+                _require_text(source, kind, f"{describe(source)}, {path}")
             filled.append(path)
     if not filled:
         raise DataError(f"{describe(source)} is empty: {', '.join(map(str, files))} hold no rows")
@@ -163,7 +211,10 @@ def _open_local(source: Source, place: str, files: list[Path], columns: Sequence
     return IterableDataset.from_generator(read_rows, gen_kwargs={"files": filled, "columns": tuple(columns)})
 
 
-def _open_hub(source: Source) -> IterableDataset:
+def _open_hub(source: Source) -> "IterableDataset":
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
     if (source.revision or "").startswith("sha256:"):
         raise DataError(
             f"{describe(source)} is pinned to local content ({source.revision}): "
@@ -188,6 +239,9 @@ def _open_hub(source: Source) -> IterableDataset:
 
 def hub_error(source: Source, error: Exception) -> DataError:
     """What a failure of the hub or its client means, and what to do."""
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
     where, mirror = describe(source), "or give a local mirror with --data DIR"
     if isinstance(error, RevisionNotFoundError):
         return DataError(
@@ -204,7 +258,7 @@ def hub_error(source: Source, error: Exception) -> DataError:
     return DataError(f"{where}: cannot read from the hub: {first}. Check the network and HF_ENDPOINT, {mirror}")
 
 
-def draw(source: Source, stream: IterableDataset) -> Iterator[dict[str, Any]]:
+def draw(source: Source, stream: "IterableDataset") -> Iterator[dict[str, Any]]:
     """The rows of a stream that `open_source` opened. Raises DataError where reading fails."""
     try:
         yield from stream
@@ -216,164 +270,85 @@ def draw(source: Source, stream: IterableDataset) -> Iterator[dict[str, Any]]:
         raise hub_error(source, error) from error
 
 
-@dataclass
-class _Drawn:
-    """What one source gave."""
-
-    documents: int = 0
-    bytes: int = 0
-    validation_documents: int = 0
-    validation_bytes: int = 0
-    dropped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "not_text": 0, "duplicate": 0})
-    exhausted: bool = True
+def is_remote(source: Source, data: Path | None) -> bool:
+    """Whether the source is read from the hub, where only as much is read as is needed."""
+    return source.path != WORLD and local_place(source, data) is None
 
 
-def write_sample(
-    config: SampleConfig, seed: int, out: Path, *, data: Path | None, world: WorldConfig | None
-) -> dict[str, Any]:
-    """Draw each source's share of `config.bytes` into `out/{label}/{train,validation}-00000.parquet`.
+def read_source(
+    source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows that `open_source` and `draw` give, of local files several times as fast."""
+    stream = open_source(source, data, world, columns)
+    if source.path == WORLD or is_remote(source, data):
+        return draw(source, stream)
+    return read_rows(local_files(source, data), tuple(columns))
 
-    A document is held out for validation by the hash of its text, so equal texts never stand on both sides;
-    empty documents, those that are no text, and exact duplicates over all sources are dropped and counted.
-    Memory is the shuffle buffer, one row group, and about 100 bytes a document to know duplicates by.
 
-    Returns `{"documents", "bytes", "sources": {label: {"documents", "bytes", "validation_documents",
-    "validation_bytes", "dropped": {reason: count}, "exhausted"}}}`; `documents` and `bytes` are those for
-    training, and `exhausted` says that the source ended before its share was drawn. Raises DataError for a
-    source that cannot be read, or that gives no document for training or none for validation.
+def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[Batch]:
+    """The texts of a source where its filter holds, some megabytes at a time.
+
+    Of a repository of the hub, batches come by turns from OPEN_FILES of its files, which `seed` chooses and the next
+    of which is opened where one ends. Raises DataError as `open_source` does, and where reading fails later.
     """
-    total = sum(source.weight for source in config.sources)
-    seen: set[int] = set()
-    drawn: dict[str, _Drawn] = {}
-    with Progress("sample", config.bytes, "bytes") as progress:
-        for source in config.sources:
-            stream = open_source(source, data, world, [source.text_column])
-            stream = stream.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
-            budget = round(config.bytes * source.weight / total)
-            texts = (row[source.text_column] for row in draw(source, stream))
-            folder = out / source.label
-            drawn[source.label] = _write_source(texts, budget, config, seed, seen, folder, progress)
-            _check_split(source, drawn[source.label], config.validation_share)
-    return {
-        "documents": sum(item.documents for item in drawn.values()),
-        "bytes": sum(item.bytes for item in drawn.values()),
-        "sources": {label: vars(item) for label, item in drawn.items()},
-    }
+    stream = open_source(source, data, world, source.columns())
+    condition = Filter(source.filter) if source.filter is not None else None
+    if source.path == WORLD:
+        yield from row_batches(iter(stream), source.text_column, condition, describe(source))
+    elif not is_remote(source, data):
+        for path in local_files(source, data):
+            yield from read_file_batches(path, source.text_column, condition)
+    else:
+        try:
+            for table in _by_turns(stream, seed):
+                yield filtered(table, source.text_column, condition, describe(source))
+        except VectorCLMError:
+            raise
+        except Exception as error:
+            raise hub_error(source, error) from error
 
 
-def _write_source(
-    texts: Iterator[Any],
-    budget: int,
-    config: SampleConfig,
-    seed: int,
-    seen: set[int],
-    folder: Path,
-    progress: Progress,
-) -> _Drawn:
-    """Take documents until `budget` bytes are reached."""
-    drawn = _Drawn()
-    limit = int(config.validation_share * 2**64)
-    folder.mkdir(parents=True)
-    with _Writer(folder, "train") as train, _Writer(folder, "validation") as validation:
-        for text in texts:
-            data = _utf8(text)
-            if data is None or not text.strip():
-                drawn.dropped["not_text" if data is None else "empty"] += 1
-                continue
-            key = xxhash.xxh3_128_intdigest(data)
-            if key in seen:
-                drawn.dropped["duplicate"] += 1
-                continue
-            seen.add(key)
-            held_out = xxhash.xxh3_64_intdigest(data, seed=seed) < limit
-            (validation if held_out else train).add(text, f"{key:032x}", len(data))
-            progress.advance(len(data), folder.name)
-            if train.bytes + validation.bytes >= budget:
-                drawn.exhausted = False
-                break
-    drawn.documents, drawn.bytes = train.documents, train.bytes
-    drawn.validation_documents, drawn.validation_bytes = validation.documents, validation.bytes
-    return drawn
+def _by_turns(stream: "IterableDataset", seed: int) -> Iterator[pa.Table]:
+    count = stream.num_shards
+    waiting = deque(random.Random(seed).sample(range(count), count))
+    files: deque[Iterator[pa.Table]] = deque()
+    while waiting or files:
+        while waiting and len(files) < OPEN_FILES:
+            part = stream.shard(count, waiting.popleft()).with_format("arrow")
+            files.append(part.iter(batch_size=1000))
+        file = files.popleft()
+        if (table := next(file, None)) is not None:
+            yield table
+            files.append(file)
 
 
-def _utf8(text: Any) -> bytes | None:
-    """The text's bytes; None for what is no string or holds half a surrogate pair, which UTF-8 cannot say."""
-    try:
-        return text.encode() if isinstance(text, str) else None
-    except UnicodeEncodeError:
-        return None
-
-
-def _check_split(source: TextSource, drawn: _Drawn, share: float) -> None:
-    if drawn.documents and drawn.validation_documents:
-        return
-    dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in drawn.dropped.items() if count)
-    side = "validation" if drawn.documents else "training"
-    raise DataError(
-        f"{describe(source)} gave {drawn.documents} documents for training and {drawn.validation_documents} "
-        f"for validation (dropped: {dropped or 'none'}); {side} needs at least one. "
-        f"Raise sample.bytes, or change sample.validation_share ({share})"
-    )
-
-
-class _Writer:
-    """The documents of one split as zstd Parquet: a new file after every FILE_BYTES of text."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder, self.split = folder, split
-        self.documents = self.bytes = 0
-        self._files = self._in_file = self._in_group = 0
-        self._file: pq.ParquetWriter | None = None
-        self._texts: list[str] = []
-        self._ids: list[str] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def add(self, text: str, identifier: str, size: int) -> None:
-        """One more document, of `size` UTF-8 bytes."""
-        self._texts.append(text)
-        self._ids.append(identifier)
-        self.documents += 1
-        self.bytes += size
-        self._in_group += size
-        if len(self._texts) >= GROUP_DOCUMENTS or self._in_group >= GROUP_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._texts:
-            return
-        if self._file is None:
-            path = self.folder / f"{self.split}-{self._files:05d}.parquet"
-            self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-            self._files += 1
-        self._file.write_table(pa.table([self._texts, self._ids], schema=SCHEMA))
-        self._in_file += self._in_group
-        self._texts, self._ids, self._in_group = [], [], 0
-        if self._in_file >= FILE_BYTES:
-            self._close()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file, self._in_file = None, 0
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._flush()
-        self._close()
-
-
-def read_texts(directory: Path, split: str) -> Iterator[str]:
-    """The documents of one split (`train`, `validation`) of one source's folder in a sample, in their order.
+def sample_files(directory: Path, split: str) -> list[Path]:
+    """The files of one split (`train`, `validation`) of one source's folder in a sample, in their order.
 
     Raises DataError where the folder has no such files.
     """
     paths = sorted(directory.glob(f"{split}-*.parquet"))
     if not paths:
         raise DataError(f"{directory} has no {split}-*.parquet: it is no source of a sample")
-    for path in paths:
+    return paths
+
+
+def read_texts(directory: Path, split: str) -> Iterator[str]:
+    """The documents of `sample_files`, in their order."""
+    for path in sample_files(directory, split):
         for row in read_file(path, ("text",)):
             yield row["text"]
+
+
+def in_groups(texts: Iterable[AnyStr], length: int, count: int | None = None) -> Iterator[list[AnyStr]]:
+    """The texts some at a time: as many as have `length` characters or bytes, and no more than `count`."""
+    group: list[AnyStr] = []
+    total = 0
+    for text in texts:
+        group.append(text)
+        total += len(text)
+        if total >= length or len(group) == count:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group

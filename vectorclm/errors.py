@@ -5,7 +5,10 @@ VectorCLMError
 ├── DataError        a source, a document or a model directory is not what it should be
 ├── StoreError       the store cannot be reached or written: a retry may help
 │   └── CorruptArtifactError   bytes in the store differ from their manifest
+│       └── CorruptBlockError  those of one block of a shard, and stayed so when it was read again
 ├── InUseError       another process is building the same artifact
+├── OutOfMemoryError the tensors do not fit: lower micro_batch_size, a retry at the same size cannot help
+├── ReproducibilityError   what was made again is not the same: compare the versions and machines, a retry cannot help
 └── DivergedError    the loss left the finite numbers: change the settings, a retry cannot help
 """
 
@@ -30,8 +33,20 @@ class CorruptArtifactError(StoreError):
     """The bytes of an artifact differ from what its manifest promises."""
 
 
+class CorruptBlockError(CorruptArtifactError):
+    """The bytes of one block of a shard differ from what the manifest promises, each time they are read."""
+
+
 class InUseError(VectorCLMError):
     """Another live process holds the lease on this artifact."""
+
+
+class OutOfMemoryError(VectorCLMError):
+    """The device's memory, or the machine's, does not hold what a step needs."""
+
+
+class ReproducibilityError(VectorCLMError):
+    """A stage made again, with equal settings and inputs, came out otherwise."""
 
 
 class DivergedError(VectorCLMError):

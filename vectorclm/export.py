@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vectorclm.artifact import Artifact
+from vectorclm.sampling import losses
 from vectorclm.train_tokenizer import BOS_ID, EOS, EOS_ID, IM_END, IM_END_ID, PAD_ID, write_tokenizer_config
 
 MODEL_FILES = (
@@ -77,9 +78,16 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
         epochs = trained["epochs"].get(label, 0.0)
         lines.append(f"| {label} | {counts['documents']:,} | {counts['bytes']:,} | {epochs:.2f} | `{revision[:19]}` |")
     if kind == "chat":
-        lines += ["", "Instruction-tuned on:", "", "| source | conversations |", "|---|---:|"]
+        lines += [
+            "",
+            "Instruction-tuned on:",
+            "",
+            "| source | conversations | shortened | dropped |",
+            "|---|---:|---:|---|",
+        ]
         for label, counts in lineage["chat_shards"].summary["sources"].items():
-            lines.append(f"| {label} | {counts.get('train', 0):,} |")
+            lost = losses(counts["dropped"], counts["contaminated"])
+            lines.append(f"| {label} | {counts['train']:,} | {counts['shortened']:,} | {lost} |")
     lines += ["", "## Scores", "", "| held-out text | bits per byte |", "|---|---:|"]
     lines += [f"| {label} | {value:.4f} |" for label, value in scores["bits_per_byte"].items()]
     lines += [

@@ -1,28 +1,34 @@
 """Instruction tuning: three chat schemas to one conversation type, and a loss on the assistant's tokens only."""
 
 import json
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from vectorclm.corpus import Source
-from vectorclm.dataset import CurriculumPlan, StreamingLanguageModelDataset
+from vectorclm.artifact import Artifact
+from vectorclm.blocks import open_shards
+from vectorclm.corpus import Source, check_labels
+from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.model import CausalLM
+from vectorclm.packing import Packing, pack
+from vectorclm.plan import CurriculumPlan, Stretch
 from vectorclm.progress import Progress
+from vectorclm.sampling import losses
 from vectorclm.settings import Settings, canonical_json
-from vectorclm.shards import SPLITS, ShardWriter, read_windows
-from vectorclm.train import TrainConfig, Work, train
+from vectorclm.shards import SPLITS, ShardWriter, token_dtype
+from vectorclm.train import TrainConfig, Work, own_share, train
 from vectorclm.train_tokenizer import BOS_ID, IM_END_ID, IM_START_ID, PAD_ID, encode
-
-OPEN_WINDOWS = 64  # windows kept open while packing
 
 
 class ChatSource(Source):
@@ -39,6 +45,15 @@ class ChatConfig(Settings):
     sequence_length: int = Field(ge=8, description="Tokens in a window of packed conversations")
     validation_share: float = Field(0.01, gt=0, lt=0.5, description="Share of conversations held out")
     shuffle_buffer: int = Field(10_000, ge=1, description="Conversations held in memory to shuffle the stream")
+    packing: Packing = Field("best_fit", description="Conversations stay whole, or are cut where a window ends")
+    malformed: Literal["refuse", "drop"] = Field(
+        "refuse", description="An empty turn or roles out of order: stop and say where, or leave out and count"
+    )
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        check_labels(self.sources)
+        return self
 
 
 class FinetuneConfig(TrainConfig):
@@ -54,6 +69,14 @@ class Turn(NamedTuple):
     content: str
 
 
+class Fitted(NamedTuple):
+    """What of a conversation fits in a window."""
+
+    turns: list[Turn]
+    ids: list[int]
+    supervised: list[bool]
+
+
 # SmolTalk and Tulu-3 write {role, content}; SlimOrca writes {from, value}.
 ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
@@ -62,6 +85,9 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+# What may follow what: an optional system turn, then the user and the assistant by turns.
+FOLLOWS = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
+BATCH = 256  # conversations that are looked up in the benchmarks at a time
 
 
 def read_conversation(turns: Any, where: str) -> list[Turn]:
@@ -80,8 +106,25 @@ def read_conversation(turns: Any, where: str) -> list[Turn]:
             raise DataError(
                 f"{where}: role must be one of {', '.join(ROLES)} and the text a string; found {turn!r:.200}"
             )
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: half a surrogate pair at character {error.start}: mend the text") from error
         conversation.append(Turn(ROLES[role], content))
     return conversation
+
+
+def find_fault(conversation: Sequence[Turn]) -> tuple[str, str] | None:
+    """What is wrong with the turns, `empty_turn` or `role_order`, and where; None where nothing is."""
+    before = None
+    for number, turn in enumerate(conversation):
+        if not turn.content.strip():
+            return "empty_turn", f"turn {number}, the {turn.role}'s, is empty"
+        if turn.role not in FOLLOWS[before]:
+            place = f"after the {before}'s" if before else "first"
+            return "role_order", f"turn {number}, the {turn.role}'s, stands {place}: {turn.content!r:.200}"
+        before = turn.role
+    return None
 
 
 def render(tokenizer: Tokenizer, conversation: Sequence[Turn]) -> tuple[list[int], list[bool]]:
@@ -90,18 +133,23 @@ def render(tokenizer: Tokenizer, conversation: Sequence[Turn]) -> tuple[list[int
     Supervised are the assistant's words and the end-of-turn token after them; nothing else. Special tokens that
     users write in their messages stay text.
     """
-    ids, supervised = [BOS_ID], [False]
+    return _joined([_render_turn(tokenizer, turn) for turn in conversation])
+
+
+def _render_turn(tokenizer: Tokenizer, turn: Turn) -> tuple[list[int], list[bool]]:
+    if turn.role == "assistant":
+        head, body = [IM_START_ID, *encode(tokenizer, "assistant\n")], [*encode(tokenizer, turn.content), IM_END_ID]
+    else:
+        head, body = [IM_START_ID, *encode(tokenizer, f"{turn.role}\n{turn.content}"), IM_END_ID], []
     newline = encode(tokenizer, "\n")
-    for turn in conversation:
-        if turn.role == "assistant":
-            head, body = (
-                [IM_START_ID, *encode(tokenizer, "assistant\n")],
-                [*encode(tokenizer, turn.content), IM_END_ID],
-            )
-        else:
-            head, body = [IM_START_ID, *encode(tokenizer, f"{turn.role}\n{turn.content}"), IM_END_ID], []
-        ids += head + body + newline
-        supervised += [False] * len(head) + [True] * len(body) + [False] * len(newline)
+    return head + body + newline, [False] * len(head) + [True] * len(body) + [False] * len(newline)
+
+
+def _joined(turns: Iterable[tuple[list[int], list[bool]]]) -> tuple[list[int], list[bool]]:
+    ids, supervised = [BOS_ID], [False]
+    for turn_ids, turn_supervised in turns:
+        ids += turn_ids
+        supervised += turn_supervised
     return ids, supervised
 
 
@@ -111,93 +159,138 @@ def render_prompt(tokenizer: Tokenizer, conversation: Sequence[Turn]) -> list[in
     return [*ids, IM_START_ID, *encode(tokenizer, "assistant\n")]
 
 
-def fit(tokenizer: Tokenizer, conversation: Sequence[Turn], length: int) -> tuple[list[int], list[bool]] | str:
-    """The conversation in at most `length` tokens, its last turns left off as needed; or why it is of no use."""
-    if any(not turn.content.strip() for turn in conversation):
-        return "empty turn"
-    kept = list(conversation)
-    while kept and kept[-1].role != "assistant":
-        kept.pop()  # nothing after the last answer is learnt from
-    if not kept:
-        return "no assistant turn"
-    while kept:
-        ids, supervised = render(tokenizer, kept)
-        if len(ids) <= length and any(supervised):
-            return ids, supervised
-        kept.pop()
-        while kept and kept[-1].role != "assistant":
-            kept.pop()
-    return "longer than a window"
+def fit(tokenizer: Tokenizer, conversation: Sequence[Turn], length: int) -> Fitted | str:
+    """The conversation in at most `length` tokens; or why it is of no use: `no_assistant`, `too_long`.
+
+    Left off are the turns after the last answer, from which nothing is learnt, and of what is too long as few of the
+    first questions as will do, each with its answer. The system turn stays wherever the last question and answer
+    leave room for it. Where these two alone are too long, so is the conversation.
+    """
+    answers = [number for number, turn in enumerate(conversation) if turn.role == "assistant"]
+    if not answers:
+        return "no_assistant"
+    turns = list(conversation[: answers[-1] + 1])
+    rendered = [_render_turn(tokenizer, turn) for turn in turns]
+    sizes = [len(ids) for ids, _ in rendered]
+    system = int(turns[0].role == "system")
+    # What may be kept, the most first. With the system turn or, where it leaves too little room, without.
+    for first in range(system, -1, -1):
+        for start in (number for number in range(system, len(turns)) if turns[number].role == "user"):
+            if 1 + sum(sizes[:first]) + sum(sizes[start:]) <= length:  # 1 for BOS
+                ids, supervised = _joined(rendered[:first] + rendered[start:])
+                return Fitted(turns[:first] + turns[start:], ids, supervised)
+    return "too_long"
 
 
-class Item(NamedTuple):
-    """A rendered conversation."""
+@dataclass
+class _Read:
+    """What became of the conversations of one source."""
 
-    ids: NDArray[Any]  # [n]
-    supervised: NDArray[np.uint8]  # [n]
+    read: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
+    shortened: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    contaminated: Counter[str] = field(default_factory=Counter)
 
-
-def pack(items: Iterable[Item], length: int) -> Iterator[list[Item]]:
-    """What stands in each window of `length` tokens: an item goes into the fullest open window with room (best fit)."""
-    windows: list[list[Item]] = []
-    sizes: list[int] = []
-    for item in items:
-        fitting = [i for i, size in enumerate(sizes) if size + len(item.ids) <= length]
-        if fitting:
-            best = max(fitting, key=lambda i: sizes[i])
-            windows[best].append(item)
-            sizes[best] += len(item.ids)
-            continue
-        if len(windows) == OPEN_WINDOWS:
-            fullest = sizes.index(max(sizes))
-            yield windows.pop(fullest)
-            sizes.pop(fullest)
-        windows.append([item])
-        sizes.append(len(item.ids))
-    yield from windows
+    def summary(self) -> dict[str, Any]:
+        splits = {split: self.splits[split] for split in SPLITS}
+        counts = {name: dict(sorted(getattr(self, name).items())) for name in ("dropped", "contaminated")}
+        return {**splits, "read": self.read, "shortened": self.shortened, **counts}
 
 
 def write_chat_shards(
-    config: ChatConfig, rows: Mapping[str, Iterable[Any]], tokenizer: Tokenizer, seed: int, out: Path
+    config: ChatConfig,
+    rows: Mapping[str, Iterable[Any]],
+    tokenizer: Tokenizer,
+    seed: int,
+    out: Path,
+    benchmarks: Benchmarks | None = None,
 ) -> dict[str, Any]:
     """Render and pack the conversations of all sources: `chat/{split}-00000.arrow`, and held-out `prompts.jsonl`.
 
-    `rows[label]` yields the turns of one row after another. Returns counts per source, what was left out and why.
-    Raises DataError where a source has nothing usable, or nothing supervised is left for a split.
+    `rows[label]` yields the turns of one row after another. Dropped and counted are: `duplicate` (the same turns stood
+    in this source or one before it), `contaminated` (shares words with `benchmarks`), `no_assistant` (nothing to
+    learn), `too_long` (not even its last question and answer fit in a window), and, where `config.malformed` says so,
+    `empty_turn` and `role_order`. `shortened` are those that `fit` left turns off.
+
+    Returns `{"sources": {label: {"train", "validation", "read", "shortened", "dropped": {reason: count},
+    "contaminated": {benchmark: count}}}, "train": {"windows", "tokens", …}, "validation": {…}}`. Raises DataError for a
+    malformed row, where a source has nothing usable, and where nothing supervised is left for a split.
     """
     summary: dict[str, Any] = {"sources": {}}
-    kept: dict[str, list[Item]] = {split: [] for split in SPLITS}
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 65_536 else np.uint32
+    kept: dict[str, list[NDArray[Any]]] = {split: [] for split in SPLITS}  # ids and supervision [2, n]
+    dtype = token_dtype(tokenizer.get_vocab_size())
     prompts: list[dict[str, Any]] = []
+    seen: set[int] = set()
     with Progress("chat_shards", sum(s.conversations for s in config.sources), "conversations") as progress:
         for source in config.sources:
-            counts: Counter[str] = Counter()
-            for number, turns in enumerate(rows[source.label]):
-                if number >= source.conversations:
-                    break
-                conversation = read_conversation(turns, f"{source.label}, row {number}, column {source.column}")
+            found, before = _Read(), progress.tick.done
+            for conversation in _distinct(source, rows[source.label], config, benchmarks, seen, found):
+                progress.at(before + found.read)
                 split = "validation" if _is_held_out(conversation, seed, config.validation_share) else "train"
                 item = fit(tokenizer, conversation, config.sequence_length)
-                progress.advance(1)
                 if isinstance(item, str):
-                    counts[item] += 1
+                    found.dropped[item] += 1
                     continue
-                counts[split] += 1
-                kept[split].append(Item(np.array(item[0], dtype), np.array(item[1], np.uint8)))
+                found.splits[split] += 1
+                found.shortened += len(item.turns) < len(conversation)
+                kept[split].append(np.array([item.ids, item.supervised], dtype))
                 if split == "validation":
-                    prompts.append(_prompt(source.label, conversation))
-            if not counts["train"]:
-                raise DataError(
-                    f"{source.label}: no usable conversation; left out: {dict(counts) or 'the source is empty'}"
-                )
-            summary["sources"][source.label] = dict(counts)
-    order = np.random.Generator(np.random.Philox(key=[seed, len(kept["train"])])).permutation(len(kept["train"]))
-    kept["train"] = [kept["train"][i] for i in order]
-    for split, items in kept.items():
-        summary[split] = _write_packed(out / "chat" / split, items, config.sequence_length, dtype)
+                    prompts.append(_prompt(source.label, item.turns))
+            summary["sources"][source.label] = found.summary()
+            if not found.splits["train"]:
+                lost = losses(found.dropped, found.contaminated) if found.read else "the source is empty"
+                raise DataError(f"{source.label}: no usable conversation for training; left out: {lost}")
+    for number, (split, items) in enumerate(kept.items()):
+        summary[split] = _write_packed(out / "chat" / split, items, config, seed << 32 | number)
     with (out / "prompts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(canonical_json(prompt) + "\n" for prompt in prompts)
     return summary
+
+
+def told(summary: Mapping[str, Any]) -> list[str]:
+    """What `write_chat_shards` kept and dropped, a line for each source."""
+    lines = []
+    for label, source in summary["sources"].items():
+        kept = sum(source[split] for split in SPLITS)
+        lost = losses(source["dropped"], source["contaminated"])
+        read, short = f"{kept:,} of {source['read']:,} conversations kept", f"{source['shortened']:,} shortened"
+        lines.append(f"chat_shards {label}: {read}, {short}; dropped: {lost}")
+    return lines
+
+
+def _distinct(
+    source: ChatSource,
+    rows: Iterable[Any],
+    config: ChatConfig,
+    benchmarks: Benchmarks | None,
+    seen: set[int],
+    found: _Read,
+) -> Iterator[list[Turn]]:
+    """The well-formed conversations that no benchmark shares words with, each once; the others are counted."""
+    drawn = islice(rows, source.conversations)
+    while batch := list(islice(drawn, BATCH)):
+        fresh = []
+        for number, row in enumerate(batch, found.read):
+            where = f"{source.label}, row {number} as drawn, column {source.column}"
+            conversation = read_conversation(row, where)
+            if fault := find_fault(conversation):
+                if config.malformed == "refuse":
+                    raise DataError(f"{where}: {fault[1]}. Mend it, or set chat.malformed to drop")
+                found.dropped[fault[0]] += 1
+                continue
+            if (key := xxhash.xxh3_128_intdigest(canonical_json(conversation).encode())) in seen:
+                found.dropped["duplicate"] += 1
+                continue
+            seen.add(key)
+            fresh.append(conversation)
+        found.read += len(batch)
+        texts = ["\n".join(turn.content for turn in conversation).encode() for conversation in fresh]
+        shared = benchmarks.found(texts) if benchmarks is not None else {}
+        for labels in shared.values():
+            found.dropped["contaminated"] += 1
+            found.contaminated.update(labels)
+        yield from (conversation for number, conversation in enumerate(fresh) if number not in shared)
 
 
 def _is_held_out(conversation: Sequence[Turn], seed: int, share: float) -> bool:
@@ -211,43 +304,54 @@ def _prompt(label: str, conversation: Sequence[Turn]) -> dict[str, Any]:
     return {"source": label, "messages": messages, "answer": conversation[first].content}
 
 
-def _write_packed(prefix: Path, items: Iterable[Item], length: int, dtype: Any) -> dict[str, int]:
+def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfig, seed: int) -> dict[str, int]:
+    length = config.sequence_length
     writer = ShardWriter(prefix, length, 64 * 1024 * 1024)
-    tokens = supervised_tokens = 0
-    for window in pack(items, length):
-        row, mask = np.full((1, length), PAD_ID, dtype), np.zeros((1, length), np.uint8)
-        size = sum(len(item.ids) for item in window)
-        row[0, :size] = np.concatenate([item.ids for item in window])
-        mask[0, :size] = np.concatenate([item.supervised for item in window])
-        writer.write(input_ids=row, supervised=mask)
-        tokens += size
-        supervised_tokens += int(mask.sum())
-    windows = writer.close()
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(items))
+    supervised_tokens = 0
+    # In another order, so that one buffer, too, is of all sources.
+    for packed in pack((items[i] for i in order), length, (PAD_ID, 0), config.packing, seed):
+        ids, supervised = packed.columns
+        writer.write(packed.pieces, input_ids=ids, supervised=supervised.astype(np.uint8))
+        supervised_tokens += int(supervised.sum())
+    windows, tokens = writer.close(), sum(item.shape[1] for item in items)
     if not supervised_tokens:
         raise DataError(f"{prefix.name}: no supervised token; draw more conversations or raise chat.validation_share")
-    return {"windows": windows, "tokens": tokens, "supervised_tokens": supervised_tokens}
+    return {
+        "windows": windows,
+        "tokens": tokens,
+        "padding_tokens": windows * length - tokens,
+        "supervised_tokens": supervised_tokens,
+    }
 
 
 def finetune(
-    config: FinetuneConfig, base: Path, chat_shards: Path, token_lengths: Sequence[int], seed: int, work: Work
+    config: FinetuneConfig, base: Path, chat_shards: Artifact, token_lengths: Sequence[int], seed: int, work: Work
 ) -> tuple[CausalLM, dict[str, Any]]:
     """Train the base model on the packed conversations; the loop is pretraining's.
 
     Raises ConfigError where they are fewer than one step takes.
     """
-    training = {"chat": read_windows(chat_shards / "chat", "train")}
-    windows = sum(len(shard.input_ids) for shard in training["chat"])
-    plan = CurriculumPlan([(round(config.epochs * windows), {"chat": 1.0})], {"chat": windows}, seed)
-    dataset = StreamingLanguageModelDataset(training, plan, config.batch_size)
-    if dataset.steps == 0:
-        raise ConfigError(f"{windows} windows of conversations make no step of finetune.batch_size {config.batch_size}")
-    model = CausalLM.from_pretrained(base)
-    validation = {"chat": read_windows(chat_shards / "chat", "validation")}
-    return model, train(model, config, dataset, validation, token_lengths, seed, work)
+    cache = work.runtime.block_cache
+    with (
+        open_shards(chat_shards, "train", cache=cache) as training,
+        open_shards(chat_shards, "validation", cache=cache) as validation,
+    ):
+        chat = training["chat"]
+        phase = Stretch(round(config.epochs * len(chat)), {"chat": 1.0})
+        plan = CurriculumPlan([phase], {"chat": len(chat)}, seed, windows_per_block=chat.block_windows)
+        dataset = own_share(training, plan, config, work.group)
+        if dataset.steps == 0:
+            raise ConfigError(
+                f"{len(chat)} windows of conversations make no step of finetune.batch_size {config.batch_size}"
+            )
+        model = CausalLM.from_pretrained(base)
+        return model, train(model, config, dataset, validation, token_lengths, seed, work)
 
 
-def read_prompts(chat_shards: Path) -> list[tuple[list[Turn], str]]:
-    """The held-out conversations up to the first answer, and that answer."""
+def read_prompts(chat_shards: Path, limit: int, seed: int) -> list[tuple[list[Turn], str]]:
+    """Held-out conversations up to the first answer, and that answer: a seeded draw of `limit` over all sources."""
     with (chat_shards / "prompts.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
+    rows = random.Random(f"{seed} prompts").sample(rows, min(limit, len(rows)))
     return [(read_conversation(row["messages"], "prompts.jsonl"), row["answer"]) for row in rows]

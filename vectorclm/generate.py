@@ -1,16 +1,39 @@
-"""Sampling with a KV cache, answers in the chat template, and a conversation in the terminal."""
+"""Sampling with a KV cache, and answers in the chat template."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from vectorclm.finetune import Turn, render_prompt
 from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode
+from vectorclm.settings import Settings
+from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, encode
+
+
+class Sampling(Settings):
+    """How the next token is drawn; each setting's default leaves the model's probabilities as they are."""
+
+    temperature: float = Field(0.0, ge=0, le=100, description="Divides the logits; 0 takes the likeliest token")
+    top_k: int = Field(0, ge=0, description="Draw from so many of the likeliest tokens; 0 = from all")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens that hold this much probability")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Draw from tokens at least this share as probable as the likeliest one"
+    )
+    repetition_penalty: float = Field(
+        1.0, ge=0.01, le=100, description="Above 1, tokens of the prompt and the answer become less likely"
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="Equal seeds repeat an answer; without one each is new"
+    )
+
+
+GREEDY = Sampling(temperature=0.0)
+COLDEST = 1e-6  # a lower temperature takes the likeliest token too: logits divided by it could be no numbers
 
 
 def generate(
@@ -19,15 +42,12 @@ def generate(
     max_new_tokens: int,
     *,
     stop_ids: Sequence[int] = (EOS_ID,),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[int]:
-    """New token ids after `input_ids`, one at a time, the stopping one included.
-
-    Temperature 0 takes the likeliest token; else tokens are drawn from the smallest set that holds `top_p` of the
-    probability (nucleus sampling, Holtzman et al., arXiv 1904.09751). Ends where the model's context is full.
-    """
+    """New token ids after `input_ids`, one at a time, the stopping one included; ends where the context is full."""
+    generator = torch.Generator()  # on the CPU, so that a seed draws alike whatever the model's device
+    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    seen = list(input_ids)
     room = model.config.max_position_embeddings - len(input_ids)
     model.eval()
     device = model.model.embed_tokens.weight.device
@@ -35,31 +55,104 @@ def generate(
     fed = torch.tensor([list(input_ids)], device=device)
     for _ in range(min(max_new_tokens, room)):
         with torch.inference_mode():
-            logits_V = model(fed, cache)[0, -1].float()
-            chosen = _choose(logits_V, temperature, top_p, generator)
+            logits_V = model.next_logits(fed, cache)[0].float()
+            chosen = choose(logits_V, seen, sampling, generator)
         yield chosen
         if chosen in stop_ids:
             return
+        seen.append(chosen)
         fed = torch.tensor([[chosen]], device=device)
 
 
-def _choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    if temperature == 0:
+@torch.inference_mode()
+def generate_batch(
+    model: CausalLM, input_ids: Tensor, max_new_tokens: int, *, stop_ids: Sequence[int] = (EOS_ID,)
+) -> Tensor:
+    """The likeliest continuations [B, N] of prompts [B, T] of one length; after its stopping token a row is padding.
+
+    Ends with the last row that goes on, after `max_new_tokens`, or where the model's context is full.
+    """
+    model.eval()
+    batch, prompt = input_ids.shape
+    end = min(prompt + max_new_tokens, model.config.max_position_embeddings)
+    cache = model.new_cache(batch, end)
+    made = input_ids.new_full((batch, end - prompt), PAD_ID)
+    stops = torch.tensor(stop_ids, dtype=torch.long, device=input_ids.device)
+    over = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    fed = input_ids
+    for place in range(end - prompt):
+        chosen_B = model.next_logits(fed, cache).argmax(dim=1)
+        made[:, place] = chosen_B.masked_fill(over, PAD_ID)
+        if len(stop_ids):
+            over |= torch.isin(chosen_B, stops)
+            if over.all():
+                return made[:, : place + 1]
+        fed = chosen_B[:, None]
+    return made
+
+
+def choose(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token after `seen`, of these logits [V]; the order of the steps is that of transformers."""
+    if sampling.repetition_penalty != 1:
+        logits_V = penalized(logits_V, seen, sampling.repetition_penalty)
+    if sampling.temperature < COLDEST:
         return int(logits_V.argmax())
-    probabilities, ids = (logits_V / temperature).softmax(dim=0).sort(descending=True)
-    outside = probabilities.cumsum(dim=0) - probabilities >= top_p
-    probabilities = probabilities.masked_fill(outside, 0.0)
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+    logits_V = logits_V.cpu() / sampling.temperature
+    if sampling.top_k:
+        logits_V = keep_top_k(logits_V, sampling.top_k)
+    if sampling.top_p < 1:
+        logits_V = keep_top_p(logits_V, sampling.top_p)
+    if sampling.min_p:
+        logits_V = keep_min_p(logits_V, sampling.min_p)
+    return int(torch.multinomial(logits_V.softmax(dim=0), 1, generator=generator))
+
+
+def penalized(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    """Logits where tokens that were seen are less likely (Keskar et al., CTRL, arXiv 1909.05858, section 4.1).
+
+    Special tokens are spared: every turn has to end, however many have ended before.
+    """
+    ids = torch.tensor(sorted({i for i in seen if i >= len(SPECIAL_TOKENS)}), dtype=torch.long, device=logits_V.device)
+    chosen = logits_V[ids]
+    return logits_V.index_copy(0, ids, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
+
+
+def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
+    """Logits of the `k` likeliest tokens, and of those as likely as the last; the others -inf (arXiv 1805.04833)."""
+    least = logits_V.topk(min(k, len(logits_V))).values[-1]
+    return logits_V.masked_fill(logits_V < least, -torch.inf)
+
+
+def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
+    """Logits of the fewest tokens that together hold probability `p`, the others -inf (nucleus, arXiv 1904.09751)."""
+    probabilities, ids = logits_V.softmax(dim=0).sort(descending=True)
+    outside = probabilities.cumsum(dim=0) - probabilities >= p
+    outside[0] = False  # something must be left to draw
+    return logits_V.masked_fill(torch.empty_like(outside).index_copy(0, ids, outside), -torch.inf)
+
+
+def keep_min_p(logits_V: Tensor, p: float) -> Tensor:
+    """Logits of tokens at least `p` times as probable as the likeliest, the others -inf (min-p, arXiv 2407.01082)."""
+    probabilities = logits_V.softmax(dim=0)
+    return logits_V.masked_fill(probabilities < p * probabilities.max(), -torch.inf)
 
 
 def answer(
     model: CausalLM, tokenizer: Tokenizer, conversation: Sequence[Turn], max_new_tokens: int, **sampling: Any
 ) -> Iterator[int]:
-    """Token ids of the assistant's next turn, its end-of-turn token included."""
+    """Token ids of the assistant's next turn, its end-of-turn token included.
+
+    An answer takes at most half of the context. The oldest turns of a conversation too long for the rest are forgotten;
+    of a last turn too long by itself, its beginning.
+    """
+    context = model.config.max_position_embeddings
+    max_new_tokens = min(max_new_tokens, context // 2)
     prompt = render_prompt(tokenizer, conversation)
-    limit = model.config.max_position_embeddings - max_new_tokens
-    if len(prompt) > limit > 1:
-        prompt = [BOS_ID, *prompt[-(limit - 1) :]]  # the oldest of a long conversation is forgotten
+    while len(prompt) > context - max_new_tokens and len(conversation) > 1:
+        conversation = conversation[1:]
+        prompt = render_prompt(tokenizer, conversation)
+    if len(prompt) > context - max_new_tokens:
+        prompt = [BOS_ID, *prompt[1 + max_new_tokens - context :]]
     yield from generate(model, prompt, max_new_tokens, stop_ids=(IM_END_ID, EOS_ID), **sampling)
 
 
@@ -71,8 +164,11 @@ def answer_text(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_toke
 
 
 def continuation(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> str:
-    """The likeliest continuation of a text."""
-    ids = list(generate(model, [BOS_ID, *encode(tokenizer, prompt)], max_new_tokens))
+    """The likeliest continuation of a text, or of its end where it is long; at most half the model's context."""
+    context = model.config.max_position_embeddings
+    max_new_tokens = min(max_new_tokens, context // 2)
+    prompt_ids = [BOS_ID, *encode(tokenizer, prompt)[1 + max_new_tokens - context :]]
+    ids = list(generate(model, prompt_ids, max_new_tokens))
     text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
     return text
 
@@ -97,29 +193,3 @@ def template_scores(
             exact += finished and text == reference
             progress.advance(1)
     return {"prompts": len(prompts), "ended": ended, "answered_in_template": in_template, "exact": exact}
-
-
-def chat(model: CausalLM, tokenizer: Tokenizer, temperature: float, top_p: float, max_new_tokens: int) -> None:
-    """Talk in the terminal until an empty line or end of input; each answer appears as it is made."""
-    conversation: list[Turn] = []
-    while True:
-        try:
-            question = input("you  > ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        conversation.append(Turn("user", question))
-        text = ""
-        print("model> ", end="", flush=True)  # noqa: T201
-        ids: list[int] = []
-        for token in answer(model, tokenizer, conversation, max_new_tokens, temperature=temperature, top_p=top_p):
-            if token < len(SPECIAL_TOKENS):
-                break
-            ids.append(token)
-            whole: str = tokenizer.decode(ids, skip_special_tokens=False)
-            if not whole.endswith("\ufffd"):  # a character's bytes may still be on their way
-                print(whole[len(text) :], end="", flush=True)  # noqa: T201
-                text = whole
-        print()  # noqa: T201
-        conversation.append(Turn("assistant", text))

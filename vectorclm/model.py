@@ -14,10 +14,13 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vectorclm.documents import Documents, document_attention
 from vectorclm.errors import DataError
+from vectorclm.layers import Linear, RMSNorm, Rotated, StackedLinear, SwiGLU, project, rotated, stack, swiglu, unstack
 from vectorclm.loss import chunked_cross_entropy
 from vectorclm.settings import Settings, validate
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -33,7 +36,7 @@ class ModelConfig(Settings):
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0, description="Key/value heads; each serves a group of query heads")
     head_dim: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0, description="The longest sequence, in tokens")
+    max_position_embeddings: int = Field(gt=0, le=2**20, description="The longest sequence, in tokens")
     rope_theta: float = Field(10_000.0, gt=0)
     rms_norm_eps: float = Field(1e-5, gt=0)
     initializer_range: float = Field(0.02, gt=0)
@@ -64,18 +67,6 @@ class ModelConfig(Settings):
         return 6.0 * self.parameters + attention
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich, arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
-
-
 class KVCache:
     """Keys and values of the tokens seen so far, in buffers of the final length."""
 
@@ -98,18 +89,14 @@ class KVCache:
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines [max_position_embeddings, E] of rotary embeddings (Su et al., arXiv 2104.09864, section 3.2).
 
-    Half-split, as Llama has it on disk: dimension i turns with dimension i + E/2.
+    Half-split, as Llama has it on disk: dimension i turns with dimension i + E/2. The first half's sines are negative,
+    as `rotate` wants them.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
     angles = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Turn queries or keys by their positions' angles."""
-    first, second = x_BHTE.chunk(2, dim=-1)
-    return x_BHTE * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
+    signs = torch.tensor([-1.0, 1.0]).repeat_interleave(config.head_dim // 2)
+    return angles.cos(), angles.sin() * signs
 
 
 class Attention(nn.Module):
@@ -118,36 +105,44 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = config.head_dim
+        self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         self.dropout = config.attention_dropout
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        queries, keys, values = (heads * config.head_dim for heads in self.heads)
+        self.qkv_proj = StackedLinear(config.hidden_size, {"q_proj": queries, "k_proj": keys, "v_proj": values})
+        self.o_proj = Linear(queries, config.hidden_size)
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_T1E: Tensor,
+        sin_T1E: Tensor,
+        cache: KVCache | None,
+        mask_B1TS: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
         batch, tokens, _ = x_BTD.shape
-        heads = (batch, tokens, -1, self.head_dim)
-        q_BHTE = rotate(self.q_proj(x_BTD).view(heads).transpose(1, 2), cos_TE, sin_TE)
-        k_BKSE = rotate(self.k_proj(x_BTD).view(heads).transpose(1, 2), cos_TE, sin_TE)
-        v_BKSE = self.v_proj(x_BTD).view(heads).transpose(1, 2)
-        mask_TS = None
+        qkv_BTNE = self.qkv_proj(x_BTD).view(batch, tokens, sum(self.heads), -1)
+        turn = Rotated.apply if torch.is_grad_enabled() else rotated
+        q_BTHE, k_BTKE, v_BTKE = turn(qkv_BTNE, cos_T1E, sin_T1E, self.heads)
+        q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         if cache is not None:
             k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
             if tokens > 1 and cache.seen > 0:  # is_causal aligns to the first key; a later chunk needs its own mask
-                mask_TS = x_BTD.new_ones(tokens, k_BKSE.shape[2], dtype=torch.bool).tril(cache.seen)
-        y_BHTE = F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKSE,
-            v_BKSE,
-            attn_mask=mask_TS,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask_TS is None and tokens > 1,
-            enable_gqa=self.grouped,
-        )
+                mask_B1TS = x_BTD.new_ones(tokens, k_BKSE.shape[2], dtype=torch.bool).tril(cache.seen)
+        dropout = self.dropout if self.training else 0.0
+        if documents is not None:
+            y_BHTE = document_attention(q_BHTE, k_BKSE, v_BKSE, documents.cu_seqlens, dropout)
+        else:
+            y_BHTE = F.scaled_dot_product_attention(
+                q_BHTE,
+                k_BKSE,
+                v_BKSE,
+                attn_mask=mask_B1TS,
+                dropout_p=dropout,
+                is_causal=mask_B1TS is None and tokens > 1,
+                enable_gqa=self.grouped,
+            )
         out: Tensor = self.o_proj(y_BHTE.transpose(1, 2).reshape(batch, tokens, -1))
         return out
 
@@ -157,12 +152,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        rows = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = StackedLinear(config.hidden_size, rows)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gated = SwiGLU.apply if torch.is_grad_enabled() else swiglu
+        out: Tensor = self.down_proj(gated(self.gate_up_proj(x_BTD)))
         return out
 
 
@@ -177,8 +173,17 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.hidden_dropout
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: KVCache | None) -> Tensor:
-        x_BTD = x_BTD + self._drop(self.self_attn(self.input_layernorm(x_BTD), cos_TE, sin_TE, cache))
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_T1E: Tensor,
+        sin_T1E: Tensor,
+        cache: KVCache | None,
+        mask_B1TS: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_T1E, sin_T1E, cache, mask_B1TS, documents)
+        x_BTD = x_BTD + self._drop(attended_BTD)
         return x_BTD + self._drop(self.mlp(self.post_attention_layernorm(x_BTD)))
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
@@ -200,13 +205,28 @@ class Decoder(nn.Module):
         self.register_buffer("cos_SE", cos_SE, persistent=False)
         self.register_buffer("sin_SE", sin_SE, persistent=False)
 
-    def forward(self, input_ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        cache: KVCache | None = None,
+        position_ids_BT: Tensor | None = None,
+        mask_BTT: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """Normalised hidden states [B, T, D]; without positions and a mask (true: is seen), of texts from their start.
+
+        With `documents`, each of a window is a text of its own. A cache has positions and a mask of its own.
+        """
         start = cache.seen if cache is not None else 0
         end = start + input_ids_BT.shape[1]
         x_BTD = self.embed_tokens(input_ids_BT)
-        cos_TE, sin_TE = self.cos_SE[start:end].to(x_BTD.dtype), self.sin_SE[start:end].to(x_BTD.dtype)
+        if documents is not None:
+            position_ids_BT = documents.position_ids
+        places = slice(start, end) if position_ids_BT is None else position_ids_BT
+        cos_T1E, sin_T1E = (table[places].unsqueeze(-2).to(x_BTD.dtype) for table in (self.cos_SE, self.sin_SE))
+        mask_B1TT = None if mask_BTT is None else mask_BTT.unsqueeze(1)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_TE, sin_TE, cache)
+            x_BTD = layer(x_BTD, cos_T1E, sin_T1E, cache, mask_B1TT, documents)
         if cache is not None:
             cache.seen = end
         out: Tensor = self.norm(x_BTD)
@@ -220,6 +240,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.register_state_dict_post_hook(unstack)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(stack)  # type: ignore[no-untyped-call]
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -236,21 +258,29 @@ class CausalLM(nn.Module):
 
         Raises ValueError where the sequence would pass max_position_embeddings.
         """
-        seen = cache.seen if cache is not None else 0
-        if seen + input_ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{seen + input_ids.shape[1]} tokens exceed max_position_embeddings "
-                f"({self.config.max_position_embeddings})"
-            )
-        return F.linear(self.model(input_ids, cache), self.model.embed_tokens.weight)
+        return F.linear(self._hidden(input_ids, cache), self.model.embed_tokens.weight)
 
-    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def next_logits(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits [B, V] after the last of `input_ids` [B, T], which continue what the cache has seen.
+
+        Raises ValueError as `forward` does.
+        """
+        return project(self._hidden(input_ids, cache)[:, -1], self.model.embed_tokens.weight)
+
+    def _hidden(self, input_ids: Tensor, cache: KVCache | None) -> Tensor:
+        tokens = input_ids.shape[1] + (cache.seen if cache is not None else 0)
+        if tokens > self.config.max_position_embeddings:
+            raise ValueError(f"{tokens} tokens exceed max_position_embeddings ({self.config.max_position_embeddings})")
+        hidden: Tensor = self.model(input_ids, cache)
+        return hidden
+
+    def loss(self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None) -> Tensor:
         """Summed cross-entropy (nats) of `labels` [B, T], without ever building all the logits.
 
         As in transformers, labels stand beside the inputs and the shift by one happens here; IGNORE_INDEX carries
-        no loss.
+        no loss. With `documents`, none of those in a window sees another.
         """
-        hidden_ND = self.model(input_ids)[:, :-1].flatten(0, 1)
+        hidden_ND = self.model(input_ids, documents=documents)[:, :-1].flatten(0, 1)
         return chunked_cross_entropy(hidden_ND, self.model.embed_tokens.weight, labels[:, 1:].flatten())
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
@@ -267,17 +297,23 @@ class CausalLM(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: Path) -> "CausalLM":
         """The model in a Hugging Face directory. Raises DataError where it is none, or not a Llama of this kind."""
+        weights = directory / "model.safetensors"
         try:
             raw = json.loads((directory / "config.json").read_text())
-            tensors = load_file(directory / "model.safetensors")
-        except (OSError, ValueError) as error:
+            size, tensors = weights.stat().st_size, load_file(weights)
+        except (OSError, ValueError, SafetensorError) as error:
             raise DataError(f"{directory} is not a model directory: {error}") from error
-        model = cls(model_config(raw, str(directory / "config.json")))
+        config = model_config(raw, str(directory / "config.json"))
+        if config.parameters > size:  # before memory is taken for what a file only claims
+            raise DataError(
+                f"{weights} does not fit its config.json: {config.parameters:,} parameters in {size:,} bytes"
+            )
+        model = cls(config)
         tensors.pop("lm_head.weight", None)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
-            raise DataError(f"{directory / 'model.safetensors'} does not fit its config.json: {error}") from error
+            raise DataError(f"{weights} does not fit its config.json: {error}") from error
         return model
 
 
@@ -299,11 +335,17 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_config(raw: dict[str, Any], where: str) -> ModelConfig:
+def model_config(raw: Any, where: str) -> ModelConfig:
     """Our part of a `config.json`. Raises DataError where the file describes another architecture."""
-    if raw.get("model_type") != "llama" or not raw.get("tie_word_embeddings", False):
+    if not isinstance(raw, dict) or raw.get("model_type") != "llama" or not raw.get("tie_word_embeddings", False):
         raise DataError(f"{where}: only Llama models with tied embeddings can be opened here")
-    rope = raw.get("rope_parameters") or {}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    ours = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+    other = [f"{key} = {raw[key]!r}" for key, value in ours.items() if raw.get(key, value) != value]
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        other.append(f"scaled positions ({kind})")
+    if other:
+        raise DataError(f"{where}: this model computes something else than we do: {', '.join(other)}")
     known = {name: raw[name] for name in ModelConfig.model_fields if name in raw}
     if "rope_theta" in rope:
         known["rope_theta"] = rope["rope_theta"]

@@ -2,13 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from vectorclm.distributed import ALONE, Group
+from vectorclm.layers import StackedLinear
 from vectorclm.settings import Settings
 
 # Coefficients of the quintic iteration: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024
@@ -35,6 +37,12 @@ class ScheduleConfig(Settings):
     warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps spent warming up")
     floor: float = Field(0.1, ge=0, le=1, description="The last step's share of the peak")
     decay: float = Field(0.2, gt=0, le=1, description="Share of the steps spent decaying; warmup_stable_decay only")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.kind == "warmup_stable_decay" and self.warmup + self.decay > 1 + 1e-9:
+            raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are more than all steps: lower one")
+        return self
 
 
 def schedule(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -72,24 +80,42 @@ def orthogonalise(g_NRC: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al., 2024). Matrices of one shape go through Newton-Schulz together."""
+    """Momentum, orthogonalised (Jordan et al., 2024).
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+    Matrices of one shape go through Newton-Schulz together, each rank of `group` taking its share of them. A parameter
+    in `stacked` is several matrices, of so many rows each, and each is orthogonalised on its own.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        group: Group = ALONE,
+        stacked: Mapping[Tensor, list[int]] | None = None,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.group = group
+        self.stacked = stacked or {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every matrix that has a gradient."""
         for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+            shapes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes[tuple(p.shape)].append(p)
-            for (rows, columns), params in shapes.items():
-                update_NRC = orthogonalise(torch.stack([self._nesterov(p, group["momentum"]) for p in params]))
+                    parts = self.stacked.get(p, [len(p)])
+                    momentum = self._nesterov(p, group["momentum"])
+                    for matrix, part in zip(torch.split(p, parts), torch.split(momentum, parts), strict=True):
+                        shapes[tuple(matrix.shape)].append((matrix, part))
+            for (rows, columns), pairs in shapes.items():
+                matrices = [matrix for matrix, _ in pairs]
+                update_NRC = self.group.divide(orthogonalise, torch.stack([momentum for _, momentum in pairs]))
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update_NRC.unbind()), alpha=-step_size)
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, list(update_NRC.unbind()), alpha=-step_size)
 
     def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
         assert p.grad is not None
@@ -100,13 +126,14 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(buffer, momentum)
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Muon, torch.optim.AdamW]:
+def build_optimizers(model: nn.Module, config: OptimizerConfig, group: Group = ALONE) -> tuple[Muon, torch.optim.AdamW]:
     """Muon over the decoder layers' matrices, AdamW over embeddings and norms."""
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (hidden if p.ndim == 2 and ".layers." in name else rest).append(p)
-    muon = Muon(hidden, config.learning_rate, config.momentum, config.weight_decay)
+    stacked = {m.weight: list(m.rows.values()) for m in model.modules() if isinstance(m, StackedLinear)}
+    muon = Muon(hidden, config.learning_rate, config.momentum, config.weight_decay, group, stacked)
     adamw = torch.optim.AdamW(
         rest,
         config.adamw_learning_rate,

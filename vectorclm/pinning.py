@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi
-
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import (
     WORLD,
+    BenchmarkSource,
     Source,
     TextSource,
     describe,
@@ -55,10 +54,11 @@ def pin(
     texts = pinner.pin(experiment.sample.sources)
     chats = pinner.pin(experiment.chat.sources)
     tasks = pinner.pin(experiment.evaluate.tasks, sets=False)
+    others = pinner.pin(experiment.sample.decontaminate_with, sets=False)
     texts, phases = _reweighted(experiment.sample.sources, texts, experiment.pretrain.phases)
     pinned = experiment.model_copy(
         update={
-            "sample": experiment.sample.model_copy(update={"sources": texts}),
+            "sample": experiment.sample.model_copy(update={"sources": texts, "decontaminate_with": others}),
             "pretrain": experiment.pretrain.model_copy(update={"phases": phases}),
             "chat": experiment.chat.model_copy(update={"sources": chats}),
             "evaluate": experiment.evaluate.model_copy(update={"tasks": tasks}),
@@ -74,7 +74,8 @@ def check_sources(experiment: ExperimentConfig, data: Path | None, *, hub: bool)
     Raises DataError for the first that cannot be read, is empty, or lacks its column. With `hub=False` only
     what is on this machine is opened.
     """
-    for source in [*experiment.sample.sources, *experiment.chat.sources, *experiment.evaluate.tasks]:
+    sample = [*experiment.sample.sources, *experiment.sample.decontaminate_with]
+    for source in [*sample, *experiment.chat.sources, *experiment.evaluate.tasks]:
         if hub or (source.revision or "").startswith("sha256:"):
             open_source(source, data, experiment.world, _columns(source))
 
@@ -84,7 +85,9 @@ def _columns(source: Source) -> tuple[str, ...]:
         return FORMAT_COLUMNS[source.format]
     if isinstance(source, ChatSource):
         return (source.column,)
-    return (source.text_column,) if isinstance(source, TextSource) else ()
+    if isinstance(source, BenchmarkSource):
+        return tuple(source.columns)
+    return source.columns() if isinstance(source, TextSource) else ()
 
 
 class Lock:
@@ -115,6 +118,8 @@ class Lock:
         if key not in self.commits:
             if not resolve:
                 return UNRESOLVED
+            from huggingface_hub import HfApi
+
             try:
                 info = HfApi().dataset_info(source.path, revision=asked, timeout=60)
             except Exception as error:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, SecretStr, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from vectorclm.errors import ConfigError
 
@@ -15,6 +17,21 @@ class Settings(BaseModel):
     """A frozen group of settings; a key that no field declares is an error, never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The JSON schema as a form needs it.
+
+        Every field says its place, as some databases sort keys; one that may be None may be left out instead.
+        """
+        found = handler(schema)
+        for position, field in enumerate(handler.resolve_ref_schema(found).get("properties", {}).values()):
+            field["position"] = position
+            kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+            if len(kinds) == 1 and field.get("default", ...) is None:
+                del field["anyOf"], field["default"]
+                field |= kinds[0]
+        return found
 
 
 def canonical_json(value: Any) -> str:
@@ -40,25 +57,33 @@ def validate(cls: type[S], values: Mapping[str, Any], where: str) -> S:
 
 
 def _explain(cls: type[BaseModel], item: Any) -> str:
-    """One line for one pydantic error: the key's full path, what was wrong, what would be right."""
+    """One line for one pydantic error: the key's full path, what was wrong, what would be right. Never a secret."""
     path = item["loc"]
     key = ".".join(str(part) for part in path)
     if item["type"] != "extra_forbidden":
-        given = "" if item["type"] == "missing" else f" (got {item['input']!r})"
+        told = path and item["type"] != "missing" and not _holds_secret(_place(cls, path)[1])
+        given = f" (got {item['input']!r})" if told else ""
         return f"{key or 'settings'}: {item['msg'].removeprefix('Value error, ')}{given if len(given) < 200 else ''}"
-    known = list(_class_at(cls, path[:-1]).model_fields)
+    known = list(_place(cls, path[:-1])[0].model_fields)
     close = difflib.get_close_matches(str(path[-1]), known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{key}: unknown key{hint} (known here: {', '.join(known)})"
 
 
-def _class_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
-    """The settings class that stands at `path` inside `cls`, through lists and optional fields."""
+def _place(cls: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel], Any]:
+    """The settings class that stands at `path` inside `cls`, through lists and optional fields, and the annotation."""
+    annotation: Any = cls
     for part in path:
         if isinstance(part, str) and part in cls.model_fields:
-            found = _settings_in(cls.model_fields[part].annotation)
-            cls = found or cls
-    return cls
+            annotation = cls.model_fields[part].annotation
+            cls = _settings_in(annotation) or cls
+    return cls, annotation
+
+
+def _holds_secret(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return any(_holds_secret(field.annotation) for field in annotation.model_fields.values())
+    return annotation is SecretStr or any(_holds_secret(arg) for arg in get_args(annotation))
 
 
 def _settings_in(annotation: Any) -> type[BaseModel] | None:

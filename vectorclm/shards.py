@@ -1,23 +1,37 @@
 """Token shards: uncompressed Arrow IPC files with one flat buffer of windows, which a reader maps into memory."""
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from vectorclm.corpus import read_texts
+from vectorclm.audit import audit, check_round_trip, split_documents
+from vectorclm.corpus import in_groups, sample_files
+from vectorclm.encoder import JUDGE_EVERY, Disproved, Encoder, open_encoder
 from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.mirror import read_file
+from vectorclm.packing import Packing, pack
 from vectorclm.progress import Progress
 from vectorclm.settings import Settings
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID
+from vectorclm.slices import finish, place
+from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, token_lengths
 
 SPLITS = ("train", "validation")
+GROUP_DOCUMENTS = 512  # encoded at a time, or as many as have
+GROUP_CHARACTERS = 4_000_000
+IDS = "ids.npy"
+PIECES = "documents.parquet"  # beside each shard: which document stands where
 
 
 class ShardsConfig(Settings):
@@ -25,23 +39,38 @@ class ShardsConfig(Settings):
 
     sequence_length: int = Field(ge=8, le=65_536, description="Tokens in a window")
     shard_bytes: int = Field(64 * 1024 * 1024, ge=4096, description="Size of a shard file")
+    packing: Packing = Field(
+        "best_fit", description="Documents that fit stay whole, or follow each other and are cut where a window ends"
+    )
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The integers in which shards hold token ids."""
+    return np.dtype(np.uint16 if vocab_size <= 65_536 else np.uint32)
 
 
 class ShardWriter:
-    """Writes windows [n, T] of integer columns to `{prefix}-00000.arrow`, a new file every `shard_bytes`."""
+    """Writes windows [n, T] of integer columns to `{prefix}-00000.arrow`, a new file every `shard_bytes`.
+
+    Beside it lies `{prefix}-00000.documents.parquet` with the pieces of documents in the windows, in their order:
+    the number of the document, the window in this shard, and one past its last token in the window.
+    """
 
     def __init__(self, prefix: Path, sequence_length: int, shard_bytes: int) -> None:
         self.prefix = prefix
         self.sequence_length = sequence_length
         self.rows_per_shard = max(1, shard_bytes // (2 * sequence_length))
         self.columns: dict[str, list[NDArray[Any]]] = {}
+        self.pieces: NDArray[np.int64] = np.empty((0, 3), np.int64)
         self.pending = self.windows = self.shards = 0
         prefix.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, **columns: NDArray[Any]) -> None:
-        """Append windows: each column is [n, T], all with the same n."""
+    def write(self, pieces: NDArray[np.int64] | None = None, **columns: NDArray[Any]) -> None:
+        """Append windows: each column is [n, T], all with the same n; `pieces` [P, 3] number these from 0."""
         for name, rows in columns.items():
             self.columns.setdefault(name, []).append(rows)
+        if pieces is not None:
+            self.pieces = np.concatenate([self.pieces, np.add(pieces, [[0, self.pending, 0]])])
         self.pending += len(next(iter(columns.values())))
         while self.pending >= self.rows_per_shard:
             self._flush(self.rows_per_shard)
@@ -55,27 +84,35 @@ class ShardWriter:
     def _flush(self, rows: int) -> None:
         arrays = {}
         for name, parts in self.columns.items():
-            whole = np.concatenate(parts)
+            whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
             arrays[name] = pa.array(whole[:rows].reshape(-1))
             self.columns[name] = [whole[rows:]]
         schema = pa.schema([(name, array.type) for name, array in arrays.items()])
         schema = schema.with_metadata({"sequence_length": str(self.sequence_length)})
         batch = pa.record_batch(list(arrays.values()), schema=schema)
-        with (
-            pa.OSFile(f"{self.prefix}-{self.shards:05d}.arrow", "wb") as sink,
-            pa.ipc.new_file(sink, schema) as writer,
-        ):
+        path = f"{self.prefix}-{self.shards:05d}"
+        with pa.OSFile(f"{path}.arrow", "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
+        if len(self.pieces):
+            cut = int(np.searchsorted(self.pieces[:, 1], rows))
+            document, window, end = self.pieces[:cut].T
+            table = {"document": document, "window": window.astype(np.int32), "end": end.astype(np.int32)}
+            pq.write_table(pa.table(table), f"{path}.{PIECES}", compression="zstd")
+            self.pieces = np.subtract(self.pieces[cut:], [[0, rows, 0]])
         self.shards += 1
         self.windows += rows
         self.pending -= rows
 
 
 class Windows(NamedTuple):
-    """One shard, mapped into memory."""
+    """Windows, as of one shard or one block; a column that it does not have is None."""
 
     input_ids: NDArray[Any]  # [n, T]
-    supervised: NDArray[Any] | None  # [n, T], 1 where a token carries loss; None: all do
+    supervised: NDArray[Any] | None = None  # [n, T], 1 where a token carries loss; None: all do
+
+    def rows(self, here: slice) -> "Windows":
+        """Some of them."""
+        return Windows(**{name: column[here] for name, column in self._asdict().items() if column is not None})
 
 
 def read_windows(directory: Path, split: str) -> list[Windows]:
@@ -96,57 +133,149 @@ def read_windows(directory: Path, split: str) -> list[Windows]:
     return shards
 
 
-def write_shards(config: ShardsConfig, sample: Path, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
-    """Tokenize every source of `sample` and write `{label}/{split}-00000.arrow`.
+def write_shards(
+    config: ShardsConfig,
+    sample: Path,
+    tokenizer: Tokenizer,
+    out: Path,
+    encoder: Encoder | None = None,
+    *,
+    seed: int = 0,
+    slices: Path | None = None,
+) -> dict[str, Any]:
+    """Tokenize every source of `sample` and write `{label}/{split}-00000.arrow`, and which documents stand where.
 
-    A document is BOS, its tokens, EOS; documents follow each other and are cut into windows of `sequence_length`.
-    The last, partial window of a split is dropped and counted. Returns windows, tokens and documents per source.
-    Raises DataError where a source does not fill one window of each split.
+    A document is BOS, its tokens, EOS; `vectorclm.packing` puts them into windows of `sequence_length`, padded where
+    nothing stands. Each file of the sample is a slice of the work, packed for itself. Slices are finished in the
+    folder `slices`, where a later call finds them: give one that belongs to these settings and this sample alone.
+    `encoder` is, where none is given, the fastest that proves identical to `tokenizer`; where it is disproved on the
+    way, everything is written again without it, so the files are the same by whichever encoder.
+
+    Returns the counts of each source and split, and beside them its `audit` by split: the encoder, documents judged
+    and differing, documents decoded again, and what `vectorclm.audit` counts in the files. Raises DataError where a
+    source does not fill one window of each split or a document does not decode to itself, and CorruptArtifactError
+    where the files do not hold the documents.
     """
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 65_536 else np.uint32
+    encoder = encoder or open_encoder(tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".slices-", dir=out.parent) as folder:
+        slices = slices or Path(folder)
+        try:
+            return _write_sources(config, sample, encoder, out, seed, slices)
+        except Disproved as difference:
+            encoder.give_up(difference)
+        shutil.rmtree(slices, ignore_errors=True)
+        for path in [*out.glob("*/*.arrow"), *out.glob(f"*/*.{PIECES}")]:
+            path.unlink()
+        return _write_sources(config, sample, encoder, out, seed, slices)
+
+
+def _write_sources(
+    config: ShardsConfig, sample: Path, encoder: Encoder, out: Path, seed: int, slices: Path
+) -> dict[str, Any]:
     labels = sorted(path.name for path in sample.iterdir() if path.is_dir())
+    lengths = token_lengths(encoder.judge)
     size = sum(path.stat().st_size for path in sample.rglob("*.parquet"))
     summary: dict[str, Any] = {}
     with Progress("shards", size, "compressed bytes") as progress:
         for label in labels:
-            summary[label] = {}
+            policy = {"bos": BOS_ID, "eos": EOS_ID, "padding": PAD_ID, "packing": config.packing}
+            summary[label] = {"policy": policy, "audit": {}}
             for split in SPLITS:
-                writer = ShardWriter(out / label / split, config.sequence_length, config.shard_bytes)
-                documents, dropped = _write_split(writer, read_texts(sample / label, split), tokenizer, dtype)
-                windows = writer.close()
-                if windows == 0:
+                counts: Counter[str] = Counter()
+                ids = np.zeros(len(lengths), np.int64)
+                for number, path in enumerate(sample_files(sample / label, split)):
+                    folder = slices / label / f"{split}-{number:05d}"
+                    write = partial(
+                        _write_slice, config, path, encoder, lengths, seed << 32 | number, f"{label}/{split}"
+                    )
+                    counts.update(finish(folder, write))
+                    ids += np.load(folder / IDS)
+                    progress.advance(path.stat().st_size)
+                _join(slices / label, split, out / label)
+                if counts["tokens"] < config.sequence_length:
                     raise DataError(
-                        f"{label}: the {split} documents ({documents}) do not fill one window of "
+                        f"{label}: the {split} documents ({counts['documents']}) do not fill one window of "
                         f"{config.sequence_length} tokens: sample more, or shorten shards.sequence_length"
                     )
-                progress.advance(sum(p.stat().st_size for p in (sample / label).glob(f"{split}-*.parquet")))
-                summary[label][split] = {
-                    "documents": documents,
-                    "windows": windows,
-                    "tokens": windows * config.sequence_length,
-                    "dropped_tokens": dropped,
+                judged = {key: counts.pop(key) for key in ("documents_judged", "round_trips")}
+                summary[label][split] = dict(counts)
+                summary[label]["audit"][split] = {
+                    "encoder": encoder.name,
+                    **({} if encoder.rejected is None else {"rejected": encoder.rejected}),
+                    **judged,
+                    "documents_differing": encoder.differed,
+                    "bos": int(ids[BOS_ID]),
+                    "eos": int(ids[EOS_ID]),
+                    "distinct_ids": int(np.count_nonzero(ids)) - int(ids[PAD_ID] > 0),
                 }
     return summary
 
 
-def _write_split(writer: ShardWriter, texts: Iterable[str], tokenizer: Tokenizer, dtype: Any) -> tuple[int, int]:
-    """Write all windows of one split; how many documents went in and how many tokens were left over."""
-    length = writer.sequence_length
-    rest = np.empty(0, dtype)
-    documents = 0
-    for ids, count in _encoded(texts, tokenizer, dtype):
-        documents += count
-        rest = np.concatenate([rest, ids])
-        whole = len(rest) // length * length
-        writer.write(input_ids=rest[:whole].reshape(-1, length))
-        rest = rest[whole:]
-    return documents, len(rest)
+def _join(slices: Path, split: str, out: Path) -> None:
+    """Number the shards of all slices of a split through."""
+    for number, shard in enumerate(sorted(slices.glob(f"{split}-*/shard-*.arrow"))):
+        for suffix in ("arrow", PIECES):
+            place(shard.with_suffix(f".{suffix}"), out / f"{split}-{number:05d}.{suffix}")
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer, dtype: Any) -> Iterator[tuple[NDArray[Any], int]]:
-    """The ids of some hundred documents at a time, each between BOS and EOS, and how many documents they are."""
-    stream = iter(texts)
-    while group := list(islice(stream, 512)):
-        encodings = tokenizer.encode_batch_fast(group, add_special_tokens=False)
-        ids = [np.array([BOS_ID, *item.ids, EOS_ID], dtype) for item in encodings]
-        yield np.concatenate(ids), len(group)
+def _write_slice(
+    config: ShardsConfig, path: Path, encoder: Encoder, lengths: Sequence[int], seed: int, where: str, out: Path
+) -> dict[str, int]:
+    """Write the windows of one file of the sample as `shard-00000.arrow`, and how often each id stands in them."""
+    length = config.sequence_length
+    judged_before, found = encoder.judged, _Found()
+    writer = ShardWriter(out / "shard", length, config.shard_bytes)
+    documents = _documents((row["text"] for row in read_file(path, ("text",))), encoder, found, where)
+    tables = []
+    for packed in pack(documents, length, (PAD_ID,), config.packing, seed):
+        first = writer.windows + writer.pending
+        tables.append(np.add(packed.pieces, [[0, first, 0]]))
+        writer.write(packed.pieces, input_ids=packed.columns[0])
+    windows = writer.close()
+    stored = [shard.input_ids for shard in read_windows(out, "shard")]
+    ids = audit(stored, found.documents, found.bytes, lengths, where)
+    np.save(out / IDS, ids)
+    padding = int(ids[PAD_ID])
+    split, split_though_fit = split_documents(np.concatenate(tables), length) if tables else (0, 0)
+    return {
+        "documents": found.documents,
+        "windows": windows,
+        "tokens": windows * length - padding,
+        "padding_tokens": padding,
+        "dropped_tokens": found.tokens + padding - windows * length,
+        "documents_split": split,
+        "documents_split_that_fit": split_though_fit,
+        "documents_judged": encoder.judged - judged_before,
+        "round_trips": found.round_trips,
+    }
+
+
+@dataclass
+class _Found:
+    """What the documents of a slice amount to."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    round_trips: int = 0
+
+
+def _documents(texts: Iterable[str], encoder: Encoder, found: _Found, where: str) -> Iterator[NDArray[Any]]:
+    """The ids [1, n] of each document with its BOS and EOS."""
+    vocab_size = encoder.judge.get_vocab_size()
+    dtype = token_dtype(vocab_size)
+    bos, eos = np.array([BOS_ID], np.uint32), np.array([EOS_ID], np.uint32)
+    for group in in_groups(texts, GROUP_CHARACTERS, GROUP_DOCUMENTS):
+        encoded = encoder.encode(group)
+        found.round_trips += check_round_trip(encoder.judge, group[::JUDGE_EVERY], encoded[::JUDGE_EVERY], where)
+        ids = np.concatenate([part for item in encoded for part in (bos, item, eos)])
+        if ids.max() >= vocab_size:  # in fewer bits it would become another token
+            raise CorruptArtifactError(f"{where}: {encoder.name} gave the id {ids.max()}, none of {vocab_size} tokens")
+        found.documents += len(group)
+        found.bytes += sum(len(text.encode()) for text in group)
+        found.tokens += len(ids)
+        ids, start = ids.astype(dtype)[None], 0
+        for item in encoded:
+            yield ids[:, start : start + len(item) + 2]
+            start += len(item) + 2

@@ -3,26 +3,35 @@
 `plans` knows every fingerprint before anything runs; `run_stage` makes one artifact, or finds it made.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from vectorclm.artifact import Artifact, Plan, Store, build
+from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
+from vectorclm.blocks import ShardDescriber, open_shards
 from vectorclm.checkpoint import Checkpoints
 from vectorclm.config import ExperimentConfig
-from vectorclm.corpus import draw, identity, open_source, write_sample
-from vectorclm.errors import ConfigError, DataError
+from vectorclm.corpus import draw, identity, open_source
+from vectorclm.decontamination import benchmark_sources, read_benchmarks
+from vectorclm.distributed import ALONE, Group
+from vectorclm.errors import ConfigError, DataError, ReproducibilityError
 from vectorclm.evaluate import FORMAT_COLUMNS, read_items, task_scores, windows_scores, write_scores
 from vectorclm.export import export, write_model_files
 from vectorclm.finetune import finetune, read_prompts, write_chat_shards
+from vectorclm.finetune import told as conversations_told
 from vectorclm.generate import answer_text, continuation, template_scores
+from vectorclm.items import ItemScores
 from vectorclm.model import CausalLM
-from vectorclm.runtime import Runtime
-from vectorclm.shards import read_windows, write_shards
+from vectorclm.runtime import Runtime, memory_explained
+from vectorclm.sampling import told as documents_told
+from vectorclm.sampling import write_sample
+from vectorclm.settings import validate
+from vectorclm.shards import write_shards
 from vectorclm.train import Work, pretrain
 from vectorclm.train_tokenizer import load_tokenizer, token_lengths, train_tokenizer
 
-STAGES = (
+StageName = Literal[
     "sample",
     "tokenizer",
     "shards",
@@ -32,7 +41,13 @@ STAGES = (
     "finetune",
     "evaluate",
     "export",
-)
+]
+STAGES: tuple[str, ...] = get_args(StageName)
+READS = {"pretrain": "shards", "finetune": "chat_shards"}  # the data set of a training, which it reads as it goes
+TRAININGS = frozenset(READS)  # what several processes can make together
+EVALUATED = {"evaluate_base": "pretrain", "evaluate": "finetune"}  # the training whose model an evaluation scores
+# Raised where new code makes something else of equal settings; all others are 1.
+VERSIONS = {"sample": 2, "shards": 3, "chat_shards": 5, "pretrain": 3, "evaluate_base": 5, "finetune": 3, "evaluate": 5}
 
 
 def plans(experiment: ExperimentConfig) -> dict[str, Plan]:
@@ -41,16 +56,18 @@ def plans(experiment: ExperimentConfig) -> dict[str, Plan]:
     made: dict[str, Plan] = {}
 
     def plan(stage: str, config: Mapping[str, Any], *inputs: str) -> None:
-        made[stage] = Plan(stage, 1, {**config, "seed": seed}, {name: made[name].fingerprint for name in inputs})
+        prints = {name: made[name].fingerprint for name in inputs}
+        made[stage] = Plan(stage, VERSIONS.get(stage, 1), {**config, "seed": seed}, prints)
 
     def sources(config: Any, field: str) -> dict[str, Any]:
         return {**config.model_dump(), field: [identity(source) for source in getattr(config, field)]}
 
     evaluation = sources(experiment.evaluate, "tasks")
-    plan("sample", sources(experiment.sample, "sources"))
+    benchmarks = [identity(source) for source in benchmark_sources(experiment.sample, experiment.evaluate.tasks)]
+    plan("sample", {**sources(experiment.sample, "sources"), "decontaminate_with": benchmarks})
     plan("tokenizer", experiment.tokenizer.model_dump(), "sample")
     plan("shards", experiment.shards.model_dump(), "sample", "tokenizer")
-    plan("chat_shards", sources(experiment.chat, "sources"), "tokenizer")
+    plan("chat_shards", {**sources(experiment.chat, "sources"), "decontaminate_with": benchmarks}, "tokenizer")
     plan("pretrain", {"model": experiment.model.model_dump(), **experiment.pretrain.model_dump()}, "shards")
     plan("evaluate_base", evaluation, "pretrain", "shards")
     plan("finetune", experiment.finetune.model_dump(), "pretrain", "chat_shards")
@@ -60,24 +77,36 @@ def plans(experiment: ExperimentConfig) -> dict[str, Plan]:
 
 
 def run_stage(
-    name: str, experiment: ExperimentConfig, store: Store, runtime: Runtime, data: Path | None
+    name: str,
+    experiment: ExperimentConfig,
+    store: Store,
+    runtime: Runtime,
+    data: Path | None,
+    *,
+    again: bool = False,
+    group: Group = ALONE,
 ) -> tuple[Artifact, bool]:
     """Make the artifact of one stage, or find it; and whether it was there already.
 
-    `data` is a local mirror to read sources from. Raises DataError where an input is not in the store yet.
+    `data` is a local mirror to read sources from. With `again`, a finished stage is made once more beside its
+    artifact. The first rank of `group` runs this, the others `follow_stage`. Raises DataError where an input
+    is not in the store yet, and ReproducibilityError where what was made again is not the same to the byte.
     """
     stages = plans(experiment)
     if name not in stages:
         raise ConfigError(f"no stage {name!r}: there are {', '.join(STAGES)}")
     plan = stages[name]
-    if (found := store.find(plan.stage, plan.fingerprint)) is not None:
+    found = store.find(plan.stage, plan.fingerprint)
+    if found is not None and not again:
         return found, True
     inputs = {stage: _input(store, stages[stage]) for stage in plan.inputs}
     seed = experiment.seed
     work_folder = store.work_folder(plan, runtime.work_dir)
 
     def sample(out: Path) -> Mapping[str, Any]:
-        return write_sample(experiment.sample, seed, out, data=data, world=experiment.world)
+        asked, world = experiment.sample, experiment.world
+        benchmarks = read_benchmarks(benchmark_sources(asked, experiment.evaluate.tasks), data, world)
+        return write_sample(asked, seed, out, data=data, world=world, benchmarks=benchmarks)
 
     def tokenizer(out: Path) -> Mapping[str, Any]:
         length = experiment.model.max_position_embeddings
@@ -85,7 +114,8 @@ def run_stage(
 
     def shards(out: Path) -> Mapping[str, Any]:
         encoder = load_tokenizer(inputs["tokenizer"].local())
-        return write_shards(experiment.shards, inputs["sample"].local(), encoder, out)
+        sample, slices = inputs["sample"].local(), work_folder / "slices"
+        return write_shards(experiment.shards, sample, encoder, out, seed=seed, slices=slices)
 
     def chat_shards(out: Path) -> Mapping[str, Any]:
         rows = {}
@@ -93,33 +123,25 @@ def run_stage(
             opened = open_source(source, data, experiment.world, [source.column])
             shuffled = opened.shuffle(seed=seed, buffer_size=experiment.chat.shuffle_buffer)
             rows[source.label] = _column(draw(source, shuffled), source.column)
-        return write_chat_shards(experiment.chat, rows, load_tokenizer(inputs["tokenizer"].local()), seed, out)
+        asked, world, encoder = experiment.sample, experiment.world, load_tokenizer(inputs["tokenizer"].local())
+        benchmarks = read_benchmarks(benchmark_sources(asked, experiment.evaluate.tasks), data, world)
+        return write_chat_shards(experiment.chat, rows, encoder, seed, out, benchmarks)
 
-    def trained(train: Callable[[list[int], Work], tuple[CausalLM, dict[str, Any]]], out: Path) -> Mapping[str, Any]:
-        encoder = _input(store, stages["tokenizer"]).local()
-        with Checkpoints(store, plan, work_folder) as checkpoints:
-            work = Work(plan.stage, work_folder, checkpoints, runtime)
-            model, summary = train(token_lengths(load_tokenizer(encoder)), work)
+    def trained(out: Path) -> Mapping[str, Any]:
+        folders = _training_inputs(name, store, stages)
+        group.call(experiment.model_dump_json())  # now that all inputs are on this machine
+        with Checkpoints(store, plan, work_folder, inputs[READS[name]].identity) as checkpoints:
+            work = Work(name, work_folder, checkpoints, runtime, group)
+            model, summary = _train(experiment, folders, inputs[READS[name]], work)
         model.save_pretrained(out)
         length = experiment.model.max_position_embeddings
-        write_model_files(encoder, length, chat=name == "finetune", out=out)
+        write_model_files(folders["tokenizer"], length, chat=name == "finetune", out=out)
         (work_folder / "metrics.jsonl").rename(out / "metrics.jsonl")
         return summary
 
-    def pretrained(out: Path) -> Mapping[str, Any]:
-        weights = {source.label: source.weight for source in experiment.sample.sources}
-        folder = inputs["shards"].local()
-        return trained(
-            lambda lengths, work: pretrain(experiment.model, experiment.pretrain, weights, folder, lengths, seed, work),
-            out,
-        )
-
-    def finetuned(out: Path) -> Mapping[str, Any]:
-        base, chat = inputs["pretrain"].local(), inputs["chat_shards"].local()
-        return trained(lambda lengths, work: finetune(experiment.finetune, base, chat, lengths, seed, work), out)
-
     def evaluated(out: Path) -> Mapping[str, Any]:
-        return _evaluate(experiment, inputs, runtime, data, out)
+        with memory_explained(runtime.micro_batch_size):
+            return _evaluate(experiment, inputs, runtime, data, out)
 
     def exported(out: Path) -> Mapping[str, Any]:
         lineage = {stage: _input(store, stages[stage]) for stage in STAGES if stage != "export"}
@@ -134,17 +156,64 @@ def run_stage(
             produce = shards
         case "chat_shards":
             produce = chat_shards
-        case "pretrain":
-            produce = pretrained
-        case "finetune":
-            produce = finetuned
+        case "pretrain" | "finetune":
+            produce = trained
         case "evaluate_base" | "evaluate":
             produce = evaluated
         case _:
             produce = exported
-    artifact, reused = build(store, plan, produce, runtime.work_dir)
+    if found is not None:
+        different = rebuild(store, found, plan, produce, runtime.work_dir)
+        store.remove(f"checkpoints/{plan.fingerprint}")
+        if different:
+            raise ReproducibilityError(
+                f"{name} made again differs from {found.uri} in {', '.join(different)}; the artifact stays as it is. "
+                f"It was made with {found.manifest['environment']}"
+            )
+        return found, True
+    artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber())
     store.remove(f"checkpoints/{plan.fingerprint}")
     return artifact, reused
+
+
+def told(name: str, summary: Mapping[str, Any]) -> list[str]:
+    """What a stage that draws data kept and dropped, a line for each source; nothing for the others."""
+    match name:
+        case "sample":
+            return documents_told(summary)
+        case "chat_shards":
+            return conversations_told(summary)
+    return []
+
+
+def follow_stage(name: str, store: Store, runtime: Runtime, group: Group) -> None:
+    """Train beside the first rank, once it calls; where it finds the artifact, or cannot begin, it calls nobody."""
+    task = group.call()
+    if task is None:
+        return
+    experiment = validate(ExperimentConfig, json.loads(task), "the first rank's experiment")
+    stages = plans(experiment)
+    folder = store.work_folder(stages[name], runtime.work_dir)
+    folders, data = _training_inputs(name, store, stages), _input(store, stages[READS[name]])
+    with Checkpoints(store, stages[name], folder, data.identity) as checkpoints:
+        _train(experiment, folders, data, Work(name, folder, checkpoints, runtime, group))
+
+
+def _training_inputs(name: str, store: Store, stages: Mapping[str, Plan]) -> dict[str, Path]:
+    """Local folders of the tokenizer and of what else a training reads, but for the windows that it streams."""
+    wanted = {"tokenizer", *stages[name].inputs} - {READS[name]}
+    return {stage: _input(store, stages[stage]).local() for stage in sorted(wanted)}
+
+
+def _train(
+    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Artifact, work: Work
+) -> tuple[CausalLM, dict[str, Any]]:
+    lengths, seed = token_lengths(load_tokenizer(folders["tokenizer"])), experiment.seed
+    with memory_explained(work.runtime.micro_batch_size):
+        if work.stage == "finetune":
+            return finetune(experiment.finetune, folders["pretrain"], data, lengths, seed, work)
+        weights = {source.label: source.weight for source in experiment.sample.sources}
+        return pretrain(experiment.model, experiment.pretrain, weights, data, lengths, seed, work)
 
 
 def _input(store: Store, plan: Plan) -> Artifact:
@@ -165,32 +234,33 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Score the base or the chat model; the summary is `scores.json`."""
     chat = "finetune" in inputs
-    config = experiment.evaluate
+    config, found = experiment.evaluate, ItemScores()
     folder = inputs["finetune" if chat else "pretrain"].local()
     device = runtime.configure_torch()
     model, tokenizer = CausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
-    held_out = inputs["shards"].local()
-    texts = {path.name: read_windows(path, "validation") for path in sorted(held_out.iterdir()) if path.is_dir()}
     micro_batch = runtime.micro_batch_size or 16
-    by_source = windows_scores(model, texts, token_lengths(tokenizer), 0, micro_batch, device)
+    apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as the model was trained
+    with open_shards(inputs["shards"], "validation", cache=runtime.block_cache) as texts:
+        by_source = windows_scores(model, texts, token_lengths(tokenizer), 0, micro_batch, device, apart, found)
     scores: dict[str, Any] = {
         "bits_per_byte": {label: score["bits_per_byte"] for label, score in by_source.items()},
         "loss": {label: score["loss"] for label, score in by_source.items()},
+        "text": {label: found.text_scores(label, "windows") for label in by_source},
         "tasks": {},
     }
     for task in config.tasks:
         rows = draw(task, open_source(task, data, experiment.world, FORMAT_COLUMNS[task.format]))
         items = read_items(task, rows, experiment.seed)
-        scores["tasks"][task.label] = task_scores(model, tokenizer, task.label, items, micro_batch, device)
+        scores["tasks"][task.label] = task_scores(model, tokenizer, task.label, items, micro_batch, device, found)
     if chat:
-        prompts = read_prompts(inputs["chat_shards"].local())[: config.chat_prompts]
+        prompts = read_prompts(inputs["chat_shards"].local("prompts.jsonl"), config.chat_prompts, experiment.seed)
         scores["chat"] = template_scores(model, tokenizer, prompts, config.max_new_tokens)
     respond = answer_text if chat else continuation
     scores["samples"] = [
         {"prompt": prompt, "answer": respond(model, tokenizer, prompt, config.max_new_tokens)}
         for prompt in config.prompts
     ]
-    write_scores(out, scores)
+    write_scores(out, scores, found)
     return scores
 
 

@@ -1,31 +1,42 @@
 """The one training loop, and pretraining. Instruction tuning differs in its starting weights and its labels."""
 
 import json
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vectorclm.artifact import Artifact
+from vectorclm.blocks import ShardReader, open_shards
 from vectorclm.checkpoint import Checkpoints, restore, snapshot
-from vectorclm.dataset import Batch, CurriculumPlan, StreamingLanguageModelDataset
+from vectorclm.dataset import Batch, StreamingLanguageModelDataset
+from vectorclm.distributed import ALONE, Group
+from vectorclm.documents import Documents
 from vectorclm.errors import ConfigError, DataError, DivergedError
 from vectorclm.evaluate import windows_scores
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM, ModelConfig
 from vectorclm.muon import OptimizerConfig, ScheduleConfig, build_optimizers, schedule, set_learning_rates
+from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch, WhenExhausted, in_words, windows_per_block
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
 from vectorclm.settings import Settings
-from vectorclm.shards import Windows, read_windows
+
+logger = logging.getLogger(__name__)
 
 FLUSH_STEPS = 10  # metrics are read back from the device this many steps at a time
+SPIKE_STEPS, SPIKE = 50, 8.0  # a loss is judged by so many before it, and by so many of their deviations
+DIVERGED_STEPS = 50  # without a way back
+RANK_SEED = 0x9E3779B1  # parts the ranks' seeds in their low 32 bits, which are all that the CPU's generator takes
 
 
 class TrainConfig(Settings):
@@ -37,13 +48,30 @@ class TrainConfig(Settings):
     gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient")
     validation_interval: int = Field(gt=0, description="Steps between validations")
     validation_windows: int = Field(64, gt=0, description="Held-out windows a source in each of them")
+    document_mask: bool = Field(True, description="No attention from one document in a window to another")
 
 
 class Phase(Settings):
     """A stretch of the curriculum."""
 
     tokens: int = Field(gt=0, description="Token budget")
-    weights: dict[str, float] = Field(default={}, description="Share of each source; left out, the sample's weights")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={}, description="Share of each source; left out, the sample's weights"
+    )
+
+    when_exhausted: WhenExhausted = Field(
+        "repeat",
+        description="Where a source runs out: stop before training, another epoch, or its share to the others",
+    )
+
+    @model_validator(mode="after")
+    def _weights_count(self) -> Self:
+        total = sum(self.weights.values())
+        if self.weights and not total:
+            raise ValueError("every weight of a phase is 0: one must be more")
+        if lost := [label for label, weight in self.weights.items() if 0 < weight < total / MIX_BLOCK]:
+            raise ValueError(f"{', '.join(lost)} has less than 1/{MIX_BLOCK} of the phase: give it more, or 0")
+        return self
 
 
 class PretrainConfig(TrainConfig):
@@ -56,6 +84,20 @@ class PretrainConfig(TrainConfig):
         """Tokens over all phases."""
         return sum(phase.tokens for phase in self.phases)
 
+    def plan(
+        self, sample_weights: Mapping[str, float], sizes: Mapping[str, int], length: int, itemsize: int, seed: int
+    ) -> CurriculumPlan:
+        """The training order over sources of these `sizes`, in windows of `length` tokens, `itemsize` bytes each.
+
+        `sample_weights` is the mix of a phase that names none. Raises ConfigError where a source runs out in a phase
+        that forbids it.
+        """
+        phases = [
+            Stretch(phase.tokens // length, phase.weights or sample_weights, phase.when_exhausted)
+            for phase in self.phases
+        ]
+        return CurriculumPlan(phases, sizes, seed, windows_per_block=windows_per_block(length, itemsize))
+
 
 @dataclass(frozen=True)
 class Work:
@@ -65,30 +107,52 @@ class Work:
     folder: Path  # metrics.jsonl grows here
     checkpoints: Checkpoints
     runtime: Runtime
+    group: Group = ALONE
+
+
+def own_share(
+    readers: Mapping[str, ShardReader], plan: CurriculumPlan, config: TrainConfig, group: Group
+) -> StreamingLanguageModelDataset:
+    """This rank's rows of every batch of the plan."""
+    return StreamingLanguageModelDataset(
+        readers,
+        plan,
+        config.batch_size,
+        rank=group.rank,
+        world_size=group.world_size,
+        document_mask=config.document_mask,
+    )
 
 
 def train(
     model: CausalLM,
     config: TrainConfig,
     dataset: StreamingLanguageModelDataset,
-    validation: Mapping[str, Sequence[Windows]],
+    validation: Mapping[str, ShardReader],
     token_lengths: Sequence[int],
     seed: int,
     work: Work,
 ) -> dict[str, Any]:
     """Train `model` in place over the whole `dataset`, from the newest checkpoint if there is one.
 
-    Returns steps, tokens, losses and scores. Raises DivergedError where the loss leaves the finite numbers.
+    Returns steps, tokens, losses and scores; on ranks other than the first, which alone measures and writes, nothing.
+    Raises DivergedError, naming the step's windows, where the loss leaves the finite numbers or all it had learned; the
+    checkpoints before it stay. Raises DataError where the checkpoint is of another data set or training order.
     """
-    device = work.runtime.configure_torch()
+    group = work.group
+    device = work.runtime.configure_torch(group)
     model.to(device)
-    optimizers = build_optimizers(model, config.optimizer)
+    optimizers = build_optimizers(model, config.optimizer, group)
     set_learning_rates(optimizers, 1.0)
-    metrics = Metrics(work.folder / "metrics.jsonl")
-    if (saved := work.checkpoints.latest()) is not None:
+    metrics = Metrics(work.folder / "metrics.jsonl", dataset.describe)
+    order = dataset.plan.digest(config.batch_size)
+    saved = work.checkpoints.latest(order) if group.rank == 0 else None
+    if (done := group.share(saved.step if saved is not None else None)) is not None:
+        saved = saved or work.checkpoints.at(done)
         restore(saved, model, optimizers)
         dataset.start_step = saved.step
-    metrics.restart(saved.metrics if saved is not None else "")
+    if group.rank == 0:
+        metrics.restart(saved.metrics if saved is not None else "")
     steps, start = dataset.steps, dataset.start_step
     interval = work.runtime.checkpoint_interval or max(25, min(1000, steps // 20))
     window_tokens = dataset.window_tokens
@@ -99,10 +163,13 @@ def train(
     scores: dict[str, dict[str, float]] = {}
     with Progress(work.stage, steps * config.batch_size * window_tokens, "tokens") as progress:
         for step, batch in enumerate(loader, start):
-            torch.manual_seed(seed * 1_000_003 + step)  # dropout is a function of the step, so nothing needs saving
+            # Dropout is a function of step and rank, so nothing needs saving.
+            torch.manual_seed(seed * 1_000_003 + step + group.rank * RANK_SEED)
             factor = schedule(config.schedule, step, steps)
             set_learning_rates(optimizers, factor)
-            loss, norm = train_step(model, optimizers, batch, config.gradient_clipping, micro_batch, device)
+            loss, norm = train_step(model, optimizers, batch, config.gradient_clipping, micro_batch, device, group)
+            if group.rank:
+                continue
             tokens = (step + 1) * config.batch_size * window_tokens
             metrics.add(step + 1, tokens, loss, norm, factor * config.optimizer.learning_rate)
             last = step + 1 == steps
@@ -110,13 +177,21 @@ def train(
                 metrics.flush()
             if (step + 1) % config.validation_interval == 0 or last:
                 scores = windows_scores(
-                    model, validation, token_lengths, config.validation_windows, micro_batch, device
+                    model,
+                    validation,
+                    token_lengths,
+                    config.validation_windows,
+                    micro_batch,
+                    device,
+                    config.document_mask,
                 )
                 metrics.write({"step": step + 1, "tokens": tokens, "validation": scores})
             if (step + 1) % interval == 0 and not last:
                 metrics.flush()
-                work.checkpoints.save(snapshot(step + 1, model, optimizers, metrics.text()))
+                work.checkpoints.save(snapshot(step + 1, model, optimizers, metrics.text(), order))
             progress.at(tokens, metrics.note)
+    if group.rank:
+        return {}
     return {
         "steps": steps,
         "tokens": steps * config.batch_size * window_tokens,
@@ -132,14 +207,15 @@ def train_step(
     gradient_clipping: float,
     micro_batch: int,
     device: torch.device,
+    group: Group = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over a batch, a few windows at a time; mean loss (nats a supervised token), gradient norm.
 
-    The loss is the mean over the whole batch's supervised tokens, however they fall into micro-batches. Nothing
-    here waits for the device. Raises DataError for a batch with nothing supervised.
+    The loss is the mean over the whole batch's supervised tokens, however they fall into ranks and micro-batches.
+    Nothing here waits for the device. Raises DataError for a batch with nothing supervised.
     """
     model.train()
-    supervised = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+    supervised = group.total(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()))
     if not supervised:
         raise DataError("a batch has no supervised token: its labels are all -100, so there is nothing to learn from")
     total = torch.zeros((), device=device)
@@ -147,10 +223,13 @@ def train_step(
         here = slice(start, start + micro_batch)
         input_ids = batch.input_ids[here].to(device, non_blocking=True)
         labels = batch.labels[here].to(device, non_blocking=True)
+        documents = Documents.at(None if batch.position_ids is None else batch.position_ids[here], device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model.loss(input_ids, labels) / supervised
+            loss = model.loss(input_ids, labels, documents) / supervised
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+    if group.world_size > 1:
+        group.add([total, *_gradients(model)])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clipping)
     for optimizer in optimizers:
         optimizer.step()
@@ -158,11 +237,20 @@ def train_step(
     return total, norm
 
 
+def _gradients(model: CausalLM) -> Iterator[Tensor]:
+    """Every parameter's gradient; zeros where a rank had no rows."""
+    for p in model.parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        yield p.grad
+
+
 class Metrics:
     """`metrics.jsonl`: a line a step, read back from the device some steps late."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, describe: Callable[[int], str]) -> None:
         self.path = path
+        self.describe = describe  # the windows of a step, counted from 0
         self.waiting: list[tuple[int, int, Tensor, Tensor, float]] = []
         self.since, self.tokens = time.monotonic(), 0
         self.note = ""
@@ -186,7 +274,7 @@ class Metrics:
         self.waiting.append((step, tokens, loss, norm, learning_rate))
 
     def flush(self) -> None:
-        """Write the steps remembered. Raises DivergedError at the first loss that is not finite."""
+        """Write the steps remembered. Raises DivergedError at the first that went astray; a spike is logged."""
         if not self.waiting:
             return
         now, tokens = time.monotonic(), self.waiting[-1][1]
@@ -195,13 +283,27 @@ class Metrics:
         self.since, self.tokens = now, tokens
         self.speeds.append(speed)
         for (step, done, _, _, rate), (loss, norm) in zip(self.waiting, values, strict=True):
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise DivergedError(f"loss {loss} and gradient norm {norm} in step {step}: lower the learning rate")
+            self._look(step, loss, norm)
             line = {"step": step, "tokens": done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             self.write({**line, "tokens_per_second": round(speed, 1)})
             self.losses.append(loss)
         self.waiting.clear()
         self.note = f"loss {self.losses[-1]:.3f}  {speed:,.0f} tokens/s"
+
+    def _look(self, step: int, loss: float, norm: float) -> None:
+        """Judge a step by those before it."""
+        what = None
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            what = f"loss {loss} and gradient norm {norm} in step {step}"
+        elif is_divergence(self.losses):
+            what = f"the loss of {DIVERGED_STEPS} steps before step {step} is far above what it was at first"
+        if what is not None:
+            raise DivergedError(
+                f"{what}: lower the learning rate, or look at the windows of this step, {self.describe(step - 1)}. "
+                "The last checkpoints before it are kept"
+            )
+        if is_spike(self.losses, loss):
+            logger.warning("loss spike: %.3f in step %d, of the windows %s", loss, step, self.describe(step - 1))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line."""
@@ -219,33 +321,50 @@ class Metrics:
         }
 
 
+def is_spike(before: Sequence[float], loss: float) -> bool:
+    """Whether a loss stands out from the SPIKE_STEPS before it: by SPIKE deviations and a tenth of their mean."""
+    recent = before[-SPIKE_STEPS:]
+    return len(recent) == SPIKE_STEPS and loss > fmean(recent) + max(SPIKE * stdev(recent), 0.1 * fmean(recent))
+
+
+def is_divergence(losses: Sequence[float]) -> bool:
+    """Whether the mean of the last DIVERGED_STEPS is a nat above, and twice, that of the first ten."""
+    if len(losses) < DIVERGED_STEPS + 10:
+        return False
+    first = fmean(losses[:10])
+    return fmean(losses[-DIVERGED_STEPS:]) > max(first + 1, 2 * first)
+
+
 def pretrain(
     model_config: ModelConfig,
     config: PretrainConfig,
     sample_weights: Mapping[str, float],
-    shards: Path,
+    shards: Artifact,
     token_lengths: Sequence[int],
     seed: int,
     work: Work,
 ) -> tuple[CausalLM, dict[str, Any]]:
     """Train a new model over the curriculum. `sample_weights` is the mix of a phase that names none.
 
-    Raises ConfigError where the plan is shorter than one step.
+    Raises ConfigError where the plan is shorter than one step, or a source runs out in a phase that forbids it.
     """
-    labels = sorted(path.name for path in shards.iterdir() if path.is_dir())
-    training = {label: read_windows(shards / label, "train") for label in labels}
-    length = training[labels[0]][0].input_ids.shape[1]
-    sizes = {label: sum(len(shard.input_ids) for shard in parts) for label, parts in training.items()}
-    phases = [(phase.tokens // length, phase.weights or sample_weights) for phase in config.phases]
-    plan = CurriculumPlan(phases, sizes, seed)
-    dataset = StreamingLanguageModelDataset(training, plan, config.batch_size)
-    if dataset.steps == 0:
-        raise ConfigError(
-            f"pretrain.phases hold {config.tokens} tokens, one step takes {config.batch_size * length}: raise them"
-        )
-    torch.manual_seed(seed)
-    model = CausalLM(model_config)
-    validation = {label: read_windows(shards / label, "validation") for label in labels}
-    summary = train(model, config, dataset, validation, token_lengths, seed, work)
-    epochs = {label: round(value, 3) for label, value in plan.epochs().items()}
-    return model, {**summary, "epochs": epochs, "parameters": model_config.parameters}
+    cache = work.runtime.block_cache
+    with (
+        open_shards(shards, "train", cache=cache) as training,
+        open_shards(shards, "validation", cache=cache) as validation,
+    ):
+        sizes = {label: len(reader) for label, reader in training.items()}
+        any_source = next(iter(training.values()))
+        plan = config.plan(sample_weights, sizes, any_source.sequence_length, any_source.token_bytes, seed)
+        dataset = own_share(training, plan, config, work.group)
+        if dataset.steps == 0:
+            step = config.batch_size * any_source.sequence_length
+            raise ConfigError(f"pretrain.phases hold {config.tokens} tokens, one step takes {step}: raise them")
+        epochs = plan.epochs(dataset.steps * config.batch_size)
+        logger.info("pretrain reads %s", in_words(epochs))
+        torch.manual_seed(seed)
+        model = CausalLM(model_config)
+        summary = train(model, config, dataset, validation, token_lengths, seed, work)
+    rounded = {label: round(value, 3) for label, value in epochs.items()}
+    read = {"epochs": rounded, "read": in_words(epochs)}
+    return model, {**summary, **read, "parameters": model_config.parameters}

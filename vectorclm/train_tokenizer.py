@@ -45,19 +45,9 @@ def train_tokenizer(config: TokenizerConfig, sample: Path, model_max_length: int
     """
     labels = sorted(path.name for path in sample.iterdir() if path.is_dir())
     texts = list(balanced_texts(sample, labels, config.bytes))
-    tokenizer = Tokenizer(models.BPE())
-    # GPT-2's pattern and no normalizer: recognised by llama.cpp as "gpt-2", and decode(encode(x)) == x.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
     size = sum(len(text.encode()) for text in texts)
     with Progress("tokenizer", size, "bytes") as progress:
-        tokenizer.train_from_iterator(_reported(texts, progress), trainer=trainer, length=len(texts))
+        tokenizer = learn(_reported(texts, progress), config.vocab_size)
     if tokenizer.get_vocab_size() < config.vocab_size:
         raise ConfigError(
             f"tokenizer.vocab_size is {config.vocab_size}, but {size:,} bytes of text yield only "
@@ -76,6 +66,22 @@ def train_tokenizer(config: TokenizerConfig, sample: Path, model_max_length: int
         "trained_on_documents": len(texts),
         "bytes_per_token": round(sum(len(text.encode()) for text in texts[:1000]) / tokens, 4),
     }
+
+
+def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens, the special ones first, then the bytes, then the merges."""
+    tokenizer = Tokenizer(models.BPE())
+    # GPT-2's pattern and no normalizer: recognised by llama.cpp as "gpt-2", and decode(encode(x)) == x.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer
 
 
 def balanced_texts(sample: Path, labels: list[str], total_bytes: int) -> Iterator[str]:
@@ -124,6 +130,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if found != list(range(len(SPECIAL_TOKENS))):
         raise DataError(f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}")
     tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()  # transformers saves what was last used, and a text cut short would score far too well
+    tokenizer.no_padding()
     return tokenizer
 
 

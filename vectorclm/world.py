@@ -16,6 +16,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from math import log
 from typing import Any, NamedTuple
 
@@ -215,13 +216,15 @@ def _orthogonal(x: int, y: int) -> tuple[int, ...]:
     return (x, y, *(y ^ product[x] for product in times))
 
 
+@cache
 def rows(config: WorldConfig, name: str) -> list[dict[str, Any]]:
     """The rows of one set of WORLD_SETS, in the schema of the hub's set that it stands for.
 
     `stories` has Cosmopedia's columns, `lessons` FineWeb-Edu's; `smoltalk`, `slimorca` and `tulu3-code` those
     of their namesakes; `questions` has context, four choices (each with a leading space) and answer (index of
     the right). Lengths in tokens are words, as no tokenizer exists yet; scores are 0, as nobody scored it.
-    Raises ConfigError for any other name.
+    Raises ConfigError for any other name. Made once in a process, as pinning, checking and sampling all
+    read them: leave them as they are.
     """
     makers = {"stories": _story, "lessons": _lesson, "smoltalk": _smoltalk, "slimorca": _slimorca}
     makers["tulu3-code"] = _code

@@ -1,0 +1,17 @@
+"""What has to be there before a worker starts: the bucket, and Prefect's pools, automations and deployments."""
+
+import sys
+
+from prefect.client.orchestration import get_client
+
+from flows.platform import read_platform
+from flows.provision import provision
+from vectorclm.artifact import Store
+
+config = read_platform(None)
+store = Store(config.vectorclm_store)
+store.create()
+store.check_writable()
+with get_client(sync_client=True) as client:
+    if (problem := provision(client, print, config.vectorclm_notify)) is not None:
+        sys.stderr.write(f"{problem}\n")

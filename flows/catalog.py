@@ -1,0 +1,149 @@
+"""Data sets and models in MLflow: what a run was made from, and the registered versions with their chains."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+
+from flows.figures import flatten
+from vectorclm.artifact import Artifact
+from vectorclm.corpus import Source
+from vectorclm.stages import EVALUATED
+
+if TYPE_CHECKING:
+    from flows.tracking import Tracker
+
+DIGEST_LENGTH = 36  # of a data set
+PROFILE_LENGTH = 16_000  # of a data set
+ALIAS = "candidate"
+CHAMPION = "champion"
+
+MODELS = {"tokenizer": "tokenizer", "pretrain": "base", "finetune": "chat"}  # stage -> model
+REGISTERED = {"tokenizer": "vectorclm-tokenizer", "pretrain": "vectorclm-base", "finetune": "vectorclm-chat"}
+DATASETS = ("sample", "shards", "chat_shards")
+COLUMNS = {
+    "sample": {"text": "string", "id": "string"},
+    "shards": {"input_ids": "integer"},
+    "chat_shards": {"input_ids": "integer", "supervised": "integer"},
+}
+
+
+class Catalog:
+    """The data sets and models of one curriculum; everything here happens in the tracker's thread."""
+
+    def __init__(self, tracker: "Tracker") -> None:
+        self.tracker, self.store, self.plans = tracker, tracker.store, tracker.plans
+        self.model_ids: dict[str, str] = {}  # fingerprint -> id
+
+    def model_id(self, name: str, artifact: Artifact | None = None) -> str | None:
+        """The logged model of a stage's artifact, made where there is none; None without the artifact."""
+        plan = self.plans[name]
+        if plan.fingerprint not in self.model_ids:
+            known = self.tracker.client.search_logged_models(
+                [self.tracker.experiment_id], f"tags.fingerprint = '{plan.fingerprint}'", max_results=1
+            )
+            if known:
+                self.model_ids[plan.fingerprint] = known[0].model_id
+            elif (made := artifact or self.store.find(plan.stage, plan.fingerprint)) is not None:
+                model = mlflow.create_external_model(
+                    MODELS[name],
+                    source_run_id=self.tracker.run_of(name),
+                    tags={"fingerprint": plan.fingerprint, "uri": made.uri, "stage": name},
+                    params=flatten({"config": plan.config, "summary": made.summary}),
+                    model_type="tokenizer" if name == "tokenizer" else "llama",
+                    experiment_id=self.tracker.experiment_id,
+                )
+                self.model_ids[plan.fingerprint] = model.model_id
+        return self.model_ids.get(plan.fingerprint)
+
+    def dataset(self, name: str) -> Dataset | None:
+        """The artifact of a data stage as MLflow's data set, with what it holds."""
+        plan = self.plans[name]
+        made = self.store.find(plan.stage, plan.fingerprint)
+        if made is None:
+            return None
+        return Dataset(
+            f"{self.tracker.experiment.name} {name}",
+            plan.fingerprint[:DIGEST_LENGTH],
+            "local" if self.store.is_local else self.store.uri.partition(":")[0],
+            json.dumps({"uri": made.uri}),
+            schema=json.dumps({"mlflow_colspec": [{"name": key, "type": kind} for key, kind in COLUMNS[name].items()]}),
+            profile=json.dumps(made.summary)[:PROFILE_LENGTH],
+        )
+
+    def log_inputs(self, name: str) -> None:
+        """What the stage `name` is made from, on its run: data sets, models, and sources at their revisions."""
+        context, inputs = [InputTag("mlflow.data.context", name)], self.plans[name].inputs
+        data = [self.dataset(part) for part in inputs if part in DATASETS]
+        sets = [DatasetInput(entity, context) for entity in [*data, *self.sources(name)] if entity is not None]
+        models = [self.model_id(part) for part in inputs if part in MODELS]
+        self.tracker.client.log_inputs(
+            self.tracker.opened(name), sets, [LoggedModelInput(model) for model in models if model]
+        )
+
+    def sources(self, name: str) -> list[Dataset]:
+        """The documents, conversations or questions that the stage `name` reads, at their revisions."""
+        experiment = self.tracker.experiment
+        groups: dict[str, Sequence[Source]] = {
+            "sample": experiment.sample.sources,
+            "chat_shards": experiment.chat.sources,
+            "evaluate_base": experiment.evaluate.tasks,
+            "evaluate": experiment.evaluate.tasks,
+        }
+        found = []
+        for source in groups.get(name, ()):
+            revision = source.revision or "none"
+            place = {
+                "path": source.path,
+                "config_name": source.name,
+                "split": source.split,
+                "revision": revision,
+            }
+            kind = "local" if revision.startswith("sha256:") else "hugging_face"
+            digest = revision.removeprefix("sha256:")[:DIGEST_LENGTH]
+            profile = source.model_dump_json()
+            found.append(Dataset(source.label, digest, kind, json.dumps(place), profile=profile))
+        return found
+
+    def register_models(self) -> None:
+        """A new version of the base and the chat model where the registry has none of this fingerprint."""
+        for stage, name in REGISTERED.items():
+            plan = self.plans[stage]
+            query = f"name = '{name}' and tags.fingerprint = '{plan.fingerprint}'"
+            if self.tracker.client.search_model_versions(query, max_results=1):
+                continue
+            if (model_id := self.model_id(stage)) is None:
+                continue
+            if not self.tracker.client.search_registered_models(f"name = '{name}'", max_results=1):
+                about = f"The {MODELS[stage]} of each curriculum, the newest as `{ALIAS}`."
+                self.tracker.client.create_registered_model(name, description=about)
+            version = self.tracker.client.create_model_version(
+                name,
+                f"models:/{model_id}",
+                run_id=self.tracker.run_of(stage),
+                tags={
+                    "fingerprint": plan.fingerprint,
+                    "uri": self.store.uri_of(f"{stage}/{plan.fingerprint}"),
+                },
+                description=self._lineage(stage),
+                await_creation_for=0,
+                model_id=model_id,
+            )
+            self.tracker.client.set_registered_model_alias(name, ALIAS, version.version)
+
+    def _lineage(self, stage: str) -> str:
+        """What a model was made from, as a markdown table with links into MLflow."""
+        names = [stage]
+        for name in reversed(list(self.plans)):
+            if any(name in self.plans[later].inputs for later in names):
+                names.append(name)
+        scored = [score for score, model in EVALUATED.items() if model == stage]
+        lines = ["| stage | fingerprint | artifact |", "|---|---|---|"]
+        for name in sorted([*names, *scored], key=list(self.plans).index):
+            print_ = self.plans[name].fingerprint
+            run_id = self.tracker.run_of(name)
+            link = f"[{name}](#/experiments/{self.tracker.experiment_id}/runs/{run_id})" if run_id else name
+            lines.append(f"| {link} | `{print_[:16]}` | `{self.store.uri_of(f'{name}/{print_}')}` |")
+        return "\n".join(lines)

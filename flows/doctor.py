@@ -1,0 +1,286 @@
+"""`vectorclm up`, `down` and `doctor`: start the platform, stop it, look at every part and mend what can be mended."""
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import httpx
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from flows.platform import POOLS, PlatformConfig
+from flows.service import Service, ServiceError
+from vectorclm.artifact import Store
+from vectorclm.errors import VectorCLMError
+
+FREE_GIGABYTES = 5
+OPEN = "none, so whoever works on this machine can run programs as you: PREFECT_AUTH=user:password sets one"
+HEARTBEAT_SECONDS = 40  # that a worker which starts may take to be heard of
+WRITE_SECONDS = 20  # that a write may take
+VERSIONS = ("prefect", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
+
+
+def up(config: PlatformConfig, console: Console) -> None:
+    """Start what does not run, make what is missing in Prefect, and print the links.
+
+    Raises a VectorCLMError where a service does not start; those that run stay.
+    """
+    point_at(config)
+    for service in config.stores():
+        if service.start():
+            console.print(f"starting {service.name} …", highlight=False)
+        service.wait()
+    store = Store(config.vectorclm_store)
+    store.create()
+    store.check_writable()
+    servers = config.servers()
+    for service in servers:
+        if service.start():
+            console.print(f"starting {service.name} …", highlight=False)
+    for service in servers:
+        service.wait()
+    problem = _provision(config, lambda line: console.print(line, highlight=False))
+    if problem is not None:
+        console.print(problem, style="yellow", highlight=False, markup=False)
+    since = datetime.now(UTC)
+    started = [(service, pool) for service, pool in zip(config.workers(), POOLS, strict=True) if service.start()]
+    for service, pool in started:
+        console.print(f"starting {service.name} …", highlight=False)
+        if not _heard(pool, since):
+            raise ServiceError(f"{service.name} started, but Prefect hears nothing of it: read {service.log}")
+    _print_links(config, console)
+
+
+def down(config: PlatformConfig, console: Console) -> None:
+    """Stop all services, the workers first; what runs on them ends, and goes on from where it was after `up`."""
+    services = [*config.stores(), *config.servers(), *config.workers()]
+    stopped = [service for service in reversed(services) if service.stop()]
+    for service in stopped:
+        console.print(f"{service.name} stopped", highlight=False)
+    if not stopped:
+        told = f"nothing of the platform of {config.home} was running: give the --store or --env-file that `up` had"
+        console.print(told, highlight=False, soft_wrap=True)
+
+
+def _print_links(config: PlatformConfig, console: Console) -> None:
+    console.print()
+    form = f"{config.prefect_url}/deployments/deployment/{_deployment_id(config)}/run"
+    for name, link in (
+        ("run the curriculum", form),
+        ("Prefect", config.prefect_url),
+        ("MLflow", f"{config.mlflow_url}/?workflowType=machine_learning"),
+        ("store", Store(config.vectorclm_store).uri),
+        ("logs", str(config.home / "platform")),
+    ):
+        console.print(f"{name:>20}  {link}", highlight=False, soft_wrap=True)
+    if config.prefect_auth is None:
+        console.print(f"{'password':>20}  {OPEN}", highlight=False, soft_wrap=True)
+    if not _gpus():
+        console.print(f"{'gpu':>20}  none here: the pool gpu runs on the CPU", highlight=False)
+
+
+def _provision(config: PlatformConfig, tell: Callable[[str], None]) -> str | None:
+    from prefect.client.orchestration import get_client
+
+    from flows.provision import provision
+
+    with get_client(sync_client=True) as client:
+        return provision(client, tell, config.vectorclm_notify)
+
+
+def _deployment_id(config: PlatformConfig) -> str:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return str(client.read_deployment_by_name("curriculum/curriculum").id)
+
+
+def point_at(config: PlatformConfig) -> None:
+    """Have Prefect in this process, and in its children, talk to the platform. Before Prefect is imported."""
+    os.environ |= config.client_environment()
+
+
+@contextmanager
+def alone(config: PlatformConfig, console: Console) -> Iterator[None]:
+    """No other `up`, `down` or `doctor` of this platform is at work while the block runs."""
+    config.home.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(config.home / "platform.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"waiting for another up, down or doctor of {config.home}", highlight=False, soft_wrap=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found, in a line."""
+
+    good: bool
+    what: str
+
+
+def doctor(config: PlatformConfig, console: Console) -> bool:
+    """Look at every part, mend what can be mended, print a line each; whether all is well in the end."""
+    point_at(config)
+    well = True
+    for check in (_versions, _stores, _store, _disk, _gpu, _servers, _database, _inside_prefect, _workers):
+        try:
+            for finding in check(config):
+                well &= _told(finding, console)
+        except VectorCLMError as error:
+            well = _told(Finding(False, str(error)), console)
+        except httpx.HTTPError as error:
+            well = _told(Finding(False, f"Prefect does not answer at {config.prefect_url}: {error}"), console)
+    return well
+
+
+def _told(finding: Finding, console: Console) -> bool:
+    mark, style = ("ok", "green") if finding.good else ("!!", "red")
+    console.print(f"[{style}]{mark}[/] ", end="")
+    console.print(finding.what, highlight=False, markup=False, soft_wrap=True)
+    return finding.good
+
+
+def _versions(config: PlatformConfig) -> Iterator[Finding]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            yield Finding(False, f"{name} is not installed: run `make install`")
+    minor = tuple(int(part) for part in found.get("fastapi", "0.0").split(".")[:2])
+    if minor >= (0, 151):
+        yield Finding(
+            False, f"fastapi {found['fastapi']}: Prefect's server dies on 0.151 and later, run `make install`"
+        )
+    else:
+        yield Finding(True, "versions: " + ", ".join(f"{name} {number}" for name, number in found.items()))
+    if config.database("mlflow", "psycopg2") is not None and find_spec("psycopg2") is None:
+        yield Finding(False, "MLflow needs psycopg2 to reach Postgres: pip install 'vectorclm[postgres]'")
+
+
+def _stores(config: PlatformConfig) -> Iterator[Finding]:
+    for service in config.stores():
+        yield _mended(service)
+
+
+def _mended(service: Service) -> Finding:
+    mended = service.start()
+    service.wait()
+    runs = "runs" if service.port is None else f"answers at port {service.port}"
+    return Finding(True, f"{service.name} {runs}" + (", started again" if mended else ""))
+
+
+def _store(config: PlatformConfig) -> Iterator[Finding]:
+    store = Store(config.vectorclm_store)
+    store.create()
+    store.check_writable()
+    yield Finding(True, f"store {store.uri} can be read and written")
+
+
+def _disk(config: PlatformConfig) -> Iterator[Finding]:
+    config.home.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(config.home).free / 1e9
+    yield Finding(free >= FREE_GIGABYTES, f"{free:.0f} GB free at {config.home}; {FREE_GIGABYTES} are wise")
+
+
+def _gpu(config: PlatformConfig) -> Iterator[Finding]:
+    found = _gpus()
+    yield Finding(True, f"GPUs: {', '.join(found)}" if found else "no GPU: the pool gpu runs on the CPU")
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
+def _servers(config: PlatformConfig) -> Iterator[Finding]:
+    for service in config.servers():
+        yield _mended(service)
+
+
+def _database(config: PlatformConfig) -> Iterator[Finding]:
+    """Write through Prefect's API: a connection that keeps SQLite's lock stops all writing, and no health shows it."""
+    server = config.servers()[0]
+    if _writes(config):
+        yield Finding(True, "Prefect's database takes writes")
+        return
+    server.stop()
+    server.start()
+    server.wait()
+    if _writes(config):
+        yield Finding(True, f"Prefect's database took no write in {WRITE_SECONDS} s: {server.name} started again")
+    else:
+        yield Finding(
+            False,
+            f"Prefect's database takes no write in {WRITE_SECONDS} s, as where another program locks it or its disk "
+            f"is full: read {server.log}",
+        )
+
+
+def _writes(config: PlatformConfig) -> bool:
+    """Whether Prefect's server makes and removes a variable in time."""
+    auth = None
+    if config.prefect_auth is not None:
+        auth = httpx.BasicAuth(*config.prefect_auth.get_secret_value().partition(":")[::2])
+    name = f"doctor-{secrets.token_hex(4)}"
+    api = f"{config.prefect_url}/api/variables"
+    try:
+        with httpx.Client(auth=auth, timeout=WRITE_SECONDS, trust_env=False) as client:
+            client.post(f"{api}/", json={"name": name, "value": "a write"}).raise_for_status()
+            client.delete(f"{api}/name/{name}").raise_for_status()
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
+    changes: list[str] = []
+    problem = _provision(config, changes.append)
+    for change in changes:
+        yield Finding(True, change)
+    if config.prefect_auth is None:
+        yield Finding(True, f"password: {OPEN}")
+    yield Finding(True, "pools, automations and deployments are as they should be")
+    told = f"a fallen score is told by the block {config.vectorclm_notify}"
+    if config.vectorclm_notify == "none":
+        told = "nobody is told when a score falls: VECTORCLM_NOTIFY names no block"
+    yield Finding(problem is None, problem or told)
+
+
+def _workers(config: PlatformConfig) -> Iterator[Finding]:
+    since = datetime.now(UTC)
+    for service, pool in zip(config.workers(), POOLS, strict=True):
+        again = service.start()
+        online = _heard(pool, since if again else None)
+        if online:
+            yield Finding(True, f"pool {pool} has {online} worker(s) online{', started again' if again else ''}")
+        else:
+            yield Finding(False, f"pool {pool} has a worker process but no heartbeat: read {service.log}")
+
+
+def _heard(pool: str, since: datetime | None) -> int:
+    """How many workers of a pool are online; with `since`, waits for one that was heard after that."""
+    from prefect.client.orchestration import get_client
+
+    deadline = time.monotonic() + HEARTBEAT_SECONDS
+    with get_client(sync_client=True) as client:
+        while True:
+            online = [worker for worker in client.read_workers_for_work_pool(pool) if worker.status == "ONLINE"]
+            heard = [worker.last_heartbeat_time for worker in online if worker.last_heartbeat_time is not None]
+            if since is None or any(when > since for when in heard) or time.monotonic() > deadline:
+                return len(online) if since is None or any(when > since for when in heard) else 0
+            time.sleep(0.5)

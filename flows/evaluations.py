@@ -1,0 +1,201 @@
+"""The deployment `evaluate`: any model on any suite, beside its results so far; a fall is told."""
+
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import Task, flow, get_run_logger
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.events import emit_event
+from prefect.runtime import flow_run
+from prefect.states import Completed
+from pydantic import Field
+
+from flows.deployments import opened_store, pinned_here
+from flows.form import Name
+from flows.launch import Launcher
+from flows.live import live, show_waiting
+from flows.provision import FELL
+from flows.registry import SHOWN, Registry, RegistryError, Result, Subject
+from flows.server import local_folder
+from flows.stages import RETRY_DELAY, may_help
+from flows.watch import watched
+from vectorclm.artifact import Artifact, Plan, Store
+from vectorclm.config import load_experiment
+from vectorclm.errors import StoreError
+from vectorclm.measure import STAGE, Change, Limits, Model, changes, figures, find_model, left_out, measure_plan
+from vectorclm.runtime import Runtime
+
+Address = Annotated[str, Field(pattern=r"^(models:/[^/@:]+(@[^/@]+|/[0-9]+)|/.+|[a-z0-9]+://[^@]+)$")]
+
+
+@flow(name="evaluate", flow_run_name="{model} on {suite}", persist_result=False)
+def evaluate_run(
+    model: Address = "models:/vectorclm-chat@candidate",
+    suite: Name = "tiny",
+    limits: Limits = Limits(),
+    data: str = "",
+    runtime: Runtime = Runtime(),
+) -> State[Any]:
+    """Measure any model on a suite, beside its results so far. What was measured already is reused.
+
+    Args:
+        model: `models:/NAME@ALIAS` or `models:/NAME/VERSION` of MLflow's registry; `<store>/<stage>/<fingerprint>` of
+            any store; or the path of a model's folder on the worker, from the root.
+        suite: Whose evaluation serves: its tasks, its held-out text and conversations where the store has them.
+        limits: How much is measured. Results by other limits are not compared.
+        data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
+        runtime: How the machine runs it. Never part of a result.
+    """
+    store = opened_store(runtime)
+    registry = Registry(store)
+    subject = registry.find(model)
+    found = find_model(subject.address)
+    mirror = Path(data) if data else None
+    experiment, path = load_experiment(suite)
+    pinned = pinned_here(experiment, path, mirror, store)
+    plan = measure_plan(pinned, limits, found, store)
+    for line in left_out(plan):
+        get_run_logger().warning(line)
+    with tempfile.TemporaryDirectory(prefix="vectorclm-") as name:
+        folder = Path(name)
+        (folder / "suite.json").write_text(pinned.model_dump_json(), encoding="utf-8")
+        (folder / "runtime.json").write_text(runtime.model_dump_json(), encoding="utf-8")
+        options = ["--suite", str(folder / "suite.json"), "--runtime", str(folder / "runtime.json")]
+        options += ["--data", data] if data else []
+        for key, value in limits.model_dump().items():
+            options += [f"--{key.replace('_', '-')}", str(value)]
+        with watched():
+            state = _measured(plan, found, [found.address, *options, "--store", store.uri], store, runtime)
+    artifact = store.find(plan.stage, plan.fingerprint)
+    assert artifact is not None
+    _compare(registry, subject, artifact, needed=model.startswith("models:/"))
+    return Completed(name=state.name, message=state.message, data={"uri": artifact.uri, "scores": artifact.summary})
+
+
+def _measured(plan: Plan, model: Model, arguments: Sequence[str], store: Store, runtime: Runtime) -> State[Any]:
+    """The state of the task that makes the plan's artifact in a process of its own, or finds it."""
+
+    def measure() -> State[Any]:
+        if (found := store.find(plan.stage, plan.fingerprint)) is not None:
+            model.verify(store)
+            return Completed(name="Reused", message=f"measured already: {found.uri}")
+        command = [sys.executable, "-m", "vectorclm", "evaluate", *arguments, "--relay"]
+        log = get_run_logger().info
+        with Launcher(local_folder(store) / "locks") as launcher, live(STAGE, log):
+            launcher.take_turn(show_waiting)
+            launcher.run(command, log)
+        if (made := store.find(plan.stage, plan.fingerprint)) is None:
+            raise StoreError(f"measured, but {store.uri_of(plan.stage)} lacks {plan.fingerprint}")
+        return Completed(message=f"measured: {made.uri}")
+
+    task: Task[[], Any] = Task(
+        measure,
+        name=STAGE,
+        task_run_name=STAGE,
+        retries=runtime.retries,
+        retry_delay_seconds=RETRY_DELAY,
+        retry_condition_fn=may_help,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+    state: State[Any] = task(return_state=True)
+    if not state.is_completed():
+        state.result()  # raises what went wrong
+    return state
+
+
+def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed: bool) -> None:
+    """Show the result beside the last ones; one that is new is recorded in MLflow, and its falls are told.
+
+    New is what differs from the newest result: recording comes last, so that what a crash interrupts is told again
+    rather than never. Raises RegistryError where MLflow is `needed` and does not answer.
+    """
+    settings = artifact.manifest["config"]
+    this = Result(subject.title, datetime.now(UTC), artifact.fingerprint, figures(artifact.summary))
+    try:
+        before = registry.history(subject, settings)
+        if before and before[0].fingerprint == this.fingerprint:
+            results = [replace(before[0], title=subject.title), *before[1:]]
+        else:
+            results = [this, *before][:SHOWN]
+            _tell(subject, settings["suite"], results)
+            page = registry.record(subject, artifact, str(flow_run.id) if flow_run.id else None)
+            get_run_logger().info("recorded in MLflow: %s", page)
+    except RegistryError as error:
+        if needed:
+            raise
+        get_run_logger().warning("%s; the result is in the store and not in MLflow, and is compared with none", error)
+        results = [this]
+    about = f"`{subject.title}` on `{settings['suite']}`, newest first; each score ± its standard error"
+    create_table_artifact(table(results), key=_key(subject.name, settings["suite"]), description=about)
+
+
+def table(results: Sequence[Result]) -> list[dict[str, str]]:
+    """A row for each result, newest first: every score, and by how much it differs from the one before."""
+    rows = []
+    for number, result in enumerate(results):
+        row = {"model": result.title, "measured": f"{result.when:%Y-%m-%d %H:%M} UTC"}
+        before = results[number + 1].figures if number + 1 < len(results) else {}
+        found = {change.name: change for change in changes(before, result.figures)}
+        for name, figure in result.figures.items():
+            row[name] = f"{figure.value:.4f} ± {figure.stderr:.4f}"
+            if (change := found.get(name)) is not None:
+                row[name] += f" ({change.difference:+.4f}, {_verdict(change)})"
+        rows.append(row)
+    return rows
+
+
+def _verdict(change: Change) -> str:
+    if not change.beyond_noise:
+        return "within noise"
+    return "worse, beyond noise" if change.fell else "better, beyond noise"
+
+
+def _tell(subject: Subject, suite: str, results: Sequence[Result]) -> None:
+    """Send one event where scores fell by more than noise against the result before; an automation passes it on."""
+    if len(results) < 2:
+        return
+    this, before = results[:2]
+    fallen = [change for change in changes(before.figures, this.figures) if change.fell]
+    if not fallen:
+        return
+    lines = [
+        f"{change.name}: {change.before.value:.4f} -> {change.after.value:.4f} (noise {change.noise:.4f})"
+        for change in fallen
+    ]
+    title = f"{this.title} scores worse than {before.title} on {suite}"
+    get_run_logger().warning("%s: %s", title, "; ".join(lines))
+    page = flow_run.ui_url
+    falls = [
+        {"task": change.name, "before": change.before.value, "after": change.after.value, "noise": change.noise}
+        for change in fallen
+    ]
+    emit_event(
+        FELL,
+        resource={
+            "prefect.resource.id": f"vectorclm.{_key(subject.name, suite)}",
+            "prefect.resource.name": f"{subject.name} on {suite}",
+        },
+        payload={
+            "title": title,
+            "text": "\n".join([title, *lines, *([str(page)] if page else [])]),
+            "model": this.title,
+            "before": before.title,
+            "suite": suite,
+            "falls": falls,
+            "links": [str(page)] if page else [],
+        },
+    )
+
+
+def _key(name: str, suite: str) -> str:
+    """A name in the letters that Prefect takes for the key of an artifact."""
+    return re.sub(r"[^a-z0-9]+", "-", f"evaluation {name} {suite}".lower()).strip("-")

@@ -1,0 +1,41 @@
+"""Settings, scores and lines of `metrics.jsonl` in the form that MLflow takes: flat keys, short texts, numbers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+VALUE_LENGTH = 500  # of a parameter or tag, in every version of MLflow's servers
+
+
+def readable(line: Mapping[str, Any]) -> dict[str, float]:
+    """One line of `metrics.jsonl` as metrics: `train/loss`, `validation/bits_per_byte.stories`, …"""
+    if "validation" in line:
+        return {
+            f"validation/{figure}.{label}": float(value)
+            for label, figures in line["validation"].items()
+            for figure, value in figures.items()
+        }
+    return {f"train/{key}": float(value) for key, value in line.items() if key not in ("step", "tokens")}
+
+
+def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """All numbers in nested mappings, their keys joined by dots."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{key}"] = float(value)
+    return found
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as `a.b.0.c`: text, in the length that MLflow takes."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            found |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            found[f"{prefix}{key}"] = str(value)[:VALUE_LENGTH]
+    return found

@@ -1,0 +1,111 @@
+"""The run form: what a person may change of an experiment before it runs, drawn by Prefect from these classes.
+
+An empty field leaves the experiment as it is. Every field says which settings it stands for.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from vectorclm.config import ExperimentConfig, changed, load_experiment
+from vectorclm.settings import Settings
+from vectorclm.stages import StageName
+
+Name = Literal["tiny", "small", "base"]
+Again = Literal["nothing", StageName]
+
+
+class SampleChanges(Settings):
+    """The documents that are drawn."""
+
+    bytes: int | None = Field(None, ge=10_000, description="Text to draw, in bytes over all sources")
+    validation_share: float | None = Field(None, gt=0, lt=0.5, description="Share of documents held out, 0 to 0.5")
+
+
+class TokenizerChanges(Settings):
+    """The byte-level BPE."""
+
+    vocab_size: int | None = Field(
+        None, ge=300, le=65_536, description="Tokens in the vocabulary, of tokenizer and model, 300 to 65,536"
+    )
+    bytes: int | None = Field(None, ge=10_000, description="Text that it learns from, in bytes")
+
+
+class ModelChanges(Settings):
+    """The decoder's shape."""
+
+    num_hidden_layers: int | None = Field(None, ge=1, le=128, description="Layers, 1 to 128")
+    hidden_size: int | None = Field(None, ge=16, le=8192, description="Width of the residual stream, 16 to 8,192")
+    intermediate_size: int | None = Field(None, ge=16, le=32_768, description="Width inside the MLP, 16 to 32,768")
+
+
+class TrainingChanges(Settings):
+    """The optimizer and the batches."""
+
+    learning_rate: float | None = Field(None, gt=0, le=1, description="Muon's peak learning rate, 0 to 1")
+    adamw_learning_rate: float | None = Field(None, gt=0, le=1, description="AdamW's peak learning rate, 0 to 1")
+    batch_size: int | None = Field(None, ge=1, le=65_536, description="Windows in one optimizer step, 1 to 65,536")
+
+
+class PretrainChanges(TrainingChanges):
+    """Pretraining."""
+
+    tokens: int | None = Field(
+        None, ge=1_000, description="Token budget of all phases together; each keeps its share, at least 1,000"
+    )
+
+
+class FinetuneChanges(TrainingChanges):
+    """Instruction tuning."""
+
+    epochs: float | None = Field(None, gt=0, le=100, description="How often the conversations are read, up to 100")
+
+
+class EvaluateChanges(Settings):
+    """What is measured."""
+
+    chat_prompts: int | None = Field(None, ge=1, description="Held-out conversations whose answers are checked")
+    max_new_tokens: int | None = Field(None, ge=1, le=4096, description="Longest answer, in tokens, 1 to 4,096")
+
+
+class Changes(Settings):
+    """Changes to the experiment, in the order of the pipeline; an empty field changes nothing."""
+
+    seed: int | None = Field(None, ge=0, lt=2**32, description="Every random choice derives from it")
+    sample: SampleChanges = SampleChanges()
+    tokenizer: TokenizerChanges = TokenizerChanges()
+    model: ModelChanges = ModelChanges()
+    pretrain: PretrainChanges = PretrainChanges()
+    finetune: FinetuneChanges = FinetuneChanges()
+    evaluate: EvaluateChanges = EvaluateChanges()
+    settings: dict[str, Any] = Field(
+        default={},
+        title="Any other setting",
+        description='By its dotted name in the experiment\'s file, such as {"pretrain.optimizer.momentum": 0.9}',
+    )
+
+
+def chosen(name: str, changes: Changes) -> tuple[ExperimentConfig, Path]:
+    """The experiment that a form describes, and its file. Raises ConfigError naming what does not fit."""
+    experiment, path = load_experiment(name)
+    values = changes.model_dump(exclude_none=True)
+    wanted: dict[str, Any] = {}
+    for section, fields in values.items():
+        if section == "seed":
+            wanted["seed"] = fields
+        elif section != "settings":
+            wanted |= {f"{section}.{_SETTING.get(key, key)}": value for key, value in fields.items()}
+    if (size := wanted.get("tokenizer.vocab_size")) is not None:
+        wanted["model.vocab_size"] = size
+    if (tokens := wanted.pop("pretrain.tokens", None)) is not None:
+        whole = experiment.pretrain.tokens
+        for number, phase in enumerate(experiment.pretrain.phases):
+            wanted[f"pretrain.phases.{number}.tokens"] = max(1, round(phase.tokens * tokens / whole))
+    return changed(experiment, wanted | changes.settings), path
+
+
+_SETTING = {
+    "learning_rate": "optimizer.learning_rate",
+    "adamw_learning_rate": "optimizer.adamw_learning_rate",
+}

@@ -1,0 +1,171 @@
+"""`vectorclm lineage`: the chain of a model, told for a person or a program, with MLflow's record of it beside.
+
+MLflow is asked where a server is named or the store has a record of its own; without it, or where it does not answer,
+everything but the links is there.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+
+from flows.server import local_folder
+from vectorclm.artifact import Store
+from vectorclm.errors import VectorCLMError
+from vectorclm.lineage import Change, Lineage, Node, as_object, changes, facts, lineage, score_facts, verify
+
+if TYPE_CHECKING:  # MLflow takes seconds to import
+    from flows.record import Record
+
+FILE_WIDTH = 240  # columns, where nobody's terminal says how many
+SHORT = 12  # digits of a fingerprint that a person reads
+
+
+def opened(address: str, store: Store) -> Lineage:
+    """The lineage of an address, which may also be one of MLflow's registry."""
+    if address.startswith("models:/"):
+        from flows.registry import Registry
+
+        address = Registry(store).find(address).address
+    return lineage(address, store)
+
+
+def recorded(found: Lineage, store: Store) -> "tuple[Record | None, str]":
+    """MLflow's record of a chain; or None, and why."""
+    if "MLFLOW_TRACKING_URI" not in os.environ and not (local_folder(store) / "mlflow.db").is_file():
+        return None, "no MLflow: set MLFLOW_TRACKING_URI for links to its runs"
+    from flows.record import record_of
+    from flows.registry import Registry, RegistryError
+
+    try:
+        return record_of(Registry(store), found), ""
+    except RegistryError as error:
+        return None, str(error)
+
+
+def run(address: str, store: Store, console: Console, *, check: bool, as_json: bool) -> int:
+    """Print a lineage; with `check`, read all of its bytes. 1 where something differs."""
+    found = opened(address, store)
+    record, why = recorded(found, store)
+    differences = list(_differences(found, record)) if check else []
+    if as_json:
+        said = as_object(found)
+        if record is not None:
+            said["mlflow"] = {"runs": dict(record.runs), "versions": dict(record.versions)}
+        if check:
+            said["differences"] = differences
+        print(json.dumps(said, ensure_ascii=False))
+        return 1 if differences else 0
+    show(found, record, console)
+    if record is None:
+        console.print(why, style="dim", highlight=False, markup=False, soft_wrap=True)
+    for difference in differences:
+        console.print(difference, style="red", highlight=False, markup=False, soft_wrap=True)
+    if check and not differences:
+        console.print("verified: every file and fingerprint is what its manifest says", style="green")
+    return 1 if differences else 0
+
+
+def _differences(found: Lineage, record: "Record | None") -> Iterator[str]:
+    yield from verify(found)
+    if record is not None and record.names is not None and record.names != found.root.names:
+        yield f"MLflow's record of this model is of another chain: {json.dumps(record.names)}"
+
+
+def show(found: Lineage, record: "Record | None", console: Console) -> None:
+    """Print the chain as a tree; what several were made from is told once."""
+    if found.copy is not None or found.folder is not None:
+        copy = found.folder or (found.copy and found.copy.uri)
+        console.print(f"{copy} is a copy of", highlight=False, markup=False, soft_wrap=True)
+    told: set[str] = set()
+    tree = Tree(_line(found.root, record), guide_style="dim")
+    _grow(tree, found.root, record, told)
+    for item in found.scores:
+        suite = item.manifest["config"].get("suite", "its own suite")
+        figures = "  ".join(f"{key} {value:.4f}" for key, value in score_facts(item).items())
+        place = f"{item.stage}/{item.fingerprint[:SHORT]}"
+        tree.add(f"[bold]scores[/] on {escape(str(suite))}  {escape(figures)}  [dim]{place}[/]")
+    console.print(tree, highlight=False)
+
+
+def _grow(tree: Tree, node: Node, record: "Record | None", told: set[str]) -> None:
+    told.add(node.fingerprint)
+    for source in node.sources:
+        where = f" ({source.path})" if source.path else ""
+        tree.add(f"source [bold]{escape(source.label)}[/]{escape(where)} at {escape(source.revision)}")
+    for part in sorted(node.inputs, key=lambda part: len(part.inputs)):
+        if part.fingerprint in told:
+            tree.add(f"{part.title} [cyan]{part.fingerprint[:SHORT]}[/] [dim](above)[/]")
+        else:
+            _grow(tree.add(_line(part, record)), part, record, told)
+
+
+def _line(node: Node, record: "Record | None") -> str:
+    """An artifact in a line or two."""
+    head = f"[bold]{node.title}[/] [cyan]{node.fingerprint[:SHORT]}[/]"
+    if node.artifact is None:
+        return f"{head} [red]gone from the store[/]"
+    figures = ", ".join(f"{_figure(value)} {key.replace('_', ' ')}" for key, value in facts(node).items())
+    manifest = node.artifact.manifest
+    git = str(manifest["environment"].get("git"))
+    revision = git[:SHORT] + (" with uncommitted changes" if git.endswith("-dirty") else "")
+    lines = [f"{head}  {escape(figures)}", f"[dim]{escape(manifest['created'])}, code {escape(revision)}[/]"]
+    if record is not None:
+        versions = ", ".join(record.versions.get(node.fingerprint, ()))
+        page = record.runs.get(node.fingerprint, "")
+        lines += [f"[green]{escape(versions)}[/]"] if versions else []
+        lines += [f"[dim]{escape(page)}[/]"] if page else []
+    return "\n".join(lines)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def compare(before: str, after: str, store: Store, console: Console, *, as_json: bool) -> int:
+    """Print what differs between two models."""
+    found = changes(opened(before, store), opened(after, store))
+    if as_json:
+        print(json.dumps([change._asdict() for change in found], ensure_ascii=False))
+        return 0
+    for change in found:
+        console.print(_change(change), highlight=False, soft_wrap=True)
+    if not found:
+        console.print("the same artifacts, settings and scores")
+    return 0
+
+
+def _change(change: Change) -> str:
+    sides = [escape(str(value)[:64]) if value is not None else "-" for value in change[1:]]
+    return f"[bold]{escape(change.place)}[/]  {sides[0]} [dim]→[/] {sides[1]}"
+
+
+def add_command(commands: Any, default: str) -> None:
+    """The command `lineage`."""
+    about = "where a model comes from, back to the sources"
+    parser = commands.add_parser("lineage", help=about, description=about)
+    parser.add_argument(
+        "target",
+        metavar="MODEL",
+        help="a folder, <store>/<stage>/<fingerprint>, the beginning of one (finetune/7fa0), models:/NAME@ALIAS",
+    )
+    parser.add_argument("--store", default=default, metavar="URI", help="where artifacts are kept (%(default)s)")
+    parser.add_argument("--verify", action="store_true", help="read every byte again; exit code 1 where one differs")
+    parser.add_argument("--diff", metavar="MODEL", help="what changed from MODEL to this one, setting by setting")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def command(args: Any) -> int:
+    """Run the command `lineage`."""
+    store = Store(args.store)
+    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    if args.diff is not None:
+        if args.verify:
+            raise VectorCLMError("--diff and --verify ask for two things: give one of them")
+        return compare(args.diff, args.target, store, console, as_json=args.json)
+    return run(args.target, store, console, check=args.verify, as_json=args.json)

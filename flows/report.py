@@ -1,0 +1,248 @@
+"""`vectorclm report`: a curriculum on one page, which needs nothing but itself: no network, no scripts.
+
+It is made from the artifacts of a store alone. What a model or a document says is a stranger's text: the template
+escapes all of it.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from flows.lineage import opened
+from flows.plots import COLOURS, Box, Interval, bars, curves, graph, intervals, short
+from vectorclm.artifact import Artifact, Store
+from vectorclm.errors import ConfigError
+from vectorclm.lineage import Lineage, Node, facts, lineage, tokens_by_source
+from vectorclm.model import ModelConfig
+from vectorclm.settings import validate
+
+CONFIDENCE = 1.959964  # standard errors; 95 % of a normal distribution lie within
+COLUMNS = {"sample": 0, "tokenizer": 1, "shards": 0, "chat_shards": 1, "pretrain": 0, "finetune": 1}
+ANSWERS = 12  # shown
+TITLES = {"pretrain": "Pretraining", "finetune": "Tuning"}
+
+
+class Measured(NamedTuple):
+    """One model of the page: its name there, and its scores as its evaluation has them."""
+
+    who: str
+    scores: Mapping[str, Any]
+
+
+def report(found: Lineage, store: Store, champion: Lineage | None = None, name: str = "") -> str:
+    """The page of a model's curriculum as HTML; `champion` is the model it is compared with, `name` the experiment."""
+    models = _models(found, store, champion)
+    page = {
+        "name": name,
+        "root": found.root,
+        "made": found.root.artifact,
+        "headline": _headline(found, models),
+        "trainings": [_training(node) for node in found.stages.values() if node.stage in TITLES and node.artifact],
+        "mix": _mix(found),
+        "models": models,
+        "texts": list(dict.fromkeys(label for model in models for label in model.scores.get("bits_per_byte", {}))),
+        "tasks": _tasks(models),
+        "picture": _picture(models),
+        "samples": [(model.who, model.scores["samples"][:ANSWERS]) for model in models if model.scores.get("samples")],
+        "graph": graph("lineage", _boxes(found)),
+        "costs": _costs(found),
+        "nodes": [node for node in found.nodes.values() if node.artifact is not None],
+        "colours": range(COLOURS),
+        "facts": facts,
+    }
+    environment = Environment(
+        loader=PackageLoader("flows", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(short=short, duration=lambda seconds: str(timedelta(seconds=round(seconds))))
+    return environment.get_template("report.html.jinja").render(page)
+
+
+def _models(found: Lineage, store: Store, champion: Lineage | None) -> list[Measured]:
+    """The models that were scored: the base, the one that the page is about, and the champion before it."""
+    base = found.stages.get("pretrain")
+    sides = []
+    if base is not None and base is not found.root and base.artifact is not None:
+        sides.append(("base model", lineage(base.artifact.uri, store)))
+    sides.append((found.root.title, found))
+    if champion is not None and champion.root.fingerprint != found.root.fingerprint:
+        sides.append(("champion before", champion))
+    return [Measured(who, own) for who, side in sides if (own := _own_scores(side)) is not None]
+
+
+def _own_scores(found: Lineage) -> dict[str, Any] | None:
+    """The scores by the curriculum's own evaluation."""
+    return next((item.summary for item in found.scores if item.stage != "measure"), None)
+
+
+def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str]]:
+    """The few figures that are asked first."""
+    told = []
+    base = found.stages.get("pretrain")
+    if base is not None and base.artifact is not None:
+        summary = base.artifact.summary
+        told += [("parameters", short(summary["parameters"])), ("tokens of pretraining", short(summary["tokens"]))]
+        told.append(("last loss", f"{summary['last_loss']:.3f}"))
+    for model in models:
+        if bits := model.scores.get("bits_per_byte"):
+            told.append((f"bits per byte, {model.who}", f"{sum(bits.values()) / len(bits):.3f}"))
+    return told
+
+
+def lines_of(artifact: Artifact) -> list[dict[str, Any]]:
+    """A training's `metrics.jsonl`."""
+    kept = artifact.store.read(f"{artifact.stage}/{artifact.fingerprint}/metrics.jsonl") or b""
+    return [json.loads(line) for line in kept.decode().splitlines()]
+
+
+def _training(node: Node) -> dict[str, Any]:
+    """The curves of one training over its tokens."""
+    assert node.artifact is not None
+    lines, config = lines_of(node.artifact), node.artifact.manifest["config"]
+    steps = [line for line in lines if "loss" in line]
+    held_out: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for label, figures in line.get("validation", {}).items():
+            held_out.setdefault(label, []).append((line["tokens"], figures["bits_per_byte"]))
+    marks, begun = {}, 0
+    for number, phase in enumerate(config.get("phases", []), 1):
+        if begun:
+            marks[f"phase {number}"] = float(begun)
+        begun += phase["tokens"]
+
+    def curve(key: str) -> dict[str, list[tuple[float, float]]]:
+        return {key: [(line["tokens"], line[key]) for line in steps]}
+
+    return {
+        "title": TITLES[node.stage],
+        "summary": node.artifact.summary,
+        "charts": [
+            ("Loss, nats a token", [], curves("loss", curve("loss"), marks=marks)),
+            ("Held-out text, bits per byte", list(held_out), curves("bits per byte", held_out, marks=marks)),
+            ("Learning rate", [], curves("learning rate", curve("learning_rate"), marks=marks)),
+            ("Gradient norm", [], curves("gradient norm", curve("grad_norm"), marks=marks)),
+            ("Tokens a second", [], curves("tokens a second", curve("tokens_per_second"), marks=marks)),
+        ],
+    }
+
+
+def _mix(found: Lineage) -> list[tuple[str, Any]]:
+    """What the models read, by source."""
+    mixes = []
+    base, shards, chat = (found.stages.get(stage) for stage in ("pretrain", "shards", "chat_shards"))
+    if base is not None and shards is not None and base.artifact is not None and shards.artifact is not None:
+        there = tokens_by_source(shards.artifact)
+        epochs = base.artifact.summary["epochs"]
+        read = {label: epochs.get(label, 0.0) * tokens for label, tokens in there.items()}
+        labels = {
+            label: f"{short(tokens)} tokens, {epochs.get(label, 0.0):.2f} epochs" for label, tokens in read.items()
+        }
+        mixes.append(("Pretraining text", bars("data mix", read, labels)))
+    if chat is not None and chat.artifact is not None:
+        counts = {label: float(split.get("train", 0)) for label, split in chat.artifact.summary["sources"].items()}
+        labels = {label: f"{count:,.0f} conversations" for label, count in counts.items()}
+        mixes.append(("Conversations", bars("conversations", counts, labels)))
+    return mixes
+
+
+def interval(correct: float, items: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, JASA 22, 1927), which also holds at 0 and 1."""
+    if not items:
+        return 0.0, 1.0
+    z = CONFIDENCE**2 / items
+    middle = (correct + z / 2) / (1 + z)
+    half = math.sqrt(z * correct * (1 - correct) + z * z / 4) / (1 + z)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _tasks(models: Sequence[Measured]) -> dict[str, dict[str, Any]]:
+    """Each benchmark: its chance, its items, and each model's score with its interval."""
+    found: dict[str, dict[str, Any]] = {}
+    for model in models:
+        for label, task in model.scores["tasks"].items():
+            row = found.setdefault(label, {"chance": task["chance"], "items": task["items"], "scores": {}})
+            row["scores"][model.who] = Interval(model.who, task["acc"], *interval(task["acc"], task["items"]))
+    return found
+
+
+def _picture(models: Sequence[Measured]) -> Any:
+    rows = {label: (row["chance"], list(row["scores"].values())) for label, row in _tasks(models).items()}
+    return intervals("benchmarks", rows) if rows else ""
+
+
+def _boxes(found: Lineage) -> list[Box]:
+    """The chain as boxes: a stage's level is below all that it is made from."""
+    levels: dict[str, int] = {}
+    for node in found.nodes.values():  # inputs first
+        levels[node.stage] = max((levels[part.stage] + 1 for part in node.inputs), default=0)
+    boxes = []
+    for node in found.nodes.values():
+        if node.stage not in COLUMNS:
+            continue
+        lines = [node.title, node.fingerprint[:16]]
+        lines += [f"{short(value)} {key.replace('_', ' ')}" for key, value in list(facts(node).items())[:3]]
+        lines += [f"← {source.label} {source.revision.removeprefix('sha256:')[:10]}" for source in node.sources]
+        boxes.append(
+            Box(node.stage, COLUMNS[node.stage], levels[node.stage], lines, [part.stage for part in node.inputs])
+        )
+    return boxes
+
+
+def _costs(found: Lineage) -> list[dict[str, Any]]:
+    """What each training took: seconds by its own speed, devices, FLOPs."""
+    costs = []
+    base = found.stages.get("pretrain")
+    if base is None or base.artifact is None:
+        return []
+    model = validate(ModelConfig, base.artifact.manifest["config"]["model"], base.artifact.uri)
+    for stage, data in (("pretrain", "shards"), ("finetune", "chat_shards")):
+        node, shards = found.stages.get(stage), found.stages.get(data)
+        if node is None or node.artifact is None or shards is None or shards.artifact is None:
+            continue
+        summary, environment = node.artifact.summary, node.artifact.manifest["environment"]
+        steps = [line for line in lines_of(node.artifact) if "loss" in line]
+        before = [0, *(line["tokens"] for line in steps[:-1])]
+        seconds = sum(
+            (line["tokens"] - done) / line["tokens_per_second"] for done, line in zip(before, steps, strict=True)
+        )
+        flops = model.flops_per_token(shards.artifact.manifest["config"]["sequence_length"]) * summary["tokens"]
+        devices = environment["world_size"]
+        costs.append(
+            {
+                "stage": TITLES[stage],
+                "device": environment["device"],
+                "devices": devices,
+                "seconds": seconds,
+                "device_hours": seconds * devices / 3600,
+                "flops": flops,
+                "rate": flops / seconds / devices if seconds else 0.0,
+            }
+        )
+    return costs
+
+
+def add_command(commands: Any, default: str) -> None:
+    """The command `report`."""
+    about = "a model's curriculum on one HTML page: curves, scores, samples, data, lineage, costs"
+    parser = commands.add_parser("report", help=about, description=about)
+    parser.add_argument("target", metavar="MODEL", help="as `vectorclm lineage` takes it")
+    parser.add_argument("--store", default=default, metavar="URI", help="where artifacts are kept (%(default)s)")
+    parser.add_argument("--against", metavar="MODEL", help="a model to compare with, such as the champion")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
+
+
+def command(args: Any) -> int:
+    """Run the command `report`."""
+    store = Store(args.store)
+    other = opened(args.against, store) if args.against is not None else None
+    page = report(opened(args.target, store), store, other)
+    try:
+        args.out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{args.out} cannot be written ({error.strerror}): name another file with --out") from error
+    print(args.out)
+    return 0

@@ -1,0 +1,258 @@
+"""Any model on any suite, by the core alone."""
+
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+from statistics import pstdev
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.test_curriculum import mini
+from vectorclm.__main__ import main
+from vectorclm.artifact import Store
+from vectorclm.compare import OWN_SUITE, common_results, compare
+from vectorclm.config import override
+from vectorclm.corpus import read_texts
+from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
+from vectorclm.evaluate import text_scores
+from vectorclm.items import ratio
+from vectorclm.measure import Change, Figure, Limits, changes, figures, find_model, left_out, measure_plan
+from vectorclm.model import CausalLM
+from vectorclm.pinning import pin
+from vectorclm.runtime import Runtime
+from vectorclm.stages import plans, run_stage
+from vectorclm.train_tokenizer import load_tokenizer
+
+STAGES_OF_SCORES = ("evaluate_base", "evaluate")
+STAGES = ("sample", "tokenizer", "shards", "chat_shards", "pretrain", "finetune")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A store with a very small base and chat model, and the suite that they belong to."""
+    folder = tmp_path_factory.mktemp("evaluations")
+    path, store = folder / "mini.json", Store(str(folder / "store"))
+    path.write_text(mini().model_dump_json())
+    (folder / "runtime.json").write_text('{"threads": 1}')
+    suite, _ = pin(mini(), path, None, resolve=True)
+    for stage in STAGES:
+        run_stage(stage, suite, store, Runtime(threads=1), None)
+    uris = {stage: store.uri_of(f"{stage}/{plan.fingerprint}") for stage, plan in plans(suite).items()}
+    return SimpleNamespace(path=path, runtime=folder / "runtime.json", store=store, suite=suite, uris=uris)
+
+
+class Evaluate:
+    """`python -m vectorclm evaluate`, in this process."""
+
+    def __init__(self, made: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+        self.made, self.capsys = made, capsys
+
+    def __call__(self, model: str, *options: str) -> SimpleNamespace:
+        place = ["--store", self.made.store.uri, "--runtime", str(self.made.runtime)]
+        code = main(["evaluate", model, *place, *options])
+        said = self.capsys.readouterr()
+        return SimpleNamespace(code=code, out=said.out, err=said.err)
+
+    def scores(self, model: str, *options: str) -> dict[str, Any]:
+        done = self(model, "--suite", str(self.made.path), "--json", *options)
+        assert done.code == 0, done.err
+        return dict(json.loads(done.out))
+
+
+@pytest.fixture
+def evaluate(made: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    return Evaluate(made, capsys)
+
+
+def test_a_chat_model_is_measured_once_wherever_it_lies(
+    made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    first = evaluate.scores(made.uris["finetune"], "--documents", "5")
+    assert first["state"] == "built"
+    assert (Path(first["uri"]) / "manifest.json").is_file()
+    scores = first["scores"]
+    assert set(scores["text"]) == {"stories", "lessons"} and set(scores["tasks"]) == {"world"}
+    assert scores["tasks"]["world"]["items"] == 8 and scores["chat"]["prompts"] == 3 and len(scores["samples"]) == 3
+    shutil.copytree(made.uris["finetune"], tmp_path / "copy")
+    again = evaluate.scores(str(tmp_path / "copy"), "--documents", "5", "--items", "8")
+    assert again == {**first, "state": "reused"}
+    assert evaluate.scores(str(tmp_path / "copy"), "--documents", "5", "--items", "4")["state"] == "built"
+
+
+def test_a_foreign_store_cannot_borrow_the_scores_of_another_model(
+    made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    options = ["--suite", str(made.path), "--items", "2", "--documents", "2"]
+    assert evaluate(made.uris["finetune"], *options).code == 0
+    key = Path(made.uris["finetune"]).relative_to(made.store.root)
+    shutil.copytree(made.uris["finetune"], tmp_path / key)
+    assert "measure reused" in evaluate(f"file://{tmp_path / key}", *options).out
+    shutil.copyfile(Path(made.uris["pretrain"]) / "model.safetensors", tmp_path / key / "model.safetensors")
+    done = evaluate(f"file://{tmp_path / key}", *options)
+    assert done.code == 2 and "model.safetensors: SHA-256 is" in done.err and "reused" not in done.out
+    (tmp_path / key / "tokenizer_config.json").write_text('{"eos_token": "x"}')
+    with pytest.raises(CorruptArtifactError, match=r"tokenizer_config\.json is not what the manifest promises"):
+        find_model(f"file://{tmp_path / key}")
+    (tmp_path / key / "tokenizer_config.json").write_text('{"eos_token": {}}')
+    with pytest.raises(DataError, match="names no eos_token"):
+        find_model(str(tmp_path / key))
+
+
+def test_held_out_text_is_scored_as_a_whole_with_its_error(made: SimpleNamespace, evaluate: Evaluate) -> None:
+    scores = evaluate.scores(made.uris["pretrain"])["scores"]
+    assert "chat" not in scores
+    folder = Path(made.uris["pretrain"])
+    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
+    texts = list(read_texts(Path(made.uris["sample"]) / "stories", "validation"))
+    each = [text_scores(model, tokenizer, text, torch.device("cpu")) for text in texts]
+    bits = sum(score["bits_per_byte"] * score["bytes"] for score in each)
+    found = scores["text"]["stories"]
+    assert (found["documents"], found["bytes"]) == (len(texts), sum(len(text.encode()) for text in texts))
+    assert found["bits_per_byte"] == pytest.approx(bits / found["bytes"], rel=1e-6)
+    drawn = []  # the error is how much the figure moves with the documents that are drawn
+    for seed in range(300):
+        chosen = random.Random(seed).choices(each, k=len(each))
+        sizes = sum(score["bytes"] for score in chosen)
+        drawn.append(sum(score["bits_per_byte"] * score["bytes"] for score in chosen) / sizes)
+    assert len(texts) >= 4
+    assert found["stderr"] == pytest.approx(pstdev(drawn), rel=0.5)
+
+
+def test_two_models_are_compared_on_the_same_items(
+    made: SimpleNamespace, evaluate: Evaluate, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base, chat = made.uris["pretrain"], made.uris["finetune"]
+    options = ["--documents", "6", "--items", "40"]
+    results = [evaluate.scores(model, *options) for model in (base, chat)]
+    command = ["compare", base, chat, "--store", made.store.uri, "--suite", "mini", "--json"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    found = json.loads(said)
+    assert (found["before"], found["after"]) == tuple(result["uri"] for result in results)
+    scores = {score["score"]: score for score in found["scores"]}
+    assert set(scores) == {
+        "acc.world",
+        "acc_norm.world",
+        "bits_per_byte.stories",
+        "bits_per_byte.lessons",
+        "bits_per_byte",
+    }
+    rows = [pq.read_table(Path(result["uri"]) / "items.parquet").to_pylist() for result in results]
+    changed = [b["correct"] - a["correct"] for a, b in zip(*rows, strict=True)]
+    assert len(changed) == 40 and scores["acc.world"]["differing"] == sum(map(abs, changed))
+    assert scores["acc.world"]["difference"] == pytest.approx(sum(changed) / 40)
+    for name, key in (("acc.world", "stderr"), ("acc_norm.world", "stderr_norm")):
+        sides = [result["scores"]["tasks"]["world"] for result in results]
+        assert [scores[name][side]["stderr"] for side in ("before", "after")] == [
+            pytest.approx(side[key]) for side in sides
+        ]
+    assert main(command) == 0 and capsys.readouterr().out == said
+    evaluate.scores(base, "--documents", "6", "--items", "3")
+    assert main([*command[:-1]]) == 0 and "40 items differ" in capsys.readouterr().out  # of most questions
+    assert main(["compare", base, chat, "--store", str(tmp_path)]) == 2
+    assert f"run `vectorclm evaluate {base} --suite NAME --store {tmp_path}`" in capsys.readouterr().err
+    assert main([*command[:-2], "small"]) == 2
+    assert "small has measured both by the same questions" in capsys.readouterr().err
+
+
+def test_the_stages_keep_their_items_with_every_error(made: SimpleNamespace) -> None:
+    stages = [run_stage(name, made.suite, made.store, Runtime(threads=1), None)[0] for name in STAGES_OF_SCORES]
+    for scores in (stage.summary for stage in stages):
+        for label, text in scores["text"].items():
+            assert text["bits_per_byte"] == pytest.approx(scores["bits_per_byte"][label], rel=1e-9)
+            assert text["stderr"] > 0 and text["windows"] > 1 and text["bytes"] > 0
+    found = {change.name: change for change in compare(*stages)}  # by its own evaluation, base and chat alike
+    assert common_results(made.uris["pretrain"], made.uris["finetune"], made.store, OWN_SUITE) == tuple(stages)
+    bits = [stage.summary["bits_per_byte"]["stories"] for stage in stages]
+    assert found["bits_per_byte.stories"].difference == pytest.approx(bits[1] - bits[0])
+
+
+def test_what_the_store_lacks_is_told_and_measured_once_it_is_there(
+    made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    done = evaluate(made.uris["finetune"], "--suite", str(made.path), "--json", "--store", str(tmp_path))
+    assert done.code == 0
+    assert "bits per byte not measured: the store has no finished sample of mini" in done.err
+    assert "answers in the template not measured" in done.err
+    scores = json.loads(done.out)["scores"]
+    assert scores["text"] == {} and "chat" not in scores and scores["tasks"]["world"]["items"] == 8
+    model = find_model(made.uris["finetune"])
+    plan = measure_plan(made.suite, Limits(), model, made.store)
+    assert left_out(plan) == []
+    assert plan.fingerprint != measure_plan(made.suite, Limits(), model, Store(str(tmp_path))).fingerprint
+
+
+def test_settings_and_limits_are_part_of_a_result_and_the_machine_is_not(made: SimpleNamespace) -> None:
+    model = find_model(made.uris["pretrain"])
+    plan = measure_plan(made.suite, Limits(), model, made.store)
+    same = Limits(items=8, prompts=3, max_new_tokens=8)  # what the suite says by itself
+    assert measure_plan(made.suite, same, model, made.store).fingerprint == plan.fingerprint
+    for limits in (Limits(items=7), Limits(documents=7), Limits(prompts=7), Limits(max_new_tokens=7)):
+        assert measure_plan(made.suite, limits, model, made.store).fingerprint != plan.fingerprint
+    other = override(made.suite, ["pretrain.batch_size=4"])  # of the training, nothing is
+    assert measure_plan(other, Limits(), model, made.store).fingerprint == plan.fingerprint
+    assert find_model(made.uris["finetune"]).content != model.content
+
+
+def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path) -> None:
+    store, print_ = made.store.uri, plans(made.suite)["pretrain"].fingerprint
+    with pytest.raises(DataError, match="there is no folder /nowhere/model"):
+        find_model("/nowhere/model")
+    with pytest.raises(DataError, match=r"is no model directory, it lacks config\.json"):
+        find_model(str(tmp_path))
+    shutil.copytree(made.uris["pretrain"], tmp_path / "base")
+    with pytest.raises(DataError, match=f"the models in it are {tmp_path}/base"):
+        find_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="known to MLflow only"):
+        find_model("models:/vectorclm-chat@candidate")
+    with pytest.raises(ConfigError, match="all 64 digits"):
+        find_model(f"file://{store}/pretrain/{print_[:12]}")
+    with pytest.raises(DataError, match="has no finished finetune/"):
+        find_model(f"file://{store}/finetune/{print_}")
+    with pytest.raises(DataError, match="is no model directory"):
+        find_model(f"file://{made.uris['sample']}")
+    with pytest.raises(StoreError, match="nosuchfs://bucket cannot be"):
+        find_model(f"nosuchfs://bucket/pretrain/{print_}")
+    assert find_model(f"file://{made.uris['pretrain']}").content == find_model(made.uris["pretrain"]).content
+    done = evaluate(made.uris["pretrain"], "--items", "3")
+    assert done.code == 2 and "--items need --suite NAME" in done.err
+    done = evaluate(made.uris["pretrain"], "--suite", "tinny")
+    assert done.code == 2 and "no experiment 'tinny'" in done.err
+    done = evaluate(made.uris["pretrain"], "--suite", "tiny", "--documents", "1")
+    assert done.code == 2 and "documents: Input should be greater than or equal to 2" in done.err
+
+
+def test_a_ratio_and_its_error() -> None:
+    assert ratio([10.0, 20.0], [5, 10]) == (2.0, 0.0)  # all documents alike
+    value, stderr = ratio([2.0, 4.0, 9.0], [2, 2, 2])  # of equal sizes: the error of a mean
+    assert value == 2.5
+    assert stderr == pytest.approx(pstdev([1.0, 2.0, 4.5]) / math.sqrt(2))
+    assert ratio([3.0], [2]) == (1.5, 1.5)
+
+
+def test_a_fall_is_what_noise_does_not_explain() -> None:
+    def change(name: str, before: float, after: float, stderr: float) -> Change:
+        return Change(name, Figure(before, stderr), Figure(after, stderr))
+
+    assert change("acc.world", 0.5, 0.4, 0.03).noise == pytest.approx(2 * math.sqrt(2) * 0.03)
+    assert change("acc.world", 0.5, 0.4, 0.03).fell
+    assert not change("acc.world", 0.5, 0.4, 0.04).fell
+    assert not change("acc.world", 0.4, 0.5, 0.03).fell and change("acc.world", 0.4, 0.5, 0.03).beyond_noise
+    assert change("bits_per_byte.stories", 1.0, 1.1, 0.03).fell
+    assert not change("bits_per_byte.stories", 1.1, 1.0, 0.03).fell
+    assert not change("acc.world", 1.0, 1.0, 0.0).beyond_noise
+    task = {"acc": 0.5, "stderr": 0.1}
+    chat = {"prompts": 5, "answered_in_template": 4}
+    found = figures({"tasks": {"world": task}, "text": {"a": {"bits_per_byte": 2.0, "stderr": 0.2}}, "chat": chat})
+    assert found == {
+        "acc.world": Figure(0.5, 0.1),
+        "bits_per_byte.a": Figure(2.0, 0.2),
+        "in_template": Figure(0.8, pytest.approx(0.2)),
+    }
+    assert [item.name for item in changes({"acc.world": Figure(0.4, 0.1)}, found)] == ["acc.world"]

@@ -1,0 +1,190 @@
+"""Evaluations on the platform, for real: the form, the table, MLflow, and a fall that reaches a web server."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from prefect.blocks.webhook import Webhook
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.provision import PREFECT_FILE, TOLD
+from flows.registry import EVALUATIONS
+from tests.test_platform import Platform, platform_at, until
+from vectorclm.model import CausalLM, model_config
+
+CANDIDATE = "models:/vectorclm-chat@candidate"
+LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}
+SMALL = {
+    "pretrain": {"tokens": 32_768},
+    "finetune": {"epochs": 0.02},
+    "evaluate": {"chat_prompts": 3},
+    "settings": {"evaluate.tasks.0.limit": 8},  # of its own evaluation; the suite is that of the file
+}
+RUNTIME = {"threads": 1}
+
+
+@dataclass
+class Inbox:
+    """A web server that keeps what it is sent."""
+
+    url: str
+    messages: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def inbox() -> Iterator[Inbox]:
+    messages: list[dict[str, Any]] = []
+
+    class Keep(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Keep)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Inbox(f"http://127.0.0.1:{server.server_port}", messages)
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A platform on which a very small curriculum has ended."""
+    with platform_at(tmp_path_factory.mktemp("schedules") / "store") as made:
+        run_id = made.start(experiment="tiny", changes=SMALL, runtime=RUNTIME)
+        assert made.ended(run_id) == "Completed"
+        yield made
+
+
+def start(platform: Platform, **parameters: Any) -> UUID:
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    values = {"limits": LIMITS, "runtime": RUNTIME, **parameters}
+    return platform.client.create_flow_run_from_deployment(deployment.id, parameters=values).id
+
+
+def rows(platform: Platform) -> list[dict[str, str]]:
+    """The newest table of the chat model's results."""
+    key = ArtifactFilter.model_validate({"key": {"any_": ["evaluation-vectorclm-chat-tiny"]}})
+    tables = sorted(platform.client.read_artifacts(artifact_filter=key), key=lambda found: str(found.created))
+    return list(json.loads(str(tables[-1].data)))
+
+
+def register_untrained(platform: Platform, mlflow: MlflowClient, folder: Path) -> None:
+    """The candidate's twin with random weights, as the new candidate."""
+    version = mlflow.get_model_version_by_alias("vectorclm-chat", "candidate")
+    shutil.copytree(version.tags["uri"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(0)
+    CausalLM(model_config(config, "config.json")).save_pretrained(folder)
+    experiment = mlflow.get_experiment_by_name("tiny")
+    model = mlflow.create_logged_model(experiment.experiment_id, name="untrained")
+    made = mlflow.create_model_version(
+        "vectorclm-chat", f"models:/{model.model_id}", model_id=model.model_id, tags={"uri": str(folder)}
+    )
+    mlflow.set_registered_model_alias("vectorclm-chat", "candidate", made.version)
+
+
+def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: Platform, inbox: Inbox) -> None:
+    file = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
+    (wanted,) = (item["schedules"] for item in file["deployments"] if item["name"] == "evaluate")
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    found = {schedule.slug: schedule for schedule in deployment.schedules}
+    assert set(found) == {item["slug"] for item in wanted} == {"nightly-chat", "weekly-base"}
+    for item in wanted:
+        schedule = found[item["slug"]]
+        assert (schedule.schedule.cron, schedule.schedule.timezone) == (item["cron"], item["timezone"])
+        assert (schedule.active, schedule.parameters) == (item["active"], item["parameters"])
+
+    platform.client.update_deployment_schedule(deployment.id, found["weekly-base"].id, active=True)
+    nobody = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
+    assert nobody.returncode == 1 and "Prefect has no block webhook/team" in nobody.stdout
+    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+        Webhook(url=inbox.url).save("team")
+    done = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
+    assert done.returncode == 0 and f"automation created: {TOLD}" in done.stdout
+    assert "a fallen score is told by the block webhook/team" in done.stdout
+    again = platform.client.read_deployment_by_name("evaluate/evaluate").schedules
+    assert {schedule.slug: schedule.active for schedule in again} == {"nightly-chat": False, "weekly-base": True}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"model": "models:/vectorclm-chat"}, "model"),
+        ({"model": "a/relative/path"}, "model"),
+        ({"suite": "huge"}, "suite"),
+        ({"limits": {"documents": 1}}, "limits.documents"),
+        ({"limits": {"item": 3}}, "item"),
+    ],
+)
+def test_bad_values_are_refused_at_the_form(platform: Platform, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(PrefectHTTPStatusError) as refused:
+        start(platform, **parameters)
+    assert message in refused.value.response.text
+
+
+def test_a_wrong_address_fails_and_says_why(platform: Platform) -> None:
+    runs = {
+        "models:/vectorclm-chat@champion": "has no models:/vectorclm-chat@champion",
+        "/nowhere/at/all": "there is no folder /nowhere/at/all",
+    }
+    ids = {start(platform, model=model): message for model, message in runs.items()}
+    for run_id, message in ids.items():
+        assert platform.ended(run_id) == "Failed"
+        state = platform.run(run_id).state
+        assert state is not None and message in (state.message or "")
+
+
+def test_a_model_is_measured_once_shown_recorded_and_its_fall_is_told(
+    platform: Platform, inbox: Inbox, tmp_path: Path
+) -> None:
+    assert platform.ended(start(platform, model=CANDIDATE)) == "Completed"
+    (first,) = rows(platform)
+    assert first["model"] == "vectorclm-chat 1"
+    names = {"acc.world", "bits_per_byte.stories", "bits_per_byte.lessons", "in_template"}
+    assert set(first) == {"model", "measured", *names}
+    again = start(platform, model=CANDIDATE)
+    assert platform.ended(again) == "Reused"
+    assert platform.tasks(again) == {"measure": ["Reused"]}
+    assert rows(platform) == [first]
+
+    mlflow = MlflowClient(platform.config.mlflow_url)
+    version = mlflow.get_model_version_by_alias("vectorclm-chat", "candidate")
+    tiny = mlflow.get_experiment_by_name("tiny").experiment_id
+    (chat,) = mlflow.search_logged_models([tiny], f"tags.fingerprint = '{version.tags['fingerprint']}'")
+    model = mlflow.get_logged_model(chat.model_id)
+    on_model = {metric.key: metric.value for metric in model.metrics}
+    assert first["acc.world"].startswith(f"{on_model['acc.world']:.4f} ± {on_model['stderr.acc.world']:.4f}")
+    experiment = mlflow.get_experiment_by_name(EVALUATIONS)
+    (run,) = mlflow.search_runs([experiment.experiment_id])  # a reused result is not recorded again
+    assert names <= set(run.data.metrics)
+    assert [item.model_id for item in mlflow.get_run(run.info.run_id).inputs.model_inputs] == [chat.model_id]
+
+    register_untrained(platform, mlflow, tmp_path / "untrained")
+    assert inbox.messages == []
+    assert platform.ended(start(platform, model=CANDIDATE)) == "Completed"
+    (message,) = until(lambda: inbox.messages, "the fall is told")
+    assert message["title"] == "vectorclm-chat 2 scores worse than vectorclm-chat 1 on tiny"
+    falls = {fall["task"]: fall for fall in message["falls"]}
+    assert {"bits_per_byte.stories", "bits_per_byte.lessons"} <= set(falls)
+    for fall in falls.values():
+        assert abs(fall["after"] - fall["before"]) > fall["noise"] >= 0
+    assert platform.config.prefect_url in message["links"][0]
+    newest, oldest = rows(platform)
+    assert oldest == first and newest["model"] == "vectorclm-chat 2"
+    assert "worse, beyond noise" in newest["bits_per_byte.stories"]

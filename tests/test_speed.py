@@ -1,0 +1,111 @@
+"""What is computed faster is the same, and every bench of the core runs whole on small models."""
+
+import io
+import json
+import os
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from tests.test_model import CONFIG
+from vectorclm.bench import Row, show
+from vectorclm.config import load_experiment
+from vectorclm.generate import generate, generate_batch
+from vectorclm.inferencebench import evaluating, generating
+from vectorclm.layers import RMSNorm, Rotated, SwiGLU
+from vectorclm.model import CausalLM, rotary_table
+from vectorclm.train_tokenizer import PAD_ID
+from vectorclm.trainbench import Size, optimizing, training
+
+GENERATOR = torch.Generator().manual_seed(4)
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=GENERATOR).requires_grad_()
+
+
+def test_the_norm_and_its_gradients_are_torchs() -> None:
+    norm = RMSNorm(24, 1e-5).double()
+    x, weight = doubles(2, 5, 24), norm.weight
+    ours = torch.autograd.grad((norm(x) ** 3).sum(), [x, weight])
+    theirs = torch.autograd.grad((F.rms_norm(x, (24,), weight, 1e-5) ** 3).sum(), [x, weight])
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).abs().max() < 1e-10  # eps is a float32
+
+
+def test_gradients_of_fused_operations_are_those_of_finite_differences() -> None:
+    cos, sin = (table[:5, None].double() for table in rotary_table(CONFIG))
+    assert torch.autograd.gradcheck(SwiGLU.apply, doubles(2, 3, 8))
+    assert torch.autograd.gradcheck(lambda x: Rotated.apply(x, cos, sin, (6, 2, 2)), doubles(2, 5, 10, 16))
+
+
+def test_a_state_dict_of_other_projections_is_refused_by_name() -> None:
+    model = CausalLM(CONFIG)
+    weights = model.state_dict()
+    lost = {name: weight for name, weight in weights.items() if name != "model.layers.1.self_attn.k_proj.weight"}
+    with pytest.raises(RuntimeError, match=r"Missing key.* \"model\.layers\.1\.self_attn\.k_proj\.weight\""):
+        model.load_state_dict(lost)
+    swapped = dict(weights)  # as many rows in all
+    swapped["model.layers.0.self_attn.q_proj.weight"] = weights["model.layers.0.self_attn.k_proj.weight"]
+    swapped["model.layers.0.self_attn.k_proj.weight"] = weights["model.layers.0.self_attn.q_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"size mismatch for model\.layers\.0\.self_attn\.q_proj\.weight"):
+        model.load_state_dict(swapped)
+
+
+def test_a_batch_continues_as_transformers_and_as_each_prompt_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CausalLM(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path)
+    judge = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompts = torch.randint(5, CONFIG.vocab_size, (3, 20), generator=GENERATOR)
+    ours = generate_batch(model, prompts, 100, stop_ids=())  # to the end of the context
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 44, "min_new_tokens": 44, "pad_token_id": PAD_ID}
+    theirs = judge.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+    assert torch.equal(ours, theirs[:, 20:])
+    stops = [int(ours[0, 3]), int(ours[1, 1]), int(ours[2, 7])]
+    stopped = generate_batch(model, prompts, 100, stop_ids=stops)
+    for row, prompt in zip(stopped, prompts, strict=True):
+        alone = list(generate(model, prompt.tolist(), 100, stop_ids=stops))
+        assert row.tolist() == alone + [PAD_ID] * (stopped.shape[1] - len(alone))
+
+
+def rows_of(bench: Iterable[Row]) -> list[dict[str, object]]:
+    written = io.StringIO()
+    show(bench, Console(file=written), as_json=True)
+    rows = [json.loads(line) for line in written.getvalue().splitlines()]
+    assert all({"name", "ours", "peer", "ratio", "unit", "ask", "met"} <= set(row) for row in rows)
+    return rows
+
+
+def test_bench_train_and_optimizer_run_whole() -> None:
+    size = Size("tiny", load_experiment("tiny")[0].model, 1, 32, 2, 1, 0.0, 0.0001, 1e6)
+    rows = rows_of(training(1, [size]))
+    assert [row["met"] for row in rows] == [True] * 5  # accumulation 1, 2 and 4; share of the peak; memory
+    assert all(row["ours"] for row in [*rows, *rows_of(optimizing(1, "tiny", layers=1))])
+
+
+def test_bench_generate_makes_transformers_tokens() -> None:
+    alone, batch = rows_of(generating(1, "tiny"))
+    assert str(alone["why"]).startswith("64 of 64 tokens are the same")
+    assert str(batch["why"]).startswith("1024 of 1024 tokens are the same")
+
+
+def test_bench_evaluate_scores_as_the_harness() -> None:
+    (row,) = rows_of(evaluating(1, None, "tiny"))
+    if find_spec("lm_eval") is None:
+        assert row["met"] is None and "pip install" in str(row["why"])
+        told = "pip install -c constraints.txt -e '.[bench]'"
+        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+    told = str(row["why"]).partition("acc and acc_norm ")[2].partition(";")[0]
+    mine, _, theirs = told.partition(", the harness's ")
+    assert mine == theirs

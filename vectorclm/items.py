@@ -1,0 +1,158 @@
+"""What each item of an evaluation scored: kept beside its scores, so that two models compare on the same items."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+ITEMS, TEXTS = "items.parquet", "texts.parquet"
+ITEMS_SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("number", pa.int32()),  # its place in the task
+        ("item", pa.string()),  # by its content, whatever the model
+        ("correct", pa.bool_()),
+        ("correct_norm", pa.bool_()),
+        ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice
+    ]
+)
+TEXTS_SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("number", pa.int32()),
+        ("item", pa.string()),  # a document, or a window of tokens
+        ("nats", pa.float64()),
+        ("bytes", pa.int64()),
+    ]
+)
+SEED = 20_240_229
+DRAWS = 10_000
+CHUNK = 4_000_000  # counts held at a time
+LEAST = 6  # items that differ; of fewer, even if all speak for one model, a sign test says 2 / 2**5 > 5 %
+
+
+class ItemScores:
+    """The items of one evaluation, gathered while it runs."""
+
+    def __init__(self) -> None:
+        self.items: list[dict[str, Any]] = []
+        self.texts: list[dict[str, Any]] = []
+        self._texts_of: Counter[str] = Counter()
+
+    def add_question(
+        self, task: str, number: int, content: bytes, right: tuple[bool, bool], log_likelihoods: Sequence[float]
+    ) -> None:
+        """A question of a task; `right` is by the log-likelihoods, and by them over the choices' lengths."""
+        row = {"task": task, "number": number, "item": item_id(content), "log_likelihoods": list(log_likelihoods)}
+        self.items.append({**row, "correct": right[0], "correct_norm": right[1]})
+
+    def add_text(self, source: str, content: bytes, nats: float, size: int) -> None:
+        """A document or window of a source, and how many bytes of text it stands for."""
+        number = self._texts_of[source]
+        self._texts_of[source] += 1
+        self.texts.append({"source": source, "number": number, "item": item_id(content), "nats": nats, "bytes": size})
+
+    def text_scores(self, source: str, unit: str) -> dict[str, float]:
+        """Bits per byte over all texts of a source, its standard error, and how much was scored, in units so called."""
+        rows = [row for row in self.texts if row["source"] == source]
+        sizes = [row["bytes"] for row in rows]
+        value, stderr = ratio([row["nats"] / math.log(2) for row in rows], sizes)
+        return {"bits_per_byte": value, "stderr": stderr, unit: len(rows), "bytes": sum(sizes)}
+
+    def write(self, out: Path) -> None:
+        """Write `items.parquet` and `texts.parquet`, each also where it has no rows."""
+        pq.write_table(pa.Table.from_pylist(self.items, ITEMS_SCHEMA), out / ITEMS, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(self.texts, TEXTS_SCHEMA), out / TEXTS, compression="zstd")
+
+
+def item_id(content: bytes) -> str:
+    """An item by its content: the first 16 digits of its SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+class Scored(NamedTuple):
+    """One score, item by item: it is the sum of `parts` over the sum of `sizes`."""
+
+    ids: list[str]
+    parts: NDArray[np.float64]  # [N]: 1 where the answer is right; of text, bits
+    sizes: NDArray[np.float64]  # [N]: 1; of text, bytes
+
+
+def read_scored(folder: Path) -> dict[str, Scored]:
+    """The scores in an evaluation's files: `acc.<task>`, `acc_norm.<task>`, `bits_per_byte.<source>`."""
+    found = {}
+    for task, rows in _groups(folder / ITEMS, "task").items():
+        ones = np.ones(len(rows["item"]))
+        for name, column in (("acc", "correct"), ("acc_norm", "correct_norm")):
+            found[f"{name}.{task}"] = Scored(rows["item"], np.array(rows[column], float), ones)
+    for source, rows in _groups(folder / TEXTS, "source").items():
+        bits = np.array(rows["nats"]) / math.log(2)
+        found[f"bits_per_byte.{source}"] = Scored(rows["item"], bits, np.array(rows["bytes"], float))
+    return found
+
+
+def _groups(path: Path, column: str) -> dict[str, dict[str, list[Any]]]:
+    """The rows of a file as columns, by the value of one of them, in the file's order."""
+    table = pq.read_table(path)
+    names = table[column].to_numpy(zero_copy_only=False)
+    return {name: table.filter(pa.array(names == name)).to_pydict() for name in dict.fromkeys(names)}
+
+
+def ratio(parts: Sequence[float], sizes: Sequence[float]) -> tuple[float, float]:
+    """Sum of `parts` over sum of `sizes`, and the standard error of that ratio (Cochran, Sampling Techniques, 6.4).
+
+    One document says nothing of how much documents differ: its error is the ratio itself.
+    """
+    total, count = max(1, sum(sizes)), len(sizes)
+    value = sum(parts) / total
+    if count < 2:
+        return value, value
+    squares = sum((part - value * size) ** 2 for part, size in zip(parts, sizes, strict=True))
+    return value, math.sqrt(squares * count / (count - 1)) / total
+
+
+class Interval(NamedTuple):
+    """Where a paired difference lies, at 95 %."""
+
+    low: float
+    high: float
+    items: int
+    differing: int  # items that the two models do not score alike
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the interval leaves out 0, and enough items differ to say so."""
+        return self.differing >= LEAST and not self.low <= 0 <= self.high
+
+
+def resampled(name: str, before: Scored, after: Scored) -> NDArray[np.float64]:
+    """By how much the score rises on each of DRAWS draws, with replacement, from the items: the paired bootstrap.
+
+    Both models are scored on the same draw (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13;
+    for models of language, Koehn, "Statistical Significance Tests for Machine Translation Evaluation", 2004). How
+    often each distinct outcome is drawn is multinomial, so that thousands of questions cost what three outcomes do.
+    `name` seeds the draws with SEED: they do not depend on which other scores there are.
+    """
+    pairs = np.stack([after.parts - before.parts, before.sizes], 1)
+    outcomes_K2, counts_K = np.unique(pairs, axis=0, return_counts=True)
+    random = np.random.default_rng([SEED, *name.encode()])
+    rows = max(1, CHUNK // len(outcomes_K2))
+    parts = []
+    for start in range(0, DRAWS, rows):
+        drawn_RK = random.multinomial(len(pairs), counts_K / len(pairs), size=min(rows, DRAWS - start))
+        sums_R2 = drawn_RK @ outcomes_K2
+        parts.append(sums_R2[:, 0] / sums_R2[:, 1])
+    return np.concatenate(parts)
+
+
+def interval(draws: NDArray[np.float64], items: int, differing: int) -> Interval:
+    """The middle 95 % of resampled differences."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Interval(float(low), float(high), items, differing)

@@ -1,0 +1,113 @@
+"""One writer at a time: a claim on a key of the store that renews itself, and expires when its holder dies."""
+
+import json
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from vectorclm.errors import InUseError, StoreError
+
+if TYPE_CHECKING:
+    from vectorclm.artifact import Store
+
+LEASE_SECONDS = 30  # a lease not renewed for this long belongs to a dead process
+TAKEOVER_SECONDS = 1.0  # longer than a store takes to show what was written
+
+
+class Lease:
+    """A claim on a key, kept alive by a thread; the token tells whose it is."""
+
+    def __init__(self, store: "Store", name: str) -> None:
+        self.store, self.name = store, name
+        self._token = secrets.token_hex(8)
+        self._ended = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True, name=name)
+
+    def take(self) -> None:
+        """Claim the key. Raises InUseError while another live process holds it."""
+        if not self.store.write(self.name, self._claim(), only_if_absent=True):
+            holder = self._holder()
+            if holder and is_alive(holder):
+                raise InUseError(
+                    f"{self.name} is held by process {holder['pid']} on {holder['host']}: wait for it, or stop it"
+                )
+            self.store.write(self.name, self._claim())
+            time.sleep(TAKEOVER_SECONDS)  # another may take it over at the same moment: the last to write has it
+            self.check()
+        self._keeper.start()
+
+    def check(self) -> None:
+        """Raise InUseError where the claim was lost, because this process stood still for too long."""
+        holder = self._holder()
+        if holder.get("token") != self._token:
+            raise InUseError(f"{self.name} was taken over by process {holder.get('pid')} on {holder.get('host')}")
+
+    def give_back(self) -> None:
+        """End the claim; what another has taken over stays theirs."""
+        self._ended.set()
+        if self._keeper.is_alive():
+            self._keeper.join()
+        with suppress(Exception):  # an unreachable store lets it expire
+            if self._holder().get("token") == self._token:
+                self.store.delete(self.name)
+
+    def _keep(self) -> None:
+        while not self._ended.wait(LEASE_SECONDS / 3):
+            with suppress(OSError, StoreError):  # a store that is away for a moment is asked again
+                if self._holder().get("token") != self._token:
+                    return
+                self.store.write(self.name, self._claim())
+
+    def _holder(self) -> dict[str, Any]:
+        with suppress(ValueError):
+            return dict(json.loads(self.store.read(self.name) or b"{}"))
+        return {}
+
+    def _claim(self) -> bytes:
+        claim = {"host": socket.gethostname(), **mark(psutil.Process()), "token": self._token, "renewed": time.time()}
+        return json.dumps(claim).encode()
+
+
+def is_alive(holder: Mapping[str, Any]) -> bool:
+    """Whether a lease's holder lives: on this machine its process says so, elsewhere its last renewal."""
+    if (holder.get("host"), holder.get("pids")) == (socket.gethostname(), process_space()):
+        return marked(holder) is not None
+    return bool(time.time() - holder.get("renewed", 0) < LEASE_SECONDS)
+
+
+def mark(process: psutil.Process) -> dict[str, Any]:
+    """What finds a process again, and no other that gets its number later, however the clock is set meanwhile."""
+    return {"pid": process.pid, "started": _started(process), "pids": process_space()}
+
+
+def marked(known: Mapping[str, Any]) -> psutil.Process | None:
+    """The process with this mark, or None where it is gone, or of another machine or container."""
+    with suppress(psutil.Error, KeyError):
+        process = psutil.Process(known["pid"])
+        if (known["started"], known["pids"]) == (_started(process), process_space()):
+            return process
+    return None
+
+
+def _started(process: psutil.Process) -> float:
+    """Seconds between the start of the machine and that of the process, to its hundredths, which are all there are."""
+    while True:
+        boot = psutil.boot_time()
+        started = psutil.Process(process.pid).create_time()
+        if psutil.boot_time() == boot:  # else the clock was set between the two
+            return round(started - boot, 2)
+
+
+def process_space() -> str:
+    """What makes process numbers mean the same: the start of the machine, and the container on it."""
+    with suppress(OSError):  # not on macOS, where there are no containers of this kind
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return ""
