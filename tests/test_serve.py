@@ -3,10 +3,12 @@
 import asyncio
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ import openai
 import psutil
 import pytest
 import torch
+import uvicorn
 from openai import OpenAI
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
 from tests.conftest import ANSWERS, chromium
 from vectorclm import serve
@@ -267,6 +271,42 @@ def test_an_answer_is_given_up_when_its_client_leaves(
             assert 0 < steps <= 6
 
     asyncio.run(meeting())
+
+
+def test_a_client_that_left_is_written_to_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    """It leaves while the server is busy, and then many pieces are ready at once."""
+    left, taken = threading.Event(), 0
+
+    async def made() -> AsyncGenerator[str, None]:
+        nonlocal taken
+        yield serve.event({"first": True})
+        assert left.wait(60)  # holds up the whole server
+        for taken in range(1, 101):
+            yield serve.event({"piece": taken})
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await serve.EventStream(made())(scope, receive, send)
+
+    def client(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = b""
+            while b"first" not in received:
+                received += connection.recv(4096)
+        left.set()
+
+    async def meeting(listening: socket.socket) -> None:
+        server = uvicorn.Server(uvicorn.Config(application, log_config=None, lifespan="off", ws="none"))
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        await asyncio.to_thread(client, listening.getsockname())
+        server.should_exit = True
+        async with asyncio.timeout(60):
+            await serving
+
+    with serve.listen("127.0.0.1", 0) as listening:
+        asyncio.run(meeting(listening))
+    assert 0 < taken < 4 and "socket.send()" not in caplog.text
 
 
 def test_a_stream_that_fails_says_so_and_makes_room(chat_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

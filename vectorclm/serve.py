@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vectorclm.chat import ChatModel, Piece, open_chat_model, reply
 from vectorclm.completion import Completion, Refusal, check_name, read_completion
@@ -177,8 +177,12 @@ class EventStream(StreamingResponse):
         self._made = made
 
     async def stream_response(self, send: Send) -> None:
+        async def send_and_hear(message: Message) -> None:
+            await send(message)
+            await asyncio.sleep(0)  # ready pieces are no wait, and a loss of the connection is told in one
+
         async with aclosing(self._made):
-            await super().stream_response(send)
+            await super().stream_response(send_and_hear)
 
 
 async def read_body(request: Request) -> bytes:
