@@ -19,7 +19,7 @@ Again = Literal["nothing", StageName]
 class SampleChanges(Settings):
     """The documents that are drawn."""
 
-    bytes: int | None = Field(None, ge=10_000, description="Text to draw, in bytes over all sources")
+    bytes: int | None = Field(None, ge=10_000, description="Text to draw, in bytes over all sources, at least 10,000")
     validation_share: float | None = Field(None, gt=0, lt=0.5, description="Share of documents held out, 0 to 0.5")
 
 
@@ -29,7 +29,7 @@ class TokenizerChanges(Settings):
     vocab_size: int | None = Field(
         None, ge=300, le=65_536, description="Tokens in the vocabulary, of tokenizer and model, 300 to 65,536"
     )
-    bytes: int | None = Field(None, ge=10_000, description="Text that it learns from, in bytes")
+    bytes: int | None = Field(None, ge=10_000, description="Text that it learns from, in bytes, at least 10,000")
 
 
 class ModelChanges(Settings):
@@ -65,14 +65,18 @@ class FinetuneChanges(TrainingChanges):
 class EvaluateChanges(Settings):
     """What is measured."""
 
-    chat_prompts: int | None = Field(None, ge=1, description="Held-out conversations whose answers are checked")
+    chat_prompts: int | None = Field(
+        None, ge=1, description="Held-out conversations whose answers are checked, at least 1"
+    )
     max_new_tokens: int | None = Field(None, ge=1, le=4096, description="Longest answer, in tokens, 1 to 4,096")
 
 
 class Changes(Settings):
     """Changes to the experiment, in the order of the pipeline; an empty field changes nothing."""
 
-    seed: int | None = Field(None, ge=0, lt=2**32, description="Every random choice derives from it")
+    seed: int | None = Field(
+        None, ge=0, lt=2**32, description="Every random choice derives from it; 0 to 4,294,967,295"
+    )
     sample: SampleChanges = SampleChanges()
     tokenizer: TokenizerChanges = TokenizerChanges()
     model: ModelChanges = ModelChanges()

@@ -27,7 +27,7 @@ from vectorclm.errors import VectorCLMError
 from vectorclm.progress import parse_tick, say
 
 TURN_SECONDS = 1  # between two looks whether the devices are free
-KILL_AFTER = 10  # seconds between the request to end and the kill
+KILL_AFTER = 6  # seconds between the request to end and the kill; ranks of a training end themselves after 5
 TAIL_LINES = 30  # log lines that an error message quotes
 
 # What `setpriv --pdeathsig TERM` does, for systems without it: signal 15 when the parent is gone (prctl 1).

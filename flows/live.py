@@ -7,22 +7,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from typing import Any, cast
 from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.client.orchestration import get_client
+from prefect.artifacts import create_progress_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Running
 
 from vectorclm.progress import Tick
 
-CHIP_SECONDS = 5.0  # between two updates of the chip
-LINE_SECONDS = 30.0  # between two lines in the log
+CHIP_SECONDS = 5.0  # between two updates of the chip, where a percent or more was done
+LINE_SECONDS = 30.0  # between two lines in the log, and two updates where it goes slowly
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,10 @@ class _Live(logging.Handler):
         self._tick: Tick | None = None
         self._first: tuple[float, int] | None = None
         self._chip: UUID | None = None
-        self._shown = -1
+        self._shown, self._share, self._when = -1, -100.0, 0.0  # what the chip says, and since when
         self._lined = time.monotonic()
+        self._stack = ExitStack()
+        self._client: SyncPrefectClient | None = None  # kept: to make one takes more than to send by it
 
     def emit(self, record: logging.LogRecord) -> None:
         tick = getattr(record, "tick", None)
@@ -76,25 +79,30 @@ class _Live(logging.Handler):
 
     def work(self) -> None:
         """Tell the server of the newest tick, until the stage ends."""
-        while not self.ended.wait(CHIP_SECONDS):
+        with self._stack:
+            while not self.ended.wait(CHIP_SECONDS):
+                self._show()
             self._show()
-        self._show()
 
     def _show(self) -> None:
         if (tick := self._tick) is None or tick.done == self._shown:
             return
-        self._shown = tick.done
+        share, now = min(100.0, 100.0 * tick.done / max(1, tick.total)), time.monotonic()
+        if share < self._share + 1 and now < self._when + LINE_SECONDS and not self.ended.is_set():
+            return
+        self._shown, self._share, self._when = tick.done, share, now
         line = self._describe(tick)
-        if time.monotonic() - self._lined > LINE_SECONDS:
-            self._lined = time.monotonic()
+        if now - self._lined > LINE_SECONDS:
+            self._lined = now
             self.log(line)
-        share = min(100.0, 100.0 * tick.done / max(1, tick.total))
         try:
             if self._chip is None:
                 key = f"{self.stage.replace('_', '-')}-progress"
                 self._chip = cast(UUID, create_progress_artifact(share, key=key, description=line))
             else:
-                update_progress_artifact(self._chip, share, description=line)
+                if self._client is None:
+                    self._client = self._stack.enter_context(get_client(sync_client=True))
+                self._client.update_artifact(self._chip, ArtifactUpdate(data=share, description=line))
         except Exception as error:  # whatever it is, training goes on
             logger.debug("progress of %s was not shown: %s", self.stage, error)
 

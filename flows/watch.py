@@ -42,8 +42,10 @@ def watched() -> Iterator[None]:
 def _watch(run_id: UUID, worker: int, ended: threading.Event) -> None:
     while not ended.wait(LOOK_SECONDS):
         try:
-            with get_client(sync_client=True) as client:
+            with get_client(sync_client=True) as client:  # kept: to make one takes more than to ask
                 _look(client, run_id, os.getppid() != worker, ended)
+                while not ended.wait(LOOK_SECONDS):
+                    _look(client, run_id, os.getppid() != worker, ended)
         except Exception as error:  # a server that is away, whatever it says
             logger.debug("the state of run %s was not seen: %s", run_id, error)
 

@@ -13,6 +13,7 @@ import pytest
 import s3fs
 import torch
 import zstandard
+from filelock import FileLock
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 
@@ -22,11 +23,22 @@ from vectorclm.blocks import ShardDescriber
 from vectorclm.shards import ShardWriter
 
 if TYPE_CHECKING:
+    from tests.kill_matrix import Reference
     from vectorclm.llama_cpp import LlamaCpp
     from vectorclm.model import ModelConfig
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
+
+
+# By how long they take: each file is run by one process, and the last one to begin should not be a long one.
+LONG = ("tiny", "platform", "database", "schedules", "lineage", "curriculum", "distributed", "evaluations", "store")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files; their tests stay in their order."""
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 class S3(NamedTuple):
@@ -73,6 +85,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         for service in reversed(services):
             service.stop()
         shutil.rmtree(folder / "ceph", ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> "Reference":
+    """What the kill matrix compares with, made once for all processes of the tests."""
+    from tests.kill_matrix import Reference
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "reference"
+    with FileLock(f"{folder}.lock"):
+        return Reference(folder)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from uuid import UUID
 
 import psutil
 from httpx import HTTPError
+from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import AwaitingRetry
@@ -39,7 +40,7 @@ from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
 from vectorclm.stages import STAGES, plans, run_stage
 
-PARTS = ("flow", "child", "worker", "worker and flow", "server", "database")
+PARTS = ("flow", "child", "worker", "worker and flow", "server", "database", "MLflow", "worker of the GPU")
 SETTINGS: dict[str, Any] = {
     "world.documents": 600,
     "world.conversations": 120,
@@ -56,6 +57,14 @@ SETTINGS: dict[str, Any] = {
 }
 CHANGES = {"seed": 5, "evaluate": {"chat_prompts": 3, "max_new_tokens": 32}, "settings": SETTINGS}
 RUNTIME = {"threads": 1, "checkpoint_interval": 8}
+SERVICES = {
+    "worker": "worker-cpu",
+    "worker and flow": "worker-cpu",
+    "server": "prefect-server",
+    "database": "postgres",
+    "MLflow": "mlflow",
+    "worker of the GPU": "worker-gpu",  # with placement pools: it holds a stage, the other worker the curriculum
+}
 LEFT_ALONE = 45  # seconds in which a run that ended badly must have been started again by the platform
 LIMIT = 420  # seconds from the kill to the end; the longest way is a machine's death, found by missing heartbeats
 
@@ -127,7 +136,8 @@ class Killer:
         """Kill one part in one stage; AssertionError where the run does not end as it must."""
         self._clean()
         deployment = self.client.read_deployment_by_name("curriculum/curriculum")
-        parameters = {"experiment": "tiny", "changes": CHANGES, "runtime": RUNTIME}
+        runtime = {**RUNTIME, "placement": "pools" if cell.part == "worker of the GPU" else "inline"}
+        parameters = {"experiment": "tiny", "changes": CHANGES, "runtime": runtime}
         run_id = self.client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
         self._wait_for_stage(cell.stage, reference.plans[cell.stage])
         killed = self._kill(cell.part, run_id)
@@ -143,6 +153,8 @@ class Killer:
         assert max(built.values()) == 1, f"{cell}: a stage was made twice: {built}"
         for stage, plan in reference.plans.items():
             assert self.store.list(stage) == [plan.fingerprint], f"{cell}: {stage}"
+        self._assert_placed(run_id, cell)
+        self._assert_logged(run_id, reference, cell)
         assert not self._torch(), f"{cell}: a torch process is left"
         return Outcome(
             cell.part, cell.stage, end, states, round(orphans, 1), round(mended, 1), round(seconds, 1), built
@@ -169,10 +181,8 @@ class Killer:
     def _kill(self, part: str, run_id: UUID) -> list[psutil.Process]:
         """Kill a part with -9. Returns the torch processes that must not outlive it."""
         flow, torch = self._flow(run_id), self._torch()
-        services = {"worker": "worker-cpu", "worker and flow": "worker-cpu", "server": "prefect-server"}
         victims = {"flow": flow, "child": torch, "worker and flow": flow}.get(part, [])
-        service = services.get(part, "postgres" if part == "database" else None)
-        if service is not None:
+        if (service := SERVICES.get(part)) is not None:
             (process,) = [found for one in self._services() if one.name == service and (found := one.process())]
             family = [process, *([] if part.startswith("worker") else process.children(recursive=True))]
             victims = [*family, *victims]
@@ -237,6 +247,28 @@ class Killer:
         tasks = self.client.read_task_runs(flow_run_filter=wanted)
         assert all(task.state is not None and task.state.is_final() for task in tasks), "a task is left running"
         return {stage: sum(task.name == stage and task.state_name == "Completed" for task in tasks) for stage in STAGES}
+
+    def _assert_placed(self, run_id: UUID, cell: Cell) -> None:
+        """Of stages that were runs of their own, each was one run, and ended well."""
+        part = FlowRunFilter.model_validate({"tags": {"all_": [f"part of {run_id}"]}})
+        runs = {run.name: run.state_name for run in self.client.read_flow_runs(flow_run_filter=part)}
+        states = [run.state_name for run in self.client.read_flow_runs(flow_run_filter=part)]
+        wanted = len(STAGES) if cell.part == "worker of the GPU" else 0
+        assert states == ["Completed"] * wanted and len(runs) == wanted, f"{cell}: {runs}, {states}"
+
+    def _assert_logged(self, run_id: UUID, reference: Reference, cell: Cell) -> None:
+        """MLflow has every step of the pretraining's last attempt, once, though it was away."""
+        if cell.part != "MLflow":
+            return
+        mlflow = MlflowClient(self.config.mlflow_url)
+        fingerprint = reference.plans["pretrain"].fingerprint
+        query = f"tags.`prefect.flow_run_id` = '{run_id}' and tags.fingerprint = '{fingerprint}'"
+        (experiment,) = mlflow.search_experiments(filter_string="name = 'tiny'")
+        (run,) = mlflow.search_runs([experiment.experiment_id], query)
+        artifact = self.store.find("pretrain", fingerprint)
+        assert artifact is not None and run.info.status == "FINISHED", f"{cell}: {run.info.status} in MLflow"
+        steps = [point.step for point in mlflow.get_metric_history(run.info.run_id, "train/loss")]
+        assert sorted(steps) == list(range(1, artifact.summary["steps"] + 1)), f"{cell}: steps in MLflow: {steps}"
 
 
 @contextmanager

@@ -266,19 +266,23 @@ def test_a_dry_run_prints_fingerprints_and_touches_nothing(capsys: pytest.Captur
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_says_how_often_sources_are_read_that_are_in_the_store(first: SimpleNamespace) -> None:
+def test_a_dry_run_says_how_often_sources_are_read_that_are_in_the_store(
+    first: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     dry = ["run", str(first.experiment), "--store", str(first.store), "--dry-run"]
-    costs = json.loads(run_cli(*dry, "--json").stdout)
-    summary = json.loads((first.store / "pretrain" / costs["stages"]["pretrain"] / "manifest.json").read_text())[
-        "summary"
-    ]
+    assert main([*dry, "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)
+    manifest = json.loads((first.store / "pretrain" / costs["stages"]["pretrain"] / "manifest.json").read_text())
+    summary = manifest["summary"]
     assert {label: round(epochs, 3) for label, epochs in costs["epochs"].items()} == summary["epochs"]
     assert summary["read"] == in_words(costs["epochs"])
-    assert summary["read"] in run_cli(*dry, COLUMNS="160").stdout
-    told = run_cli(
-        *dry, "--set", 'pretrain.phases.0.when_exhausted="stop"', "--set", "pretrain.phases.0.tokens=9_000_000"
-    )
-    assert told.returncode == 2 and "phase 1 takes" in told.stderr and "set its when_exhausted to" in told.stderr
+    assert main(dry) == 0
+    assert summary["read"] in capsys.readouterr().out
+    changes = ['pretrain.phases.0.when_exhausted="stop"', "pretrain.phases.0.tokens=9_000_000"]
+    assert main([*dry, *(part for change in changes for part in ("--set", change))]) == 2
+    told = capsys.readouterr().err
+    assert "phase 1 takes" in told and "set its when_exhausted to" in told
 
 
 def test_a_dry_run_of_the_mission_needs_no_network(

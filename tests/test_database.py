@@ -13,14 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from prefect.exceptions import PrefectHTTPStatusError
+from s3fs import S3FileSystem
 
 from flows.database import INSTALLED
 from flows.objectstore import PACKAGES
+from flows.platform import read_platform
 from flows.record import registered_names
 from flows.registry import Registry
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
-from tests.test_platform import Platform, free_port, platform_at
+from tests.test_platform import REFUSED, Platform, free_port, platform_at
 from vectorclm.artifact import Store
+from vectorclm.errors import StoreError
 from vectorclm.lineage import lineage
 from vectorclm.stages import STAGES
 
@@ -74,13 +78,17 @@ def kill(platform: Platform, *names: str) -> None:
         process.wait(60)
 
 
-def test_the_form_keeps_its_order(platform: Platform) -> None:
+def test_the_form_keeps_its_order_and_its_bounds(platform: Platform) -> None:
     """Postgres sorts the keys of nested objects by their length; the positions put them back."""
     schema = platform.client.read_deployment_by_name("curriculum/curriculum").parameter_openapi_schema
     sections = schema["definitions"]["Changes"]["properties"]
     wanted = ["seed", "sample", "tokenizer", "model", "pretrain", "finetune", "evaluate", "settings"]
     assert sorted(sections, key=lambda name: sections[name]["position"]) == wanted
     assert list(sections) != wanted  # else the positions would prove nothing
+    for parameters, message in REFUSED:
+        with pytest.raises(PrefectHTTPStatusError) as refused:
+            platform.start(**parameters)
+        assert message in refused.value.response.text
 
 
 def test_a_curriculum_runs_from_the_form_to_models_in_the_bucket(platform: Platform) -> None:
@@ -134,12 +142,8 @@ def test_what_is_killed_starts_again_with_its_data(platform: Platform, names: tu
 
 
 @pytest.mark.parametrize("cell", [Cell("database", "pretrain"), Cell("worker", "finetune")], ids=str)
-def test_a_run_outlives_what_is_killed_beside_it(
-    platform: Platform, tmp_path_factory: pytest.TempPathFactory, cell: Cell
-) -> None:
-    folder = tmp_path_factory.getbasetemp() / "reference"  # of both cells
-    killer = Killer(platform.config, lambda: platform.command("doctor"), platform.client)
-    killer.run(cell, Reference(folder))
+def test_a_run_outlives_what_is_killed_beside_it(platform: Platform, reference: Reference, cell: Cell) -> None:
+    Killer(platform.config, lambda: platform.command("doctor"), platform.client).run(cell, reference)
 
 
 def test_the_secrets_show_nowhere(platform: Platform) -> None:
@@ -156,10 +160,23 @@ def test_the_secrets_show_nowhere(platform: Platform) -> None:
         assert (platform.config.home / name).stat().st_mode & 0o077 == 0
 
 
-def test_new_keys_are_taken_by_a_new_up(platform: Platform) -> None:
+def test_new_keys_are_taken_after_a_down(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `up`, what the keys are for: the store's services, started from the changed file, with their data."""
     file = Path(platform.options[-1])
-    before = file.read_text(encoding="utf-8")
     assert platform.command("down").returncode == 0
-    file.write_text(before.replace(SECRETS["S3_SECRET_KEY"], "of-s3-another-7c1d"), encoding="utf-8")
-    done = platform.command("up")
-    assert done.returncode == 0, done.stdout + done.stderr
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(SECRETS["S3_SECRET_KEY"], "of-s3-another-7c1d"), encoding="utf-8")
+    config = read_platform(file)
+    for service in config.stores():
+        assert service.start()
+        service.wait()
+    with pytest.raises(StoreError, match="the secret is not that of the key"):
+        Store(config.vectorclm_store).check_writable()
+    for name, value in config.client_environment().items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    store = Store(config.vectorclm_store)
+    store.check_writable()
+    artifact = store.find("export", store.list("export")[0])
+    assert artifact is not None
+    artifact.verify()

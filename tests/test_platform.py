@@ -22,20 +22,22 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
-from flows import doctor
+from flows import doctor, live
 from flows.platform import PlatformConfig, read_platform
 from flows.server import answers
 from tests.conftest import chromium
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from vectorclm.artifact import Store
+from vectorclm.progress import Tick, say
 
 WAIT = 400  # seconds; a bound for a machine under load, nothing is measured by it
 PICTURES = os.environ.get("VECTORCLM_PICTURES")  # a folder: the pictures of the README are taken anew
@@ -144,6 +146,7 @@ def page(browser: WebDriver) -> Iterator[WebDriver]:
 
 def picture(window: WebDriver, name: str) -> None:
     if PICTURES:
+        time.sleep(3)  # a graph's bars glide to their places
         window.save_screenshot(str(Path(PICTURES) / f"{name}.png"))
 
 
@@ -189,18 +192,19 @@ def test_the_form_shows_the_pipeline_in_its_order(platform: Platform) -> None:
     for name in ("SampleChanges", "TokenizerChanges", "PretrainChanges", "FinetuneChanges", "Runtime"):
         for field in definitions[name]["properties"].values():
             assert field["description"] and "anyOf" not in field
+            assert field["type"] not in ("integer", "number") or {"minimum", "exclusiveMinimum"} & set(field)
 
 
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"experiment": "tinny"}, "experiment"),
-        ({"changes": {"finetune": {"epochs": -1}}}, "changes.finetune.epochs"),
-        ({"changes": {"tokenizer": {"vocab_size": 5}}}, "changes.tokenizer.vocab_size"),
-        ({"runtime": {"threads": "many"}}, "runtime.threads"),
-        ({"changes": {"pretrian": {}}}, "pretrian"),
-    ],
-)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"experiment": "tinny"}, "experiment"),
+    ({"changes": {"finetune": {"epochs": -1}}}, "changes.finetune.epochs"),
+    ({"changes": {"tokenizer": {"vocab_size": 5}}}, "changes.tokenizer.vocab_size"),
+    ({"runtime": {"threads": "many"}}, "runtime.threads"),
+    ({"changes": {"pretrian": {}}}, "pretrian"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "message"), REFUSED)
 def test_bad_values_are_refused_with_their_path(platform: Platform, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(PrefectHTTPStatusError) as refused:
         platform.start(**parameters)
@@ -249,7 +253,6 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     until(lambda: says(page, "Completed"), "the page shows the end", 60)
     for name in ("pretrain", "finetune", "export"):
         until(lambda name=name: says(page, name), f"the graph shows {name}", 60)
-    time.sleep(3)  # the graph's bars glide to their places
     picture(page, "retried")
     shown = {str(found.key): found for found in platform.client.read_artifacts()}
     assert {"pretrain-progress", "finetune-progress", "mlflow", "report"} <= set(shown)
@@ -291,6 +294,23 @@ def torch_processes(platform: Platform) -> list[psutil.Process]:
 LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}
 
 
+def test_the_chip_follows_a_stage_to_its_end(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "CHIP_SECONDS", 0.05)
+
+    def shown() -> tuple[float, str]:
+        key = ArtifactFilter.model_validate({"key": {"any_": ["of-a-test-progress"]}})
+        chips = platform.client.read_artifacts(artifact_filter=key)
+        return (float(str(chips[0].data)), str(chips[0].description)) if chips else (-1.0, "")
+
+    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}), live.live("of_a_test", print):
+        for done, percent in ((0, 0.0), (500, 50.0), (515, 51.5)):
+            say(Tick("of_a_test", done, 1000, "tokens", "loss 2.5"))
+            until(lambda percent=percent: shown()[0] == percent, f"the chip shows {percent}", 60)
+        assert "515 of 1,000 tokens, loss 2.5" in shown()[1]
+        say(Tick("of_a_test", 516, 1000, "tokens"))  # less than a percent: told by the end, if not by then
+    assert shown()[0] == 51.6
+
+
 def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDriver) -> None:
     """Another run waits for the devices meanwhile, shows so, and gets its turn."""
     run_id = platform.start(experiment="tiny", changes=LONG, runtime={"threads": 1})
@@ -309,10 +329,12 @@ def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDri
     until(lambda: not torch_processes(platform), "no process is left", 15)
 
 
-def test_a_killed_run_starts_again_by_itself_and_ends_in_the_same_model(platform: Platform, tmp_path: Path) -> None:
+def test_a_killed_run_starts_again_by_itself_and_ends_in_the_same_model(
+    platform: Platform, reference: Reference
+) -> None:
     """kill -9 of the flow's process in pretraining: no child survives, and the automation starts the run again."""
     killer = Killer(platform.config, lambda: platform.command("doctor"), platform.client)
-    outcome = killer.run(Cell("flow", "pretrain"), Reference(tmp_path))
+    outcome = killer.run(Cell("flow", "pretrain"), reference)
     assert outcome.end == "by itself" and outcome.states.count("Rescued") == 1
 
 
@@ -337,7 +359,7 @@ def test_stages_are_placed_on_workers_of_the_pools_and_train_on_two_ranks(platfo
 
 
 def test_the_doctor_starts_a_dead_worker_and_mends_what_was_removed(platform: Platform) -> None:
-    """A run that outlives its worker goes on, and can still be cancelled."""
+    """A run that outlives its worker goes on, also where it counts as crashed, and can still be cancelled."""
     run_id = platform.start(experiment="tiny", changes=LONG, runtime={"threads": 1})
     until(lambda: torch_processes(platform), "a training runs")
     (record,) = (Path(platform.config.vectorclm_store) / "platform").glob("worker-cpu.json")
@@ -352,16 +374,8 @@ def test_the_doctor_starts_a_dead_worker_and_mends_what_was_removed(platform: Pl
     assert again.returncode == 0 and "started again" not in again.stdout and "created" not in again.stdout
     assert "job template" not in again.stdout
     assert torch_processes(platform)
-    platform.client.set_flow_run_state(run_id, Cancelling())
-    assert platform.ended(run_id) == "Cancelled"
-    until(lambda: not torch_processes(platform), "no process is left", 30)
-
-
-def test_a_run_that_was_only_not_heard_runs_again(platform: Platform) -> None:
-    run_id = platform.start(experiment="tiny", changes=LONG, runtime={"threads": 1})
-    until(lambda: torch_processes(platform), "a training runs")
     platform.client.set_flow_run_state(run_id, Crashed(message="as the automation does it"), force=True)
-    until(lambda: platform.run(run_id).state_name == "Running", "it puts itself right")
+    until(lambda: platform.run(run_id).state_name == "Running", "it was only not heard, and puts itself right")
     platform.client.set_flow_run_state(run_id, Cancelling())
     assert platform.ended(run_id) == "Cancelled"
     until(lambda: not torch_processes(platform), "no process is left", 30)

@@ -5,21 +5,25 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.filters import ArtifactFilter
+from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.provision import PREFECT_FILE, TOLD
+from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
 from tests.test_platform import Platform, platform_at, until
 from vectorclm.model import CausalLM, model_config
@@ -188,3 +192,26 @@ def test_a_model_is_measured_once_shown_recorded_and_its_fall_is_told(
     newest, oldest = rows(platform)
     assert oldest == first and newest["model"] == "vectorclm-chat 2"
     assert "worse, beyond noise" in newest["bits_per_byte.stories"]
+
+
+def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: Inbox) -> None:
+    """Prefect sends to each of its kinds, e-mail among them, a subject and a text; this one posts them as they are."""
+    told: list[str] = []
+    texts = {"subject": "{{subject}}", "text": "{{body}}"}
+    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+        CustomWebhookNotificationBlock(name="team", url=inbox.url, json_data=texts).save("words")
+    assert _notification(platform.client, "secret/words", told.append) is not None  # no such block: nothing changes
+    assert _notification(platform.client, "custom-webhook/words", told.append) is None
+    assert told == [f"automation mended: {TOLD}"]
+    inbox.messages.clear()
+    payload = {"title": "this scores worse", "text": "this scores worse\nacc.world: 0.9 -> 0.4"}
+    event = Event(
+        occurred=datetime.now(UTC),
+        event=FELL,
+        resource=Resource({"prefect.resource.id": "vectorclm.evaluation-of-a-test"}),
+        payload=payload,
+    )
+    sent = httpx.post(f"{platform.config.prefect_url}/api/events", json=[event.model_dump(mode="json")])
+    sent.raise_for_status()
+    (message,) = until(lambda: inbox.messages, "the fall is told")
+    assert message["subject"] == payload["title"] and payload["text"] in message["text"]
