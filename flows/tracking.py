@@ -26,10 +26,10 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from flows.catalog import CHAMPION, MODELS, REGISTERED, Catalog
-from flows.figures import flatten, numbers
+from flows.figures import BATCH, flatten, numbers
 from flows.outbox import Outbox
 from flows.server import answers, local_folder
-from flows.stagerun import BATCH, NotOpenError, StageRun
+from flows.stagerun import NotOpenError, StageRun
 from vectorclm.artifact import Artifact, Plan, Store
 from vectorclm.config import ExperimentConfig
 from vectorclm.runtime import git_revision

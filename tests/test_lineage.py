@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
@@ -21,11 +22,12 @@ from flows.record import registered_names
 from flows.registry import Registry
 from flows.server import answers
 from flows.tracking import Tracker
+from tests.conftest import read_lines
 from tests.test_curriculum import mini
 from tests.test_platform import browser, picture, says, until
 from vectorclm.artifact import Store
 from vectorclm.config import ExperimentConfig, override
-from vectorclm.errors import ConfigError, CorruptArtifactError, DataError
+from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError
 from vectorclm.lineage import changes, lineage, verify
 from vectorclm.measure import Change, Figure
 from vectorclm.pinning import pin
@@ -321,3 +323,37 @@ def test_what_a_server_missed_to_the_end_is_told_by_the_next_run(
             assert len(client.get_metric_history(run.info.run_id, "train/loss")) == base.summary["steps"]
             assert run.inputs.dataset_inputs and run.data.params["optimizer.learning_rate"]
     assert client.get_run(lost).info.status == "KILLED"
+
+
+def test_a_training_that_leaves_the_finite_numbers_is_told_with_its_windows_and_keeps_a_good_checkpoint(
+    server: Server, world: SimpleNamespace
+) -> None:
+    """Its weights grow tenfold a step, by a weight decay that is none."""
+    changes = ("name=burst", "pretrain.optimizer.weight_decay=30000.0", "pretrain.phases=[{tokens = 20480}]")
+    experiment, store = pinned(*changes), world.store
+    stages = plans(experiment)
+    folder = store.work_folder(stages["pretrain"], None)
+    with (
+        pytest.raises(DivergedError) as raised,
+        Tracker(store, experiment, stages) as tracker,
+        tracker.stage("pretrain", 1, folder),
+    ):
+        run_stage("pretrain", experiment, store, Runtime(threads=1, checkpoint_interval=5), None)
+    client = Registry(store).client
+    run = client.get_run(tracker.run_ids["pretrain"])
+    parent = client.get_run(tracker.run_ids["curriculum"])
+    assert (run.info.status, parent.info.status) == ("FAILED", "FAILED")
+    ((name, told),) = [(key, value) for key, value in run.data.tags.items() if key.startswith("event.")]
+    step = int(name.removeprefix("event.step "))
+    assert parent.data.tags[f"event.pretrain step {step}"] == told and told.startswith("not finite: loss nan")
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "event/not_finite")] == [step]
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(point.step for point in losses) == list(range(1, step))
+    (event,) = read_lines(Path(client.download_artifacts(run.info.run_id, "events.jsonl")))
+    windows = event["event"]["windows"]
+    assert windows in str(raised.value) and told.endswith(windows)
+    shards = store.find("shards", stages["shards"].fingerprint)
+    named = [part.rpartition(".arrow")[0] for part in windows.split("; ")]
+    assert named and all(f"{place}.arrow" in shards.manifest["files"] for place in named)
+    kept = load_file(Path(run.data.tags["last_checkpoint"]) / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
