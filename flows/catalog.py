@@ -68,7 +68,7 @@ class Catalog:
             f"{self.tracker.experiment.name} {name}",
             plan.fingerprint[:DIGEST_LENGTH],
             "local" if self.store.is_local else self.store.uri.partition(":")[0],
-            json.dumps({"uri": made.uri}),
+            json.dumps({"uri": made.uri, "sha256": made.identity}),
             schema=json.dumps({"mlflow_colspec": [{"name": key, "type": kind} for key, kind in COLUMNS[name].items()]}),
             profile=json.dumps(made.summary)[:PROFILE_LENGTH],
         )

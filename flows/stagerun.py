@@ -30,7 +30,8 @@ class StageRun:
     def __init__(self, tracker: "Tracker", name: str, metrics: Path | None) -> None:
         self.tracker, self.name, self.metrics = tracker, name, metrics  # without a file it was made before
         self.artifact: Artifact | None = None
-        self._run_id = ""
+        self._key, self._run_id = tracker.new_key(), ""
+        self._begun = False  # here, and nowhere else
         self._sent: set[tuple[str, int]] = set()
         self._seen: dict[tuple[str, int], int] = {}  # when, so that what is sent again is the same
         self._read, self._tail = 0, b""  # how far the file was read, and what it ended with there
@@ -46,10 +47,10 @@ class StageRun:
         """Create the run, with its settings and what it is made from."""
         tracker, plan = self.tracker, self.tracker.plans[self.name]
         if not self._run_id:  # else MLflow went away half-way through this
-            tags = {"state": "building", "attempt": str(attempt)}
+            tags = {"state": "building", "attempt": str(max(attempt, 1 + tracker.attempts(self.name)))}
             if self.name in TRAININGS and (saved := tracker.store.list(f"checkpoints/{plan.fingerprint}")):
                 tags["resumed_step"] = str(int(saved[-1].rpartition("-")[2]))
-            self._run_id = tracker.create_run(self.name, tags)
+            self._run_id = tracker.create_run(self._key, self.name, tags)
         tracker.log_params(self._run_id, plan.config)
         tracker.catalog.log_inputs(self.name)
         if self.metrics is not None:
@@ -64,6 +65,7 @@ class StageRun:
         """
         if self._load is not None:
             self._load.send(self.tracker.client)
+        self._begun = self._begun or self.tracker.begins(self.name, self._run_id)
         if self.metrics is None or not self.metrics.is_file():
             return
         with self.metrics.open("rb") as file:
