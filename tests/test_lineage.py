@@ -305,21 +305,20 @@ def test_a_server_that_is_away_slow_or_full_for_half_of_a_run_misses_nothing(
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
     experiment, stages = pinned().model_copy(update={"name": fault}), plans(pinned())
     base = world.store.find("pretrain", stages["pretrain"].fingerprint)
-    with Tracker(world.store, experiment, stages) as tracker:
-        with tracker.stage("pretrain", 1, tmp_path) as run:
-            metrics = tmp_path / "metrics.jsonl"
-            metrics.write_text("".join(line(step) for step in range(1, 6)))
-            until(lambda: len(run._sent) == 5, "what the training did so far is told", 60)
-            getattr(server, fault)()
-            with metrics.open("a") as file:
-                file.write("".join(line(step) for step in range(6, 11)))
-            with tracker.stage("sample", 1, tmp_path / "sample") as other:
-                other.finished(world.store.find("sample", stages["sample"].fingerprint))
-            until(lambda: "goes on without it" in caplog.text, "it is noticed", 60)
-            until(lambda: len(run._load.waiting) >= 20, "the machine's load is still looked at", 60)
-            getattr(server, mended)()
-            until(lambda: len(run._sent) == 10, "the rest is told, too", 60)
-            run.finished(base)
+    with Tracker(world.store, experiment, stages) as tracker, tracker.stage("pretrain", 1, tmp_path) as run:
+        metrics = tmp_path / "metrics.jsonl"
+        metrics.write_text("".join(line(step) for step in range(1, 6)))
+        until(lambda: len(run._sent) == 5, "what the training did so far is told", 60)
+        getattr(server, fault)()
+        with metrics.open("a") as file:
+            file.write("".join(line(step) for step in range(6, 11)))
+        with tracker.stage("sample", 1, tmp_path / "sample") as other:
+            other.finished(world.store.find("sample", stages["sample"].fingerprint))
+        until(lambda: "goes on without it" in caplog.text, "it is noticed", 60)
+        until(lambda: len(run._load.waiting) >= 20, "the machine's load is still looked at", 60)
+        getattr(server, mended)()
+        until(lambda: len(run._sent) == 10, "the rest is told, too", 60)
+        run.finished(base)
     client = Registry(world.store).client
     runs = {found.info.run_name: found for found in client.search_runs([tracker.experiment_id])}
     assert {name: found.info.run_id for name, found in runs.items()} == tracker.run_ids  # none was made twice
