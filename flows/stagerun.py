@@ -164,16 +164,17 @@ class StageRun:
             dataset = tracker.catalog.dataset("chat_shards" if name == "finetune" else "shards")
             figures = readable({"validation": artifact.summary["validation"], "step": 0})
             self._log({f"final_{key}": value for key, value in figures.items()}, model_id, dataset)
+        tracker.catalog.describe(self._run_id, name)
+        tracker.catalog.show(name, artifact)
         if name == "export":
             tracker.catalog.register_models()
 
     def _scores(self, artifact: Artifact) -> None:
         """The scores, on this run, on the model they are of, and at a glance on the curriculum's run."""
         tracker = self.tracker
-        figures = numbers(artifact.summary)
         model_id = tracker.catalog.model_id(EVALUATED[self.name])
-        self._log(figures, model_id, tracker.catalog.dataset("shards"))
-        tracker.glance(self.name, figures)
+        self._log(numbers(artifact.summary), model_id, tracker.catalog.dataset("shards"))
+        tracker.glance(self.name, artifact)
 
     def _log(self, figures: Mapping[str, float], model_id: str | None = None, dataset: Dataset | None = None) -> None:
         linked = (model_id, dataset.name, dataset.digest) if dataset is not None else (model_id, None, None)

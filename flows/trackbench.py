@@ -103,7 +103,7 @@ def tracking(rounds: int, data: Path | None) -> Iterator[Row]:
         up.logging.suspend()
         for _ in range(rounds):
             for side in sides:
-                side.turn(lambda place: pool.submit(_turn, place).result())
+                side.turn(lambda place: pool.submit(_turn, place, STEPS).result())
     for side, word in ((up, "up"), (down, "down")):
         yield compared(
             f"small, a step with MLflow {word}", side.steps, alone.steps, "s", ask=1 + BOUND / 100, most=True
@@ -179,12 +179,12 @@ class _Training:
         self.batch = Batch(*[torch.randint(5, experiment.model.vocab_size, (WINDOWS, length))] * 2)
         self.steps = 0
 
-    def turn(self, folder: Path) -> list[tuple[float, float]]:
+    def turn(self, folder: Path, count: int) -> list[tuple[float, float]]:
         """Seconds of each step of a turn, and those of them that went into its metrics, written to `folder`."""
         metrics = Metrics(folder / "metrics.jsonl", lambda step: f"random tokens, step {step}")
         metrics.restart(metrics.text() if metrics.path.is_file() else "")
         steps = []
-        for _ in range(STEPS):
+        for _ in range(count):
             self.steps += 1
             began = time.monotonic()
             loss, norm = train_step(self.model, self.optimizers, self.batch, 1.0, WINDOWS, self.device)
@@ -204,6 +204,6 @@ def _begin(experiment: ExperimentConfig) -> None:
     _training = _Training(experiment)
 
 
-def _turn(folder: Path) -> list[tuple[float, float]]:
+def _turn(folder: Path, count: int) -> list[tuple[float, float]]:
     assert _training is not None
-    return _training.turn(folder)
+    return _training.turn(folder, count)

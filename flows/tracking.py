@@ -28,14 +28,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from flows.catalog import CHAMPION, MODELS, REGISTERED, Catalog
-from flows.figures import BATCH, flatten, numbers
+from flows.catalog import CHAMPION, MODELS, NOTE, REGISTERED, Catalog
+from flows.figures import BATCH, flatten, run_page
 from flows.outbox import Outbox
 from flows.server import answers, local_folder
 from flows.stagerun import NotOpenError, StageRun
 from vectorclm.artifact import Artifact, Plan, Store
 from vectorclm.config import ExperimentConfig
 from vectorclm.lease import mark, marked, process_space
+from vectorclm.lineage import score_facts
 from vectorclm.runtime import git_revision
 from vectorclm.stages import EVALUATED
 
@@ -44,6 +45,13 @@ logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 60  # how long the end of a curriculum waits for MLflow
 PARAM_BATCH = 90  # parameters in one request; MLflow takes 100
 PROBE = "vectorclm.written"  # a tag of the experiment: when it was last looked whether MLflow takes what is written
+
+ABOUT = """Curricula of the experiment `{name}`: text in, an evaluated chat model out.
+
+Each is a run that bears the fingerprint of all its settings and sources. The plus sign before it shows its stages, a
+run for each attempt at one, with its curves. *Columns* adds scores to the table (`chat/acc…`), the chart view lays
+curves of several runs over one another (`train/loss`). A run's page begins with what it has made, and from what."""
+BEGUN = "A curriculum that has not come to its end. Its stages are its child runs, what they make is in `{store}`."
 
 
 def tracking_uri(store: Store) -> str:
@@ -72,6 +80,10 @@ class Tracker:
         self.common = {
             "experiment": experiment.name,
             "git": git,
+            **({"mlflow.source.git.commit": git.removesuffix("-dirty")} if git != "none" else {}),
+            "mlflow.source.name": "vectorclm",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": psutil.Process().username(),
             "dirty": str(git.endswith("-dirty")).lower(),
             "host": socket.gethostname(),
             "process": json.dumps(mark(psutil.Process())),
@@ -111,8 +123,7 @@ class Tracker:
         """The address of the curriculum's run in MLflow's UI, once it is open; None where there is no server."""
         if not self.uri.startswith("http") or not self._tried.wait(seconds) or "curriculum" not in self.run_ids:
             return None
-        place = f"#/experiments/{self.experiment_id}/runs/{self.run_ids['curriculum']}"
-        return f"{without_password(self.uri).rstrip('/')}/{place}?workflowType=machine_learning"
+        return f"{without_password(self.uri).rstrip('/')}/{run_page(self.experiment_id, self.run_ids['curriculum'])}"
 
     def champion(self, seconds: float) -> str | None:
         """Where the champion's files are; None without one, and where MLflow does not say it in time."""
@@ -170,10 +181,10 @@ class Tracker:
                 return
             run_id = self.create_run(key, name, {"state": "reused", "uri": artifact.uri})
             self.catalog.log_inputs(name)
-            if name in MODELS:
-                self.catalog.model_id(name, artifact)
+            self.catalog.describe(run_id, name)
+            self.catalog.show(name, artifact)
             if name in EVALUATED:
-                self.glance(name, numbers(artifact.summary))
+                self.glance(name, artifact)
             self.client.set_terminated(run_id)
             if name == "export":
                 self.catalog.register_models()
@@ -186,10 +197,10 @@ class Tracker:
         query += " and tags.state = 'built' and attributes.status = 'FINISHED'"
         return bool(self.client.search_runs([self.experiment_id], query, max_results=1))
 
-    def glance(self, name: str, figures: Mapping[str, float]) -> None:
-        """The scores that the stage `name` gave, on the curriculum's own run."""
+    def glance(self, name: str, scores: Artifact) -> None:
+        """The scores that the stage `name` gave, on the curriculum's own run: those that are asked first."""
         now, model = int(time.time() * 1000), MODELS[EVALUATED[name]]
-        metrics = [Metric(f"{model}/{key}", value, now, 0) for key, value in figures.items()]
+        metrics = [Metric(f"{model}/{key}", value, now, 0) for key, value in score_facts(scores).items()]
         self.client.log_batch(self.parent_id, metrics=metrics[:BATCH])
 
     def _relay(self) -> None:
@@ -247,14 +258,15 @@ class Tracker:
                 self.experiment_id = found.experiment_id
             else:
                 place = (folder / "mlartifacts").as_uri() if own else None
-                self.experiment_id = self.client.create_experiment(name, artifact_location=place)
+                self.experiment_id = self.client.create_experiment(name, place, {NOTE: ABOUT.format(name=name)})
         self._close_orphans()
         if (curriculum := self._curriculum_elsewhere()) is not None:
             self.run_ids["curriculum"], self._part_of_another = curriculum, True
             return
         whole = self.plans["export"].fingerprint
-        tags = {**self.common, "stage": "curriculum", "fingerprint": whole}
-        self.run_ids["curriculum"] = self._create(f"{self._session}-curriculum", "curriculum", tags)
+        tags = {**self.common, "stage": "curriculum", "fingerprint": whole, NOTE: BEGUN.format(store=self.store.uri)}
+        key, title = f"{self._session}-curriculum", f"{self.experiment.name} {whole[:8]}"
+        self.run_ids["curriculum"] = self._create(key, title, tags)
         self.log_params(self.parent_id, self.experiment.model_dump(mode="json"))
 
     def _curriculum_elsewhere(self) -> str | None:
