@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput
 
-from flows.figures import flatten
+from flows.figures import flatten, run_page
+from flows.lineage import SHORT, in_words
 from vectorclm.artifact import Artifact
 from vectorclm.corpus import Source
+from vectorclm.lineage import lineage, score_facts
 from vectorclm.stages import EVALUATED
 
 if TYPE_CHECKING:
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
 
 DIGEST_LENGTH = 36  # of a data set
 PROFILE_LENGTH = 16_000  # of a data set
+REVISION = 23  # characters of a source's revision that a person reads
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's or an experiment's description
 ALIAS = "candidate"
 CHAMPION = "champion"
 
 MODELS = {"tokenizer": "tokenizer", "pretrain": "base", "finetune": "chat"}  # stage -> model
 REGISTERED = {"tokenizer": "vectorclm-tokenizer", "pretrain": "vectorclm-base", "finetune": "vectorclm-chat"}
+ENDS = {"export": "finetune"}  # a copy of a model is described as the model
 DATASETS = ("sample", "shards", "chat_shards")
 COLUMNS = {
     "sample": {"text": "string", "id": "string"},
@@ -68,7 +73,7 @@ class Catalog:
             f"{self.tracker.experiment.name} {name}",
             plan.fingerprint[:DIGEST_LENGTH],
             "local" if self.store.is_local else self.store.uri.partition(":")[0],
-            json.dumps({"uri": made.uri}),
+            json.dumps({"uri": made.uri, "sha256": made.identity}),
             schema=json.dumps({"mlflow_colspec": [{"name": key, "type": kind} for key, kind in COLUMNS[name].items()]}),
             profile=json.dumps(made.summary)[:PROFILE_LENGTH],
         )
@@ -107,8 +112,17 @@ class Catalog:
             found.append(Dataset(source.label, digest, kind, json.dumps(place), profile=profile))
         return found
 
+    def show(self, name: str, artifact: Artifact) -> None:
+        """What a stage has made, on the curriculum's own run, so that the table of runs has its data and models."""
+        parent = self.tracker.parent_id
+        if name in DATASETS and (data := self.dataset(name)) is not None:
+            self.tracker.client.log_inputs(parent, [DatasetInput(data, [InputTag("mlflow.data.context", name)])])
+        elif name in MODELS and (model_id := self.model_id(name, artifact)) is not None:
+            self.tracker.client.log_outputs(parent, [LoggedModelOutput(model_id, step=0)])
+
     def register_models(self) -> None:
-        """A new version of the base and the chat model where the registry has none of this fingerprint."""
+        """A new version of each model where the registry has none of this fingerprint; the chain on the curriculum."""
+        self.describe(self.tracker.parent_id, "export")
         for stage, name in REGISTERED.items():
             plan = self.plans[stage]
             query = f"name = '{name}' and tags.fingerprint = '{plan.fingerprint}'"
@@ -127,23 +141,36 @@ class Catalog:
                     "fingerprint": plan.fingerprint,
                     "uri": self.store.uri_of(f"{stage}/{plan.fingerprint}"),
                 },
-                description=self._lineage(stage),
+                description=self._chain(stage),
                 await_creation_for=0,
                 model_id=model_id,
             )
             self.tracker.client.set_registered_model_alias(name, ALIAS, version.version)
 
-    def _lineage(self, stage: str) -> str:
-        """What a model was made from, as a markdown table with links into MLflow."""
-        names = [stage]
-        for name in reversed(list(self.plans)):
-            if any(name in self.plans[later].inputs for later in names):
-                names.append(name)
-        scored = [score for score, model in EVALUATED.items() if model == stage]
-        lines = ["| stage | fingerprint | artifact |", "|---|---|---|"]
-        for name in sorted([*names, *scored], key=list(self.plans).index):
-            print_ = self.plans[name].fingerprint
-            run_id = self.tracker.run_of(name)
-            link = f"[{name}](#/experiments/{self.tracker.experiment_id}/runs/{run_id})" if run_id else name
-            lines.append(f"| {link} | `{print_[:16]}` | `{self.store.uri_of(f'{name}/{print_}')}` |")
+    def describe(self, run_id: str, stage: str) -> None:
+        """Have a run's page begin with what the stage has made, and from what."""
+        self.tracker.client.set_tag(run_id, NOTE, self._chain(EVALUATED.get(stage, ENDS.get(stage, stage))))
+
+    def _chain(self, stage: str) -> str:
+        """What a stage has made and all that is behind it, as a markdown table with links into MLflow."""
+        found = lineage(self.store.uri_of(f"{stage}/{self.plans[stage].fingerprint}"), self.store)
+        lines = ["| | what it holds | fingerprint, revision |", "|---|---|---|"]
+        for node in reversed(found.nodes.values()):
+            link = self._link(node.stage, node.title)
+            lines.append(f"| {link} | {in_words(node)} | `{node.fingerprint[:SHORT]}` |")
+            for source in node.sources:
+                lines.append(f"| source {source.label} | {source.path} | `{source.revision[:REVISION]}` |")
+        for item in found.scores:
+            figures = ", ".join(f"{key} {value:.4f}" for key, value in score_facts(item).items())
+            lines.append(f"| {self._link(item.stage, 'scores')} | {figures} | `{item.fingerprint[:SHORT]}` |")
+        root = f"{stage}/{found.root.fingerprint[:SHORT]}"
+        lines += [
+            "",
+            f"In the store `{self.store.uri}`: `vectorclm lineage {root} --verify` reads every byte of it again.",
+        ]
         return "\n".join(lines)
+
+    def _link(self, stage: str, title: str) -> str:
+        if stage not in self.plans or (run_id := self.tracker.run_of(stage)) is None:
+            return title
+        return f"[{title}]({run_page(self.tracker.experiment_id, run_id)})"

@@ -1,13 +1,22 @@
-"""Settings, scores and lines of `metrics.jsonl` in the form that MLflow takes: flat keys, short texts, numbers."""
+"""Settings, scores and lines of `metrics.jsonl` as MLflow takes them: flat keys, short texts, numbers; its pages."""
 
 from collections.abc import Mapping
 from typing import Any
 
 VALUE_LENGTH = 500  # of a parameter or tag, in every version of MLflow's servers
+EVENT_LENGTH = 5000  # of a tag, in every version of MLflow from 2.0 on
+BATCH = 900  # metrics in one request; MLflow takes 1,000
+
+
+def run_page(experiment_id: str, run_id: str) -> str:
+    """The place of a run's page in MLflow's UI, shown as a training's, not as that of a chain of prompts."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def readable(line: Mapping[str, Any]) -> dict[str, float]:
-    """One line of `metrics.jsonl` as metrics: `train/loss`, `validation/bits_per_byte.stories`, …"""
+    """One line of `metrics.jsonl` as metrics: `train/loss`, `validation/bits_per_byte.stories`, `event/spike`, …"""
+    if "event" in line:
+        return {f"event/{line['event']['kind']}": 1.0}
     if "validation" in line:
         return {
             f"validation/{figure}.{label}": float(value)

@@ -110,17 +110,21 @@ def _line(node: Node, record: "Record | None") -> str:
     head = f"[bold]{node.title}[/] [cyan]{node.fingerprint[:SHORT]}[/]"
     if node.artifact is None:
         return f"{head} [red]gone from the store[/]"
-    figures = ", ".join(f"{_figure(value)} {key.replace('_', ' ')}" for key, value in facts(node).items())
     manifest = node.artifact.manifest
     git = str(manifest["environment"].get("git"))
     revision = git[:SHORT] + (" with uncommitted changes" if git.endswith("-dirty") else "")
-    lines = [f"{head}  {escape(figures)}", f"[dim]{escape(manifest['created'])}, code {escape(revision)}[/]"]
+    lines = [f"{head}  {escape(in_words(node))}", f"[dim]{escape(manifest['created'])}, code {escape(revision)}[/]"]
     if record is not None:
         versions = ", ".join(record.versions.get(node.fingerprint, ()))
         page = record.runs.get(node.fingerprint, "")
         lines += [f"[green]{escape(versions)}[/]"] if versions else []
         lines += [f"[dim]{escape(page)}[/]"] if page else []
     return "\n".join(lines)
+
+
+def in_words(node: Node) -> str:
+    """What a person asks of an artifact first."""
+    return ", ".join(f"{_figure(value)} {key.replace('_', ' ')}" for key, value in facts(node).items())
 
 
 def _figure(value: Any) -> str:

@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from flows.catalog import ALIAS, CHAMPION
-from flows.figures import VALUE_LENGTH
+from flows.figures import VALUE_LENGTH, run_page
 from flows.server import local_folder
 from flows.tracking import tracking_uri, without_password
 from vectorclm.artifact import Artifact, Store
@@ -92,8 +92,7 @@ class Registry:
         """The address of a run's page; without a server, the run's id."""
         if not self.uri.startswith("http"):
             return f"run {run_id}"
-        place = without_password(self.uri).rstrip("/")
-        return f"{place}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+        return f"{without_password(self.uri).rstrip('/')}/{run_page(experiment_id, run_id)}"
 
     def _model_id(self, subject: Subject) -> str | None:
         """The logged model of a subject; of one named by its place in a store, where that is registered."""

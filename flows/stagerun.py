@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Dataset, LoggedModelOutput, Metric, RunTag
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from flows.catalog import MODELS
-from flows.figures import VALUE_LENGTH, numbers, readable
+from flows.figures import BATCH, EVENT_LENGTH, VALUE_LENGTH, numbers, readable
+from flows.load import Load
 from vectorclm.artifact import Artifact
 from vectorclm.stages import EVALUATED, TRAININGS
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from flows.tracking import Tracker
 
 TAIL = 400  # bytes of a file by which it is known again
-BATCH = 900  # metrics in one request; MLflow takes 1,000
 
 
 class NotOpenError(Exception):
@@ -31,12 +30,14 @@ class StageRun:
     def __init__(self, tracker: "Tracker", name: str, metrics: Path | None) -> None:
         self.tracker, self.name, self.metrics = tracker, name, metrics  # without a file it was made before
         self.artifact: Artifact | None = None
-        self._run_id = ""
+        self._key, self._run_id = tracker.new_key(), ""
+        self._begun = False  # here, and nowhere else
         self._sent: set[tuple[str, int]] = set()
         self._seen: dict[tuple[str, int], int] = {}  # when, so that what is sent again is the same
         self._read, self._tail = 0, b""  # how far the file was read, and what it ended with there
         self._ended = 0
-        self._monitor: Any = None
+        self._load: Load | None = None
+        self._events: dict[int, Mapping[str, Any]] = {}  # step -> its line in the metrics
 
     def finished(self, artifact: Artifact) -> None:
         """The stage has made this."""
@@ -46,20 +47,25 @@ class StageRun:
         """Create the run, with its settings and what it is made from."""
         tracker, plan = self.tracker, self.tracker.plans[self.name]
         if not self._run_id:  # else MLflow went away half-way through this
-            tags = {"state": "building", "attempt": str(attempt)}
+            tags = {"state": "building", "attempt": str(max(attempt, 1 + tracker.attempts(self.name)))}
             if self.name in TRAININGS and (saved := tracker.store.list(f"checkpoints/{plan.fingerprint}")):
                 tags["resumed_step"] = str(int(saved[-1].rpartition("-")[2]))
-            self._run_id = tracker.create_run(self.name, tags)
+            self._run_id = tracker.create_run(self._key, self.name, tags)
         tracker.log_params(self._run_id, plan.config)
         tracker.catalog.log_inputs(self.name)
         if self.metrics is not None:
-            monitor: Any = SystemMetricsMonitor  # MLflow's is untyped
-            self._monitor = monitor(self._run_id, sampling_interval=5, tracking_uri=tracker.uri)
-            self._monitor.start()
+            self._load = Load(self._run_id, tracker.uri)
+            self._load.start()
             tracker.active.append(self)
 
     def relay(self) -> None:
-        """Send the work folder's metrics that were not sent yet; the file may be missing, or cut back."""
+        """Send what was not sent yet: the machine's load, and the work folder's metrics.
+
+        Their file may be missing, or cut back.
+        """
+        if self._load is not None:
+            self._load.send(self.tracker.client)
+        self._begun = self._begun or self.tracker.begins(self.name, self._run_id)
         if self.metrics is None or not self.metrics.is_file():
             return
         with self.metrics.open("rb") as file:
@@ -77,14 +83,26 @@ class StageRun:
         now, batch, kinds = int(time.time() * 1000), list[Metric](), set[tuple[str, int]]()
         for line in text.splitlines():
             values = json.loads(line)
-            kind = ("validation" if "validation" in values else "train", int(values["step"]))
+            kind = (next((kind for kind in ("validation", "event") if kind in values), "train"), int(values["step"]))
             if kind not in self._sent:
+                if kind[0] == "event":
+                    self._tell(values)
                 kinds.add(kind)
                 when = self._seen.setdefault(kind, now)
                 batch += [Metric(key, value, when, kind[1], model_id) for key, value in readable(values).items()]
             if len(batch) >= BATCH:
                 self._flush(batch, kinds)
         self._flush(batch, kinds)
+
+    def _tell(self, line: Mapping[str, Any]) -> None:
+        """Tag this run and the curriculum's with a step that went wrong, and keep all such steps as a file."""
+        tracker, event, step = self.tracker, line["event"], line["step"]
+        self._events[step] = line
+        said = f"{event['kind'].replace('_', ' ')}: {event['told']}; windows {event['windows']}"[:EVENT_LENGTH]
+        tracker.client.set_tag(self._run_id, f"event.step {step}", said)
+        tracker.client.set_tag(tracker.parent_id, f"event.{self.name} step {step}", said)
+        lines = "".join(json.dumps(line) + "\n" for line in self._events.values())
+        tracker.client.log_text(self._run_id, lines, "events.jsonl")
 
     def _flush(self, batch: list[Metric], kinds: set[tuple[str, int]]) -> None:
         if batch:
@@ -98,16 +116,18 @@ class StageRun:
         if self in self.tracker.active:
             self.tracker.active.remove(self)
         self._ended = self._ended or int(time.time() * 1000)
-        if self._monitor is not None:
-            self._monitor.finish()
-            self._monitor = None
+        if self._load is not None:
+            self._load.finish()
         if not self._run_id:
             raise NotOpenError(self.name)
         try:
+            if self._load is not None:
+                self._load.send(self.tracker.client)
             if self.artifact is not None:
                 self._complete(self.artifact)
             else:
                 self.relay()
+                tags = {**tags, **self._kept()}
             tags = {"state": "built" if self.artifact is not None else "failed", **tags}
             self.tracker.client.log_batch(
                 self._run_id, tags=[RunTag(key, value[:VALUE_LENGTH]) for key, value in tags.items()]
@@ -116,6 +136,12 @@ class StageRun:
             self.tracker.client.set_terminated(self._run_id, status)
         if self.artifact is not None:
             self.tracker.end_attempts(self.name, self._run_id)
+
+    def _kept(self) -> dict[str, str]:
+        """The checkpoint that a training which failed has left."""
+        store, place = self.tracker.store, f"checkpoints/{self.tracker.plans[self.name].fingerprint}"
+        saved = store.list(place) if self.name in TRAININGS else []
+        return {"last_checkpoint": store.uri_of(f"{place}/{saved[-1]}")} if saved else {}
 
     def _complete(self, artifact: Artifact) -> None:
         tracker, name = self.tracker, self.name
@@ -138,16 +164,17 @@ class StageRun:
             dataset = tracker.catalog.dataset("chat_shards" if name == "finetune" else "shards")
             figures = readable({"validation": artifact.summary["validation"], "step": 0})
             self._log({f"final_{key}": value for key, value in figures.items()}, model_id, dataset)
+        tracker.catalog.describe(self._run_id, name)
+        tracker.catalog.show(name, artifact)
         if name == "export":
             tracker.catalog.register_models()
 
     def _scores(self, artifact: Artifact) -> None:
         """The scores, on this run, on the model they are of, and at a glance on the curriculum's run."""
         tracker = self.tracker
-        figures = numbers(artifact.summary)
         model_id = tracker.catalog.model_id(EVALUATED[self.name])
-        self._log(figures, model_id, tracker.catalog.dataset("shards"))
-        tracker.glance(self.name, figures)
+        self._log(numbers(artifact.summary), model_id, tracker.catalog.dataset("shards"))
+        tracker.glance(self.name, artifact)
 
     def _log(self, figures: Mapping[str, float], model_id: str | None = None, dataset: Dataset | None = None) -> None:
         linked = (model_id, dataset.name, dataset.digest) if dataset is not None else (model_id, None, None)

@@ -1,8 +1,12 @@
 """`vectorclm bench tracking`: what logging takes of a training step, with MLflow's server up and with it down.
 
-Training is a process of its own, so all that logging can take from it is processor time: that of the tracker's process
-is counted, as if it came whole out of the step. Step times with and without it are told beside, which on a machine with
-other work differ by more than the bound.
+One training of `small` goes on and on, and what logs it changes every few steps: nothing, a process that tells a
+server, one whose server was stopped after it had begun. Each of them sleeps while another has its turn. Asked are
+
+- the step's time beside that without logging, which has whatever logging does to the machine in it, and the machine's
+  own unrest, too: with other work on it, that is more than the bound;
+- the processor time of the logging process, as if it came whole out of the step;
+- the time for which the loop itself is held up, writing its metrics.
 """
 
 import multiprocessing
@@ -13,18 +17,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median
 
+import psutil
 import torch
 
 from vectorclm.artifact import Store
-from vectorclm.bench import Row, bounded
+from vectorclm.bench import Row, bounded, compared
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.dataset import Batch
+from vectorclm.errors import VectorCLMError
 from vectorclm.model import CausalLM
 from vectorclm.muon import build_optimizers
 from vectorclm.pinning import pin
@@ -32,32 +40,76 @@ from vectorclm.runtime import Runtime
 from vectorclm.stages import plans
 from vectorclm.train import Metrics, train_step
 
-STEPS = 24  # in each round; the first, which is slower, does not count
+STEPS = 12  # in a turn; the first, in which who slept has to catch up, does not count
 WINDOWS = 4  # a small batch, whose steps are the hardest to keep pace with
 BOUND = 1.0  # percent
-SETTLE_SECONDS = 6  # for opening the runs, which happens once and is no step's
+START_SECONDS = 120
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass
+class _Side:
+    """What one way of logging took, turn by turn."""
+
+    folder: Path  # where the training writes its metrics
+    logging: psutil.Process | None = None
+    steps: list[float] = field(default_factory=list)  # seconds
+    held: list[float] = field(default_factory=list)  # percent of a step for which the loop wrote metrics
+    used: list[float] = field(default_factory=list)  # percent of a step, processor time of `logging`
+
+    def turn(self, train: Callable[[Path], list[tuple[float, float]]]) -> None:
+        """Train a few steps, with this side's logging alone awake."""
+        before = self._wake()
+        began = time.monotonic()
+        steps = train(self.folder)
+        took = time.monotonic() - began
+        used = self._sleep() - before
+        seconds = [seconds for seconds, _ in steps[1:]]
+        self.steps.append(median(seconds))
+        self.held.append(100 * sum(held for _, held in steps[1:]) / sum(seconds))
+        self.used.append(100 * used / took)
+
+    def _wake(self) -> float:
+        if self.logging is None:
+            return 0.0
+        self.logging.resume()
+        return self._processor_seconds(self.logging)
+
+    def _sleep(self) -> float:
+        if self.logging is None:
+            return 0.0
+        self.logging.suspend()
+        return self._processor_seconds(self.logging)
+
+    @staticmethod
+    def _processor_seconds(process: psutil.Process) -> float:
+        times = process.cpu_times()
+        return float(times.user + times.system)
 
 
 def tracking(rounds: int, data: Path | None) -> Iterator[Row]:
     """Steps of `small` on tokens drawn at random: `data` is not needed."""
-    with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as name, _server(Path(name)) as uri:
+    experiment, path = load_experiment("small")
+    with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        experiment, path = load_experiment("small")
         experiment, _ = pin(experiment, folder / path.name, None, resolve=False)
-        places = {"without": "", "up": uri, "down": "http://127.0.0.1:9"}
-        steps: dict[str, list[float]] = {place: [] for place in places}
-        shares: dict[str, list[float]] = {place: [] for place in places}
-        for number in range(rounds):
-            for place, address in places.items():
-                work = folder / f"{place}-{number}"
-                work.mkdir()
-                seconds, used = _watched(experiment, work, address)
-                steps[place].append(seconds)
-                shares[place].append(100 * used / (seconds * (STEPS - 1)))
-        alone = median(steps["without"])
-        for place in ("up", "down"):
-            note = f"a step takes {median(steps[place]):.3f} s, without MLflow {alone:.3f} s"
-            yield bounded(f"small, logging with MLflow {place}", shares[place], "% of a step", BOUND, note)
+        pool = stack.enter_context(ProcessPoolExecutor(1, CONTEXT, _begin, (experiment,)))
+        alone, up, down = sides = [_Side(folder / side) for side in ("alone", "up", "down")]
+        alone.folder.mkdir()
+        with _server(folder / "stopped") as address:
+            down.logging = stack.enter_context(_logging(experiment, down.folder, address))
+            down.logging.suspend()
+        up.logging = stack.enter_context(_logging(experiment, up.folder, stack.enter_context(_server(folder / "on"))))
+        up.logging.suspend()
+        for _ in range(rounds):
+            for side in sides:
+                side.turn(lambda place: pool.submit(_turn, place, STEPS).result())
+    for side, word in ((up, "up"), (down, "down")):
+        yield compared(
+            f"small, a step with MLflow {word}", side.steps, alone.steps, "s", ask=1 + BOUND / 100, most=True
+        )
+        yield bounded(f"small, processor time of logging, MLflow {word}", side.used, "% of a step", BOUND)
+        yield bounded(f"small, the loop held up by its metrics, MLflow {word}", side.held, "% of a step", BOUND)
 
 
 @contextmanager
@@ -65,6 +117,7 @@ def _server(folder: Path) -> Iterator[str]:
     """A real MLflow server with a database of its own."""
     from flows.server import answers
 
+    folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,58 +128,82 @@ def _server(folder: Path) -> Iterator[str]:
     quiet = subprocess.DEVNULL
     child = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, start_new_session=True, cwd=folder)
     try:
+        deadline = time.monotonic() + START_SECONDS
         while not answers(f"{uri}/health"):
-            time.sleep(0.5)
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise VectorCLMError(f"no MLflow server within {START_SECONDS} s: `{' '.join(command)}` says why")
+            time.sleep(0.2)
         yield uri
     finally:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait(60)
 
 
-def _watched(experiment: ExperimentConfig, folder: Path, address: str) -> tuple[float, float]:
-    """The median seconds of a step, and the processor seconds that this process took beside all that count."""
+@contextmanager
+def _logging(experiment: ExperimentConfig, folder: Path, address: str) -> Iterator[psutil.Process]:
+    """A process that tells the server at `address` of a training in `folder`, once its run is open there."""
+    folder.mkdir()
+    opened = CONTEXT.Event()
+    child = CONTEXT.Process(target=_log, args=(experiment, folder, address, opened), daemon=True)
+    child.start()
+    try:
+        if not opened.wait(START_SECONDS):
+            raise VectorCLMError(f"MLflow at {address} took no run within {START_SECONDS} s")
+        yield psutil.Process(child.pid)
+    finally:
+        child.kill()  # which also ends one that sleeps
+        child.join()
+
+
+def _log(experiment: ExperimentConfig, folder: Path, address: str, opened: Event) -> None:
+    """As a curriculum does it, until this process is killed."""
+    os.environ["MLFLOW_TRACKING_URI"] = address
     from flows.tracking import Tracker
 
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(os.getpid).result()  # it has started
-        if not address:
-            return median(pool.submit(_train, experiment, folder).result()), 0.0
-        tracker = Tracker(Store(str(folder)), experiment, plans(experiment))
-        with _named(address), tracker, tracker.stage("pretrain", 1, folder):
-            time.sleep(SETTLE_SECONDS)
-            began = time.process_time()
-            seconds = pool.submit(_train, experiment, folder).result()
-            return median(seconds), time.process_time() - began
+    tracker = Tracker(Store(str(folder)), experiment, plans(experiment))
+    with tracker, tracker.stage("pretrain", 1, folder):
+        tracker.do(opened.set)
+        while True:
+            signal.pause()
 
 
-@contextmanager
-def _named(address: str) -> Iterator[None]:
-    """MLflow's server is the one at `address` while the block runs."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = address
-    try:
-        yield
-    finally:
-        del os.environ["MLFLOW_TRACKING_URI"]
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+class _Training:
+    """A training of `small` that goes on and on."""
+
+    def __init__(self, experiment: ExperimentConfig) -> None:
+        self.device = Runtime().configure_torch()
+        torch.manual_seed(0)
+        self.model = CausalLM(experiment.model).to(self.device)
+        self.optimizers = build_optimizers(self.model, experiment.pretrain.optimizer)
+        length = experiment.shards.sequence_length
+        self.batch = Batch(*[torch.randint(5, experiment.model.vocab_size, (WINDOWS, length))] * 2)
+        self.steps = 0
+
+    def turn(self, folder: Path, count: int) -> list[tuple[float, float]]:
+        """Seconds of each step of a turn, and those of them that went into its metrics, written to `folder`."""
+        metrics = Metrics(folder / "metrics.jsonl", lambda step: f"random tokens, step {step}")
+        metrics.restart(metrics.text() if metrics.path.is_file() else "")
+        steps = []
+        for _ in range(count):
+            self.steps += 1
+            began = time.monotonic()
+            loss, norm = train_step(self.model, self.optimizers, self.batch, 1.0, WINDOWS, self.device)
+            trained = time.monotonic()
+            metrics.add(self.steps, self.steps * self.batch.input_ids.numel(), loss, norm, 0.01)
+            metrics.flush()
+            ended = time.monotonic()
+            steps.append((ended - began, ended - trained))
+        return steps
 
 
-def _train(experiment: ExperimentConfig, folder: Path) -> list[float]:
-    """Seconds of each step but the first, its metrics written as a training writes them."""
-    device = Runtime().configure_torch()
-    config, length = experiment.pretrain, experiment.shards.sequence_length
-    torch.manual_seed(0)
-    model = CausalLM(experiment.model).to(device)
-    optimizers = build_optimizers(model, config.optimizer)
-    ids = torch.randint(5, experiment.model.vocab_size, (WINDOWS, length))
-    metrics = Metrics(folder / "metrics.jsonl", lambda step: f"random tokens, step {step}")
-    metrics.restart("")
-    seconds = []
-    for step in range(1, STEPS + 1):
-        began = time.monotonic()
-        loss, norm = train_step(model, optimizers, Batch(ids, ids), 1.0, WINDOWS, device)
-        metrics.add(step, step * WINDOWS * length, loss, norm, 0.01)
-        metrics.flush()
-        seconds.append(time.monotonic() - began)
-    return seconds[1:]
+_training: _Training | None = None  # in the training's process
+
+
+def _begin(experiment: ExperimentConfig) -> None:
+    global _training
+    _training = _Training(experiment)
+
+
+def _turn(folder: Path, count: int) -> list[tuple[float, float]]:
+    assert _training is not None
+    return _training.turn(folder, count)

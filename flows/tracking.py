@@ -5,15 +5,18 @@ there is warned of once and never stops or slows a run: live metrics that could 
 file that keeps them, and what is missing when a curriculum ends is told by the next run of it, from the artifacts.
 """
 
+import json
 import logging
 import os
 import queue
 import re
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,13 +28,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from flows.catalog import CHAMPION, MODELS, REGISTERED, Catalog
-from flows.figures import flatten, numbers
+from flows.catalog import CHAMPION, MODELS, NOTE, REGISTERED, Catalog
+from flows.figures import BATCH, flatten, run_page
 from flows.outbox import Outbox
 from flows.server import answers, local_folder
-from flows.stagerun import BATCH, NotOpenError, StageRun
+from flows.stagerun import NotOpenError, StageRun
 from vectorclm.artifact import Artifact, Plan, Store
 from vectorclm.config import ExperimentConfig
+from vectorclm.lease import mark, marked, process_space
+from vectorclm.lineage import score_facts
 from vectorclm.runtime import git_revision
 from vectorclm.stages import EVALUATED
 
@@ -39,6 +44,14 @@ logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60  # how long the end of a curriculum waits for MLflow
 PARAM_BATCH = 90  # parameters in one request; MLflow takes 100
+PROBE = "vectorclm.written"  # a tag of the experiment: when it was last looked whether MLflow takes what is written
+
+ABOUT = """Curricula of the experiment `{name}`: text in, an evaluated chat model out.
+
+Each is a run that bears the fingerprint of all its settings and sources. The plus sign before it shows its stages, a
+run for each attempt at one, with its curves. *Columns* adds scores to the table (`chat/acc…`), the chart view lays
+curves of several runs over one another (`train/loss`). A run's page begins with what it has made, and from what."""
+BEGUN = "A curriculum that has not come to its end. Its stages are its child runs, what they make is in `{store}`."
 
 
 def tracking_uri(store: Store) -> str:
@@ -67,14 +80,22 @@ class Tracker:
         self.common = {
             "experiment": experiment.name,
             "git": git,
+            **({"mlflow.source.git.commit": git.removesuffix("-dirty")} if git != "none" else {}),
+            "mlflow.source.name": "vectorclm",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": psutil.Process().username(),
             "dirty": str(git.endswith("-dirty")).lower(),
             "host": socket.gethostname(),
-            "pid": str(os.getpid()),
+            "process": json.dumps(mark(psutil.Process())),
             **({"prefect.flow_run_id": flow_run_id} if flow_run_id else {}),
         }
         self.root_flow_run_id = root_flow_run_id  # of the curriculum that this is a part of, on another machine
         self._part_of_another = False
+        self.client: MlflowClient  # once it is open, as is the next
+        self.experiment_id = ""
         self.run_ids: dict[str, str] = {}
+        self._session = secrets.token_hex(8)
+        self._created: dict[str, str] = {}  # by a key of each run -> its id
         self.active: list[StageRun] = []
         self.catalog = Catalog(self)
         self._warned = False
@@ -91,7 +112,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        self.do(lambda: None if self._part_of_another else self.client.set_terminated(self.parent_id, status))
+        self.do(lambda: self._close(status))
         where = without_password(self.uri)
         if not self._outbox.close(CLOSE_SECONDS):
             logger.warning("MLflow at %s is too slow: its last figures are missing there", where)
@@ -102,8 +123,7 @@ class Tracker:
         """The address of the curriculum's run in MLflow's UI, once it is open; None where there is no server."""
         if not self.uri.startswith("http") or not self._tried.wait(seconds) or "curriculum" not in self.run_ids:
             return None
-        place = f"#/experiments/{self.experiment_id}/runs/{self.run_ids['curriculum']}"
-        return f"{without_password(self.uri).rstrip('/')}/{place}?workflowType=machine_learning"
+        return f"{without_password(self.uri).rstrip('/')}/{run_page(self.experiment_id, self.run_ids['curriculum'])}"
 
     def champion(self, seconds: float) -> str | None:
         """Where the champion's files are; None without one, and where MLflow does not say it in time."""
@@ -152,21 +172,20 @@ class Tracker:
 
         late = StageRun(self, name, None)
         late.finished(artifact)
-        run_ids: list[str] = []
+        key = self.new_key()
 
         def job() -> None:
-            if not run_ids and not self._recorded(name):  # MLflow was away when it was made
+            if key not in self._created and not self._recorded(name):  # MLflow was away when it was made
                 late.open(0)
                 late.close("FINISHED", {"recorded": "later, from the artifact"})
                 return
-            if not run_ids:
-                run_ids.append(self.create_run(name, {"state": "reused", "uri": artifact.uri}))
+            run_id = self.create_run(key, name, {"state": "reused", "uri": artifact.uri})
             self.catalog.log_inputs(name)
-            if name in MODELS:
-                self.catalog.model_id(name, artifact)
+            self.catalog.describe(run_id, name)
+            self.catalog.show(name, artifact)
             if name in EVALUATED:
-                self.glance(name, numbers(artifact.summary))
-            self.client.set_terminated(run_ids[0])
+                self.glance(name, artifact)
+            self.client.set_terminated(run_id)
             if name == "export":
                 self.catalog.register_models()
 
@@ -178,10 +197,10 @@ class Tracker:
         query += " and tags.state = 'built' and attributes.status = 'FINISHED'"
         return bool(self.client.search_runs([self.experiment_id], query, max_results=1))
 
-    def glance(self, name: str, figures: Mapping[str, float]) -> None:
-        """The scores that the stage `name` gave, on the curriculum's own run."""
+    def glance(self, name: str, scores: Artifact) -> None:
+        """The scores that the stage `name` gave, on the curriculum's own run: those that are asked first."""
         now, model = int(time.time() * 1000), MODELS[EVALUATED[name]]
-        metrics = [Metric(f"{model}/{key}", value, now, 0) for key, value in figures.items()]
+        metrics = [Metric(f"{model}/{key}", value, now, 0) for key, value in score_facts(scores).items()]
         self.client.log_batch(self.parent_id, metrics=metrics[:BATCH])
 
     def _relay(self) -> None:
@@ -189,7 +208,16 @@ class Tracker:
             run.relay()
 
     def _answers(self) -> bool:
-        return not self.uri.startswith("http") or answers(f"{without_password(self.uri).rstrip('/')}/health")
+        """Whether MLflow is there and takes what is written: a server also answers while its disk is full."""
+        if self.uri.startswith("http") and not answers(f"{without_password(self.uri).rstrip('/')}/health"):
+            return False
+        if not self.experiment_id:
+            return False
+        try:
+            self.client.set_experiment_tag(self.experiment_id, PROBE, datetime.now(UTC).isoformat(timespec="seconds"))
+        except Exception:
+            return False
+        return True
 
     def _failed(self, error: Exception) -> None:
         self._tried.set()
@@ -230,16 +258,15 @@ class Tracker:
                 self.experiment_id = found.experiment_id
             else:
                 place = (folder / "mlartifacts").as_uri() if own else None
-                self.experiment_id = self.client.create_experiment(name, artifact_location=place)
+                self.experiment_id = self.client.create_experiment(name, place, {NOTE: ABOUT.format(name=name)})
         self._close_orphans()
         if (curriculum := self._curriculum_elsewhere()) is not None:
             self.run_ids["curriculum"], self._part_of_another = curriculum, True
             return
         whole = self.plans["export"].fingerprint
-        if "curriculum" not in self.run_ids:  # else MLflow went away half-way through this
-            tags = {**self.common, "stage": "curriculum", "fingerprint": whole}
-            run = self.client.create_run(self.experiment_id, tags=tags, run_name="curriculum")
-            self.run_ids["curriculum"] = run.info.run_id
+        tags = {**self.common, "stage": "curriculum", "fingerprint": whole, NOTE: BEGUN.format(store=self.store.uri)}
+        key, title = f"{self._session}-curriculum", f"{self.experiment.name} {whole[:8]}"
+        self.run_ids["curriculum"] = self._create(key, title, tags)
         self.log_params(self.parent_id, self.experiment.model_dump(mode="json"))
 
     def _curriculum_elsewhere(self) -> str | None:
@@ -260,33 +287,76 @@ class Tracker:
                 self.run_ids[name] = str(run.info.run_id)
         return self.run_ids.get(name)
 
+    def _close(self, status: str) -> None:
+        """End the curriculum's run, and remove what the server made twice as its answers came too late."""
+        for run in self.client.search_runs([self.experiment_id], f"tags.key LIKE '{self._session}-%'"):
+            if run.info.run_id not in self._created.values():
+                self.client.delete_run(run.info.run_id)
+        if not self._part_of_another:
+            self.client.set_terminated(self.parent_id, status)
+            if status == "FINISHED":
+                self._end("curriculum", self.plans["export"].fingerprint, self.parent_id)
+
     def _close_orphans(self) -> None:
         """Runs left RUNNING by dead processes of this machine, and by earlier attempts of this flow run."""
         flow_run = self.common.get("prefect.flow_run_id", "none")
         for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
             tags = run.data.tags
-            here = tags.get("host") == self.common["host"]
-            alive = here and psutil.pid_exists(int(tags.get("pid", 0)))
+            process = json.loads(tags.get("process", "{}"))
+            here = (tags.get("host"), process.get("pids")) == (self.common["host"], process_space())
+            alive = here and marked(process) is not None
             if (here or tags.get("prefect.flow_run_id") == flow_run) and not alive:
                 self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def begins(self, name: str, run_id: str) -> bool:
+        """Whether the stage `name` is being made on this machine; what was left RUNNING elsewhere is closed then."""
+        holder = self.store.lease_holder(self.plans[name].lease)
+        if holder is None or holder["host"] != self.common["host"]:
+            return False
+        self._end(name, self.plans[name].fingerprint, run_id, but=self.common["host"])
+        return True
 
     def end_attempts(self, name: str, run_id: str) -> None:
         """Close what earlier attempts at a stage, on whichever machine, left RUNNING; this one has made it.
 
         One that only waits for this one's result ends itself, and says so then.
         """
-        query = f"tags.stage = '{name}' and tags.fingerprint = '{self.plans[name].fingerprint}'"
-        for run in self.client.search_runs([self.experiment_id], f"{query} and attributes.status = 'RUNNING'"):
-            if run.info.run_id != run_id:
+        self._end(name, self.plans[name].fingerprint, run_id)
+
+    def _end(self, stage: str, fingerprint: str, run_id: str, but: str = "") -> None:
+        """Close the runs that are RUNNING at the same as `run_id`, save those of the host `but`."""
+        query = f"tags.stage = '{stage}' and tags.fingerprint = '{fingerprint}' and attributes.status = 'RUNNING'"
+        for run in self.client.search_runs([self.experiment_id], query):
+            if run.info.run_id != run_id and run.data.tags.get("host") != but:
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
-    def create_run(self, name: str, tags: Mapping[str, str]) -> str:
-        """A nested run of the stage `name`; its id."""
+    def attempts(self, name: str) -> int:
+        """How often MLflow saw the stage `name` tried by the same settings and inputs."""
+        query = f"tags.stage = '{name}' and tags.fingerprint = '{self.plans[name].fingerprint}'"
+        return len(self.client.search_runs([self.experiment_id], f"{query} and tags.state != 'reused'"))
+
+    def new_key(self) -> str:
+        """What finds a run again that the server made, but did not tell of."""
+        return f"{self._session}-{secrets.token_hex(4)}"
+
+    def create_run(self, key: str, name: str, tags: Mapping[str, str]) -> str:
+        """A nested run of the stage `name`, or the one that was made by this key; its id."""
         plan = self.plans[name]
         own = {"mlflow.parentRunId": self.parent_id, "stage": name, "fingerprint": plan.fingerprint}
-        run = self.client.create_run(self.experiment_id, tags={**self.common, **own, **tags}, run_name=name)
-        self.run_ids[name] = str(run.info.run_id)
+        self.run_ids[name] = self._create(key, name, {**self.common, **own, **tags})
         return self.run_ids[name]
+
+    def _create(self, key: str, name: str, tags: Mapping[str, str]) -> str:
+        if key not in self._created:
+            query = f"tags.key = '{key}'"
+            found = self.client.search_runs([self.experiment_id], query, max_results=1)
+            run = (
+                found[0]
+                if found
+                else self.client.create_run(self.experiment_id, tags={**tags, "key": key}, run_name=name)
+            )
+            self._created[key] = str(run.info.run_id)
+        return self._created[key]
 
     def log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
         """Settings as parameters, nested keys joined by dots."""

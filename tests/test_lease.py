@@ -35,7 +35,7 @@ def dead(store: Store, name: str = "leases/k.json") -> None:
 def test_of_two_that_find_a_dead_claim_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, both, got = Store(str(tmp_path)), threading.Barrier(2), list[str]()
     dead(store)
-    asked = Lease._holder
+    asked = Lease.holder
     seen = threading.local()
 
     def together(self: Lease) -> dict[str, object]:
@@ -45,7 +45,7 @@ def test_of_two_that_find_a_dead_claim_one_gets_it(tmp_path: Path, monkeypatch: 
             both.wait(30)
         return found
 
-    monkeypatch.setattr(Lease, "_holder", together)
+    monkeypatch.setattr(Lease, "holder", together)
 
     def contend() -> None:
         claim = Lease(store, "leases/k.json")

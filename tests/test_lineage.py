@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
+from safetensors.torch import load_file
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
@@ -21,11 +24,12 @@ from flows.record import registered_names
 from flows.registry import Registry
 from flows.server import answers
 from flows.tracking import Tracker
+from tests.conftest import read_lines
 from tests.test_curriculum import mini
 from tests.test_platform import browser, picture, says, until
 from vectorclm.artifact import Store
 from vectorclm.config import ExperimentConfig, override
-from vectorclm.errors import ConfigError, CorruptArtifactError, DataError
+from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError
 from vectorclm.lineage import changes, lineage, verify
 from vectorclm.measure import Change, Figure
 from vectorclm.pinning import pin
@@ -59,6 +63,24 @@ class Server:
     def stop(self) -> None:
         os.killpg(self.process.pid, 15)
         self.process.wait(60)
+
+    def hang(self) -> None:
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def fill(self) -> None:
+        """As if its disk were full: no file can grow, nor begin."""
+        self._limit(1)
+
+    def free(self) -> None:
+        self._limit(psutil.RLIM_INFINITY)
+
+    def _limit(self, size: int) -> None:
+        main = psutil.Process(self.process.pid)
+        for process in (main, *main.children(recursive=True)):
+            process.rlimit(psutil.RLIMIT_FSIZE, (size, psutil.RLIM_INFINITY))
 
 
 @pytest.fixture(scope="module")
@@ -268,33 +290,45 @@ def line(step: int) -> str:
     return json.dumps({**values, "grad_norm": 1.0, "tokens_per_second": 5.0}) + "\n"
 
 
-def test_a_server_that_is_away_for_half_of_a_run_misses_nothing(
-    server: Server, world: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("fault", "mended"), [("stop", "start"), ("hang", "go_on"), ("fill", "free")])
+def test_a_server_that_is_away_slow_or_full_for_half_of_a_run_misses_nothing(
+    server: Server,
+    world: SimpleNamespace,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    mended: str,
 ) -> None:
-    """It is stopped in a training, and comes back after another stage has begun and the training has gone on."""
-    experiment, stages = pinned().model_copy(update={"name": "away"}), plans(pinned())
+    """It breaks in a training, and is well again after another stage has begun and the training has gone on."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    experiment, stages = pinned().model_copy(update={"name": fault}), plans(pinned())
     base = world.store.find("pretrain", stages["pretrain"].fingerprint)
-    with Tracker(world.store, experiment, stages) as tracker:
-        with tracker.stage("pretrain", 1, tmp_path) as run:
-            metrics = tmp_path / "metrics.jsonl"
-            metrics.write_text("".join(line(step) for step in range(1, 6)))
-            until(lambda: len(run._sent) == 5, "what the training did so far is told", 60)
-            server.stop()
-            with metrics.open("a") as file:
-                file.write("".join(line(step) for step in range(6, 11)))
-            with tracker.stage("sample", 1, tmp_path / "sample") as other:
-                other.finished(world.store.find("sample", stages["sample"].fingerprint))
-            until(lambda: "goes on without it" in caplog.text, "it is noticed", 60)
-            server.start()
-            until(lambda: len(run._sent) == 10, "the rest is told, too", 60)
-            run.finished(base)
-        run_ids = tracker.run_ids
+    with Tracker(world.store, experiment, stages) as tracker, tracker.stage("pretrain", 1, tmp_path) as run:
+        metrics = tmp_path / "metrics.jsonl"
+        metrics.write_text("".join(line(step) for step in range(1, 6)))
+        until(lambda: len(run._sent) == 5, "what the training did so far is told", 60)
+        getattr(server, fault)()
+        with metrics.open("a") as file:
+            file.write("".join(line(step) for step in range(6, 11)))
+        with tracker.stage("sample", 1, tmp_path / "sample") as other:
+            other.finished(world.store.find("sample", stages["sample"].fingerprint))
+        until(lambda: "goes on without it" in caplog.text, "it is noticed", 60)
+        until(lambda: len(run._load.waiting) >= 20, "the machine's load is still looked at", 60)
+        getattr(server, mended)()
+        until(lambda: len(run._sent) == 10, "the rest is told, too", 60)
+        run.finished(base)
     client = Registry(world.store).client
-    assert {client.get_run(run_id).info.status for run_id in run_ids.values()} == {"FINISHED"}
-    assert client.get_run(run_ids["sample"]).inputs.dataset_inputs
-    told = client.get_metric_history(run_ids["pretrain"], "train/loss")
+    runs = {found.info.run_name: found for found in client.search_runs([tracker.experiment_id])}
+    assert {name: found.info.run_id for name, found in runs.items()} == tracker.run_ids  # none was made twice
+    assert {found.info.status for found in runs.values()} == {"FINISHED"}
+    assert client.get_run(tracker.run_ids["sample"]).inputs.dataset_inputs
+    told = client.get_metric_history(tracker.run_ids["pretrain"], "train/loss")
     assert sorted(metric.step for metric in told)[:10] == list(range(1, 11))
     assert len({metric.step for metric in told}) == len(told)  # none twice
+    load = client.get_metric_history(tracker.run_ids["pretrain"], "system/cpu_utilization_percentage")
+    assert sorted(metric.step for metric in load) == list(range(len(load))) and len(load) > 3  # none is missing
     assert caplog.text.count("goes on without it") == 1
 
 
@@ -310,7 +344,7 @@ def test_what_a_server_missed_to_the_end_is_told_by_the_next_run(
             tracker.reused("pretrain", base)
     client = Registry(world.store).client
     place = client.create_experiment("late")
-    tags = {"host": "another", "pid": "1", "stage": "pretrain", "fingerprint": base.fingerprint}
+    tags = {"host": "another", "stage": "pretrain", "fingerprint": base.fingerprint}
     lost = client.create_run(place, tags=tags).info.run_id
     for state in ("built", "reused"):
         with Tracker(world.store, experiment, stages) as tracker:
@@ -321,3 +355,37 @@ def test_what_a_server_missed_to_the_end_is_told_by_the_next_run(
             assert len(client.get_metric_history(run.info.run_id, "train/loss")) == base.summary["steps"]
             assert run.inputs.dataset_inputs and run.data.params["optimizer.learning_rate"]
     assert client.get_run(lost).info.status == "KILLED"
+
+
+def test_a_training_that_leaves_the_finite_numbers_is_told_with_its_windows_and_keeps_a_good_checkpoint(
+    server: Server, world: SimpleNamespace
+) -> None:
+    """Its weights grow tenfold a step, by a weight decay that is none."""
+    changes = ("name=burst", "pretrain.optimizer.weight_decay=30000.0", "pretrain.phases=[{tokens = 20480}]")
+    experiment, store = pinned(*changes), world.store
+    stages = plans(experiment)
+    folder = store.work_folder(stages["pretrain"], None)
+    with (
+        pytest.raises(DivergedError) as raised,
+        Tracker(store, experiment, stages) as tracker,
+        tracker.stage("pretrain", 1, folder),
+    ):
+        run_stage("pretrain", experiment, store, Runtime(threads=1, checkpoint_interval=5), None)
+    client = Registry(store).client
+    run = client.get_run(tracker.run_ids["pretrain"])
+    parent = client.get_run(tracker.run_ids["curriculum"])
+    assert (run.info.status, parent.info.status) == ("FAILED", "FAILED")
+    ((name, told),) = [(key, value) for key, value in run.data.tags.items() if key.startswith("event.")]
+    step = int(name.removeprefix("event.step "))
+    assert parent.data.tags[f"event.pretrain step {step}"] == told and told.startswith("not finite: loss nan")
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "event/not_finite")] == [step]
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(point.step for point in losses) == list(range(1, step))
+    (event,) = read_lines(Path(client.download_artifacts(run.info.run_id, "events.jsonl")))
+    windows = event["event"]["windows"]
+    assert windows in str(raised.value) and told.endswith(windows)
+    shards = store.find("shards", stages["shards"].fingerprint)
+    named = [part.rpartition(".arrow")[0] for part in windows.split("; ")]
+    assert named and all(f"{place}.arrow" in shards.manifest["files"] for place in named)
+    kept = load_file(Path(run.data.tags["last_checkpoint"]) / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())

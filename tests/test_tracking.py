@@ -2,22 +2,24 @@
 
 import json
 import logging
-import os
 import socket
-import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
 from flows.figures import flatten, numbers, readable
 from flows.tracking import StageRun, Tracker
+from tests.test_platform import until
 from vectorclm.artifact import Store
 from vectorclm.config import ExperimentConfig, load_experiment
+from vectorclm.lease import mark
 from vectorclm.pinning import pin
 from vectorclm.stages import plans
 
-DEAD = str(2**22 + 1)  # above the largest process id of Linux
+DEAD = 2**22 + 1  # above the largest process id of Linux
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +105,49 @@ def test_runs_of_dead_processes_are_closed_and_those_of_the_living_are_not(
     found, here = client(store), socket.gethostname()
     place = found.get_run(told.run_ids["curriculum"]).info.experiment_id
     ours = told.plans["pretrain"].fingerprint
+    alive = mark(psutil.Process())
+    dead, later = {**alive, "pid": DEAD}, {**alive, "started": alive["started"] - 1}
     left = {
-        "dead here": {"host": here, "pid": DEAD, "fingerprint": "another"},
-        "alive here": {"host": here, "pid": str(os.getpid()), "fingerprint": ours},
-        "elsewhere, an earlier attempt": {"host": "another", "pid": "1", "prefect.flow_run_id": "this"},
-        "elsewhere, alike": {"host": "another", "pid": "1", "fingerprint": ours, "prefect.flow_run_id": "other"},
+        "dead here": {"host": here, "process": json.dumps(dead), "fingerprint": "another"},
+        "another got its number": {"host": here, "process": json.dumps(later), "fingerprint": "another"},
+        "alive here": {"host": here, "process": json.dumps(alive), "fingerprint": ours},
+        "elsewhere, an earlier attempt": {"host": "another", "process": "{}", "prefect.flow_run_id": "this"},
+        "elsewhere, alike": {"host": "another", "fingerprint": ours, "prefect.flow_run_id": "other"},
     }
     ids = {name: found.create_run(place, tags=tags).info.run_id for name, tags in left.items()}
     with Tracker(store, told.experiment, told.plans, "this"):
         pass
     assert {name: found.get_run(run_id).info.status for name, run_id in ids.items()} == {
         "dead here": "KILLED",
+        "another got its number": "KILLED",
         "alive here": "RUNNING",
         "elsewhere, an earlier attempt": "KILLED",
         "elsewhere, alike": "RUNNING",
     }
+
+
+def test_an_attempt_left_running_on_another_machine_is_closed_once_its_successor_makes_the_stage(
+    store: Store, experiment: ExperimentConfig, tmp_path: Path
+) -> None:
+    """Not before: until it has the lease, the other may be the one that makes it."""
+    with tracker(store, experiment, "successor") as told:
+        until(lambda: "curriculum" in told.run_ids, "its run is open", 60)
+        found, plan = client(store), told.plans["sample"]
+        tags = {"host": "another", "stage": "sample", "fingerprint": plan.fingerprint, "state": "building"}
+        left = found.create_run(told.experiment_id, tags=tags).info.run_id
+        with told.stage("sample", 1, tmp_path) as run:
+            looked: list[str] = []
+
+            def look() -> None:
+                run.relay()
+                looked.append(found.get_run(left).info.status)
+
+            for held in (False, True):
+                with store.lease(plan.lease) if held else nullcontext():
+                    told.do(look)
+                    until(lambda held=held: len(looked) > held, "it looked", 60)
+    assert looked == ["RUNNING", "KILLED"]
+    assert found.get_run(told.run_ids["sample"]).data.tags["attempt"] == "2"
 
 
 def test_a_stage_placed_on_another_machine_is_told_under_its_curriculum(
@@ -125,8 +155,7 @@ def test_a_stage_placed_on_another_machine_is_told_under_its_curriculum(
 ) -> None:
     renamed = experiment.model_copy(update={"name": "placed"})
     with Tracker(store, renamed, plans(renamed), "the whole", "the whole") as told:
-        while "curriculum" not in told.run_ids:
-            time.sleep(0.01)
+        until(lambda: "curriculum" in told.run_ids, "its run is open", 60)
         with Tracker(store, renamed, told.plans, "a part", "the whole") as there, there.stage("sample", 1, tmp_path):
             pass
         found = client(store)

@@ -84,7 +84,23 @@ def test_what_is_not_finite_ends_the_run_at_its_step_and_names_the_windows(
         metrics.add(step, 10 * step, torch.tensor(loss), torch.tensor(norm), 0.1)
     with pytest.raises(DivergedError, match=r"in step 2: .* stories/train-00000\.arrow 1\. .*checkpoints .* kept"):
         metrics.flush()
-    assert [json.loads(line)["step"] for line in metrics.text().splitlines()] == [1]
+    step, event = (json.loads(line) for line in metrics.text().splitlines())
+    assert (step["step"], event["step"], event["tokens"]) == (1, 2, 20)
+    assert event["event"]["kind"] == "not_finite" and event["event"]["windows"] == "stories/train-00000.arrow 1"
+
+
+def test_a_divergence_is_told_with_the_windows_of_where_it_began(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", lambda step: f"stories/train-00000.arrow {step}")
+    metrics.restart("")
+    strays = []
+    with pytest.raises(DivergedError, match=r"divergence in step 21: from there to step 60 .* stories\S+ 20\. "):
+        for step in range(1, 100):
+            metrics.add(step, 10 * step, torch.tensor(4.0 if step <= 20 else 80.0), torch.tensor(1.0), 0.1)
+            metrics.flush()
+            strays.append(metrics.stray)
+    assert strays.index(True) + 1 == 21  # from here on no checkpoint is written
+    event = json.loads(metrics.text().splitlines()[-1])
+    assert (event["step"], event["tokens"], event["event"]["kind"]) == (21, 210, "divergence")
 
 
 def test_a_spike_is_logged_with_its_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -94,5 +110,11 @@ def test_a_spike_is_logged_with_its_windows(tmp_path: Path, caplog: pytest.LogCa
         loss = 9.0 if step == SPIKE_STEPS + 1 else 3.0 + 0.01 * (step % 3)
         metrics.add(step, 10 * step, torch.tensor(loss), torch.tensor(1.0), 0.1)
     metrics.flush()
-    said = f"loss spike: 9.000 in step {SPIKE_STEPS + 1}, of the windows lessons/train-00001.arrow {SPIKE_STEPS}"
-    assert caplog.messages == [said]
+    windows, step = f"lessons/train-00001.arrow {SPIKE_STEPS}", SPIKE_STEPS + 1
+    assert caplog.messages == [f"spike in step {step}: loss 9.000, after 3.020; its windows are {windows}"]
+    (event,) = [line for line in map(json.loads, metrics.text().splitlines()) if "event" in line]
+    told = {"kind": "spike", "told": "loss 9.000, after 3.020", "windows": windows}
+    assert event == {"step": step, "tokens": 10 * step, "event": told}
+    losses = list(metrics.losses)
+    metrics.restart(metrics.text())  # as a resume does
+    assert metrics.losses == losses

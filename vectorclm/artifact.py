@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vectorclm.errors import CorruptArtifactError, StoreError
-from vectorclm.lease import Lease
+from vectorclm.lease import Lease, is_alive
 from vectorclm.runtime import environment
 from vectorclm.settings import digest
 from vectorclm.storage import GARBLED, TRIES, Storage, explained, sha256_of
@@ -48,6 +48,11 @@ class Plan:
         return digest(
             {"stage": self.stage, "version": self.version, "config": self.config, "inputs": dict(self.inputs)}
         )
+
+    @property
+    def lease(self) -> str:
+        """The key that whoever makes this holds."""
+        return f"{self.stage}-{self.fingerprint[:16]}"
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,11 @@ class Store(Storage):
         finally:
             lease.give_back()
 
+    def lease_holder(self, key: str) -> dict[str, Any] | None:
+        """Who writes `key` at this moment (`host`, `pid`, …); None where nobody alive does."""
+        holder = Lease(self, f"leases/{key}.json").holder()
+        return holder if holder and is_alive(holder) else None
+
     def work_folder(self, plan: Plan, work_dir: str | None) -> Path:
         """The local folder where this plan's work in progress lies; the same one after a restart."""
         folder = self.work_root(work_dir) / f"{plan.stage}-{plan.fingerprint[:16]}"
@@ -252,7 +262,7 @@ def build(
     """
     if (found := store.find(plan.stage, plan.fingerprint)) is not None:
         return found, True
-    with store.lease(f"{plan.stage}-{plan.fingerprint[:16]}") as lease:
+    with store.lease(plan.lease) as lease:
         if (found := store.find(plan.stage, plan.fingerprint)) is not None:
             return found, True
         work = store.work_folder(plan, work_dir)
@@ -274,7 +284,7 @@ def rebuild(
 
     Of `metrics.jsonl` the speed is not compared.
     """
-    with store.lease(f"{plan.stage}-{plan.fingerprint[:16]}"):
+    with store.lease(plan.lease):
         work = store.work_folder(plan, work_dir)
         out = work / "out"
         shutil.rmtree(out, ignore_errors=True)

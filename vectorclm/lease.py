@@ -33,7 +33,7 @@ class Lease:
     def take(self) -> None:
         """Claim the key. Raises InUseError while another live process holds it."""
         if not self.store.write(self.name, self._claim(), only_if_absent=True):
-            holder = self._holder()
+            holder = self.holder()
             if holder and is_alive(holder):
                 raise InUseError(
                     f"{self.name} is held by process {holder['pid']} on {holder['host']}: wait for it, or stop it"
@@ -45,7 +45,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise InUseError where the claim was lost, because this process stood still for too long."""
-        holder = self._holder()
+        holder = self.holder()
         if holder.get("token") != self._token:
             raise InUseError(f"{self.name} was taken over by process {holder.get('pid')} on {holder.get('host')}")
 
@@ -55,17 +55,18 @@ class Lease:
         if self._keeper.is_alive():
             self._keeper.join()
         with suppress(Exception):  # an unreachable store lets it expire
-            if self._holder().get("token") == self._token:
+            if self.holder().get("token") == self._token:
                 self.store.delete(self.name)
 
     def _keep(self) -> None:
         while not self._ended.wait(LEASE_SECONDS / 3):
             with suppress(OSError, StoreError):  # a store that is away for a moment is asked again
-                if self._holder().get("token") != self._token:
+                if self.holder().get("token") != self._token:
                     return
                 self.store.write(self.name, self._claim())
 
-    def _holder(self) -> dict[str, Any]:
+    def holder(self) -> dict[str, Any]:
+        """Who has the key; empty where nobody has."""
         with suppress(ValueError):
             return dict(json.loads(self.store.read(self.name) or b"{}"))
         return {}

@@ -188,7 +188,8 @@ def train(
                 metrics.write({"step": step + 1, "tokens": tokens, "validation": scores})
             if (step + 1) % interval == 0 and not last:
                 metrics.flush()
-                work.checkpoints.save(snapshot(step + 1, model, optimizers, metrics.text(), order))
+                if not metrics.stray:
+                    work.checkpoints.save(snapshot(step + 1, model, optimizers, metrics.text(), order))
             progress.at(tokens, metrics.note)
     if group.rank:
         return {}
@@ -246,7 +247,11 @@ def _gradients(model: CausalLM) -> Iterator[Tensor]:
 
 
 class Metrics:
-    """`metrics.jsonl`: a line a step, read back from the device some steps late."""
+    """`metrics.jsonl`: a line a step, read back from the device some steps late, and one for each event among them.
+
+    An event is a step that went wrong: `{"step", "tokens", "event": {"kind", "told", "windows"}}`, of the kind spike,
+    divergence or not_finite.
+    """
 
     def __init__(self, path: Path, describe: Callable[[int], str]) -> None:
         self.path = path
@@ -274,7 +279,7 @@ class Metrics:
         self.waiting.append((step, tokens, loss, norm, learning_rate))
 
     def flush(self) -> None:
-        """Write the steps remembered. Raises DivergedError at the first that went astray; a spike is logged."""
+        """Write the steps remembered, and what happened in them. Raises DivergedError at the first that went astray."""
         if not self.waiting:
             return
         now, tokens = time.monotonic(), self.waiting[-1][1]
@@ -283,27 +288,44 @@ class Metrics:
         self.since, self.tokens = now, tokens
         self.speeds.append(speed)
         for (step, done, _, _, rate), (loss, norm) in zip(self.waiting, values, strict=True):
-            self._look(step, loss, norm)
+            self._look(step, done, loss, norm)
             line = {"step": step, "tokens": done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             self.write({**line, "tokens_per_second": round(speed, 1)})
             self.losses.append(loss)
         self.waiting.clear()
         self.note = f"loss {self.losses[-1]:.3f}  {speed:,.0f} tokens/s"
 
-    def _look(self, step: int, loss: float, norm: float) -> None:
+    @property
+    def stray(self) -> bool:
+        """Whether the last steps look like the beginning of a divergence: no checkpoint of them is worth keeping."""
+        return self._strayed(len(self.losses))
+
+    def _strayed(self, steps: int) -> bool:
+        """Whether the loss was far above the first after so many steps."""
+        return steps > 10 and _is_far_above(self.losses[steps - 10 : steps], self.losses[:10])
+
+    def _look(self, step: int, tokens: int, loss: float, norm: float) -> None:
         """Judge a step by those before it."""
-        what = None
         if not math.isfinite(loss) or not math.isfinite(norm):
-            what = f"loss {loss} and gradient norm {norm} in step {step}"
+            kind, told, at = "not_finite", f"loss {loss} and gradient norm {norm}", step
         elif is_divergence(self.losses):
-            what = f"the loss of {DIVERGED_STEPS} steps before step {step} is far above what it was at first"
-        if what is not None:
-            raise DivergedError(
-                f"{what}: lower the learning rate, or look at the windows of this step, {self.describe(step - 1)}. "
-                "The last checkpoints before it are kept"
-            )
-        if is_spike(self.losses, loss):
-            logger.warning("loss spike: %.3f in step %d, of the windows %s", loss, step, self.describe(step - 1))
+            at = 1 + next(n for n in range(len(self.losses), 0, -1) if not self._strayed(n))
+            kind, told = "divergence", f"from there to step {step - 1} the loss is far above what it was at first"
+        elif is_spike(self.losses, loss):
+            kind, told, at = "spike", f"loss {loss:.3f}, after {self.losses[-1]:.3f}", step
+        else:
+            return
+        windows = self.describe(at - 1)
+        event = {"kind": kind, "told": told, "windows": windows}
+        self.write({"step": at, "tokens": tokens // step * at, "event": event})
+        said = f"{kind.replace('_', ' ')} in step {at}: {told}"
+        if kind == "spike":
+            logger.warning("%s; its windows are %s", said, windows)
+            return
+        raise DivergedError(
+            f"{said}. Lower the learning rate, or look at the windows of this step, {windows}. The last checkpoints "
+            "before it are kept"
+        )
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line."""
@@ -329,10 +351,11 @@ def is_spike(before: Sequence[float], loss: float) -> bool:
 
 def is_divergence(losses: Sequence[float]) -> bool:
     """Whether the mean of the last DIVERGED_STEPS is a nat above, and twice, that of the first ten."""
-    if len(losses) < DIVERGED_STEPS + 10:
-        return False
-    first = fmean(losses[:10])
-    return fmean(losses[-DIVERGED_STEPS:]) > max(first + 1, 2 * first)
+    return len(losses) >= DIVERGED_STEPS + 10 and _is_far_above(losses[-DIVERGED_STEPS:], losses[:10])
+
+
+def _is_far_above(now: Sequence[float], first: Sequence[float]) -> bool:
+    return fmean(now) > max(fmean(first) + 1, 2 * fmean(first))
 
 
 def pretrain(
