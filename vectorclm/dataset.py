@@ -33,9 +33,9 @@ class Batch(NamedTuple):
 def to_batch(windows: Windows, document_mask: bool = False) -> Batch:
     """Windows [B, T] as a batch, which says with `document_mask` where its documents begin."""
     input_ids = windows.input_ids.astype(np.int64)
-    positions = position_ids(input_ids) if document_mask else None
+    positions = position_ids(windows.input_ids) if document_mask else None  # of few bits, as they are in the shards
     if windows.supervised is None:
-        labels = document_labels(input_ids, positions)
+        labels = document_labels(windows.input_ids, positions)
     else:
         labels = np.where(windows.supervised != 0, input_ids, IGNORE_INDEX)
     return Batch(
@@ -100,11 +100,13 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         steps = np.arange(self.start_step + first, self.steps, stride)
         own = np.arange(self.batch_size)[self.rank :: self.world_size]
         together = max(1, GATHERED_BLOCKS * self.readers[0].block_windows // (self.batch_size * stride))
+        room = self.readers[0].empty(together * len(own))  # one for all, as new memory is slow
         ahead = _Ahead(self.plan, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.plan.windows)
         try:
             for begin in range(0, len(steps), together):
                 here = steps[begin : begin + together]
-                windows = self._gather((here[:, None] * self.batch_size + own).reshape(-1), ahead)
+                windows = room.rows(slice(0, len(here) * len(own)))
+                self._gather((here[:, None] * self.batch_size + own).reshape(-1), ahead, windows)
                 for number in range(len(here)):
                     rows = slice(number * len(own), (number + 1) * len(own))
                     yield to_batch(windows.rows(rows), self.document_mask)
@@ -112,16 +114,14 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
             for reader in self.readers:
                 reader.close()
 
-    def _gather(self, places: NDArray[np.int64], ahead: "_Ahead") -> Windows:
-        """The windows at some places of the plan."""
-        found = self.readers[0].empty(len(places))
+    def _gather(self, places: NDArray[np.int64], ahead: "_Ahead", into: Windows) -> None:
+        """Copy the windows at some places of the plan."""
         if len(places):  # else there are more ranks than rows
             ahead.reach(places)
             sources, windows = self.plan.locate(places)
             for number, reader in enumerate(self.readers):
                 rows = np.flatnonzero(sources == number)
-                reader.gather(windows[rows], found, rows)
-        return found
+                reader.gather(windows[rows], into, rows)
 
 
 class _Ahead:

@@ -112,7 +112,7 @@ class Windows(NamedTuple):
 
     def rows(self, here: slice) -> "Windows":
         """Some of them."""
-        return Windows(**{name: column[here] for name, column in self._asdict().items() if column is not None})
+        return Windows(self.input_ids[here], None if self.supervised is None else self.supervised[here])
 
 
 def read_windows(directory: Path, split: str) -> list[Windows]:
