@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vectorclm.blocks import ShardReader
-from vectorclm.documents import document_labels, position_ids
+from vectorclm.documents import document_labels, position_ids, unlearnt
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.plan import CurriculumPlan
 from vectorclm.shards import Windows
@@ -30,12 +30,15 @@ class Batch(NamedTuple):
     position_ids: Tensor | None = None  # where documents are apart: 0 at the first token of each
 
 
-def to_batch(windows: Windows, document_mask: bool = False) -> Batch:
-    """Windows [B, T] as a batch, which says with `document_mask` where its documents begin."""
+def to_batch(windows: Windows, document_mask: bool = False, ignored: NDArray[np.bool_] | None = None) -> Batch:
+    """Windows [B, T] as a batch, which says with `document_mask` where its documents begin.
+
+    `ignored` [B, T] is what `unlearnt` says of them, where that is known.
+    """
     input_ids = windows.input_ids.astype(np.int64)
     positions = position_ids(windows.input_ids) if document_mask else None  # of few bits, as they are in the shards
     if windows.supervised is None:
-        labels = document_labels(windows.input_ids, positions)
+        labels = document_labels(windows.input_ids, positions, ignored)
     else:
         labels = np.where(windows.supervised != 0, input_ids, IGNORE_INDEX)
     return Batch(
@@ -100,16 +103,18 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         steps = np.arange(self.start_step + first, self.steps, stride)
         own = np.arange(self.batch_size)[self.rank :: self.world_size]
         together = max(1, GATHERED_BLOCKS * self.readers[0].block_windows // (self.batch_size * stride))
-        room = self.readers[0].empty(together * len(own))  # one for all, as new memory is slow
+        room = self.readers[0].empty(together * len(own))  # used again and again, as new memory is slow
+        bits = np.empty((2, room.input_ids.size), np.bool_)
         ahead = _Ahead(self.plan, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.plan.windows)
         try:
             for begin in range(0, len(steps), together):
                 here = steps[begin : begin + together]
                 windows = room.rows(slice(0, len(here) * len(own)))
                 self._gather((here[:, None] * self.batch_size + own).reshape(-1), ahead, windows)
+                ignored = unlearnt(windows.input_ids, bits) if windows.supervised is None else None
                 for number in range(len(here)):
                     rows = slice(number * len(own), (number + 1) * len(own))
-                    yield to_batch(windows.rows(rows), self.document_mask)
+                    yield to_batch(windows.rows(rows), self.document_mask, None if ignored is None else ignored[rows])
         finally:
             for reader in self.readers:
                 reader.close()
