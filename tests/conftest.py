@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
+KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 
 
 class S3(NamedTuple):

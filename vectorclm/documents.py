@@ -66,8 +66,8 @@ def document_labels(
 ) -> NDArray[np.int64]:
     """Labels [B, T], as transformers has them, for windows of text; IGNORE_INDEX where nothing is to be learnt.
 
-    That is what is `ignored`, by default `unlearnt`. Where documents are apart (`positions`), it is also the first token
-    of each of them; where they are not, EOS predicts the next BOS, as in GPT.
+    That is what is `ignored`, by default `unlearnt`, and where documents are apart (`positions`) the first token of
+    each of them; where they are not, EOS predicts the next BOS, as in GPT.
     """
     ignored = unlearnt(input_ids) if ignored is None else ignored
     if positions is not None:
