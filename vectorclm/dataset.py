@@ -52,9 +52,9 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
     """The batches of a plan, one for each step from `start_step` on.
 
     `readers[label]` has the windows of a source. Every rank gets the rows `rank::world_size` of the global batch;
-    loader workers take turns by step, so their number changes nothing. Of each source the group of blocks that is in
-    use is held, and the next ones, which are fetched meanwhile. With `document_mask`, a batch says where its documents
-    begin.
+    loader workers take turns by step, so their number changes nothing. Each of them reads the blocks of the whole
+    global batch: of each source it holds the group of blocks that is in use, and the next ones, which are fetched
+    meanwhile. With `document_mask`, a batch says where its documents begin.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ import xxhash
 from vectorclm.artifact import Sending
 
 RECORD = "slice.json"
+PART = ".slice-"  # the beginning of the name of a folder in which one is made
 
 
 class Slices:
@@ -29,6 +30,7 @@ class Slices:
         self.folder = folder
         self.out = out
         self.shards: Counter[str] = Counter()  # so far, by source
+        self.placed: list[Path] = []
 
     def finish(self, source: str, number: int, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """What `make` returned of the source's next slice, now or in an earlier process."""
@@ -36,14 +38,16 @@ class Slices:
         result = finish(folder, make)
         for path, name in self._numbered(folder, source):
             place(path, self.out / name)
+            self.placed.append(self.out / name)
         return result
 
     def start_again(self) -> None:
         """Forget all that is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        for path in [path for path in self.out.rglob("*") if path.is_file()]:
+        for path in self.placed:
             path.unlink()
         self.shards.clear()
+        self.placed.clear()
 
     def _numbered(self, folder: Path, source: str) -> Iterator[tuple[Path, str]]:
         """The files of a slice, and their names among all of the source."""
@@ -63,6 +67,8 @@ class SentSlices(Slices):
     def __init__(self, folder: Path, sending: Sending) -> None:
         super().__init__(folder, folder)
         self.sending = sending
+        for left in folder.glob(f"{PART}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def finish(self, source: str, number: int, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """What `make` returned of the source's next slice, now or in an earlier process."""
@@ -70,7 +76,7 @@ class SentSlices(Slices):
         note = f"{where}/.{split}-{number:05d}.json"
         done = self.sending.noted(note)
         if done is None:
-            with tempfile.TemporaryDirectory(prefix=".slice-", dir=self.folder) as work:
+            with tempfile.TemporaryDirectory(prefix=PART, dir=self.folder) as work:
                 result, names = make(Path(work)), []
                 for path, name in list(self._numbered(Path(work), source)):
                     named = Path(work) / name
