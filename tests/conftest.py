@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
+KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 
 
 # By how long they take: each file is run by one process, and the last one to begin should not be a long one.

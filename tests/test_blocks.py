@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import s3fs
+import torch
 from torch.utils.data import DataLoader
 
-from tests.conftest import S3, publish_shards
+from tests.conftest import KILLS, S3, publish_shards
 from tests.faulty_proxy import Proxy, faulty_proxy
 from vectorclm import plan as plan_module
 from vectorclm.artifact import Artifact, Store
@@ -46,6 +47,9 @@ SMALLER: dict[str, object] = {
     "evaluate.chat_prompts": 2,
     "evaluate.max_new_tokens": 8,
 }
+# Of ranks, of loader workers in each, and windows of source b; the small matrix is for every day.
+FULL = ((1, 2, 3, 4, 8), (0, 1, 4), WINDOWS["b"])
+WORLD_SIZES, WORKERS, SOME = FULL if os.environ.get("VECTORCLM_MATRIX") == "full" else ((1, 3, 8), (0, 1), 653)
 FAULTS = ["latency", "reset", "cut", "500", "503", "truncate", "short", "stall", "flip", "expired"]
 
 
@@ -165,14 +169,25 @@ def _ends(name: str) -> bool:
     return True
 
 
-def test_ranks_with_loader_workers_take_their_rows_of_the_same_batches(remote: Artifact, proxy: Proxy) -> None:
+def test_ranks_and_loader_workers_only_slice_the_same_batches(local: Artifact, remote: Artifact, proxy: Proxy) -> None:
+    """Of a batch of 25, which few of these numbers divide."""
     proxy.reset(lambda number: "")
-    with open_shards(remote, "train") as readers:
-        whole = [batch.input_ids for batch in islice(stream(readers), 8)]
-        for rank in range(3):
-            loader = DataLoader(stream(readers, rank=rank, world_size=3), batch_size=None, num_workers=1)
-            for batch, of_all in zip(islice(loader, 8), whole, strict=True):
-                assert np.array_equal(batch.input_ids, of_all[rank::3])
+    plan = CurriculumPlan([Stretch(SOME, {"b": 1.0})], {"b": SOME}, 1, windows_per_block=64)
+
+    def hashes_of(artifact: Artifact, world_size: int, workers: int) -> list[str]:
+        whole = torch.zeros((plan.windows // 25, 2, 25, LENGTH), dtype=torch.int64)
+        with open_shards(artifact, "train") as readers:
+            for rank in range(world_size):
+                stream = StreamingLanguageModelDataset(readers, plan, 25, rank=rank, world_size=world_size)
+                for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=workers)):
+                    whole[step, 0, rank::world_size], whole[step, 1, rank::world_size] = batch.input_ids, batch.labels
+        return [hashlib.sha256(batch.numpy().tobytes()).hexdigest() for batch in whole]
+
+    expected = hashes_of(local, 1, 0)
+    assert len(set(expected)) == SOME // 25
+    for world_size in WORLD_SIZES:
+        for workers in WORKERS:
+            assert hashes_of(remote, world_size, workers) == expected, (world_size, workers)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -320,7 +335,7 @@ def test_readers_killed_at_random_go_on_with_the_same_batches(
     proxy.reset(every(29, "cut"))
     log, chance = tmp_path / "log", random.Random(5)
     log.touch()
-    for kill_at in [*sorted(chance.sample(range(1, len(expected) - 20), 5)), None]:
+    for kill_at in [*sorted(chance.choices(range(1, len(expected) - 20), k=KILLS)), None]:
         reader = multiprocessing.get_context("fork").Process(target=_read_on, args=(remote, log))
         reader.start()
         while reader.is_alive() and (kill_at is None or len(log.read_text().splitlines()) < kill_at):

@@ -1,5 +1,6 @@
 """Shards hold every token of the documents, in order, and open as memory maps."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from tokenizers import AddedToken, Tokenizer
 
 from tests.conftest import write_sample_text
 from vectorclm import shards
+from vectorclm.artifact import MANIFEST, Artifact, Plan, Sending, Store, build
+from vectorclm.blocks import ShardDescriber
 from vectorclm.encoder import Encoder
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.packing import Packing
 from vectorclm.shards import SPLITS, ShardsConfig, read_windows, write_shards
+from vectorclm.slices import SentSlices, Slices
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenizerConfig, encode, load_tokenizer, train_tokenizer
 
 
@@ -111,21 +115,67 @@ def test_work_goes_on_where_it_was_left(
     slices, made, write_slice = tmp_path / "slices", [], shards._write_slice
 
     def counted(*arguments: Any) -> dict[str, Any]:
-        made.append(arguments[1].name)
+        made.append(arguments[2])
         if len(made) == 3:
             raise KeyboardInterrupt
         return write_slice(*arguments)
 
     monkeypatch.setattr(shards, "_write_slice", counted)
     with pytest.raises(KeyboardInterrupt):
-        write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "cut", slices=slices)
-    assert made == ["train-00001.parquet", "train-00002.parquet", "train-00003.parquet"]
+        write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "cut", slices=Slices(slices, tmp_path / "cut"))
+    assert made == ["a/train-00001.parquet", "a/train-00002.parquet", "a/train-00003.parquet"]
     broken = slices / "a" / "train-00001" / "shard-00000.arrow"
     broken.write_bytes(broken.read_bytes()[:-100] + bytes(100))
-    found = write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "found", slices=slices)
-    assert made[3:] == ["train-00002.parquet", "train-00003.parquet", "validation-00000.parquet"]
+    found = write_shards(
+        config, tmp_path / "sample", tokenizer, tmp_path / "found", slices=Slices(slices, tmp_path / "found")
+    )
+    assert made[3:] == ["a/train-00002.parquet", "a/train-00003.parquet", "a/validation-00000.parquet"]
     assert found == expected and contents(tmp_path / "found") == contents(tmp_path / "expected")
     assert len(read_windows(tmp_path / "found" / "a", "train")) == 3
+
+
+def test_slices_that_were_sent_stand_wherever_the_work_goes_on(
+    tokenizer: Tokenizer, tiny_text: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in the third of four slices: the finished ones stand, a broken one is made again, no disk holds them."""
+    folder, config = tmp_path / "sample" / "a", ShardsConfig(sequence_length=32, shard_bytes=4096)
+    for number in range(3):
+        write_sample_text(folder, [f"{number} {text}" for text in tiny_text[number:]], "train")
+        (folder / "train-00000.parquet").rename(folder / f"train-{number + 1:05d}.parquet")
+    write_sample_text(folder, tiny_text[:7], "validation")
+    plan, made, write_slice = Plan("shards", 1, {}, {}), [], shards._write_slice
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        made.append(arguments[2])
+        if len(made) == 7:
+            raise KeyboardInterrupt
+        return write_slice(*arguments)
+
+    def publish(uri: str, work: str) -> Artifact:
+        store = Store(uri)
+        sending = Sending(store, plan, ShardDescriber)
+
+        def produce(out: Path) -> dict[str, Any]:
+            slices = Slices(tmp_path / "slices", out) if store.is_local else SentSlices(out.parent, sending)
+            return write_shards(config, tmp_path / "sample", tokenizer, out, slices=slices)
+
+        return build(store, plan, produce, str(tmp_path / work), ShardDescriber(), sending)[0]
+
+    monkeypatch.setattr(shards, "_write_slice", counted)
+    expected, uri = publish(str(tmp_path / "store"), "local"), f"memory://{tmp_path.name}"
+    with pytest.raises(KeyboardInterrupt):
+        publish(uri, "here")
+    cut = Store(uri)
+    (second,) = [key for key in cut.files("") if key.endswith(".train-00001.json")]
+    noted = json.loads(cut.read(second) or b"")
+    assert cut.find("shards", plan.fingerprint) is None and len(noted["files"]) > 4
+    cut.write(f"shards/{plan.fingerprint}/{min(noted['files'])}", b"cut short")
+    found = publish(uri, "elsewhere")
+    assert made[4:7] == made[:3] and made[7:] == made[1:4]
+    assert found.manifest["files"] == expected.manifest["files"] and found.summary == expected.summary
+    found.verify()
+    assert set(cut.files("")) == {f"shards/{plan.fingerprint}/{name}" for name in (*found.manifest["files"], MANIFEST)}
+    assert [path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()] == []
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ import pytest
 import s3fs
 import torch
 
-from tests.conftest import S3
+from tests.conftest import KILLS, S3
 from tests.upload_proxy import Fault, Proxy
 from vectorclm import s3 as client
 from vectorclm.__main__ import main
@@ -28,7 +28,6 @@ from vectorclm.storage import RACERS, sha256_of
 PLAN = Plan("sample", 1, {"a": 1}, {})
 DAY = timedelta(days=1)
 PUBLISHERS = 16
-KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.test_store"])
 

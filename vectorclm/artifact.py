@@ -8,14 +8,15 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from vectorclm.errors import CorruptArtifactError, StoreError
 from vectorclm.lease import Lease, is_alive
@@ -26,6 +27,16 @@ from vectorclm.storage import GARBLED, TRIES, Storage, explained, sha256_of
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"  # over all else in it
 Describe = Callable[[Path], Mapping[str, Any]]  # what a manifest says of a file beside its size and SHA-256
+
+
+class Describer(Protocol):
+    """A `Describe` that is also told of files which it does not see, as they were described before."""
+
+    def __call__(self, path: Path) -> Mapping[str, Any]:
+        """What there is to say of a file."""
+
+    def pass_over(self, name: str, said: Mapping[str, Any]) -> None:
+        """Go on after a file of which this was said."""
 
 
 def default_store() -> str:
@@ -87,6 +98,22 @@ class Artifact:
         """
         return self.store.download(self, only)
 
+    @contextmanager
+    def borrowed(self, name: str, folder: Path) -> Iterator[Path]:
+        """One of its files, verified, for reading while the block runs: in place, or as a copy in `folder`.
+
+        Raises CorruptArtifactError where it differs from the manifest.
+        """
+        if self.store.is_local:
+            yield self.local(name) / name
+            return
+        copy = folder / f".{secrets.token_hex(4)}-{name.replace('/', '-')}"
+        try:
+            self.store.fetch(self, name, copy)
+            yield copy
+        finally:
+            copy.unlink(missing_ok=True)
+
     def verify(self, only: str = "*") -> None:
         """Compare files in the store with the manifest. Raises CorruptArtifactError naming the first that differs.
 
@@ -137,9 +164,16 @@ class Store(Storage):
         return None
 
     def publish(
-        self, plan: Plan, directory: Path, summary: Mapping[str, Any], describe: Describe | None = None
+        self,
+        plan: Plan,
+        directory: Path,
+        summary: Mapping[str, Any],
+        describe: Describe | None = None,
+        sent: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> Artifact:
         """Move the files of `directory` to the plan's address, then write the manifest if there is none yet.
+
+        It also has the files that were `sent` before.
 
         Where another process published the same fingerprint first, its artifact stands and is returned.
         """
@@ -153,23 +187,27 @@ class Store(Storage):
             "inputs": dict(plan.inputs),
             "summary": summary,
         }
-        self.publish_directory(f"{plan.stage}/{plan.fingerprint}", directory, head, describe)
+        self.publish_directory(f"{plan.stage}/{plan.fingerprint}", directory, head, describe, sent)
         found = self.find(plan.stage, plan.fingerprint)
         if found is None:
             raise StoreError(f"the manifest of {plan.stage}/{plan.fingerprint} was written but cannot be read back")
         return found
 
     def publish_directory(
-        self, key: str, directory: Path, head: Mapping[str, Any], describe: Describe | None = None
+        self,
+        key: str,
+        directory: Path,
+        head: Mapping[str, Any],
+        describe: Describe | None = None,
+        sent: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> None:
-        """Move the files of `directory` to `key`, then write a manifest of `head` and the files if there is none."""
+        """Move the files of `directory` to `key`, then write a manifest of `head` and all files if there is none."""
         files = {}
         for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-            name = path.relative_to(directory).as_posix()
-            more = {} if describe is None else describe(path)
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path), **more}
+            files[path.relative_to(directory).as_posix()] = _said(path, describe)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = {**head, "files": files, "environment": environment(), "created": created}
+        every = dict(sorted({**sent, **files}.items()))
+        manifest = {**head, "files": every, "environment": environment(), "created": created}
         with explained(self.uri_of(key)):
             for name, file in files.items():
                 self.put(directory / name, f"{key}/{name}", str(file["sha256"]))
@@ -197,18 +235,24 @@ class Store(Storage):
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
             try:
-                found = self.get(f"{artifact.stage}/{artifact.fingerprint}/{name}", part, want["sha256"])
-                if found != want["sha256"]:
-                    raise CorruptArtifactError(f"{artifact.uri}/{name}: SHA-256 is {found[:12]}…: {mend(artifact)}")
+                self.fetch(artifact, name, part)
                 part.replace(path)
-            except FileNotFoundError as error:
-                raise CorruptArtifactError(f"{artifact.uri}/{name} is missing: {mend(artifact)}") from error
             finally:
                 part.unlink(missing_ok=True)
         for path in cache.rglob("*"):  # another store may have left its own files here
             if path.is_file() and not path.name.startswith(".") and path.relative_to(cache).as_posix() not in known:
                 path.unlink()
         return cache
+
+    def fetch(self, artifact: Artifact, name: str, target: Path) -> None:
+        """Copy one of its files from the store to `target`. Raises CorruptArtifactError where it is another one."""
+        want = artifact.manifest["files"][name]["sha256"]
+        try:
+            found = self.get(f"{artifact.stage}/{artifact.fingerprint}/{name}", target, want)
+        except FileNotFoundError as error:
+            raise CorruptArtifactError(f"{artifact.uri}/{name} is missing: {mend(artifact)}") from error
+        if found != want:
+            raise CorruptArtifactError(f"{artifact.uri}/{name}: SHA-256 is {found[:12]}…: {mend(artifact)}")
 
     def remove(self, key: str) -> None:
         """Remove `key` and all below it, if it is there. The manifest goes first, so no reader trusts the rest."""
@@ -248,17 +292,80 @@ class Store(Storage):
         return cache_folder() / "work" / digest(self.uri)[:12]  # each store its own, as their leases are apart, too
 
 
+class Sending:
+    """Files of an artifact that go to a remote store one by one as they are finished, so that no disk must hold all.
+
+    Nobody takes them for the artifact before its manifest is there. What is noted beside them is how far the work is.
+    """
+
+    def __init__(self, store: Store, plan: Plan, describer: Callable[[], Describer]) -> None:
+        self.store = store
+        self.key = f"{plan.stage}/{plan.fingerprint}"
+        self.describer = describer
+        self.describe = describer()
+        self.files: dict[str, Mapping[str, Any]] = {}  # as the manifest has them
+        self.notes: list[str] = []
+        self.lease: Lease | None = None
+
+    def send(self, path: Path, name: str) -> None:
+        """Move a finished file to the store. Raises InUseError where another process took the stage over."""
+        if self.lease is not None:
+            self.lease.check()
+        said = _said(path, self.describe)
+        with explained(self.store.uri_of(f"{self.key}/{name}")):
+            self.store.put(path, f"{self.key}/{name}", said["sha256"])
+        path.unlink(missing_ok=True)
+        self.files[name] = said
+
+    def note(self, name: str, done: Mapping[str, Any], files: Sequence[str]) -> None:
+        """Note that these files were sent, and what is `done` with them."""
+        self.notes.append(name)
+        noted = {"done": done, "files": {file: self.files[file] for file in files}}
+        self.store.write(f"{self.key}/{name}", _sealed(noted))
+
+    def noted(self, name: str) -> dict[str, Any] | None:
+        """What is done by that note, whose files are counted as sent; None where there is none, or it does not hold."""
+        try:
+            found = json.loads(self.store.read(f"{self.key}/{name}") or b"")
+            seal = found.pop(SEAL)
+        except (ValueError, AttributeError, KeyError):
+            return None
+        if seal != digest(found):
+            return None
+        there = self.store.files(f"{self.key}/{name}".rpartition("/")[0])
+        for file, said in found["files"].items():
+            if (stored := there.get(f"{self.key}/{file}")) is None or stored.bytes != said["bytes"]:
+                return None
+        for file, said in found["files"].items():
+            self.describe.pass_over(file, said)
+        self.files |= found["files"]
+        self.notes.append(name)
+        return dict(found["done"])
+
+    def start_again(self) -> None:
+        """Remove what was sent and noted."""
+        self.store.remove(self.key)
+        self.files, self.notes, self.describe = {}, [], self.describer()
+
+    def forget_notes(self) -> None:
+        """Remove the notes, as with the manifest all is said."""
+        for name in self.notes:
+            self.store.delete(f"{self.key}/{name}")
+
+
 def build(
     store: Store,
     plan: Plan,
     produce: Callable[[Path], Mapping[str, Any]],
     work_dir: str | None = None,
     describe: Describe | None = None,
+    sending: Sending | None = None,
 ) -> tuple[Artifact, bool]:
     """The artifact of `plan`, and whether it was there already.
 
     `produce(out)` writes the files into the empty local folder `out` and returns the summary. It runs only where
     the store has no such artifact, by one process at a time. `describe(file)` adds to what the manifest says of each.
+    With `sending`, `produce` may have sent some of them already.
     """
     if (found := store.find(plan.stage, plan.fingerprint)) is not None:
         return found, True
@@ -270,9 +377,13 @@ def build(
         shutil.rmtree(out, ignore_errors=True)
         with explained(str(out)):
             out.mkdir()
+            if sending is not None:
+                sending.lease = lease
             summary = produce(out)
             lease.check()
-            artifact = store.publish(plan, out, summary, describe)
+            if sending is not None:
+                sending.forget_notes()
+            artifact = store.publish(plan, out, summary, describe, {} if sending is None else sending.files)
         shutil.rmtree(work)
         return artifact, False
 
@@ -302,6 +413,12 @@ def rebuild(
         )
         shutil.rmtree(work)
         return different
+
+
+def _said(path: Path, describe: Describe | None) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    more = {} if describe is None else describe(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path), **more}
 
 
 def _comparable(path: Path) -> object:

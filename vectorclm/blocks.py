@@ -14,14 +14,14 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,13 +99,13 @@ class ShardDescriber:
     """
 
     def __init__(self) -> None:
-        self.windows: Counter[tuple[Path, str]] = Counter()  # so far
+        self.windows: Counter[tuple[str, str]] = Counter()  # so far, by source and split
 
     def __call__(self, path: Path) -> dict[str, Any]:
         """What there is to say of a file."""
         if path.suffix != ".arrow":
             return {}
-        source = path.parent, path.name.partition("-")[0]
+        source = path.parent.name, path.name.partition("-")[0]
         with pa.memory_map(str(path)) as file:
             start = file.read_buffer().address
             file.seek(0)
@@ -124,6 +124,12 @@ class ShardDescriber:
         self.windows[source] += windows
         counts = {"windows": windows, "first_window": first, "sequence_length": length}
         return {**counts, "block_windows": block_windows, "buffers": buffers}
+
+    def pass_over(self, name: str, said: Mapping[str, Any]) -> None:
+        """Go on after a shard of which this was said."""
+        if "windows" in said:
+            path = PurePosixPath(name)
+            self.windows[path.parent.name, path.name.partition("-")[0]] = said["first_window"] + said["windows"]
 
 
 def read_shard(artifact: Artifact, name: str) -> Shard:

@@ -2,13 +2,15 @@
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, AnyStr, Self
 
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
+from vectorclm.artifact import Artifact
 from vectorclm.errors import ConfigError, DataError, VectorCLMError
 from vectorclm.filters import Filter
 from vectorclm.mirror import (
@@ -322,22 +324,47 @@ def _by_turns(stream: "IterableDataset", seed: int) -> Iterator[pa.Table]:
             files.append(file)
 
 
-def sample_files(directory: Path, split: str) -> list[Path]:
-    """The files of one split (`train`, `validation`) of one source's folder in a sample, in their order.
+class SampleFiles:
+    """The Parquet files of a sample by name: of a folder, or of an artifact, and then here only while they are read.
 
-    Raises DataError where the folder has no such files.
+    A copy of a remote file lies in `work` for so long.
     """
-    paths = sorted(directory.glob(f"{split}-*.parquet"))
-    if not paths:
-        raise DataError(f"{directory} has no {split}-*.parquet: it is no source of a sample")
-    return paths
+
+    def __init__(self, sample: Path | Artifact, work: Path) -> None:
+        self.sample = sample
+        self.work = work
+        if isinstance(sample, Artifact):
+            sizes = {name: int(said["bytes"]) for name, said in sample.manifest["files"].items()}
+        else:
+            sizes = {path.relative_to(sample).as_posix(): path.stat().st_size for path in sample.rglob("*.parquet")}
+        self.bytes = {name: size for name, size in sorted(sizes.items()) if name.endswith(".parquet")}
+        self.labels = sorted({name.partition("/")[0] for name in self.bytes})
+
+    def names(self, label: str, split: str) -> list[str]:
+        """Those of one split (`train`, `validation`) of one source, in their order. Raises DataError for none."""
+        names = [name for name in self.bytes if name.startswith(f"{label}/{split}-")]
+        if not names:
+            where = self.sample.uri if isinstance(self.sample, Artifact) else self.sample
+            raise DataError(f"{where}/{label} has no {split}-*.parquet: it is no source of a sample")
+        return names
+
+    def open(self, name: str) -> AbstractContextManager[Path]:
+        """A file on this machine, verified where it is of an artifact, while the block runs."""
+        if isinstance(self.sample, Artifact):
+            return self.sample.borrowed(name, self.work)
+        return nullcontext(self.sample / name)
+
+    def texts(self, label: str, split: str) -> Generator[str, None, None]:
+        """The documents of one split of one source, in their order."""
+        for name in self.names(label, split):
+            with self.open(name) as path:
+                for row in read_file(path, ("text",)):
+                    yield row["text"]
 
 
 def read_texts(directory: Path, split: str) -> Iterator[str]:
-    """The documents of `sample_files`, in their order."""
-    for path in sample_files(directory, split):
-        for row in read_file(path, ("text",)):
-            yield row["text"]
+    """The documents of one split of one source's folder in a sample, in their order."""
+    return SampleFiles(directory.parent, directory).texts(directory.name, split)
 
 
 def in_groups(texts: Iterable[AnyStr], length: int, count: int | None = None) -> Iterator[list[AnyStr]]:

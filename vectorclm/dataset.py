@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vectorclm.blocks import ShardReader
-from vectorclm.documents import document_labels, position_ids
+from vectorclm.documents import document_labels, position_ids, unlearnt
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.plan import CurriculumPlan
 from vectorclm.shards import Windows
@@ -30,12 +30,15 @@ class Batch(NamedTuple):
     position_ids: Tensor | None = None  # where documents are apart: 0 at the first token of each
 
 
-def to_batch(windows: Windows, document_mask: bool = False) -> Batch:
-    """Windows [B, T] as a batch, which says with `document_mask` where its documents begin."""
+def to_batch(windows: Windows, document_mask: bool = False, ignored: NDArray[np.bool_] | None = None) -> Batch:
+    """Windows [B, T] as a batch, which says with `document_mask` where its documents begin.
+
+    `ignored` [B, T] is what `unlearnt` says of them, where that is known.
+    """
     input_ids = windows.input_ids.astype(np.int64)
-    positions = position_ids(input_ids) if document_mask else None
+    positions = position_ids(windows.input_ids) if document_mask else None  # of few bits, as they are in the shards
     if windows.supervised is None:
-        labels = document_labels(input_ids, positions)
+        labels = document_labels(windows.input_ids, positions, ignored)
     else:
         labels = np.where(windows.supervised != 0, input_ids, IGNORE_INDEX)
     return Batch(
@@ -49,9 +52,9 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
     """The batches of a plan, one for each step from `start_step` on.
 
     `readers[label]` has the windows of a source. Every rank gets the rows `rank::world_size` of the global batch;
-    loader workers take turns by step, so their number changes nothing. Of each source the group of blocks that is in
-    use is held, and the next ones, which are fetched meanwhile. With `document_mask`, a batch says where its documents
-    begin.
+    loader workers take turns by step, so their number changes nothing. Each of them reads the blocks of the whole
+    global batch: of each source it holds the group of blocks that is in use, and the next ones, which are fetched
+    meanwhile. With `document_mask`, a batch says where its documents begin.
     """
 
     def __init__(
@@ -100,28 +103,30 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         steps = np.arange(self.start_step + first, self.steps, stride)
         own = np.arange(self.batch_size)[self.rank :: self.world_size]
         together = max(1, GATHERED_BLOCKS * self.readers[0].block_windows // (self.batch_size * stride))
+        room = self.readers[0].empty(together * len(own))  # used again and again, as new memory is slow
+        bits = np.empty((2, room.input_ids.size), np.bool_)
         ahead = _Ahead(self.plan, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.plan.windows)
         try:
             for begin in range(0, len(steps), together):
                 here = steps[begin : begin + together]
-                windows = self._gather((here[:, None] * self.batch_size + own).reshape(-1), ahead)
+                windows = room.rows(slice(0, len(here) * len(own)))
+                self._gather((here[:, None] * self.batch_size + own).reshape(-1), ahead, windows)
+                ignored = unlearnt(windows.input_ids, bits) if windows.supervised is None else None
                 for number in range(len(here)):
                     rows = slice(number * len(own), (number + 1) * len(own))
-                    yield to_batch(windows.rows(rows), self.document_mask)
+                    yield to_batch(windows.rows(rows), self.document_mask, None if ignored is None else ignored[rows])
         finally:
             for reader in self.readers:
                 reader.close()
 
-    def _gather(self, places: NDArray[np.int64], ahead: "_Ahead") -> Windows:
-        """The windows at some places of the plan."""
-        found = self.readers[0].empty(len(places))
+    def _gather(self, places: NDArray[np.int64], ahead: "_Ahead", into: Windows) -> None:
+        """Copy the windows at some places of the plan."""
         if len(places):  # else there are more ranks than rows
             ahead.reach(places)
             sources, windows = self.plan.locate(places)
             for number, reader in enumerate(self.readers):
                 rows = np.flatnonzero(sources == number)
-                reader.gather(windows[rows], found, rows)
-        return found
+                reader.gather(windows[rows], into, rows)
 
 
 class _Ahead:

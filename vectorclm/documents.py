@@ -4,7 +4,7 @@ Where they begin is read off the tokens: at BOS, after EOS (there also stands th
 than a window), and where padding begins. No text can forge these tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,28 +32,49 @@ class Documents(NamedTuple):
         return cls(position_ids.to(device, non_blocking=True), cu_seqlens.to(device, non_blocking=True))
 
 
-def position_ids(input_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def position_ids(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """The place of each token of the windows [B, T] in its document, or in the part of it that the window holds."""
     begins = input_ids == BOS_ID
     begins[:, 0] = True
     before, here = input_ids[:, :-1], input_ids[:, 1:]
     begins[:, 1:] |= (before == EOS_ID) | ((here == PAD_ID) & (before != PAD_ID))
-    places = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
-    return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    places = np.broadcast_to(np.arange(input_ids.shape[1], dtype=np.int32), input_ids.shape)
+    return np.subtract(places, np.maximum.accumulate(places * begins, axis=1), dtype=np.int64)
 
 
-def document_labels(input_ids: NDArray[np.int64], positions: NDArray[np.int64] | None) -> NDArray[np.int64]:
+def unlearnt(input_ids: NDArray[np.integer[Any]], room: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+    """Which tokens of windows of text [B, T] are never labels.
+
+    That is padding, and the rest of a long document after another's EOS, which nothing announces. `room` [2, B * T] or
+    more is memory to use; what is returned lies in it.
+    """
+    tokens, length = input_ids.reshape(-1), input_ids.shape[1]  # flat: row after row takes twice as long
+    found, other = np.empty((2, len(tokens)), np.bool_) if room is None else room[:, : len(tokens)]
+    np.equal(tokens[:-1], EOS_ID, out=found[1:])
+    np.not_equal(tokens, BOS_ID, out=other)
+    found &= other
+    found[::length] = False  # before the first token of a window there is none
+    np.equal(tokens, PAD_ID, out=other)
+    found |= other
+    return found.reshape(input_ids.shape)
+
+
+def document_labels(
+    input_ids: NDArray[np.integer[Any]],
+    positions: NDArray[np.int64] | None,
+    ignored: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int64]:
     """Labels [B, T], as transformers has them, for windows of text; IGNORE_INDEX where nothing is to be learnt.
 
-    That is padding, and the rest of a long document after another's EOS, which nothing announces. Where documents
-    are apart (`positions`), it is the first token of each of them; where they are not, EOS predicts the next BOS, as
-    in GPT.
+    That is what is `ignored`, by default `unlearnt`, and where documents are apart (`positions`) the first token of
+    each of them; where they are not, EOS predicts the next BOS, as in GPT.
     """
-    ignored = input_ids == PAD_ID
-    ignored[:, 1:] |= (input_ids[:, :-1] == EOS_ID) & (input_ids[:, 1:] != BOS_ID)
+    ignored = unlearnt(input_ids) if ignored is None else ignored
     if positions is not None:
-        ignored |= positions == 0
-    return np.where(ignored, IGNORE_INDEX, input_ids)
+        ignored = ignored | (positions == 0)
+    labels = input_ids.astype(np.int64)
+    labels[ignored] = IGNORE_INDEX
+    return labels
 
 
 def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, cu_seqlens: Tensor, dropout: float) -> Tensor:

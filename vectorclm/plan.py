@@ -244,20 +244,23 @@ class CurriculumPlan:
         groups that `place` finds half read come first in their turn, whole. Lazy: takes no time for what is not asked.
         """
         in_group = GROUP_BLOCKS * self.windows_per_block
-        in_epoch = -(-np.array(self.sizes) // in_group)
-        last = [(-1, -1)] * len(self.labels)
+        sizes = np.array(self.sizes)
+        in_epoch = -(-sizes // in_group)
+        last = np.full(len(sizes), -1)  # the number of each source's last group, counted over its epochs
         while place < self.windows:
-            end = int(self._mix_blocks(np.array([place]))[1][0])
-            source, counter = self._read(np.arange(place, end))
-            epoch, index = np.divmod(counter, np.array(self.sizes)[source])
-            # A number for each group, as numpy finds the first of each number fast.
-            number = epoch * in_epoch[source] + index // in_group
-            _, first = np.unique(source << 40 | number, return_index=True)
-            for at in np.sort(first):
-                s, e, g = int(source[at]), int(epoch[at]), int(index[at] // in_group)
-                if (e, g) > last[s]:
-                    last[s] = e, g
-                    yield Group(s, e, g, place + int(at), self.blocks(s, e, g))
+            segment, end = (int(found[0]) for found in self._mix_blocks(np.array([place])))
+            newest = self.segments[segment].used + self.segments[segment].counts(end - self.segments[segment].first) - 1
+            if (newest // sizes * in_epoch + newest % sizes // in_group > last).any():  # mostly, none is new
+                source, counter = self._read(np.arange(place, end))
+                epoch, index = np.divmod(counter, sizes[source])
+                number = epoch * in_epoch[source] + index // in_group
+                # One integer for each group, as numpy finds the first of each fast.
+                _, first = np.unique(source << 40 | number, return_index=True)
+                for at in np.sort(first):
+                    s, e, g = int(source[at]), int(epoch[at]), int(index[at] // in_group)
+                    if number[at] > last[s]:
+                        last[s] = number[at]
+                        yield Group(s, e, g, place + int(at), self.blocks(s, e, g))
             place = end
 
     def boundaries(self) -> NDArray[np.int64]:

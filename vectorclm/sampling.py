@@ -7,7 +7,7 @@ order; and so does their order in the sample, which is a shuffle of the whole.
 import mmap
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,7 @@ def write_sample(
     data: Path | None,
     world: WorldConfig | None,
     benchmarks: Benchmarks | None = None,
+    finished: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Draw each source's share of `config.bytes` into `out/{label}/{train,validation}-00000.parquet`.
 
@@ -81,7 +82,8 @@ def write_sample(
 
     Memory is 37 bytes a document in reserve (three times that while they are ordered), 24 a document of the sources
     before, and a batch; a file without a name in `out`'s folder holds the texts in reserve: three times the source's
-    share at first, and more where the source is far larger.
+    share at first, and more where the source is far larger. `finished` is told each file when it is whole, and may move
+    it elsewhere.
 
     Returns `{"documents", "bytes", "sources": {label: {"documents", "bytes", "validation_documents",
     "validation_bytes", "read", "dropped": {reason: count}, "contaminated": {benchmark: count}, "exhausted"}}}`;
@@ -99,7 +101,7 @@ def write_sample(
             batches = read_batches(source, data, world, seed)
             with _Reserve(out.parent, seed, config.validation_share, budget, earlier) as reserve:
                 chosen = _choose(source, batches, is_remote(source, data), reserve, benchmarks, found, progress)
-                _write(out / source.label, reserve, chosen, found, progress)
+                _write(out / source.label, reserve, chosen, found, progress, finished)
                 earlier = np.concatenate([earlier, reserve.keys[chosen]])
             _check_split(source, found, config.validation_share)
     return {
@@ -292,9 +294,16 @@ def _fault(source: TextSource, text: bytes) -> str | None:
     return "too_short" if len(text) < source.min_bytes else None
 
 
-def _write(folder: Path, reserve: _Reserve, chosen: Index, found: _Drawn, progress: Progress) -> None:
+def _write(
+    folder: Path,
+    reserve: _Reserve,
+    chosen: Index,
+    found: _Drawn,
+    progress: Progress,
+    finished: Callable[[Path], None] | None,
+) -> None:
     folder.mkdir(parents=True)
-    with _Writer(folder, "train") as train, _Writer(folder, "validation") as validation:
+    with _Writer(folder, "train", finished) as train, _Writer(folder, "validation", finished) as validation:
         for numbers, texts in reserve.texts(chosen):
             keys, sides = reserve.keys[numbers], reserve.places["held_out"][numbers].tolist()
             names = zip(keys["high"].tolist(), keys["low"].tolist(), strict=True)
@@ -319,8 +328,8 @@ def _check_split(source: TextSource, found: _Drawn, share: float) -> None:
 class _Writer:
     """The documents of one split as zstd Parquet: a new file after every FILE_BYTES of text."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder, self.split = folder, split
+    def __init__(self, folder: Path, split: str, finished: Callable[[Path], None] | None) -> None:
+        self.folder, self.split, self.finished = folder, split, finished
         self.documents = self.bytes = 0
         self._files = self._in_file = self._in_group = 0
         self._file: pq.ParquetWriter | None = None
@@ -353,14 +362,16 @@ class _Writer:
         if self._in_file >= FILE_BYTES:
             self._close()
 
-    def _close(self) -> None:
+    def _close(self, whole: bool = True) -> None:
         if self._file is not None:
             self._file.close()
             self._file, self._in_file = None, 0
+            if whole and self.finished is not None:
+                self.finished(self.folder / f"{self.split}-{self._files - 1:05d}.parquet")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
             self._flush()
-        self._close()
+        self._close(whole=error is None)

@@ -1,6 +1,5 @@
 """Token shards: uncompressed Arrow IPC files with one flat buffer of windows, which a reader maps into memory."""
 
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,21 +15,21 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer
 
+from vectorclm.artifact import Artifact
 from vectorclm.audit import audit, check_round_trip, split_documents
-from vectorclm.corpus import in_groups, sample_files
+from vectorclm.corpus import SampleFiles, in_groups
 from vectorclm.encoder import JUDGE_EVERY, Disproved, Encoder, open_encoder
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.mirror import read_file
 from vectorclm.packing import Packing, pack
 from vectorclm.progress import Progress
 from vectorclm.settings import Settings
-from vectorclm.slices import finish, place
+from vectorclm.slices import Slices
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, token_lengths
 
 SPLITS = ("train", "validation")
 GROUP_DOCUMENTS = 512  # encoded at a time, or as many as have
 GROUP_CHARACTERS = 4_000_000
-IDS = "ids.npy"
 PIECES = "documents.parquet"  # beside each shard: which document stands where
 
 
@@ -112,7 +111,7 @@ class Windows(NamedTuple):
 
     def rows(self, here: slice) -> "Windows":
         """Some of them."""
-        return Windows(**{name: column[here] for name, column in self._asdict().items() if column is not None})
+        return Windows(self.input_ids[here], None if self.supervised is None else self.supervised[here])
 
 
 def read_windows(directory: Path, split: str) -> list[Windows]:
@@ -135,19 +134,20 @@ def read_windows(directory: Path, split: str) -> list[Windows]:
 
 def write_shards(
     config: ShardsConfig,
-    sample: Path,
+    sample: Path | Artifact,
     tokenizer: Tokenizer,
     out: Path,
     encoder: Encoder | None = None,
     *,
     seed: int = 0,
-    slices: Path | None = None,
+    slices: Slices | None = None,
 ) -> dict[str, Any]:
     """Tokenize every source of `sample` and write `{label}/{split}-00000.arrow`, and which documents stand where.
 
     A document is BOS, its tokens, EOS; `vectorclm.packing` puts them into windows of `sequence_length`, padded where
-    nothing stands. Each file of the sample is a slice of the work, packed for itself. Slices are finished in the
-    folder `slices`, where a later call finds them: give one that belongs to these settings and this sample alone.
+    nothing stands. Each file of the sample is a slice of the work, packed for itself. `slices` says where a later call
+    finds those that are finished, and whether their files come to `out`: give some of these settings and this sample
+    alone.
     `encoder` is, where none is given, the fastest that proves identical to `tokenizer`; where it is disproved on the
     way, everything is written again without it, so the files are the same by whichever encoder.
 
@@ -159,40 +159,34 @@ def write_shards(
     encoder = encoder or open_encoder(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".slices-", dir=out.parent) as folder:
-        slices = slices or Path(folder)
+        slices = slices or Slices(Path(folder), out)
+        files = SampleFiles(sample, Path(folder))
         try:
-            return _write_sources(config, sample, encoder, out, seed, slices)
+            return _write_sources(config, files, encoder, seed, slices)
         except Disproved as difference:
             encoder.give_up(difference)
-        shutil.rmtree(slices, ignore_errors=True)
-        for path in [*out.glob("*/*.arrow"), *out.glob(f"*/*.{PIECES}")]:
-            path.unlink()
-        return _write_sources(config, sample, encoder, out, seed, slices)
+        slices.start_again()
+        return _write_sources(config, files, encoder, seed, slices)
 
 
 def _write_sources(
-    config: ShardsConfig, sample: Path, encoder: Encoder, out: Path, seed: int, slices: Path
+    config: ShardsConfig, sample: SampleFiles, encoder: Encoder, seed: int, slices: Slices
 ) -> dict[str, Any]:
-    labels = sorted(path.name for path in sample.iterdir() if path.is_dir())
     lengths = token_lengths(encoder.judge)
-    size = sum(path.stat().st_size for path in sample.rglob("*.parquet"))
     summary: dict[str, Any] = {}
-    with Progress("shards", size, "compressed bytes") as progress:
-        for label in labels:
+    with Progress("shards", sum(sample.bytes.values()), "compressed bytes") as progress:
+        for label in sample.labels:
             policy = {"bos": BOS_ID, "eos": EOS_ID, "padding": PAD_ID, "packing": config.packing}
             summary[label] = {"policy": policy, "audit": {}}
             for split in SPLITS:
                 counts: Counter[str] = Counter()
                 ids = np.zeros(len(lengths), np.int64)
-                for number, path in enumerate(sample_files(sample / label, split)):
-                    folder = slices / label / f"{split}-{number:05d}"
-                    write = partial(
-                        _write_slice, config, path, encoder, lengths, seed << 32 | number, f"{label}/{split}"
-                    )
-                    counts.update(finish(folder, write))
-                    ids += np.load(folder / IDS)
-                    progress.advance(path.stat().st_size)
-                _join(slices / label, split, out / label)
+                for number, name in enumerate(sample.names(label, split)):
+                    write = partial(_write_slice, config, sample, name, encoder, lengths, seed << 32 | number)
+                    done = slices.finish(f"{label}/{split}", number, write)
+                    ids += np.array(done.pop("ids"))
+                    counts.update(done)
+                    progress.advance(sample.bytes[name])
                 if counts["tokens"] < config.sequence_length:
                     raise DataError(
                         f"{label}: the {split} documents ({counts['documents']}) do not fill one window of "
@@ -212,33 +206,33 @@ def _write_sources(
     return summary
 
 
-def _join(slices: Path, split: str, out: Path) -> None:
-    """Number the shards of all slices of a split through."""
-    for number, shard in enumerate(sorted(slices.glob(f"{split}-*/shard-*.arrow"))):
-        for suffix in ("arrow", PIECES):
-            place(shard.with_suffix(f".{suffix}"), out / f"{split}-{number:05d}.{suffix}")
-
-
 def _write_slice(
-    config: ShardsConfig, path: Path, encoder: Encoder, lengths: Sequence[int], seed: int, where: str, out: Path
-) -> dict[str, int]:
-    """Write the windows of one file of the sample as `shard-00000.arrow`, and how often each id stands in them."""
-    length = config.sequence_length
+    config: ShardsConfig,
+    sample: SampleFiles,
+    name: str,
+    encoder: Encoder,
+    lengths: Sequence[int],
+    seed: int,
+    out: Path,
+) -> dict[str, Any]:
+    """Write the windows of one file of the sample as `shard-00000.arrow`. Returns its counts, `ids` among them."""
+    length, where = config.sequence_length, name.rpartition("-")[0]
     judged_before, found = encoder.judged, _Found()
     writer = ShardWriter(out / "shard", length, config.shard_bytes)
-    documents = _documents((row["text"] for row in read_file(path, ("text",))), encoder, found, where)
     tables = []
-    for packed in pack(documents, length, (PAD_ID,), config.packing, seed):
-        first = writer.windows + writer.pending
-        tables.append(np.add(packed.pieces, [[0, first, 0]]))
-        writer.write(packed.pieces, input_ids=packed.columns[0])
+    with sample.open(name) as path:
+        documents = _documents((row["text"] for row in read_file(path, ("text",))), encoder, found, where)
+        for packed in pack(documents, length, (PAD_ID,), config.packing, seed):
+            first = writer.windows + writer.pending
+            tables.append(np.add(packed.pieces, [[0, first, 0]]))
+            writer.write(packed.pieces, input_ids=packed.columns[0])
     windows = writer.close()
     stored = [shard.input_ids for shard in read_windows(out, "shard")]
     ids = audit(stored, found.documents, found.bytes, lengths, where)
-    np.save(out / IDS, ids)
     padding = int(ids[PAD_ID])
     split, split_though_fit = split_documents(np.concatenate(tables), length) if tables else (0, 0)
     return {
+        "ids": ids.tolist(),
         "documents": found.documents,
         "windows": windows,
         "tokens": windows * length - padding,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
+from vectorclm.artifact import Artifact, Plan, Sending, Store, build, rebuild
 from vectorclm.blocks import ShardDescriber, open_shards
 from vectorclm.checkpoint import Checkpoints
 from vectorclm.config import ExperimentConfig
@@ -28,6 +28,7 @@ from vectorclm.sampling import told as documents_told
 from vectorclm.sampling import write_sample
 from vectorclm.settings import validate
 from vectorclm.shards import write_shards
+from vectorclm.slices import SentSlices, Slices
 from vectorclm.train import Work, pretrain
 from vectorclm.train_tokenizer import load_tokenizer, token_lengths, train_tokenizer
 
@@ -102,20 +103,23 @@ def run_stage(
     inputs = {stage: _input(store, stages[stage]) for stage in plan.inputs}
     seed = experiment.seed
     work_folder = store.work_folder(plan, runtime.work_dir)
+    # What is large goes to a remote store file by file; what is only made again stays here to be compared.
+    sending = Sending(store, plan, ShardDescriber) if found is None and not store.is_local else None
 
     def sample(out: Path) -> Mapping[str, Any]:
         asked, world = experiment.sample, experiment.world
         benchmarks = read_benchmarks(benchmark_sources(asked, experiment.evaluate.tasks), data, world)
-        return write_sample(asked, seed, out, data=data, world=world, benchmarks=benchmarks)
+        sent = None if sending is None else lambda path: sending.send(path, path.relative_to(out).as_posix())
+        return write_sample(asked, seed, out, data=data, world=world, benchmarks=benchmarks, finished=sent)
 
     def tokenizer(out: Path) -> Mapping[str, Any]:
         length = experiment.model.max_position_embeddings
-        return train_tokenizer(experiment.tokenizer, inputs["sample"].local(), length, out)
+        return train_tokenizer(experiment.tokenizer, inputs["sample"], length, out)
 
     def shards(out: Path) -> Mapping[str, Any]:
         encoder = load_tokenizer(inputs["tokenizer"].local())
-        sample, slices = inputs["sample"].local(), work_folder / "slices"
-        return write_shards(experiment.shards, sample, encoder, out, seed=seed, slices=slices)
+        slices = Slices(work_folder / "slices", out) if sending is None else SentSlices(work_folder, sending)
+        return write_shards(experiment.shards, inputs["sample"], encoder, out, seed=seed, slices=slices)
 
     def chat_shards(out: Path) -> Mapping[str, Any]:
         rows = {}
@@ -171,7 +175,7 @@ def run_stage(
                 f"It was made with {found.manifest['environment']}"
             )
         return found, True
-    artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber())
+    artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber(), sending)
     store.remove(f"checkpoints/{plan.fingerprint}")
     return artifact, reused
 

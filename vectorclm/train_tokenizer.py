@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from vectorclm.corpus import read_texts
+from vectorclm.artifact import Artifact
+from vectorclm.corpus import SampleFiles
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.progress import Progress
 from vectorclm.settings import Settings
@@ -37,14 +39,15 @@ class TokenizerConfig(Settings):
     bytes: int = Field(gt=0, description="UTF-8 bytes of sampled text to learn from, the same from every source")
 
 
-def train_tokenizer(config: TokenizerConfig, sample: Path, model_max_length: int, out: Path) -> dict[str, Any]:
+def train_tokenizer(
+    config: TokenizerConfig, sample: Path | Artifact, model_max_length: int, out: Path
+) -> dict[str, Any]:
     """Learn the merges from the training text in `sample` and write `tokenizer.json` and `tokenizer_config.json`.
 
     Every source gives the same number of bytes, or all it has. Returns counts, and bytes per token on that text.
     Raises ConfigError where the text does not yield `vocab_size` tokens.
     """
-    labels = sorted(path.name for path in sample.iterdir() if path.is_dir())
-    texts = list(balanced_texts(sample, labels, config.bytes))
+    texts = list(balanced_texts(SampleFiles(sample, out.parent), config.bytes))
     size = sum(len(text.encode()) for text in texts)
     with Progress("tokenizer", size, "bytes") as progress:
         tokenizer = learn(_reported(texts, progress), config.vocab_size)
@@ -84,15 +87,16 @@ def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def balanced_texts(sample: Path, labels: list[str], total_bytes: int) -> Iterator[str]:
+def balanced_texts(sample: SampleFiles, total_bytes: int) -> Iterator[str]:
     """Training documents, the same number of bytes from every source."""
-    for label in labels:
-        left = total_bytes // len(labels)
-        for text in read_texts(sample / label, "train"):
-            yield text
-            left -= len(text.encode())
-            if left <= 0:
-                break
+    for label in sample.labels:
+        left = total_bytes // len(sample.labels)
+        with closing(sample.texts(label, "train")) as texts:
+            for text in texts:
+                yield text
+                left -= len(text.encode())
+                if left <= 0:
+                    break
 
 
 def _reported(texts: Iterable[str], progress: Progress) -> Iterator[str]:
