@@ -24,10 +24,11 @@ from vectorclm.housekeeping import add_store_command, run_store_command
 from vectorclm.llama_cpp import LlamaCpp
 from vectorclm.measure import Limits, figures, find_model, left_out, measure, measure_plan
 from vectorclm.model import CausalLM
-from vectorclm.pinning import pin
+from vectorclm.pinning import pin, pin_suite
 from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
 from vectorclm.stages import STAGES, TRAININGS, follow_stage, run_stage, told
+from vectorclm.suite import load_suite
 from vectorclm.train_tokenizer import load_tokenizer
 
 ABOUT = {
@@ -81,12 +82,14 @@ def add_commands(commands: Any, models: str = "a folder or <store>/<stage>/<fing
             parser.add_argument(
                 "--suite",
                 metavar="NAME",
-                help=f"score the model EXPERIMENT, {models}, as this experiment does",
+                help=f"score the model EXPERIMENT, {models}, on this suite, or as this experiment does",
             )
             for name, field in Limits.model_fields.items():
-                option = f"--{name.replace('_', '-')}"
-                about = f"of a suite: {field.description} ({field.default})"
-                parser.add_argument(option, type=int, default=None, metavar="N", help=about)
+                option, about = f"--{name.replace('_', '-')}", f"of a suite: {field.description}"
+                if isinstance(field.default, bool):
+                    parser.add_argument(option, action="store_true", default=None, help=about)
+                else:
+                    parser.add_argument(option, type=int, metavar="N", help=f"{about} ({field.default})")
             parser.add_argument("--json", action="store_true", help="print one JSON object")
         if stage == "export":
             about = f"write the model EXPERIMENT, {models}, as one GGUF file for llama.cpp"
@@ -200,13 +203,13 @@ def measure_model(args: argparse.Namespace) -> None:
         raise ConfigError("--text and --suite ask for two things: give one of them")
     limits = validate(Limits, limits_given(args), "options")
     model = find_model(args.target)
-    suite, path = load_experiment(args.suite)
+    suite, path = load_suite(args.suite)
     store, runtime = Store(args.store), load_runtime(args.runtime)
     runtime.check()
     if not args.relay:
         store.check_writable()
-        suite, notes = pin(suite, path, args.data, resolve=True)
-        for note in [*notes, *left_out(measure_plan(suite, limits, model, store))]:
+        suite, notes = pin_suite(suite, path, args.data)
+        for note in [*notes, *left_out(measure_plan(suite, limits, model, store), suite)]:
             print(note, file=sys.stderr)
     show: AbstractContextManager[None] = progress.json_lines() if args.relay else progress.bars()
     with show:

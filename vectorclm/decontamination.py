@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vectorclm.corpus import BenchmarkSource, SampleConfig, check_labels, in_groups, read_source
-from vectorclm.evaluate import FORMAT_COLUMNS, TaskSource
+from vectorclm.corpus import BenchmarkSource, SampleConfig, Source, check_labels, in_groups, read_source
+from vectorclm.evaluate import TaskSource
 from vectorclm.world import WorldConfig
 
 GRAM = 13  # words
@@ -36,7 +36,7 @@ def benchmark_sources(config: SampleConfig, tasks: Sequence[TaskSource]) -> list
     if not config.decontaminate:
         return []
     of_tasks = [
-        BenchmarkSource(**task.model_dump(exclude={"format", "limit"}), columns=list(FORMAT_COLUMNS[task.format]))
+        BenchmarkSource(**task.model_dump(include=set(Source.model_fields)), columns=list(task.text_columns))
         for task in tasks
     ]
     sources = [*of_tasks, *config.decontaminate_with]

@@ -16,11 +16,13 @@ ITEMS, TEXTS = "items.parquet", "texts.parquet"
 ITEMS_SCHEMA = pa.schema(
     [
         ("task", pa.string()),
+        ("part", pa.string()),  # of a task that is several, which
         ("number", pa.int32()),  # its place in the task
         ("item", pa.string()),  # by its content, whatever the model
         ("correct", pa.bool_()),
-        ("correct_norm", pa.bool_()),
+        ("correct_norm", pa.bool_()),  # null where the task has no such score
         ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice
+        ("answer", pa.string()),  # what the model wrote, where it was to write
     ]
 )
 TEXTS_SCHEMA = pa.schema(
@@ -47,11 +49,19 @@ class ItemScores:
         self._texts_of: Counter[str] = Counter()
 
     def add_question(
-        self, task: str, number: int, content: bytes, right: tuple[bool, bool], log_likelihoods: Sequence[float]
+        self,
+        task: str,
+        number: int,
+        content: bytes,
+        right: tuple[bool, bool | None],
+        log_likelihoods: Sequence[float],
+        part: str = "",
+        answer: str | None = None,
     ) -> None:
-        """A question of a task; `right` is by the log-likelihoods, and by them over the choices' lengths."""
-        row = {"task": task, "number": number, "item": item_id(content), "log_likelihoods": list(log_likelihoods)}
-        self.items.append({**row, "correct": right[0], "correct_norm": right[1]})
+        """A question of a task; `right` is by the log-likelihoods or the answer, and by them over choices' lengths."""
+        row = {"task": task, "part": part, "number": number, "item": item_id(content), "answer": answer}
+        scored = {"correct": right[0], "correct_norm": right[1], "log_likelihoods": list(log_likelihoods)}
+        self.items.append({**row, **scored})
 
     def add_text(self, source: str, content: bytes, nats: float, size: int) -> None:
         """A document or window of a source, and how many bytes of text it stands for."""
@@ -91,7 +101,8 @@ def read_scored(folder: Path) -> dict[str, Scored]:
     for task, rows in _groups(folder / ITEMS, "task").items():
         ones = np.ones(len(rows["item"]))
         for name, column in (("acc", "correct"), ("acc_norm", "correct_norm")):
-            found[f"{name}.{task}"] = Scored(rows["item"], np.array(rows[column], float), ones)
+            if None not in rows[column]:
+                found[f"{name}.{task}"] = Scored(rows["item"], np.array(rows[column], float), ones)
     for source, rows in _groups(folder / TEXTS, "source").items():
         bits = np.array(rows["nats"]) / math.log(2)
         found[f"bits_per_byte.{source}"] = Scored(rows["item"], bits, np.array(rows["bytes"], float))

@@ -1,7 +1,7 @@
 """Any model on any suite: its benchmarks, bits per byte of held-out text, and for a chat model the template.
 
-A suite is the evaluation of an experiment. The result is an artifact addressed by the model's content, so a model that
-was measured is found again, however it is called and wherever it lies.
+A suite is a file of benchmarks, or the evaluation of an experiment. The result is an artifact addressed by the model's
+content, so a model that was measured is found again, however it is called and wherever it lies.
 """
 
 import glob
@@ -20,10 +20,10 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from vectorclm.artifact import Artifact, Plan, Store, build, mend
-from vectorclm.config import ExperimentConfig
-from vectorclm.corpus import draw, identity, open_source, read_texts
+from vectorclm.benchmarks import check_tasks, score_tasks
+from vectorclm.corpus import identity, read_texts
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
-from vectorclm.evaluate import FORMAT_COLUMNS, read_items, task_scores, text_scores, write_scores
+from vectorclm.evaluate import TaskSource, open_model, text_scores, write_scores
 from vectorclm.finetune import read_prompts
 from vectorclm.generate import answer_text, continuation, template_scores
 from vectorclm.items import Interval, ItemScores
@@ -32,10 +32,11 @@ from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
 from vectorclm.settings import Settings, digest
 from vectorclm.stages import plans
-from vectorclm.train_tokenizer import IM_END, load_tokenizer
+from vectorclm.suite import Suite
+from vectorclm.train_tokenizer import IM_END
 
 STAGE = "measure"
-VERSION = 3  # raised where new code makes other scores of equal settings
+VERSION = 4  # raised where new code makes other scores of equal settings
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what scores depend on
 # An artifact of a store, or a folder in it.
 ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
@@ -51,6 +52,7 @@ class Limits(Settings):
         0, ge=0, le=100_000, description="Held-out conversations whose answers are checked; 0 = the suite's number"
     )
     max_new_tokens: int = Field(0, ge=0, le=4096, description="Longest answer, in tokens, to 4,096; 0 = the suite's")
+    run_code: bool = Field(False, description="Run the programs that the model writes (HumanEval), in a sandbox")
 
 
 @dataclass(frozen=True)
@@ -141,49 +143,63 @@ def _is_chat(tokenizer_config: bytes, where: str) -> bool:
         raise DataError(f"{where}: tokenizer_config.json names no eos_token: {error!r}") from error
 
 
-def measure_plan(suite: ExperimentConfig, limits: Limits, model: Model, store: Store) -> Plan:
+def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Plan:
     """What is to be measured. `suite` must be pinned; of its data, what the store has finished is measured on."""
-    stages = plans(suite)
-    data = {name: stages[name].fingerprint for name in ("sample", *(["chat_shards"] if model.chat else []))}
-    asked = suite.evaluate
-    tasks = [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in asked.tasks]
+    data = {}
+    if suite.experiment is not None:
+        stages = plans(suite.experiment)
+        data = {name: stages[name].fingerprint for name in ("sample", *(["chat_shards"] if model.chat else []))}
     config = {
         "suite": suite.name,
         "seed": suite.seed,
-        "tasks": [identity(task) for task in tasks],
+        "tasks": [identity(task) for task in tasks_within(suite, limits)],
         "documents": limits.documents,
-        "chat_prompts": limits.prompts or asked.chat_prompts,
-        "max_new_tokens": limits.max_new_tokens or asked.max_new_tokens,
-        "prompts": asked.prompts,
+        "chat_prompts": limits.prompts or suite.chat_prompts,
+        "max_new_tokens": limits.max_new_tokens or suite.max_new_tokens,
+        "prompts": suite.prompts,
         "data": data,
     }
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
     return Plan(STAGE, VERSION, config, {"model": model.content, **finished})
 
 
-def left_out(plan: Plan) -> list[str]:
-    """What cannot be measured as the store lacks the data for it, in a sentence each."""
+def tasks_within(suite: Suite, limits: Limits) -> list[TaskSource]:
+    """The benchmarks of a suite, as many items of each as the limits say, without those that may not run code."""
+    allowed = [task for task in suite.tasks if limits.run_code or not task.runs_code]
+    return [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in allowed]
+
+
+def left_out(plan: Plan, suite: Suite) -> list[str]:
+    """What of a suite cannot be measured, in a sentence each: data that the store lacks, programs that may not run."""
     missing = [name for name in plan.config["data"] if name not in plan.inputs]
     what = {"sample": "bits per byte", "chat_shards": "answers in the template"}
-    suite = plan.config["suite"]
-    return [f"{what[name]} not measured: the store has no finished {name} of {suite}" for name in missing]
+    notes = [f"{what[name]} not measured: the store has no finished {name} of {suite.name}" for name in missing]
+    measured = {task["label"] for task in plan.config["tasks"]}
+    return notes + [
+        f"{task.label} not measured: it runs programs that the model writes; add --run-code to allow it"
+        for task in suite.tasks
+        if task.label not in measured
+    ]
 
 
 def measure(
-    suite: ExperimentConfig, limits: Limits, model: Model, store: Store, runtime: Runtime, data: Path | None
+    suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime, data: Path | None
 ) -> tuple[Artifact, bool]:
     """The scores of a model on a pinned suite, and whether they were there already.
 
     The summary, and `scores.json`: `text` (by source: bits_per_byte, stderr, documents, bytes), `tasks` (as the
     stage `evaluate` has them), `chat` for a chat model, `samples`. `data` is a local mirror to read tasks from.
-    Raises CorruptArtifactError where the model's files are not what their store promises.
+    Raises CorruptArtifactError where the model's files are not what their store promises, and ConfigError for a
+    benchmark that is not defined.
     """
     plan = measure_plan(suite, limits, model, store)
     model.verify(store)
+    tasks = tasks_within(suite, limits)
+    check_tasks(tasks)
 
     def produce(out: Path) -> Mapping[str, Any]:
         found = ItemScores()
-        scores = _scores(suite, plan, model, store, runtime, data, found)
+        scores = _scores(suite, tasks, plan, model, store, runtime, data, found)
         write_scores(out, scores, found)
         return scores
 
@@ -191,7 +207,8 @@ def measure(
 
 
 def _scores(
-    suite: ExperimentConfig,
+    suite: Suite,
+    tasks: Sequence[TaskSource],
     plan: Plan,
     model: Model,
     store: Store,
@@ -201,24 +218,23 @@ def _scores(
 ) -> dict[str, Any]:
     config, device = plan.config, runtime.configure_torch()
     folder = model.local()
-    loaded, tokenizer = CausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
+    loaded, tokenizer = open_model(folder, model.address)
+    loaded = loaded.to(device)
     inputs = {name: store.find(name, print_) for name, print_ in plan.inputs.items() if name != "model"}
     sample, conversations = inputs.get("sample"), inputs.get("chat_shards")
-    labels = [source.label for source in suite.sample.sources] if sample is not None else []
+    drawn_from = suite.experiment.sample.sources if sample is not None and suite.experiment is not None else []
+    labels = [source.label for source in drawn_from]
     scores: dict[str, Any] = {"text": {}, "tasks": {}}
-    with Progress(STAGE, len(labels) + len(suite.evaluate.tasks) + 1, "parts") as progress:
+    with Progress(STAGE, len(labels) + len(tasks) + 1, "parts") as progress:
         for label in labels:
             assert sample is not None
             texts = _documents(sample.local(f"{label}/validation-*") / label, config["documents"], suite.seed)
             scores["text"][label] = documents_scores(loaded, tokenizer, label, texts, device, found)
             progress.advance(1, label)
-        for task, asked in zip(suite.evaluate.tasks, config["tasks"], strict=True):
-            limited = task.model_copy(update={"limit": asked["limit"]})
-            rows = draw(task, open_source(task, data, suite.world, FORMAT_COLUMNS[task.format]))
-            items = read_items(limited, rows, suite.seed)
-            micro_batch = runtime.micro_batch_size or 16
-            scores["tasks"][task.label] = task_scores(loaded, tokenizer, task.label, items, micro_batch, device, found)
-            progress.advance(1, task.label)
+        where = (suite.seed, runtime, data, suite.world)
+        for kind, label, scored in score_tasks(tasks, folder, loaded, tokenizer, *where, found):
+            scores[kind][label] = scored
+            progress.advance(1, label)
         longest = config["max_new_tokens"]
         if conversations is not None:
             prompts = read_prompts(conversations.local("prompts.jsonl"), config["chat_prompts"], suite.seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
+from vectorclm.benchmarks import score_tasks
 from vectorclm.blocks import ShardDescriber, open_shards
 from vectorclm.checkpoint import Checkpoints
 from vectorclm.config import ExperimentConfig
@@ -16,7 +17,7 @@ from vectorclm.corpus import draw, identity, open_source
 from vectorclm.decontamination import benchmark_sources, read_benchmarks
 from vectorclm.distributed import ALONE, Group
 from vectorclm.errors import ConfigError, DataError, ReproducibilityError
-from vectorclm.evaluate import FORMAT_COLUMNS, read_items, task_scores, windows_scores, write_scores
+from vectorclm.evaluate import open_model, windows_scores, write_scores
 from vectorclm.export import export, write_model_files
 from vectorclm.finetune import finetune, read_prompts, write_chat_shards
 from vectorclm.finetune import told as conversations_told
@@ -47,7 +48,7 @@ READS = {"pretrain": "shards", "finetune": "chat_shards"}  # the data set of a t
 TRAININGS = frozenset(READS)  # what several processes can make together
 EVALUATED = {"evaluate_base": "pretrain", "evaluate": "finetune"}  # the training whose model an evaluation scores
 # Raised where new code makes something else of equal settings; all others are 1.
-VERSIONS = {"sample": 2, "shards": 3, "chat_shards": 5, "pretrain": 3, "evaluate_base": 5, "finetune": 3, "evaluate": 5}
+VERSIONS = {"sample": 2, "shards": 3, "chat_shards": 5, "pretrain": 3, "evaluate_base": 6, "finetune": 3, "evaluate": 6}
 
 
 def plans(experiment: ExperimentConfig) -> dict[str, Plan]:
@@ -237,7 +238,8 @@ def _evaluate(
     config, found = experiment.evaluate, ItemScores()
     folder = inputs["finetune" if chat else "pretrain"].local()
     device = runtime.configure_torch()
-    model, tokenizer = CausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
+    model, tokenizer = open_model(folder)
+    model = model.to(device)
     micro_batch = runtime.micro_batch_size or 16
     apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as the model was trained
     with open_shards(inputs["shards"], "validation", cache=runtime.block_cache) as texts:
@@ -248,10 +250,9 @@ def _evaluate(
         "text": {label: found.text_scores(label, "windows") for label in by_source},
         "tasks": {},
     }
-    for task in config.tasks:
-        rows = draw(task, open_source(task, data, experiment.world, FORMAT_COLUMNS[task.format]))
-        items = read_items(task, rows, experiment.seed)
-        scores["tasks"][task.label] = task_scores(model, tokenizer, task.label, items, micro_batch, device, found)
+    where = (experiment.seed, runtime, data, experiment.world)
+    for kind, label, scored in score_tasks(config.tasks, folder, model, tokenizer, *where, found):
+        scores[kind][label] = scored
     if chat:
         prompts = read_prompts(inputs["chat_shards"].local("prompts.jsonl"), config.chat_prompts, experiment.seed)
         scores["chat"] = template_scores(model, tokenizer, prompts, config.max_new_tokens)
