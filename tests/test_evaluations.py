@@ -27,6 +27,7 @@ from vectorclm.model import CausalLM
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
 from vectorclm.stages import plans, run_stage
+from vectorclm.suite import Suite
 from vectorclm.train_tokenizer import load_tokenizer
 
 STAGES_OF_SCORES = ("evaluate_base", "evaluate")
@@ -183,19 +184,21 @@ def test_what_the_store_lacks_is_told_and_measured_once_it_is_there(
     scores = json.loads(done.out)["scores"]
     assert scores["text"] == {} and "chat" not in scores and scores["tasks"]["world"]["items"] == 8
     model = find_model(made.uris["finetune"])
-    plan = measure_plan(made.suite, Limits(), model, made.store)
-    assert left_out(plan) == []
-    assert plan.fingerprint != measure_plan(made.suite, Limits(), model, Store(str(tmp_path))).fingerprint
+    suite = Suite.of(made.suite)
+    plan = measure_plan(suite, Limits(), model, made.store)
+    assert left_out(plan, suite) == []
+    assert plan.fingerprint != measure_plan(suite, Limits(), model, Store(str(tmp_path))).fingerprint
 
 
 def test_settings_and_limits_are_part_of_a_result_and_the_machine_is_not(made: SimpleNamespace) -> None:
     model = find_model(made.uris["pretrain"])
-    plan = measure_plan(made.suite, Limits(), model, made.store)
+    suite = Suite.of(made.suite)
+    plan = measure_plan(suite, Limits(), model, made.store)
     same = Limits(items=8, prompts=3, max_new_tokens=8)  # what the suite says by itself
-    assert measure_plan(made.suite, same, model, made.store).fingerprint == plan.fingerprint
+    assert measure_plan(suite, same, model, made.store).fingerprint == plan.fingerprint
     for limits in (Limits(items=7), Limits(documents=7), Limits(prompts=7), Limits(max_new_tokens=7)):
-        assert measure_plan(made.suite, limits, model, made.store).fingerprint != plan.fingerprint
-    other = override(made.suite, ["pretrain.batch_size=4"])  # of the training, nothing is
+        assert measure_plan(suite, limits, model, made.store).fingerprint != plan.fingerprint
+    other = Suite.of(override(made.suite, ["pretrain.batch_size=4"]))  # of the training, nothing is
     assert measure_plan(other, Limits(), model, made.store).fingerprint == plan.fingerprint
     assert find_model(made.uris["finetune"]).content != model.content
 
@@ -223,7 +226,9 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
     done = evaluate(made.uris["pretrain"], "--items", "3")
     assert done.code == 2 and "--items need --suite NAME" in done.err
     done = evaluate(made.uris["pretrain"], "--suite", "tinny")
-    assert done.code == 2 and "no experiment 'tinny'" in done.err
+    assert (
+        done.code == 2 and "no suite 'tinny': use generation, standard, an experiment (base, small, tiny)" in done.err
+    )
     done = evaluate(made.uris["pretrain"], "--suite", "tiny", "--documents", "1")
     assert done.code == 2 and "documents: Input should be greater than or equal to 2" in done.err
 

@@ -227,7 +227,8 @@ def task_scores(
     scores = accuracies(items, sums)
     if found is not None:
         for number, (item, values) in enumerate(zip(items, sums, strict=True)):
-            found.add_question(label, number, json.dumps(item).encode(), answered(item, values), values)
+            content, texts = json.dumps(item).encode(), [item.context, *item.choices]
+            found.add_question(label, number, content, answered(item, values), values, texts=texts)
     return scores
 
 

@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
+from vectorclm.decontamination import strings
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource, drawn
 from vectorclm.harness import VectorCLM
@@ -212,8 +213,9 @@ def _graded(
                 raise DataError(f"the model gives no finite likelihood for an item of {name}: it is broken")
             text = sample["resps"][0][0] if task.OUTPUT_TYPE == "generate_until" else None
             content = json.dumps(sample["arguments"], default=str).encode()
+            right_of_it, texts = (right[-1], normed), strings(sample["doc"])
             found.add_question(
-                source.label, len(right) - 1, content, (right[-1], normed), likelihoods, part=name, answer=text
+                source.label, len(right) - 1, content, right_of_it, likelihoods, texts=texts, part=name, answer=text
             )
         parts[name] = {"acc": sum(right[before:]) / len(of_task), "items": len(of_task)}
     scores = {"metric": metric, "acc": sum(right) / len(right), "stderr": stderr(right)}

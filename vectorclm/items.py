@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ ITEMS_SCHEMA = pa.schema(
         ("correct_norm", pa.bool_()),  # null where the task has no such score
         ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice
         ("answer", pa.string()),  # what the model wrote, where it was to write
+        ("contaminated", pa.bool_()),  # whether training repeats it; null where that was not looked for
     ]
 )
 TEXTS_SCHEMA = pa.schema(
@@ -45,6 +46,7 @@ class ItemScores:
 
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
+        self.contents: list[list[str]] = []  # of each of these, all its texts
         self.texts: list[dict[str, Any]] = []
         self._texts_of: Counter[str] = Counter()
 
@@ -55,10 +57,13 @@ class ItemScores:
         content: bytes,
         right: tuple[bool, bool | None],
         log_likelihoods: Sequence[float],
+        *,
+        texts: Iterable[str],
         part: str = "",
         answer: str | None = None,
     ) -> None:
         """A question of a task; `right` is by the log-likelihoods or the answer, and by them over choices' lengths."""
+        self.contents.append(list(texts))
         row = {"task": task, "part": part, "number": number, "item": item_id(content), "answer": answer}
         scored = {"correct": right[0], "correct_norm": right[1], "log_likelihoods": list(log_likelihoods)}
         self.items.append({**row, **scored})
@@ -75,6 +80,24 @@ class ItemScores:
         sizes = [row["bytes"] for row in rows]
         value, stderr = ratio([row["nats"] / math.log(2) for row in rows], sizes)
         return {"bits_per_byte": value, "stderr": stderr, unit: len(rows), "bytes": sum(sizes)}
+
+    def mark(self, contaminated: Sequence[bool]) -> dict[str, dict[str, Any]]:
+        """Keep which questions training repeats; by task, how many (`contaminated`) and `acc` on the others.
+
+        `acc_clean` is left out where no other is there.
+        """
+        clean: dict[str, list[bool]] = {row["task"]: [] for row in self.items}
+        counts: Counter[str] = Counter()
+        for row, repeated in zip(self.items, contaminated, strict=True):
+            row["contaminated"] = bool(repeated)
+            if repeated:
+                counts[row["task"]] += 1
+            else:
+                clean[row["task"]].append(row["correct"])
+        return {
+            task: {"contaminated": counts[task], **({"acc_clean": sum(right) / len(right)} if right else {})}
+            for task, right in clean.items()
+        }
 
     def write(self, out: Path) -> None:
         """Write `items.parquet` and `texts.parquet`, each also where it has no rows."""

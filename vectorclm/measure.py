@@ -10,7 +10,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from vectorclm.artifact import Artifact, Plan, Store, build, mend
 from vectorclm.benchmarks import check_tasks, score_tasks
 from vectorclm.corpus import identity, read_texts
+from vectorclm.decontamination import contaminated
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
 from vectorclm.evaluate import TaskSource, open_model, text_scores, write_scores
 from vectorclm.finetune import read_prompts
@@ -31,6 +32,7 @@ from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
 from vectorclm.settings import Settings, digest
+from vectorclm.shards import read_windows
 from vectorclm.stages import plans
 from vectorclm.suite import Suite
 from vectorclm.train_tokenizer import IM_END
@@ -160,7 +162,52 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Pl
         "data": data,
     }
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
-    return Plan(STAGE, VERSION, config, {"model": model.content, **finished})
+    read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
+    inputs = {"model": model.content, **finished, **({"training": digest(read)} if read else {})}
+    return Plan(STAGE, VERSION, config, inputs)
+
+
+def content_of(artifact: Artifact, inside: str = "") -> str | None:
+    """The content of a model by its manifest, as a `Model` has it."""
+    files = artifact.manifest["files"]
+    if any(inside + name not in files for name in MODEL_FILES):
+        return None
+    return digest({name: files[inside + name]["sha256"] for name in MODEL_FILES})
+
+
+def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
+    """What of a model's training text the store has: `sample`, and of a chat model `chat_shards`."""
+    for stage in ("finetune", "pretrain"):
+        for fingerprint in sorted(store.list(stage)):
+            found = store.find(stage, fingerprint)
+            if found is not None and content_of(found) == model.content:
+                return _training_text(found, store)
+    return {}
+
+
+def _training_text(trained: Artifact, store: Store) -> dict[str, Artifact]:
+    """Looked for from a training backwards."""
+    found: dict[str, Artifact] = {}
+    waiting = [trained]
+    while waiting:
+        for stage, fingerprint in waiting.pop().manifest["inputs"].items():
+            artifact = store.find(stage, fingerprint)
+            if artifact is not None and stage in ("sample", "chat_shards"):
+                found[stage] = artifact
+            elif artifact is not None:
+                waiting.append(artifact)
+    return found
+
+
+def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterator[bytes]:
+    """The documents and conversations in what `trained_on` found; conversations as windows."""
+    if (sample := read.get("sample")) is not None:
+        for folder in sorted(path for path in sample.local().iterdir() if path.is_dir()):
+            yield from (text.encode() for text in read_texts(folder, "train"))
+    if (conversations := read.get("chat_shards")) is not None:
+        for windows in read_windows(conversations.local() / "chat", "train"):
+            for ids in windows.input_ids:
+                yield tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
 
 
 def tasks_within(suite: Suite, limits: Limits) -> list[TaskSource]:
@@ -220,7 +267,7 @@ def _scores(
     folder = model.local()
     loaded, tokenizer = open_model(folder, model.address)
     loaded = loaded.to(device)
-    inputs = {name: store.find(name, print_) for name, print_ in plan.inputs.items() if name != "model"}
+    inputs = {name: store.find(name, plan.inputs[name]) for name in config["data"] if name in plan.inputs}
     sample, conversations = inputs.get("sample"), inputs.get("chat_shards")
     drawn_from = suite.experiment.sample.sources if sample is not None and suite.experiment is not None else []
     labels = [source.label for source in drawn_from]
@@ -235,6 +282,10 @@ def _scores(
         for kind, label, scored in score_tasks(tasks, folder, loaded, tokenizer, *where, found):
             scores[kind][label] = scored
             progress.advance(1, label)
+        if read := trained_on(model, store):
+            repeated = contaminated(found.contents, training_text(read, tokenizer))
+            for label, marks in found.mark(repeated.tolist()).items():
+                scores["tasks"][label] |= marks
         longest = config["max_new_tokens"]
         if conversations is not None:
             prompts = read_prompts(conversations.local("prompts.jsonl"), config["chat_prompts"], suite.seed)
