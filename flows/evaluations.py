@@ -19,7 +19,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 from flows.deployments import opened_store
-from flows.form import Name
+from flows.form import SuiteName
 from flows.launch import Launcher
 from flows.live import live, show_waiting
 from flows.provision import FELL
@@ -40,7 +40,7 @@ Address = Annotated[str, Field(pattern=r"^(models:/[^/@:]+(@[^/@]+|/[0-9]+)|/.+|
 @flow(name="evaluate", flow_run_name="{model} on {suite}", persist_result=False)
 def evaluate_run(
     model: Address = "models:/vectorclm-chat@candidate",
-    suite: Name = "tiny",
+    suite: SuiteName = "tiny",
     limits: Limits = Limits(),
     data: str = "",
     runtime: Runtime = Runtime(),
@@ -50,7 +50,7 @@ def evaluate_run(
     Args:
         model: `models:/NAME@ALIAS` or `models:/NAME/VERSION` of MLflow's registry; `<store>/<stage>/<fingerprint>` of
             any store; or the path of a model's folder on the worker, from the root.
-        suite: A file of benchmarks (`core`, `full`), or an experiment whose evaluation serves: its tasks, its held-out
+        suite: A file of benchmarks (`standard`, `generation`), or an experiment whose evaluation serves: its tasks, its held-out
             text and conversations where the store has them.
         limits: How much is measured. Results by other limits are not compared.
         data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.

@@ -299,7 +299,7 @@ class CausalLM(nn.Module):
     def save_pretrained(self, directory: Path) -> None:
         """Write `config.json` and `model.safetensors` as transformers reads them."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(hugging_face_config(self.config), indent=2) + "\n")
+        write_config(self.config, directory)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
@@ -324,6 +324,11 @@ class CausalLM(nn.Module):
         except RuntimeError as error:
             raise DataError(f"{weights} does not fit its config.json: {error}") from error
         return model
+
+
+def write_config(config: ModelConfig, directory: Path) -> None:
+    """Write `config.json` as transformers reads it."""
+    (directory / "config.json").write_text(json.dumps(hugging_face_config(config), indent=2) + "\n")
 
 
 def hugging_face_config(config: ModelConfig) -> dict[str, Any]:

@@ -131,7 +131,8 @@ def run_stage(
     def trained(out: Path) -> Mapping[str, Any]:
         folders = _training_inputs(name, store, stages)
         group.call(experiment.model_dump_json())  # now that all inputs are on this machine
-        with Checkpoints(store, plan, work_folder, inputs[READS[name]].identity) as checkpoints:
+        data_set, keep_all = inputs[READS[name]].identity, runtime.keep_checkpoints
+        with Checkpoints(store, plan, work_folder, data_set, keep_all=keep_all) as checkpoints:
             work = Work(name, work_folder, checkpoints, runtime, group)
             model, summary = _train(experiment, folders, inputs[READS[name]], work)
         model.save_pretrained(out)
@@ -173,7 +174,8 @@ def run_stage(
             )
         return found, True
     artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber())
-    store.remove(f"checkpoints/{plan.fingerprint}")
+    if not runtime.keep_checkpoints:
+        store.remove(f"checkpoints/{plan.fingerprint}")
     return artifact, reused
 
 
