@@ -50,8 +50,8 @@ def evaluate_run(
     Args:
         model: `models:/NAME@ALIAS` or `models:/NAME/VERSION` of MLflow's registry; `<store>/<stage>/<fingerprint>` of
             any store; or the path of a model's folder on the worker, from the root.
-        suite: A file of benchmarks (`standard`, `generation`), or an experiment whose evaluation serves: its tasks, its held-out
-            text and conversations where the store has them.
+        suite: A file of benchmarks (`standard`, `generation`), or an experiment whose evaluation serves: its tasks,
+            its held-out text and conversations where the store has them.
         limits: How much is measured. Results by other limits are not compared.
         data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
         runtime: How the machine runs it. Never part of a result.

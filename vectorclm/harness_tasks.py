@@ -16,6 +16,7 @@ from typing import Any
 
 import lm_eval.api.task
 import lm_eval.tasks
+from datasets import Dataset, disable_progress_bars
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -34,7 +35,8 @@ KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_
 FEWSHOT_SEED = 1234  # of the harness's own command line
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of every setting that a definition leaves out
-lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # its bars would break ours
+lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # its bars would break ours, and so would these
+disable_progress_bars()
 
 
 @functools.cache
@@ -91,8 +93,6 @@ def build_tasks(source: TaskSource, rows: Iterable[Mapping[str, Any]]) -> dict[s
 
     Raises DataError where a task has no rows, or lacks a column that it reads.
     """
-    from datasets import Dataset
-
     assert source.task is not None
     by_subset: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -106,12 +106,24 @@ def build_tasks(source: TaskSource, rows: Iterable[Mapping[str, Any]]) -> dict[s
             raise DataError(f"{source.label}: no rows for {name}{column}")
         config["custom_dataset"] = functools.partial(_dataset, source.split, Dataset.from_list(own))
         try:
-            tasks[name] = ConfigurableTask(config=config)
+            tasks[name] = HarnessTask(config=config)
             tasks[name].set_fewshot_seed(seed=FEWSHOT_SEED)
         except KeyError as error:
             known = ", ".join(own[0])
             raise DataError(f"{source.label}: {name} reads a column {error}; its rows have {known}") from error
     return tasks
+
+
+class HarnessTask(ConfigurableTask):  # type: ignore[misc]
+    """A task whose documents are made of its rows once, not whenever they are asked for."""
+
+    _documents: Any = None
+
+    def test_docs(self) -> Any:
+        """The documents that are scored."""
+        if self._documents is None:
+            self._documents = super().test_docs()
+        return self._documents
 
 
 def _dataset(split: str, rows: Any, **_: Any) -> dict[str, Any]:
@@ -185,7 +197,10 @@ def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 def _others(results: Mapping[str, Any]) -> dict[str, float]:
     """What the harness says of a task: `perplexity`, `exact_match,flexible-extract`."""
     values = {key.removesuffix(",none"): value for key, value in results.items() if isinstance(value, float)}
-    return {key: value for key, value in values.items() if "stderr" not in key and math.isfinite(value)}
+    told = ("acc", "acc_norm", "bits_per_byte")
+    return {
+        key: value for key, value in values.items() if key not in told and "stderr" not in key and math.isfinite(value)
+    }
 
 
 def _graded(
