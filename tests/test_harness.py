@@ -186,6 +186,9 @@ def test_a_chat_model_is_asked_in_its_template_and_a_base_model_is_not(chat_fold
     choices = [Instance("loglikelihood", {}, (plain, text), 0) for text in ("The fox", "A boat.")]
     values = [[value for value, _ in model.loglikelihood(choices)] for model in (lm, judge)]
     assert values[0] == pytest.approx(values[1], abs=NEAR)
+    source = TaskSource(label="boolq", path="json", task="boolq", split="test", shots=1)
+    scores = harness_scores(lm, source, rows_of("boolq"), 1, ItemScores(), template=True)
+    assert scores["items"] == 12 and all(text.count("<|im_start|>") == 4 for text in list(lm._conversations)[2:])
     with pytest.raises(DataError, match="is a base model and knows no chat template"):
         ours.apply_chat_template(history)
 
@@ -290,6 +293,13 @@ def test_a_mistake_in_a_suite_is_told_before_the_work(
     suite = write_suite(tmp_path, **changes)
     main(["evaluate", str(folder), "--suite", str(suite), "--data", str(tmp_path), "--store", str(tmp_path / "store")])
     assert told in capsys.readouterr().err
+
+
+def test_a_base_model_is_not_asked_in_a_template(folder: Path, tmp_path: Path, capsys: CaptureFixture[str]) -> None:
+    suite = write_suite(tmp_path)
+    options = ["--suite", str(suite), "--data", str(tmp_path), "--store", str(tmp_path / "store"), "--template"]
+    assert main(["evaluate", str(folder), *options]) == 2
+    assert "is a base model and knows no chat template: leave --template out" in capsys.readouterr().err
 
 
 def test_a_model_with_anothers_tokenizer_is_refused(folder: Path, chat_folder: Path, tmp_path: Path) -> None:

@@ -64,8 +64,13 @@ def score_tasks(
     data: Path | None,
     world: WorldConfig | None,
     found: ItemScores,
+    *,
+    template: bool = False,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Score the model of a folder on one benchmark after the other: its kind (`tasks` or `text`), label and scores."""
+    """Score the model of a folder on one benchmark after the other: its kind (`tasks` or `text`), label and scores.
+
+    With `template`, the harness's tasks are asked in the model's chat template.
+    """
     micro_batch = runtime.micro_batch_size or 16
     lm = None
     for task in tasks:
@@ -79,5 +84,5 @@ def score_tasks(
         from vectorclm.harness_tasks import harness_scores
 
         lm = lm or VectorCLM(folder, micro_batch, runtime)
-        scores = harness_scores(lm, task, rows, seed, found)
+        scores = harness_scores(lm, task, rows, seed, found, template=template)
         yield "text" if "bits_per_byte" in scores else "tasks", task.label, scores

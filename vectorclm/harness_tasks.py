@@ -157,14 +157,21 @@ def _passed(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
 
 
 def harness_scores(
-    lm: VectorCLM, source: TaskSource, rows: Iterable[Mapping[str, Any]], seed: int, found: ItemScores
+    lm: VectorCLM,
+    source: TaskSource,
+    rows: Iterable[Mapping[str, Any]],
+    seed: int,
+    found: ItemScores,
+    *,
+    template: bool = False,
 ) -> dict[str, Any]:
     """What a model scores on a task or on all those of a group, a seeded draw of `source.limit` items; or on texts.
 
     `acc` is the share of items that are right by the task's first metric, named as `metric`, and its first filter;
     `acc_norm` where the task has it; both with standard errors. `chance` is a blind guess's, 0 where nothing is to
     choose. `parts` has each task of a group, `others` what else the harness says of a single one. Of texts:
-    `bits_per_byte` and its `stderr`. What each item scored is added to `found`.
+    `bits_per_byte` and its `stderr`. With `template`, a chat model is asked in its own, with worked examples as turns.
+    What each item scored is added to `found`.
     """
     tasks = build_tasks(source, rows)
     places = [(name, number) for name, task in tasks.items() for number in range(len(task.eval_docs))]
@@ -178,6 +185,8 @@ def harness_scores(
         samples=dict(asked) if len(places) > sum(map(len, asked.values())) else None,
         bootstrap_iters=0,
         confirm_run_unsafe_code=True,
+        apply_chat_template=template,
+        fewshot_as_multiturn=template,
     )
     others = _others(said["results"][next(iter(chosen))]) if len(tasks) == 1 else {}
     samples = {name: _first_filter(of_task) for name, of_task in said["samples"].items()}

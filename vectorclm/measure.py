@@ -54,6 +54,7 @@ class Limits(Settings):
         0, ge=0, le=100_000, description="Held-out conversations whose answers are checked; 0 = the suite's number"
     )
     max_new_tokens: int = Field(0, ge=0, le=4096, description="Longest answer, in tokens, to 4,096; 0 = the suite's")
+    template: bool = Field(False, description="Ask a chat model the benchmarks in its chat template")
     run_code: bool = Field(False, description="Run the programs that the model writes (HumanEval), in a sandbox")
 
 
@@ -160,6 +161,7 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Pl
         "max_new_tokens": limits.max_new_tokens or suite.max_new_tokens,
         "prompts": suite.prompts,
         "data": data,
+        **({"template": True} if limits.template else {}),
     }
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
     read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
@@ -243,6 +245,12 @@ def measure(
     model.verify(store)
     tasks = tasks_within(suite, limits)
     check_tasks(tasks)
+    if limits.template and not model.chat:
+        raise DataError(f"{model.address} is a base model and knows no chat template: leave --template out")
+    if limits.template and (own := [task.label for task in tasks if task.task is None]):
+        raise ConfigError(
+            f"{', '.join(own)} cannot be asked in a template, only tasks of the harness: leave --template out"
+        )
 
     def produce(out: Path) -> Mapping[str, Any]:
         found = ItemScores()
@@ -278,8 +286,8 @@ def _scores(
             texts = _documents(sample.local(f"{label}/validation-*") / label, config["documents"], suite.seed)
             scores["text"][label] = documents_scores(loaded, tokenizer, label, texts, device, found)
             progress.advance(1, label)
-        where = (suite.seed, runtime, data, suite.world)
-        for kind, label, scored in score_tasks(tasks, folder, loaded, tokenizer, *where, found):
+        where, template = (suite.seed, runtime, data, suite.world), "template" in config
+        for kind, label, scored in score_tasks(tasks, folder, loaded, tokenizer, *where, found, template=template):
             scores[kind][label] = scored
             progress.advance(1, label)
         if read := trained_on(model, store):
