@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from vectorclm.sandbox import passes
 
 FOLDER = Path(lm_eval.tasks.__file__).parent
 METRICS = ("acc", "exact_match", "pass@1")  # 1 of an item that is right, 0 of others
+NAMED = re.compile(rb"""^["']?(?:task|group)["']?:[ ]*["']?([^\s"']+)""", re.MULTILINE)
 KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 FEWSHOT_SEED = 1234  # of the harness's own command line
 
@@ -45,9 +47,7 @@ def definitions(name: str) -> Mapping[str, Path]:
 
     Raises ConfigError for a name that the harness does not know.
     """
-    # To read all 14,000 files takes ten seconds; those that belong to a name lie where it is written.
-    folders = {path.parent for path in FOLDER.rglob("*.yaml") if name.encode() in path.read_bytes()}
-    index = TaskManager(include_defaults=False, include_path=sorted(folders)).task_index
+    index = TaskManager(include_defaults=False, include_path=sorted(_folders().get(name, []))).task_index
     if name not in index:
         index = TaskManager().task_index
     if name not in index:
@@ -55,6 +55,16 @@ def definitions(name: str) -> Mapping[str, Path]:
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ConfigError(f"lm-evaluation-harness has no task {name!r}{hint}")
     return {leaf: Path(index[leaf].yaml_path) for leaf in _leaves(name, index)}
+
+
+@functools.cache
+def _folders() -> Mapping[str, set[Path]]:
+    """Where each name stands. The harness takes ten seconds to read its 14,000 files."""
+    found: dict[str, set[Path]] = defaultdict(set)
+    for path in FOLDER.rglob("*.yaml"):
+        for name in NAMED.findall(path.read_bytes()):
+            found[name.decode()].add(path.parent)
+    return found
 
 
 def _leaves(member: Any, index: Mapping[str, Any]) -> list[str]:
@@ -206,9 +216,11 @@ def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 def _others(results: Mapping[str, Any]) -> dict[str, float]:
     """What the harness says of a task: `perplexity`, `exact_match,flexible-extract`."""
     values = {key.removesuffix(",none"): value for key, value in results.items() if isinstance(value, float)}
-    told = ("acc", "acc_norm", "bits_per_byte")
+    told = (*METRICS, "acc_norm", "bits_per_byte")
     return {
-        key: value for key, value in values.items() if key not in told and "stderr" not in key and math.isfinite(value)
+        key: float(value)
+        for key, value in values.items()
+        if key not in told and "stderr" not in key and math.isfinite(value)
     }
 
 
