@@ -125,9 +125,12 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("--verbose", action="store_true", help="show every log line")
     machine = parser.add_argument_group("this machine (never part of a result's fingerprint)")
     for name, field in Runtime.model_fields.items():
-        kind = field.annotation
-        options = {"choices": get_args(kind)} if get_origin(kind) is Literal else {"type": int if kind is int else str}
-        about = (field.description or "").replace("%", "%%")
+        kind, about = field.annotation, (field.description or "").replace("%", "%%")
+        options: dict[str, Any] = {"type": int if kind is int else str}
+        if get_origin(kind) is Literal:
+            options = {"choices": get_args(kind)}
+        elif kind is bool:
+            options = {"action": "store_true", "default": None}
         machine.add_argument(f"--{name.replace('_', '-')}", dest=f"runtime_{name}", help=about, **options)
 
 

@@ -18,8 +18,8 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from flows.deployments import opened_store, pinned_here
-from flows.form import Name
+from flows.deployments import opened_store
+from flows.form import SuiteName
 from flows.launch import Launcher
 from flows.live import live, show_waiting
 from flows.provision import FELL
@@ -28,10 +28,11 @@ from flows.server import local_folder
 from flows.stages import RETRY_DELAY, may_help
 from flows.watch import watched
 from vectorclm.artifact import Artifact, Plan, Store
-from vectorclm.config import load_experiment
 from vectorclm.errors import StoreError
 from vectorclm.measure import STAGE, Change, Limits, Model, changes, figures, find_model, left_out, measure_plan
+from vectorclm.pinning import pin_suite
 from vectorclm.runtime import Runtime
+from vectorclm.suite import load_suite
 
 Address = Annotated[str, Field(pattern=r"^(models:/[^/@:]+(@[^/@]+|/[0-9]+)|/.+|[a-z0-9]+://[^@]+)$")]
 
@@ -39,7 +40,7 @@ Address = Annotated[str, Field(pattern=r"^(models:/[^/@:]+(@[^/@]+|/[0-9]+)|/.+|
 @flow(name="evaluate", flow_run_name="{model} on {suite}", persist_result=False)
 def evaluate_run(
     model: Address = "models:/vectorclm-chat@candidate",
-    suite: Name = "tiny",
+    suite: SuiteName = "tiny",
     limits: Limits = Limits(),
     data: str = "",
     runtime: Runtime = Runtime(),
@@ -49,7 +50,8 @@ def evaluate_run(
     Args:
         model: `models:/NAME@ALIAS` or `models:/NAME/VERSION` of MLflow's registry; `<store>/<stage>/<fingerprint>` of
             any store; or the path of a model's folder on the worker, from the root.
-        suite: Whose evaluation serves: its tasks, its held-out text and conversations where the store has them.
+        suite: A file of benchmarks (`standard`, `generation`), or an experiment whose evaluation serves: its tasks,
+            its held-out text and conversations where the store has them.
         limits: How much is measured. Results by other limits are not compared.
         data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
         runtime: How the machine runs it. Never part of a result.
@@ -59,10 +61,12 @@ def evaluate_run(
     subject = registry.find(model)
     found = find_model(subject.address)
     mirror = Path(data) if data else None
-    experiment, path = load_experiment(suite)
-    pinned = pinned_here(experiment, path, mirror, store)
+    asked, path = load_suite(suite)
+    locks = local_folder(store) / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    pinned, notes = pin_suite(asked, locks / path.name, mirror)
     plan = measure_plan(pinned, limits, found, store)
-    for line in left_out(plan):
+    for line in [*notes, *left_out(plan, pinned)]:
         get_run_logger().warning(line)
     with tempfile.TemporaryDirectory(prefix="vectorclm-") as name:
         folder = Path(name)
@@ -70,8 +74,8 @@ def evaluate_run(
         (folder / "runtime.json").write_text(runtime.model_dump_json(), encoding="utf-8")
         options = ["--suite", str(folder / "suite.json"), "--runtime", str(folder / "runtime.json")]
         options += ["--data", data] if data else []
-        for key, value in limits.model_dump().items():
-            options += [f"--{key.replace('_', '-')}", str(value)]
+        for key, value in limits.model_dump(exclude_defaults=True).items():
+            options += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
         with watched():
             state = _measured(plan, found, [found.address, *options, "--store", store.uri], store, runtime)
     artifact = store.find(plan.stage, plan.fingerprint)

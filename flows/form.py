@@ -13,6 +13,7 @@ from vectorclm.settings import Settings
 from vectorclm.stages import StageName
 
 Name = Literal["tiny", "small", "base"]
+SuiteName = Literal["tiny", "small", "base", "standard", "generation"]
 Again = Literal["nothing", StageName]
 
 

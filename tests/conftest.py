@@ -238,6 +238,7 @@ def write_mirror(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from vectorclm.harness_tasks import definitions
     from vectorclm.world import WorldConfig, rows
 
     world, other = (WorldConfig(seed=seed, documents=600, conversations=120) for seed in (1, 2))
@@ -257,16 +258,16 @@ def write_mirror(folder: Path) -> None:
     lines: dict[str, list[dict[str, object]]] = {
         "hellaswag_val": [], "arc_easy_validation": [], "piqa_valid": [], "blimp_all_67": []
     }  # fmt: skip
-    for row in rows(world, "questions")[:40]:
+    paradigms = [name.removeprefix("blimp_") for name in definitions("blimp")]
+    for number, row in enumerate(rows(world, "questions")[:70]):
         context, choices, answer = row["context"], [choice.strip() for choice in row["choices"]], row["answer"]
         wrong = choices[(answer + 1) % len(choices)]
         lines["hellaswag_val"] += [{"activity_label": "A", "ctx": context, "endings": choices, "label": answer}]
         options = {"text": choices, "label": list("ABCD")}
         lines["arc_easy_validation"] += [{"question": context, "choices": options, "answerKey": "ABCD"[answer]}]
         lines["piqa_valid"] += [{"goal": context, "sol1": choices[answer], "sol2": wrong, "label": 0}]
-        lines["blimp_all_67"] += [
-            {"sentence_good": f"{context} {choices[answer]}", "sentence_bad": f"{context} {wrong}"}
-        ]
+        pair = {"sentence_good": f"{context} {choices[answer]}", "sentence_bad": f"{context} {wrong}"}
+        lines["blimp_all_67"] += [{**pair, "UID": paradigms[number % len(paradigms)]}]
     (folder / "eval").mkdir()
     for name, made in lines.items():
         packed = zstandard.ZstdCompressor().compress("".join(json.dumps(line) + "\n" for line in made).encode())

@@ -8,7 +8,7 @@ import pytest
 
 from vectorclm.config import load_experiment
 from vectorclm.corpus import SampleConfig
-from vectorclm.decontamination import ANCHOR, GRAM, Benchmarks, benchmark_sources, read_benchmarks
+from vectorclm.decontamination import ANCHOR, GRAM, Benchmarks, benchmark_sources, contaminated, read_benchmarks
 from vectorclm.errors import ConfigError
 from vectorclm.world import rows
 
@@ -89,3 +89,11 @@ def test_further_benchmarks_and_none(tmp_path: Path) -> None:
     (tmp_path / "twice.json").write_text(type(tiny).model_construct(**twice).model_dump_json(warnings=False))
     with pytest.raises(ConfigError, match="two sources share a label: world"):
         load_experiment(str(tmp_path / "twice.json"))
+
+
+def test_each_item_that_training_repeats_is_known() -> None:
+    items = [[LONG, "no"], ["Who sings?", SHORT], ["yes", LONG.replace("twelve", "13")], []]
+    read = [b"nothing", f"Say: {SHORT}".encode(), LONG.upper().encode()]
+    assert contaminated(items, read).tolist() == [True, True, False, False]
+    assert contaminated(items, [LONG.replace("twelve", "13").encode()]).tolist() == [False, False, True, False]
+    assert contaminated(items, []).tolist() == [False] * 4

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import write_random_model
 from tests.test_model import CONFIG
 from vectorclm.errors import DataError
-from vectorclm.evaluate import Item, TaskSource, choice_ids, read_item, read_items, task_scores, text_scores
+from vectorclm.evaluate import Item, TaskSource, pair_ids, read_items, task_scores, text_scores
 from vectorclm.finetune import Turn, read_prompts
 from vectorclm.generate import Sampling, answer, continuation, generate
 from vectorclm.model import CausalLM
@@ -59,7 +59,7 @@ def test_choices_score_what_transformers_says_in_any_batch(folder: Path) -> None
     items = [Item(context, choices, answer) for context, answer in zip(contexts, (0, 1, 2, 3, 0), strict=True)]
     right = right_norm = 0
     for item in items:
-        values = [-reference(folder, *choice_ids(tokenizer, item, c, 64)) for c in range(4)]
+        values = [-reference(folder, *pair_ids(tokenizer, item.context, item.choices[c], 64)) for c in range(4)]
         right += values.index(max(values)) == item.answer
         normed = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
         right_norm += normed.index(max(normed)) == item.answer
@@ -69,23 +69,11 @@ def test_choices_score_what_transformers_says_in_any_batch(folder: Path) -> None
     assert scores["chance"] == 0.25 and scores["items"] == 5
 
 
-def test_each_benchmark_reads_its_rows() -> None:
-    assert read_item("hellaswag", {"activity_label": "A", "ctx": "b", "endings": ["c", "d"], "label": "1"}) == Item(
-        "A: b", (" c", " d"), 1
-    )
-    arc = {"question": "q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
-    assert read_item("arc", arc) == Item("Question: q?\nAnswer:", (" x", " y"), 1)
-    piqa = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
-    assert read_item("piqa", piqa) == Item("Question: g\nAnswer:", (" a", " b"), 0)
-    assert read_item("blimp", {"sentence_good": "a", "sentence_bad": "b"}) == Item("", ("a", "b"), 0)
-
-
 def test_a_row_that_is_no_question_is_named() -> None:
-    task = TaskSource(label="arc", path="json", format="arc")
-    bad = {"question": "q?", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "E"}
-    with pytest.raises(DataError, match="arc, row 0: not a arc question"):
-        read_items(task, [bad], 0)
-    with pytest.raises(DataError, match="arc: no questions"):
+    task = TaskSource(label="quiz", path="json")
+    with pytest.raises(DataError, match=r"quiz, row 0: not a multiple-choice question: .*answer 1 of 1 choices"):
+        read_items(task, [{"context": "q?", "choices": ["x"], "answer": 1}], 0)
+    with pytest.raises(DataError, match="quiz: no questions"):
         read_items(task, [], 0)
 
 
@@ -134,7 +122,7 @@ def test_a_choice_whose_tokens_merge_with_the_context_is_scored(folder: Path) ->
         w for w in ("swims", "otter", "night", "lake") if len(encode(tokenizer, w)) < len(encode(tokenizer, w[:-1])) + 1
     )
     item = Item(word[:-1], (word[-1], " otter"), 0)
-    ids, scored = choice_ids(tokenizer, item, 0, 64)
+    ids, scored = pair_ids(tokenizer, item.context, item.choices[0], 64)
     assert ids == [BOS_ID, *encode(tokenizer, word)]
     assert scored >= 1
     assert reference(folder, ids, scored) > 0
@@ -152,16 +140,9 @@ def test_a_broken_model_gets_no_score(folder: Path) -> None:
 
 @pytest.mark.parametrize("choices", [["a", ""], ["a", "\ud800"]])
 def test_a_choice_that_is_no_text_is_refused(choices: list[str]) -> None:
-    task = TaskSource(label="x", path="world", format="multiple_choice")
+    task = TaskSource(label="x", path="world")
     with pytest.raises(DataError, match="x, row 0"):
         read_items(task, [{"context": "q", "choices": choices, "answer": 0}], 1)
-
-
-def test_hellaswag_loses_its_marks() -> None:
-    row = {"activity_label": "Baking", "ctx": "How to bake [title] Mix it. [step] Then", "label": 0}
-    item = read_item("hellaswag", {**row, "endings": ["stir [substeps] well.", "b", "c", "d"]})
-    assert item.context == "Baking: How to bake. Mix it. Then"
-    assert item.choices[0] == " stir well."
 
 
 def test_prompts_are_drawn_over_all_sources(tmp_path: Path) -> None:

@@ -20,14 +20,27 @@ from vectorclm.compare import OWN_SUITE, common_results, compare
 from vectorclm.config import override
 from vectorclm.corpus import read_texts
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
-from vectorclm.evaluate import text_scores
+from vectorclm.evaluate import read_items, text_scores
 from vectorclm.items import ratio
-from vectorclm.measure import Change, Figure, Limits, changes, figures, find_model, left_out, measure_plan
+from vectorclm.measure import (
+    Change,
+    Figure,
+    Limits,
+    changes,
+    figures,
+    find_model,
+    left_out,
+    measure_plan,
+    trained_on,
+    training_text,
+)
 from vectorclm.model import CausalLM
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
 from vectorclm.stages import plans, run_stage
+from vectorclm.suite import Suite
 from vectorclm.train_tokenizer import load_tokenizer
+from vectorclm.world import rows as world_rows
 
 STAGES_OF_SCORES = ("evaluate_base", "evaluate")
 STAGES = ("sample", "tokenizer", "shards", "chat_shards", "pretrain", "finetune")
@@ -41,8 +54,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path.write_text(mini().model_dump_json())
     (folder / "runtime.json").write_text('{"threads": 1}')
     suite, _ = pin(mini(), path, None, resolve=True)
+    runtime = Runtime(threads=1, keep_checkpoints=True, checkpoint_interval=6)
     for stage in STAGES:
-        run_stage(stage, suite, store, Runtime(threads=1), None)
+        run_stage(stage, suite, store, runtime, None)
     uris = {stage: store.uri_of(f"{stage}/{plan.fingerprint}") for stage, plan in plans(suite).items()}
     return SimpleNamespace(path=path, runtime=folder / "runtime.json", store=store, suite=suite, uris=uris)
 
@@ -173,6 +187,44 @@ def test_the_stages_keep_their_items_with_every_error(made: SimpleNamespace) -> 
     assert found["bits_per_byte.stories"].difference == pytest.approx(bits[1] - bits[0])
 
 
+def test_what_training_repeats_is_counted_beside_the_score(
+    made: SimpleNamespace, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = evaluate.scores(made.uris["finetune"], "--items", "5")["scores"]["tasks"]["world"]
+    assert task["contaminated"] == 0 and task["acc_clean"] == task["acc"]  # the sample was cleared of its questions
+    model, tokenizer = find_model(made.uris["finetune"]), load_tokenizer(Path(made.uris["finetune"]))
+    read = trained_on(model, made.store)
+    assert set(read) == {"sample", "chat_shards"}
+    texts = [text.decode() for text in training_text(read, tokenizer)]
+    assert set(read_texts(Path(made.uris["sample"]) / "stories", "train")) <= set(texts)
+    assert sum("assistant\n" in text for text in texts) > 20  # the conversations, in windows
+    question = read_items(made.suite.evaluate.tasks[0], world_rows(made.suite.world, "questions"), 1)[0]
+    monkeypatch.setattr("vectorclm.measure.training_text", lambda *_: iter([question.context.encode()]))
+    again = evaluate.scores(made.uris["pretrain"], "--items", "400")
+    task, rows = again["scores"]["tasks"]["world"], pq.read_table(Path(again["uri"]) / "items.parquet").to_pylist()
+    assert task["contaminated"] == sum(row["contaminated"] for row in rows) > 0
+    clean = [row["correct"] for row in rows if not row["contaminated"]]
+    assert task["acc_clean"] == pytest.approx(sum(clean) / len(clean))
+
+
+def test_every_checkpoint_is_a_point_of_a_curve(made: SimpleNamespace, evaluate: Evaluate) -> None:
+    options = ["--every-checkpoint", "--documents", "4", "--items", "6", "--json"]
+    done = evaluate(str(made.path), *options)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert [(stage, step) for stage, step, _ in found["points"]][:3] == [
+        ("pretrain", 6), ("pretrain", 12), ("pretrain", 16)
+    ]  # fmt: skip
+    rows = pq.read_table(found["uri"]).to_pylist()
+    curve = {row["step"]: row["value"] for row in rows if row["score"] == "bits_per_byte.stories"}
+    assert curve[6] > curve[16] and {row["stage"] for row in rows} == {"pretrain", "finetune"}
+    model = evaluate.scores(made.uris["pretrain"], "--documents", "4", "--items", "6")
+    assert model["state"] == "reused" and model["uri"] == found["points"][2][2]
+    assert model["scores"]["text"]["stories"]["bits_per_byte"] == curve[16]
+    other = evaluate("tiny", *options)
+    assert other.code == 2 and "train with keep_checkpoints = true in --runtime FILE" in other.err
+
+
 def test_what_the_store_lacks_is_told_and_measured_once_it_is_there(
     made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path
 ) -> None:
@@ -183,19 +235,21 @@ def test_what_the_store_lacks_is_told_and_measured_once_it_is_there(
     scores = json.loads(done.out)["scores"]
     assert scores["text"] == {} and "chat" not in scores and scores["tasks"]["world"]["items"] == 8
     model = find_model(made.uris["finetune"])
-    plan = measure_plan(made.suite, Limits(), model, made.store)
-    assert left_out(plan) == []
-    assert plan.fingerprint != measure_plan(made.suite, Limits(), model, Store(str(tmp_path))).fingerprint
+    suite = Suite.of(made.suite)
+    plan = measure_plan(suite, Limits(), model, made.store)
+    assert left_out(plan, suite) == []
+    assert plan.fingerprint != measure_plan(suite, Limits(), model, Store(str(tmp_path))).fingerprint
 
 
 def test_settings_and_limits_are_part_of_a_result_and_the_machine_is_not(made: SimpleNamespace) -> None:
     model = find_model(made.uris["pretrain"])
-    plan = measure_plan(made.suite, Limits(), model, made.store)
+    suite = Suite.of(made.suite)
+    plan = measure_plan(suite, Limits(), model, made.store)
     same = Limits(items=8, prompts=3, max_new_tokens=8)  # what the suite says by itself
-    assert measure_plan(made.suite, same, model, made.store).fingerprint == plan.fingerprint
+    assert measure_plan(suite, same, model, made.store).fingerprint == plan.fingerprint
     for limits in (Limits(items=7), Limits(documents=7), Limits(prompts=7), Limits(max_new_tokens=7)):
-        assert measure_plan(made.suite, limits, model, made.store).fingerprint != plan.fingerprint
-    other = override(made.suite, ["pretrain.batch_size=4"])  # of the training, nothing is
+        assert measure_plan(suite, limits, model, made.store).fingerprint != plan.fingerprint
+    other = Suite.of(override(made.suite, ["pretrain.batch_size=4"]))  # of the training, nothing is
     assert measure_plan(other, Limits(), model, made.store).fingerprint == plan.fingerprint
     assert find_model(made.uris["finetune"]).content != model.content
 
@@ -223,7 +277,9 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
     done = evaluate(made.uris["pretrain"], "--items", "3")
     assert done.code == 2 and "--items need --suite NAME" in done.err
     done = evaluate(made.uris["pretrain"], "--suite", "tinny")
-    assert done.code == 2 and "no experiment 'tinny'" in done.err
+    assert (
+        done.code == 2 and "no suite 'tinny': use generation, standard, an experiment (base, small, tiny)" in done.err
+    )
     done = evaluate(made.uris["pretrain"], "--suite", "tiny", "--documents", "1")
     assert done.code == 2 and "documents: Input should be greater than or equal to 2" in done.err
 

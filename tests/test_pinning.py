@@ -85,7 +85,7 @@ def test_a_set_wholly_missing_is_an_error(tmp_path: Path) -> None:
 
 def test_benchmarks_are_left_out_one_by_one(tmp_path: Path) -> None:
     data = mirror(tmp_path / "data", "books/plays", "web", "chat", "arc")
-    tasks = [{"label": name, "path": f"owner/{name}", "format": "arc"} for name in ("arc", "piqa")]
+    tasks = [{"label": name, "path": f"owner/{name}", "task": "arc_easy"} for name in ("arc", "piqa")]
     pinned, notes = pin(experiment(evaluate={"prompts": ["Hi"], "tasks": tasks}), tmp_path / "x", data, resolve=True)
     assert [task.label for task in pinned.evaluate.tasks] == ["arc"]
     assert "owner/piqa: the mirror has no piqa" in notes

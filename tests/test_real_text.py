@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from vectorclm.artifact import Store
+from vectorclm.benchmarks import read_task
 from vectorclm.config import ExperimentConfig, load_experiment
-from vectorclm.corpus import draw, open_source, read_texts
+from vectorclm.corpus import read_texts
 from vectorclm.documents import position_ids
-from vectorclm.evaluate import FORMAT_COLUMNS, read_items
+from vectorclm.harness_tasks import build_tasks
 from vectorclm.pinning import check_sources, pin
 from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
@@ -107,9 +108,10 @@ def test_all_three_chat_schemas_are_learnt_from(made: Made, experiment: Experime
 def test_every_benchmark_reads_as_questions(experiment: ExperimentConfig, mirror: Path) -> None:
     choices = {"hellaswag": {4}, "arc_easy": {3, 4, 5}, "piqa": {2}, "blimp": {2}}
     for task in experiment.evaluate.tasks:
-        rows = draw(task, open_source(task, mirror, None, FORMAT_COLUMNS[task.format]))
-        items = read_items(task, rows, experiment.seed)
-        assert items, task.label
-        for item in items:
-            assert len(item.choices) in choices[task.label]
-            assert len(set(item.choices)) == len(item.choices), item
+        for name, asked in build_tasks(task, read_task(task, mirror, None)).items():
+            assert len(asked.eval_docs), name
+            for doc in asked.eval_docs.select(range(min(100, len(asked.eval_docs)))):
+                found = asked.doc_to_choice(doc)
+                assert len(found) in choices[task.label]
+                assert len(set(found)) == len(found), doc
+                assert 0 <= int(asked.doc_to_target(doc)) < len(found)

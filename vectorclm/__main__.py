@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from vectorclm.artifact import Store, default_store
 from vectorclm.chat import Conversation, open_chat_model, talk
 from vectorclm.compare import add_compare_command, run_compare_command
 from vectorclm.config import load_experiment, read_config
+from vectorclm.curves import measure_checkpoints, write_curves
 from vectorclm.distributed import Group, joined
 from vectorclm.errors import ConfigError, DataError, VectorCLMError
 from vectorclm.evaluate import text_scores
@@ -24,10 +25,11 @@ from vectorclm.housekeeping import add_store_command, run_store_command
 from vectorclm.llama_cpp import LlamaCpp
 from vectorclm.measure import Limits, figures, find_model, left_out, measure, measure_plan
 from vectorclm.model import CausalLM
-from vectorclm.pinning import pin
+from vectorclm.pinning import pin, pin_suite
 from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
 from vectorclm.stages import STAGES, TRAININGS, follow_stage, run_stage, told
+from vectorclm.suite import Suite, load_suite
 from vectorclm.train_tokenizer import load_tokenizer
 
 ABOUT = {
@@ -81,12 +83,19 @@ def add_commands(commands: Any, models: str = "a folder or <store>/<stage>/<fing
             parser.add_argument(
                 "--suite",
                 metavar="NAME",
-                help=f"score the model EXPERIMENT, {models}, as this experiment does",
+                help=f"score the model EXPERIMENT, {models}, on this suite, or as this experiment does",
+            )
+            parser.add_argument(
+                "--every-checkpoint",
+                action="store_true",
+                help="score what an experiment's trainings kept (keep_checkpoints in --runtime), and write the curves",
             )
             for name, field in Limits.model_fields.items():
-                option = f"--{name.replace('_', '-')}"
-                about = f"of a suite: {field.description} ({field.default})"
-                parser.add_argument(option, type=int, default=None, metavar="N", help=about)
+                option, about = f"--{name.replace('_', '-')}", f"of a suite: {field.description}"
+                if isinstance(field.default, bool):
+                    parser.add_argument(option, action="store_true", default=None, help=about)
+                else:
+                    parser.add_argument(option, type=int, metavar="N", help=f"{about} ({field.default})")
             parser.add_argument("--json", action="store_true", help="print one JSON object")
         if stage == "export":
             about = f"write the model EXPERIMENT, {models}, as one GGUF file for llama.cpp"
@@ -143,6 +152,8 @@ def run_command(args: argparse.Namespace) -> int:
         print(f"{path}: {path.stat().st_size:,} bytes")
     elif args.command == "export" and (args.type or args.out):
         raise ConfigError("--type and --out need --format gguf")
+    elif args.command == "evaluate" and args.every_checkpoint:
+        measure_curves(args)
     elif args.command == "evaluate" and args.suite is not None:
         measure_model(args)
     elif args.command == "evaluate" and limits_given(args):
@@ -200,13 +211,13 @@ def measure_model(args: argparse.Namespace) -> None:
         raise ConfigError("--text and --suite ask for two things: give one of them")
     limits = validate(Limits, limits_given(args), "options")
     model = find_model(args.target)
-    suite, path = load_experiment(args.suite)
+    suite, path = load_suite(args.suite)
     store, runtime = Store(args.store), load_runtime(args.runtime)
     runtime.check()
     if not args.relay:
         store.check_writable()
-        suite, notes = pin(suite, path, args.data, resolve=True)
-        for note in [*notes, *left_out(measure_plan(suite, limits, model, store))]:
+        suite, notes = pin_suite(suite, path, args.data)
+        for note in [*notes, *left_out(measure_plan(suite, limits, model, store), suite)]:
             print(note, file=sys.stderr)
     show: AbstractContextManager[None] = progress.json_lines() if args.relay else progress.bars()
     with show:
@@ -215,8 +226,46 @@ def measure_model(args: argparse.Namespace) -> None:
         print(json.dumps({"state": "reused" if reused else "built", "uri": artifact.uri, "scores": artifact.summary}))
     elif not args.relay:
         for name, figure in figures(artifact.summary).items():
-            print(f"{name:<24} {figure.value:.4f} ± {figure.stderr:.4f}")
+            print(f"{name:<24} {figure.value:.4f} ± {figure.stderr:.4f}{_about(artifact.summary, name)}")
         print(f"measure {'reused' if reused else 'built'}: {artifact.uri}")
+
+
+def _about(scores: Mapping[str, Any], name: str) -> str:
+    """What else is known of a task's score."""
+    task = scores["tasks"].get(name.removeprefix("acc."))
+    if task is None:
+        return ""
+    normed = f", acc_norm {task['acc_norm']:.4f} ± {task['stderr_norm']:.4f}" if "acc_norm" in task else ""
+    repeated = f", {task['contaminated']:,} repeated in training" if "contaminated" in task else ""
+    return f"{normed}, chance {task['chance']:.3f}, {task['items']:,} items{repeated}"
+
+
+def measure_curves(args: argparse.Namespace) -> None:
+    """Measure the checkpoints of an experiment's trainings on a suite, its own by default, and write the curves."""
+    limits = validate(Limits, limits_given(args), "options")
+    store, runtime = Store(args.store), load_runtime(args.runtime)
+    runtime.check()
+    store.check_writable()
+    experiment, path = load_experiment(args.target)
+    experiment, notes = pin(experiment, path, args.data, resolve=True)
+    suite = Suite.of(experiment)
+    if args.suite is not None:
+        suite, others = pin_suite(*load_suite(args.suite), args.data)
+        notes += others
+    for note in notes:
+        print(note, file=sys.stderr)
+    measured = []
+    with progress.bars():
+        for point, result in measure_checkpoints(experiment, suite, limits, store, runtime, args.data):
+            measured.append((point, result))
+    uri = write_curves(measured, suite, store)
+    if args.json:
+        print(json.dumps({"uri": uri, "points": [(point.stage, point.step, result.uri) for point, result in measured]}))
+        return
+    for point, result in measured:
+        found = "  ".join(f"{name} {figure.value:.4f}" for name, figure in figures(result.summary).items())
+        print(f"{point.stage} {point.step:>6}  {found}")
+    print(f"curves: {uri}")
 
 
 def make_stage(args: argparse.Namespace) -> None:

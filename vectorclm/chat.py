@@ -8,12 +8,13 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
+from vectorclm.evaluate import open_model
 from vectorclm.finetune import Turn, read_conversation, render_prompt
 from vectorclm.generate import GREEDY, Sampling, generate
 from vectorclm.measure import find_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime import Runtime
-from vectorclm.train_tokenizer import SPECIAL_TOKENS, load_tokenizer
+from vectorclm.train_tokenizer import SPECIAL_TOKENS
 
 HELP = """/reset          forget what was said, all but the system prompt
 /system TEXT    forget what was said, and begin anew with this system prompt (without TEXT, with none)
@@ -56,12 +57,7 @@ def open_chat_model(address: str, runtime: Runtime) -> ChatModel:
         )
     runtime.check()
     device, folder = runtime.configure_torch(), found.local()
-    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
-    known, expected = tokenizer.get_vocab_size(), model.config.vocab_size
-    if known != expected:
-        raise DataError(
-            f"{address}: the tokenizer has {known:,} tokens, the model {expected:,}: copy both from one training"
-        )
+    model, tokenizer = open_model(folder, address)
     return ChatModel(model.to(device), tokenizer, found.content)
 
 

@@ -62,14 +62,15 @@ def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.
 class Checkpoints:
     """The checkpoints of one plan, of a training on the data set whose identity is `data`.
 
-    `save` returns at once and writes in a thread of its own.
+    `save` returns at once and writes in a thread of its own. With `keep_all`, older checkpoints stay.
     """
 
-    def __init__(self, store: Store, plan: Plan, work: Path, data: str) -> None:
+    def __init__(self, store: Store, plan: Plan, work: Path, data: str, *, keep_all: bool = False) -> None:
         self.store = store
         self.plan = plan
         self.work = work
         self.data = data
+        self.keep_all = keep_all
         self.root = f"checkpoints/{plan.fingerprint}"
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
@@ -107,7 +108,7 @@ class Checkpoints:
         head = {"step": saved.step, "plan": self.plan.fingerprint, "order": saved.order, "data": self.data}
         self.store.publish_directory(f"{self.root}/{name}", folder, head)
         shutil.rmtree(folder)
-        for old in self._steps()[:-KEEP]:
+        for old in [] if self.keep_all else self._steps()[:-KEEP]:
             self.store.remove(f"{self.root}/{old}")
 
     def _steps(self) -> list[str]:

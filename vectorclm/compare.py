@@ -11,8 +11,7 @@ import numpy as np
 from vectorclm.artifact import Artifact, Store, default_store
 from vectorclm.errors import DataError
 from vectorclm.items import DRAWS, ITEMS, SEED, TEXTS, Scored, interval, ratio, read_scored, resampled
-from vectorclm.lineage import content_of
-from vectorclm.measure import STAGE, Change, Figure, find_model
+from vectorclm.measure import STAGE, Change, Figure, content_of, find_model
 from vectorclm.stages import EVALUATED
 
 OWN_SUITE = "its own evaluation"

@@ -79,7 +79,7 @@ class TextSource(Source):
 class BenchmarkSource(Source):
     """Texts that no document for training may repeat."""
 
-    columns: list[str] = Field(min_length=1, description="Columns with the texts, lists and tables included")
+    columns: list[str] = Field(description="Columns with the texts, lists and tables included; none = all")
 
 
 class SampleConfig(Settings):

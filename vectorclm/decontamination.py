@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vectorclm.corpus import BenchmarkSource, SampleConfig, check_labels, in_groups, read_source
-from vectorclm.evaluate import FORMAT_COLUMNS, TaskSource
+from vectorclm.corpus import BenchmarkSource, SampleConfig, Source, check_labels, in_groups, read_source
+from vectorclm.evaluate import TaskSource
 from vectorclm.world import WorldConfig
 
 GRAM = 13  # words
@@ -36,7 +36,7 @@ def benchmark_sources(config: SampleConfig, tasks: Sequence[TaskSource]) -> list
     if not config.decontaminate:
         return []
     of_tasks = [
-        BenchmarkSource(**task.model_dump(exclude={"format", "limit"}), columns=list(FORMAT_COLUMNS[task.format]))
+        BenchmarkSource(**task.model_dump(include=set(Source.model_fields)), columns=list(task.text_columns))
         for task in tasks
     ]
     sources = [*of_tasks, *config.decontaminate_with]
@@ -48,19 +48,19 @@ def read_benchmarks(sources: Sequence[BenchmarkSource], data: Path | None, world
     """All texts in the columns of the sources. Raises DataError for one that cannot be read."""
     return Benchmarks(
         {
-            source.label: (text for row in read_source(source, data, world, source.columns) for text in _strings(row))
+            source.label: (text for row in read_source(source, data, world, source.columns) for text in strings(row))
             for source in sources
         }
     )
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
     """The strings in a row, wherever they are."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(inner)
+            yield from strings(inner)
 
 
 class Benchmarks:
@@ -89,7 +89,22 @@ class Benchmarks:
             first += len(chunk)
         return shared
 
+    def repeated(self, documents: Iterable[bytes]) -> Hashes:
+        """The runs of any benchmark that any of the documents has, sorted."""
+        every = _sorted([np.empty(0, np.uint64), *(runs for _, runs in self.runs.values())])
+        found = [np.empty(0, np.uint64)]
+        for chunk in in_groups(documents, CHUNK):
+            found += [np.unique(values[_members(values, every)]) for _, values in self._candidates(chunk)]
+        return _sorted(found)
+
     def _found(self, documents: Sequence[bytes]) -> Iterator[tuple[int, str]]:
+        for number, values in self._candidates(documents):
+            for label, (_, runs) in self.runs.items():
+                for hit in np.unique(number[_members(values, runs)]):
+                    yield int(hit), label
+
+    def _candidates(self, documents: Sequence[bytes]) -> Iterator[tuple[NDArray[np.int64], Hashes]]:
+        """The runs that begin as one of a benchmark does, of each length: their documents' numbers and their hashes."""
         words, ends = hashed_words(documents)
         eights = hashed_eights(words)
         at = np.flatnonzero(self.known.take((eights >> self.shift).view(np.int64)))
@@ -99,28 +114,47 @@ class Benchmarks:
         number = np.searchsorted(ends, at, side="right")
         for length in self.lengths:
             inside = at + length <= ends[number]
-            values = hashed_runs(words, eights, at[inside], length)
-            for label, (_, runs) in self.runs.items():
-                for hit in np.unique(number[inside][_members(values, runs)]):
-                    yield int(hit), label
+            yield number[inside], hashed_runs(words, eights, at[inside], length)
 
     def _runs(self, texts: Iterable[str]) -> tuple[Hashes, Hashes]:
         """The hashes of the first eight words of each run, and of all its words, sorted."""
         anchors, runs = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-        for chunk in in_groups((text.encode(errors="replace") for text in texts), CHUNK):
-            words, ends = hashed_words(chunk)
-            eights = hashed_eights(words)
-            starts = np.concatenate([[0], ends[:-1]])
-            sizes = ends - starts
-            place = np.arange(len(words))
-            whole = place + GRAM <= np.repeat(ends, sizes)
-            at = {length: starts[sizes == length] for length in range(ANCHOR, GRAM)} | {GRAM: place[whole]}
-            for length, places in at.items():
-                if len(places):
-                    self.lengths.add(length)
-                    anchors.append(eights[places])
-                    runs.append(hashed_runs(words, eights, places, length))
+        for length, _, of_first, of_all in text_runs(texts):
+            self.lengths.add(length)
+            anchors.append(of_first)
+            runs.append(of_all)
         return _sorted(anchors), _sorted(runs)
+
+
+def text_runs(texts: Iterable[str]) -> Iterator[tuple[int, NDArray[np.int64], Hashes, Hashes]]:
+    """What is looked for of some texts: the runs of each length, as the numbers of their texts and hashes of their
+    first eight words and of all.
+    """
+    first = 0
+    for chunk in in_groups((text.encode(errors="replace") for text in texts), CHUNK):
+        words, ends = hashed_words(chunk)
+        eights = hashed_eights(words)
+        starts = np.concatenate([[0], ends[:-1]])
+        sizes = ends - starts
+        place = np.arange(len(words))
+        whole = place + GRAM <= np.repeat(ends, sizes)
+        at = {length: starts[sizes == length] for length in range(ANCHOR, GRAM)} | {GRAM: place[whole]}
+        for length, places in at.items():
+            if len(places):
+                numbers = first + np.searchsorted(ends, places, side="right")
+                yield length, numbers, eights[places], hashed_runs(words, eights, places, length)
+        first += len(chunk)
+
+
+def contaminated(items: Sequence[Sequence[str]], documents: Iterable[bytes]) -> NDArray[np.bool_]:
+    """Of which items a text shares a run of words with any document [N]."""
+    texts = [text for item in items for text in item]
+    owners = np.repeat(np.arange(len(items)), [len(item) for item in items])
+    repeated = Benchmarks({"": texts}).repeated(documents)
+    found = np.zeros(len(items), bool)
+    for _, numbers, _, runs in text_runs(texts):
+        found[owners[numbers[_members(runs, repeated)]]] = True
+    return found
 
 
 def hashed_words(documents: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]:

@@ -3,10 +3,9 @@
 import json
 import math
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +23,28 @@ from vectorclm.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
 from vectorclm.settings import Settings
-from vectorclm.train_tokenizer import BOS_ID, PAD_ID, encode
+from vectorclm.train_tokenizer import BOS_ID, PAD_ID, encode, load_tokenizer
 
-Format = Literal["multiple_choice", "hellaswag", "arc", "piqa", "blimp"]
+CHOICE_COLUMNS = ("context", "choices", "answer")  # of a benchmark that the harness does not define
 
 
 class TaskSource(Source):
-    """A multiple-choice benchmark."""
+    """A benchmark: a task as EleutherAI's lm-evaluation-harness defines it, or rows of context, choices and answer."""
 
-    format: Format = Field(description="How a row reads as context and choices")
+    task: str | None = Field(None, description="Name of the harness's task or group; without, rows as they are")
+    columns: dict[str, str] = Field(
+        {}, description="Columns that the task reads and a mirror's files lack: Jinja expressions over theirs"
+    )
+    subset: str | None = Field(None, description="Of a group: the column that says which task's data a row is")
+    shots: int | None = Field(None, ge=0, description="Worked examples before each item; without, the task's number")
+    runs_code: bool = Field(False, description="Runs the programs that the model writes, and only if that is allowed")
+    texts: list[str] = Field([], description="Columns that no document for training may repeat; none = all")
     limit: int = Field(0, ge=0, description="Items to score, a seeded draw; 0 = all")
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns with the benchmark's texts; none = all."""
+        return tuple(self.texts) if self.task is not None else CHOICE_COLUMNS
 
 
 class EvaluateConfig(Settings):
@@ -47,8 +58,13 @@ class EvaluateConfig(Settings):
     max_new_tokens: int = Field(128, ge=1, description="Longest answer to a prompt, in tokens")
 
     @model_validator(mode="after")
-    def _labels_differ(self) -> Self:
+    def _is_safe(self) -> Self:
         check_labels(self.tasks)
+        if unsafe := [task.label for task in self.tasks if task.runs_code]:
+            raise ValueError(
+                f"{', '.join(unsafe)} run programs that the model writes: only `vectorclm evaluate MODEL --suite NAME "
+                "--run-code` does that"
+            )
         return self
 
 
@@ -60,43 +76,19 @@ class Item(NamedTuple):
     answer: int
 
 
-FORMAT_COLUMNS: Mapping[Format, tuple[str, ...]] = {
-    "multiple_choice": ("context", "choices", "answer"),
-    "hellaswag": ("activity_label", "ctx", "endings", "label"),
-    "arc": ("question", "choices", "answerKey"),
-    "piqa": ("goal", "sol1", "sol2", "label"),
-    "blimp": ("sentence_good", "sentence_bad"),
-}
+def open_model(folder: Path, address: str | None = None) -> tuple[CausalLM, Tokenizer]:
+    """The model in a folder, known to a person by its address, and its tokenizer.
 
-
-MARKUP = re.compile(r"\[[^\]]*\]")
-
-
-def _without_markup(text: str) -> str:
-    """HellaSwag's WikiHow rows carry `[title]` and other marks: a title ends a sentence, the rest is left out."""
-    return MARKUP.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def read_item(task_format: Format, row: Mapping[str, Any]) -> Item:
-    """A row of a benchmark as a question, worded as in EleutherAI's lm-evaluation-harness.
-
-    HellaSwag's context is the row's `ctx` as it stands, where the harness writes its second half with a capital.
+    Raises DataError where a file is not what it should be, or the tokenizer is another model's.
     """
-    match task_format:
-        case "multiple_choice":
-            return Item(row["context"], tuple(row["choices"]), int(row["answer"]))
-        case "hellaswag":
-            context = _without_markup(f"{row['activity_label']}: {row['ctx']}")
-            return Item(context, tuple(f" {_without_markup(text)}" for text in row["endings"]), int(row["label"]))
-        case "arc":
-            texts, labels = row["choices"]["text"], row["choices"]["label"]
-            context = f"Question: {row['question']}\nAnswer:"
-            return Item(context, tuple(f" {text}" for text in texts), list(labels).index(row["answerKey"]))
-        case "piqa":
-            context = f"Question: {row['goal']}\nAnswer:"
-            return Item(context, (f" {row['sol1']}", f" {row['sol2']}"), int(row["label"]))
-        case "blimp":
-            return Item("", (row["sentence_good"], row["sentence_bad"]), 0)
+    model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
+    known, expected = tokenizer.get_vocab_size(), model.config.vocab_size
+    if known != expected:
+        raise DataError(
+            f"{address or folder}: the tokenizer has {known:,} tokens, the model {expected:,}: copy both from one "
+            "training"
+        )
+    return model, tokenizer
 
 
 @torch.inference_mode()
@@ -115,13 +107,15 @@ def token_losses(model: CausalLM, input_ids: Tensor, targets: Tensor, documents:
 
 
 def _nats(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """Cross-entropy of each target, a few thousand logits' rows at a time."""
+    """Cross-entropy of each target."""
+    return torch.cat([F.cross_entropy(*part, reduction="none") for part in _logits(model, hidden_ND, targets_N)])
+
+
+def _logits(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets, a few thousand rows at a time."""
     weight_VD = model.model.embed_tokens.weight
-    parts = [
-        F.cross_entropy(F.linear(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C, reduction="none")
-        for hidden_CD, targets_C in zip(torch.split(hidden_ND, 2048), torch.split(targets_N, 2048), strict=True)
-    ]
-    return torch.cat(parts)
+    for hidden_CD, targets_C in zip(torch.split(hidden_ND, 2048), torch.split(targets_N, 2048), strict=True):
+        yield F.linear(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C
 
 
 def windows_scores(
@@ -226,53 +220,81 @@ def task_scores(
     blind guess's. The model reads what an item's choices share once, and makes logits only where a choice is scored.
     What each item scored is added to `found`.
     """
-    model.eval()
-    trees = [choice_tree(tokenizer, item, model.config.max_position_embeddings) for item in items]
-    order = sorted(range(len(items)), key=lambda i: -len(trees[i].ids))  # alike in length: little padding
-    sums: list[list[float]] = [[] for _ in items]
-    with Progress(f"evaluate {label}", len(items), "questions") as progress:
-        for start in range(0, len(order), micro_batch):
-            group = order[start : start + micro_batch]
-            for i, values in zip(group, _tree_scores(model, [trees[i] for i in group], device), strict=True):
-                sums[i] = values
-            progress.advance(len(group))
+    limit = model.config.max_position_embeddings
+    questions = [[pair_ids(tokenizer, item.context, choice, limit) for choice in item.choices] for item in items]
+    likelihoods = log_likelihoods(model, questions, micro_batch, device, label)
+    sums = [[one.log_likelihood for one in of_item] for of_item in likelihoods]
     scores = accuracies(items, sums)
     if found is not None:
         for number, (item, values) in enumerate(zip(items, sums, strict=True)):
-            found.add_question(label, number, json.dumps(item).encode(), answered(item, values), values)
+            content, texts = json.dumps(item).encode(), [item.context, *item.choices]
+            found.add_question(label, number, content, answered(item, values), values, texts=texts)
     return scores
 
 
+class Likelihood(NamedTuple):
+    """How well a model continues a context with a text."""
+
+    log_likelihood: float  # nats
+    greedy: bool  # whether each token is the likeliest
+
+
+Pair = tuple[list[int], int]  # ids of a context and the text that continues it, and how many of them are the text's
+
+
+def log_likelihoods(
+    model: CausalLM,
+    questions: Sequence[Sequence[Pair]],
+    micro_batch: int,
+    device: torch.device,
+    label: str,
+) -> list[list[Likelihood]]:
+    """Of each pair of each question, the likelihood of the text after the context.
+
+    The model reads what the pairs of a question share once, and makes logits only where a text is scored.
+    """
+    model.eval()
+    trees = [pair_tree(pairs) for pairs in questions]
+    order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))  # alike in length: little padding
+    found: list[list[Likelihood]] = [[] for _ in trees]
+    with Progress(f"evaluate {label}", len(trees), "questions") as progress:
+        for start in range(0, len(order), micro_batch):
+            group = order[start : start + micro_batch]
+            for i, values in zip(group, _tree_scores(model, [trees[i] for i in group], device), strict=True):
+                found[i] = values
+            progress.advance(len(group))
+    return found
+
+
 class Tree(NamedTuple):
-    """The inputs of an item's choices in one sequence: what all begin with, then each choice's own, a branch of it."""
+    """The inputs of a question's pairs in one sequence: what all begin with, then each pair's own, a branch of it."""
 
     ids: list[int]
-    positions: list[int]  # of each id in its choice's text
-    branches: list[int]  # the choice that an id belongs to; -1 where all share it
-    predictors: list[list[int]]  # of each choice, the places whose next ids are scored
+    positions: list[int]  # of each id in its pair
+    branches: list[int]  # the pair that an id belongs to; -1 where all share it
+    predictors: list[list[int]]  # of each pair, the places whose next ids are scored
     targets: list[list[int]]  # and these ids
 
 
-def choice_tree(tokenizer: Tokenizer, item: Item, limit: int) -> Tree:
-    """The tree of an item, of which no choice is longer than `limit` inputs."""
-    sequences = [choice_ids(tokenizer, item, choice, limit) for choice in range(len(item.choices))]
-    inputs = [ids[:-1] for ids, _ in sequences]
+def pair_tree(pairs: Sequence[Pair]) -> Tree:
+    """The tree of a question."""
+    inputs = [ids[:-1] for ids, _ in pairs]
     columns = enumerate(zip(*inputs, strict=False))
     shared = next((place for place, ids in columns if len(set(ids)) > 1), min(map(len, inputs)))
     tree = Tree(inputs[0][:shared], list(range(shared)), [-1] * shared, [], [])
-    for choice, (ids, scored) in enumerate(sequences):
+    for pair, (ids, scored) in enumerate(pairs):
         places = [*range(shared), *range(len(tree.ids), len(tree.ids) + len(ids) - 1 - shared)]
         tree.ids.extend(ids[shared:-1])
         tree.positions.extend(range(shared, len(ids) - 1))
-        tree.branches.extend([choice] * (len(ids) - 1 - shared))
+        tree.branches.extend([pair] * (len(ids) - 1 - shared))
         tree.predictors.append(places[-scored:])
         tree.targets.append(ids[-scored:])
     return tree
 
 
 @torch.inference_mode()
-def _tree_scores(model: CausalLM, trees: Sequence[Tree], device: torch.device) -> list[list[float]]:
-    """Log-likelihood of each choice of each tree. An id sees the ids before it that all share, or of its own branch."""
+def _tree_scores(model: CausalLM, trees: Sequence[Tree], device: torch.device) -> list[list[Likelihood]]:
+    """The likelihood of each pair of each tree. An id sees the ids before it that all share, or of its own branch."""
     length = max(len(tree.ids) for tree in trees)
 
     def padded(rows: Iterable[list[int]], value: int) -> Tensor:
@@ -290,25 +312,29 @@ def _tree_scores(model: CausalLM, trees: Sequence[Tree], device: torch.device) -
         for place, target in zip(places, targets, strict=True)
     ]
     rows_N, places_N, targets_N = torch.tensor(scored, device=device).unbind(1)
-    nats = _nats(model, hidden_BTD[rows_N, places_N], targets_N).double().cpu()
+    nats, likeliest = [], []
+    for logits_CV, targets_C in _logits(model, hidden_BTD[rows_N, places_N], targets_N):
+        nats.append(F.cross_entropy(logits_CV, targets_C, reduction="none"))
+        likeliest.append(logits_CV.argmax(dim=1) == targets_C)
     sizes = [len(targets) for tree in trees for targets in tree.targets]
-    sums = iter(-part.sum().item() for part in torch.split(nats, sizes))
-    return [[next(sums) for _ in tree.targets] for tree in trees]
+    nats_of, likeliest_of = (torch.split(torch.cat(values).cpu(), sizes) for values in (nats, likeliest))
+    pairs = zip(nats_of, likeliest_of, strict=True)
+    found = (Likelihood(-part.double().sum().item(), bool(same.all())) for part, same in pairs)
+    return [[next(found) for _ in tree.targets] for tree in trees]
 
 
-def choice_ids(tokenizer: Tokenizer, item: Item, choice: int, limit: int) -> tuple[list[int], int]:
-    """BOS, context and choice as ids, and how many at the end are the choice's.
+def pair_ids(tokenizer: Tokenizer, context: str, text: str, limit: int) -> Pair:
+    """A context and the text that continues it, after BOS.
 
-    The context's share is what it encodes to alone, a trailing space counted to the choice; of what is too long the
+    The context's share is what it encodes to alone, a trailing space counted to the text; of what is too long the
     beginning is cut, so that at most `limit` ids are inputs.
     """
-    context = encode(tokenizer, item.context.rstrip())
-    whole = encode(tokenizer, item.context + item.choices[choice])
-    shared = len(context)
-    if len(whole) <= shared:  # tokens merged over the boundary: the choice begins where the ids first differ
-        shared = next(
-            (place for place, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(whole) - 1
-        )
+    before = encode(tokenizer, context.rstrip())
+    whole = encode(tokenizer, context + text)
+    shared = len(before)
+    if len(whole) <= shared:  # tokens merged over the boundary: the text begins where the ids first differ
+        differing = (place for place, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b)
+        shared = next(differing, len(whole) - 1)
     return [BOS_ID, *whole][-limit - 1 :], min(len(whole) - shared, limit)
 
 
@@ -346,22 +372,29 @@ def write_scores(out: Path, scores: Mapping[str, Any], found: ItemScores) -> Non
 
 
 def read_items(task: TaskSource, rows: Iterable[Mapping[str, Any]], seed: int) -> list[Item]:
-    """The questions of a task: all, or a seeded draw of `task.limit`. Raises DataError naming the row that is none."""
+    """The questions in rows of `CHOICE_COLUMNS`: all, or a seeded draw of `task.limit`.
+
+    Raises DataError naming the row that is none.
+    """
     items = []
     for number, row in enumerate(rows):
         try:
-            item = read_item(task.format, row)
+            item = Item(row["context"], tuple(row["choices"]), int(row["answer"]))
             if not 0 <= item.answer < len(item.choices):
                 raise ValueError(f"answer {item.answer} of {len(item.choices)} choices")
             if not all(choice.strip() for choice in item.choices):
                 raise ValueError("an empty choice")
             "".join([item.context, *item.choices]).encode()  # half a surrogate pair is no text
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{task.label}, row {number}: not a {task.format} question: {error!r}") from error
+            raise DataError(f"{task.label}, row {number}: not a multiple-choice question: {error!r}") from error
         items.append(item)
     if not items:
         raise DataError(f"{task.label}: no questions")
-    if task.limit and task.limit < len(items):
-        chosen = random.Random(f"{seed} {task.label}").sample(range(len(items)), task.limit)
-        items = [items[i] for i in sorted(chosen)]
-    return items
+    return [items[i] for i in drawn(task, len(items), seed)]
+
+
+def drawn(task: TaskSource, count: int, seed: int) -> list[int]:
+    """Which of a task's `count` items are scored, in their order: all, or a seeded draw of `task.limit`."""
+    if not task.limit or task.limit >= count:
+        return list(range(count))
+    return sorted(random.Random(f"{seed} {task.label}").sample(range(count), task.limit))

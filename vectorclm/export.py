@@ -96,7 +96,8 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
         "|---|---:|---:|---:|---:|---:|",
     ]
     for label, score in scores["tasks"].items():
-        figures = " | ".join(f"{score[key]:.3f}" for key in ("acc", "acc_norm", "stderr", "chance"))
+        columns = ("acc", "acc_norm", "stderr", "chance")
+        figures = " | ".join(f"{score[key]:.3f}" if key in score else "" for key in columns)
         lines.append(f"| {label} | {figures} | {score['items']:,} |")
     if "chat" in scores:
         counts = scores["chat"]

@@ -1,6 +1,6 @@
 """Sampling with a KV cache, and answers in the chat template."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Sampling(Settings):
 
 
 GREEDY = Sampling(temperature=0.0)
+LOOK = 8  # tokens between two looks for the text that ends an answer
 COLDEST = 1e-6  # a lower temperature takes the likeliest token too: logits divided by it could be no numbers
 
 
@@ -66,11 +67,19 @@ def generate(
 
 @torch.inference_mode()
 def generate_batch(
-    model: CausalLM, input_ids: Tensor, max_new_tokens: int, *, stop_ids: Sequence[int] = (EOS_ID,)
+    model: CausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    stop_ids: Sequence[int] = (EOS_ID,),
+    padding_B: Tensor | None = None,
+    finished: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The likeliest continuations [B, N] of prompts [B, T] of one length; after its stopping token a row is padding.
+    """The likeliest continuations [B, N] of prompts [B, T]; after its stopping token a row is padding.
 
-    Ends with the last row that goes on, after `max_new_tokens`, or where the model's context is full.
+    Prompts shorter than the longest are padded at their left, by `padding_B`. Ends with the last row that goes on,
+    after `max_new_tokens`, or where the model's context is full. `finished` is asked every LOOK tokens which of the
+    rows [B, n] made so far need no more.
     """
     model.eval()
     batch, prompt = input_ids.shape
@@ -81,12 +90,14 @@ def generate_batch(
     over = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
     fed = input_ids
     for place in range(end - prompt):
-        chosen_B = model.next_logits(fed, cache).argmax(dim=1)
+        chosen_B = model.next_logits(fed, cache, padding_B).argmax(dim=1)
         made[:, place] = chosen_B.masked_fill(over, PAD_ID)
         if len(stop_ids):
             over |= torch.isin(chosen_B, stops)
-            if over.all():
-                return made[:, : place + 1]
+        if finished is not None and place % LOOK == LOOK - 1:
+            over |= finished(made[:, : place + 1])
+        if over.all():
+            return made[:, : place + 1]
         fed = chosen_B[:, None]
     return made
 

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from vectorclm.bench import Row, compared, could_not_run, in_turns
+from vectorclm.benchmarks import read_task
 from vectorclm.config import load_experiment
-from vectorclm.corpus import draw, open_source
 from vectorclm.databench import prepare
-from vectorclm.evaluate import FORMAT_COLUMNS, Item, accuracies, read_items, task_scores
+from vectorclm.evaluate import Item, accuracies, drawn, read_items
 from vectorclm.export import write_model_files
 from vectorclm.generate import generate, generate_batch
 from vectorclm.model import CausalLM, ModelConfig
 from vectorclm.runtime import Runtime
-from vectorclm.train_tokenizer import load_tokenizer
 
 PROMPT, NEW = 64, 64  # tokens
 FASTER = {1: 1.4, 16: 1.3}  # than transformers, by prompts in the batch
@@ -97,7 +96,7 @@ def evaluating(rounds: int, data: Path | None, experiment: str = "base") -> Iter
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as name:
         folder = Path(name)
         items = _questions(folder, data, experiment)
-        found, _ = in_turns(rounds, {"ours": (_score, (folder, items)), "peer": (_harness, (folder, items))})
+        found, _ = in_turns(rounds, {"ours": (_ours, (folder, items)), "peer": (_harness, (folder, items))})
     choices = sum(len(item.choices) for item in items)
     ours, peer = ([choices / seconds for seconds, _ in found[side]] for side in ("ours", "peer"))
     row = compared(EVALUATED, ours, peer, "choices/s", ask=2.5, most=False)
@@ -108,43 +107,56 @@ def evaluating(rounds: int, data: Path | None, experiment: str = "base") -> Iter
 
 def _questions(folder: Path, data: Path | None, experiment: str) -> list[Item]:
     """The questions; and in the folder, a model with the tokenizer of a little text."""
+    from vectorclm.harness_tasks import build_tasks
+
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as work:
         text = prepare(Path(work), data, TEXT_BYTES)
-        task, world = text.experiment.evaluate.tasks[0], text.experiment.world
-        rows = draw(task, open_source(task, data, world, FORMAT_COLUMNS[task.format]))
-        items = read_items(task.model_copy(update={"limit": QUESTIONS}), rows, text.experiment.seed)
+        source = text.experiment.evaluate.tasks[0].model_copy(update={"limit": QUESTIONS})
+        rows, seed = read_task(source, data, text.experiment.world), text.experiment.seed
+        if source.task is None:
+            items = read_items(source, rows, seed)
+        else:
+            (task,) = build_tasks(source, rows).values()
+            docs = [task.eval_docs[number] for number in drawn(source, len(task.eval_docs), seed)]
+            items = [_item(task, doc) for doc in docs]
         shape, vocabulary = load_experiment(experiment)[0].model, text.experiment.model.vocab_size
         _random_model(shape.model_copy(update={"vocab_size": vocabulary}), folder)
         write_model_files(text.folder("tokenizer"), shape.max_position_embeddings, chat=False, out=folder)
     return items
 
 
-def _score(folder: Path, items: Sequence[Item]) -> Callable[[], tuple[float, Any]]:
-    device = Runtime().configure_torch()
-    model, tokenizer = CausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
+def _item(task: Any, doc: Any) -> Item:
+    choices = tuple(f" {choice}" for choice in task.doc_to_choice(doc))
+    return Item(task.doc_to_text(doc), choices, int(task.doc_to_target(doc)))
 
-    def scores() -> tuple[float, float]:
-        found = task_scores(model, tokenizer, "bench", items, MICRO_BATCH, device)
-        return found["acc"], found["acc_norm"]
 
-    return _timed(scores)
+def _ours(folder: Path, items: Sequence[Item]) -> Callable[[], tuple[float, Any]]:
+    from vectorclm.harness import VectorCLM
+
+    return _asked(VectorCLM(folder, MICRO_BATCH), items)
 
 
 def _harness(folder: Path, items: Sequence[Item]) -> Callable[[], tuple[float, Any]]:
-    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     torch.set_num_threads(Runtime().threads_each(1))
     device = Runtime().torch_device()
-    model = HFLM(str(folder), device=str(device), dtype="float32", batch_size=MICRO_BATCH, add_bos_token=True)
+    return _asked(HFLM(str(folder), device=str(device), dtype="float32", batch_size=MICRO_BATCH), items)
+
+
+def _asked(lm: Any, items: Sequence[Item]) -> Callable[[], tuple[float, Any]]:
+    """The harness's requests, answered by one of its models: `acc` and `acc_norm`."""
+    from lm_eval.api.instance import Instance
+
+    docs: list[dict[str, Any]] = [{"number": number} for number in range(len(items))]
     requests = [
-        Instance("loglikelihood", {}, (item.context, choice), number)
-        for item in items
+        Instance("loglikelihood", doc, (item.context, choice), number)
+        for doc, item in zip(docs, items, strict=True)
         for number, choice in enumerate(item.choices)
     ]
 
     def scores() -> tuple[float, float]:
-        values = iter(value for value, _ in model.loglikelihood(requests, disable_tqdm=True))
+        values = iter(value for value, _ in lm.loglikelihood(requests, disable_tqdm=True))
         found = accuracies(items, [[next(values) for _ in item.choices] for item in items])
         return found["acc"], found["acc_norm"]
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,14 @@ ITEMS, TEXTS = "items.parquet", "texts.parquet"
 ITEMS_SCHEMA = pa.schema(
     [
         ("task", pa.string()),
+        ("part", pa.string()),  # of a task that is several, which
         ("number", pa.int32()),  # its place in the task
         ("item", pa.string()),  # by its content, whatever the model
         ("correct", pa.bool_()),
-        ("correct_norm", pa.bool_()),
+        ("correct_norm", pa.bool_()),  # null where the task has no such score
         ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice
+        ("answer", pa.string()),  # what the model wrote, where it was to write
+        ("contaminated", pa.bool_()),  # whether training repeats it; null where that was not looked for
     ]
 )
 TEXTS_SCHEMA = pa.schema(
@@ -43,15 +46,27 @@ class ItemScores:
 
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
+        self.contents: list[list[str]] = []  # of each of these, all its texts
         self.texts: list[dict[str, Any]] = []
         self._texts_of: Counter[str] = Counter()
 
     def add_question(
-        self, task: str, number: int, content: bytes, right: tuple[bool, bool], log_likelihoods: Sequence[float]
+        self,
+        task: str,
+        number: int,
+        content: bytes,
+        right: tuple[bool, bool | None],
+        log_likelihoods: Sequence[float],
+        *,
+        texts: Iterable[str],
+        part: str = "",
+        answer: str | None = None,
     ) -> None:
-        """A question of a task; `right` is by the log-likelihoods, and by them over the choices' lengths."""
-        row = {"task": task, "number": number, "item": item_id(content), "log_likelihoods": list(log_likelihoods)}
-        self.items.append({**row, "correct": right[0], "correct_norm": right[1]})
+        """A question of a task; `right` is by the log-likelihoods or the answer, and by them over choices' lengths."""
+        self.contents.append(list(texts))
+        row = {"task": task, "part": part, "number": number, "item": item_id(content), "answer": answer}
+        scored = {"correct": right[0], "correct_norm": right[1], "log_likelihoods": list(log_likelihoods)}
+        self.items.append({**row, **scored})
 
     def add_text(self, source: str, content: bytes, nats: float, size: int) -> None:
         """A document or window of a source, and how many bytes of text it stands for."""
@@ -65,6 +80,24 @@ class ItemScores:
         sizes = [row["bytes"] for row in rows]
         value, stderr = ratio([row["nats"] / math.log(2) for row in rows], sizes)
         return {"bits_per_byte": value, "stderr": stderr, unit: len(rows), "bytes": sum(sizes)}
+
+    def mark(self, contaminated: Sequence[bool]) -> dict[str, dict[str, Any]]:
+        """Keep which questions training repeats; by task, how many (`contaminated`) and `acc` on the others.
+
+        `acc_clean` is left out where no other is there.
+        """
+        clean: dict[str, list[bool]] = {row["task"]: [] for row in self.items}
+        counts: Counter[str] = Counter()
+        for row, repeated in zip(self.items, contaminated, strict=True):
+            row["contaminated"] = bool(repeated)
+            if repeated:
+                counts[row["task"]] += 1
+            else:
+                clean[row["task"]].append(row["correct"])
+        return {
+            task: {"contaminated": counts[task], **({"acc_clean": sum(right) / len(right)} if right else {})}
+            for task, right in clean.items()
+        }
 
     def write(self, out: Path) -> None:
         """Write `items.parquet` and `texts.parquet`, each also where it has no rows."""
@@ -91,7 +124,8 @@ def read_scored(folder: Path) -> dict[str, Scored]:
     for task, rows in _groups(folder / ITEMS, "task").items():
         ones = np.ones(len(rows["item"]))
         for name, column in (("acc", "correct"), ("acc_norm", "correct_norm")):
-            found[f"{name}.{task}"] = Scored(rows["item"], np.array(rows[column], float), ones)
+            if None not in rows[column]:
+                found[f"{name}.{task}"] = Scored(rows["item"], np.array(rows[column], float), ones)
     for source, rows in _groups(folder / TEXTS, "source").items():
         bits = np.array(rows["nats"]) / math.log(2)
         found[f"bits_per_byte.{source}"] = Scored(rows["item"], bits, np.array(rows["bytes"], float))

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from vectorclm.artifact import MANIFEST, Artifact, Plan, Store, mend
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError
-from vectorclm.measure import ADDRESS, MODEL_FILES, find_model
-from vectorclm.settings import digest
+from vectorclm.measure import ADDRESS, content_of, find_model
 from vectorclm.stages import EVALUATED, STAGES
 
 TITLES = {"finetune": "chat model", "pretrain": "base model", "chat_shards": "chat shards"}
@@ -122,14 +121,6 @@ def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
             if artifact is not None and content_of(artifact) == content:
                 return artifact, "", Path(place)
     raise DataError(f"no model of {store.uri} has the content of {address}: name the store it comes from with --store")
-
-
-def content_of(artifact: Artifact, inside: str = "") -> str | None:
-    """The content of a model by its manifest, as `vectorclm.measure` addresses it."""
-    files = artifact.manifest["files"]
-    if any(inside + name not in files for name in MODEL_FILES):
-        return None
-    return digest({name: files[inside + name]["sha256"] for name in MODEL_FILES})
 
 
 def _node(store: Store, stage: str, fingerprint: str, known: dict[str, Node]) -> Node:

@@ -1,7 +1,7 @@
 """Any model on any suite: its benchmarks, bits per byte of held-out text, and for a chat model the template.
 
-A suite is the evaluation of an experiment. The result is an artifact addressed by the model's content, so a model that
-was measured is found again, however it is called and wherever it lies.
+A suite is a file of benchmarks, or the evaluation of an experiment. The result is an artifact addressed by the model's
+content, so a model that was measured is found again, however it is called and wherever it lies.
 """
 
 import glob
@@ -10,7 +10,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,11 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from vectorclm.artifact import Artifact, Plan, Store, build, mend
-from vectorclm.config import ExperimentConfig
-from vectorclm.corpus import draw, identity, open_source, read_texts
+from vectorclm.benchmarks import check_tasks, score_tasks
+from vectorclm.corpus import identity, read_texts
+from vectorclm.decontamination import contaminated
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
-from vectorclm.evaluate import FORMAT_COLUMNS, read_items, task_scores, text_scores, write_scores
+from vectorclm.evaluate import TaskSource, open_model, text_scores, write_scores
 from vectorclm.finetune import read_prompts
 from vectorclm.generate import answer_text, continuation, template_scores
 from vectorclm.items import Interval, ItemScores
@@ -31,11 +32,13 @@ from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
 from vectorclm.settings import Settings, digest
+from vectorclm.shards import read_windows
 from vectorclm.stages import plans
-from vectorclm.train_tokenizer import IM_END, load_tokenizer
+from vectorclm.suite import Suite
+from vectorclm.train_tokenizer import IM_END
 
 STAGE = "measure"
-VERSION = 3  # raised where new code makes other scores of equal settings
+VERSION = 4  # raised where new code makes other scores of equal settings
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what scores depend on
 # An artifact of a store, or a folder in it.
 ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
@@ -51,6 +54,8 @@ class Limits(Settings):
         0, ge=0, le=100_000, description="Held-out conversations whose answers are checked; 0 = the suite's number"
     )
     max_new_tokens: int = Field(0, ge=0, le=4096, description="Longest answer, in tokens, to 4,096; 0 = the suite's")
+    template: bool = Field(False, description="Ask a chat model the benchmarks in its chat template")
+    run_code: bool = Field(False, description="Run the programs that the model writes (HumanEval), in a sandbox")
 
 
 @dataclass(frozen=True)
@@ -141,49 +146,115 @@ def _is_chat(tokenizer_config: bytes, where: str) -> bool:
         raise DataError(f"{where}: tokenizer_config.json names no eos_token: {error!r}") from error
 
 
-def measure_plan(suite: ExperimentConfig, limits: Limits, model: Model, store: Store) -> Plan:
+def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Plan:
     """What is to be measured. `suite` must be pinned; of its data, what the store has finished is measured on."""
-    stages = plans(suite)
-    data = {name: stages[name].fingerprint for name in ("sample", *(["chat_shards"] if model.chat else []))}
-    asked = suite.evaluate
-    tasks = [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in asked.tasks]
+    data = {}
+    if suite.experiment is not None:
+        stages = plans(suite.experiment)
+        data = {name: stages[name].fingerprint for name in ("sample", *(["chat_shards"] if model.chat else []))}
     config = {
         "suite": suite.name,
         "seed": suite.seed,
-        "tasks": [identity(task) for task in tasks],
+        "tasks": [identity(task) for task in tasks_within(suite, limits)],
         "documents": limits.documents,
-        "chat_prompts": limits.prompts or asked.chat_prompts,
-        "max_new_tokens": limits.max_new_tokens or asked.max_new_tokens,
-        "prompts": asked.prompts,
+        "chat_prompts": limits.prompts or suite.chat_prompts,
+        "max_new_tokens": limits.max_new_tokens or suite.max_new_tokens,
+        "prompts": suite.prompts,
         "data": data,
+        **({"template": True} if limits.template else {}),
     }
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
-    return Plan(STAGE, VERSION, config, {"model": model.content, **finished})
+    read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
+    inputs = {"model": model.content, **finished, **({"training": digest(read)} if read else {})}
+    return Plan(STAGE, VERSION, config, inputs)
 
 
-def left_out(plan: Plan) -> list[str]:
-    """What cannot be measured as the store lacks the data for it, in a sentence each."""
+def content_of(artifact: Artifact, inside: str = "") -> str | None:
+    """The content of a model by its manifest, as a `Model` has it."""
+    files = artifact.manifest["files"]
+    if any(inside + name not in files for name in MODEL_FILES):
+        return None
+    return digest({name: files[inside + name]["sha256"] for name in MODEL_FILES})
+
+
+def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
+    """What of a model's training text the store has: `sample`, and of a chat model `chat_shards`."""
+    for stage in ("finetune", "pretrain"):
+        for fingerprint in sorted(store.list(stage)):
+            found = store.find(stage, fingerprint)
+            if found is not None and content_of(found) == model.content:
+                return _training_text(found, store)
+    return {}
+
+
+def _training_text(trained: Artifact, store: Store) -> dict[str, Artifact]:
+    """Looked for from a training backwards."""
+    found: dict[str, Artifact] = {}
+    waiting = [trained]
+    while waiting:
+        for stage, fingerprint in waiting.pop().manifest["inputs"].items():
+            artifact = store.find(stage, fingerprint)
+            if artifact is not None and stage in ("sample", "chat_shards"):
+                found[stage] = artifact
+            elif artifact is not None:
+                waiting.append(artifact)
+    return found
+
+
+def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterator[bytes]:
+    """The documents and conversations in what `trained_on` found; conversations as windows."""
+    if (sample := read.get("sample")) is not None:
+        for folder in sorted(path for path in sample.local().iterdir() if path.is_dir()):
+            yield from (text.encode() for text in read_texts(folder, "train"))
+    if (conversations := read.get("chat_shards")) is not None:
+        for windows in read_windows(conversations.local() / "chat", "train"):
+            for ids in windows.input_ids:
+                yield tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
+
+
+def tasks_within(suite: Suite, limits: Limits) -> list[TaskSource]:
+    """The benchmarks of a suite, as many items of each as the limits say, without those that may not run code."""
+    allowed = [task for task in suite.tasks if limits.run_code or not task.runs_code]
+    return [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in allowed]
+
+
+def left_out(plan: Plan, suite: Suite) -> list[str]:
+    """What of a suite cannot be measured, in a sentence each: data that the store lacks, programs that may not run."""
     missing = [name for name in plan.config["data"] if name not in plan.inputs]
     what = {"sample": "bits per byte", "chat_shards": "answers in the template"}
-    suite = plan.config["suite"]
-    return [f"{what[name]} not measured: the store has no finished {name} of {suite}" for name in missing]
+    notes = [f"{what[name]} not measured: the store has no finished {name} of {suite.name}" for name in missing]
+    measured = {task["label"] for task in plan.config["tasks"]}
+    return notes + [
+        f"{task.label} not measured: it runs programs that the model writes; add --run-code to allow it"
+        for task in suite.tasks
+        if task.label not in measured
+    ]
 
 
 def measure(
-    suite: ExperimentConfig, limits: Limits, model: Model, store: Store, runtime: Runtime, data: Path | None
+    suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime, data: Path | None
 ) -> tuple[Artifact, bool]:
     """The scores of a model on a pinned suite, and whether they were there already.
 
     The summary, and `scores.json`: `text` (by source: bits_per_byte, stderr, documents, bytes), `tasks` (as the
     stage `evaluate` has them), `chat` for a chat model, `samples`. `data` is a local mirror to read tasks from.
-    Raises CorruptArtifactError where the model's files are not what their store promises.
+    Raises CorruptArtifactError where the model's files are not what their store promises, and ConfigError for a
+    benchmark that is not defined.
     """
     plan = measure_plan(suite, limits, model, store)
     model.verify(store)
+    tasks = tasks_within(suite, limits)
+    check_tasks(tasks)
+    if limits.template and not model.chat:
+        raise DataError(f"{model.address} is a base model and knows no chat template: leave --template out")
+    if limits.template and (own := [task.label for task in tasks if task.task is None]):
+        raise ConfigError(
+            f"{', '.join(own)} cannot be asked in a template, only tasks of the harness: leave --template out"
+        )
 
     def produce(out: Path) -> Mapping[str, Any]:
         found = ItemScores()
-        scores = _scores(suite, plan, model, store, runtime, data, found)
+        scores = _scores(suite, tasks, plan, model, store, runtime, data, found)
         write_scores(out, scores, found)
         return scores
 
@@ -191,7 +262,8 @@ def measure(
 
 
 def _scores(
-    suite: ExperimentConfig,
+    suite: Suite,
+    tasks: Sequence[TaskSource],
     plan: Plan,
     model: Model,
     store: Store,
@@ -201,24 +273,27 @@ def _scores(
 ) -> dict[str, Any]:
     config, device = plan.config, runtime.configure_torch()
     folder = model.local()
-    loaded, tokenizer = CausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
-    inputs = {name: store.find(name, print_) for name, print_ in plan.inputs.items() if name != "model"}
+    loaded, tokenizer = open_model(folder, model.address)
+    loaded = loaded.to(device)
+    inputs = {name: store.find(name, plan.inputs[name]) for name in config["data"] if name in plan.inputs}
     sample, conversations = inputs.get("sample"), inputs.get("chat_shards")
-    labels = [source.label for source in suite.sample.sources] if sample is not None else []
+    drawn_from = suite.experiment.sample.sources if sample is not None and suite.experiment is not None else []
+    labels = [source.label for source in drawn_from]
     scores: dict[str, Any] = {"text": {}, "tasks": {}}
-    with Progress(STAGE, len(labels) + len(suite.evaluate.tasks) + 1, "parts") as progress:
+    with Progress(STAGE, len(labels) + len(tasks) + 1, "parts") as progress:
         for label in labels:
             assert sample is not None
             texts = _documents(sample.local(f"{label}/validation-*") / label, config["documents"], suite.seed)
             scores["text"][label] = documents_scores(loaded, tokenizer, label, texts, device, found)
             progress.advance(1, label)
-        for task, asked in zip(suite.evaluate.tasks, config["tasks"], strict=True):
-            limited = task.model_copy(update={"limit": asked["limit"]})
-            rows = draw(task, open_source(task, data, suite.world, FORMAT_COLUMNS[task.format]))
-            items = read_items(limited, rows, suite.seed)
-            micro_batch = runtime.micro_batch_size or 16
-            scores["tasks"][task.label] = task_scores(loaded, tokenizer, task.label, items, micro_batch, device, found)
-            progress.advance(1, task.label)
+        where, template = (suite.seed, runtime, data, suite.world), "template" in config
+        for kind, label, scored in score_tasks(tasks, folder, loaded, tokenizer, *where, found, template=template):
+            scores[kind][label] = scored
+            progress.advance(1, label)
+        if read := trained_on(model, store):
+            repeated = contaminated(found.contents, training_text(read, tokenizer))
+            for label, marks in found.mark(repeated.tolist()).items():
+                scores["tasks"][label] |= marks
         longest = config["max_new_tokens"]
         if conversations is not None:
             prompts = read_prompts(conversations.local("prompts.jsonl"), config["chat_prompts"], suite.seed)

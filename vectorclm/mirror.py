@@ -23,6 +23,7 @@ LONGEST = 2**26  # characters of a line, or of a file that is one array: all of 
 BATCH_ROWS = 1000
 BATCH_BYTES = 16 * 1024 * 1024  # of Parquet in memory at once, or one row where that has more
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".json.zst", ".json.gz")
+PAGES = (".txt", ".txt.zst", ".txt.gz")  # WikiText's own files, taken only where a source names one
 
 # The words by which `datasets` tells the split of a file from its name, and the split they stand for.
 SPLIT_WORDS = {
@@ -227,6 +228,9 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def _labelled(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
+    if path.name.endswith(PAGES):
+        yield from ({"page": page} for page in _pages(path, errors))
+        return
     labels = labels_of(path)
     if labels is None:
         yield from _read_json(path, errors)
@@ -240,6 +244,20 @@ def _labelled(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} has {len(rows)} rows, but {labels} has {len(answers)} labels")
     for row, answer in zip(rows, answers, strict=True):
         yield {**row, "label": answer}
+
+
+def _pages(path: Path, errors: str) -> Iterator[str]:
+    """The articles of a WikiText file, each from its title `= Title =` on, as the hub's document-level set has them."""
+    lines: list[str] = []
+    for text in _lines(path, errors):
+        line = text.removesuffix("\n")
+        title = line.replace("= = =", "===").replace("= =", "==").strip()
+        if title.startswith("= ") and title.endswith(" ="):
+            if (page := "\n".join(lines)).strip():
+                yield page
+            lines = []
+        lines.append(line)
+    yield "\n".join(lines)
 
 
 def _read_json(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:

@@ -260,19 +260,28 @@ class CausalLM(nn.Module):
         """
         return F.linear(self._hidden(input_ids, cache), self.model.embed_tokens.weight)
 
-    def next_logits(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+    def next_logits(self, input_ids: Tensor, cache: KVCache, padding_B: Tensor | None = None) -> Tensor:
         """Logits [B, V] after the last of `input_ids` [B, T], which continue what the cache has seen.
 
-        Raises ValueError as `forward` does.
+        With `padding_B`, as many places at the left of each row are none of its text. Raises ValueError as `forward`
+        does.
         """
-        return project(self._hidden(input_ids, cache)[:, -1], self.model.embed_tokens.weight)
+        return project(self._hidden(input_ids, cache, padding_B)[:, -1], self.model.embed_tokens.weight)
 
-    def _hidden(self, input_ids: Tensor, cache: KVCache | None) -> Tensor:
+    def _hidden(self, input_ids: Tensor, cache: KVCache | None, padding_B: Tensor | None = None) -> Tensor:
         tokens = input_ids.shape[1] + (cache.seen if cache is not None else 0)
         if tokens > self.config.max_position_embeddings:
             raise ValueError(f"{tokens} tokens exceed max_position_embeddings ({self.config.max_position_embeddings})")
-        hidden: Tensor = self.model(input_ids, cache)
-        return hidden
+        if padding_B is None:
+            hidden: Tensor = self.model(input_ids, cache)
+            return hidden
+        places_S = torch.arange(tokens, device=input_ids.device)
+        places_T, text_BS = places_S[-input_ids.shape[1] :], places_S >= padding_B[:, None]
+        seen_BTS = (places_T[:, None] >= places_S) & text_BS[:, None]
+        seen_BTS |= places_T[:, None] == places_S  # padding sees itself: a row that saw nothing would be no numbers
+        positions_BT = (places_T - padding_B[:, None]).clamp(min=0)
+        padded: Tensor = self.model(input_ids, cache, position_ids_BT=positions_BT, mask_BTT=seen_BTS)
+        return padded
 
     def loss(self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None) -> Tensor:
         """Summed cross-entropy (nats) of `labels` [B, T], without ever building all the logits.
@@ -290,7 +299,7 @@ class CausalLM(nn.Module):
     def save_pretrained(self, directory: Path) -> None:
         """Write `config.json` and `model.safetensors` as transformers reads them."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(hugging_face_config(self.config), indent=2) + "\n")
+        write_config(self.config, directory)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
@@ -315,6 +324,11 @@ class CausalLM(nn.Module):
         except RuntimeError as error:
             raise DataError(f"{weights} does not fit its config.json: {error}") from error
         return model
+
+
+def write_config(config: ModelConfig, directory: Path) -> None:
+    """Write `config.json` as transformers reads it."""
+    (directory / "config.json").write_text(json.dumps(hugging_face_config(config), indent=2) + "\n")
 
 
 def hugging_face_config(config: ModelConfig) -> dict[str, Any]:

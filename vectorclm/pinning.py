@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from vectorclm.benchmarks import check_tasks
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import (
     WORLD,
@@ -24,11 +25,13 @@ from vectorclm.corpus import (
     open_source,
 )
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import FORMAT_COLUMNS, TaskSource
+from vectorclm.evaluate import TaskSource
 from vectorclm.finetune import ChatSource
 from vectorclm.mirror import revision_of
 from vectorclm.settings import digest
+from vectorclm.suite import Suite
 from vectorclm.train import Phase
+from vectorclm.world import WorldConfig
 from vectorclm.world import rows as world_rows
 
 UNRESOLVED = "unresolved"  # the revision of a hub repository that a dry run may not ask for
@@ -48,9 +51,8 @@ def pin(
     does not have. Benchmarks are left out one by one, but not all of them. With `resolve=False` nothing is
     asked of the network or written, and a hub source that is neither pinned nor locked gets `unresolved`.
     """
-    if data is not None and not data.is_dir():
-        raise DataError(f"there is no folder {data}: --data takes the folder of a local mirror")
-    pinner = _Pinner(experiment, Lock(experiment_path.with_suffix(".lock.json")), data, resolve)
+    _check_mirror(data)
+    pinner = _Pinner(experiment.world, Lock(experiment_path.with_suffix(".lock.json")), data, resolve)
     texts = pinner.pin(experiment.sample.sources)
     chats = pinner.pin(experiment.chat.sources)
     tasks = pinner.pin(experiment.evaluate.tasks, sets=False)
@@ -68,12 +70,30 @@ def pin(
     return pinned, pinner.notes
 
 
+def pin_suite(suite: Suite, path: Path, data: Path | None) -> tuple[Suite, list[str]]:
+    """The suite with a revision on every source, and notes on what the mirror `data` lacks; see `pin`."""
+    if suite.experiment is not None:
+        experiment, notes = pin(suite.experiment, path, data, resolve=True)
+        return Suite.of(experiment), notes
+    _check_mirror(data)
+    pinner = _Pinner(suite.world, Lock(path.with_suffix(".lock.json")), data, True)
+    pinned = suite.model_copy(update={"tasks": pinner.pin(suite.tasks, sets=False)})
+    pinner.lock.save()
+    return pinned, pinner.notes
+
+
+def _check_mirror(data: Path | None) -> None:
+    if data is not None and not data.is_dir():
+        raise DataError(f"there is no folder {data}: --data takes the folder of a local mirror")
+
+
 def check_sources(experiment: ExperimentConfig, data: Path | None, *, hub: bool) -> None:
     """Open every source of a pinned experiment, without drawing a row.
 
-    Raises DataError for the first that cannot be read, is empty, or lacks its column. With `hub=False` only
-    what is on this machine is opened.
+    Raises DataError for the first that cannot be read, is empty, or lacks its column, and ConfigError for a benchmark
+    that is not defined. With `hub=False` only what is on this machine is opened.
     """
+    check_tasks(experiment.evaluate.tasks)
     sample = [*experiment.sample.sources, *experiment.sample.decontaminate_with]
     for source in [*sample, *experiment.chat.sources, *experiment.evaluate.tasks]:
         if hub or (source.revision or "").startswith("sha256:"):
@@ -82,7 +102,7 @@ def check_sources(experiment: ExperimentConfig, data: Path | None, *, hub: bool)
 
 def _columns(source: Source) -> tuple[str, ...]:
     if isinstance(source, TaskSource):
-        return FORMAT_COLUMNS[source.format]
+        return source.text_columns
     if isinstance(source, ChatSource):
         return (source.column,)
     if isinstance(source, BenchmarkSource):
@@ -147,8 +167,8 @@ class Lock:
 class _Pinner:
     """Finds the revision of one source after another, and collects what the mirror lacks."""
 
-    def __init__(self, experiment: ExperimentConfig, lock: Lock, data: Path | None, resolve: bool) -> None:
-        self.world, self.lock, self.data, self.resolve = experiment.world, lock, data, resolve
+    def __init__(self, world: WorldConfig | None, lock: Lock, data: Path | None, resolve: bool) -> None:
+        self.world, self.lock, self.data, self.resolve = world, lock, data, resolve
         self.notes: list[str] = []
 
     def pin(self, sources: Sequence[S], *, sets: bool = True) -> list[S]:

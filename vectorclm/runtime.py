@@ -40,6 +40,11 @@ class Runtime(Settings):
     checkpoint_interval: int = Field(
         0, ge=0, description="Steps between checkpoints; 0 = a twentieth of the run, but 25 to 1,000 steps"
     )
+    keep_checkpoints: bool = Field(
+        False,
+        description="Keep every checkpoint, also of a finished training, for `vectorclm evaluate --every-checkpoint`; "
+        "`vectorclm store gc` removes them",
+    )
     parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
     placement: Literal["inline", "pools"] = Field(
         "inline",

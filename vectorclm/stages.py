@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vectorclm.artifact import Artifact, Plan, Sending, Store, build, rebuild
+from vectorclm.benchmarks import score_tasks
 from vectorclm.blocks import ShardDescriber, open_shards
 from vectorclm.checkpoint import Checkpoints
 from vectorclm.config import ExperimentConfig
@@ -16,7 +17,7 @@ from vectorclm.corpus import draw, identity, open_source
 from vectorclm.decontamination import benchmark_sources, read_benchmarks
 from vectorclm.distributed import ALONE, Group
 from vectorclm.errors import ConfigError, DataError, ReproducibilityError
-from vectorclm.evaluate import FORMAT_COLUMNS, read_items, task_scores, windows_scores, write_scores
+from vectorclm.evaluate import open_model, windows_scores, write_scores
 from vectorclm.export import export, write_model_files
 from vectorclm.finetune import finetune, read_prompts, write_chat_shards
 from vectorclm.finetune import told as conversations_told
@@ -48,7 +49,7 @@ READS = {"pretrain": "shards", "finetune": "chat_shards"}  # the data set of a t
 TRAININGS = frozenset(READS)  # what several processes can make together
 EVALUATED = {"evaluate_base": "pretrain", "evaluate": "finetune"}  # the training whose model an evaluation scores
 # Raised where new code makes something else of equal settings; all others are 1.
-VERSIONS = {"sample": 2, "shards": 3, "chat_shards": 5, "pretrain": 3, "evaluate_base": 5, "finetune": 3, "evaluate": 5}
+VERSIONS = {"sample": 2, "shards": 3, "chat_shards": 5, "pretrain": 3, "evaluate_base": 6, "finetune": 3, "evaluate": 6}
 
 
 def plans(experiment: ExperimentConfig) -> dict[str, Plan]:
@@ -134,7 +135,8 @@ def run_stage(
     def trained(out: Path) -> Mapping[str, Any]:
         folders = _training_inputs(name, store, stages)
         group.call(experiment.model_dump_json())  # now that all inputs are on this machine
-        with Checkpoints(store, plan, work_folder, inputs[READS[name]].identity) as checkpoints:
+        data_set, keep_all = inputs[READS[name]].identity, runtime.keep_checkpoints
+        with Checkpoints(store, plan, work_folder, data_set, keep_all=keep_all) as checkpoints:
             work = Work(name, work_folder, checkpoints, runtime, group)
             model, summary = _train(experiment, folders, inputs[READS[name]], work)
         model.save_pretrained(out)
@@ -175,8 +177,9 @@ def run_stage(
                 f"It was made with {found.manifest['environment']}"
             )
         return found, True
-    artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber(), sending)
-    store.remove(f"checkpoints/{plan.fingerprint}")
+        artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber(), sending)
+        if not runtime.keep_checkpoints:
+            store.remove(f"checkpoints/{plan.fingerprint}")
     return artifact, reused
 
 
@@ -241,7 +244,8 @@ def _evaluate(
     config, found = experiment.evaluate, ItemScores()
     folder = inputs["finetune" if chat else "pretrain"].local()
     device = runtime.configure_torch()
-    model, tokenizer = CausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
+    model, tokenizer = open_model(folder)
+    model = model.to(device)
     micro_batch = runtime.micro_batch_size or 16
     apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as the model was trained
     with open_shards(inputs["shards"], "validation", cache=runtime.block_cache) as texts:
@@ -252,10 +256,9 @@ def _evaluate(
         "text": {label: found.text_scores(label, "windows") for label in by_source},
         "tasks": {},
     }
-    for task in config.tasks:
-        rows = draw(task, open_source(task, data, experiment.world, FORMAT_COLUMNS[task.format]))
-        items = read_items(task, rows, experiment.seed)
-        scores["tasks"][task.label] = task_scores(model, tokenizer, task.label, items, micro_batch, device, found)
+    where = (experiment.seed, runtime, data, experiment.world)
+    for kind, label, scored in score_tasks(config.tasks, folder, model, tokenizer, *where, found):
+        scores[kind][label] = scored
     if chat:
         prompts = read_prompts(inputs["chat_shards"].local("prompts.jsonl"), config.chat_prompts, experiment.seed)
         scores["chat"] = template_scores(model, tokenizer, prompts, config.max_new_tokens)

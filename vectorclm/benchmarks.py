@@ -1,0 +1,88 @@
+"""Benchmarks of an evaluation: each source's rows, scored by our own questions or by the harness's definition."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from vectorclm.corpus import is_remote, read_source
+from vectorclm.errors import ConfigError, DataError
+from vectorclm.evaluate import CHOICE_COLUMNS, TaskSource, read_items, task_scores
+from vectorclm.items import ItemScores
+from vectorclm.model import CausalLM
+from vectorclm.runtime import Runtime
+from vectorclm.world import WorldConfig
+
+
+def check_tasks(tasks: Sequence[TaskSource]) -> None:
+    """Raise ConfigError for a task that the harness does not know, or where it is needed and not installed."""
+    for task in tasks:
+        for text in task.columns.values():
+            _expression(task, text)
+    if defined := [task for task in tasks if task.task is not None]:
+        from vectorclm.harness_tasks import check_task  # the harness takes seconds to import: only where it is used
+
+        for task in defined:
+            check_task(task)
+
+
+def read_task(task: TaskSource, data: Path | None, world: WorldConfig | None) -> Iterator[Mapping[str, Any]]:
+    """The rows of a benchmark, of the mirror `data` or of the hub. Raises DataError where it cannot be read."""
+    rows = read_source(task, data, world, CHOICE_COLUMNS if task.task is None else ())
+    return rows if is_remote(task, data) else _with_columns(task, rows)
+
+
+def _with_columns(task: TaskSource, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a mirror with the columns that they lack."""
+    expressions = {name: _expression(task, text) for name, text in task.columns.items()}
+    for row in rows:
+        try:
+            yield {**row, **{name: expression(**row) for name, expression in expressions.items()}}
+        except Exception as error:  # whatever an expression meets
+            raise DataError(
+                f"{task.label}: {', '.join(expressions)} cannot be made of a row with {', '.join(row)}: {error}"
+            ) from error
+
+
+def _expression(task: TaskSource, text: str) -> Callable[..., Any]:
+    try:
+        return ImmutableSandboxedEnvironment().compile_expression(text, undefined_to_none=False)
+    except TemplateError as error:
+        raise ConfigError(f"{task.label}: columns: {text!r} is no Jinja expression: {error}") from error
+
+
+def score_tasks(
+    tasks: Sequence[TaskSource],
+    folder: Path,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    seed: int,
+    runtime: Runtime,
+    data: Path | None,
+    world: WorldConfig | None,
+    found: ItemScores,
+    *,
+    template: bool = False,
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Score the model of a folder on one benchmark after the other: its kind (`tasks` or `text`), label and scores.
+
+    With `template`, the harness's tasks are asked in the model's chat template.
+    """
+    micro_batch = runtime.micro_batch_size or 16
+    lm = None
+    for task in tasks:
+        rows = read_task(task, data, world)
+        if task.task is None:
+            items = read_items(task, rows, seed)
+            device = model.model.embed_tokens.weight.device
+            yield "tasks", task.label, task_scores(model, tokenizer, task.label, items, micro_batch, device, found)
+            continue
+        from vectorclm.harness import VectorCLM
+        from vectorclm.harness_tasks import harness_scores
+
+        lm = lm or VectorCLM(folder, micro_batch, runtime)
+        scores = harness_scores(lm, task, rows, seed, found, template=template)
+        yield "text" if "bits_per_byte" in scores else "tasks", task.label, scores
