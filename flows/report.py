@@ -5,6 +5,7 @@ escapes all of it.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -16,22 +17,32 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from flows.lineage import opened
 from flows.plots import COLOURS, Box, Interval, bars, curves, graph, intervals, short
 from vectorclm.artifact import Artifact, Store
-from vectorclm.errors import ConfigError
+from vectorclm.compare import followed, has_items
+from vectorclm.errors import ConfigError, DataError
 from vectorclm.lineage import Lineage, Node, facts, lineage, tokens_by_source
+from vectorclm.measure import Change
 from vectorclm.model import ModelConfig
 from vectorclm.settings import validate
+
+logger = logging.getLogger(__name__)
 
 CONFIDENCE = 1.959964  # standard errors; 95 % of a normal distribution lie within
 COLUMNS = {"sample": 0, "tokenizer": 1, "shards": 0, "chat_shards": 1, "pretrain": 0, "finetune": 1}
 ANSWERS = 12  # shown
+FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}
 TITLES = {"pretrain": "Pretraining", "finetune": "Tuning"}
 
 
 class Measured(NamedTuple):
-    """One model of the page: its name there, and its scores as its evaluation has them."""
+    """One model of the page: its name there, and its evaluation."""
 
     who: str
-    scores: Mapping[str, Any]
+    artifact: Artifact
+
+    @property
+    def scores(self) -> Mapping[str, Any]:
+        """What `scores.json` has."""
+        return self.artifact.summary
 
 
 def report(found: Lineage, store: Store, champion: Lineage | None = None, name: str = "") -> str:
@@ -48,12 +59,14 @@ def report(found: Lineage, store: Store, champion: Lineage | None = None, name: 
         "texts": list(dict.fromkeys(label for model in models for label in model.scores.get("bits_per_byte", {}))),
         "tasks": _tasks(models),
         "picture": _picture(models),
+        "instructions": _instructions(models),
         "samples": [(model.who, model.scores["samples"][:ANSWERS]) for model in models if model.scores.get("samples")],
         "graph": graph("lineage", _boxes(found)),
         "costs": _costs(found),
         "nodes": [node for node in found.nodes.values() if node.artifact is not None],
         "colours": range(COLOURS),
         "facts": facts,
+        "followed": FOLLOWED,
     }
     environment = Environment(
         loader=PackageLoader("flows", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -74,9 +87,9 @@ def _models(found: Lineage, store: Store, champion: Lineage | None) -> list[Meas
     return [Measured(who, own) for who, side in sides if (own := _own_scores(side)) is not None]
 
 
-def _own_scores(found: Lineage) -> dict[str, Any] | None:
-    """The scores by the curriculum's own evaluation."""
-    return next((item.summary for item in found.scores if item.stage != "measure"), None)
+def _own_scores(found: Lineage) -> Artifact | None:
+    """The curriculum's own evaluation."""
+    return next((item for item in found.scores if item.stage != "measure"), None)
 
 
 def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str]]:
@@ -166,6 +179,21 @@ def _tasks(models: Sequence[Measured]) -> dict[str, dict[str, Any]]:
         for label, task in model.scores["tasks"].items():
             row = found.setdefault(label, {"chance": task["chance"], "items": task["items"], "scores": {}})
             row["scores"][model.who] = Interval(model.who, task["acc"], *interval(task["acc"], task["items"]))
+    return found
+
+
+def _instructions(models: Sequence[Measured]) -> list[tuple[str, str, list[Change]]]:
+    """How the first model and each of the others follow instructions, side by side, and who they are."""
+    if not models or not has_items(models[0].artifact):
+        return []
+    pairs = [(models[0], model) for model in models[1:] if has_items(model.artifact)]
+    found = []
+    for before, after in pairs:
+        try:
+            if changes := followed(before.artifact, after.artifact):
+                found.append((before.who, after.who, changes))
+        except DataError as error:  # a champion may have been asked others
+            logger.info("%s and %s are not compared: %s", before.who, after.who, error)
     return found
 
 

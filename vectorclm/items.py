@@ -19,8 +19,8 @@ ITEMS_SCHEMA = pa.schema(
         ("number", pa.int32()),  # its place in the task
         ("item", pa.string()),  # by its content, whatever the model
         ("correct", pa.bool_()),
-        ("correct_norm", pa.bool_()),
-        ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice
+        ("correct_norm", pa.bool_()),  # null where the answer is no choice but a text
+        ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice; null likewise
     ]
 )
 TEXTS_SCHEMA = pa.schema(
@@ -52,6 +52,10 @@ class ItemScores:
         """A question of a task; `right` is by the log-likelihoods, and by them over the choices' lengths."""
         row = {"task": task, "number": number, "item": item_id(content), "log_likelihoods": list(log_likelihoods)}
         self.items.append({**row, "correct": right[0], "correct_norm": right[1]})
+
+    def add_answer(self, task: str, number: int, content: bytes, right: bool) -> None:
+        """An answer in words to an item of a task, and whether it is as asked."""
+        self.items.append({"task": task, "number": number, "item": item_id(content), "correct": right})
 
     def add_text(self, source: str, content: bytes, nats: float, size: int) -> None:
         """A document or window of a source, and how many bytes of text it stands for."""
@@ -86,10 +90,16 @@ class Scored(NamedTuple):
 
 
 def read_scored(folder: Path) -> dict[str, Scored]:
-    """The scores in an evaluation's files: `acc.<task>`, `acc_norm.<task>`, `bits_per_byte.<source>`."""
+    """The scores in an evaluation's files: `acc.<task>`, `acc_norm.<task>`, `bits_per_byte.<source>`.
+
+    A task that is answered in words has one score, which has its name.
+    """
     found = {}
     for task, rows in _groups(folder / ITEMS, "task").items():
         ones = np.ones(len(rows["item"]))
+        if rows["correct_norm"][0] is None:
+            found[task] = Scored(rows["item"], np.array(rows["correct"], float), ones)
+            continue
         for name, column in (("acc", "correct"), ("acc_norm", "correct_norm")):
             found[f"{name}.{task}"] = Scored(rows["item"], np.array(rows[column], float), ones)
     for source, rows in _groups(folder / TEXTS, "source").items():

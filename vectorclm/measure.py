@@ -26,6 +26,7 @@ from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, Store
 from vectorclm.evaluate import FORMAT_COLUMNS, read_items, task_scores, text_scores, write_scores
 from vectorclm.finetune import read_prompts
 from vectorclm.generate import answer_text, continuation, template_scores
+from vectorclm.instructions import PARTS, instruction_scores, instructions
 from vectorclm.items import Interval, ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
@@ -156,6 +157,7 @@ def measure_plan(suite: ExperimentConfig, limits: Limits, model: Model, store: S
         "max_new_tokens": limits.max_new_tokens or asked.max_new_tokens,
         "prompts": asked.prompts,
         "data": data,
+        **({"instructions": asked.instructions} if asked.instructions else {}),
     }
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
     return Plan(STAGE, VERSION, config, {"model": model.content, **finished})
@@ -175,7 +177,8 @@ def measure(
     """The scores of a model on a pinned suite, and whether they were there already.
 
     The summary, and `scores.json`: `text` (by source: bits_per_byte, stderr, documents, bytes), `tasks` (as the
-    stage `evaluate` has them), `chat` for a chat model, `samples`. `data` is a local mirror to read tasks from.
+    stage `evaluate` has them), `chat` for a chat model, `instructions` where the suite has them, `samples`. `data` is a
+    local mirror to read tasks from.
     Raises CorruptArtifactError where the model's files are not what their store promises.
     """
     plan = measure_plan(suite, limits, model, store)
@@ -183,7 +186,7 @@ def measure(
 
     def produce(out: Path) -> Mapping[str, Any]:
         found = ItemScores()
-        scores = _scores(suite, plan, model, store, runtime, data, found)
+        scores = _scores(suite, plan, model, store, runtime, data, out, found)
         write_scores(out, scores, found)
         return scores
 
@@ -197,6 +200,7 @@ def _scores(
     store: Store,
     runtime: Runtime,
     data: Path | None,
+    out: Path,
     found: ItemScores,
 ) -> dict[str, Any]:
     config, device = plan.config, runtime.configure_torch()
@@ -223,6 +227,10 @@ def _scores(
         if conversations is not None:
             prompts = read_prompts(conversations.local("prompts.jsonl"), config["chat_prompts"], suite.seed)
             scores["chat"] = template_scores(loaded, tokenizer, prompts, longest)
+        if count := config.get("instructions", 0):
+            scores["instructions"] = instruction_scores(
+                loaded, tokenizer, instructions(count), longest, chat=model.chat, out=out, found=found
+            )
         respond = answer_text if model.chat else continuation
         scores["samples"] = [
             {"prompt": prompt, "answer": respond(loaded, tokenizer, prompt, longest)} for prompt in config["prompts"]
@@ -295,7 +303,9 @@ class Change(NamedTuple):
 
 
 def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
-    """What of the scores compares: `acc.<task>`, `bits_per_byte.<source>`, `in_template` (share of the prompts)."""
+    """What of the scores compares: `acc.<task>`, `bits_per_byte.<source>`, `in_template` (share of the prompts),
+    `followed_content`, `followed_form` and `followed`.
+    """
     found = {f"acc.{label}": Figure(task["acc"], task["stderr"]) for label, task in scores["tasks"].items()}
     for label, text in scores["text"].items():
         found[f"bits_per_byte.{label}"] = Figure(text["bits_per_byte"], text["stderr"])
@@ -303,6 +313,9 @@ def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
         count = scores["chat"]["prompts"]
         share = scores["chat"]["answered_in_template"] / count
         found["in_template"] = Figure(share, math.sqrt(share * (1 - share) / max(1, count - 1)))
+    for name in PARTS:
+        if followed := scores.get("instructions", {}).get(name):
+            found[name] = Figure(followed["share"], followed["stderr"])
     return found
 
 

@@ -21,6 +21,7 @@ from vectorclm.export import export, write_model_files
 from vectorclm.finetune import finetune, read_prompts, write_chat_shards
 from vectorclm.finetune import told as conversations_told
 from vectorclm.generate import answer_text, continuation, template_scores
+from vectorclm.instructions import instruction_scores, instructions
 from vectorclm.items import ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.runtime import Runtime, memory_explained
@@ -255,6 +256,9 @@ def _evaluate(
     if chat:
         prompts = read_prompts(inputs["chat_shards"].local("prompts.jsonl"), config.chat_prompts, experiment.seed)
         scores["chat"] = template_scores(model, tokenizer, prompts, config.max_new_tokens)
+    if config.instructions:
+        asked, longest = instructions(config.instructions), config.max_new_tokens
+        scores["instructions"] = instruction_scores(model, tokenizer, asked, longest, chat=chat, out=out, found=found)
     respond = answer_text if chat else continuation
     scores["samples"] = [
         {"prompt": prompt, "answer": respond(model, tokenizer, prompt, config.max_new_tokens)}
