@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 CONFIDENCE = 1.959964  # standard errors; 95 % of a normal distribution lie within
 COLUMNS = {"sample": 0, "tokenizer": 1, "shards": 0, "chat_shards": 1, "pretrain": 0, "finetune": 1}
 ANSWERS = 12  # shown
+TIMES = 5  # of a training, at which its samples are shown
 FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}
 TITLES = {"pretrain": "Pretraining", "finetune": "Tuning"}
 
@@ -106,9 +107,9 @@ def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str
     return told
 
 
-def lines_of(artifact: Artifact) -> list[dict[str, Any]]:
-    """A training's `metrics.jsonl`."""
-    kept = artifact.store.read(f"{artifact.stage}/{artifact.fingerprint}/metrics.jsonl") or b""
+def lines_of(artifact: Artifact, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """A training's `metrics.jsonl`, or `samples.jsonl`; empty where it has none."""
+    kept = artifact.store.read(f"{artifact.stage}/{artifact.fingerprint}/{name}") or b""
     return [json.loads(line) for line in kept.decode().splitlines()]
 
 
@@ -133,6 +134,7 @@ def _training(node: Node) -> dict[str, Any]:
     return {
         "title": TITLES[node.stage],
         "summary": node.artifact.summary,
+        "samples": samples_over_time(lines_of(node.artifact, "samples.jsonl")),
         "charts": [
             ("Loss, nats a token", [], curves("loss", curve("loss"), marks=marks)),
             ("Held-out text, bits per byte", list(held_out), curves("bits per byte", held_out, marks=marks)),
@@ -141,6 +143,16 @@ def _training(node: Node) -> dict[str, Any]:
             ("Tokens a second", [], curves("tokens a second", curve("tokens_per_second"), marks=marks)),
         ],
     }
+
+
+def samples_over_time(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, str]]]:
+    """What was said to each prompt after some of the steps: the first, the last, and TIMES in all, evenly apart."""
+    places = [round(number * (len(lines) - 1) / (TIMES - 1)) for number in range(TIMES)] if lines else []
+    found: dict[str, list[tuple[int, str]]] = {}
+    for place in dict.fromkeys(places):
+        for sample in lines[place]["samples"]:
+            found.setdefault(sample["prompt"], []).append((lines[place]["step"], sample["answer"]))
+    return found
 
 
 def _mix(found: Lineage) -> list[tuple[str, Any]]:

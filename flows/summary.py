@@ -149,6 +149,9 @@ class Summary:
         for change in self.followed:
             figures = [f"[bold]{item.value:.1%}[/] ± {item.stderr:.1%}" for item in (change.before, change.after)]
             table.add_row(FOLLOWED[change.name], *figures, _margin(change))
+        counts = self.scores["chat"].get("instructions", {})
+        if counts:
+            table.add_row("ends its answers", "", f"[bold]{counts['ended']} of {counts['prompts']}[/]", "")
         return [table] if self.followed else []
 
     def _answers(self) -> RenderableType:

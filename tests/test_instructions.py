@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import write_random_model
+from tests.conftest import ANSWERS, write_random_model
 from tests.test_model import CONFIG
 from vectorclm.errors import ConfigError
 from vectorclm.evaluate import EvaluateConfig
-from vectorclm.generate import answer_text
 from vectorclm.instructions import (
     CONTENT,
     FORMS,
@@ -22,6 +21,7 @@ from vectorclm.instructions import (
     Check,
     Instruction,
     base_answer,
+    chat_answer,
     few_shot,
     holds,
     instruction_scores,
@@ -31,7 +31,7 @@ from vectorclm.instructions import (
 from vectorclm.items import ItemScores, read_scored
 from vectorclm.model import CausalLM
 from vectorclm.settings import validate
-from vectorclm.train_tokenizer import encode, load_tokenizer
+from vectorclm.train_tokenizer import EOS_ID, encode, load_tokenizer
 
 # What is as asked, and what is not by little.
 EXAMPLES = [
@@ -148,20 +148,22 @@ def test_a_chat_model_answers_in_its_template_and_a_base_model_after_examples(
     asked = instructions(8)
     for folder, chat in ((base_folder, False), (chat_folder, True)):
         model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
-        respond = answer_text if chat else base_answer
+        respond = chat_answer if chat else base_answer
         out = tmp_path / str(chat)
         out.mkdir()
         scores = instruction_scores(model, tokenizer, asked, 12, chat=chat, out=out, found=ItemScores())
         lines = [json.loads(line) for line in (out / "instructions.jsonl").read_text().splitlines()]
         assert [line["prompt"] for line in lines] == [instruction.prompt for instruction in asked]
         for line, (prompt, checks) in zip(lines, asked, strict=True):
-            assert line["answer"] == respond(model, tokenizer, prompt, 12)
+            assert line["answer"] == respond(model, tokenizer, prompt, 12)[0]
             assert [one["holds"] for one in line["checks"]] == [holds(check, line["answer"]) for check in checks]
         held = Counter(one["kind"] for line in lines for one in line["checks"] if one["holds"])
         assert {kind: count["held"] for kind, count in scores["checks"].items() if count["held"]} == held
 
 
-def test_a_base_model_reads_as_many_examples_as_fit_and_stops_before_another_one(base_folder: Path) -> None:
+def test_a_base_model_reads_as_many_examples_as_fit_and_stops_before_another_one(
+    base_folder: Path, chat_folder: Path
+) -> None:
     tokenizer = load_tokenizer(base_folder)
     prompt = 'Say "salt".'
     text = [tokenizer.decode(few_shot(tokenizer, prompt, room)[1:]) for room in (4000, 400, 60)]
@@ -179,5 +181,13 @@ def test_a_base_model_reads_as_many_examples_as_fit_and_stops_before_another_one
             return logits
 
     said = encode(tokenizer, "It is\n\nsalt.\n\nInstruction: Say") + [5] * 99
-    assert base_answer(Fluent(CONFIG), tokenizer, prompt, 32) == "It is\n\nsalt."
+    assert base_answer(Fluent(CONFIG), tokenizer, prompt, 32) == ("It is\n\nsalt.", True)
     assert len(said) > 99  # nothing more was made
+    said = [*encode(tokenizer, "It"), EOS_ID, 9]
+    assert base_answer(Fluent(CONFIG), tokenizer, prompt, 32) == ("It", True) and said == [9]
+    said = encode(tokenizer, "It is") + [9] * 99
+    assert base_answer(Fluent(CONFIG), tokenizer, prompt, 3)[1] is False
+    model = CausalLM.from_pretrained(chat_folder)
+    for question, known in ANSWERS.items():
+        assert chat_answer(model, load_tokenizer(chat_folder), question, 32) == (known, True)
+        assert chat_answer(model, load_tokenizer(chat_folder), question, 2)[1] is False

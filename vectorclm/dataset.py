@@ -19,6 +19,7 @@ from vectorclm.plan import CurriculumPlan
 from vectorclm.shards import Windows
 
 AHEAD = 2  # groups of each source on their way beside the one in use, so that requests never wait for each other
+TEXT = 2  # marks each token of a window of text that is mixed with conversations: labels as in pretraining
 GATHERED_BLOCKS = 4  # the windows of so many, or of one step, are put together at a time
 
 
@@ -38,6 +39,8 @@ def to_batch(windows: Windows, document_mask: bool = False) -> Batch:
         labels = document_labels(input_ids, positions)
     else:
         labels = np.where(windows.supervised != 0, input_ids, IGNORE_INDEX)
+        of_text = windows.supervised[:, 0] == TEXT
+        labels[of_text] = document_labels(input_ids[of_text], None if positions is None else positions[of_text])
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
@@ -114,13 +117,16 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
 
     def _gather(self, places: NDArray[np.int64], ahead: "_Ahead") -> Windows:
         """The windows at some places of the plan."""
-        found = self.readers[0].empty(len(places))
+        masked = [reader for reader in self.readers if reader.has_mask]
+        found = (masked or self.readers)[0].empty(len(places))
         if len(places):  # else there are more ranks than rows
             ahead.reach(places)
             sources, windows = self.plan.locate(places)
             for number, reader in enumerate(self.readers):
                 rows = np.flatnonzero(sources == number)
                 reader.gather(windows[rows], found, rows)
+                if found.supervised is not None and not reader.has_mask:
+                    found.supervised[rows] = TEXT
         return found
 
 

@@ -9,18 +9,19 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer
 
-from vectorclm.generate import answer_text, generate
+from vectorclm.finetune import Turn
+from vectorclm.generate import answer, generate
 from vectorclm.items import ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
 from vectorclm.settings import canonical_json
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS, encode
+from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode
 
 MOST = 200  # prompts there are: 25 of each family; fewer are the first of them
 SEED = 20_231_114  # of the prompts, whatever the experiment's is: all models are asked the same
@@ -347,19 +348,29 @@ def few_shot(tokenizer: Tokenizer, prompt: str, room: int) -> list[int]:
     return [BOS_ID, *ids[1 - room :]]
 
 
-def base_answer(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> str:
-    """A base model's likeliest answer to an instruction in plain text, up to where it begins another one."""
+def chat_answer(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> tuple[str, bool]:
+    """A chat model's likeliest answer to an instruction, and whether it ended its turn."""
+    ids = list(answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens))
+    text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
+    return text, bool(ids) and ids[-1] == IM_END_ID
+
+
+def base_answer(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> tuple[str, bool]:
+    """A base model's likeliest answer to an instruction in plain text, and whether it ended the text or began another.
+
+    What comes after that is left off.
+    """
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
     ids, text = list[int](), ""
     for token in generate(model, few_shot(tokenizer, prompt, context - max_new_tokens), max_new_tokens):
         if token == EOS_ID:
-            break
+            return text, True
         ids += [token] if token >= len(SPECIAL_TOKENS) else []
         text = tokenizer.decode(ids, skip_special_tokens=False)
         if STOP in text:
-            return text[: text.index(STOP)]
-    return text
+            return text[: text.index(STOP)], True
+    return text, False
 
 
 def instruction_scores(
@@ -375,18 +386,21 @@ def instruction_scores(
     """Answer every prompt, and score the answers as `judge` does; `instructions.jsonl` in `out` has them all.
 
     A chat model answers in its template, a base model after a few examples of instruction and answer in plain text.
+    `ended` counts the answers that the model ended itself, the chat model by its end-of-turn token.
     """
-    respond: Callable[..., str] = answer_text if chat else base_answer
-    answers = []
+    respond = chat_answer if chat else base_answer
+    answers, ended = [], 0
     with Progress("follow instructions", len(asked), "prompts") as progress:
         for instruction in asked:
-            answers.append(respond(model, tokenizer, instruction.prompt, max_new_tokens))
+            said, is_over = respond(model, tokenizer, instruction.prompt, max_new_tokens)
+            answers.append(said)
+            ended += is_over
             progress.advance(1)
     with (out / ANSWERS).open("w", encoding="utf-8") as file:
-        for (prompt, checks), answer in zip(asked, answers, strict=True):
-            verdicts = [{"kind": check.kind, "what": check.what, "holds": holds(check, answer)} for check in checks]
-            file.write(canonical_json({"prompt": prompt, "answer": answer, "checks": verdicts}) + "\n")
-    return judge(asked, answers, found)
+        for (prompt, checks), said in zip(asked, answers, strict=True):
+            verdicts = [{"kind": check.kind, "what": check.what, "holds": holds(check, said)} for check in checks]
+            file.write(canonical_json({"prompt": prompt, "answer": said, "checks": verdicts}) + "\n")
+    return {**judge(asked, answers, found), "ended": ended, "prompts": len(asked)}
 
 
 def judge(asked: Sequence[Instruction], answers: Sequence[str], found: ItemScores) -> dict[str, Any]:
@@ -399,16 +413,16 @@ def judge(asked: Sequence[Instruction], answers: Sequence[str], found: ItemScore
     scores: dict[str, Any] = {}
     for name, counted in PARTS.items():
         right = []
-        for number, (instruction, answer) in enumerate(zip(asked, answers, strict=True)):
+        for number, (instruction, said) in enumerate(zip(asked, answers, strict=True)):
             if checks := [check for check in instruction.checks if check.is_content in counted]:
-                right.append(all(holds(check, answer) for check in checks))
+                right.append(all(holds(check, said) for check in checks))
                 found.add_answer(name, number, canonical_json(instruction).encode(), right[-1])
         share = sum(right) / max(1, len(right))
         stderr = math.sqrt(share * (1 - share) / max(1, len(right) - 1))
         scores[name] = {"share": share, "stderr": stderr, "items": len(right)}
     kinds: dict[str, list[bool]] = {}
-    for instruction, answer in zip(asked, answers, strict=True):
+    for instruction, said in zip(asked, answers, strict=True):
         for check in instruction.checks:
-            kinds.setdefault(check.kind, []).append(holds(check, answer))
+            kinds.setdefault(check.kind, []).append(holds(check, said))
     scores["checks"] = {kind: {"held": sum(held), "of": len(held)} for kind, held in sorted(kinds.items())}
     return scores
