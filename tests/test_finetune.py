@@ -304,13 +304,22 @@ def test_a_budget_is_shared_by_weight_and_each_source_has_windows_of_its_own(
             assert tokens[label][split] > 0
         assert summary[split]["windows"] == windows
         assert summary[split]["tokens"] == sum(count[split] for count in tokens.values())
-    assert ", 4,000 tokens" in told(summary)[2]
+    assert "445 of 4,000 tokens" in told(summary)[2]
+    for source in summary["sources"].values():
+        assert source["train"] + source["validation"] + source["dropped"].get("over_budget", 0) == source["read"]
 
 
 def test_a_source_with_nothing_supervised_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [[{"role": "user", "content": f"nobody answers {i}"}] for i in range(5)]
     with pytest.raises(DataError, match=r"chat: no usable conversation for training; left out: 5 no assistant"):
         write_chat_shards(config(), {"chat": rows}, tokenizer, 1, tmp_path)
+
+
+def test_a_split_with_nothing_supervised_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "!"}] for i in range(5)]
+    few = config().model_copy(update={"validation_share": 1e-9})
+    with pytest.raises(DataError, match=r"chat validation: no supervised token; .*raise chat\.validation_share"):
+        write_chat_shards(few, {"chat": rows}, tokenizer, 1, tmp_path)
 
 
 def talk(*roles: str) -> list[dict[str, str]]:

@@ -243,7 +243,8 @@ def write_chat_shards(
     `rows[label]` yields the turns of one row after another. Dropped and counted are: `duplicate` (the same turns stood
     in this source or one before it), `contaminated` (shares words with `benchmarks`), `no_assistant` (nothing to
     learn), `too_long` (not even its last question and answer fit in a window), and, where `config.malformed` says so,
-    `empty_turn` and `role_order`. `shortened` are those that `fit` left turns off.
+    `empty_turn` and `role_order`; `over_budget` are those that were read beside the last one that a budget has room
+    for. `shortened` are those that `fit` left turns off.
 
     Returns `{"sources": {label: {"train", "validation", "read", "shortened", "dropped": {reason: count},
     "contaminated": {benchmark: count}}}, "train": {"windows", "tokens", …}, "validation": {…}}`. Raises DataError for a
@@ -272,6 +273,8 @@ def write_chat_shards(
                 if split == "validation":
                     prompts.append(_prompt(source.label, item.turns))
                 if left is not None and found.tokens["train"] >= left:
+                    over = found.read - found.splits.total() - found.dropped.total()
+                    found.dropped.update({"over_budget": over} if over else {})
                     break
             summary["sources"][source.label] = found.summary()
             if left is not None:
