@@ -97,7 +97,7 @@ def read_scored(folder: Path) -> dict[str, Scored]:
     found = {}
     for task, rows in _groups(folder / ITEMS, "task").items():
         ones = np.ones(len(rows["item"]))
-        if rows["correct_norm"][0] is None:
+        if rows["log_likelihoods"][0] is None:
             found[task] = Scored(rows["item"], np.array(rows["correct"], float), ones)
             continue
         for name, column in (("acc", "correct"), ("acc_norm", "correct_norm")):
