@@ -22,8 +22,8 @@ CHANGES = {
     "sample": {"bytes": 200_000, "validation_share": 0.1},
     "shards": {"sequence_length": 64},
     "model": {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "hidden_dropout": 0.1},
-    "chat": {"sequence_length": 64, "tokens": 6_000},
-    "finetune": {"replay": 0.25, "epochs": 4.0, "batch_size": 8, "validation_interval": 20},
+    "chat": {"sequence_length": 64, "tokens": 4_000},
+    "finetune": {"replay": 0.25, "epochs": 6.0, "batch_size": 8, "validation_interval": 20},
     "pretrain": {"phases": [{"tokens": 61_440}], "batch_size": 8, "validation_interval": 30},  # 120 steps
 }
 
@@ -34,6 +34,7 @@ def write_experiment(folder: Path) -> Path:
     values = experiment.model_dump(exclude_none=True)
     for section, changes in CHANGES.items():
         values[section] |= changes
+    values["chat"]["sources"].pop()  # code, too long for windows so short
     path = folder / "smaller.json"
     path.write_text(json.dumps(values))
     return path
@@ -114,7 +115,7 @@ def test_a_tuning_that_replays_text_resumes_exactly(folder: Path) -> None:
     made = whole / "finetune" / plan.fingerprint
     lines, samples = the_same(made, killed / "finetune" / plan.fingerprint)
     validated = [set(line["validation"]) for line in lines if "validation" in line]
-    assert validated == [{"lessons", "stories", "smoltalk", "slimorca", "tulu3-code"}] * len(validated)
+    assert validated == [{"lessons", "stories", "smoltalk", "slimorca"}] * len(validated)
 
     summary = json.loads((made / "manifest.json").read_text())["summary"]
     steps, epochs = summary["steps"], summary["epochs"]
@@ -125,10 +126,10 @@ def test_a_tuning_that_replays_text_resumes_exactly(folder: Path) -> None:
     assert read == pytest.approx(0.25 * steps * 8, abs=3)
     counts = json.loads(chat.read_text())["summary"]
     for label, epoch in epochs.items():  # but for a last step that is not full
-        assert epoch == pytest.approx(4.0, abs=0.25)
+        assert epoch == pytest.approx(6.0, abs=0.25)
         tokens = counts["sources"][label]["tokens"]
         assert tokens["budget"] == 2_000 <= tokens["train"] < 2_064 and tokens["validation"]
-    assert len(epochs) == 3 and counts["train"]["tokens"] < 3 * 2_064
+    assert len(epochs) == 2 and counts["train"]["tokens"] < 2 * 2_064
 
 
 def test_a_finished_stage_is_reused(folder: Path) -> None:

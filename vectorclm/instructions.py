@@ -417,9 +417,10 @@ def judge(asked: Sequence[Instruction], answers: Sequence[str], found: ItemScore
             if checks := [check for check in instruction.checks if check.is_content in counted]:
                 right.append(all(holds(check, said) for check in checks))
                 found.add_answer(name, number, canonical_json(instruction).encode(), right[-1])
-        share = sum(right) / max(1, len(right))
-        stderr = math.sqrt(share * (1 - share) / max(1, len(right) - 1))
-        scores[name] = {"share": share, "stderr": stderr, "items": len(right)}
+        if right:
+            share = sum(right) / len(right)
+            stderr = math.sqrt(share * (1 - share) / max(1, len(right) - 1))
+            scores[name] = {"share": share, "stderr": stderr, "items": len(right)}
     kinds: dict[str, list[bool]] = {}
     for instruction, said in zip(asked, answers, strict=True):
         for check in instruction.checks:
