@@ -5,6 +5,7 @@ escapes all of it.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -16,22 +17,33 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from flows.lineage import opened
 from flows.plots import COLOURS, Box, Interval, bars, curves, graph, intervals, short
 from vectorclm.artifact import Artifact, Store
-from vectorclm.errors import ConfigError
+from vectorclm.compare import followed, has_items
+from vectorclm.errors import ConfigError, DataError
 from vectorclm.lineage import Lineage, Node, facts, lineage, tokens_by_source
+from vectorclm.measure import Change
 from vectorclm.model import ModelConfig
 from vectorclm.settings import validate
+
+logger = logging.getLogger(__name__)
 
 CONFIDENCE = 1.959964  # standard errors; 95 % of a normal distribution lie within
 COLUMNS = {"sample": 0, "tokenizer": 1, "shards": 0, "chat_shards": 1, "pretrain": 0, "finetune": 1}
 ANSWERS = 12  # shown
+TIMES = 5  # of a training, at which its samples are shown
+FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}
 TITLES = {"pretrain": "Pretraining", "finetune": "Tuning"}
 
 
 class Measured(NamedTuple):
-    """One model of the page: its name there, and its scores as its evaluation has them."""
+    """One model of the page: its name there, and its evaluation."""
 
     who: str
-    scores: Mapping[str, Any]
+    artifact: Artifact
+
+    @property
+    def scores(self) -> Mapping[str, Any]:
+        """What `scores.json` has."""
+        return self.artifact.summary
 
 
 def report(found: Lineage, store: Store, champion: Lineage | None = None, name: str = "") -> str:
@@ -48,12 +60,14 @@ def report(found: Lineage, store: Store, champion: Lineage | None = None, name: 
         "texts": list(dict.fromkeys(label for model in models for label in model.scores.get("bits_per_byte", {}))),
         "tasks": _tasks(models),
         "picture": _picture(models),
+        "instructions": _instructions(models),
         "samples": [(model.who, model.scores["samples"][:ANSWERS]) for model in models if model.scores.get("samples")],
         "graph": graph("lineage", _boxes(found)),
         "costs": _costs(found),
         "nodes": [node for node in found.nodes.values() if node.artifact is not None],
         "colours": range(COLOURS),
         "facts": facts,
+        "followed": FOLLOWED,
     }
     environment = Environment(
         loader=PackageLoader("flows", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -74,9 +88,9 @@ def _models(found: Lineage, store: Store, champion: Lineage | None) -> list[Meas
     return [Measured(who, own) for who, side in sides if (own := _own_scores(side)) is not None]
 
 
-def _own_scores(found: Lineage) -> dict[str, Any] | None:
-    """The scores by the curriculum's own evaluation."""
-    return next((item.summary for item in found.scores if item.stage != "measure"), None)
+def _own_scores(found: Lineage) -> Artifact | None:
+    """The curriculum's own evaluation."""
+    return next((item for item in found.scores if item.stage != "measure"), None)
 
 
 def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str]]:
@@ -93,9 +107,9 @@ def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str
     return told
 
 
-def lines_of(artifact: Artifact) -> list[dict[str, Any]]:
-    """A training's `metrics.jsonl`."""
-    kept = artifact.store.read(f"{artifact.stage}/{artifact.fingerprint}/metrics.jsonl") or b""
+def lines_of(artifact: Artifact, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """A training's `metrics.jsonl`, or `samples.jsonl`; empty where it has none."""
+    kept = artifact.store.read(f"{artifact.stage}/{artifact.fingerprint}/{name}") or b""
     return [json.loads(line) for line in kept.decode().splitlines()]
 
 
@@ -120,6 +134,7 @@ def _training(node: Node) -> dict[str, Any]:
     return {
         "title": TITLES[node.stage],
         "summary": node.artifact.summary,
+        "samples": samples_over_time(lines_of(node.artifact, "samples.jsonl")),
         "charts": [
             ("Loss, nats a token", [], curves("loss", curve("loss"), marks=marks)),
             ("Held-out text, bits per byte", list(held_out), curves("bits per byte", held_out, marks=marks)),
@@ -128,6 +143,16 @@ def _training(node: Node) -> dict[str, Any]:
             ("Tokens a second", [], curves("tokens a second", curve("tokens_per_second"), marks=marks)),
         ],
     }
+
+
+def samples_over_time(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, str]]]:
+    """What was said to each prompt after some of the steps: the first, the last, and TIMES in all, evenly apart."""
+    places = [round(number * (len(lines) - 1) / (TIMES - 1)) for number in range(TIMES)] if lines else []
+    found: dict[str, list[tuple[int, str]]] = {}
+    for place in dict.fromkeys(places):
+        for sample in lines[place]["samples"]:
+            found.setdefault(sample["prompt"], []).append((lines[place]["step"], sample["answer"]))
+    return found
 
 
 def _mix(found: Lineage) -> list[tuple[str, Any]]:
@@ -166,6 +191,21 @@ def _tasks(models: Sequence[Measured]) -> dict[str, dict[str, Any]]:
         for label, task in model.scores["tasks"].items():
             row = found.setdefault(label, {"chance": task["chance"], "items": task["items"], "scores": {}})
             row["scores"][model.who] = Interval(model.who, task["acc"], *interval(task["acc"], task["items"]))
+    return found
+
+
+def _instructions(models: Sequence[Measured]) -> list[tuple[str, str, list[Change]]]:
+    """How the first model and each of the others follow instructions, side by side, and who they are."""
+    if not models or not has_items(models[0].artifact):
+        return []
+    pairs = [(models[0], model) for model in models[1:] if has_items(model.artifact)]
+    found = []
+    for before, after in pairs:
+        try:
+            if changes := followed(before.artifact, after.artifact):
+                found.append((before.who, after.who, changes))
+        except DataError as error:  # a champion may have been asked others
+            logger.info("%s and %s are not compared: %s", before.who, after.who, error)
     return found
 
 

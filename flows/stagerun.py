@@ -155,6 +155,9 @@ class StageRun:
         if "metrics.jsonl" in artifact.manifest["files"]:
             kept = tracker.store.read(f"{artifact.stage}/{artifact.fingerprint}/metrics.jsonl") or b""
             self._send(kept.decode())
+        if "samples.jsonl" in artifact.manifest["files"]:
+            said = tracker.store.read(f"{artifact.stage}/{artifact.fingerprint}/samples.jsonl") or b""
+            client.log_text(self._run_id, said.decode(), "samples.jsonl")
         client.log_dict(self._run_id, dict(artifact.manifest), "manifest.json")
         if name in EVALUATED:
             self._scores(artifact)

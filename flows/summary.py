@@ -17,10 +17,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from flows.report import FOLLOWED
 from flows.stages import Handle, duration
 from flows.tracking import tracking_uri, without_password
 from vectorclm.artifact import Artifact, Store
+from vectorclm.compare import followed
 from vectorclm.config import ExperimentConfig
+from vectorclm.measure import Change
 
 ANSWERS = 3  # sample answers shown
 TITLES = {"base": "base model", "chat": "chat model"}
@@ -31,7 +34,9 @@ class Summary:
 
     def __init__(self, experiment: ExperimentConfig, store: Store, handles: Mapping[str, Handle]) -> None:
         self.experiment, self.store, self.handles = experiment, store, handles
-        self.scores = {"base": self._of("evaluate_base").summary, "chat": self._of("evaluate").summary}
+        judged = {"base": self._of("evaluate_base"), "chat": self._of("evaluate")}
+        self.scores = {kind: artifact.summary for kind, artifact in judged.items()}
+        self.followed = followed(judged["base"], judged["chat"])
         export = self._of("export")
         folder = export.local() if not store.is_local else None
         self.models = {kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in TITLES}
@@ -50,6 +55,11 @@ class Summary:
             "multiple_choice": fmean(tasks) if tasks else None,
             "bits_per_byte": fmean(self.scores["base"]["bits_per_byte"].values()),
             **self.scores,
+            "followed": {
+                change.name: {"difference": change.difference, "low": pair.low, "high": pair.high}
+                for change in self.followed
+                if (pair := change.paired) is not None
+            },
         }
         return {"stages": stages, "scores": scores, "models": self.models}
 
@@ -59,6 +69,15 @@ class Summary:
         for label, task in self.scores["base"]["tasks"].items():
             base, chat = (f"{self.scores[kind]['tasks'][label]['acc']:.1%}" for kind in TITLES)
             lines.append(f"| {label} | {task['chance']:.1%} | {base} | {chat} |")
+        if self.followed:
+            lines += [
+                "",
+                "| instructions followed | base model | chat model | difference, 95 % |",
+                "|---|---:|---:|---:|",
+            ]
+        for change in self.followed:
+            base, chat = f"{change.before.value:.1%}", f"{change.after.value:.1%}"
+            lines.append(f"| {FOLLOWED[change.name]} | {base} | {chat} | {_margin(change)} |")
         lines += ["", "| held-out text, bits per byte | base model | chat model |", "|---|---:|---:|"]
         for label in self.scores["base"]["bits_per_byte"]:
             base, chat = (f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES)
@@ -72,7 +91,9 @@ class Summary:
     def show(self, console: Console) -> None:
         """Print the results for a person."""
         console.print()
-        body = Group(self._stages(), self._training(), self._texts(), self._tasks(), self._answers())
+        body = Group(
+            self._stages(), self._training(), self._texts(), self._tasks(), *self._instructions(), self._answers()
+        )
         title = f"[bold]{self.experiment.name}[/]"
         console.print(Panel(body, title=title, box=box.ROUNDED, padding=(0, 2)))
         for (
@@ -123,6 +144,16 @@ class Summary:
             table.add_row("ends its answers", "", "", f"[bold]{said}[/]", "")
         return table
 
+    def _instructions(self) -> list[RenderableType]:
+        table = _table("instructions followed", *(f"{title} >" for title in TITLES.values()), "difference, 95 % >")
+        for change in self.followed:
+            figures = [f"[bold]{item.value:.1%}[/] ± {item.stderr:.1%}" for item in (change.before, change.after)]
+            table.add_row(FOLLOWED[change.name], *figures, _margin(change))
+        counts = self.scores["chat"].get("instructions", {})
+        if counts:
+            table.add_row("ends its answers", "", f"[bold]{counts['ended']} of {counts['prompts']}[/]", "")
+        return [table] if self.followed else []
+
     def _answers(self) -> RenderableType:
         lines = []
         for sample in self.scores["chat"]["samples"][:ANSWERS]:
@@ -144,6 +175,13 @@ class Summary:
             *((title, self.models[kind]) for kind, title in TITLES.items()),
             ("talk to it", command("vectorclm", "chat", self.models["chat"])),
         ]
+
+
+def _margin(change: Change) -> str:
+    """By how much the chat model follows more instructions, in points, and what may be said of that."""
+    assert change.paired is not None
+    points = [f"{100 * value:+.1f}" for value in (change.difference, change.paired.low, change.paired.high)]
+    return f"{points[0]} ({points[1]} to {points[2]}), {change.verdict}"
 
 
 def command(program: str, *arguments: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vectorclm.config import EXPERIMENTS, load_experiment
+from vectorclm.config import EXPERIMENTS, ExperimentConfig, changed, load_experiment
 from vectorclm.errors import ConfigError
 from vectorclm.pinning import pin
 from vectorclm.stages import STAGES, plans
@@ -99,3 +99,43 @@ def test_a_setting_changes_the_fingerprints_of_its_stage_and_what_follows(tmp_pa
     assert changed(shards={"shard_bytes": 8192}) == set(STAGES) - {"sample", "tokenizer", "chat_shards"}
     assert changed(name="other") == {"export"}
     assert changed(seed=2) == set(STAGES)
+
+
+def test_what_is_off_by_default_leaves_fingerprints_alone() -> None:
+    """Settings that came later: an experiment without them asks for what it asked for before."""
+    experiment, _ = load_experiment("small")
+    off = {
+        "evaluate.instructions": 0,
+        "pretrain.samples": None,
+        "finetune.samples": None,
+        "finetune.replay": 0.0,
+        "chat.tokens": 0,
+        "chat.sources.0.weight": 1.0,
+    }
+    without = changed(experiment, off)
+    for section in ("pretrain", "finetune", "chat", "evaluate"):
+        dumped = getattr(without, section).model_dump()
+        assert not dumped.keys() & {"samples", "replay", "tokens", "instructions"}
+        assert not any("weight" in source for source in dumped.get("sources", []))
+    assert ExperimentConfig.model_validate(json.loads(without.model_dump_json())) == without
+    before = {name: plan.fingerprint for name, plan in plans(without).items()}
+    samples = {"prompts": ["A"], "interval": 5}
+    for key, value, first in (
+        ("evaluate.instructions", 5, "evaluate_base"),
+        ("pretrain.samples", samples, "pretrain"),
+        ("finetune.samples", samples, "finetune"),
+        ("finetune.replay", 0.1, "finetune"),
+        ("chat.tokens", 1000, "chat_shards"),
+    ):
+        after = {name: plan.fingerprint for name, plan in plans(changed(without, {key: value})).items()}
+        assert next(name for name in before if before[name] != after[name]) == first
+
+
+def test_text_is_replayed_in_windows_as_long_as_the_conversations() -> None:
+    experiment, _ = load_experiment("tiny")
+    with pytest.raises(ConfigError, match=r"shards\.sequence_length \(128\) and chat\.sequence_length \(256\)"):
+        changed(experiment, {"finetune.replay": 0.1})
+    longer = changed(experiment, {"finetune.replay": 0.1, "shards.sequence_length": 256})
+    assert set(plans(longer)["finetune"].inputs) == {"pretrain", "chat_shards", "shards"}
+    with pytest.raises(ConfigError, match=r"stories must be called otherwise in sample\.sources"):
+        changed(longer, {"chat.sources.0.label": "stories"})

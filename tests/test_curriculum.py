@@ -1,7 +1,9 @@
 """The whole flow from the command line: real Prefect, real MLflow, real stages, a very small experiment."""
 
+import html
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -22,9 +24,10 @@ from flows.cli import main
 from flows.launch import Launcher, StageCancelledError, StageFailedError, StageInterruptedError, dying_with_parent
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, DataError, StoreError
+from vectorclm.instructions import PARTS
 from vectorclm.pinning import pin
 from vectorclm.plan import in_words
-from vectorclm.stages import STAGES, plans
+from vectorclm.stages import STAGES, TRAININGS, plans
 
 SHRUNK = {
     "name": "mini",
@@ -155,7 +158,39 @@ def test_mlflow_has_a_run_for_the_curriculum_and_one_a_stage(first: SimpleNamesp
     page = first.store / "reports" / f"{first.result['stages']['export']['fingerprint']}.html"
     assert "<svg" in page.read_text() and "mini: chat model" in page.read_text()
     assert "report.html" in [item.path for item in first.client.list_artifacts(oldest.info.run_id)]
+    for name in TRAININGS:
+        assert "samples.jsonl" in [item.path for item in first.client.list_artifacts(built[name].info.run_id)]
     assert built["pretrain"].data.params["optimizer.learning_rate"] == str(mini().pretrain.optimizer.learning_rate)
+
+
+def test_the_report_shows_samples_over_time_and_how_instructions_are_followed(first: SimpleNamespace) -> None:
+    page = (first.store / "reports" / f"{first.result['stages']['export']['fingerprint']}.html").read_text()
+    for name, asked in (("pretrain", mini().pretrain.samples), ("finetune", mini().finetune.samples)):
+        folder = Path(first.result["stages"][name]["uri"])
+        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        last = json.loads((folder / "manifest.json").read_text())["summary"]["steps"]
+        assert asked is not None and [line["step"] for line in lines] == [
+            *range(0, last, asked.interval),
+            last,
+        ]
+        for line in lines:
+            assert [said["prompt"] for said in line["samples"]] == asked.prompts
+    kept = [json.loads(line)["samples"] for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert kept[0] != kept[-1]  # it says something else by then
+    boxes = re.findall(r'<p class="asked">([^<]*)</p>\n<div class="times">(.*?)</div>\n</div>', page, re.DOTALL)
+    prompts = [*mini().pretrain.samples.prompts, *mini().finetune.samples.prompts]  # type: ignore[union-attr]
+    assert [html.unescape(prompt) for prompt, _ in boxes] == prompts
+    shown = [re.findall(r"step ([\d,]+)</p>", box) for _, box in boxes]
+    assert shown[0] == ["0", str(STEPS)] and shown[-1][0] == "0" and shown[-1][-1] == str(last)
+
+    scores, margins = first.result["scores"], first.result["scores"]["followed"]
+    assert "Instructions: chat model against base model" in page
+    for name, margin in margins.items():
+        base, chat = (scores[kind]["instructions"][name] for kind in ("base", "chat"))
+        assert base["items"] == chat["items"] > 5
+        assert margin["difference"] == pytest.approx(chat["share"] - base["share"])
+        assert margin["low"] <= margin["difference"] <= margin["high"]
+    assert set(margins) == set(PARTS) and scores["chat"]["instructions"]["prompts"] == 16
 
 
 def test_mlflow_has_each_step_once(first: SimpleNamespace) -> None:

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from tests.conftest import publish_shards
 from vectorclm.blocks import ShardReader, open_shards
 from vectorclm.dataset import StreamingLanguageModelDataset
+from vectorclm.documents import document_labels, position_ids
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.plan import CurriculumPlan, Stretch
+from vectorclm.train_tokenizer import BOS_ID, EOS_ID
 
 SIZES = {"a": 3000, "b": 900}
 
@@ -93,3 +95,26 @@ def test_labels_follow_the_supervision(tmp_path: Path) -> None:
     for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
         expected = {0: [IGNORE_INDEX, IGNORE_INDEX, 2, 3], 4: [IGNORE_INDEX, 5, IGNORE_INDEX, IGNORE_INDEX]}
         assert labels == expected[ids[0]]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_text_beside_conversations_has_the_labels_of_pretraining(tmp_path: Path, apart: bool) -> None:
+    bos, eos = BOS_ID, EOS_ID
+    text = np.array([[bos, 9, eos, bos, 8, 7], [bos, 9, 8, eos, 6, 5]], np.uint16)
+    talk = np.array([[bos, 1, 20, 21, 22, 1], [bos, 1, 30, 31, 32, 33], [bos, 1, 40, 41, 42, 43]], np.uint16)
+    marked = np.array([[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]], np.uint8)
+    one = publish_shards(str(tmp_path / "a"), tmp_path / "work", {"a": {"input_ids": text}}, 4096)
+    columns = {"chat": {"input_ids": talk, "supervised": marked}}
+    two = publish_shards(str(tmp_path / "b"), tmp_path / "work", columns, 4096)
+    plan = CurriculumPlan([Stretch(10, {"a": 0.4, "chat": 0.6})], {"a": 2, "chat": 3}, seed=0, windows_per_block=1)
+    with open_shards(one, "train") as texts, open_shards(two, "train") as talks:
+        (batch,) = StreamingLanguageModelDataset({**texts, **talks}, plan, 10, document_mask=apart)
+    expected = document_labels(text.astype(np.int64), position_ids(text.astype(np.int64)) if apart else None)
+    wanted = {tuple(ids): labels for ids, labels in zip(text.tolist(), expected.tolist(), strict=True)}
+    wanted |= {
+        tuple(ids): np.where(mask, ids, IGNORE_INDEX).tolist()
+        for ids, mask in zip(talk.tolist(), marked.tolist(), strict=True)
+    }
+    ids = [tuple(row) for row in batch.input_ids.tolist()]
+    assert sorted(ids.count(row) for row in wanted) == [2] * 5
+    assert batch.labels.tolist() == [wanted[row] for row in ids]

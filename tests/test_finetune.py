@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -272,10 +273,53 @@ def test_shards_carry_the_mask_and_count_what_was_left_out(tokenizer: Tokenizer,
     assert spoken.count("<|im_end|>") == counts["train"]
 
 
+def test_a_budget_is_shared_by_weight_and_each_source_has_windows_of_its_own(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    sources = [
+        ChatSource(label=label, path="json", conversations=count, weight=weight)
+        for label, count, weight in (("a", 500, 3.0), ("b", 500, 1.0), ("short", 20, 4.0))
+    ]
+    asked = ChatConfig(sources=sources, sequence_length=64, validation_share=0.2, tokens=8_000)
+    rows = {
+        source.label: [
+            [{"role": "user", "content": f"{source.label}{i}?"}, {"role": "assistant", "content": f"{i}!"}]
+            for i in range(500)
+        ]
+        for source in sources
+    }
+    summary = write_chat_shards(asked, rows, tokenizer, 1, tmp_path)
+    tokens = {label: source["tokens"] for label, source in summary["sources"].items()}
+    assert {label: count["budget"] for label, count in tokens.items()} == {"a": 3_000, "b": 1_000, "short": 4_000}
+    assert all(0 <= tokens[label]["train"] - tokens[label]["budget"] < 64 for label in ("a", "b"))
+    assert tokens["short"]["train"] < 1_000 and summary["sources"]["short"]["read"] == 20  # all there is
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "short", "prompts.jsonl"}
+    for split in ("train", "validation"):
+        windows = 0
+        for label in tokens:
+            for shard in read_windows(tmp_path / label, split):
+                text = tokenizer.decode(shard.input_ids.flatten().tolist(), skip_special_tokens=False)
+                assert set(re.findall(r"user\n([a-z]+)\d", text)) == {label}
+                windows += len(shard.input_ids)
+            assert tokens[label][split] > 0
+        assert summary[split]["windows"] == windows
+        assert summary[split]["tokens"] == sum(count[split] for count in tokens.values())
+    assert "445 of 4,000 tokens" in told(summary)[2]
+    for source in summary["sources"].values():
+        assert source["train"] + source["validation"] + source["dropped"].get("over_budget", 0) == source["read"]
+
+
 def test_a_source_with_nothing_supervised_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [[{"role": "user", "content": f"nobody answers {i}"}] for i in range(5)]
     with pytest.raises(DataError, match=r"chat: no usable conversation for training; left out: 5 no assistant"):
         write_chat_shards(config(), {"chat": rows}, tokenizer, 1, tmp_path)
+
+
+def test_a_split_with_nothing_supervised_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "!"}] for i in range(5)]
+    few = config().model_copy(update={"validation_share": 1e-9})
+    with pytest.raises(DataError, match=r"chat validation: no supervised token; .*raise chat\.validation_share"):
+        write_chat_shards(few, {"chat": rows}, tokenizer, 1, tmp_path)
 
 
 def talk(*roles: str) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,8 @@ CHANGES = {
     "sample": {"bytes": 200_000, "validation_share": 0.1},
     "shards": {"sequence_length": 64},
     "model": {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "hidden_dropout": 0.1},
+    "chat": {"sequence_length": 64, "tokens": 4_000},
+    "finetune": {"replay": 0.25, "epochs": 6.0, "batch_size": 8, "validation_interval": 20},
     "pretrain": {"phases": [{"tokens": 61_440}], "batch_size": 8, "validation_interval": 30},  # 120 steps
 }
 
@@ -31,6 +34,7 @@ def write_experiment(folder: Path) -> Path:
     values = experiment.model_dump(exclude_none=True)
     for section, changes in CHANGES.items():
         values[section] |= changes
+    values["chat"]["sources"].pop()  # code, too long for windows so short
     path = folder / "smaller.json"
     path.write_text(json.dumps(values))
     return path
@@ -62,29 +66,70 @@ def test_killed_and_resumed_equals_never_killed(folder: Path) -> None:
             finish(name, experiment, store)
     finish("pretrain", experiment, whole)
 
-    checkpoints = killed / "checkpoints" / fingerprint
-    for kill in (1, 3):  # twice, the second time after the run was resumed once
-        child = stage("pretrain", experiment, killed)
-        wanted = f"step-{kill * 30:08d}"
-        while not list(checkpoints.glob("step-*/manifest.json")) or max(checkpoints.iterdir()).name < wanted:
-            assert child.poll() is None, "pretraining ended before it could be killed"
-            time.sleep(0.01)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
-    assert not (killed / "pretrain" / fingerprint).exists()
+    for kill in (30, 90):  # twice, the second time after the run was resumed once
+        kill_at(kill, "pretrain", experiment, killed, fingerprint)
     finish("pretrain", experiment, killed)
+    lines, samples = the_same(whole / "pretrain" / fingerprint, killed / "pretrain" / fingerprint)
+    assert not (killed / "checkpoints" / fingerprint).exists()
+    assert not list((killed / "leases").iterdir()) and not list((killed / "work").iterdir())
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 121))
+    assert [line["step"] for line in samples] == [0, 60, 120]
 
-    one, two = (store / "pretrain" / fingerprint for store in (whole, killed))
-    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
-    assert (
-        not checkpoints.exists() and not list((killed / "leases").iterdir()) and not list((killed / "work").iterdir())
-    )
-    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
-    for mine, other in zip(*lines, strict=True):  # every step once, with the same figures
+
+def kill_at(step: int, name: str, experiment: Path, store: Path, fingerprint: str) -> None:
+    """Begin a training, and end it with no time to clean up once the checkpoint of a step is there."""
+    checkpoints = store / "checkpoints" / fingerprint
+    child = stage(name, experiment, store)
+    while not list(checkpoints.glob("step-*/manifest.json")) or max(checkpoints.iterdir()).name < f"step-{step:08d}":
+        assert child.poll() is None, f"{name} ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not (store / name / fingerprint).exists()
+
+
+def the_same(one: Path, two: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Assert that two trainings made the same, every step once; the lines of both files."""
+    for name in ("model.safetensors", "samples.jsonl"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
+    lines = [read(run / "metrics.jsonl") for run in (one, two)]
+    for mine, other in zip(*lines, strict=True):
         mine.pop("tokens_per_second", None)
         other.pop("tokens_per_second", None)
         assert mine == other
-    assert [line["step"] for line in lines[1] if "loss" in line] == list(range(1, 121))
+    return lines[1], read(two / "samples.jsonl")
+
+
+def test_a_tuning_that_replays_text_resumes_exactly(folder: Path) -> None:
+    """A quarter of its windows is text; what is held out of each source, text or conversations, is validated on."""
+    experiment, whole, killed = folder / "smaller.json", folder / "whole", folder / "killed"
+    config, _ = load_experiment(str(experiment))
+    plan = plans(pin(config, experiment, None, resolve=False)[0])["finetune"]
+    assert set(plan.inputs) == {"pretrain", "chat_shards", "shards"}
+    for store in (whole, killed):
+        finish("chat_shards", experiment, store)
+    finish("finetune", experiment, whole)
+    kill_at(30, "finetune", experiment, killed, plan.fingerprint)
+    finish("finetune", experiment, killed)
+    made = whole / "finetune" / plan.fingerprint
+    lines, samples = the_same(made, killed / "finetune" / plan.fingerprint)
+    validated = [set(line["validation"]) for line in lines if "validation" in line]
+    assert validated == [{"lessons", "stories", "smoltalk", "slimorca"}] * len(validated)
+
+    summary = json.loads((made / "manifest.json").read_text())["summary"]
+    steps, epochs = summary["steps"], summary["epochs"]
+    assert samples[0]["step"] == 0 and samples[-1]["step"] == steps > 40
+    (shards,), (chat,) = (list(whole.glob(f"{name}/*/manifest.json")) for name in ("shards", "chat_shards"))
+    sizes = {label: count["train"]["windows"] for label, count in json.loads(shards.read_text())["summary"].items()}
+    read = sum(epochs.pop(label) * size for label, size in sizes.items())
+    assert read == pytest.approx(0.25 * steps * 8, abs=3)
+    counts = json.loads(chat.read_text())["summary"]
+    for label, epoch in epochs.items():  # but for a last step that is not full
+        assert epoch == pytest.approx(6.0, abs=0.25)
+        tokens = counts["sources"][label]["tokens"]
+        assert tokens["budget"] == 2_000 <= tokens["train"] < 2_064 and tokens["validation"]
+    assert len(epochs) == 2 and counts["train"]["tokens"] < 2 * 2_064
 
 
 def test_a_finished_stage_is_reused(folder: Path) -> None:

@@ -377,6 +377,11 @@ class ShardReader:
         """Windows in a block; the last block of each shard may have fewer."""
         return self.shards[0].block_windows
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether they say which tokens carry loss."""
+        return any(column.name == "supervised" for column in self.shards[0].columns)
+
     def empty(self, windows: int) -> Windows:
         """Room for so many windows."""
         shape = (windows, self.sequence_length)

@@ -30,7 +30,7 @@ class Snapshot:
     step: int  # steps done
     model: Mapping[str, Tensor]
     optimizers: Mapping[str, Tensor]
-    metrics: str  # the lines of metrics.jsonl up to this step
+    metrics: str  # the lines of metrics.jsonl and samples.jsonl up to this step
     order: str  # digest of the plan that says what the steps read
 
 

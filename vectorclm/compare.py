@@ -10,6 +10,7 @@ import numpy as np
 
 from vectorclm.artifact import Artifact, Store, default_store
 from vectorclm.errors import DataError
+from vectorclm.instructions import PARTS
 from vectorclm.items import DRAWS, ITEMS, SEED, TEXTS, Scored, interval, ratio, read_scored, resampled
 from vectorclm.measure import STAGE, Change, Figure, content_of, find_model
 from vectorclm.stages import EVALUATED
@@ -128,6 +129,16 @@ def _average(kind: str, group: list[tuple[Change, Any]]) -> Change:
 def compare(before: Artifact, after: Artifact) -> list[Change]:
     """Two results of `common_results`, score by score."""
     return paired(*(read_scored(scores.local("*.parquet")) for scores in (before, after)))
+
+
+def followed(before: Artifact, after: Artifact) -> list[Change]:
+    """How two models follow the same instructions: `followed_content`, `followed_form` and `followed`, paired.
+
+    Empty where one of them was not asked any. Raises DataError where they were not asked the same.
+    """
+    sides = [read_scored(scores.local("*.parquet")) for scores in (before, after)]
+    both = [{name: side[name] for name in PARTS if name in side} for side in sides]
+    return paired(*both) if all(both) else []
 
 
 def as_object(before: Artifact, after: Artifact, changes: list[Change]) -> dict[str, Any]:

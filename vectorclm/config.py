@@ -63,6 +63,18 @@ class ExperimentConfig(Settings):
                 raise ValueError(
                     f"phase {number} weighs {', '.join(unknown)}, but the sources are {', '.join(sorted(labels))}"
                 )
+        if self.finetune.replay:
+            if self.shards.sequence_length != self.chat.sequence_length:
+                raise ValueError(
+                    f"finetune.replay mixes text and conversations: shards.sequence_length "
+                    f"({self.shards.sequence_length}) and chat.sequence_length ({self.chat.sequence_length}) must be "
+                    "equal"
+                )
+            if same := labels & {"chat", *(source.label for source in self.chat.sources)}:
+                raise ValueError(
+                    f"finetune.replay mixes the sources of sample and chat: {', '.join(sorted(same))} must be called "
+                    "otherwise in sample.sources"
+                )
         benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
         everything = [*self.sample.sources, *benchmarks, *self.chat.sources, *self.evaluate.tasks]
         if self.world is None and (lost := sorted({source.label for source in everything if source.path == "world"})):

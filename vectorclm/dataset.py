@@ -19,6 +19,7 @@ from vectorclm.plan import CurriculumPlan
 from vectorclm.shards import Windows
 
 AHEAD = 2  # groups of each source on their way beside the one in use, so that requests never wait for each other
+TEXT = 2  # marks each token of a window of text that is mixed with conversations: labels as in pretraining
 GATHERED_BLOCKS = 4  # the windows of so many, or of one step, are put together at a time
 
 
@@ -41,6 +42,8 @@ def to_batch(windows: Windows, document_mask: bool = False, ignored: NDArray[np.
         labels = document_labels(windows.input_ids, positions, ignored)
     else:
         labels = np.where(windows.supervised != 0, input_ids, IGNORE_INDEX)
+        of_text = windows.supervised[:, 0] == TEXT
+        labels[of_text] = document_labels(input_ids[of_text], None if positions is None else positions[of_text])
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
@@ -103,7 +106,8 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         steps = np.arange(self.start_step + first, self.steps, stride)
         own = np.arange(self.batch_size)[self.rank :: self.world_size]
         together = max(1, GATHERED_BLOCKS * self.readers[0].block_windows // (self.batch_size * stride))
-        room = self.readers[0].empty(together * len(own))  # used again and again, as new memory is slow
+        widest = next((reader for reader in self.readers if reader.has_mask), self.readers[0])
+        room = widest.empty(together * len(own))  # used again and again, as new memory is slow
         bits = np.empty((2, room.input_ids.size), np.bool_)
         ahead = _Ahead(self.plan, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.plan.windows)
         try:
@@ -127,6 +131,8 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
             for number, reader in enumerate(self.readers):
                 rows = np.flatnonzero(sources == number)
                 reader.gather(windows[rows], into, rows)
+                if into.supervised is not None and not reader.has_mask:
+                    into.supervised[rows] = TEXT
 
 
 class _Ahead:

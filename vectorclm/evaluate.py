@@ -56,6 +56,13 @@ class EvaluateConfig(Settings):
         100, ge=1, description="Held-out conversations whose answers are checked for the template"
     )
     max_new_tokens: int = Field(128, ge=1, description="Longest answer to a prompt, in tokens")
+    instructions: int = Field(
+        0,
+        ge=0,
+        le=200,
+        exclude_if=lambda count: count == 0,
+        description="Prompts whose following a program checks, of the base and the chat model; 0 = none, 200 = all",
+    )
 
     @model_validator(mode="after")
     def _is_safe(self) -> Self:

@@ -1,9 +1,11 @@
 """Instruction tuning: three chat schemas to one conversation type, and a loss on the assistant's tokens only."""
 
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,13 +18,13 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from vectorclm.artifact import Artifact
-from vectorclm.blocks import open_shards
+from vectorclm.blocks import ShardReader, open_shards
 from vectorclm.corpus import Source, check_labels
 from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.model import CausalLM
 from vectorclm.packing import Packing, pack
-from vectorclm.plan import CurriculumPlan, Stretch
+from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch
 from vectorclm.progress import Progress
 from vectorclm.sampling import losses
 from vectorclm.settings import Settings, canonical_json
@@ -30,18 +32,33 @@ from vectorclm.shards import SPLITS, ShardWriter, token_dtype
 from vectorclm.train import TrainConfig, Work, own_share, train
 from vectorclm.train_tokenizer import BOS_ID, IM_END_ID, IM_START_ID, PAD_ID, encode
 
+logger = logging.getLogger(__name__)
+
 
 class ChatSource(Source):
     """A source of conversations."""
 
     column: str = Field("messages", description="The column that holds the turns")
     conversations: int = Field(gt=0, description="How many to draw at the most")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        exclude_if=lambda weight: weight == 1,
+        description="Share of chat.tokens, relative to the other sources",
+    )
 
 
 class ChatConfig(Settings):
     """The conversations of instruction tuning."""
 
     sources: list[ChatSource] = Field(min_length=1)
+    tokens: int = Field(
+        0,
+        ge=0,
+        exclude_if=lambda tokens: tokens == 0,
+        description="Budget for training, shared by the sources' weights; each source then has windows of its own. "
+        "0 = all conversations drawn, packed together",
+    )
     sequence_length: int = Field(ge=8, description="Tokens in a window of packed conversations")
     validation_share: float = Field(0.01, gt=0, lt=0.5, description="Share of conversations held out")
     shuffle_buffer: int = Field(10_000, ge=1, description="Conversations held in memory to shuffle the stream")
@@ -55,11 +72,22 @@ class ChatConfig(Settings):
         check_labels(self.sources)
         return self
 
+    def budget(self, source: ChatSource) -> int | None:
+        """Tokens of a source to train on; None = all."""
+        return round(self.tokens * source.weight / sum(s.weight for s in self.sources)) if self.tokens else None
+
 
 class FinetuneConfig(TrainConfig):
     """Instruction tuning of the base model."""
 
     epochs: float = Field(gt=0, description="How often the conversations are read")
+    replay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=lambda share: share == 0,
+        description="Share of the windows that is pretraining text once more, against forgetting it",
+    )
 
 
 class Turn(NamedTuple):
@@ -188,6 +216,7 @@ class _Read:
 
     read: int = 0
     splits: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
     shortened: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     contaminated: Counter[str] = field(default_factory=Counter)
@@ -208,23 +237,28 @@ def write_chat_shards(
 ) -> dict[str, Any]:
     """Render and pack the conversations of all sources: `chat/{split}-00000.arrow`, and held-out `prompts.jsonl`.
 
+    With a budget of `config.tokens`, a source is read until its share of it is there for training, and its windows lie
+    in `{label}/{split}-00000.arrow`.
+
     `rows[label]` yields the turns of one row after another. Dropped and counted are: `duplicate` (the same turns stood
     in this source or one before it), `contaminated` (shares words with `benchmarks`), `no_assistant` (nothing to
     learn), `too_long` (not even its last question and answer fit in a window), and, where `config.malformed` says so,
-    `empty_turn` and `role_order`. `shortened` are those that `fit` left turns off.
+    `empty_turn` and `role_order`; `over_budget` are those that were read beside the last one that a budget has room
+    for. `shortened` are those that `fit` left turns off.
 
     Returns `{"sources": {label: {"train", "validation", "read", "shortened", "dropped": {reason: count},
     "contaminated": {benchmark: count}}}, "train": {"windows", "tokens", …}, "validation": {…}}`. Raises DataError for a
     malformed row, where a source has nothing usable, and where nothing supervised is left for a split.
     """
-    summary: dict[str, Any] = {"sources": {}}
-    kept: dict[str, list[NDArray[Any]]] = {split: [] for split in SPLITS}  # ids and supervision [2, n]
+    summary: dict[str, Any] = {"sources": {}, **{split: Counter[str]() for split in SPLITS}}
+    kept: dict[str, dict[str, list[NDArray[Any]]]] = {}  # by folder and split, ids and supervision [2, n]
     dtype = token_dtype(tokenizer.get_vocab_size())
     prompts: list[dict[str, Any]] = []
     seen: set[int] = set()
     with Progress("chat_shards", sum(s.conversations for s in config.sources), "conversations") as progress:
         for source in config.sources:
-            found, before = _Read(), progress.tick.done
+            found, before, left = _Read(), progress.tick.done, config.budget(source)
+            mine = kept.setdefault("chat" if left is None else source.label, {split: [] for split in SPLITS})
             for conversation in _distinct(source, rows[source.label], config, benchmarks, seen, found):
                 progress.at(before + found.read)
                 split = "validation" if _is_held_out(conversation, seed, config.validation_share) else "train"
@@ -234,15 +268,23 @@ def write_chat_shards(
                     continue
                 found.splits[split] += 1
                 found.shortened += len(item.turns) < len(conversation)
-                kept[split].append(np.array([item.ids, item.supervised], dtype))
+                mine[split].append(np.array([item.ids, item.supervised], dtype))
+                found.tokens[split] += len(item.ids)
                 if split == "validation":
                     prompts.append(_prompt(source.label, item.turns))
+                if left is not None and found.tokens["train"] >= left:
+                    over = found.read - found.splits.total() - found.dropped.total()
+                    found.dropped.update({"over_budget": over} if over else {})
+                    break
             summary["sources"][source.label] = found.summary()
+            if left is not None:
+                summary["sources"][source.label]["tokens"] = {"budget": left, **found.tokens}
             if not found.splits["train"]:
                 lost = losses(found.dropped, found.contaminated) if found.read else "the source is empty"
                 raise DataError(f"{source.label}: no usable conversation for training; left out: {lost}")
-    for number, (split, items) in enumerate(kept.items()):
-        summary[split] = _write_packed(out / "chat" / split, items, config, seed << 32 | number)
+    parts = ((folder, split, items) for folder, splits in kept.items() for split, items in splits.items())
+    for number, (folder, split, items) in enumerate(parts):
+        summary[split].update(_write_packed(out / folder / split, items, config, seed << 32 | number))
     with (out / "prompts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(canonical_json(prompt) + "\n" for prompt in prompts)
     return summary
@@ -255,7 +297,8 @@ def told(summary: Mapping[str, Any]) -> list[str]:
         kept = sum(source[split] for split in SPLITS)
         lost = losses(source["dropped"], source["contaminated"])
         read, short = f"{kept:,} of {source['read']:,} conversations kept", f"{source['shortened']:,} shortened"
-        lines.append(f"chat_shards {label}: {read}, {short}; dropped: {lost}")
+        of = f", {source['tokens']['train']:,} of {source['tokens']['budget']:,} tokens" if "tokens" in source else ""
+        lines.append(f"chat_shards {label}: {read}{of}, {short}; dropped: {lost}")
     return lines
 
 
@@ -316,7 +359,8 @@ def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfi
         supervised_tokens += int(supervised.sum())
     windows, tokens = writer.close(), sum(item.shape[1] for item in items)
     if not supervised_tokens:
-        raise DataError(f"{prefix.name}: no supervised token; draw more conversations or raise chat.validation_share")
+        what = f"{prefix.parent.name} {prefix.name}"
+        raise DataError(f"{what}: no supervised token; draw more conversations or raise chat.validation_share")
     return {
         "windows": windows,
         "tokens": tokens,
@@ -326,27 +370,62 @@ def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfi
 
 
 def finetune(
-    config: FinetuneConfig, base: Path, chat_shards: Artifact, token_lengths: Sequence[int], seed: int, work: Work
+    config: FinetuneConfig,
+    base: Path,
+    chat_shards: Artifact,
+    token_lengths: Sequence[int],
+    seed: int,
+    work: Work,
+    texts: tuple[Artifact, Mapping[str, float]] | None = None,
 ) -> tuple[CausalLM, dict[str, Any]]:
     """Train the base model on the packed conversations; the loop is pretraining's.
 
-    Raises ConfigError where they are fewer than one step takes.
+    `texts` are the shards of pretraining and the weights of their sources, for the share `config.replay` of all
+    windows; their held-out windows are validated on, too. The conversations are read as often as without them. Raises
+    ConfigError where they are fewer than one step takes.
     """
-    cache = work.runtime.block_cache
-    with (
-        open_shards(chat_shards, "train", cache=cache) as training,
-        open_shards(chat_shards, "validation", cache=cache) as validation,
-    ):
-        chat = training["chat"]
-        phase = Stretch(round(config.epochs * len(chat)), {"chat": 1.0})
-        plan = CurriculumPlan([phase], {"chat": len(chat)}, seed, windows_per_block=chat.block_windows)
+    with ExitStack() as stack:
+
+        def opened(split: str) -> dict[str, ShardReader]:
+            artifacts = [chat_shards, *(texts[:1] if texts is not None else [])]
+            parts = [open_shards(artifact, split, cache=work.runtime.block_cache) for artifact in artifacts]
+            return {label: reader for part in parts for label, reader in stack.enter_context(part).items()}
+
+        training, validation = opened("train"), opened("validation")
+        replayed = replay_weights(config.replay, texts[1]) if texts is not None else {}
+        chats = {label: len(reader) for label, reader in training.items() if reader.has_mask}
+        windows, share = sum(chats.values()), 1 - config.replay
+        weights = {**{label: share * size / windows for label, size in chats.items()}, **replayed}
+        sizes = {label: len(training[label]) for label in weights}
+        phase = Stretch(round(config.epochs * windows / share), weights)
+        per_block = next(iter(training.values())).block_windows
+        plan = CurriculumPlan([phase], sizes, seed, windows_per_block=per_block)
         dataset = own_share(training, plan, config, work.group)
         if dataset.steps == 0:
             raise ConfigError(
-                f"{len(chat)} windows of conversations make no step of finetune.batch_size {config.batch_size}"
+                f"{windows} windows of conversations make no step of finetune.batch_size {config.batch_size}"
             )
         model = CausalLM.from_pretrained(base)
-        return model, train(model, config, dataset, validation, token_lengths, seed, work)
+        summary = train(model, config, dataset, validation, token_lengths, seed, work)
+        if len(sizes) > 1:
+            epochs = plan.epochs(dataset.steps * config.batch_size)
+            summary["epochs"] = {label: round(value, 3) for label, value in epochs.items()}
+        return model, summary
+
+
+def replay_weights(share: float, weights: Mapping[str, float]) -> dict[str, float]:
+    """The part of each source of text in a tuning that reads `share` of it again; too small ones are told and left."""
+    if not share:
+        return {}
+    total = sum(weights.values())
+    found = {label: share * weight / total for label, weight in weights.items() if weight}
+    small = sorted(label for label, part in found.items() if part * MIX_BLOCK < 1)
+    if len(small) == len(found):
+        raise ConfigError(f"finetune.replay {share} leaves each source less than 1/{MIX_BLOCK}: give it more, or 0")
+    if not small:
+        return found
+    logger.warning("finetune.replay leaves out %s, of less than 1/%d each", ", ".join(small), MIX_BLOCK)
+    return replay_weights(share, {label: weights[label] for label in found if label not in small})
 
 
 def read_prompts(chat_shards: Path, limit: int, seed: int) -> list[tuple[list[Turn], str]]:

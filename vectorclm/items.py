@@ -21,7 +21,7 @@ ITEMS_SCHEMA = pa.schema(
         ("item", pa.string()),  # by its content, whatever the model
         ("correct", pa.bool_()),
         ("correct_norm", pa.bool_()),  # null where the task has no such score
-        ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice
+        ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice; null where there are none
         ("answer", pa.string()),  # what the model wrote, where it was to write
         ("contaminated", pa.bool_()),  # whether training repeats it; null where that was not looked for
     ]
@@ -67,6 +67,11 @@ class ItemScores:
         row = {"task": task, "part": part, "number": number, "item": item_id(content), "answer": answer}
         scored = {"correct": right[0], "correct_norm": right[1], "log_likelihoods": list(log_likelihoods)}
         self.items.append({**row, **scored})
+
+    def add_answer(self, task: str, number: int, content: bytes, right: bool) -> None:
+        """An answer in words to an item of a task, and whether it is as asked."""
+        self.contents.append([])
+        self.items.append({"task": task, "number": number, "item": item_id(content), "correct": right})
 
     def add_text(self, source: str, content: bytes, nats: float, size: int) -> None:
         """A document or window of a source, and how many bytes of text it stands for."""
@@ -119,10 +124,16 @@ class Scored(NamedTuple):
 
 
 def read_scored(folder: Path) -> dict[str, Scored]:
-    """The scores in an evaluation's files: `acc.<task>`, `acc_norm.<task>`, `bits_per_byte.<source>`."""
+    """The scores in an evaluation's files: `acc.<task>`, `acc_norm.<task>`, `bits_per_byte.<source>`.
+
+    A task that is answered in words has one score, which has its name.
+    """
     found = {}
     for task, rows in _groups(folder / ITEMS, "task").items():
         ones = np.ones(len(rows["item"]))
+        if rows["log_likelihoods"][0] is None:
+            found[task] = Scored(rows["item"], np.array(rows["correct"], float), ones)
+            continue
         for name, column in (("acc", "correct"), ("acc_norm", "correct_norm")):
             if None not in rows[column]:
                 found[f"{name}.{task}"] = Scored(rows["item"], np.array(rows[column], float), ones)

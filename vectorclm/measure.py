@@ -27,6 +27,7 @@ from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, Store
 from vectorclm.evaluate import TaskSource, open_model, text_scores, write_scores
 from vectorclm.finetune import read_prompts
 from vectorclm.generate import answer_text, continuation, template_scores
+from vectorclm.instructions import PARTS, instruction_scores, instructions
 from vectorclm.items import Interval, ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
@@ -162,6 +163,7 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Pl
         "prompts": suite.prompts,
         "data": data,
         **({"template": True} if limits.template else {}),
+        **({"instructions": suite.instructions} if suite.instructions else {}),
     }
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
     read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
@@ -237,7 +239,8 @@ def measure(
     """The scores of a model on a pinned suite, and whether they were there already.
 
     The summary, and `scores.json`: `text` (by source: bits_per_byte, stderr, documents, bytes), `tasks` (as the
-    stage `evaluate` has them), `chat` for a chat model, `samples`. `data` is a local mirror to read tasks from.
+    stage `evaluate` has them), `chat` for a chat model, `instructions` where the suite has them, `samples`. `data` is a
+    local mirror to read tasks from.
     Raises CorruptArtifactError where the model's files are not what their store promises, and ConfigError for a
     benchmark that is not defined.
     """
@@ -254,7 +257,7 @@ def measure(
 
     def produce(out: Path) -> Mapping[str, Any]:
         found = ItemScores()
-        scores = _scores(suite, tasks, plan, model, store, runtime, data, found)
+        scores = _scores(suite, tasks, plan, model, store, runtime, data, out, found)
         write_scores(out, scores, found)
         return scores
 
@@ -269,6 +272,7 @@ def _scores(
     store: Store,
     runtime: Runtime,
     data: Path | None,
+    out: Path,
     found: ItemScores,
 ) -> dict[str, Any]:
     config, device = plan.config, runtime.configure_torch()
@@ -298,6 +302,10 @@ def _scores(
         if conversations is not None:
             prompts = read_prompts(conversations.local("prompts.jsonl"), config["chat_prompts"], suite.seed)
             scores["chat"] = template_scores(loaded, tokenizer, prompts, longest)
+        if count := config.get("instructions", 0):
+            scores["instructions"] = instruction_scores(
+                loaded, tokenizer, instructions(count), longest, chat=model.chat, out=out, found=found
+            )
         respond = answer_text if model.chat else continuation
         scores["samples"] = [
             {"prompt": prompt, "answer": respond(loaded, tokenizer, prompt, longest)} for prompt in config["prompts"]
@@ -370,7 +378,9 @@ class Change(NamedTuple):
 
 
 def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
-    """What of the scores compares: `acc.<task>`, `bits_per_byte.<source>`, `in_template` (share of the prompts)."""
+    """What of the scores compares: `acc.<task>`, `bits_per_byte.<source>`, `in_template` (share of the prompts),
+    `followed_content`, `followed_form` and `followed`.
+    """
     found = {f"acc.{label}": Figure(task["acc"], task["stderr"]) for label, task in scores["tasks"].items()}
     for label, text in scores["text"].items():
         found[f"bits_per_byte.{label}"] = Figure(text["bits_per_byte"], text["stderr"])
@@ -378,6 +388,9 @@ def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
         count = scores["chat"]["prompts"]
         share = scores["chat"]["answered_in_template"] / count
         found["in_template"] = Figure(share, math.sqrt(share * (1 - share) / max(1, count - 1)))
+    for name in PARTS:
+        if followed := scores.get("instructions", {}).get(name):
+            found[name] = Figure(followed["share"], followed["stderr"])
     return found
 
 

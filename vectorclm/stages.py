@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,15 +23,16 @@ from vectorclm.export import export, write_model_files
 from vectorclm.finetune import finetune, read_prompts, write_chat_shards
 from vectorclm.finetune import told as conversations_told
 from vectorclm.generate import answer_text, continuation, template_scores
+from vectorclm.instructions import instruction_scores, instructions
 from vectorclm.items import ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.runtime import Runtime, memory_explained
 from vectorclm.sampling import told as documents_told
 from vectorclm.sampling import write_sample
-from vectorclm.settings import validate
+from vectorclm.settings import digest, validate
 from vectorclm.shards import write_shards
 from vectorclm.slices import SentSlices, Slices
-from vectorclm.train import Work, pretrain
+from vectorclm.train import TrainConfig, Work, pretrain
 from vectorclm.train_tokenizer import load_tokenizer, token_lengths, train_tokenizer
 
 StageName = Literal[
@@ -46,6 +48,7 @@ StageName = Literal[
 ]
 STAGES: tuple[str, ...] = get_args(StageName)
 READS = {"pretrain": "shards", "finetune": "chat_shards"}  # the data set of a training, which it reads as it goes
+STREAMED = frozenset(READS.values())  # which are never copied as a whole
 TRAININGS = frozenset(READS)  # what several processes can make together
 EVALUATED = {"evaluate_base": "pretrain", "evaluate": "finetune"}  # the training whose model an evaluation scores
 # Raised where new code makes something else of equal settings; all others are 1.
@@ -72,7 +75,8 @@ def plans(experiment: ExperimentConfig) -> dict[str, Plan]:
     plan("chat_shards", {**sources(experiment.chat, "sources"), "decontaminate_with": benchmarks}, "tokenizer")
     plan("pretrain", {"model": experiment.model.model_dump(), **experiment.pretrain.model_dump()}, "shards")
     plan("evaluate_base", evaluation, "pretrain", "shards")
-    plan("finetune", experiment.finetune.model_dump(), "pretrain", "chat_shards")
+    replayed = ["shards"] if experiment.finetune.replay else []
+    plan("finetune", experiment.finetune.model_dump(), "pretrain", "chat_shards", *replayed)
     plan("evaluate", evaluation, "finetune", "chat_shards", "shards")
     plan("export", {"name": experiment.name}, "pretrain", "evaluate_base", "finetune", "evaluate")
     return made
@@ -135,14 +139,16 @@ def run_stage(
     def trained(out: Path) -> Mapping[str, Any]:
         folders = _training_inputs(name, store, stages)
         group.call(experiment.model_dump_json())  # now that all inputs are on this machine
-        data_set, keep_all = inputs[READS[name]].identity, runtime.keep_checkpoints
-        with Checkpoints(store, plan, work_folder, data_set, keep_all=keep_all) as checkpoints:
+        data = {stage: inputs[stage] for stage in plan.inputs if stage in STREAMED}
+        keep_all = runtime.keep_checkpoints
+        with Checkpoints(store, plan, work_folder, _identity(data), keep_all=keep_all) as checkpoints:
             work = Work(name, work_folder, checkpoints, runtime, group)
-            model, summary = _train(experiment, folders, inputs[READS[name]], work)
+            model, summary = _train(experiment, folders, data, work)
         model.save_pretrained(out)
         length = experiment.model.max_position_embeddings
         write_model_files(folders["tokenizer"], length, chat=name == "finetune", out=out)
-        (work_folder / "metrics.jsonl").rename(out / "metrics.jsonl")
+        for made in ("metrics.jsonl", *(["samples.jsonl"] if _training_of(experiment, name).samples else [])):
+            (work_folder / made).rename(out / made)
         return summary
 
     def evaluated(out: Path) -> Mapping[str, Any]:
@@ -177,9 +183,9 @@ def run_stage(
                 f"It was made with {found.manifest['environment']}"
             )
         return found, True
-        artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber(), sending)
-        if not runtime.keep_checkpoints:
-            store.remove(f"checkpoints/{plan.fingerprint}")
+    artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber(), sending)
+    if not runtime.keep_checkpoints:
+        store.remove(f"checkpoints/{plan.fingerprint}")
     return artifact, reused
 
 
@@ -201,26 +207,40 @@ def follow_stage(name: str, store: Store, runtime: Runtime, group: Group) -> Non
     experiment = validate(ExperimentConfig, json.loads(task), "the first rank's experiment")
     stages = plans(experiment)
     folder = store.work_folder(stages[name], runtime.work_dir)
-    folders, data = _training_inputs(name, store, stages), _input(store, stages[READS[name]])
-    with Checkpoints(store, stages[name], folder, data.identity) as checkpoints:
+    folders = _training_inputs(name, store, stages)
+    data = {stage: _input(store, stages[stage]) for stage in stages[name].inputs if stage in STREAMED}
+    with Checkpoints(store, stages[name], folder, _identity(data)) as checkpoints:
         _train(experiment, folders, data, Work(name, folder, checkpoints, runtime, group))
 
 
 def _training_inputs(name: str, store: Store, stages: Mapping[str, Plan]) -> dict[str, Path]:
     """Local folders of the tokenizer and of what else a training reads, but for the windows that it streams."""
-    wanted = {"tokenizer", *stages[name].inputs} - {READS[name]}
+    wanted = {"tokenizer", *stages[name].inputs} - STREAMED
     return {stage: _input(store, stages[stage]).local() for stage in sorted(wanted)}
 
 
 def _train(
-    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Artifact, work: Work
+    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], work: Work
 ) -> tuple[CausalLM, dict[str, Any]]:
-    lengths, seed = token_lengths(load_tokenizer(folders["tokenizer"])), experiment.seed
+    tokenizer, seed = load_tokenizer(folders["tokenizer"]), experiment.seed
+    say = answer_text if work.stage == "finetune" else continuation
+    work = replace(work, respond=lambda model, prompt, longest: say(model, tokenizer, prompt, longest))
+    lengths, weights = token_lengths(tokenizer), {source.label: source.weight for source in experiment.sample.sources}
     with memory_explained(work.runtime.micro_batch_size):
         if work.stage == "finetune":
-            return finetune(experiment.finetune, folders["pretrain"], data, lengths, seed, work)
-        weights = {source.label: source.weight for source in experiment.sample.sources}
-        return pretrain(experiment.model, experiment.pretrain, weights, data, lengths, seed, work)
+            texts = (data["shards"], weights) if "shards" in data else None
+            return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, seed, work, texts)
+        return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, seed, work)
+
+
+def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
+    return experiment.finetune if name == "finetune" else experiment.pretrain
+
+
+def _identity(data: Mapping[str, Artifact]) -> str:
+    """What tells one training's data from another's, for its checkpoints."""
+    prints = [artifact.identity for artifact in data.values()]
+    return prints[0] if len(prints) == 1 else digest(prints)
 
 
 def _input(store: Store, plan: Plan) -> Artifact:
@@ -262,6 +282,9 @@ def _evaluate(
     if chat:
         prompts = read_prompts(inputs["chat_shards"].local("prompts.jsonl"), config.chat_prompts, experiment.seed)
         scores["chat"] = template_scores(model, tokenizer, prompts, config.max_new_tokens)
+    if config.instructions:
+        asked, longest = instructions(config.instructions), config.max_new_tokens
+        scores["instructions"] = instruction_scores(model, tokenizer, asked, longest, chat=chat, out=out, found=found)
     respond = answer_text if chat else continuation
     scores["samples"] = [
         {"prompt": prompt, "answer": respond(model, tokenizer, prompt, config.max_new_tokens)}

@@ -24,6 +24,7 @@ class Suite(Settings):
     prompts: list[str] = Field([], description="Questions whose answers are shown")
     chat_prompts: int = Field(100, ge=1, description="Held-out conversations whose answers are checked")
     max_new_tokens: int = Field(128, ge=1, description="Longest answer to a prompt, in tokens")
+    instructions: int = Field(0, ge=0, le=200, description="Prompts whose following a program checks; 0 = none")
     experiment: ExperimentConfig | None = Field(
         None, description="Whose evaluation it is: its held-out text and conversations are scored, too"
     )

@@ -39,6 +39,14 @@ DIVERGED_STEPS = 50  # without a way back
 RANK_SEED = 0x9E3779B1  # parts the ranks' seeds in their low 32 bits, which are all that the CPU's generator takes
 
 
+class SamplesConfig(Settings):
+    """What a model in training says, every so often, to the same prompts."""
+
+    prompts: list[str] = Field(min_length=1, description="Begun texts in pretraining, questions in tuning")
+    interval: int = Field(gt=0, description="Steps between samples; there is one at the start and one at the end, too")
+    max_new_tokens: int = Field(48, ge=1, description="Longest sample, in tokens")
+
+
 class TrainConfig(Settings):
     """What the loop does with any data."""
 
@@ -49,6 +57,9 @@ class TrainConfig(Settings):
     validation_interval: int = Field(gt=0, description="Steps between validations")
     validation_windows: int = Field(64, gt=0, description="Held-out windows a source in each of them")
     document_mask: bool = Field(True, description="No attention from one document in a window to another")
+    samples: SamplesConfig | None = Field(
+        None, exclude_if=lambda samples: samples is None, description="What it says meanwhile; left out, nothing"
+    )
 
 
 class Phase(Settings):
@@ -104,10 +115,18 @@ class Work:
     """Where a run leaves its traces."""
 
     stage: str
-    folder: Path  # metrics.jsonl grows here
+    folder: Path  # metrics.jsonl and samples.jsonl grow here
     checkpoints: Checkpoints
     runtime: Runtime
     group: Group = ALONE
+    respond: Callable[[CausalLM, str, int], str] | None = None  # to a prompt, in so many tokens at the most
+
+    def samples(self, model: CausalLM, asked: SamplesConfig) -> list[dict[str, str]]:
+        """The likeliest answer to each prompt."""
+        assert self.respond is not None
+        return [
+            {"prompt": prompt, "answer": self.respond(model, prompt, asked.max_new_tokens)} for prompt in asked.prompts
+        ]
 
 
 def own_share(
@@ -153,6 +172,8 @@ def train(
         dataset.start_step = saved.step
     if group.rank == 0:
         metrics.restart(saved.metrics if saved is not None else "")
+        if config.samples is not None and saved is None:
+            metrics.write({"step": 0, "tokens": 0, "samples": work.samples(model, config.samples)})
     steps, start = dataset.steps, dataset.start_step
     interval = work.runtime.checkpoint_interval or max(25, min(1000, steps // 20))
     window_tokens = dataset.window_tokens
@@ -186,6 +207,8 @@ def train(
                     config.document_mask,
                 )
                 metrics.write({"step": step + 1, "tokens": tokens, "validation": scores})
+            if (asked := config.samples) is not None and ((step + 1) % asked.interval == 0 or last):
+                metrics.write({"step": step + 1, "tokens": tokens, "samples": work.samples(model, asked)})
             if (step + 1) % interval == 0 and not last:
                 metrics.flush()
                 if not metrics.stray:
@@ -250,11 +273,12 @@ class Metrics:
     """`metrics.jsonl`: a line a step, read back from the device some steps late, and one for each event among them.
 
     An event is a step that went wrong: `{"step", "tokens", "event": {"kind", "told", "windows"}}`, of the kind spike,
-    divergence or not_finite.
+    divergence or not_finite. What the model says in training is in `samples.jsonl` beside it.
     """
 
     def __init__(self, path: Path, describe: Callable[[int], str]) -> None:
         self.path = path
+        self.samples = path.with_name("samples.jsonl")
         self.describe = describe  # the windows of a step, counted from 0
         self.waiting: list[tuple[int, int, Tensor, Tensor, float]] = []
         self.since, self.tokens = time.monotonic(), 0
@@ -264,15 +288,19 @@ class Metrics:
 
     def restart(self, text: str) -> None:
         """Begin with these lines: what the checkpoint knew, nothing after it."""
-        self.path.write_text(text)
         lines = [json.loads(line) for line in text.splitlines()]
+        said = [line for line in lines if "samples" in line]
+        self.path.write_text("".join(text.splitlines(keepends=True)[: len(lines) - len(said)]))  # samples come last
+        self.samples.unlink(missing_ok=True)
+        for line in said:
+            self.write(line)
         self.losses = [line["loss"] for line in lines if "loss" in line]
         self.tokens = max((line["tokens"] for line in lines), default=0)
         self.since = time.monotonic()
 
     def text(self) -> str:
-        """All lines written so far."""
-        return self.path.read_text()
+        """All lines written so far, of both files."""
+        return self.path.read_text() + (self.samples.read_text() if self.samples.is_file() else "")
 
     def add(self, step: int, tokens: int, loss: Tensor, norm: Tensor, learning_rate: float) -> None:
         """Remember a step's figures; `loss` and `norm` may still be in the making."""
@@ -328,8 +356,8 @@ class Metrics:
         )
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line."""
-        with self.path.open("a") as file:
+        """Append a line, to the file that it belongs to."""
+        with (self.samples if "samples" in line else self.path).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def summary(self) -> dict[str, float]:
