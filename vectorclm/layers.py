@@ -13,6 +13,11 @@ from torch import Tensor, nn
 FEW_ROWS = 32  # of a product that reads its weights for little: a step of generation
 
 
+def by_hand() -> bool:
+    """Whether the gradients are our functions': where there are any, and no compiler that fuses operations itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
     """F.rms_norm, which on CPUs is a longer chain of operators, and the factor [B, T, 1] of each token."""
     norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
@@ -51,8 +56,9 @@ class RMSNorm(nn.Module):
         self.register_buffer("eps_1", torch.tensor([eps]), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if x_BTD.is_cuda:
-            return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+        if x_BTD.is_cuda or torch.compiler.is_compiling():
+            wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, self.weight.dtype))
+            return F.rms_norm(wide_BTD, self.weight.shape, self.weight, self.eps).to(x_BTD.dtype)
         if not torch.is_grad_enabled():
             return rms_norm(x_BTD, self.weight, self.eps_1)[0]
         out: Tensor = _RMSNorm.apply(x_BTD, self.weight, self.eps_1)  # type: ignore[no-untyped-call]

@@ -43,7 +43,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         grad_hidden_ND, grad_weight_VD = ctx.gradients
-        del ctx.gradients  # scaled in place, so there is no second time
+        if not torch.compiler.is_compiling():
+            del ctx.gradients  # scaled in place, so there is no second time
         (scale,) = grads
         return grad_hidden_ND.mul_(scale), grad_weight_VD.mul_(scale), None
 

@@ -78,6 +78,11 @@ class PretrainConfig(TrainConfig):
     """The curriculum: phases in order, each with its budget and mix."""
 
     phases: list[Phase] = Field(min_length=1)
+    zero_output_projections: bool = Field(
+        False,
+        exclude_if=lambda value: not value,  # so that older experiments keep their fingerprints
+        description="What writes to the residual stream starts at zero, not small",
+    )
 
     @property
     def tokens(self) -> int:
@@ -364,6 +369,8 @@ def pretrain(
         logger.info("pretrain reads %s", in_words(epochs))
         torch.manual_seed(seed)
         model = CausalLM(model_config)
+        if config.zero_output_projections:
+            model.zero_output_projections()
         summary = train(model, config, dataset, validation, token_lengths, seed, work)
     rounded = {label: round(value, 3) for label, value in epochs.items()}
     read = {"epochs": rounded, "read": in_words(epochs)}
