@@ -18,6 +18,12 @@ def by_hand() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type that autocast has products in, on the device of `x`; where there is none, that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
+
+
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
     """F.rms_norm, which on CPUs is a longer chain of operators, and the factor [B, T, 1] of each token."""
     norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
@@ -123,8 +129,9 @@ def stack(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *reports
 
 
 def rotate(x_BTHE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn queries or keys by their positions' angles."""
-    return torch.addcmul(x_BTHE * cos_T1E, x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin_T1E, out=out)
+    """Turn queries or keys by their positions' angles, which may be of a wider type."""
+    turned = torch.addcmul(x_BTHE * cos_T1E, x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin_T1E, out=out)
+    return turned.to(x_BTHE.dtype)
 
 
 def rotated(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,20 @@ from torch import Tensor, nn
 
 from vectorclm.documents import Documents, document_attention
 from vectorclm.errors import DataError
-from vectorclm.layers import Linear, RMSNorm, Rotated, StackedLinear, SwiGLU, by_hand, project, rotated, stack, swiglu, unstack
+from vectorclm.layers import (
+    Linear,
+    RMSNorm,
+    Rotated,
+    StackedLinear,
+    SwiGLU,
+    autocast_dtype,
+    by_hand,
+    project,
+    rotated,
+    stack,
+    swiglu,
+    unstack,
+)
 from vectorclm.loss import chunked_cross_entropy
 from vectorclm.settings import Settings, validate
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -132,7 +145,7 @@ class Attention(nn.Module):
                 mask_B1TS = x_BTD.new_ones(tokens, k_BKSE.shape[2], dtype=torch.bool).tril(cache.seen)
         dropout = self.dropout if self.training else 0.0
         if documents is not None:
-            y_BHTE = document_attention(q_BHTE, k_BKSE, v_BKSE, documents.cu_seqlens, dropout)
+            y_BHTE = document_attention(q_BHTE, k_BKSE, v_BKSE, documents, dropout)
         else:
             y_BHTE = F.scaled_dot_product_attention(
                 q_BHTE,
@@ -220,10 +233,12 @@ class Decoder(nn.Module):
         start = cache.seen if cache is not None else 0
         end = start + input_ids_BT.shape[1]
         x_BTD = self.embed_tokens(input_ids_BT)
+        x_BTD = x_BTD.to(autocast_dtype(x_BTD))  # the residual stream is most of what a step reads and writes
         if documents is not None:
             position_ids_BT = documents.position_ids
         places = slice(start, end) if position_ids_BT is None else position_ids_BT
-        cos_T1E, sin_T1E = (table[places].unsqueeze(-2).to(x_BTD.dtype) for table in (self.cos_SE, self.sin_SE))
+        angles = torch.promote_types(x_BTD.dtype, torch.float32)  # of half precision there are too few
+        cos_T1E, sin_T1E = (table[places].unsqueeze(-2).to(angles) for table in (self.cos_SE, self.sin_SE))
         mask_B1TT = None if mask_BTT is None else mask_BTT.unsqueeze(1)
         for layer in self.layers:
             x_BTD = layer(x_BTD, cos_T1E, sin_T1E, cache, mask_B1TT, documents)

@@ -23,7 +23,7 @@ from vectorclm.stages import run_stage
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 2**19  # of an arm
+TOKENS = 2**18  # of an arm
 # `small` with less of everything: so many arms have to be done in less than an hour of one core.
 SETTING: Mapping[str, Any] = {
     "sample.bytes": 6_000_000,
@@ -39,9 +39,9 @@ SETTING: Mapping[str, Any] = {
     "model.num_attention_heads": 4,
     "model.num_key_value_heads": 2,
     "model.max_position_embeddings": 256,
-    "pretrain.batch_size": 8,
+    "pretrain.batch_size": 4,
     "pretrain.validation_interval": 1_000_000,  # at the end alone
-    "pretrain.validation_windows": 48,
+    "pretrain.validation_windows": 32,
 }
 RATES = {"muon": [0.008, 0.016, 0.032], "adamw": [0.002, 0.004, 0.008]}  # where tuning begins; a factor of 2 apart
 MORE = 3  # rates beyond them, as long as the best is the first or the last
