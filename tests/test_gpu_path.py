@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.test_model import CONFIG
 from vectorclm.config import changed, load_experiment
 from vectorclm.dataset import Batch
 from vectorclm.decode import SteadyDecoding, decoding
+from vectorclm.documents import Documents
 from vectorclm.gpubench import ROWS, Load, gpu, measured
 from vectorclm.layers import StackedLinear
 from vectorclm.model import CausalLM
@@ -95,3 +98,20 @@ def test_its_rows_and_profile_on_a_cpu() -> None:
     assert sum(row.ours or 0 for row in parts) == pytest.approx(parts[0].peer, rel=1e-3)
     assert rows["a step's matrix products"].ours and rows["a step's attention"].ours
     assert "flash" in rows["attention by a fused kernel"].why
+
+
+def test_documents_apart_compile_whole_and_once() -> None:
+    """By FlashAttention's kernel, of which the meta device knows the shapes; what asks for a value raises here, too."""
+    device, compiler = torch.device("meta"), CompileCounterWithBackend("aot_eager")
+    net = model().to(device, torch.bfloat16)
+    ids = torch.empty(4, 32, dtype=torch.long, device=device)
+    compiled = torch.compile(net.loss, fullgraph=True, backend=compiler)
+    for number in (9, 14, 30):
+        documents = Documents(ids, torch.empty(number, dtype=torch.int32, device=device), flash=True)
+        maybe_mark_dynamic(documents.cu_seqlens, 0)
+        net.zero_grad()
+        compiled(ids, ids, documents).backward()
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+    assert compiler.frame_count == 1
+    with pytest.raises(RuntimeError, match="meta"):  # document by document
+        net.loss(ids, ids, documents._replace(flash=False))

@@ -7,6 +7,7 @@ make another sum of it, so all have one.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from vectorclm.artifact import Store
-from vectorclm.bench import Row, could_not_run
+from vectorclm.bench import Row
 from vectorclm.config import ExperimentConfig, changed, load_experiment
+from vectorclm.errors import DivergedError
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
 from vectorclm.stages import run_stage
@@ -45,13 +47,15 @@ SETTING: Mapping[str, Any] = {
 }
 RATES = {"muon": [0.008, 0.016, 0.032], "adamw": [0.002, 0.004, 0.008]}  # where tuning begins; a factor of 2 apart
 MORE = 3  # rates beyond them, as long as the best is the first or the last
-SHORTER = [0.25, 0.5, 0.75]  # budgets of Muon, of the whole
+HALF = 0.5  # of the tokens, which Muon is given first; where it needs more, THREE_QUARTERS, and else QUARTER
+QUARTER, THREE_QUARTERS = 0.25, 0.75
 ASK = 0.75  # of AdamW's tokens: the upper end of what the literature has
 NUDGE = 1.01  # a change of the learning rate that teaches nothing: what it makes of the loss is chance
 DECAYING, WEIGHT_DECAY = 0.4, 0.3
 WIDTHS = [64, 128, 256]  # of the models whose best rates are carried on to a wider one
 EMBEDDING_RATES = [0.003, 0.006, 0.012]
 CLOSE = 2**0.5  # half the distance of the rates tried
+NOTHING: Mapping[str, Any] = {}
 RATE, ADAMW_RATE = "pretrain.optimizer.learning_rate", "pretrain.optimizer.adamw_learning_rate"
 
 
@@ -64,12 +68,19 @@ class Arms:
     data: Path | None
 
     def loss(self, changes: Mapping[str, Any], budget: float = 1.0) -> float:
-        """Held-out loss (nats a token), each source by its weight in the sample, of a share of the token budget."""
+        """Held-out loss (nats a token), each source by its weight in the sample, of a share of the token budget.
+
+        Infinite where the training diverged.
+        """
         length = self.experiment.shards.sequence_length * self.experiment.pretrain.batch_size
         tokens = round(self.experiment.pretrain.tokens * budget / length) * length
         arm = changed(self.experiment, {**changes, "pretrain.phases": [{"tokens": tokens}]})
-        for stage in ("sample", "tokenizer", "shards", "pretrain"):
-            made, _ = run_stage(stage, arm, self.store, Runtime(device="cpu", threads=1), self.data)
+        try:
+            for stage in ("sample", "tokenizer", "shards", "pretrain"):
+                made, _ = run_stage(stage, arm, self.store, Runtime(device="cpu", threads=1), self.data)
+        except DivergedError as error:
+            logger.info("%s: %s", dict(changes), error)
+            return math.inf
         weights = {source.label: source.weight for source in arm.sample.sources}
         scores = made.summary["validation"]
         loss = sum(weights[label] * scores[label]["loss"] for label in weights) / sum(weights.values())
@@ -115,13 +126,15 @@ class Tuned:
     def optimum(self) -> float | None:
         """Where a parabola through the best and its neighbours, over the logarithm of the rate, is lowest.
 
-        None where the best is at an end: what lies beyond was not seen.
+        None where the best is at an end, or diverged beyond it: what lies there was not seen.
         """
         rates = list(self.losses)
         place = rates.index(self.rate)
         if place in (0, len(rates) - 1):
             return None
         here = rates[place - 1 : place + 2]
+        if math.isinf(self.losses[here[-1]]):
+            return None
         square, linear, _ = np.polyfit(np.log2(here), [self.losses[rate] for rate in here], 2)
         return float(2 ** (-linear / (2 * square)))
 
@@ -129,28 +142,27 @@ class Tuned:
         return ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in self.losses.items())
 
 
-def setting(folder: Path, data: Path | None, changes: Mapping[str, Any] | None = None) -> ExperimentConfig:
-    """The experiment that the arms differ from: `small` with SETTING, on the mirror `data`."""
-    experiment, path = load_experiment("small")
-    phases = {"pretrain.phases": [{"tokens": TOKENS}]}
-    experiment = changed(experiment, {**SETTING, **phases, **(changes or {})})
-    return pin(experiment, folder / path.name, data, resolve=True)[0]
+def setting(store: Store, data: Path | None, changes: Mapping[str, Any]) -> ExperimentConfig:
+    """The experiment that the arms differ from: `small` with SETTING on the mirror `data`, or else `tiny`."""
+    experiment, path = load_experiment("tiny" if data is None else "small")
+    ours = {"pretrain.phases": [{"tokens": TOKENS}], **({} if data is None else SETTING)}
+    experiment = changed(experiment, {**ours, **changes})
+    return pin(experiment, store.work_root(None) / path.name, data, resolve=True)[0]
 
 
-def quality(store: Store, data: Path | None, changes: Mapping[str, Any] | None = None) -> Iterator[Row]:
+def quality(store: Store, data: Path | None, changes: Mapping[str, Any] = NOTHING) -> Iterator[Row]:
     """What Muon saves of AdamW's tokens, and each of our decisions beside the other one."""
-    name = "tokens that Muon needs for AdamW's last loss"
-    if data is None:
-        yield could_not_run(name, "tokens", ASK, "there is no text: name a mirror with --data")
-        return
-    arms = Arms(setting(store.work_root(None), data, changes), store, data)
+    arms = Arms(setting(store, data, changes), store, data)
     muon = arms.tuned(RATE, RATES["muon"], {})
     everything = {"pretrain.optimizer.matrices": "adamw"}
     adamw = arms.tuned(RATE, RATES["adamw"], everything)
     apart = arms.loss({**everything, RATE: adamw.rate})  # embeddings and norms at the rate that they have beside Muon
     ours = {RATE: muon.rate}
-    budgets = {share: arms.loss(ours, share) for share in SHORTER} | {1.0: muon.loss}
-    yield _saved(name, arms, muon, adamw, apart, budgets)
+    budgets = {1.0: muon.loss, HALF: arms.loss(ours, HALF)}
+    other = QUARTER if budgets[HALF] <= min(adamw.loss, apart) else THREE_QUARTERS
+    budgets[other] = arms.loss(ours, other)
+    text = "the generated world" if data is None else "the mirror"
+    yield _saved(f"tokens that Muon needs for AdamW's last loss, on {text}", arms, muon, adamw, apart, budgets)
     noise = abs(arms.loss({RATE: muon.rate * NUDGE}) - muon.loss)
     yield from _decisions(arms, ours, muon.loss, noise)
 
@@ -207,7 +219,7 @@ def rates(
     data: Path | None,
     target: str = "base",
     widths: Sequence[int] = WIDTHS,
-    changes: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] = NOTHING,
 ) -> Iterator[Row]:
     """The best rates at several widths, and the rates of `target` beside what they come to at its own.
 
@@ -215,14 +227,10 @@ def rates(
     optimum is the parabola's; over the widths, its logarithm lies on a straight line over the width's.
     """
     names = {RATE: "Muon's rate", ADAMW_RATE: "AdamW's rate, of embeddings and norms"}
-    if data is None:
-        for name in names.values():
-            yield could_not_run(f"{target}: {name}", "rate", CLOSE, "there is no text: name a mirror with --data")
-        return
     optima: dict[str, dict[int, float]] = {key: {} for key in names}
     told: dict[str, list[str]] = {key: [] for key in names}
     for width in widths:
-        arms = Arms(setting(store.work_root(None), data, {**_width(width), **(changes or {})}), store, data)
+        arms = Arms(setting(store, data, {**_width(width), **changes}), store, data)
         best: dict[str, float] = {}
         for key, start in ((RATE, RATES["muon"]), (ADAMW_RATE, EMBEDDING_RATES)):
             tuned = arms.tuned(key, start, best)
