@@ -47,6 +47,9 @@ BENCHES = {
     "evaluate": "multiple choice by log-likelihood",
     "tracking": "what logging to MLflow takes of a training step",
     "gguf": "a model in llama.cpp, and whether it is the same",
+    "quality": "what is learned from the same tokens: Muon beside AdamW, and other decisions",
+    "rates": "the best learning rates at several widths, and what follows for `base`",
+    "gpu": "a step and decoding of `base` on a GPU, and where the time goes",
 }
 OWN_COMMANDS = {"lineage": lineage, "report": report}
 PROGRESS = {"vectorclm.progress": logging.INFO}
@@ -158,7 +161,11 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="a local mirror with text for `small` (VECTORCLM_DATA)"
     )
-    parser.add_argument("--store", metavar="S3_URI", help="data: an S3 store, for the rows that read from one")
+    parser.add_argument(
+        "--store",
+        metavar="URI",
+        help="data: an S3 store, for the rows that read from one; quality, rates: any store, which keeps the trainings",
+    )
     parser.add_argument("--large", action="store_true", help="train: the models of fifty million parameters too")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each row")
 
@@ -182,10 +189,11 @@ def _add_promote(commands: Any) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from flows.bench import orchestration
     from flows.trackbench import tracking
-    from vectorclm import inferencebench, trainbench
+    from vectorclm import inferencebench, qualitybench, trainbench
     from vectorclm.bench import Row, show
     from vectorclm.databench import data_layer
     from vectorclm.ggufbench import same_model
+    from vectorclm.gpubench import gpu
 
     if args.what == "gguf" and args.model is None:
         raise ConfigError("bench gguf needs --model MODEL, whose files it compares")
@@ -198,7 +206,12 @@ def _bench(args: argparse.Namespace) -> None:
         "generate": lambda: inferencebench.generating(args.rounds),
         "evaluate": lambda: inferencebench.evaluating(args.rounds, args.data),
         "gguf": lambda: same_model(args.model, args.data),
+        "quality": lambda: qualitybench.quality(Store(args.store or default_store()), args.data),
+        "rates": lambda: qualitybench.rates(Store(args.store or default_store()), args.data),
+        "gpu": lambda: gpu(args.rounds),
     }
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("vectorclm.qualitybench").setLevel(logging.INFO)  # each training takes its time
     show(benches[args.what](), Console(), as_json=args.json)
 
 

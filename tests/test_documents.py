@@ -79,7 +79,7 @@ def test_attention_is_that_of_a_block_diagonal_mask() -> None:
     number = (positions == 0).cumsum(1)
     mask = (number[:, :, None] == number[:, None]) & torch.ones(8, 8).tril().bool()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
-    found = document_attention(q, k, v, documents.cu_seqlens, 0.0)
+    found = document_attention(q, k, v, documents, 0.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(found)
     for ours, theirs in zip(

@@ -21,6 +21,7 @@ class Documents(NamedTuple):
 
     position_ids: Tensor  # int64 [B, T], 0 at the first token of each document
     cu_seqlens: Tensor  # int32 [N + 1], where each begins in the windows one after the other, and B * T
+    flash: bool = False  # whether the device has FlashAttention; asked here, as a compiled model cannot ask
 
     @classmethod
     def at(cls, position_ids: Tensor | None, device: torch.device) -> "Documents | None":
@@ -29,7 +30,16 @@ class Documents(NamedTuple):
             return None
         starts = (position_ids.flatten() == 0).nonzero().flatten()
         cu_seqlens = F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
-        return cls(position_ids.to(device, non_blocking=True), cu_seqlens.to(device, non_blocking=True))
+        if device.type == "cuda":
+            cu_seqlens = cu_seqlens.pin_memory()  # the copy of other memory waits for the device
+        moved = cls(
+            position_ids.to(device, non_blocking=True), cu_seqlens.to(device, non_blocking=True), has_flash(device)
+        )
+        if device.type == "cuda":
+            from torch._dynamo import maybe_mark_dynamic  # which takes seconds to import
+
+            maybe_mark_dynamic(moved.cu_seqlens, 0)  # one compiled model for every number of documents
+        return moved
 
 
 def position_ids(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
@@ -77,7 +87,7 @@ def document_labels(
     return labels
 
 
-def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, cu_seqlens: Tensor, dropout: float) -> Tensor:
+def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents: Documents, dropout: float) -> Tensor:
     """Causal attention [B, H, T, E] inside each document: no query meets a key of another one.
 
     By FlashAttention's kernel for sequences of different lengths where the GPU has it, else document by document,
@@ -85,7 +95,8 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, cu_seqlen
     """
     batch, heads, tokens, head_dim = q_BHTE.shape
     q_NHE, k_NKE, v_NKE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BKTE, v_BKTE))
-    if has_varlen(q_NHE) and not dropout:
+    cu_seqlens = documents.cu_seqlens
+    if documents.flash and q_NHE.dtype in (torch.bfloat16, torch.float16) and not dropout:
         from torch.nn.attention.varlen import varlen_attn  # which imports torch's compiler
 
         y_NHE = varlen_attn(
@@ -104,6 +115,6 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, cu_seqlen
     return y_NHE.reshape(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def has_varlen(x: Tensor) -> bool:
-    """Whether FlashAttention takes this tensor: half precision on an Ampere GPU or later."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0)
+def has_flash(device: torch.device) -> bool:
+    """Whether torch's FlashAttention runs here: on an Ampere GPU or a later one, in half precision."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -8,6 +8,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from vectorclm.decode import decoding
 from vectorclm.finetune import Turn, render_prompt
 from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
@@ -52,11 +53,11 @@ def generate(
     room = model.config.max_position_embeddings - len(input_ids)
     model.eval()
     device = model.model.embed_tokens.weight.device
-    cache = model.new_cache(1, min(len(input_ids) + max_new_tokens, model.config.max_position_embeddings))
+    next_logits = decoding(model, 1, min(len(input_ids) + max_new_tokens, model.config.max_position_embeddings))
     fed = torch.tensor([list(input_ids)], device=device)
     for _ in range(min(max_new_tokens, room)):
         with torch.inference_mode():
-            logits_V = model.next_logits(fed, cache)[0].float()
+            logits_V = next_logits(fed)[0].float()
             chosen = choose(logits_V, seen, sampling, generator)
         yield chosen
         if chosen in stop_ids:
@@ -84,13 +85,13 @@ def generate_batch(
     model.eval()
     batch, prompt = input_ids.shape
     end = min(prompt + max_new_tokens, model.config.max_position_embeddings)
-    cache = model.new_cache(batch, end)
+    next_logits = decoding(model, batch, end, padding_B)
     made = input_ids.new_full((batch, end - prompt), PAD_ID)
     stops = torch.tensor(stop_ids, dtype=torch.long, device=input_ids.device)
     over = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
     fed = input_ids
     for place in range(end - prompt):
-        chosen_B = model.next_logits(fed, cache, padding_B).argmax(dim=1)
+        chosen_B = next_logits(fed).argmax(dim=1)
         made[:, place] = chosen_B.masked_fill(over, PAD_ID)
         if len(stop_ids):
             over |= torch.isin(chosen_B, stops)

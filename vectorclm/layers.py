@@ -13,6 +13,17 @@ from torch import Tensor, nn
 FEW_ROWS = 32  # of a product that reads its weights for little: a step of generation
 
 
+def by_hand() -> bool:
+    """Whether the gradients are our functions': where there are any, and no compiler that fuses operations itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type that autocast has products in, on the device of `x`; where there is none, that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
+
+
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
     """F.rms_norm, which on CPUs is a longer chain of operators, and the factor [B, T, 1] of each token."""
     norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
@@ -51,8 +62,9 @@ class RMSNorm(nn.Module):
         self.register_buffer("eps_1", torch.tensor([eps]), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if x_BTD.is_cuda:
-            return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+        if x_BTD.is_cuda or torch.compiler.is_compiling():
+            wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, self.weight.dtype))
+            return F.rms_norm(wide_BTD, self.weight.shape, self.weight, self.eps).to(x_BTD.dtype)
         if not torch.is_grad_enabled():
             return rms_norm(x_BTD, self.weight, self.eps_1)[0]
         out: Tensor = _RMSNorm.apply(x_BTD, self.weight, self.eps_1)  # type: ignore[no-untyped-call]
@@ -117,8 +129,9 @@ def stack(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *reports
 
 
 def rotate(x_BTHE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn queries or keys by their positions' angles."""
-    return torch.addcmul(x_BTHE * cos_T1E, x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin_T1E, out=out)
+    """Turn queries or keys by their positions' angles, which may be of a wider type."""
+    turned = torch.addcmul(x_BTHE * cos_T1E, x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin_T1E, out=out)
+    return turned.to(x_BTHE.dtype)
 
 
 def rotated(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,14 +36,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_CV = log_p_CV.exp_().scatter_add_(1, index_C1, -torch.ones_like(log_p_CV[:, :1]))
             grad_CV = grad_CV.to(hidden_CD.dtype)
             torch.mul(grad_CV @ weight_cast_VD, kept_C1, out=grad_hidden_ND[rows])
-            grad_weight_VD.addmm_(grad_CV.T.to(weight_VD.dtype), (hidden_CD * kept_C1).to(weight_VD.dtype))
+            if hidden_CD.dtype == weight_VD.dtype:
+                grad_weight_VD.addmm_(grad_CV.T, hidden_CD * kept_C1)
+            else:  # in half precision the product, in full their sum
+                grad_weight_VD += grad_CV.T @ (hidden_CD * kept_C1)
         ctx.gradients = grad_hidden_ND, grad_weight_VD
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         grad_hidden_ND, grad_weight_VD = ctx.gradients
-        del ctx.gradients  # scaled in place, so there is no second time
+        if not torch.compiler.is_compiling():
+            del ctx.gradients  # scaled in place, so there is no second time
         (scale,) = grads
         return grad_hidden_ND.mul_(scale), grad_weight_VD.mul_(scale), None
 

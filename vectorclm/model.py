@@ -20,7 +20,20 @@ from torch import Tensor, nn
 
 from vectorclm.documents import Documents, document_attention
 from vectorclm.errors import DataError
-from vectorclm.layers import Linear, RMSNorm, Rotated, StackedLinear, SwiGLU, project, rotated, stack, swiglu, unstack
+from vectorclm.layers import (
+    Linear,
+    RMSNorm,
+    Rotated,
+    StackedLinear,
+    SwiGLU,
+    autocast_dtype,
+    by_hand,
+    project,
+    rotated,
+    stack,
+    swiglu,
+    unstack,
+)
 from vectorclm.loss import chunked_cross_entropy
 from vectorclm.settings import Settings, validate
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -123,7 +136,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         batch, tokens, _ = x_BTD.shape
         qkv_BTNE = self.qkv_proj(x_BTD).view(batch, tokens, sum(self.heads), -1)
-        turn = Rotated.apply if torch.is_grad_enabled() else rotated
+        turn = Rotated.apply if by_hand() else rotated
         q_BTHE, k_BTKE, v_BTKE = turn(qkv_BTNE, cos_T1E, sin_T1E, self.heads)
         q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         if cache is not None:
@@ -132,7 +145,7 @@ class Attention(nn.Module):
                 mask_B1TS = x_BTD.new_ones(tokens, k_BKSE.shape[2], dtype=torch.bool).tril(cache.seen)
         dropout = self.dropout if self.training else 0.0
         if documents is not None:
-            y_BHTE = document_attention(q_BHTE, k_BKSE, v_BKSE, documents.cu_seqlens, dropout)
+            y_BHTE = document_attention(q_BHTE, k_BKSE, v_BKSE, documents, dropout)
         else:
             y_BHTE = F.scaled_dot_product_attention(
                 q_BHTE,
@@ -157,7 +170,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gated = SwiGLU.apply if torch.is_grad_enabled() else swiglu
+        gated = SwiGLU.apply if by_hand() else swiglu
         out: Tensor = self.down_proj(gated(self.gate_up_proj(x_BTD)))
         return out
 
@@ -220,10 +233,12 @@ class Decoder(nn.Module):
         start = cache.seen if cache is not None else 0
         end = start + input_ids_BT.shape[1]
         x_BTD = self.embed_tokens(input_ids_BT)
+        x_BTD = x_BTD.to(autocast_dtype(x_BTD))  # the residual stream is most of what a step reads and writes
         if documents is not None:
             position_ids_BT = documents.position_ids
         places = slice(start, end) if position_ids_BT is None else position_ids_BT
-        cos_T1E, sin_T1E = (table[places].unsqueeze(-2).to(x_BTD.dtype) for table in (self.cos_SE, self.sin_SE))
+        angles = torch.promote_types(x_BTD.dtype, torch.float32)  # of half precision there are too few
+        cos_T1E, sin_T1E = (table[places].unsqueeze(-2).to(angles) for table in (self.cos_SE, self.sin_SE))
         mask_B1TT = None if mask_BTT is None else mask_BTT.unsqueeze(1)
         for layer in self.layers:
             x_BTD = layer(x_BTD, cos_T1E, sin_T1E, cache, mask_B1TT, documents)
@@ -252,6 +267,13 @@ class CausalLM(nn.Module):
             out = module.o_proj if isinstance(module, Attention) else module.down_proj
             with torch.no_grad():
                 out.weight /= math.sqrt(2 * self.config.num_hidden_layers)
+
+    @torch.no_grad()
+    def zero_output_projections(self) -> None:
+        """Set what writes to the residual stream to zero: every layer begins by changing nothing."""
+        for layer in self.model.layers:
+            layer.self_attn.o_proj.weight.zero_()  # type: ignore[operator, union-attr]
+            layer.mlp.down_proj.weight.zero_()  # type: ignore[operator, union-attr]
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [B, T, V] for `input_ids` [B, T]; with a cache, T continues what the cache has seen.

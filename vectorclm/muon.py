@@ -18,16 +18,35 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 
 class OptimizerConfig(Settings):
-    """Muon on the hidden matrices, AdamW on embeddings and norms."""
+    """Muon on the hidden matrices, AdamW on embeddings and norms.
+
+    A setting that older experiments lack stays out of their fingerprints where it changes nothing.
+    """
 
     learning_rate: float = Field(gt=0, description="Peak learning rate of Muon")
     adamw_learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW")
+    matrices: Literal["muon", "adamw"] = Field(
+        "muon",
+        exclude_if=lambda value: value == "muon",
+        description="What trains the hidden matrices; adamw does so at learning_rate, too",
+    )
     momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov momentum of Muon")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     weight_decay: float = Field(
         0.0, ge=0, description="Decoupled decay of the hidden matrices, per unit of learning rate"
     )
+    cautious_weight_decay: bool = Field(
+        False,
+        exclude_if=lambda value: not value,
+        description="Decay only what the update, too, moves towards zero; Muon only",
+    )
+
+    @model_validator(mode="after")
+    def _muon_is_cautious(self) -> Self:
+        if self.cautious_weight_decay and self.matrices != "muon":
+            raise ValueError("cautious_weight_decay needs matrices = 'muon'")
+        return self
 
 
 class ScheduleConfig(Settings):
@@ -94,8 +113,10 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         group: Group = ALONE,
         stacked: Mapping[Tensor, list[int]] | None = None,
+        cautious: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.cautious = cautious
         self.group = group
         self.stacked = stacked or {}
 
@@ -114,8 +135,15 @@ class Muon(torch.optim.Optimizer):
                 matrices = [matrix for matrix, _ in pairs]
                 update_NRC = self.group.divide(orthogonalise, torch.stack([momentum for _, momentum in pairs]))
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, list(update_NRC.unbind()), alpha=-step_size)
+                updates = list(update_NRC.unbind())
+                if self.cautious:  # Chen et al., arXiv 2510.12402, algorithm 1
+                    decayed = [
+                        matrix * (matrix * update >= 0) for matrix, update in zip(matrices, updates, strict=True)
+                    ]
+                    torch._foreach_add_(matrices, decayed, alpha=-group["lr"] * group["weight_decay"])
+                else:
+                    torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, updates, alpha=-step_size)
 
     def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
         assert p.grad is not None
@@ -126,23 +154,25 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(buffer, momentum)
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig, group: Group = ALONE) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon over the decoder layers' matrices, AdamW over embeddings and norms."""
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, group: Group = ALONE
+) -> tuple[torch.optim.Optimizer, torch.optim.AdamW]:
+    """Muon (or AdamW) over the decoder layers' matrices, AdamW over embeddings and norms."""
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (hidden if p.ndim == 2 and ".layers." in name else rest).append(p)
+
+    def adamw(params: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+        betas = (config.beta1, config.beta2)
+        return torch.optim.AdamW(params, learning_rate, betas, eps=1e-10, weight_decay=weight_decay, fused=True)
+
+    others = adamw(rest, config.adamw_learning_rate, 0.0)
+    if config.matrices == "adamw":
+        return adamw(hidden, config.learning_rate, config.weight_decay), others
     stacked = {m.weight: list(m.rows.values()) for m in model.modules() if isinstance(m, StackedLinear)}
-    muon = Muon(hidden, config.learning_rate, config.momentum, config.weight_decay, group, stacked)
-    adamw = torch.optim.AdamW(
-        rest,
-        config.adamw_learning_rate,
-        (config.beta1, config.beta2),
-        eps=1e-10,
-        weight_decay=0.0,
-        fused=True,
-    )
-    return muon, adamw
+    settings = (config.learning_rate, config.momentum, config.weight_decay)
+    return Muon(hidden, *settings, group, stacked, config.cautious_weight_decay), others
 
 
 def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:

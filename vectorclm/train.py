@@ -20,7 +20,7 @@ from vectorclm.blocks import ShardReader, open_shards
 from vectorclm.checkpoint import Checkpoints, restore, snapshot
 from vectorclm.dataset import Batch, StreamingLanguageModelDataset
 from vectorclm.distributed import ALONE, Group
-from vectorclm.documents import Documents
+from vectorclm.documents import Documents, has_flash
 from vectorclm.errors import ConfigError, DataError, DivergedError
 from vectorclm.evaluate import windows_scores
 from vectorclm.loss import IGNORE_INDEX
@@ -33,6 +33,7 @@ from vectorclm.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+LossFunction = Callable[[Tensor, Tensor, Documents | None], Tensor]  # input_ids, labels, documents
 FLUSH_STEPS = 10  # metrics are read back from the device this many steps at a time
 SPIKE_STEPS, SPIKE = 50, 8.0  # a loss is judged by so many before it, and by so many of their deviations
 DIVERGED_STEPS = 50  # without a way back
@@ -89,6 +90,11 @@ class PretrainConfig(TrainConfig):
     """The curriculum: phases in order, each with its budget and mix."""
 
     phases: list[Phase] = Field(min_length=1)
+    zero_output_projections: bool = Field(
+        False,
+        exclude_if=lambda value: not value,  # so that older experiments keep their fingerprints
+        description="What writes to the residual stream starts at zero, not small",
+    )
 
     @property
     def tokens(self) -> int:
@@ -181,6 +187,7 @@ def train(
         dataset, batch_size=None, num_workers=work.runtime.loader_workers, pin_memory=device.type == "cuda"
     )
     micro_batch = work.runtime.micro_batch_size or max(1, (65_536 if device.type == "cuda" else 4_096) // window_tokens)
+    loss_of = loss_function(model, device)
     scores: dict[str, dict[str, float]] = {}
     with Progress(work.stage, steps * config.batch_size * window_tokens, "tokens") as progress:
         for step, batch in enumerate(loader, start):
@@ -188,7 +195,9 @@ def train(
             torch.manual_seed(seed * 1_000_003 + step + group.rank * RANK_SEED)
             factor = schedule(config.schedule, step, steps)
             set_learning_rates(optimizers, factor)
-            loss, norm = train_step(model, optimizers, batch, config.gradient_clipping, micro_batch, device, group)
+            loss, norm = train_step(
+                model, optimizers, batch, config.gradient_clipping, micro_batch, device, group, loss_of
+            )
             if group.rank:
                 continue
             tokens = (step + 1) * config.batch_size * window_tokens
@@ -224,6 +233,18 @@ def train(
     }
 
 
+def loss_function(model: CausalLM, device: torch.device) -> LossFunction:
+    """The model's loss, on a GPU compiled: whole, where no attention has to be made document by document.
+
+    Environment variable TORCHDYNAMO_DISABLE=1 leaves it as it is.
+    """
+    if device.type != "cuda":
+        return model.loss
+    whole = has_flash(device) and not model.config.attention_dropout
+    compiled: LossFunction = torch.compile(model.loss, fullgraph=whole)
+    return compiled
+
+
 def train_step(
     model: CausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
@@ -232,13 +253,16 @@ def train_step(
     micro_batch: int,
     device: torch.device,
     group: Group = ALONE,
+    loss_of: LossFunction | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over a batch, a few windows at a time; mean loss (nats a supervised token), gradient norm.
 
     The loss is the mean over the whole batch's supervised tokens, however they fall into ranks and micro-batches.
-    Nothing here waits for the device. Raises DataError for a batch with nothing supervised.
+    `loss_of` is the model's loss, as it is or compiled. Nothing here waits for the device. Raises DataError for a batch
+    with nothing supervised.
     """
     model.train()
+    loss_of = loss_of or model.loss
     supervised = group.total(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()))
     if not supervised:
         raise DataError("a batch has no supervised token: its labels are all -100, so there is nothing to learn from")
@@ -248,8 +272,8 @@ def train_step(
         input_ids = batch.input_ids[here].to(device, non_blocking=True)
         labels = batch.labels[here].to(device, non_blocking=True)
         documents = Documents.at(None if batch.position_ids is None else batch.position_ids[here], device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model.loss(input_ids, labels, documents) / supervised
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of(input_ids, labels, documents) / supervised
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     if group.world_size > 1:
@@ -415,6 +439,8 @@ def pretrain(
         logger.info("pretrain reads %s", in_words(epochs))
         torch.manual_seed(seed)
         model = CausalLM(model_config)
+        if config.zero_output_projections:
+            model.zero_output_projections()
         summary = train(model, config, dataset, validation, token_lengths, seed, work)
     rounded = {label: round(value, 3) for label, value in epochs.items()}
     read = {"epochs": rounded, "read": in_words(epochs)}
