@@ -22,6 +22,7 @@ from vectorclm.errors import DataError
 from vectorclm.items import ItemScores
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
+from vectorclm.products import product
 from vectorclm.progress import Progress
 from vectorclm.settings import Settings
 from vectorclm.train_tokenizer import BOS_ID, PAD_ID, encode
@@ -118,7 +119,7 @@ def _nats(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
     """Cross-entropy of each target, a few thousand logits' rows at a time."""
     weight_VD = model.model.embed_tokens.weight
     parts = [
-        F.cross_entropy(F.linear(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C, reduction="none")
+        F.cross_entropy(product(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C, reduction="none")
         for hidden_CD, targets_C in zip(torch.split(hidden_ND, 2048), torch.split(targets_N, 2048), strict=True)
     ]
     return torch.cat(parts)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from vectorclm.documents import Documents, document_attention
 from vectorclm.errors import DataError
-from vectorclm.layers import Linear, RMSNorm, Rotated, StackedLinear, SwiGLU, project, rotated, stack, swiglu, unstack
+from vectorclm.layers import Linear, RMSNorm, Rotated, StackedLinear, SwiGLU, rotated, stack, swiglu, unstack
 from vectorclm.loss import chunked_cross_entropy
+from vectorclm.products import project
 from vectorclm.settings import Settings, validate
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
 
@@ -258,7 +259,7 @@ class CausalLM(nn.Module):
 
         Raises ValueError where the sequence would pass max_position_embeddings.
         """
-        return F.linear(self._hidden(input_ids, cache), self.model.embed_tokens.weight)
+        return project(self._hidden(input_ids, cache), self.model.embed_tokens.weight)
 
     def next_logits(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits [B, V] after the last of `input_ids` [B, T], which continue what the cache has seen.

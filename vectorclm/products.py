@@ -1,0 +1,71 @@
+"""Products of float32 matrices on CPUs by the faster of the two libraries that torch has for them.
+
+MKL, which torch takes, uses AVX-512 on Intel's CPUs only; oneDNN uses it on all, and is then twice as fast on AMD's.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW_ROWS = 32  # of a product that reads its weights for little: a step of generation
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this CPU has AVX-512 and torch uses it (ATEN_CPU_CAPABILITY=avx2 forbids it)."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def takes_onednn(x: Tensor) -> bool:
+    """Whether `product` of this tensor is oneDNN's, for which autograd knows no gradient."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and onednn_is_faster()
+
+
+def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """`a @ b.T` [M, N], without a gradient; `a` may have more dimensions before its last. `b` may be a transposed view."""
+    if takes_onednn(a_MK):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+        return out
+    rows = a_MK.shape[:-1].numel()
+    if a_MK.is_cuda or not 2 <= rows <= FEW_ROWS:
+        return F.linear(a_MK, b_NK)
+    # MKL is half again as fast when so few rows are turned
+    return (b_NK @ a_MK.flatten(0, -2).T).T.reshape(*a_MK.shape[:-1], -1)
+
+
+def outer_product(a_NM: Tensor, b_NK: Tensor) -> Tensor:
+    """`a.T @ b` [M, K], without a gradient: the sum over N of a weight's gradient."""
+    if not takes_onednn(a_NM):
+        return a_NM.T @ b_NK
+    # oneDNN wants the first operand's N side by side: the smaller one is copied so.
+    if a_NM.shape[1] <= b_NK.shape[1]:
+        return product(a_NM.T, b_NK.T)
+    return product(b_NK.T, a_NM.T).T
+
+
+class _Projection(torch.autograd.Function):
+    """`product`, with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_ED)
+        return product(x_ND, weight_ED)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        x_ND, weight_ED = ctx.saved_tensors
+        (grad_NE,) = grads
+        return product(grad_NE, weight_ED.T), outer_product(grad_NE.flatten(0, -2), x_ND.flatten(0, -2))
+
+
+def project(x_BTD: Tensor, weight_ED: Tensor) -> Tensor:
+    """`x @ weight.T`, with a gradient where one is recorded."""
+    if not torch.is_grad_enabled():
+        return product(x_BTD, weight_ED)
+    if not takes_onednn(x_BTD):
+        return F.linear(x_BTD, weight_ED)
+    out: Tensor = _Projection.apply(x_BTD, weight_ED)  # type: ignore[no-untyped-call]
+    return out
