@@ -35,7 +35,7 @@ from vectorclm.stages import plans
 from vectorclm.train_tokenizer import IM_END, load_tokenizer
 
 STAGE = "measure"
-VERSION = 3  # raised where new code makes other scores of equal settings
+VERSION = 4  # raised where new code makes other scores of equal settings
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what scores depend on
 # An artifact of a store, or a folder in it.
 ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
