@@ -15,6 +15,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from tests.test_model import CONFIG
+from vectorclm import products
+from vectorclm.attention import BLOCK, causal_attention
 from vectorclm.bench import Row, show
 from vectorclm.config import load_experiment
 from vectorclm.generate import generate, generate_batch
@@ -109,3 +111,36 @@ def test_bench_evaluate_scores_as_the_harness() -> None:
     told = str(row["why"]).partition("acc and acc_norm ")[2].partition(";")[0]
     mine, _, theirs = told.partition(", the harness's ")
     assert mine == theirs
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_products_and_their_gradients_are_torchs_by_either_library(
+    onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    weight = torch.randn(40, 24, generator=GENERATOR).requires_grad_()
+    for rows in (1, 3, 8, 33, 100):  # each is multiplied in a way of its own
+        x = torch.randn(2, rows, 24, generator=GENERATOR)[:, ::2].requires_grad_()  # with gaps
+        expected = x.double() @ weight.double().T
+        with torch.no_grad():
+            torch.testing.assert_close(products.product(x, weight), expected.float(), rtol=0, atol=1e-4)
+            one = products.product(x[:, -1], weight)
+            torch.testing.assert_close(one, expected[:, -1].float(), rtol=0, atol=1e-4)
+        slopes = torch.randn(expected.shape, generator=GENERATOR)
+        theirs = torch.autograd.grad(expected, [x, weight], slopes.double())
+        for mine, other in zip(
+            torch.autograd.grad(products.project(x, weight), [x, weight], slopes), theirs, strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+
+
+def test_attention_in_blocks_is_that_of_one_call() -> None:
+    q, k, v = doubles(2, 4, 2 * BLOCK + 9, 8), doubles(2, 2, 2 * BLOCK + 9, 8), doubles(2, 2, 2 * BLOCK + 9, 8)
+    whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    parts = causal_attention(q, k, v, 0.0)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+    slopes = torch.randn_like(whole)
+    for ours, theirs in zip(*(torch.autograd.grad(y, [q, k, v], slopes) for y in (parts, whole)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

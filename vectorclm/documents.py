@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vectorclm.attention import causal_attention
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
 
@@ -106,9 +107,7 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents
     else:
         sizes = cu_seqlens.diff().tolist()
         parts = [
-            F.scaled_dot_product_attention(
-                q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), None, dropout, is_causal=True, enable_gqa=True
-            )
+            causal_attention(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], dropout)[0]
             for q, k, v in zip(*(torch.split(x, sizes) for x in (q_NHE, k_NKE, v_NKE)), strict=True)
         ]
         y_NHE = torch.cat(parts, dim=1).transpose(0, 1)

@@ -21,6 +21,7 @@ from vectorclm.errors import DataError
 from vectorclm.items import ItemScores
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
+from vectorclm.products import product
 from vectorclm.progress import Progress
 from vectorclm.settings import Settings
 from vectorclm.train_tokenizer import BOS_ID, PAD_ID, encode, load_tokenizer
@@ -122,7 +123,7 @@ def _logits(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[t
     """Logits and targets, a few thousand rows at a time."""
     weight_VD = model.model.embed_tokens.weight
     for hidden_CD, targets_C in zip(torch.split(hidden_ND, 2048), torch.split(targets_N, 2048), strict=True):
-        yield F.linear(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C
+        yield product(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C
 
 
 def windows_scores(

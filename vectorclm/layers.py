@@ -1,6 +1,6 @@
 """The decoder's parts that are computed otherwise than they are written, for speed; shape letters as in model.py.
 
-N is the heads of a product of queries, keys and values; E in `project` the rows of a weight.
+N is the heads of a product of queries, keys and values.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = 32  # of a product that reads its weights for little: a step of generation
+from vectorclm.products import project
 
 
 def by_hand() -> bool:
@@ -69,14 +69,6 @@ class RMSNorm(nn.Module):
             return rms_norm(x_BTD, self.weight, self.eps_1)[0]
         out: Tensor = _RMSNorm.apply(x_BTD, self.weight, self.eps_1)  # type: ignore[no-untyped-call]
         return out
-
-
-def project(x_BTD: Tensor, weight_ED: Tensor) -> Tensor:
-    """`x @ weight.T`. A few rows on a CPU, without a gradient, are turned: MKL is then half again as fast."""
-    rows = x_BTD.shape[:-1].numel()
-    if x_BTD.is_cuda or torch.is_grad_enabled() or not 2 <= rows <= FEW_ROWS:
-        return F.linear(x_BTD, weight_ED)
-    return (weight_ED @ x_BTD.flatten(0, -2).T).T.reshape(*x_BTD.shape[:-1], -1)
 
 
 class Linear(nn.Linear):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vectorclm.attention import causal_attention
 from vectorclm.documents import Documents, document_attention
 from vectorclm.errors import DataError
 from vectorclm.layers import (
@@ -28,13 +29,13 @@ from vectorclm.layers import (
     SwiGLU,
     autocast_dtype,
     by_hand,
-    project,
     rotated,
     stack,
     swiglu,
     unstack,
 )
 from vectorclm.loss import chunked_cross_entropy
+from vectorclm.products import project
 from vectorclm.settings import Settings, validate
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
 
@@ -141,20 +142,16 @@ class Attention(nn.Module):
         q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         if cache is not None:
             k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
-            if tokens > 1 and cache.seen > 0:  # is_causal aligns to the first key; a later chunk needs its own mask
+            if tokens > 1 and cache.seen > 0:  # a chunk that does not begin with the first key
                 mask_B1TS = x_BTD.new_ones(tokens, k_BKSE.shape[2], dtype=torch.bool).tril(cache.seen)
         dropout = self.dropout if self.training else 0.0
         if documents is not None:
             y_BHTE = document_attention(q_BHTE, k_BKSE, v_BKSE, documents, dropout)
+        elif mask_B1TS is None and tokens > 1:
+            y_BHTE = causal_attention(q_BHTE, k_BKSE, v_BKSE, dropout)
         else:
             y_BHTE = F.scaled_dot_product_attention(
-                q_BHTE,
-                k_BKSE,
-                v_BKSE,
-                attn_mask=mask_B1TS,
-                dropout_p=dropout,
-                is_causal=mask_B1TS is None and tokens > 1,
-                enable_gqa=self.grouped,
+                q_BHTE, k_BKSE, v_BKSE, attn_mask=mask_B1TS, dropout_p=dropout, enable_gqa=self.grouped
             )
         out: Tensor = self.o_proj(y_BHTE.transpose(1, 2).reshape(batch, tokens, -1))
         return out
@@ -280,7 +277,7 @@ class CausalLM(nn.Module):
 
         Raises ValueError where the sequence would pass max_position_embeddings.
         """
-        return F.linear(self._hidden(input_ids, cache), self.model.embed_tokens.weight)
+        return project(self._hidden(input_ids, cache), self.model.embed_tokens.weight)
 
     def next_logits(self, input_ids: Tensor, cache: KVCache, padding_B: Tensor | None = None) -> Tensor:
         """Logits [B, V] after the last of `input_ids` [B, T], which continue what the cache has seen.

@@ -17,6 +17,7 @@ from vectorclm.bench import Row, Side, bounded, compared, in_turns, reached
 from vectorclm.config import load_experiment
 from vectorclm.model import CausalLM, ModelConfig, hugging_face_config
 from vectorclm.muon import OptimizerConfig, build_optimizers
+from vectorclm.products import product
 from vectorclm.runtime import Runtime
 
 Parts = tuple[float, float]  # seconds of one micro-batch, and of one update
@@ -87,16 +88,16 @@ def training(rounds: int, sizes: Sequence[Size]) -> Iterator[Row]:
 
 
 def _products() -> Callable[[], float]:
-    """FLOP/s of a product of two matrices of 2048 x 2048, the best of a few."""
+    """FLOP/s of a product of two matrices of 2048 x 2048, the best of a few by torch and by the library we take."""
     Runtime().configure_torch()
     a, b = torch.randn(2, 2048, 2048)
 
-    def once() -> float:
+    def once(multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
         began = time.perf_counter()
-        torch.mm(a, b)
+        multiply(a, b)
         return 2 * 2048**3 / (time.perf_counter() - began)
 
-    return lambda: max(once() for _ in range(8))
+    return lambda: max(once(multiply) for multiply in [torch.mm, product] * 8)
 
 
 def _ours(size: Size) -> Callable[[], Parts]:
