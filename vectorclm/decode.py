@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vectorclm.layers import project
 from vectorclm.model import CausalLM, KVCache
+from vectorclm.products import project
 
 WARM_UP = 3  # steps before a capture, in which libraries allocate what they need
 
