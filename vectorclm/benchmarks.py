@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -49,7 +49,9 @@ def _with_columns(task: TaskSource, rows: Iterable[Mapping[str, Any]]) -> Iterat
 
 def _expression(task: TaskSource, text: str) -> Callable[..., Any]:
     try:
-        return ImmutableSandboxedEnvironment().compile_expression(text, undefined_to_none=False)
+        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).compile_expression(
+            text, undefined_to_none=False
+        )
     except TemplateError as error:
         raise ConfigError(f"{task.label}: columns: {text!r} is no Jinja expression: {error}") from error
 
@@ -71,18 +73,25 @@ def score_tasks(
 
     With `template`, the harness's tasks are asked in the model's chat template.
     """
-    micro_batch = runtime.micro_batch_size or 16
-    lm = None
-    for task in tasks:
-        rows = read_task(task, data, world)
+    micro_batch, device = runtime.micro_batch_size or 16, model.model.embed_tokens.weight.device
+    lm, prepared = None, [_prepared(task, data, world, seed) for task in tasks]  # a mistake is told before the work
+    for task, questions in zip(tasks, prepared, strict=True):
         if task.task is None:
-            items = read_items(task, rows, seed)
-            device = model.model.embed_tokens.weight.device
-            yield "tasks", task.label, task_scores(model, tokenizer, task.label, items, micro_batch, device, found)
-            continue
-        from vectorclm.harness import VectorCLM
-        from vectorclm.harness_tasks import harness_scores
+            scores = task_scores(model, tokenizer, task.label, questions, micro_batch, device, found)
+        else:
+            from vectorclm.harness import VectorCLM
+            from vectorclm.harness_tasks import harness_scores
 
-        lm = lm or VectorCLM(folder, micro_batch, runtime)
-        scores = harness_scores(lm, task, rows, seed, found, template=template)
+            lm = lm or VectorCLM(folder, micro_batch, runtime)
+            scores = harness_scores(lm, task, questions, seed, found, template=template)
         yield "text" if "bits_per_byte" in scores else "tasks", task.label, scores
+
+
+def _prepared(task: TaskSource, data: Path | None, world: WorldConfig | None, seed: int) -> Any:
+    """The questions of a benchmark, or its tasks of the harness."""
+    rows = read_task(task, data, world)
+    if task.task is None:
+        return read_items(task, rows, seed)
+    from vectorclm.harness_tasks import build_tasks
+
+    return build_tasks(task, rows)

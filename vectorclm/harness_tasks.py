@@ -18,6 +18,7 @@ from typing import Any
 import lm_eval.api.task
 import lm_eval.tasks
 from datasets import Dataset, disable_progress_bars
+from jinja2 import UndefinedError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -45,13 +46,11 @@ disable_progress_bars()
 def definitions(name: str) -> Mapping[str, Path]:
     """The YAML files of a task, or of all those in a group, by their names.
 
-    Raises ConfigError for a name that the harness does not know.
+    Raises ConfigError for a name of neither.
     """
     index = TaskManager(include_defaults=False, include_path=sorted(_folders().get(name, []))).task_index
     if name not in index:
-        index = TaskManager().task_index
-    if name not in index:
-        close = difflib.get_close_matches(name, index, 3)
+        close = difflib.get_close_matches(name, _folders(), 3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ConfigError(f"lm-evaluation-harness has no task {name!r}{hint}")
     return {leaf: Path(index[leaf].yaml_path) for leaf in _leaves(name, index)}
@@ -118,9 +117,9 @@ def build_tasks(source: TaskSource, rows: Iterable[Mapping[str, Any]]) -> dict[s
         try:
             tasks[name] = HarnessTask(config=config)
             tasks[name].set_fewshot_seed(seed=FEWSHOT_SEED)
-        except KeyError as error:
+        except (KeyError, UndefinedError) as error:
             known = ", ".join(own[0])
-            raise DataError(f"{source.label}: {name} reads a column {error}; its rows have {known}") from error
+            raise DataError(f"{source.label}: {name} reads a column that is not there ({error}): {known}") from error
     return tasks
 
 
@@ -169,13 +168,13 @@ def _passed(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
 def harness_scores(
     lm: VectorCLM,
     source: TaskSource,
-    rows: Iterable[Mapping[str, Any]],
+    tasks: Mapping[str, ConfigurableTask],
     seed: int,
     found: ItemScores,
     *,
     template: bool = False,
 ) -> dict[str, Any]:
-    """What a model scores on a task or on all those of a group, a seeded draw of `source.limit` items; or on texts.
+    """What a model scores on the tasks that `build_tasks` made of a source: a seeded draw of `source.limit` items.
 
     `acc` is the share of items that are right by the task's first metric, named as `metric`, and its first filter;
     `acc_norm` where the task has it; both with standard errors. `chance` is a blind guess's, 0 where nothing is to
@@ -183,7 +182,6 @@ def harness_scores(
     `bits_per_byte` and its `stderr`. With `template`, a chat model is asked in its own, with worked examples as turns.
     What each item scored is added to `found`.
     """
-    tasks = build_tasks(source, rows)
     places = [(name, number) for name, task in tasks.items() for number in range(len(task.eval_docs))]
     asked: dict[str, list[int]] = defaultdict(list)
     for place in drawn(source, len(places), seed):
