@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,16 @@ def test_a_base_model_is_not_asked_in_a_template(folder: Path, tmp_path: Path, c
     options = ["--suite", str(suite), "--data", str(tmp_path), "--store", str(tmp_path / "store"), "--template"]
     assert main(["evaluate", str(folder), *options]) == 2
     assert "is a base model and knows no chat template: leave --template out" in capsys.readouterr().err
+
+
+def test_without_the_harness_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.api.instance", None)
+    for name in ("harness", "harness_tasks"):
+        monkeypatch.delitem(sys.modules, f"vectorclm.{name}")
+        monkeypatch.delattr(f"vectorclm.{name}")
+    check_tasks([TaskSource(label="own", path="json")])  # needs none
+    with pytest.raises(ConfigError, match=r"which is not installed: pip install .*'vectorclm\[eval\]'"):
+        check_tasks([TaskSource(label="x", path="json", task="hellaswag")])
 
 
 def test_a_model_with_anothers_tokenizer_is_refused(folder: Path, chat_folder: Path, tmp_path: Path) -> None:

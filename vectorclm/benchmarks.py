@@ -22,11 +22,18 @@ def check_tasks(tasks: Sequence[TaskSource]) -> None:
     for task in tasks:
         for text in task.columns.values():
             _expression(task, text)
-    if defined := [task for task in tasks if task.task is not None]:
-        from vectorclm.harness_tasks import check_task  # the harness takes seconds to import: only where it is used
+        if task.task is not None:
+            _harness()[1].check_task(task)
 
-        for task in defined:
-            check_task(task)
+
+def _harness() -> tuple[Any, Any]:
+    """The modules that know the harness, imported only where it is used: that takes seconds.
+
+    Raises ConfigError where it is not installed.
+    """
+    from vectorclm import harness, harness_tasks
+
+    return harness, harness_tasks
 
 
 def read_task(task: TaskSource, data: Path | None, world: WorldConfig | None) -> Iterator[Mapping[str, Any]]:
@@ -79,19 +86,13 @@ def score_tasks(
         if task.task is None:
             scores = task_scores(model, tokenizer, task.label, questions, micro_batch, device, found)
         else:
-            from vectorclm.harness import VectorCLM
-            from vectorclm.harness_tasks import harness_scores
-
-            lm = lm or VectorCLM(folder, micro_batch, runtime)
-            scores = harness_scores(lm, task, questions, seed, found, template=template)
+            harness, harness_tasks = _harness()
+            lm = lm or harness.VectorCLM(folder, micro_batch, runtime)
+            scores = harness_tasks.harness_scores(lm, task, questions, seed, found, template=template)
         yield "text" if "bits_per_byte" in scores else "tasks", task.label, scores
 
 
 def _prepared(task: TaskSource, data: Path | None, world: WorldConfig | None, seed: int) -> Any:
     """The questions of a benchmark, or its tasks of the harness."""
     rows = read_task(task, data, world)
-    if task.task is None:
-        return read_items(task, rows, seed)
-    from vectorclm.harness_tasks import build_tasks
-
-    return build_tasks(task, rows)
+    return read_items(task, rows, seed) if task.task is None else _harness()[1].build_tasks(task, rows)
