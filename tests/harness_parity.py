@@ -21,12 +21,16 @@ from vectorclm.pinning import pin_suite
 from vectorclm.suite import load_suite
 
 NEAR = 1e-4
+NEW_TOKENS = 128
 
 
 def samples(lm: Any, source: TaskSource, data: Path) -> list[Mapping[str, Any]]:
     """What a model answers to a draw of a task's items."""
     tasks = build_tasks(source, read_task(source, data, None))
     places = [(name, number) for name, task in tasks.items() for number in range(len(task.eval_docs))]
+    for task in tasks.values():
+        if task.OUTPUT_TYPE == "generate_until":  # the backend refuses answers as long as the context
+            task.config.generation_kwargs["max_gen_toks"] = NEW_TOKENS
     chosen: dict[str, list[int]] = {}
     for place in drawn(source, len(places), 1):
         chosen.setdefault(places[place][0], []).append(places[place][1])

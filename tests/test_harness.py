@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def test_a_chat_model_is_asked_in_its_template_and_a_base_model_is_not(chat_fold
     asked = lm.apply_chat_template(history)
     assert asked == judge.apply_chat_template(history)
     ids = lm._prompt(asked, 500)
-    assert ids.count(3) == 0 and ids.count(2) == 2  # `<|im_end|>` in a message is text, not the end of a turn
+    assert ids.count(3) == 1 and ids.count(2) == 2  # `<|im_end|>` in a message is text, not the end of a turn
     plain = lm.apply_chat_template([{"role": "user", "content": "Where does the fox live?"}])
     requests = [Instance("generate_until", {}, (plain, {"until": [], "max_gen_toks": 16}), 0)]
     assert lm.generate_until(requests) == judge.generate_until(requests)
@@ -187,7 +188,7 @@ def test_a_chat_model_is_asked_in_its_template_and_a_base_model_is_not(chat_fold
     values = [[value for value, _ in model.loglikelihood(choices)] for model in (lm, judge)]
     assert values[0] == pytest.approx(values[1], abs=NEAR)
     source = TaskSource(label="boolq", path="json", task="boolq", split="test", shots=1)
-    scores = harness_scores(lm, source, rows_of("boolq"), 1, ItemScores(), template=True)
+    scores = harness_scores(lm, source, build_tasks(source, rows_of("boolq")), 1, ItemScores(), template=True)
     assert scores["items"] == 12 and all(text.count("<|im_start|>") == 4 for text in list(lm._conversations)[2:])
     with pytest.raises(DataError, match="is a base model and knows no chat template"):
         ours.apply_chat_template(history)
@@ -206,16 +207,16 @@ def test_a_group_is_scored_over_all_its_items_with_a_seeded_draw(ours: VectorCLM
         for n in range(30)
     ]
     found = ItemScores()
-    scores = harness_scores(ours, source, rows, 1, found)
+    scores = harness_scores(ours, source, build_tasks(source, rows), 1, found)
     assert scores["items"] == 15 and scores["chance"] == 0.25 and set(scores["parts"]) == {source.task}
     limited = source.model_copy(update={"limit": 6})
     drawn = [ItemScores() for _ in range(2)]
-    again = [harness_scores(ours, limited, rows, 1, one) for one in drawn]
+    again = [harness_scores(ours, limited, build_tasks(limited, rows), 1, one) for one in drawn]
     assert again[0] == again[1] and again[0]["items"] == 6 and drawn[0].items == drawn[1].items
     assert {item["item"] for item in drawn[0].items} <= {item["item"] for item in found.items}
     whole = source.model_copy(update={"task": "mmlu_continuation"})
     with pytest.raises(DataError, match=r"x: no rows for mmlu_\w+_continuation where subject is "):
-        harness_scores(ours, whole, rows, 1, ItemScores())
+        build_tasks(whole, rows)
 
 
 def test_programs_run_apart_and_only_where_that_is_allowed(ours: VectorCLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +237,7 @@ def test_programs_run_apart_and_only_where_that_is_allowed(ours: VectorCLM, monk
     row = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1\n"}
     found = ItemScores()
     monkeypatch.setattr(ours, "generate_until", lambda requests: ["    return 1", "    return 2"])
-    scores = harness_scores(ours, source, [row, row], 1, found)
+    scores = harness_scores(ours, source, build_tasks(source, [row, row]), 1, found)
     assert scores["metric"] == "pass@1" and scores["acc"] == 0.5 and found.items[0]["answer"] == "    return 1"
     with pytest.raises(ConfigError, match=r"humaneval runs what the model writes: say runs_code = true"):
         check_tasks([source.model_copy(update={"runs_code": False})])
@@ -269,7 +270,8 @@ def test_a_suite_of_local_files_is_measured_and_kept(folder: Path, tmp_path: Pat
     scores = json.loads(done.out)["scores"]
     assert scores["tasks"]["lambada"]["items"] == 9 and scores["tasks"]["lambada"]["others"]["perplexity"] > 1
     assert scores["text"]["wiki"]["documents"] == 2 and scores["text"]["wiki"]["bits_per_byte"] > 0
-    pages = [row["page"] for row in read_task(TaskSource(label="w", path="x", mirror="wiki.txt"), tmp_path, None)]
+    wiki = TaskSource(label="w", path="x", task="wikitext", mirror="wiki.txt")
+    pages = [row["page"] for row in read_task(wiki, tmp_path, None)]
     assert pages == [" = Otter = \n \n Otters swim . \n = = Food = = \n Fish . ", " = Fox = \n It runs . \n"]
     assert main(["evaluate", str(folder), *options]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "reused"
@@ -281,7 +283,10 @@ def test_a_suite_of_local_files_is_measured_and_kept(folder: Path, tmp_path: Pat
         ({"task": "lambada_opena"}, "has no task 'lambada_opena'; did you mean lambada_openai"),
         ({"columns": {"text": "context ~"}}, "'context ~' is no Jinja expression"),
         ({"columns": {"text": "nothing ~ context.x"}}, "text cannot be made of a row with context, continuation"),
-        ({"columns": {}}, "lambada_openai reads a column"),
+        (
+            {"columns": {}},
+            "lambada_openai reads a column that is not there ('text' is undefined): context, continuation",
+        ),
         ({"task": "blimp"}, "blimp are 67 tasks: say by `subset`"),
         ({"task": "mathqa", "mirror": "gone.jsonl"}, "o/lambada: the mirror has no lambada"),
         ({"format": "arc"}, "format: unknown key"),
@@ -300,6 +305,16 @@ def test_a_base_model_is_not_asked_in_a_template(folder: Path, tmp_path: Path, c
     options = ["--suite", str(suite), "--data", str(tmp_path), "--store", str(tmp_path / "store"), "--template"]
     assert main(["evaluate", str(folder), *options]) == 2
     assert "is a base model and knows no chat template: leave --template out" in capsys.readouterr().err
+
+
+def test_without_the_harness_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.api.instance", None)
+    for name in ("harness", "harness_tasks"):
+        monkeypatch.delitem(sys.modules, f"vectorclm.{name}")
+        monkeypatch.delattr(f"vectorclm.{name}")
+    check_tasks([TaskSource(label="own", path="json")])  # needs none
+    with pytest.raises(ConfigError, match=r"which is not installed: pip install .*'vectorclm\[eval\]'"):
+        check_tasks([TaskSource(label="x", path="json", task="hellaswag")])
 
 
 def test_a_model_with_anothers_tokenizer_is_refused(folder: Path, chat_folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -22,11 +22,18 @@ def check_tasks(tasks: Sequence[TaskSource]) -> None:
     for task in tasks:
         for text in task.columns.values():
             _expression(task, text)
-    if defined := [task for task in tasks if task.task is not None]:
-        from vectorclm.harness_tasks import check_task  # the harness takes seconds to import: only where it is used
+        if task.task is not None:
+            _harness()[1].check_task(task)
 
-        for task in defined:
-            check_task(task)
+
+def _harness() -> tuple[Any, Any]:
+    """The modules that know the harness, imported only where it is used: that takes seconds.
+
+    Raises ConfigError where it is not installed.
+    """
+    from vectorclm import harness, harness_tasks
+
+    return harness, harness_tasks
 
 
 def read_task(task: TaskSource, data: Path | None, world: WorldConfig | None) -> Iterator[Mapping[str, Any]]:
@@ -49,7 +56,9 @@ def _with_columns(task: TaskSource, rows: Iterable[Mapping[str, Any]]) -> Iterat
 
 def _expression(task: TaskSource, text: str) -> Callable[..., Any]:
     try:
-        return ImmutableSandboxedEnvironment().compile_expression(text, undefined_to_none=False)
+        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).compile_expression(
+            text, undefined_to_none=False
+        )
     except TemplateError as error:
         raise ConfigError(f"{task.label}: columns: {text!r} is no Jinja expression: {error}") from error
 
@@ -71,18 +80,19 @@ def score_tasks(
 
     With `template`, the harness's tasks are asked in the model's chat template.
     """
-    micro_batch = runtime.micro_batch_size or 16
-    lm = None
-    for task in tasks:
-        rows = read_task(task, data, world)
+    micro_batch, device = runtime.micro_batch_size or 16, model.model.embed_tokens.weight.device
+    lm, prepared = None, [_prepared(task, data, world, seed) for task in tasks]  # a mistake is told before the work
+    for task, questions in zip(tasks, prepared, strict=True):
         if task.task is None:
-            items = read_items(task, rows, seed)
-            device = model.model.embed_tokens.weight.device
-            yield "tasks", task.label, task_scores(model, tokenizer, task.label, items, micro_batch, device, found)
-            continue
-        from vectorclm.harness import VectorCLM
-        from vectorclm.harness_tasks import harness_scores
-
-        lm = lm or VectorCLM(folder, micro_batch, runtime)
-        scores = harness_scores(lm, task, rows, seed, found, template=template)
+            scores = task_scores(model, tokenizer, task.label, questions, micro_batch, device, found)
+        else:
+            harness, harness_tasks = _harness()
+            lm = lm or harness.VectorCLM(folder, micro_batch, runtime)
+            scores = harness_tasks.harness_scores(lm, task, questions, seed, found, template=template)
         yield "text" if "bits_per_byte" in scores else "tasks", task.label, scores
+
+
+def _prepared(task: TaskSource, data: Path | None, world: WorldConfig | None, seed: int) -> Any:
+    """The questions of a benchmark, or its tasks of the harness."""
+    rows = read_task(task, data, world)
+    return read_items(task, rows, seed) if task.task is None else _harness()[1].build_tasks(task, rows)

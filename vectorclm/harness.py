@@ -59,7 +59,9 @@ class VectorCLM(LM):  # type: ignore[misc]
         model, self.tokenizer = open_model(found.local(), found.address)
         self.model, self.batch_size, self.chat = model.to(self._device).eval(), batch_size, found.chat
         self.address, self.content = found.address, found.content
-        self._conversations: dict[str, list[int]] = {}  # prompts in the chat template, where control tokens are tokens
+        # Prompts in the chat template, whose control tokens are tokens; and how many ids at their end are white space,
+        # which the harness counts to the text that follows.
+        self._conversations: dict[str, tuple[list[int], int]] = {}
 
     @property
     def context(self) -> int:
@@ -81,10 +83,11 @@ class VectorCLM(LM):  # type: ignore[misc]
         return found
 
     def _pair(self, context: str, text: str) -> Pair:
-        if (ids := self._conversations.get(context)) is None:
+        if (conversation := self._conversations.get(context)) is None:
             return pair_ids(self.tokenizer, context, text, self.context)
+        ids, spaces = conversation
         scored = encode(self.tokenizer, text)
-        return [*ids, *scored][-self.context - 1 :], min(len(scored), self.context)
+        return [*ids, *scored][-self.context - 1 :], min(spaces + len(scored), self.context)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts, each read on its own in windows that do not overlap."""
@@ -122,8 +125,8 @@ class VectorCLM(LM):  # type: ignore[misc]
         return answers
 
     def _prompt(self, context: str, room: int) -> list[int]:
-        ids = self._conversations.get(context)
-        return (ids if ids is not None else [BOS_ID, *encode(self.tokenizer, context)])[-room:]
+        conversation = self._conversations.get(context)
+        return (conversation[0] if conversation else [BOS_ID, *encode(self.tokenizer, context)])[-room:]
 
     def _answers(self, prompts: Sequence[list[int]], settings: "Generation") -> list[str]:
         """An answer to each prompt, up to the first of the texts that end it."""
@@ -171,7 +174,9 @@ class VectorCLM(LM):  # type: ignore[misc]
         begun = "" if add_generation_prompt else turns.pop().content
         text = "".join(f"{IM_START}{turn.role}\n{turn.content}{IM_END}\n" for turn in turns)
         text = f"{BOS}{text}{IM_START}assistant\n{begun}"
-        self._conversations[text] = [*render_prompt(self.tokenizer, turns), *encode(self.tokenizer, begun)]
+        ids, last = [*render_prompt(self.tokenizer, turns), *encode(self.tokenizer, begun)], f"assistant\n{begun}"
+        spaces = len(encode(self.tokenizer, last)) - len(encode(self.tokenizer, last.rstrip()))
+        self._conversations[text] = ids, spaces
         return text
 
     @property

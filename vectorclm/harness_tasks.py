@@ -18,6 +18,7 @@ from typing import Any
 import lm_eval.api.task
 import lm_eval.tasks
 from datasets import Dataset, disable_progress_bars
+from jinja2 import UndefinedError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -33,6 +34,7 @@ from vectorclm.sandbox import passes
 FOLDER = Path(lm_eval.tasks.__file__).parent
 METRICS = ("acc", "exact_match", "pass@1")  # 1 of an item that is right, 0 of others
 NAMED = re.compile(rb"""^["']?(?:task|group)["']?:[ ]*["']?([^\s"']+)""", re.MULTILINE)
+BITS = "bits_per_byte"  # of texts
 KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 FEWSHOT_SEED = 1234  # of the harness's own command line
 
@@ -45,13 +47,11 @@ disable_progress_bars()
 def definitions(name: str) -> Mapping[str, Path]:
     """The YAML files of a task, or of all those in a group, by their names.
 
-    Raises ConfigError for a name that the harness does not know.
+    Raises ConfigError for a name of neither.
     """
     index = TaskManager(include_defaults=False, include_path=sorted(_folders().get(name, []))).task_index
     if name not in index:
-        index = TaskManager().task_index
-    if name not in index:
-        close = difflib.get_close_matches(name, index, 3)
+        close = difflib.get_close_matches(name, _folders(), 3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ConfigError(f"lm-evaluation-harness has no task {name!r}{hint}")
     return {leaf: Path(index[leaf].yaml_path) for leaf in _leaves(name, index)}
@@ -101,7 +101,8 @@ def check_task(source: TaskSource) -> None:
 def build_tasks(source: TaskSource, rows: Iterable[Mapping[str, Any]]) -> dict[str, ConfigurableTask]:
     """The harness's tasks of a source, each on its rows.
 
-    Raises DataError where a task has no rows, or lacks a column that it reads.
+    Raises DataError where a task has no rows, or lacks a column that it reads, and ConfigError where it grades by none
+    of the metrics known here.
     """
     assert source.task is not None
     by_subset: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
@@ -110,7 +111,7 @@ def build_tasks(source: TaskSource, rows: Iterable[Mapping[str, Any]]) -> dict[s
     tasks = {}
     for name, path in definitions(source.task).items():
         config = _config(source, path)
-        subset = config["dataset_name"] if source.subset else None
+        subset = config.get("dataset_name") if source.subset else None
         if not (own := by_subset.get(subset)):
             column = f" where {source.subset} is {subset}" if source.subset else ""
             raise DataError(f"{source.label}: no rows for {name}{column}")
@@ -118,9 +119,11 @@ def build_tasks(source: TaskSource, rows: Iterable[Mapping[str, Any]]) -> dict[s
         try:
             tasks[name] = HarnessTask(config=config)
             tasks[name].set_fewshot_seed(seed=FEWSHOT_SEED)
-        except KeyError as error:
+        except (KeyError, UndefinedError) as error:
             known = ", ".join(own[0])
-            raise DataError(f"{source.label}: {name} reads a column {error}; its rows have {known}") from error
+            raise DataError(f"{source.label}: {name} reads a column that is not there ({error}): {known}") from error
+        if not {*METRICS, BITS} & set(tasks[name].aggregation()):
+            raise ConfigError(f"{source.label}: {name} has none of the metrics {', '.join(METRICS)} and {BITS}")
     return tasks
 
 
@@ -169,13 +172,13 @@ def _passed(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
 def harness_scores(
     lm: VectorCLM,
     source: TaskSource,
-    rows: Iterable[Mapping[str, Any]],
+    tasks: Mapping[str, ConfigurableTask],
     seed: int,
     found: ItemScores,
     *,
     template: bool = False,
 ) -> dict[str, Any]:
-    """What a model scores on a task or on all those of a group, a seeded draw of `source.limit` items; or on texts.
+    """What a model scores on the tasks that `build_tasks` made of a source: a seeded draw of `source.limit` items.
 
     `acc` is the share of items that are right by the task's first metric, named as `metric`, and its first filter;
     `acc_norm` where the task has it; both with standard errors. `chance` is a blind guess's, 0 where nothing is to
@@ -183,7 +186,6 @@ def harness_scores(
     `bits_per_byte` and its `stderr`. With `template`, a chat model is asked in its own, with worked examples as turns.
     What each item scored is added to `found`.
     """
-    tasks = build_tasks(source, rows)
     places = [(name, number) for name, task in tasks.items() for number in range(len(task.eval_docs))]
     asked: dict[str, list[int]] = defaultdict(list)
     for place in drawn(source, len(places), seed):
@@ -202,7 +204,7 @@ def harness_scores(
     samples = {name: _first_filter(of_task) for name, of_task in said["samples"].items()}
     if next(iter(tasks.values())).OUTPUT_TYPE == "loglikelihood_rolling":
         for sample in (sample for of_task in samples.values() for sample in of_task):
-            nats, size = -sample["bits_per_byte"][0], sample["bits_per_byte"][1]
+            nats, size = -sample[BITS][0], sample[BITS][1]
             found.add_text(source.label, sample["arguments"][0][0].encode(), nats, size)
         return {**found.text_scores(source.label, "documents"), "others": others}
     return {**_graded(source, chosen, samples, found), "others": others}
@@ -216,7 +218,7 @@ def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 def _others(results: Mapping[str, Any]) -> dict[str, float]:
     """What the harness says of a task: `perplexity`, `exact_match,flexible-extract`."""
     values = {key.removesuffix(",none"): value for key, value in results.items() if isinstance(value, float)}
-    told = (*METRICS, "acc_norm", "bits_per_byte")
+    told = (*METRICS, "acc_norm", BITS)
     return {
         key: float(value)
         for key, value in values.items()
@@ -234,9 +236,7 @@ def _graded(
     metric = ""
     for name, of_task in samples.items():
         task, before = tasks[name], len(right)
-        metric = next((metric for metric in METRICS if metric in of_task[0]), "")
-        if not metric:
-            raise ConfigError(f"{source.label}: {name} has none of the metrics {', '.join(METRICS)}")
+        metric = next(metric for metric in METRICS if metric in of_task[0])
         for sample in of_task:
             chooses = task.OUTPUT_TYPE == "multiple_choice"
             chances.append(1 / len(task.doc_to_choice(sample["doc"])) if chooses else 0.0)

@@ -249,15 +249,14 @@ def _labelled(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
 def _pages(path: Path, errors: str) -> Iterator[str]:
     """The articles of a WikiText file, each from its title `= Title =` on, as the hub's document-level set has them."""
     lines: list[str] = []
-    for text in _lines(path, errors):
-        line = text.removesuffix("\n")
+    for line in _lines(path, errors):
         title = line.replace("= = =", "===").replace("= =", "==").strip()
         if title.startswith("= ") and title.endswith(" ="):
-            if (page := "\n".join(lines)).strip():
+            if (page := "".join(lines).removesuffix("\n")).strip():
                 yield page
             lines = []
         lines.append(line)
-    yield "\n".join(lines)
+    yield "".join(lines)
 
 
 def _read_json(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
