@@ -117,7 +117,7 @@ def test_bench_evaluate_scores_as_the_harness() -> None:
 def test_products_and_their_gradients_are_torchs_by_either_library(
     onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if onednn and not torch.backends.mkldnn.is_available():
+    if onednn and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
     weight = torch.randn(40, 24, generator=GENERATOR).requires_grad_()

@@ -14,7 +14,8 @@ from torch import Tensor
 @cache
 def onednn_is_faster() -> bool:
     """Whether this CPU has AVX-512 and torch uses it (ATEN_CPU_CAPABILITY=avx2 forbids it)."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_onednn and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def takes_onednn(x: Tensor) -> bool:
