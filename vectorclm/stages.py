@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vectorclm.artifact import Artifact, Plan, Sending, Store, build, rebuild
+from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
 from vectorclm.blocks import ShardDescriber, open_shards
 from vectorclm.checkpoint import Checkpoints
 from vectorclm.config import ExperimentConfig
@@ -26,6 +26,7 @@ from vectorclm.model import CausalLM
 from vectorclm.runtime import Runtime, memory_explained
 from vectorclm.sampling import told as documents_told
 from vectorclm.sampling import write_sample
+from vectorclm.sending import Sending
 from vectorclm.settings import validate
 from vectorclm.shards import write_shards
 from vectorclm.slices import SentSlices, Slices
