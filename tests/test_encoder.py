@@ -6,17 +6,22 @@ import os
 import random
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from tests.conftest import write_sample_text
+from vectorclm.artifact import Plan, Store, build
 from vectorclm.audit import audit, check_round_trip
+from vectorclm.blocks import ShardDescriber
 from vectorclm.corpus import read_texts
 from vectorclm.encoder import JUDGE_EVERY, Encoder, Gigatoken, adversarial, open_encoder
 from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.sending import Sending
 from vectorclm.shards import ShardsConfig, read_windows, write_shards
+from vectorclm.slices import SentSlices
 from vectorclm.train_tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -172,6 +177,19 @@ def test_a_difference_late_in_the_data_leaves_nothing_of_what_was_written_before
     expected = write_shards(CONFIG, tmp_path / "sample", judge, tmp_path / "expected", Encoder(judge))
     assert found["a"]["train"] == expected["a"]["train"]
     assert shard_bytes(tmp_path / "found") == shard_bytes(tmp_path / "expected")
+
+    plan, made = Plan("shards", 1, {}, {}), []
+    for store in (Store(str(tmp_path / "store")), Store(f"memory://{tmp_path.name}")):
+        encoder = Encoder(judge, opened_before)
+        sending = Sending(store, plan, ShardDescriber)
+
+        def produce(out: Path, encoder: Encoder = encoder, store: Store = store, sending: Sending = sending) -> Any:
+            slices = None if store.is_local else SentSlices(out.parent, sending)
+            return write_shards(CONFIG, tmp_path / "sample", judge, out, encoder, slices=slices)
+
+        made.append(build(store, plan, produce, str(tmp_path / "work"), ShardDescriber(), sending)[0])
+    assert made[0].manifest["files"] == made[1].manifest["files"]
+    made[1].verify()
 
 
 def test_a_tokenizer_that_only_tokenizers_knows_is_encoded_by_it(tokenizer: Tokenizer) -> None:

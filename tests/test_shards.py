@@ -12,11 +12,12 @@ from tokenizers import AddedToken, Tokenizer
 
 from tests.conftest import write_sample_text
 from vectorclm import shards
-from vectorclm.artifact import MANIFEST, Artifact, Plan, Sending, Store, build
+from vectorclm.artifact import MANIFEST, Artifact, Plan, Store, build
 from vectorclm.blocks import ShardDescriber
 from vectorclm.encoder import Encoder
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.packing import Packing
+from vectorclm.sending import Sending
 from vectorclm.shards import SPLITS, ShardsConfig, read_windows, write_shards
 from vectorclm.slices import SentSlices, Slices
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenizerConfig, encode, load_tokenizer, train_tokenizer

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vectorclm.errors import CorruptArtifactError, StoreError
 from vectorclm.lease import Lease, is_alive
@@ -24,19 +24,12 @@ from vectorclm.runtime import environment
 from vectorclm.settings import digest
 from vectorclm.storage import GARBLED, TRIES, Storage, explained, sha256_of
 
+if TYPE_CHECKING:
+    from vectorclm.sending import Sending
+
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"  # over all else in it
 Describe = Callable[[Path], Mapping[str, Any]]  # what a manifest says of a file beside its size and SHA-256
-
-
-class Describer(Protocol):
-    """A `Describe` that is also told of files which it does not see, as they were described before."""
-
-    def __call__(self, path: Path) -> Mapping[str, Any]:
-        """What there is to say of a file."""
-
-    def pass_over(self, name: str, said: Mapping[str, Any]) -> None:
-        """Go on after a file of which this was said."""
 
 
 def default_store() -> str:
@@ -204,14 +197,14 @@ class Store(Storage):
         """Move the files of `directory` to `key`, then write a manifest of `head` and all files if there is none."""
         files = {}
         for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-            files[path.relative_to(directory).as_posix()] = _said(path, describe)
+            files[path.relative_to(directory).as_posix()] = said_of(path, describe)
         created = datetime.now(UTC).isoformat(timespec="seconds")
         every = dict(sorted({**sent, **files}.items()))
         manifest = {**head, "files": every, "environment": environment(), "created": created}
         with explained(self.uri_of(key)):
             for name, file in files.items():
                 self.put(directory / name, f"{key}/{name}", str(file["sha256"]))
-            self._commit(f"{key}/{MANIFEST}", _sealed(manifest))
+            self._commit(f"{key}/{MANIFEST}", sealed(manifest))
 
     def _commit(self, key: str, data: bytes) -> None:
         """Write a manifest if there is none, and see that it arrived as it is."""
@@ -292,74 +285,13 @@ class Store(Storage):
         return cache_folder() / "work" / digest(self.uri)[:12]  # each store its own, as their leases are apart, too
 
 
-class Sending:
-    """Files of an artifact that go to a remote store one by one as they are finished, so that no disk must hold all.
-
-    Nobody takes them for the artifact before its manifest is there. What is noted beside them is how far the work is.
-    """
-
-    def __init__(self, store: Store, plan: Plan, describer: Callable[[], Describer]) -> None:
-        self.store = store
-        self.key = f"{plan.stage}/{plan.fingerprint}"
-        self.describer = describer
-        self.describe = describer()
-        self.files: dict[str, Mapping[str, Any]] = {}  # as the manifest has them
-        self.notes: list[str] = []
-        self.lease: Lease | None = None
-
-    def send(self, path: Path, name: str) -> None:
-        """Move a finished file to the store. Raises InUseError where another process took the stage over."""
-        if self.lease is not None:
-            self.lease.check()
-        said = _said(path, self.describe)
-        with explained(self.store.uri_of(f"{self.key}/{name}")):
-            self.store.put(path, f"{self.key}/{name}", said["sha256"])
-        path.unlink(missing_ok=True)
-        self.files[name] = said
-
-    def note(self, name: str, done: Mapping[str, Any], files: Sequence[str]) -> None:
-        """Note that these files were sent, and what is `done` with them."""
-        self.notes.append(name)
-        noted = {"done": done, "files": {file: self.files[file] for file in files}}
-        self.store.write(f"{self.key}/{name}", _sealed(noted))
-
-    def noted(self, name: str) -> dict[str, Any] | None:
-        """What is done by that note, whose files are counted as sent; None where there is none, or it does not hold."""
-        try:
-            found = json.loads(self.store.read(f"{self.key}/{name}") or b"")
-            seal = found.pop(SEAL)
-        except (ValueError, AttributeError, KeyError):
-            return None
-        if seal != digest(found):
-            return None
-        there = self.store.files(f"{self.key}/{name}".rpartition("/")[0])
-        for file, said in found["files"].items():
-            if (stored := there.get(f"{self.key}/{file}")) is None or stored.bytes != said["bytes"]:
-                return None
-        for file, said in found["files"].items():
-            self.describe.pass_over(file, said)
-        self.files |= found["files"]
-        self.notes.append(name)
-        return dict(found["done"])
-
-    def start_again(self) -> None:
-        """Remove what was sent and noted."""
-        self.store.remove(self.key)
-        self.files, self.notes, self.describe = {}, [], self.describer()
-
-    def forget_notes(self) -> None:
-        """Remove the notes, as with the manifest all is said."""
-        for name in self.notes:
-            self.store.delete(f"{self.key}/{name}")
-
-
 def build(
     store: Store,
     plan: Plan,
     produce: Callable[[Path], Mapping[str, Any]],
     work_dir: str | None = None,
     describe: Describe | None = None,
-    sending: Sending | None = None,
+    sending: "Sending | None" = None,
 ) -> tuple[Artifact, bool]:
     """The artifact of `plan`, and whether it was there already.
 
@@ -415,7 +347,7 @@ def rebuild(
         return different
 
 
-def _said(path: Path, describe: Describe | None) -> dict[str, Any]:
+def said_of(path: Path, describe: Describe | None) -> dict[str, Any]:
     """What a manifest says of a file."""
     more = {} if describe is None else describe(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path), **more}
@@ -433,7 +365,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vectorclm"
 
 
-def _sealed(manifest: Mapping[str, Any]) -> bytes:
+def sealed(manifest: Mapping[str, Any]) -> bytes:
     """A manifest as JSON, with a hash over all of it, so that a wrong bit in it is seen as well."""
     plain = json.loads(json.dumps(manifest))  # as it will be read
     return json.dumps({**plain, SEAL: digest(plain)}, indent=2, ensure_ascii=False).encode()

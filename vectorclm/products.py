@@ -15,12 +15,18 @@ from torch import Tensor
 def onednn_is_faster() -> bool:
     """Whether this CPU has AVX-512 and torch uses it (ATEN_CPU_CAPABILITY=avx2 forbids it)."""
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_onednn and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return (
+        has_onednn
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    )
 
 
 def takes_onednn(x: Tensor) -> bool:
-    """Whether `product` of this tensor is oneDNN's, for which autograd knows no gradient."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and onednn_is_faster()
+    """Whether `product` of this tensor is oneDNN's, for which autograd and torch's compiler know no gradient."""
+    return (
+        x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling() and onednn_is_faster()
+    )
 
 
 def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:

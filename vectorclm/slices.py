@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from vectorclm.artifact import Sending
+from vectorclm.sending import Sending
 
 RECORD = "slice.json"
 PART = ".slice-"  # the beginning of the name of a folder in which one is made

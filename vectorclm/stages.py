@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vectorclm.artifact import Artifact, Plan, Sending, Store, build, rebuild
+from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
 from vectorclm.benchmarks import score_tasks
 from vectorclm.blocks import ShardDescriber, open_shards
 from vectorclm.checkpoint import Checkpoints
@@ -29,6 +29,7 @@ from vectorclm.model import CausalLM
 from vectorclm.runtime import Runtime, memory_explained
 from vectorclm.sampling import told as documents_told
 from vectorclm.sampling import write_sample
+from vectorclm.sending import Sending
 from vectorclm.settings import digest, validate
 from vectorclm.shards import write_shards
 from vectorclm.slices import SentSlices, Slices
