@@ -49,6 +49,7 @@ Kind = Literal[
 CONTENT: frozenset[Kind] = frozenset({"word", "avoid", "twice", "function", "repeat"})
 # What a score looks at: checks of the content, of the form, or both.
 PARTS = {"followed_content": (True,), "followed_form": (False,), "followed": (True, False)}
+FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}  # in words
 
 
 class Check(NamedTuple):
