@@ -214,6 +214,9 @@ def _content(family: int, round_: int, drawn: random.Random) -> tuple[str, tuple
             return told, (Check("word", name), Check("word", topic.noun))
         case 6:
             function, does = FUNCTIONS[round_]
+            if round_ % 2:
+                told = f'Write a Python function that {does}. Use the words "def" and "return".'
+                return told, (Check("word", "def"), Check("word", "return"))
             return f"Write a Python function named {function} that {does}.", (Check("function", function),)
         case _:
             return f"Repeat this sentence word for word: {SENTENCES[round_]}", (Check("repeat", SENTENCES[round_]),)
