@@ -19,6 +19,7 @@ from flows.plots import COLOURS, Box, Interval, bars, curves, graph, intervals, 
 from vectorclm.artifact import Artifact, Store
 from vectorclm.compare import followed, has_items
 from vectorclm.errors import ConfigError, DataError
+from vectorclm.instructions import FOLLOWED
 from vectorclm.lineage import Lineage, Node, facts, lineage, tokens_by_source
 from vectorclm.measure import Change
 from vectorclm.model import ModelConfig
@@ -30,7 +31,6 @@ CONFIDENCE = 1.959964  # standard errors; 95 % of a normal distribution lie with
 COLUMNS = {"sample": 0, "tokenizer": 1, "shards": 0, "chat_shards": 1, "pretrain": 0, "finetune": 1}
 ANSWERS = 12  # shown
 TIMES = 5  # of a training, at which its samples are shown
-FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}
 TITLES = {"pretrain": "Pretraining", "finetune": "Tuning"}
 
 

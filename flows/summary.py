@@ -17,12 +17,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from flows.report import FOLLOWED
 from flows.stages import Handle, duration
 from flows.tracking import tracking_uri, without_password
 from vectorclm.artifact import Artifact, Store
 from vectorclm.compare import followed
 from vectorclm.config import ExperimentConfig
+from vectorclm.instructions import FOLLOWED
 from vectorclm.measure import Change
 
 ANSWERS = 3  # sample answers shown

@@ -190,6 +190,8 @@ def test_the_report_shows_samples_over_time_and_how_instructions_are_followed(fi
         assert base["items"] == chat["items"] > 5
         assert margin["difference"] == pytest.approx(chat["share"] - base["share"])
         assert margin["low"] <= margin["difference"] <= margin["high"]
+    card = (Path(first.result["models"]["chat"]) / "README.md").read_text()
+    assert f"| both | {scores['chat']['instructions']['followed']['share']:.3f} | " in card
     assert set(margins) == set(PARTS) and scores["chat"]["instructions"]["prompts"] == 16
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vectorclm.artifact import Artifact
+from vectorclm.instructions import FOLLOWED, PARTS
 from vectorclm.sampling import losses
 from vectorclm.train_tokenizer import BOS_ID, EOS, EOS_ID, IM_END, IM_END_ID, PAD_ID, write_tokenizer_config
 
@@ -105,6 +106,12 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
             "",
             f"{counts['ended']} of {counts['prompts']} held-out prompts are answered to the end of the turn.",
         ]
+    if "instructions" in scores:
+        lines += ["", "| instructions | share followed | standard error | prompts |", "|---|---:|---:|---:|"]
+        for name in PARTS:
+            if followed := scores["instructions"].get(name):
+                figures = f"{followed['share']:.3f} | {followed['stderr']:.3f} | {followed['items']:,}"
+                lines.append(f"| {FOLLOWED[name]} | {figures} |")
     lines += ["", "## Lineage", "", "| stage | fingerprint |", "|---|---|"]
     lines += [f"| {stage} | `{artifact.fingerprint}` |" for stage, artifact in lineage.items()]
     return "\n".join(lines) + "\n"

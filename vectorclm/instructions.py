@@ -49,6 +49,7 @@ Kind = Literal[
 CONTENT: frozenset[Kind] = frozenset({"word", "avoid", "twice", "function", "repeat"})
 # What a score looks at: checks of the content, of the form, or both.
 PARTS = {"followed_content": (True,), "followed_form": (False,), "followed": (True, False)}
+FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}  # in words
 
 
 class Check(NamedTuple):
@@ -213,6 +214,9 @@ def _content(family: int, round_: int, drawn: random.Random) -> tuple[str, tuple
             return told, (Check("word", name), Check("word", topic.noun))
         case 6:
             function, does = FUNCTIONS[round_]
+            if round_ % 2:
+                told = f'Write a Python function that {does}. Use the words "def" and "return".'
+                return told, (Check("word", "def"), Check("word", "return"))
             return f"Write a Python function named {function} that {does}.", (Check("function", function),)
         case _:
             return f"Repeat this sentence word for word: {SENTENCES[round_]}", (Check("repeat", SENTENCES[round_]),)
