@@ -221,8 +221,12 @@ def test_the_report_is_one_page_that_fits_and_escapes(
     assert main(["report", chat, "--store", store.uri, "--against", before, "--out", str(out)]) == 0
     page = out.read_text()
     assert not re.search(r"(src|href)=|url\((?!#)|@import|<script", page)
-    for part in ("champion before", "base model", "Pretraining", "device hours", "stories"):
+    for part in ("champion", "base model", "Pretraining", "No step went wrong", "device hours", "stories"):
         assert part in page
+    drawn = lineage(chat, store).stages["sample"].artifact.summary["sources"]["stories"]
+    for split in ("documents", "validation_documents"):
+        assert f'<td class="number">{drawn[split]:,}</td>' in page
+    assert re.search(r"<th>dropped</th>.*?<td>[^<]*(duplicate|none)", page, re.DOTALL)
     for width in (1280, 400):
         size = {"width": width, "height": 1500, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -241,14 +245,20 @@ def test_mlflow_shows_the_chain_with_links_that_work(
     client = Registry(world.store).client
     (place,) = client.search_experiments(filter_string=f"name = '{pinned().name}'")
     browser.get(f"{server.uri}/#/experiments/{place.experiment_id}/runs?workflowType=machine_learning")
-    until(lambda: says(browser, "curriculum"), "the table of runs", 60)  # those of its stages are folded
+    until(lambda: says(browser, f"{pinned().name} "), "the table of runs", 60)
+    for close in browser.find_elements(By.CSS_SELECTOR, "button[aria-label='Close']"):
+        browser.execute_script("arguments[0].click()", close)  # the assistant beside it
+    folded = ".ag-row [col-id*='Run Name'] button"
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, folded), "a curriculum to unfold", 60)[0].click()
+    until(lambda: says(browser, "evaluate_base"), "the runs of its stages", 60)
     picture(browser, "runs")
-    browser.get(f"{server.uri}/#/models/vectorclm-chat/versions/1")
-    until(lambda: says(browser, "chat_shards"), "the chain in the version's description", 60)
+    browser.get(f"{server.uri}/?workflowType=machine_learning#/models/vectorclm-chat/versions/1")
+    until(lambda: says(browser, "chat shards"), "the chain in the version's description", 60)
     picture(browser, "version")
-    link = browser.find_element(By.LINK_TEXT, "pretrain").get_attribute("href")
+    link = browser.find_element(By.LINK_TEXT, "base model").get_attribute("href")
     browser.get(link)
     until(lambda: says(browser, "train/loss"), "the run that the chain links to", 60)
+    assert says(browser, "what it holds")  # its own chain
 
 
 def test_a_champion_yields_only_to_what_is_better_beyond_noise(
