@@ -26,9 +26,9 @@ from flows.server import answers
 from flows.tracking import Tracker
 from tests.conftest import read_lines
 from tests.test_curriculum import mini
-from tests.test_platform import browser, picture, says, until
+from tests.test_platform import PICTURES, browser, picture, says, until
 from vectorclm.artifact import Store
-from vectorclm.config import ExperimentConfig, override
+from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError
 from vectorclm.lineage import changes, lineage, verify
 from vectorclm.measure import Change, Figure
@@ -37,6 +37,15 @@ from vectorclm.runtime import Runtime
 from vectorclm.stages import STAGES, plans, run_stage
 
 __all__ = ["browser"]  # a fixture
+
+
+LEARNING = ["pretrain.phases=[{tokens = 180000}, {tokens = 80000}]", "pretrain.validation_interval=10"]
+LEARNING += [
+    "finetune.epochs=0.3",
+    "finetune.validation_interval=5",
+    "evaluate.tasks.0.limit=80",
+    "evaluate.chat_prompts=8",
+]
 
 
 class Server:
@@ -94,7 +103,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def pinned(*changes: str) -> ExperimentConfig:
-    return pin(override(mini(), changes), Path("mini.toml"), None, resolve=False)[0]
+    """The experiment of these tests; for pictures, one that learns more than theirs."""
+    experiment = override(load_experiment("tiny")[0], LEARNING) if PICTURES else mini()
+    return pin(override(experiment, changes), Path("mini.toml"), None, resolve=False)[0]
 
 
 def curriculum(experiment: ExperimentConfig, store: Store) -> dict[str, str]:
@@ -118,7 +129,7 @@ def world(server: Server, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     """Two curricula that differ in how long the model was tuned."""
     store = Store(str(tmp_path_factory.mktemp("lineage") / "store"))
     first = curriculum(pinned(), store)
-    second = curriculum(pinned("finetune.epochs=0.5"), store)
+    second = curriculum(pinned(f"finetune.epochs={pinned().finetune.epochs / 2}"), store)
     return SimpleNamespace(store=store, first=first, second=second)
 
 
@@ -235,7 +246,7 @@ def test_the_report_is_one_page_that_fits_and_escapes(
         assert "taken" not in browser.title
         curves = browser.find_elements("css selector", "polyline.curve")
         assert len(curves) >= 10 and all(curve.size["width"] > 100 for curve in curves)
-        picture(browser, f"report-{width}")
+        picture(browser, "report" if width > 400 else "report-narrow")
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
