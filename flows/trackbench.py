@@ -5,8 +5,8 @@ server, one whose server was stopped after it had begun. Each of them sleeps whi
 
 - the step's time beside that without logging, which has whatever logging does to the machine in it, and the machine's
   own unrest, too: with other work on it, that is more than the bound;
-- the processor time of the logging process, as if it came whole out of the step: beside that of the training, over its
-  threads, which is what a step takes where nothing else is to be done;
+- the processor time of the logging process, as if it came whole out of the step: what it does, it does every few seconds,
+  however long a step is;
 - the time for which the loop itself is held up, writing its metrics.
 """
 
@@ -70,7 +70,7 @@ class _Side:
             self.logging.suspend()
         self.steps.append(median(turn.seconds[1:]))
         self.held.append(100 * sum(turn.held[1:]) / sum(turn.seconds[1:]))
-        self.used.append(100 * (_processor_seconds(self.logging) - before) / (turn.processor / turn.threads))
+        self.used.append(100 * (_processor_seconds(self.logging) - before) / sum(turn.seconds))
 
 
 class _Turn(NamedTuple):
@@ -78,8 +78,6 @@ class _Turn(NamedTuple):
 
     seconds: list[float]  # of each step
     held: list[float]  # of each, those that went into its metrics
-    processor: float  # seconds in all
-    threads: int
 
 
 def _processor_seconds(process: psutil.Process | None) -> float:
@@ -186,7 +184,7 @@ class _Training:
         """So many steps, their metrics written to `folder`."""
         metrics = Metrics(folder / "metrics.jsonl", lambda step: f"random tokens, step {step}")
         metrics.restart(metrics.text() if metrics.path.is_file() else "")
-        turn = _Turn([], [], time.process_time(), torch.get_num_threads())
+        turn = _Turn([], [])
         for _ in range(count):
             self.steps += 1
             began = time.monotonic()
@@ -196,7 +194,7 @@ class _Training:
             metrics.flush()
             turn.seconds.append(time.monotonic() - began)
             turn.held.append(time.monotonic() - trained)
-        return turn._replace(processor=time.process_time() - turn.processor)
+        return turn
 
 
 _training: _Training | None = None  # in the training's process
