@@ -5,8 +5,8 @@ server, one whose server was stopped after it had begun. Each of them sleeps whi
 
 - the step's time beside that without logging, which has whatever logging does to the machine in it, and the machine's
   own unrest, too: with other work on it, that is more than the bound;
-- the processor time of the logging process, as if it came whole out of the step: what it does, it does every few seconds,
-  however long a step is;
+- the processor time of the logging process, as if it came whole out of the step: it works every few seconds, however
+  long a step is;
 - the time for which the loop itself is held up, writing its metrics.
 """
 

@@ -239,15 +239,18 @@ def test_the_report_is_one_page_that_fits_and_escapes(
         assert f'<td class="number">{drawn[split]:,}</td>' in page
     assert re.search(r"<th>dropped</th>.*?<td>[^<]*(duplicate|none)", page, re.DOTALL)
     for width in (1280, 400):
-        size = {"width": width, "height": 1500, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        window(browser, width, 1500)
         browser.get(out.as_uri())
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
         assert "taken" not in browser.title
         curves = browser.find_elements("css selector", "polyline.curve")
         assert len(curves) >= 10 and all(curve.size["width"] > 100 for curve in curves)
         picture(browser, "report" if width > 400 else "report-narrow")
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def window(browser: WebDriver, width: int, height: int) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
 def test_mlflow_shows_the_chain_with_links_that_work(
@@ -255,6 +258,7 @@ def test_mlflow_shows_the_chain_with_links_that_work(
 ) -> None:
     client = Registry(world.store).client
     (place,) = client.search_experiments(filter_string=f"name = '{pinned().name}'")
+    window(browser, 1400, 665)
     browser.get(f"{server.uri}/#/experiments/{place.experiment_id}/runs?workflowType=machine_learning")
     until(lambda: says(browser, f"{pinned().name} "), "the table of runs", 60)
     for close in browser.find_elements(By.CSS_SELECTOR, "button[aria-label='Close']"):
@@ -263,13 +267,15 @@ def test_mlflow_shows_the_chain_with_links_that_work(
     until(lambda: browser.find_elements(By.CSS_SELECTOR, folded), "a curriculum to unfold", 60)[0].click()
     until(lambda: says(browser, "evaluate_base"), "the runs of its stages", 60)
     picture(browser, "runs")
-    browser.get(f"{server.uri}/?workflowType=machine_learning#/models/vectorclm-chat/versions/1")
+    window(browser, 1400, 545)
+    browser.get(f"{server.uri}/#/models/vectorclm-chat/versions/1")
     until(lambda: says(browser, "chat shards"), "the chain in the version's description", 60)
     picture(browser, "version")
     link = browser.find_element(By.LINK_TEXT, "base model").get_attribute("href")
     browser.get(link)
     until(lambda: says(browser, "train/loss"), "the run that the chain links to", 60)
     assert says(browser, "what it holds")  # its own chain
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_champion_yields_only_to_what_is_better_beyond_noise(
