@@ -155,7 +155,7 @@ class Catalog:
         """What a stage has made and all that is behind it, as a markdown table with links into MLflow."""
         found = lineage(self.store.uri_of(f"{stage}/{self.plans[stage].fingerprint}"), self.store)
         lines = ["| | what it holds | fingerprint, revision |", "|---|---|---|"]
-        for node in reversed(found.nodes.values()):
+        for node in reversed(list(found.nodes.values())):
             link = self._link(node.stage, node.title)
             lines.append(f"| {link} | {in_words(node)} | `{node.fingerprint[:SHORT]}` |")
             for source in node.sources:

@@ -22,6 +22,14 @@ class Load(SystemMetricsMonitor):
         super().__init__(run_id, SAMPLE_SECONDS, tracking_uri=tracking_uri)  # type: ignore[no-untyped-call]
         self.waiting: list[Metric] = []
 
+    def start(self) -> None:
+        """Begin to take samples."""
+        super().start()  # type: ignore[no-untyped-call]
+
+    def finish(self) -> None:
+        """Take no more."""
+        super().finish()  # type: ignore[no-untyped-call]
+
     def monitor(self) -> None:
         """The thread's work, to the end: take samples."""
         samples = 0

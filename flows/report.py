@@ -23,6 +23,7 @@ from vectorclm.instructions import FOLLOWED
 from vectorclm.lineage import Lineage, Node, facts, lineage, tokens_by_source
 from vectorclm.measure import Change
 from vectorclm.model import ModelConfig
+from vectorclm.sampling import losses
 from vectorclm.settings import validate
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def report(found: Lineage, store: Store, champion: Lineage | None = None, name: 
         "headline": _headline(found, models),
         "trainings": [_training(node) for node in found.stages.values() if node.stage in TITLES and node.artifact],
         "mix": _mix(found),
+        "sources": _sources(found),
         "models": models,
         "texts": list(dict.fromkeys(label for model in models for label in model.scores.get("bits_per_byte", {}))),
         "tasks": _tasks(models),
@@ -84,7 +86,7 @@ def _models(found: Lineage, store: Store, champion: Lineage | None) -> list[Meas
         sides.append(("base model", lineage(base.artifact.uri, store)))
     sides.append((found.root.title, found))
     if champion is not None and champion.root.fingerprint != found.root.fingerprint:
-        sides.append(("champion before", champion))
+        sides.append(("champion", champion))
     return [Measured(who, own) for who, side in sides if (own := _own_scores(side)) is not None]
 
 
@@ -135,6 +137,7 @@ def _training(node: Node) -> dict[str, Any]:
         "title": TITLES[node.stage],
         "summary": node.artifact.summary,
         "samples": samples_over_time(lines_of(node.artifact, "samples.jsonl")),
+        "events": [line for line in lines if "event" in line],
         "charts": [
             ("Loss, nats a token", [], curves("loss", curve("loss"), marks=marks)),
             ("Held-out text, bits per byte", list(held_out), curves("bits per byte", held_out, marks=marks)),
@@ -172,6 +175,34 @@ def _mix(found: Lineage) -> list[tuple[str, Any]]:
         labels = {label: f"{count:,.0f} conversations" for label, count in counts.items()}
         mixes.append(("Conversations", bars("conversations", counts, labels)))
     return mixes
+
+
+def _sources(found: Lineage) -> list[tuple[str, list[str], list[list[str]]]]:
+    """What became of each source, as tables: what was read of it, kept for training and validation, and dropped."""
+    tables = []
+    sample, shards, chat = (
+        node.artifact.summary if (node := found.stages.get(stage)) is not None and node.artifact is not None else None
+        for stage in ("sample", "shards", "chat_shards")
+    )
+    if sample is not None and shards is not None:
+        rows = []
+        for label, source in sample["sources"].items():
+            train, validation = (shards[label].get(split, {}).get("tokens", 0) for split in ("train", "validation"))
+            counts = [source["read"], source["documents"], train, source["validation_documents"], validation]
+            lost = losses(source["dropped"], source["contaminated"])
+            rows.append([label, *(f"{count:,}" for count in counts), lost])
+        tables.append(("documents", ["read", "training", "tokens", "validation", "tokens", "dropped"], rows))
+    if chat is not None:
+        rows = [
+            [
+                label,
+                *(f"{source[key]:,}" for key in ("read", "train", "validation", "shortened")),
+                losses(source["dropped"], source["contaminated"]),
+            ]
+            for label, source in chat["sources"].items()
+        ]
+        tables.append(("conversations", ["read", "training", "validation", "shortened", "dropped"], rows))
+    return tables
 
 
 def interval(correct: float, items: int) -> tuple[float, float]:

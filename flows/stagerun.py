@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from flows.catalog import MODELS
 from flows.figures import BATCH, EVENT_LENGTH, VALUE_LENGTH, numbers, readable
 from flows.load import Load
 from vectorclm.artifact import Artifact
+from vectorclm.errors import StoreError
 from vectorclm.stages import EVALUATED, TRAININGS
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class StageRun:
         self.tracker, self.name, self.metrics = tracker, name, metrics  # without a file it was made before
         self.artifact: Artifact | None = None
         self._key, self._run_id = tracker.new_key(), ""
+        self._found = self._checkpoint()  # now, as MLflow may come back when there is another
         self._begun = False  # here, and nowhere else
         self._sent: set[tuple[str, int]] = set()
         self._seen: dict[tuple[str, int], int] = {}  # when, so that what is sent again is the same
@@ -45,13 +48,13 @@ class StageRun:
 
     def open(self, attempt: int) -> None:
         """Create the run, with its settings and what it is made from."""
-        tracker, plan = self.tracker, self.tracker.plans[self.name]
+        tracker = self.tracker
         if not self._run_id:  # else MLflow went away half-way through this
             tags = {"state": "building", "attempt": str(max(attempt, 1 + tracker.attempts(self.name)))}
-            if self.name in TRAININGS and (saved := tracker.store.list(f"checkpoints/{plan.fingerprint}")):
-                tags["resumed_step"] = str(int(saved[-1].rpartition("-")[2]))
+            if self._found:
+                tags["resumed_step"] = str(int(self._found.rpartition("-")[2]))
             self._run_id = tracker.create_run(self._key, self.name, tags)
-        tracker.log_params(self._run_id, plan.config)
+        tracker.log_params(self._run_id, tracker.plans[self.name].config)
         tracker.catalog.log_inputs(self.name)
         if self.metrics is not None:
             self._load = Load(self._run_id, tracker.uri)
@@ -127,7 +130,8 @@ class StageRun:
                 self._complete(self.artifact)
             else:
                 self.relay()
-                tags = {**tags, **self._kept()}
+                if kept := self._checkpoint():
+                    tags = {**tags, "last_checkpoint": self.tracker.store.uri_of(f"{self._checkpoints}/{kept}")}
             tags = {"state": "built" if self.artifact is not None else "failed", **tags}
             self.tracker.client.log_batch(
                 self._run_id, tags=[RunTag(key, value[:VALUE_LENGTH]) for key, value in tags.items()]
@@ -137,11 +141,17 @@ class StageRun:
         if self.artifact is not None:
             self.tracker.end_attempts(self.name, self._run_id)
 
-    def _kept(self) -> dict[str, str]:
-        """The checkpoint that a training which failed has left."""
-        store, place = self.tracker.store, f"checkpoints/{self.tracker.plans[self.name].fingerprint}"
-        saved = store.list(place) if self.name in TRAININGS else []
-        return {"last_checkpoint": store.uri_of(f"{place}/{saved[-1]}")} if saved else {}
+    def _checkpoint(self) -> str:
+        """The name of the newest checkpoint of a training; empty without one."""
+        if self.name not in TRAININGS or self.metrics is None:
+            return ""
+        with suppress(StoreError):  # which the training will tell of
+            return next(reversed(self.tracker.store.list(self._checkpoints)), "")
+        return ""
+
+    @property
+    def _checkpoints(self) -> str:
+        return f"checkpoints/{self.tracker.plans[self.name].fingerprint}"
 
     def _complete(self, artifact: Artifact) -> None:
         tracker, name = self.tracker, self.name

@@ -5,10 +5,12 @@ server, one whose server was stopped after it had begun. Each of them sleeps whi
 
 - the step's time beside that without logging, which has whatever logging does to the machine in it, and the machine's
   own unrest, too: with other work on it, that is more than the bound;
-- the processor time of the logging process, as if it came whole out of the step;
+- the processor time of the logging process, as if it came whole out of the step: it works every few seconds, however
+  long a step is;
 - the time for which the loop itself is held up, writing its metrics.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,6 +26,7 @@ from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -40,7 +43,7 @@ from vectorclm.runtime import Runtime
 from vectorclm.stages import plans
 from vectorclm.train import Metrics, train_step
 
-STEPS = 12  # in a turn; the first, in which who slept has to catch up, does not count
+STEPS = 10  # in a turn; the first, in which who slept has to catch up, does not count
 WINDOWS = 4  # a small batch, whose steps are the hardest to keep pace with
 BOUND = 1.0  # percent
 START_SECONDS = 120
@@ -57,34 +60,31 @@ class _Side:
     held: list[float] = field(default_factory=list)  # percent of a step for which the loop wrote metrics
     used: list[float] = field(default_factory=list)  # percent of a step, processor time of `logging`
 
-    def turn(self, train: Callable[[Path], list[tuple[float, float]]]) -> None:
+    def turn(self, train: Callable[[Path], "_Turn"]) -> None:
         """Train a few steps, with this side's logging alone awake."""
-        before = self._wake()
-        began = time.monotonic()
-        steps = train(self.folder)
-        took = time.monotonic() - began
-        used = self._sleep() - before
-        seconds = [seconds for seconds, _ in steps[1:]]
-        self.steps.append(median(seconds))
-        self.held.append(100 * sum(held for _, held in steps[1:]) / sum(seconds))
-        self.used.append(100 * used / took)
+        before = _processor_seconds(self.logging)
+        if self.logging is not None:
+            self.logging.resume()
+        turn = train(self.folder)
+        if self.logging is not None:
+            self.logging.suspend()
+        self.steps.append(median(turn.seconds[1:]))
+        self.held.append(100 * sum(turn.held[1:]) / sum(turn.seconds[1:]))
+        self.used.append(100 * (_processor_seconds(self.logging) - before) / sum(turn.seconds))
 
-    def _wake(self) -> float:
-        if self.logging is None:
-            return 0.0
-        self.logging.resume()
-        return self._processor_seconds(self.logging)
 
-    def _sleep(self) -> float:
-        if self.logging is None:
-            return 0.0
-        self.logging.suspend()
-        return self._processor_seconds(self.logging)
+class _Turn(NamedTuple):
+    """What the training says of a turn."""
 
-    @staticmethod
-    def _processor_seconds(process: psutil.Process) -> float:
-        times = process.cpu_times()
-        return float(times.user + times.system)
+    seconds: list[float]  # of each step
+    held: list[float]  # of each, those that went into its metrics
+
+
+def _processor_seconds(process: psutil.Process | None) -> float:
+    if process is None:
+        return 0.0
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def tracking(rounds: int, data: Path | None) -> Iterator[Row]:
@@ -158,6 +158,7 @@ def _logging(experiment: ExperimentConfig, folder: Path, address: str) -> Iterat
 def _log(experiment: ExperimentConfig, folder: Path, address: str, opened: Event) -> None:
     """As a curriculum does it, until this process is killed."""
     os.environ["MLFLOW_TRACKING_URI"] = address
+    logging.getLogger("flows").setLevel(logging.ERROR)  # that its server is away is no news
     from flows.tracking import Tracker
 
     tracker = Tracker(Store(str(folder)), experiment, plans(experiment))
@@ -179,11 +180,11 @@ class _Training:
         self.batch = Batch(*[torch.randint(5, experiment.model.vocab_size, (WINDOWS, length))] * 2)
         self.steps = 0
 
-    def turn(self, folder: Path, count: int) -> list[tuple[float, float]]:
-        """Seconds of each step of a turn, and those of them that went into its metrics, written to `folder`."""
+    def turn(self, folder: Path, count: int) -> _Turn:
+        """So many steps, their metrics written to `folder`."""
         metrics = Metrics(folder / "metrics.jsonl", lambda step: f"random tokens, step {step}")
         metrics.restart(metrics.text() if metrics.path.is_file() else "")
-        steps = []
+        turn = _Turn([], [])
         for _ in range(count):
             self.steps += 1
             began = time.monotonic()
@@ -191,9 +192,9 @@ class _Training:
             trained = time.monotonic()
             metrics.add(self.steps, self.steps * self.batch.input_ids.numel(), loss, norm, 0.01)
             metrics.flush()
-            ended = time.monotonic()
-            steps.append((ended - began, ended - trained))
-        return steps
+            turn.seconds.append(time.monotonic() - began)
+            turn.held.append(time.monotonic() - trained)
+        return turn
 
 
 _training: _Training | None = None  # in the training's process
@@ -204,6 +205,6 @@ def _begin(experiment: ExperimentConfig) -> None:
     _training = _Training(experiment)
 
 
-def _turn(folder: Path, count: int) -> list[tuple[float, float]]:
+def _turn(folder: Path, count: int) -> _Turn:
     assert _training is not None
     return _training.turn(folder, count)

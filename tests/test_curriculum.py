@@ -25,6 +25,7 @@ from flows.launch import Launcher, StageCancelledError, StageFailedError, StageI
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, DataError, StoreError
 from vectorclm.instructions import PARTS
+from vectorclm.lineage import TITLES
 from vectorclm.pinning import pin
 from vectorclm.plan import in_words
 from vectorclm.stages import STAGES, TRAININGS, plans
@@ -153,8 +154,10 @@ def test_mlflow_has_a_run_for_the_curriculum_and_one_a_stage(first: SimpleNamesp
     for name in STAGES:
         tags = built[name].data.tags
         assert tags["fingerprint"] and tags["prefect.flow_run_id"] and tags["git"] and tags["experiment"] == "mini"
+        assert (tags["attempt"], tags["host"]) == ("1", socket.gethostname()) and tags["dirty"] in ("true", "false")
+        assert tags["device"] == "cpu"
     assert built["sample"].data.tags["mlflow.parentRunId"] == oldest.info.run_id
-    assert oldest.data.metrics["base/tasks.world.acc"] == first.result["scores"]["multiple_choice"]
+    assert oldest.data.metrics["base/acc.world"] == first.result["scores"]["multiple_choice"]
     page = first.store / "reports" / f"{first.result['stages']['export']['fingerprint']}.html"
     assert "<svg" in page.read_text() and "mini: chat model" in page.read_text()
     assert "report.html" in [item.path for item in first.client.list_artifacts(oldest.info.run_id)]
@@ -215,13 +218,14 @@ def test_mlflow_links_data_and_models(first: SimpleNamespace) -> None:
     assert "mini chat_shards" in inputs["finetune"]
     (shards,) = (item.dataset for item in runs["pretrain"].inputs.dataset_inputs)
     assert first.result["stages"]["shards"]["fingerprint"].startswith(shards.digest)
-    assert "tokens" in shards.profile
+    assert "tokens" in shards.profile and "input_ids" in shards.schema
+    assert len(json.loads(shards.source)["sha256"]) == 64
     for stage, name in (("pretrain", "vectorclm-base"), ("finetune", "vectorclm-chat")):
         made = first.result["stages"][stage]
         query = f"name = '{name}' and tags.fingerprint = '{made['fingerprint']}'"
         (version,) = first.client.search_model_versions(query)
         assert version.tags["uri"] == made["uri"]
-        assert all(f"[{part}](#/experiments/" in version.description for part in ("sample", "tokenizer", stage))
+        assert all(f"[{part}](#/experiments/" in version.description for part in ("sample", "tokenizer", TITLES[stage]))
         assert first.client.get_model_version_by_alias(name, "candidate").name == name
     (model,) = first.client.search_logged_models(
         [runs["pretrain"].info.experiment_id],

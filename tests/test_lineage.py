@@ -26,9 +26,9 @@ from flows.server import answers
 from flows.tracking import Tracker
 from tests.conftest import read_lines
 from tests.test_curriculum import mini
-from tests.test_platform import browser, picture, says, until
+from tests.test_platform import PICTURES, browser, picture, says, until
 from vectorclm.artifact import Store
-from vectorclm.config import ExperimentConfig, override
+from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError
 from vectorclm.lineage import changes, lineage, verify
 from vectorclm.measure import Change, Figure
@@ -37,6 +37,15 @@ from vectorclm.runtime import Runtime
 from vectorclm.stages import STAGES, plans, run_stage
 
 __all__ = ["browser"]  # a fixture
+
+
+LEARNING = ["pretrain.phases=[{tokens = 180000}, {tokens = 80000}]", "pretrain.validation_interval=10"]
+LEARNING += [
+    "finetune.epochs=0.3",
+    "finetune.validation_interval=5",
+    "evaluate.tasks.0.limit=80",
+    "evaluate.chat_prompts=8",
+]
 
 
 class Server:
@@ -94,7 +103,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def pinned(*changes: str) -> ExperimentConfig:
-    return pin(override(mini(), changes), Path("mini.toml"), None, resolve=False)[0]
+    """The experiment of these tests; for pictures, one that learns more than theirs."""
+    experiment = override(load_experiment("tiny")[0], LEARNING) if PICTURES else mini()
+    return pin(override(experiment, changes), Path("mini.toml"), None, resolve=False)[0]
 
 
 def curriculum(experiment: ExperimentConfig, store: Store) -> dict[str, str]:
@@ -118,7 +129,7 @@ def world(server: Server, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     """Two curricula that differ in how long the model was tuned."""
     store = Store(str(tmp_path_factory.mktemp("lineage") / "store"))
     first = curriculum(pinned(), store)
-    second = curriculum(pinned("finetune.epochs=0.5"), store)
+    second = curriculum(pinned(f"finetune.epochs={pinned().finetune.epochs / 2}"), store)
     return SimpleNamespace(store=store, first=first, second=second)
 
 
@@ -221,18 +232,25 @@ def test_the_report_is_one_page_that_fits_and_escapes(
     assert main(["report", chat, "--store", store.uri, "--against", before, "--out", str(out)]) == 0
     page = out.read_text()
     assert not re.search(r"(src|href)=|url\((?!#)|@import|<script", page)
-    for part in ("champion before", "base model", "Pretraining", "device hours", "stories"):
+    for part in ("champion", "base model", "Pretraining", "No step went wrong", "device hours", "stories"):
         assert part in page
+    drawn = lineage(chat, store).stages["sample"].artifact.summary["sources"]["stories"]
+    for split in ("documents", "validation_documents"):
+        assert f'<td class="number">{drawn[split]:,}</td>' in page
+    assert re.search(r"<th>dropped</th>.*?<td>[^<]*(duplicate|none)", page, re.DOTALL)
     for width in (1280, 400):
-        size = {"width": width, "height": 1500, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        window(browser, width, 1500)
         browser.get(out.as_uri())
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
         assert "taken" not in browser.title
         curves = browser.find_elements("css selector", "polyline.curve")
         assert len(curves) >= 10 and all(curve.size["width"] > 100 for curve in curves)
-        picture(browser, f"report-{width}")
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        picture(browser, "report" if width > 400 else "report-narrow")
+
+
+def window(browser: WebDriver, width: int, height: int) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
 def test_mlflow_shows_the_chain_with_links_that_work(
@@ -240,15 +258,24 @@ def test_mlflow_shows_the_chain_with_links_that_work(
 ) -> None:
     client = Registry(world.store).client
     (place,) = client.search_experiments(filter_string=f"name = '{pinned().name}'")
+    window(browser, 1400, 665)
     browser.get(f"{server.uri}/#/experiments/{place.experiment_id}/runs?workflowType=machine_learning")
-    until(lambda: says(browser, "curriculum"), "the table of runs", 60)  # those of its stages are folded
+    until(lambda: says(browser, f"{pinned().name} "), "the table of runs", 60)
+    for close in browser.find_elements(By.CSS_SELECTOR, "button[aria-label='Close']"):
+        browser.execute_script("arguments[0].click()", close)  # the assistant beside it
+    folded = ".ag-row [col-id*='Run Name'] button"
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, folded), "a curriculum to unfold", 60)[0].click()
+    until(lambda: says(browser, "evaluate_base"), "the runs of its stages", 60)
     picture(browser, "runs")
+    window(browser, 1400, 545)
     browser.get(f"{server.uri}/#/models/vectorclm-chat/versions/1")
-    until(lambda: says(browser, "chat_shards"), "the chain in the version's description", 60)
+    until(lambda: says(browser, "chat shards"), "the chain in the version's description", 60)
     picture(browser, "version")
-    link = browser.find_element(By.LINK_TEXT, "pretrain").get_attribute("href")
+    link = browser.find_element(By.LINK_TEXT, "base model").get_attribute("href")
     browser.get(link)
     until(lambda: says(browser, "train/loss"), "the run that the chain links to", 60)
+    assert says(browser, "what it holds")  # its own chain
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_champion_yields_only_to_what_is_better_beyond_noise(
@@ -320,9 +347,9 @@ def test_a_server_that_is_away_slow_or_full_for_half_of_a_run_misses_nothing(
         until(lambda: len(run._sent) == 10, "the rest is told, too", 60)
         run.finished(base)
     client = Registry(world.store).client
-    runs = {found.info.run_name: found for found in client.search_runs([tracker.experiment_id])}
-    assert {name: found.info.run_id for name, found in runs.items()} == tracker.run_ids  # none was made twice
-    assert {found.info.status for found in runs.values()} == {"FINISHED"}
+    runs = client.search_runs([tracker.experiment_id])
+    assert sorted(found.info.run_id for found in runs) == sorted(tracker.run_ids.values())  # none was made twice
+    assert {found.info.status for found in runs} == {"FINISHED"}
     assert client.get_run(tracker.run_ids["sample"]).inputs.dataset_inputs
     told = client.get_metric_history(tracker.run_ids["pretrain"], "train/loss")
     assert sorted(metric.step for metric in told)[:10] == list(range(1, 11))

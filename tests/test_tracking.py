@@ -2,12 +2,14 @@
 
 import json
 import logging
+import shutil
 import socket
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from flows.figures import flatten, numbers, readable
@@ -18,6 +20,7 @@ from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.lease import mark
 from vectorclm.pinning import pin
 from vectorclm.stages import plans
+from vectorclm.train import Metrics
 
 DEAD = 2**22 + 1  # above the largest process id of Linux
 
@@ -80,6 +83,40 @@ def test_each_step_is_sent_once_however_the_file_is_cut_back(
         (3, 2.25),
     ]
     assert [m.step for m in found.get_metric_history(run_id, "validation/bits_per_byte.a")] == [2]
+
+
+def test_the_curve_of_a_training_resumed_three_times_reads_as_one(
+    store: Store, experiment: ExperimentConfig, tmp_path: Path
+) -> None:
+    """Each attempt is a run that begins with the steps up to its checkpoint, and has every step once."""
+    file, saved, runs = tmp_path / "metrics.jsonl", "", []
+    for before, checkpoint, end in ((0, 4, 6), (4, 8, 9), (8, 0, 11), (8, 0, 14)):
+        with (
+            suppress(KeyboardInterrupt),
+            tracker(store, experiment, "resumed") as told,
+            told.stage("pretrain", 1, tmp_path),
+        ):
+            kept = Path(store.root, "checkpoints", told.plans["pretrain"].fingerprint)
+            until(lambda told=told: "pretrain" in told.run_ids, "its run is open", 60)
+            metrics = Metrics(file, lambda step: "")
+            metrics.restart(saved)
+            for number in range(before + 1, end + 1):
+                metrics.add(number, 10 * number, torch.tensor(5 - number / 10), torch.tensor(1.0), 0.1)
+                metrics.flush()
+                if number == checkpoint:
+                    saved = metrics.text()
+                    (kept / f"step-{number:08d}").mkdir(parents=True)
+            if end < 14:
+                raise KeyboardInterrupt
+        run_id = told.run_ids["pretrain"]
+        points = sorted((m.step, round(m.value, 3)) for m in client(store).get_metric_history(run_id, "train/loss"))
+        assert points == [(number, round(5 - number / 10, 3)) for number in range(1, end + 1)]
+        runs.append(client(store).get_run(run_id))
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED", "KILLED", "FINISHED"]
+    assert [(run.data.tags["attempt"], run.data.tags.get("resumed_step")) for run in runs] == [
+        ("1", None), ("2", "4"), ("3", "8"), ("4", "8")
+    ]  # fmt: skip
+    shutil.rmtree(Path(store.root, "checkpoints"))
 
 
 def test_a_failed_stage_and_its_curriculum_are_marked_failed(

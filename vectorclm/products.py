@@ -15,11 +15,8 @@ from torch import Tensor
 def onednn_is_faster() -> bool:
     """Whether this CPU has AVX-512 and torch uses it (ATEN_CPU_CAPABILITY=avx2 forbids it)."""
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return (
-        has_onednn
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    )
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return has_onednn and has_avx512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def takes_onednn(x: Tensor) -> bool:
