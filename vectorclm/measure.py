@@ -209,9 +209,10 @@ def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterato
         for folder in sorted(path for path in sample.local().iterdir() if path.is_dir()):
             yield from (text.encode() for text in read_texts(folder, "train"))
     if (conversations := read.get("chat_shards")) is not None:
-        for windows in read_windows(conversations.local() / "chat", "train"):
-            for ids in windows.input_ids:
-                yield tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
+        for folder in sorted(path for path in conversations.local().iterdir() if path.is_dir()):
+            for windows in read_windows(folder, "train"):
+                for ids in windows.input_ids:
+                    yield tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
 
 
 def tasks_within(suite: Suite, limits: Limits) -> list[TaskSource]:
