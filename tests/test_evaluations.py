@@ -154,6 +154,9 @@ def test_two_models_are_compared_on_the_same_items(
         "acc.world",
         "acc_norm.world",
         "bits_per_byte.stories",
+        "followed",
+        "followed_content",
+        "followed_form",
         "bits_per_byte.lessons",
         "bits_per_byte",
     }
@@ -202,7 +205,7 @@ def test_what_training_repeats_is_counted_beside_the_score(
     monkeypatch.setattr("vectorclm.measure.training_text", lambda *_: iter([question.context.encode()]))
     again = evaluate.scores(made.uris["pretrain"], "--items", "400")
     task, rows = again["scores"]["tasks"]["world"], pq.read_table(Path(again["uri"]) / "items.parquet").to_pylist()
-    assert task["contaminated"] == sum(row["contaminated"] for row in rows) > 0
+    assert task["contaminated"] == sum(bool(row["contaminated"]) for row in rows) > 0
     clean = [row["correct"] for row in rows if not row["contaminated"]]
     assert task["acc_clean"] == pytest.approx(sum(clean) / len(clean))
 

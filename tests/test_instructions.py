@@ -128,7 +128,7 @@ def test_content_and_form_are_counted_apart(tmp_path: Path) -> None:
     }
     assert scores["followed"]["stderr"] == pytest.approx((2 / 9 / 2) ** 0.5)
     assert scores["checks"] == {"word": {"held": 2, "of": 3}, "most_words": {"held": 2, "of": 2}}
-    found.add_question("quiz", 0, b"q", (True, False), [-1.0, -2.0])
+    found.add_question("quiz", 0, b"q", (True, False), [-1.0, -2.0], texts=["q"])
     found.write(tmp_path)
     read = read_scored(tmp_path)
     assert list(read) == ["followed_content", "followed_form", "followed", "acc.quiz", "acc_norm.quiz"]
@@ -175,7 +175,7 @@ def test_a_base_model_reads_as_many_examples_as_fit_and_stops_before_another_one
     class Fluent(CausalLM):
         """Says what it is told to, whatever it reads."""
 
-        def next_logits(self, input_ids: torch.Tensor, cache: object) -> torch.Tensor:
+        def next_logits(self, *_: object) -> torch.Tensor:
             logits = torch.zeros(1, CONFIG.vocab_size)
             logits[0, said.pop(0)] = 1.0
             return logits

@@ -161,6 +161,7 @@ def test_a_model_is_measured_once_shown_recorded_and_its_fall_is_told(
     (first,) = rows(platform)
     assert first["model"] == "vectorclm-chat 1"
     names = {"acc.world", "bits_per_byte.stories", "bits_per_byte.lessons", "in_template"}
+    names |= {"followed", "followed_content", "followed_form"}
     assert set(first) == {"model", "measured", *names}
     again = start(platform, model=CANDIDATE)
     assert platform.ended(again) == "Reused"
