@@ -18,7 +18,7 @@ run: install
 	$(BIN)/vectorclm run $(EXPERIMENT)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

@@ -32,16 +32,6 @@ torch.set_num_threads(1)
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 
 
-# By how long they take: each file is run by one process, and the last one to begin should not be a long one.
-LONG = ("tiny", "platform", "database", "schedules", "lineage", "curriculum", "distributed", "evaluations", "store")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long files; their tests stay in their order."""
-    order = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
-
-
 class S3(NamedTuple):
     """A real S3 server with an empty bucket."""
 
