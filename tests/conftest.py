@@ -1,6 +1,7 @@
 """Shared by all tests: one thread each, so that tests beside each other do not fight for cores."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
+PROCESSES = multiprocessing.get_context("forkserver")  # forked from one without the threads of other tests
+PROCESSES.set_forkserver_preload(["tests.test_store", "tests.test_blocks"])
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 
 

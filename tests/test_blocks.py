@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -18,7 +17,7 @@ import s3fs
 import torch
 from torch.utils.data import DataLoader
 
-from tests.conftest import KILLS, S3, publish_shards
+from tests.conftest import KILLS, PROCESSES, S3, publish_shards
 from tests.faulty_proxy import Proxy, faulty_proxy
 from vectorclm import plan as plan_module
 from vectorclm.artifact import Artifact, Store
@@ -179,7 +178,9 @@ def test_ranks_and_loader_workers_only_slice_the_same_batches(local: Artifact, r
         with open_shards(artifact, "train") as readers:
             for rank in range(world_size):
                 stream = StreamingLanguageModelDataset(readers, plan, 25, rank=rank, world_size=world_size)
-                for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=workers)):
+                apart = PROCESSES if workers else None
+                loader = DataLoader(stream, batch_size=None, num_workers=workers, multiprocessing_context=apart)
+                for step, batch in enumerate(loader):
                     whole[step, 0, rank::world_size], whole[step, 1, rank::world_size] = batch.input_ids, batch.labels
         return [hashlib.sha256(batch.numpy().tobytes()).hexdigest() for batch in whole]
 
@@ -336,7 +337,7 @@ def test_readers_killed_at_random_go_on_with_the_same_batches(
     log, chance = tmp_path / "log", random.Random(5)
     log.touch()
     for kill_at in [*sorted(chance.choices(range(1, len(expected) - 20), k=KILLS)), None]:
-        reader = multiprocessing.get_context("fork").Process(target=_read_on, args=(remote, log))
+        reader = PROCESSES.Process(target=_read_on, args=(remote, log))
         reader.start()
         while reader.is_alive() and (kill_at is None or len(log.read_text().splitlines()) < kill_at):
             time.sleep(0.002)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.conftest import publish_shards
+from tests.conftest import PROCESSES, publish_shards
 from vectorclm.blocks import ShardReader, open_shards
 from vectorclm.dataset import StreamingLanguageModelDataset
 from vectorclm.documents import document_labels, position_ids
@@ -41,6 +41,7 @@ def hashes(readers: dict[str, ShardReader], world_size: int, workers: int) -> li
             StreamingLanguageModelDataset(readers, PLAN, 25, rank=rank, world_size=world_size),
             batch_size=None,
             num_workers=workers,
+            multiprocessing_context=PROCESSES if workers else None,
         )
         for rank in range(world_size)
     ]

@@ -1,7 +1,6 @@
 """A store on a real S3 server: a wrong setting is told, what goes wrong is recovered, and nothing is half there."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -15,7 +14,7 @@ import pytest
 import s3fs
 import torch
 
-from tests.conftest import KILLS, S3
+from tests.conftest import KILLS, PROCESSES, S3
 from tests.upload_proxy import Fault, Proxy
 from vectorclm import s3 as client
 from vectorclm.__main__ import main
@@ -28,8 +27,6 @@ from vectorclm.storage import RACERS, sha256_of
 PLAN = Plan("sample", 1, {"a": 1}, {})
 DAY = timedelta(days=1)
 PUBLISHERS = 16
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.test_store"])
 
 
 def produce(out: Path) -> dict[str, Any]:

@@ -173,6 +173,10 @@ class Mapped:
         self.maps: dict[str, mmap.mmap] = {}
         self.seen: dict[str, NDArray[np.bool_]] = {}
 
+    def __reduce__(self) -> tuple[type["Mapped"], tuple[()]]:
+        """Another process maps the files itself."""
+        return (Mapped, ())
+
     def begin(self, shard: Shard, block: int) -> Callable[[], Windows]:
         """Nothing is read before it is asked for."""
         return partial(self._read, shard, block)
@@ -237,6 +241,10 @@ class Fetched:
         self.fetched = 0  # bytes
         self.lock = threading.Lock()
         self.opened: _Opened | None = None
+
+    def __reduce__(self) -> tuple[type["Fetched"], tuple[Any, ...]]:
+        """Another process opens a client of its own."""
+        return (Fetched, (self.store, self.patience, self.cache))
 
     def begin(self, shard: Shard, block: int) -> Callable[[], Windows]:
         """Have it fetched behind the caller's back; the errors come when it is asked for."""
@@ -358,6 +366,10 @@ class ShardReader:
         self.skews = np.array([shard.skew for shard in shards])
         self.block_firsts = np.cumsum([0, *(shard.blocks for shard in shards)])
         self.held: deque[tuple[int, dict[int, Callable[[], Windows]]]] = deque()
+
+    def __reduce__(self) -> tuple[type["ShardReader"], tuple[Sequence[Shard], Blocks]]:
+        """Another process holds nothing yet."""
+        return (ShardReader, (self.shards, self.source))
 
     def __len__(self) -> int:
         return int(self.firsts[-1])

@@ -183,8 +183,13 @@ def train(
     steps, start = dataset.steps, dataset.start_step
     interval = work.runtime.checkpoint_interval or max(25, min(1000, steps // 20))
     window_tokens = dataset.window_tokens
+    workers = work.runtime.loader_workers
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=work.runtime.loader_workers, pin_memory=device.type == "cuda"
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="forkserver" if workers else None,  # a fork would copy the locks of other threads
     )
     micro_batch = work.runtime.micro_batch_size or max(1, (65_536 if device.type == "cuda" else 4_096) // window_tokens)
     loss_of = loss_function(model, device)
