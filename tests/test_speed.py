@@ -21,7 +21,7 @@ from vectorclm.bench import Row, show
 from vectorclm.config import load_experiment
 from vectorclm.generate import generate, generate_batch
 from vectorclm.inferencebench import evaluating, generating
-from vectorclm.layers import RMSNorm, Rotated, SwiGLU
+from vectorclm.layers import GatedProjection, RMSNorm, Rotated
 from vectorclm.model import CausalLM, rotary_table
 from vectorclm.train_tokenizer import PAD_ID
 from vectorclm.trainbench import Size, optimizing, training
@@ -44,7 +44,7 @@ def test_the_norm_and_its_gradients_are_torchs() -> None:
 
 def test_gradients_of_fused_operations_are_those_of_finite_differences() -> None:
     cos, sin = (table[:5, None].double() for table in rotary_table(CONFIG))
-    assert torch.autograd.gradcheck(SwiGLU.apply, doubles(2, 3, 8))
+    assert torch.autograd.gradcheck(GatedProjection.apply, (doubles(2, 3, 8), doubles(5, 4)))
     assert torch.autograd.gradcheck(lambda x: Rotated.apply(x, cos, sin, (6, 2, 2)), doubles(2, 5, 10, 16))
 
 

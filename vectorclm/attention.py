@@ -32,6 +32,6 @@ def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, dropout: fl
                 dropout_p=dropout,
                 is_causal=unseen is None,
                 enable_gqa=True,
-            )
+            ).transpose(1, 2)
         )
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=1).transpose(1, 2)  # token by token, as the projection reads it

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vectorclm.products import project
+from vectorclm.products import outer_product, product, project
 
 
 def by_hand() -> bool:
@@ -162,21 +162,27 @@ def swiglu(gate_up_BTF: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-class SwiGLU(torch.autograd.Function):
-    """`swiglu`, with the gradients formed straight in their places in the one gradient of the product."""
+class GatedProjection(torch.autograd.Function):
+    """`swiglu(gate_up) @ weight.T`, which keeps no product of the gate: that is formed again for the gradients.
+
+    Those of gate and up are formed straight in their places in one tensor.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate_up_BTF: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_BTF)
-        return swiglu(gate_up_BTF)
+    def forward(ctx: Any, gate_up_BTF: Tensor, weight_DF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_BTF, weight_DF)
+        return product(swiglu(gate_up_BTF), weight_DF)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
-        (gate_up_BTF,) = ctx.saved_tensors
-        (grad,) = grads
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        gate_up_BTF, weight_DF = ctx.saved_tensors
+        (grad_BTD,) = grads
         gate, up = gate_up_BTF.chunk(2, dim=-1)
+        active = F.silu(gate)
+        grad_weight_DF = outer_product(grad_BTD.flatten(0, -2), (active * up).flatten(0, -2))
+        grad = product(grad_BTD, weight_DF.T)
         grad_gate_up_BTF = torch.empty_like(gate_up_BTF)
         grad_gate, grad_up = grad_gate_up_BTF.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_gate_up_BTF
+        torch.mul(active, grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+        return grad_gate_up_BTF, grad_weight_DF

@@ -22,11 +22,11 @@ from vectorclm.attention import causal_attention
 from vectorclm.documents import Documents, document_attention
 from vectorclm.errors import DataError
 from vectorclm.layers import (
+    GatedProjection,
     Linear,
     RMSNorm,
     Rotated,
     StackedLinear,
-    SwiGLU,
     autocast_dtype,
     by_hand,
     rotated,
@@ -167,8 +167,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gated = SwiGLU.apply if by_hand() else swiglu
-        out: Tensor = self.down_proj(gated(self.gate_up_proj(x_BTD)))
+        gate_up_BTF = self.gate_up_proj(x_BTD)
+        if not by_hand():
+            return self.down_proj(swiglu(gate_up_BTF))  # type: ignore[no-any-return]
+        weight_DF = self.down_proj.weight.to(gate_up_BTF.dtype)
+        out: Tensor = GatedProjection.apply(gate_up_BTF, weight_DF)  # type: ignore[no-untyped-call]
         return out
 
 
