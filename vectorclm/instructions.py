@@ -420,7 +420,8 @@ def judge(asked: Sequence[Instruction], answers: Sequence[str], found: ItemScore
         for number, (instruction, said) in enumerate(zip(asked, answers, strict=True)):
             if checks := [check for check in instruction.checks if check.is_content in counted]:
                 right.append(all(holds(check, said) for check in checks))
-                found.add_answer(name, number, canonical_json(instruction).encode(), right[-1])
+                content = canonical_json(instruction).encode()
+                found.add_question(name, number, content, (right[-1], None), None, texts=[], part=None)
         if right:
             share = sum(right) / len(right)
             stderr = math.sqrt(share * (1 - share) / max(1, len(right) - 1))

@@ -21,7 +21,7 @@ ITEMS_SCHEMA = pa.schema(
         ("item", pa.string()),  # by its content, whatever the model
         ("correct", pa.bool_()),
         ("correct_norm", pa.bool_()),  # null where the task has no such score
-        ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice; null where there are none
+        ("log_likelihoods", pa.list_(pa.float64())),  # nats, one for each choice; none of words, null of an instruction
         ("answer", pa.string()),  # what the model wrote, where it was to write
         ("contaminated", pa.bool_()),  # whether training repeats it; null where that was not looked for
     ]
@@ -56,22 +56,22 @@ class ItemScores:
         number: int,
         content: bytes,
         right: tuple[bool, bool | None],
-        log_likelihoods: Sequence[float],
+        log_likelihoods: Sequence[float] | None,
         *,
         texts: Iterable[str],
-        part: str = "",
+        part: str | None = "",
         answer: str | None = None,
     ) -> None:
-        """A question of a task; `right` is by the log-likelihoods or the answer, and by them over choices' lengths."""
+        """A question of a task; `right` is by the log-likelihoods or the answer, and by them over choices' lengths.
+
+        `log_likelihoods` is empty of a benchmark that is answered in words, and None of instructions, whose score is no
+        accuracy.
+        """
         self.contents.append(list(texts))
         row = {"task": task, "part": part, "number": number, "item": item_id(content), "answer": answer}
-        scored = {"correct": right[0], "correct_norm": right[1], "log_likelihoods": list(log_likelihoods)}
+        likelihoods = None if log_likelihoods is None else list(log_likelihoods)
+        scored = {"correct": right[0], "correct_norm": right[1], "log_likelihoods": likelihoods}
         self.items.append({**row, **scored})
-
-    def add_answer(self, task: str, number: int, content: bytes, right: bool) -> None:
-        """An answer in words to an item of a task, and whether it is as asked."""
-        self.contents.append([])
-        self.items.append({"task": task, "number": number, "item": item_id(content), "correct": right})
 
     def add_text(self, source: str, content: bytes, nats: float, size: int) -> None:
         """A document or window of a source, and how many bytes of text it stands for."""
@@ -126,7 +126,7 @@ class Scored(NamedTuple):
 def read_scored(folder: Path) -> dict[str, Scored]:
     """The scores in an evaluation's files: `acc.<task>`, `acc_norm.<task>`, `bits_per_byte.<source>`.
 
-    A task that is answered in words has one score, which has its name.
+    Instructions, which have no list of log-likelihoods, have one score, which has its task's name.
     """
     found = {}
     for task, rows in _groups(folder / ITEMS, "task").items():
