@@ -48,11 +48,11 @@ class TaskSource(Source):
         return tuple(self.texts) if self.task is not None else CHOICE_COLUMNS
 
 
-class EvaluateConfig(Settings):
-    """What is measured."""
+class Questions(Settings):
+    """What a model is asked."""
 
-    tasks: list[TaskSource] = Field(default=[])
-    prompts: list[str] = Field(min_length=1, description="Questions the chat model answers in the summary")
+    tasks: list[TaskSource] = Field([], description="Benchmarks")
+    prompts: list[str] = Field([], description="Questions whose answers are shown")
     chat_prompts: int = Field(
         100, ge=1, description="Held-out conversations whose answers are checked for the template"
     )
@@ -66,8 +66,18 @@ class EvaluateConfig(Settings):
     )
 
     @model_validator(mode="after")
-    def _is_safe(self) -> Self:
+    def _labels_differ(self) -> Self:
         check_labels(self.tasks)
+        return self
+
+
+class EvaluateConfig(Questions):
+    """What is measured."""
+
+    prompts: list[str] = Field(min_length=1, description="Questions the chat model answers in the summary")
+
+    @model_validator(mode="after")
+    def _is_safe(self) -> Self:
         if unsafe := [task.label for task in self.tasks if task.runs_code]:
             raise ValueError(
                 f"{', '.join(unsafe)} run programs that the model writes: only `vectorclm evaluate MODEL --suite NAME "

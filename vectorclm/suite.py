@@ -6,32 +6,26 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from vectorclm.config import EXPERIMENTS, ExperimentConfig, read_config
-from vectorclm.corpus import WORLD, check_labels
+from vectorclm.corpus import WORLD
 from vectorclm.errors import ConfigError
-from vectorclm.evaluate import TaskSource
-from vectorclm.settings import Settings, validate
+from vectorclm.evaluate import Questions
+from vectorclm.settings import validate
 from vectorclm.world import WorldConfig
 
 SUITES = EXPERIMENTS / "suites"
 
 
-class Suite(Settings):
+class Suite(Questions):
     """Benchmarks, and what else a model is asked."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     seed: int = Field(1, ge=0, lt=2**32, description="By which items are drawn")
-    tasks: list[TaskSource] = Field(description="Benchmarks")
-    prompts: list[str] = Field([], description="Questions whose answers are shown")
-    chat_prompts: int = Field(100, ge=1, description="Held-out conversations whose answers are checked")
-    max_new_tokens: int = Field(128, ge=1, description="Longest answer to a prompt, in tokens")
-    instructions: int = Field(0, ge=0, le=200, description="Prompts whose following a program checks; 0 = none")
     experiment: ExperimentConfig | None = Field(
         None, description="Whose evaluation it is: its held-out text and conversations are scored, too"
     )
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
-        check_labels(self.tasks)
         if not self.tasks and self.experiment is None:
             raise ValueError("a suite needs [[tasks]]")
         if self.world is None and (lost := [task.label for task in self.tasks if task.path == WORLD]):
