@@ -27,9 +27,10 @@ from flows.registry import SHOWN, Registry, RegistryError, Result, Subject
 from flows.server import local_folder
 from flows.stages import RETRY_DELAY, may_help
 from flows.watch import watched
+from vectorclm.addresses import Model, find_model
 from vectorclm.artifact import Artifact, Plan, Store
 from vectorclm.errors import StoreError
-from vectorclm.measure import STAGE, Change, Limits, Model, changes, figures, find_model, left_out, measure_plan
+from vectorclm.measure import STAGE, Change, Limits, changes, figures, left_out, measure_plan
 from vectorclm.pinning import pin_suite
 from vectorclm.runtime import Runtime
 from vectorclm.suite import load_suite

@@ -10,8 +10,8 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
 from flows.registry import Registry
+from vectorclm.addresses import ADDRESS
 from vectorclm.lineage import Lineage
-from vectorclm.measure import ADDRESS
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from flows.catalog import ALIAS, CHAMPION
 from flows.figures import VALUE_LENGTH, run_page
 from flows.server import local_folder
 from flows.tracking import tracking_uri, without_password
+from vectorclm.addresses import ADDRESS
 from vectorclm.artifact import Artifact, Store
 from vectorclm.errors import ConfigError, VectorCLMError
-from vectorclm.measure import ADDRESS, Figure, figures
+from vectorclm.measure import Figure, figures
 from vectorclm.settings import digest
 
 EVALUATIONS = "evaluations"  # MLflow's experiment

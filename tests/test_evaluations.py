@@ -15,6 +15,7 @@ import torch
 
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
+from vectorclm.addresses import find_model
 from vectorclm.artifact import Store
 from vectorclm.compare import OWN_SUITE, common_results, compare
 from vectorclm.config import override
@@ -22,16 +23,15 @@ from vectorclm.corpus import read_texts
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
 from vectorclm.evaluate import read_items, text_scores
 from vectorclm.items import ratio
+from vectorclm.lineage import trained_on
 from vectorclm.measure import (
     Change,
     Figure,
     Limits,
     changes,
     figures,
-    find_model,
     left_out,
     measure_plan,
-    trained_on,
     training_text,
 )
 from vectorclm.model import CausalLM

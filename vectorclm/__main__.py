@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vectorclm import progress
+from vectorclm.addresses import find_model
 from vectorclm.artifact import Store, default_store
 from vectorclm.chat import Conversation, open_chat_model, talk
 from vectorclm.compare import add_compare_command, run_compare_command
@@ -23,7 +24,7 @@ from vectorclm.generate import Sampling
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
 from vectorclm.housekeeping import add_store_command, run_store_command
 from vectorclm.llama_cpp import LlamaCpp
-from vectorclm.measure import Limits, figures, find_model, left_out, measure, measure_plan
+from vectorclm.measure import Limits, figures, left_out, measure, measure_plan
 from vectorclm.model import CausalLM
 from vectorclm.pinning import pin, pin_suite
 from vectorclm.runtime import Runtime

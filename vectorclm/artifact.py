@@ -156,6 +156,12 @@ class Store(Storage):
                     raise
         return None
 
+    def finished(self, stage: str) -> Iterator["Artifact"]:
+        """All finished artifacts of a stage, by fingerprint."""
+        for fingerprint in self.list(stage):
+            if (found := self.find(stage, fingerprint)) is not None:
+                yield found
+
     def publish(
         self,
         plan: Plan,

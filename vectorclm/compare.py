@@ -3,16 +3,17 @@
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from vectorclm.addresses import content_of, find_model
 from vectorclm.artifact import Artifact, Store, default_store
 from vectorclm.errors import DataError
 from vectorclm.instructions import PARTS
 from vectorclm.items import DRAWS, ITEMS, SEED, TEXTS, Scored, interval, ratio, read_scored, resampled
-from vectorclm.measure import STAGE, Change, Figure, content_of, find_model
+from vectorclm.measure import STAGE, Change, Figure
 from vectorclm.stages import EVALUATED
 
 OWN_SUITE = "its own evaluation"
@@ -25,21 +26,15 @@ def results_of(address: str, store: Store) -> list[Artifact]:
     Raises DataError where that is nothing, with the command that measures.
     """
     content = find_model(address).content
-    found = [item for item in _all(store, STAGE) if item.manifest["inputs"].get("model") == content]
+    found = [item for item in store.finished(STAGE) if item.manifest["inputs"].get("model") == content]
     for stage, source in EVALUATED.items():
-        same = {model.fingerprint for model in _all(store, source) if content_of(model) == content}
-        found += [item for item in _all(store, stage) if item.manifest["inputs"].get(source) in same]
+        same = {model.fingerprint for model in store.finished(source) if content_of(model) == content}
+        found += [item for item in store.finished(stage) if item.manifest["inputs"].get(source) in same]
     kept = [item for item in found if has_items(item)]
     if not kept:
         why = "was measured before its items were kept" if found else "is not measured yet"
         raise DataError(f"{address} {why} in {store.uri}: run `{_command(address, 'NAME', store)}`")
     return kept
-
-
-def _all(store: Store, stage: str) -> Iterator[Artifact]:
-    for fingerprint in sorted(store.list(stage)):
-        if (found := store.find(stage, fingerprint)) is not None:
-            yield found
 
 
 def _command(address: str, suite: str, store: Store) -> str:

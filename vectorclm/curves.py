@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vectorclm.addresses import find_model
 from vectorclm.artifact import Artifact, Store
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import DataError
 from vectorclm.export import write_model_files
-from vectorclm.measure import Limits, figures, find_model, measure
+from vectorclm.measure import Limits, figures, measure
 from vectorclm.model import write_config
 from vectorclm.runtime import Runtime
 from vectorclm.stages import READS, plans

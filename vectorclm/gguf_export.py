@@ -11,8 +11,8 @@ from gguf import GGMLQuantizationType as Encoding
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vectorclm.addresses import Model
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.measure import Model
 from vectorclm.model import CausalLM, ModelConfig
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, load_tokenizer
 

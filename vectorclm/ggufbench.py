@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from vectorclm.addresses import find_model
 from vectorclm.artifact import Store
 from vectorclm.bench import Row, bounded, compared
 from vectorclm.config import changed, load_experiment
@@ -20,7 +21,6 @@ from vectorclm.evaluate import text_scores
 from vectorclm.generate import generate
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
 from vectorclm.llama_cpp import LlamaCpp
-from vectorclm.measure import find_model
 from vectorclm.model import CausalLM
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vectorclm.addresses import ADDRESS, Model, content_of, find_model
 from vectorclm.artifact import MANIFEST, Artifact, Plan, Store, mend
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError
-from vectorclm.measure import ADDRESS, content_of, find_model
 from vectorclm.stages import EVALUATED, STAGES
 
 TITLES = {"finetune": "chat model", "pretrain": "base model", "chat_shards": "chat shards"}
@@ -86,15 +86,40 @@ def lineage(address: str, store: Store) -> Lineage:
     artifact, inside, folder = _find(address, store)
     export = artifact if artifact.stage == "export" else None
     if export is not None:
-        stage = EXPORTED.get(inside.partition("/")[0] or "chat", "finetune")
-        fingerprint = str(export.manifest.get("inputs", {}).get(stage))
+        stage, fingerprint = _exported(export, inside)
         model = export.store.find(stage, fingerprint)
         if model is None:
             raise DataError(f"{export.store.uri} has no {stage}/{fingerprint} any more, of which {export.uri} is made")
         artifact = model
-    nodes: dict[str, Node] = {}
-    root = _node(artifact.store, artifact.stage, artifact.fingerprint, nodes)
+    nodes = _chain(artifact)
+    root = nodes[artifact.fingerprint]
     return Lineage(root, tuple(_scores(root)), export, folder, nodes)
+
+
+def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
+    """What of a model's training text the store has: `sample`, and of a chat model `chat_shards`."""
+    training = _training(model, store)
+    nodes = _chain(training).values() if training is not None else ()
+    return {node.stage: node.artifact for node in nodes if node.stage in READ_BY and node.artifact is not None}
+
+
+def _exported(export: Artifact, inside: str) -> tuple[str, str]:
+    """Stage and fingerprint of the training whose model lies at a place inside an export."""
+    stage = EXPORTED.get(inside.partition("/")[0] or "chat", "finetune")
+    return stage, str(export.manifest.get("inputs", {}).get(stage))
+
+
+def _training(model: Model, store: Store) -> Artifact | None:
+    """The training in a store that made a model: the one its address names, else any of the same content."""
+    match = ADDRESS.fullmatch(model.address)
+    if match is not None and Store(match["root"]).uri == store.uri:
+        named = store.find(match["stage"], match["fingerprint"])
+        if named is not None and named.stage == "export":
+            named = store.find(*_exported(named, match["inside"] or ""))
+        if named is not None and named.stage in MODELS and content_of(named) == model.content:
+            return named
+    trainings = (artifact for stage in MODELS for artifact in store.finished(stage))
+    return next((artifact for artifact in trainings if content_of(artifact) == model.content), None)
 
 
 def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
@@ -114,13 +139,19 @@ def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
         if artifact is None:
             raise DataError(f"{match['root']} has no finished {match['stage']}/{match['fingerprint']}")
         return artifact, match["inside"] or "", None
-    content = find_model(address).content
-    for stage in MODELS:
-        for fingerprint in store.list(stage):
-            artifact = store.find(stage, fingerprint)
-            if artifact is not None and content_of(artifact) == content:
-                return artifact, "", Path(place)
-    raise DataError(f"no model of {store.uri} has the content of {address}: name the store it comes from with --store")
+    artifact = _training(find_model(address), store)
+    if artifact is None:
+        raise DataError(
+            f"no model of {store.uri} has the content of {address}: name the store it comes from with --store"
+        )
+    return artifact, "", Path(place)
+
+
+def _chain(artifact: Artifact) -> dict[str, Node]:
+    """An artifact and all that it was made from, by fingerprint, inputs first."""
+    nodes: dict[str, Node] = {}
+    _node(artifact.store, artifact.stage, artifact.fingerprint, nodes)
+    return nodes
 
 
 def _node(store: Store, stage: str, fingerprint: str, known: dict[str, Node]) -> Node:
@@ -158,10 +189,7 @@ def _scores(root: Node) -> Iterator[Artifact]:
         return
     store, content = root.artifact.store, content_of(root.artifact)
     for stage in (*EVALUATED, "measure"):
-        for fingerprint in store.list(stage):
-            found = store.find(stage, fingerprint)
-            if found is None:
-                continue
+        for found in store.finished(stage):
             inputs = found.manifest.get("inputs", {})
             of_it = inputs.get("model") == content if stage == "measure" else inputs.get(root.stage) == root.fingerprint
             if of_it and (stage == "measure" or EVALUATED[stage] == root.stage):

@@ -4,14 +4,9 @@ A suite is a file of benchmarks, or the evaluation of an experiment. The result 
 content, so a model that was measured is found again, however it is called and wherever it lies.
 """
 
-import glob
-import hashlib
-import json
 import math
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +14,18 @@ import torch
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from vectorclm.artifact import Artifact, Plan, Store, build, mend
+from vectorclm.addresses import Model
+from vectorclm.artifact import Artifact, Plan, Store, build
 from vectorclm.benchmarks import check_tasks, score_tasks
 from vectorclm.corpus import identity, read_texts
 from vectorclm.decontamination import contaminated
-from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
+from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource, open_model, text_scores, write_scores
 from vectorclm.finetune import read_prompts
 from vectorclm.generate import answer_text, continuation, template_scores
 from vectorclm.instructions import PARTS, instruction_scores, instructions
 from vectorclm.items import Interval, ItemScores
+from vectorclm.lineage import trained_on
 from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
@@ -36,13 +33,9 @@ from vectorclm.settings import Settings, digest
 from vectorclm.shards import read_windows
 from vectorclm.stages import plans
 from vectorclm.suite import Suite
-from vectorclm.train_tokenizer import IM_END
 
 STAGE = "measure"
 VERSION = 4  # raised where new code makes other scores of equal settings
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what scores depend on
-# An artifact of a store, or a folder in it.
-ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
 NOISE = 2.0  # standard errors of a difference; what is more is no accident, 19 times in 20
 
 
@@ -57,94 +50,6 @@ class Limits(Settings):
     max_new_tokens: int = Field(0, ge=0, le=4096, description="Longest answer, in tokens, to 4,096; 0 = the suite's")
     template: bool = Field(False, description="Ask a chat model the benchmarks in its chat template")
     run_code: bool = Field(False, description="Run the programs that the model writes (HumanEval), in a sandbox")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that was found, before anything is loaded."""
-
-    address: str
-    content: str  # SHA-256 over the files that scores depend on
-    chat: bool  # whether it ends its texts with an end of turn
-    artifact: Artifact | None = None  # where it lies in a remote store
-    inside: str = ""  # its folder in that artifact
-
-    def local(self) -> Path:
-        """A local directory with its files. Raises CorruptArtifactError where a remote file is not as promised."""
-        if self.artifact is None:
-            return Path(self.address)
-        return self.artifact.local(f"{glob.escape(self.inside)}*") / self.inside
-
-    def verify(self, store: Store) -> None:
-        """Read its files where another store than `store`, which keeps the results, says what they contain.
-
-        A manifest may claim the content of a better model, and so its scores: then raises CorruptArtifactError.
-        """
-        if self.artifact is not None and self.artifact.store.uri != store.uri:
-            self.local()
-
-
-def find_model(address: str) -> Model:
-    """The model in a local folder, or at `<store>/<stage>/<fingerprint>` of any store; nothing is loaded.
-
-    Raises DataError where no model is there, StoreError where the store cannot be read, and ConfigError for an address
-    of another kind.
-    """
-    if address.startswith("models:/"):
-        raise ConfigError(f"{address} is known to MLflow only: give it to the `vectorclm` command or to the platform")
-    if "://" in address:
-        return _find_in_store(address.rstrip("/"))
-    folder = Path(address).absolute()
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}: a model is a local folder, or <store>/<stage>/<fingerprint>")
-    names = {path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/config.json"))}
-    _check_files(str(folder), names)
-    prints = {}
-    for name in MODEL_FILES:
-        with (folder / name).open("rb") as file:
-            prints[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return Model(str(folder), digest(prints), _is_chat((folder / "tokenizer_config.json").read_bytes(), address))
-
-
-def _find_in_store(address: str) -> Model:
-    match = ADDRESS.fullmatch(address)
-    if match is None:
-        raise ConfigError(f"{address}: a model in a store is <store>/<stage>/<fingerprint>, all 64 digits of it")
-    key, inside = f"{match['stage']}/{match['fingerprint']}", f"{match['inside']}/" if match["inside"] else ""
-    try:
-        store = Store(match["root"])
-        artifact = store.find(match["stage"], match["fingerprint"])
-        tokenizer = store.read(f"{key}/{inside}tokenizer_config.json")
-    except VectorCLMError:
-        raise
-    except Exception as error:  # each file system has errors of its own
-        raise StoreError(f"{match['root']} cannot be read: {str(error) or type(error).__name__}") from error
-    if artifact is None:
-        raise DataError(f"{match['root']} has no finished {key}")
-    files = artifact.manifest["files"]
-    _check_files(address, {name.removeprefix(inside) for name in files if name.startswith(inside)})
-    prints = {name: files[inside + name]["sha256"] for name in MODEL_FILES}
-    if tokenizer is None or hashlib.sha256(tokenizer).hexdigest() != prints["tokenizer_config.json"]:
-        raise CorruptArtifactError(
-            f"{address}/tokenizer_config.json is not what the manifest promises: {mend(artifact)}"
-        )
-    return Model(address, digest(prints), _is_chat(tokenizer, address), artifact, inside)
-
-
-def _check_files(where: str, names: set[str]) -> None:
-    if lost := [name for name in MODEL_FILES if name not in names]:
-        inner = sorted(name.partition("/")[0] for name in names if name.endswith("/config.json"))
-        hint = f"; the models in it are {', '.join(f'{where}/{name}' for name in inner)}" if inner else ""
-        raise DataError(f"{where} is no model directory, it lacks {', '.join(lost)}{hint}")
-
-
-def _is_chat(tokenizer_config: bytes, where: str) -> bool:
-    """Whether the model's texts end where a turn ends."""
-    try:
-        eos = json.loads(tokenizer_config)["eos_token"]
-        return bool((eos["content"] if isinstance(eos, dict) else eos) == IM_END)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: tokenizer_config.json names no eos_token: {error!r}") from error
 
 
 def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Plan:
@@ -169,38 +74,6 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Pl
     read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
     inputs = {"model": model.content, **finished, **({"training": digest(read)} if read else {})}
     return Plan(STAGE, VERSION, config, inputs)
-
-
-def content_of(artifact: Artifact, inside: str = "") -> str | None:
-    """The content of a model by its manifest, as a `Model` has it."""
-    files = artifact.manifest["files"]
-    if any(inside + name not in files for name in MODEL_FILES):
-        return None
-    return digest({name: files[inside + name]["sha256"] for name in MODEL_FILES})
-
-
-def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
-    """What of a model's training text the store has: `sample`, and of a chat model `chat_shards`."""
-    for stage in ("finetune", "pretrain"):
-        for fingerprint in sorted(store.list(stage)):
-            found = store.find(stage, fingerprint)
-            if found is not None and content_of(found) == model.content:
-                return _training_text(found, store)
-    return {}
-
-
-def _training_text(trained: Artifact, store: Store) -> dict[str, Artifact]:
-    """Looked for from a training backwards."""
-    found: dict[str, Artifact] = {}
-    waiting = [trained]
-    while waiting:
-        for stage, fingerprint in waiting.pop().manifest["inputs"].items():
-            artifact = store.find(stage, fingerprint)
-            if artifact is not None and stage in ("sample", "chat_shards"):
-                found[stage] = artifact
-            elif artifact is not None:
-                waiting.append(artifact)
-    return found
 
 
 def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterator[bytes]:
