@@ -11,23 +11,9 @@ from tests.conftest import ANSWERS, write_random_model
 from tests.test_model import CONFIG
 from vectorclm.errors import ConfigError
 from vectorclm.evaluate import EvaluateConfig
-from vectorclm.instructions import (
-    CONTENT,
-    FORMS,
-    MOST,
-    PARTS,
-    SHOTS,
-    STOP,
-    Check,
-    Instruction,
-    base_answer,
-    chat_answer,
-    few_shot,
-    holds,
-    instruction_scores,
-    instructions,
-    judge,
-)
+from vectorclm.instruction_checks import CONTENT, Check, Instruction, holds
+from vectorclm.instruction_prompts import FORMS, MOST, SHOTS, instructions
+from vectorclm.instructions import PARTS, STOP, base_answer, chat_answer, few_shot, instruction_scores, judge
 from vectorclm.items import ItemScores, read_scored
 from vectorclm.model import CausalLM
 from vectorclm.settings import validate

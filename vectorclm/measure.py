@@ -23,7 +23,8 @@ from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource, open_model, text_scores, write_scores
 from vectorclm.finetune import read_prompts
 from vectorclm.generate import answer_text, continuation, template_scores
-from vectorclm.instructions import PARTS, instruction_scores, instructions
+from vectorclm.instruction_prompts import instructions
+from vectorclm.instructions import PARTS, instruction_scores
 from vectorclm.items import Interval, ItemScores
 from vectorclm.lineage import trained_on
 from vectorclm.model import CausalLM

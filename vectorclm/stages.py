@@ -23,7 +23,8 @@ from vectorclm.export import export, write_model_files
 from vectorclm.finetune import finetune, read_prompts, write_chat_shards
 from vectorclm.finetune import told as conversations_told
 from vectorclm.generate import answer_text, continuation, template_scores
-from vectorclm.instructions import instruction_scores, instructions
+from vectorclm.instruction_prompts import instructions
+from vectorclm.instructions import instruction_scores
 from vectorclm.items import ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.runtime import Runtime, memory_explained
