@@ -21,13 +21,14 @@ from tests.conftest import KILLS, PROCESSES, S3, publish_shards
 from tests.faulty_proxy import Proxy, faulty_proxy
 from vectorclm import plan as plan_module
 from vectorclm.artifact import Artifact, Store
-from vectorclm.blocks import Patience, ShardReader, open_shards
+from vectorclm.block_sources import Patience
 from vectorclm.config import changed, load_experiment
 from vectorclm.dataset import AHEAD, StreamingLanguageModelDataset
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
 from vectorclm.pinning import pin
 from vectorclm.plan import GROUP_BLOCKS, CurriculumPlan, Stretch
 from vectorclm.runtime import Runtime
+from vectorclm.shard_reader import ShardReader, open_shards
 from vectorclm.stages import STAGES, run_stage
 
 LENGTH, BATCH = 64, 50

@@ -11,13 +11,13 @@ from tokenizers import Tokenizer
 
 from tests.conftest import publish_shards, write_sample_text
 from tests.test_model import CONFIG
-from vectorclm.blocks import open_shards
 from vectorclm.dataset import Batch, to_batch
 from vectorclm.documents import Documents, document_attention, document_labels, position_ids
 from vectorclm.evaluate import token_losses, windows_scores
 from vectorclm.finetune import ChatConfig, ChatSource, Turn, render, write_chat_shards
 from vectorclm.loss import IGNORE_INDEX as NO
 from vectorclm.model import CausalLM
+from vectorclm.shard_reader import open_shards
 from vectorclm.shards import ShardsConfig, Windows, read_windows, write_shards
 from vectorclm.train import train_step
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenizerConfig, load_tokenizer, train_tokenizer

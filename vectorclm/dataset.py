@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vectorclm.blocks import ShardReader
 from vectorclm.documents import document_labels, position_ids, unlearnt
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.plan import CurriculumPlan
+from vectorclm.shard_reader import ShardReader
 from vectorclm.shards import Windows
 
 AHEAD = 2  # groups of each source on their way beside the one in use, so that requests never wait for each other

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vectorclm.blocks import ShardReader
 from vectorclm.corpus import Source, check_labels
 from vectorclm.dataset import to_batch
 from vectorclm.documents import Documents
@@ -24,6 +23,7 @@ from vectorclm.model import CausalLM
 from vectorclm.products import product
 from vectorclm.progress import Progress
 from vectorclm.settings import Settings
+from vectorclm.shard_reader import ShardReader
 from vectorclm.train_tokenizer import BOS_ID, PAD_ID, encode, load_tokenizer
 
 CHOICE_COLUMNS = ("context", "choices", "answer")  # of a benchmark that the harness does not define

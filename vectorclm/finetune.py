@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from vectorclm.artifact import Artifact
-from vectorclm.blocks import ShardReader, open_shards
 from vectorclm.corpus import Source, check_labels
 from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import ConfigError, DataError
@@ -28,6 +27,7 @@ from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch
 from vectorclm.progress import Progress
 from vectorclm.sampling import losses
 from vectorclm.settings import Settings, canonical_json
+from vectorclm.shard_reader import ShardReader, open_shards
 from vectorclm.shards import SPLITS, ShardWriter, token_dtype
 from vectorclm.train import TrainConfig, Work, own_share, train
 from vectorclm.train_tokenizer import BOS_ID, IM_END_ID, IM_START_ID, PAD_ID, encode

@@ -17,9 +17,11 @@ import torch
 
 from vectorclm.artifact import Artifact, Plan, Store, build
 from vectorclm.bench import Row, bounded, compared, could_not_run
-from vectorclm.blocks import Fetched, Patience, ShardDescriber, ShardReader, open_client, open_shards
+from vectorclm.block_sources import Fetched, Patience, open_client
+from vectorclm.blocks import ShardDescriber
 from vectorclm.dataset import StreamingLanguageModelDataset
 from vectorclm.plan import CurriculumPlan, Stretch
+from vectorclm.shard_reader import ShardReader, open_shards
 from vectorclm.shards import ShardWriter
 
 BATCH, LENGTH = 12, 1024  # what a batch is in nanoGPT

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
 from vectorclm.benchmarks import score_tasks
-from vectorclm.blocks import ShardDescriber, open_shards
+from vectorclm.blocks import ShardDescriber
 from vectorclm.checkpoint import Checkpoints
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import draw, identity, open_source
@@ -32,6 +32,7 @@ from vectorclm.sampling import told as documents_told
 from vectorclm.sampling import write_sample
 from vectorclm.sending import Sending
 from vectorclm.settings import digest, validate
+from vectorclm.shard_reader import open_shards
 from vectorclm.shards import write_shards
 from vectorclm.slices import SentSlices, Slices
 from vectorclm.train import TrainConfig, Work, pretrain

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vectorclm.artifact import Artifact
-from vectorclm.blocks import ShardReader, open_shards
 from vectorclm.checkpoint import Checkpoints, restore, snapshot
 from vectorclm.dataset import Batch, StreamingLanguageModelDataset
 from vectorclm.distributed import ALONE, Group
@@ -30,6 +29,7 @@ from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch, WhenExhausted, in
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
 from vectorclm.settings import Settings
+from vectorclm.shard_reader import ShardReader, open_shards
 
 logger = logging.getLogger(__name__)
 
