@@ -36,12 +36,13 @@ from vectorclm.bench import Row, bounded, compared
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.dataset import Batch
 from vectorclm.errors import VectorCLMError
+from vectorclm.metrics import Metrics
 from vectorclm.model import CausalLM
 from vectorclm.muon import build_optimizers
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
 from vectorclm.stages import plans
-from vectorclm.train import Metrics, train_step
+from vectorclm.train import train_step
 
 STEPS = 10  # in a turn; the first, in which who slept has to catch up, does not count
 WINDOWS = 4  # a small batch, whose steps are the hardest to keep pace with

@@ -29,8 +29,9 @@ from vectorclm.plan import (
     permute,
     windows_per_block,
 )
+from vectorclm.pretrain import Phase, PretrainConfig, pretrain
 from vectorclm.runtime import Runtime
-from vectorclm.train import Phase, PretrainConfig, Work, pretrain
+from vectorclm.train import Work
 
 SIZES = {"a": 3000, "b": 900}
 

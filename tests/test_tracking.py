@@ -18,9 +18,9 @@ from tests.test_platform import until
 from vectorclm.artifact import Store
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.lease import mark
+from vectorclm.metrics import Metrics
 from vectorclm.pinning import pin
 from vectorclm.stages import plans
-from vectorclm.train import Metrics
 
 DEAD = 2**22 + 1  # above the largest process id of Linux
 

@@ -14,9 +14,9 @@ from vectorclm.errors import ConfigError
 from vectorclm.evaluate import EvaluateConfig
 from vectorclm.finetune import ChatConfig, FinetuneConfig
 from vectorclm.model import ModelConfig
+from vectorclm.pretrain import PretrainConfig
 from vectorclm.settings import Settings, validate
 from vectorclm.shards import ShardsConfig
-from vectorclm.train import PretrainConfig
 from vectorclm.train_tokenizer import TokenizerConfig
 from vectorclm.world import WorldConfig
 

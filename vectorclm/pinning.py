@@ -28,9 +28,9 @@ from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource
 from vectorclm.finetune import ChatSource
 from vectorclm.mirror import revision_of
+from vectorclm.pretrain import Phase
 from vectorclm.settings import digest
 from vectorclm.suite import Suite
-from vectorclm.train import Phase
 from vectorclm.world import WorldConfig
 from vectorclm.world import rows as world_rows
 

@@ -27,6 +27,7 @@ from vectorclm.instruction_prompts import instructions
 from vectorclm.instructions import instruction_scores
 from vectorclm.items import ItemScores
 from vectorclm.model import CausalLM
+from vectorclm.pretrain import pretrain
 from vectorclm.runtime import Runtime, memory_explained
 from vectorclm.sampling import told as documents_told
 from vectorclm.sampling import write_sample
@@ -35,7 +36,7 @@ from vectorclm.settings import digest, validate
 from vectorclm.shard_reader import open_shards
 from vectorclm.shards import write_shards
 from vectorclm.slices import SentSlices, Slices
-from vectorclm.train import TrainConfig, Work, pretrain
+from vectorclm.train import TrainConfig, Work
 from vectorclm.train_tokenizer import load_tokenizer, token_lengths, train_tokenizer
 
 StageName = Literal[
