@@ -153,8 +153,8 @@ ANSWERS = {  # what the chat model was taught to say, whatever else it says
 @pytest.fixture(scope="session")
 def chat_folder(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny chat model that knows ANSWERS by heart and ends its turns."""
+    from vectorclm.conversations import Turn, render
     from vectorclm.export import write_model_files
-    from vectorclm.finetune import Turn, render
     from vectorclm.model import CausalLM, ModelConfig
     from vectorclm.train_tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 

@@ -31,9 +31,9 @@ from vectorclm.chat import (
     reply,
     talk,
 )
+from vectorclm.conversations import Turn, render_prompt
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.export import write_model_files
-from vectorclm.finetune import Turn, render_prompt
 from vectorclm.generate import Sampling, choose, generate, keep_min_p, keep_top_k, keep_top_p, penalized
 from vectorclm.runtime import Runtime
 from vectorclm.train_tokenizer import SPECIAL_TOKENS

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import write_random_model
 from tests.test_model import CONFIG
+from vectorclm.chat_shards import read_prompts
+from vectorclm.conversations import Turn
 from vectorclm.errors import DataError
 from vectorclm.evaluate import Item, TaskSource, pair_ids, read_items, task_scores, text_scores
-from vectorclm.finetune import Turn, read_prompts
 from vectorclm.generate import Sampling, answer, continuation, generate
 from vectorclm.model import CausalLM
 from vectorclm.train_tokenizer import BOS_ID, encode, load_tokenizer

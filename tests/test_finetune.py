@@ -15,22 +15,12 @@ from transformers import AutoTokenizer
 
 from tests.conftest import write_sample_text
 from tests.test_model import CONFIG
+from vectorclm.chat_shards import ChatConfig, ChatSource, told, write_chat_shards
+from vectorclm.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
 from vectorclm.corpus import open_source
 from vectorclm.dataset import Batch, to_batch
 from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import DataError
-from vectorclm.finetune import (
-    ChatConfig,
-    ChatSource,
-    Fitted,
-    Turn,
-    find_fault,
-    fit,
-    read_conversation,
-    render,
-    told,
-    write_chat_shards,
-)
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
 from vectorclm.shards import read_windows

@@ -31,8 +31,8 @@ from tests.conftest import ANSWERS, chromium
 from vectorclm import serve
 from vectorclm.chat import open_chat_model
 from vectorclm.completion import Completion, Refusal, read_completion
+from vectorclm.conversations import Turn, render_prompt
 from vectorclm.errors import ConfigError
-from vectorclm.finetune import Turn, render_prompt
 from vectorclm.generate import generate
 from vectorclm.runtime import Runtime
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import llama_cpp
 from vectorclm.addresses import find_model
 from vectorclm.config import load_experiment
+from vectorclm.conversations import Turn, render_prompt
 from vectorclm.evaluate import read_items, task_scores
-from vectorclm.finetune import Turn, render_prompt
 from vectorclm.generate import answer, answer_text, generate
 from vectorclm.gguf_export import export_gguf
 from vectorclm.ggufbench import greedy_differences

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from tests.conftest import write_sample_text
+from vectorclm.conversations import Turn, render, render_prompt
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.finetune import Turn, render, render_prompt
 from vectorclm.train_tokenizer import (
     BOS,
     BOS_ID,

@@ -8,9 +8,9 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from vectorclm.addresses import find_model
+from vectorclm.conversations import Turn, read_conversation, render_prompt
 from vectorclm.errors import DataError
 from vectorclm.evaluate import open_model
-from vectorclm.finetune import Turn, read_conversation, render_prompt
 from vectorclm.generate import GREEDY, Sampling, generate
 from vectorclm.model import CausalLM
 from vectorclm.runtime import Runtime

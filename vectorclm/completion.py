@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from vectorclm.chat import ChatModel, Piece, check_turns
+from vectorclm.conversations import Turn, read_conversation, render_prompt
 from vectorclm.errors import DataError
-from vectorclm.finetune import Turn, read_conversation, render_prompt
 from vectorclm.generate import Sampling
 from vectorclm.settings import Settings
 

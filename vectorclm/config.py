@@ -8,11 +8,12 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from vectorclm.chat_shards import ChatConfig
 from vectorclm.corpus import SampleConfig
 from vectorclm.decontamination import benchmark_sources
 from vectorclm.errors import ConfigError
 from vectorclm.evaluate import EvaluateConfig
-from vectorclm.finetune import ChatConfig, FinetuneConfig
+from vectorclm.finetune import FinetuneConfig
 from vectorclm.model import ModelConfig
 from vectorclm.pretrain import PretrainConfig
 from vectorclm.settings import Settings, validate

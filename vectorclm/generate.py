@@ -8,8 +8,8 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from vectorclm.conversations import Turn, render_prompt
 from vectorclm.decode import decoding
-from vectorclm.finetune import Turn, render_prompt
 from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
 from vectorclm.settings import Settings

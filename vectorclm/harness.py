@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from vectorclm.addresses import find_model
+from vectorclm.conversations import read_conversation, render_prompt
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import Likelihood, Pair, log_likelihoods, open_model, pair_ids, text_scores
-from vectorclm.finetune import read_conversation, render_prompt
 from vectorclm.generate import Sampling, generate, generate_batch
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime

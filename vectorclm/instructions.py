@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from vectorclm.finetune import Turn
+from vectorclm.conversations import Turn
 from vectorclm.generate import answer, generate
 from vectorclm.instruction_checks import Instruction, holds
 from vectorclm.instruction_prompts import SHOTS

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vectorclm.benchmarks import check_tasks
+from vectorclm.chat_shards import ChatSource
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import (
     WORLD,
@@ -26,7 +27,6 @@ from vectorclm.corpus import (
 )
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource
-from vectorclm.finetune import ChatSource
 from vectorclm.mirror import revision_of
 from vectorclm.pretrain import Phase
 from vectorclm.settings import digest

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
 from vectorclm.benchmarks import score_tasks
 from vectorclm.blocks import ShardDescriber
+from vectorclm.chat_shards import read_prompts, write_chat_shards
+from vectorclm.chat_shards import told as conversations_told
 from vectorclm.checkpoint import Checkpoints
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import draw, identity, open_source
@@ -20,8 +22,7 @@ from vectorclm.distributed import ALONE, Group
 from vectorclm.errors import ConfigError, DataError, ReproducibilityError
 from vectorclm.evaluate import open_model, windows_scores, write_scores
 from vectorclm.export import export, write_model_files
-from vectorclm.finetune import finetune, read_prompts, write_chat_shards
-from vectorclm.finetune import told as conversations_told
+from vectorclm.finetune import finetune
 from vectorclm.generate import answer_text, continuation, template_scores
 from vectorclm.instruction_prompts import instructions
 from vectorclm.instructions import instruction_scores

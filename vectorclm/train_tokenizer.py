@@ -24,7 +24,7 @@ BOS, EOS, IM_START, IM_END, PAD = SPECIAL_TOKENS = (
 )
 BOS_ID, EOS_ID, IM_START_ID, IM_END_ID, PAD_ID = range(len(SPECIAL_TOKENS))
 
-# ChatML after a BOS. Each turn is `<|im_start|>role\ncontent<|im_end|>\n`; finetune.py builds the same token by token.
+# ChatML after a BOS. Each turn is `<|im_start|>role\ncontent<|im_end|>\n`; conversations.py builds the same of tokens.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
