@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 
 from tests.conftest import publish_shards, write_sample_text
 from tests.test_model import CONFIG
+from vectorclm.bits_per_byte import token_losses, windows_scores
 from vectorclm.chat_shards import ChatConfig, ChatSource, write_chat_shards
 from vectorclm.conversations import Turn, render
 from vectorclm.dataset import Batch, to_batch
 from vectorclm.documents import Documents, document_attention, document_labels, position_ids
-from vectorclm.evaluate import token_losses, windows_scores
 from vectorclm.loss import IGNORE_INDEX as NO
 from vectorclm.model import CausalLM
 from vectorclm.shard_reader import open_shards

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import write_random_model
 from tests.test_model import CONFIG
+from vectorclm.bits_per_byte import text_scores
 from vectorclm.chat_shards import read_prompts
 from vectorclm.conversations import Turn
 from vectorclm.errors import DataError
-from vectorclm.evaluate import Item, TaskSource, pair_ids, read_items, task_scores, text_scores
+from vectorclm.evaluate import TaskSource
 from vectorclm.generate import Sampling, answer, continuation, generate
 from vectorclm.model import CausalLM
+from vectorclm.multiple_choice import Item, pair_ids, read_items, task_scores
 from vectorclm.train_tokenizer import BOS_ID, encode, load_tokenizer
 
 CPU = torch.device("cpu")

@@ -17,11 +17,11 @@ from tests.test_curriculum import mini
 from vectorclm.__main__ import main
 from vectorclm.addresses import find_model
 from vectorclm.artifact import Store
+from vectorclm.bits_per_byte import text_scores
 from vectorclm.compare import OWN_SUITE, common_results, compare
 from vectorclm.config import override
 from vectorclm.corpus import read_texts
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
-from vectorclm.evaluate import read_items, text_scores
 from vectorclm.items import ratio
 from vectorclm.lineage import trained_on
 from vectorclm.measure import (
@@ -35,6 +35,7 @@ from vectorclm.measure import (
     training_text,
 )
 from vectorclm.model import CausalLM
+from vectorclm.multiple_choice import read_items
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
 from vectorclm.stages import plans, run_stage

@@ -16,9 +16,9 @@ from flows.cli import main as vectorclm
 from tests.conftest import llama_cpp, write_random_model
 from vectorclm.__main__ import main
 from vectorclm.addresses import find_model
+from vectorclm.bits_per_byte import text_scores
 from vectorclm.conversations import Turn, render_prompt
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import text_scores
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
 from vectorclm.ggufbench import NEAR_TIE, differing, greedy_differences, hard_strings, spread
 from vectorclm.llama_cpp import LlamaCpp

@@ -15,11 +15,11 @@ from tests.conftest import llama_cpp
 from vectorclm.addresses import find_model
 from vectorclm.config import load_experiment
 from vectorclm.conversations import Turn, render_prompt
-from vectorclm.evaluate import read_items, task_scores
 from vectorclm.generate import answer, answer_text, generate
 from vectorclm.gguf_export import export_gguf
 from vectorclm.ggufbench import greedy_differences
 from vectorclm.model import CausalLM
+from vectorclm.multiple_choice import read_items, task_scores
 from vectorclm.train_tokenizer import BOS_ID, encode, load_tokenizer
 from vectorclm.world import held_out_prompts, rows, texts, word_frequency_baseline
 

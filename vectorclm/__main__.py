@@ -13,13 +13,13 @@ from typing import Any
 from vectorclm import progress
 from vectorclm.addresses import find_model
 from vectorclm.artifact import Store, default_store
+from vectorclm.bits_per_byte import text_scores
 from vectorclm.chat import Conversation, open_chat_model, talk
 from vectorclm.compare import add_compare_command, run_compare_command
 from vectorclm.config import load_experiment, read_config
 from vectorclm.curves import measure_checkpoints, write_curves
 from vectorclm.distributed import Group, joined
 from vectorclm.errors import ConfigError, DataError, VectorCLMError
-from vectorclm.evaluate import text_scores
 from vectorclm.generate import Sampling
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
 from vectorclm.housekeeping import add_store_command, run_store_command

@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 
 from vectorclm.corpus import is_remote, read_source
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import CHOICE_COLUMNS, TaskSource, read_items, task_scores
+from vectorclm.evaluate import CHOICE_COLUMNS, TaskSource
 from vectorclm.items import ItemScores
 from vectorclm.model import CausalLM
+from vectorclm.multiple_choice import read_items, task_scores
 from vectorclm.runtime import Runtime
 from vectorclm.world import WorldConfig
 

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from vectorclm.addresses import find_model
 from vectorclm.artifact import Store
 from vectorclm.bench import Row, bounded, compared
+from vectorclm.bits_per_byte import text_scores
 from vectorclm.config import changed, load_experiment
 from vectorclm.corpus import read_texts
 from vectorclm.encoder import SPACES, adversarial
-from vectorclm.evaluate import text_scores
 from vectorclm.generate import generate
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
 from vectorclm.llama_cpp import LlamaCpp

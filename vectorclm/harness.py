@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from vectorclm.addresses import find_model
+from vectorclm.bits_per_byte import text_scores
 from vectorclm.conversations import read_conversation, render_prompt
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import Likelihood, Pair, log_likelihoods, open_model, pair_ids, text_scores
+from vectorclm.evaluate import open_model
 from vectorclm.generate import Sampling, generate, generate_batch
+from vectorclm.multiple_choice import Likelihood, Pair, log_likelihoods, pair_ids
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
 from vectorclm.train_tokenizer import (

@@ -17,10 +17,11 @@ from vectorclm.bench import Row, compared, could_not_run, in_turns
 from vectorclm.benchmarks import read_task
 from vectorclm.config import load_experiment
 from vectorclm.databench import prepare
-from vectorclm.evaluate import Item, accuracies, drawn, read_items
+from vectorclm.evaluate import drawn
 from vectorclm.export import write_model_files
 from vectorclm.generate import generate, generate_batch
 from vectorclm.model import CausalLM, ModelConfig
+from vectorclm.multiple_choice import Item, accuracies, read_items
 from vectorclm.runtime import Runtime
 
 PROMPT, NEW = 64, 64  # tokens

@@ -17,11 +17,12 @@ from tokenizers import Tokenizer
 from vectorclm.addresses import Model
 from vectorclm.artifact import Artifact, Plan, Store, build
 from vectorclm.benchmarks import check_tasks, score_tasks
+from vectorclm.bits_per_byte import text_scores
 from vectorclm.chat_shards import read_prompts
 from vectorclm.corpus import identity, read_texts
 from vectorclm.decontamination import contaminated
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import TaskSource, open_model, text_scores, write_scores
+from vectorclm.evaluate import TaskSource, open_model, write_scores
 from vectorclm.generate import answer_text, continuation, template_scores
 from vectorclm.instruction_prompts import instructions
 from vectorclm.instructions import PARTS, instruction_scores

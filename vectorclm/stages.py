@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
 from vectorclm.benchmarks import score_tasks
+from vectorclm.bits_per_byte import windows_scores
 from vectorclm.blocks import ShardDescriber
 from vectorclm.chat_shards import read_prompts, write_chat_shards
 from vectorclm.chat_shards import told as conversations_told
@@ -20,7 +21,7 @@ from vectorclm.corpus import draw, identity, open_source
 from vectorclm.decontamination import benchmark_sources, read_benchmarks
 from vectorclm.distributed import ALONE, Group
 from vectorclm.errors import ConfigError, DataError, ReproducibilityError
-from vectorclm.evaluate import open_model, windows_scores, write_scores
+from vectorclm.evaluate import open_model, write_scores
 from vectorclm.export import export, write_model_files
 from vectorclm.finetune import finetune
 from vectorclm.generate import answer_text, continuation, template_scores

@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vectorclm.bits_per_byte import windows_scores
 from vectorclm.checkpoint import Checkpoints, restore, snapshot
 from vectorclm.dataset import Batch, StreamingLanguageModelDataset
 from vectorclm.distributed import ALONE, Group
 from vectorclm.documents import Documents, has_flash
 from vectorclm.errors import DataError
-from vectorclm.evaluate import windows_scores
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.metrics import Metrics
 from vectorclm.model import CausalLM
