@@ -158,9 +158,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("what", choices=list(BENCHES), help="; ".join(f"{k}: {v}" for k, v in BENCHES.items()))
     parser.add_argument("--model", metavar="MODEL", help="gguf: a folder or <store>/<stage>/<fingerprint>")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each side, in turn (%(default)s)")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="a local mirror with text for `small` (VECTORCLM_DATA)"
-    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a local mirror to read text and questions from")
     parser.add_argument(
         "--store",
         metavar="URI",
