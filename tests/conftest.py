@@ -26,7 +26,7 @@ from vectorclm.shards import ShardWriter
 if TYPE_CHECKING:
     from tests.kill_matrix import Reference
     from vectorclm.llama_cpp import LlamaCpp
-    from vectorclm.model import ModelConfig
+    from vectorclm.model import CausalLM, ModelConfig
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
@@ -117,21 +117,35 @@ def chromium(width: int, height: int, **capabilities: object) -> webdriver.Chrom
 def write_random_model(root: Path, texts: list[str], config: "ModelConfig", text_bytes: int, *, chat: bool) -> Path:
     """A model directory with weights larger than at the start of training, so that differences would show."""
     from vectorclm.export import write_model_files
-    from vectorclm.model import CausalLM
-    from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
 
-    write_sample_text(root / "sample" / "a", texts, "train")
-    (root / "tokenizer").mkdir()
-    learnt, length = TokenizerConfig(vocab_size=config.vocab_size, bytes=text_bytes), config.max_position_embeddings
-    train_tokenizer(learnt, root / "sample", length, root / "tokenizer")
+    length = config.max_position_embeddings
+    tokenizer = write_tokenizer(root, texts, config.vocab_size, text_bytes, length)
+    random_model(config).save_pretrained(root / "model")
+    write_model_files(tokenizer, length, chat=chat, out=root / "model")
+    return root / "model"
+
+
+def random_model(config: "ModelConfig") -> "CausalLM":
+    """A model whose weights are the same each time, and larger than at the start of training."""
+    from vectorclm.model import CausalLM
+
     torch.manual_seed(0)
     model = CausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(root / "model")
-    write_model_files(root / "tokenizer", length, chat=chat, out=root / "model")
-    return root / "model"
+    return model
+
+
+def write_tokenizer(root: Path, texts: list[str], vocab_size: int, text_bytes: int, length: int) -> Path:
+    """The folder of a tokenizer learnt from so many bytes of texts, for a model of context `length`."""
+    from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
+
+    write_sample_text(root / "sample" / "a", texts, "train")
+    (root / "tokenizer").mkdir()
+    learnt = TokenizerConfig(vocab_size=vocab_size, bytes=text_bytes)
+    train_tokenizer(learnt, root / "sample", length, root / "tokenizer")
+    return root / "tokenizer"
 
 
 def write_sample_text(folder: Path, texts: list[str], split: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from tests.conftest import publish_shards, write_sample_text
+from tests.conftest import publish_shards, write_sample_text, write_tokenizer
 from tests.test_model import CONFIG
 from vectorclm.bits_per_byte import token_losses, windows_scores
 from vectorclm.chat_shards import ChatConfig, ChatSource, write_chat_shards
@@ -21,7 +21,7 @@ from vectorclm.model import CausalLM
 from vectorclm.shard_reader import open_shards
 from vectorclm.shards import ShardsConfig, Windows, read_windows, write_shards
 from vectorclm.train import train_step
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenizerConfig, load_tokenizer, train_tokenizer
+from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, load_tokenizer
 
 CPU = torch.device("cpu")
 LENGTH = 96
@@ -29,11 +29,7 @@ LENGTH = 96
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    root = tmp_path_factory.mktemp("tokenizer")
-    write_sample_text(root / "sample" / "a", tiny_text, "train")
-    (root / "out").mkdir()
-    train_tokenizer(TokenizerConfig(vocab_size=307, bytes=20_000), root / "sample", LENGTH, root / "out")
-    return load_tokenizer(root / "out")
+    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), tiny_text, 307, 20_000, LENGTH))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from tests.conftest import write_sample_text
+from tests.conftest import write_tokenizer
 from tests.test_model import CONFIG
 from vectorclm.chat_shards import ChatConfig, ChatSource, told, write_chat_shards
 from vectorclm.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
@@ -25,7 +25,7 @@ from vectorclm.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
 from vectorclm.shards import read_windows
 from vectorclm.train import train_step
-from vectorclm.train_tokenizer import IM_END, IM_END_ID, IM_START_ID, TokenizerConfig, load_tokenizer, train_tokenizer
+from vectorclm.train_tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
 
 CONVERSATION = [
     Turn("system", "Be kind."),
@@ -39,11 +39,7 @@ MESSAGES = [{"role": turn.role, "content": turn.content} for turn in CONVERSATIO
 
 @pytest.fixture(scope="module")
 def folder(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tokenizer")
-    write_sample_text(root / "sample" / "a", tiny_text, "train")
-    (root / "out").mkdir()
-    train_tokenizer(TokenizerConfig(vocab_size=307, bytes=20_000), root / "sample", 64, root / "out")
-    return root / "out"
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), tiny_text, 307, 20_000, 64)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import random_model
 from vectorclm.config import load_experiment
 from vectorclm.dataset import Batch
 from vectorclm.errors import DataError, VectorCLMError
@@ -32,12 +33,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    torch.manual_seed(0)
-    model = CausalLM(CONFIG).eval()
-    with torch.no_grad():  # larger than at the start of training, so that differences would show
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return random_model(CONFIG).eval()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import random_model
 from tests.test_model import CONFIG
 from vectorclm import products
 from vectorclm.attention import BLOCK, causal_attention
@@ -62,11 +63,7 @@ def test_a_state_dict_of_other_projections_is_refused_by_name() -> None:
 
 
 def test_a_batch_continues_as_transformers_and_as_each_prompt_alone(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = CausalLM(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = random_model(CONFIG)
     model.save_pretrained(tmp_path)
     judge = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompts = torch.randint(5, CONFIG.vocab_size, (3, 20), generator=GENERATOR)
