@@ -17,7 +17,7 @@ import xxhash
 import zstandard
 
 from vectorclm import sampling
-from vectorclm.corpus import SampleConfig, TextSource, draw, identity, open_source, read_texts
+from vectorclm.corpus import SampleConfig, TextSource, draw, identity, open_source, read_source, read_texts
 from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.sampling import told, write_sample
@@ -81,6 +81,25 @@ def test_local_sources_without_a_mirror(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "folder" / "a.parquet", ["here"])
     for asked in (source(path="parquet", data_files=str(path)), source(path=str(tmp_path / "folder"))):
         assert list(open_source(asked, None, None, ["text"])) == [{"text": "here"}]
+
+
+def test_a_folder_gives_the_files_that_data_files_names(tmp_path: Path) -> None:
+    for name in ("a", "b", "inner/c"):
+        write_parquet(tmp_path / "own" / f"{name}.parquet", [name])
+
+    def texts(**values: Any) -> list[str]:
+        asked = source(path=str(tmp_path / "own"), **values)
+        assert [row["text"] for row in read_source(asked, None, None, ["text"])] == (
+            found := [row["text"] for row in open_source(asked, None, None, ["text"])]
+        )
+        return found
+
+    assert sorted(texts()) == ["a", "b"]
+    assert texts(data_files="a.parquet") == ["a"]
+    assert texts(data_files=["b.parquet", "inner/c.parquet"]) == ["b", "inner/c"]
+    assert texts(data_dir="inner", data_files="c.parquet") == ["inner/c"]
+    with pytest.raises(DataError, match=r"no such file: .*own/d\.parquet"):
+        texts(data_files="d.parquet")
 
 
 def test_the_world_is_a_source() -> None:

@@ -131,26 +131,34 @@ def local_place(source: Source, data: Path | None) -> str | None:
         return str(data / source.mirror)
     if source.path in BUILDERS:
         return str(source.data_dir or source.data_files)
-    if Path(source.path).is_dir():
-        return str(Path(source.path, source.data_dir or source.name or ""))
+    if (folder := _own_folder(source)) is not None:
+        return str(folder)
     return str(data / Path(source.path).name / (source.name or "")) if data is not None else None
+
+
+def _own_folder(source: Source) -> Path | None:
+    """The folder that the source itself names, and its `data_files` are in; None for a hub repository."""
+    if source.path in BUILDERS:
+        return Path(source.data_dir or "")
+    return Path(source.path, source.data_dir or source.name or "") if Path(source.path).is_dir() else None
 
 
 def local_files(source: Source, data: Path | None) -> list[Path]:
     """The source's files on this machine, in the order of their content; empty where there are none.
 
-    Raises DataError for a file that `data_files` names and that is not there.
+    Files that `data_files` names come in its order. Raises DataError for one that is not there.
     """
     place = local_place(source, data)
     if place is None:
         return []
-    if source.path in BUILDERS and source.data_files and not (data is not None and source.mirror):
-        names = [source.data_files] if isinstance(source.data_files, str) else source.data_files
-        paths = [Path(source.data_dir or "", name) for name in names]
-        if lost := [str(path) for path in paths if not path.exists()]:
-            raise DataError(f"{describe(source)}: no such file: {', '.join(lost)}")
-        return [path for found in paths for path in find_files(found, source.split)]
-    return find_files(Path(place), source.split)
+    mirrored = data is not None and source.mirror is not None
+    if not source.data_files or mirrored or (folder := _own_folder(source)) is None:
+        return find_files(Path(place), source.split)
+    names = [source.data_files] if isinstance(source.data_files, str) else source.data_files
+    paths = [folder / name for name in names]
+    if lost := [str(path) for path in paths if not path.exists()]:
+        raise DataError(f"{describe(source)}: no such file: {', '.join(lost)}")
+    return [path for found in paths for path in find_files(found, source.split)]
 
 
 def open_source(
