@@ -241,7 +241,7 @@ def _retry(args: argparse.Namespace, config: Any, console: Console) -> int:
 
 
 def _takes_registered(args: argparse.Namespace) -> bool:
-    return args.command in ("chat", "serve") or bool(getattr(args, "suite", None) or getattr(args, "format", None))
+    return args.command in ("chat", "serve") or any(getattr(args, name, None) for name in ("suite", "format", "text"))
 
 
 def _registered(address: str, store: str) -> str:

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from flows.cli import main as vectorclm
+from flows.registry import Registry
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
 from vectorclm.artifact import Store
@@ -285,6 +287,22 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
     )
     done = evaluate(made.uris["pretrain"], "--suite", "tiny", "--documents", "1")
     assert done.code == 2 and "documents: Input should be greater than or equal to 2" in done.err
+
+
+def test_a_text_is_scored_by_a_model_at_any_address(
+    made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("Quin is an owl.")
+    options = ["--text", str(tmp_path / "text"), "--json"]
+    local, remote = (evaluate(f"{scheme}{made.uris['pretrain']}", *options) for scheme in ("", "file://"))
+    assert local.code == remote.code == 0, remote.err
+    assert json.loads(local.out)["bits_per_byte"] > 0 and local.out == remote.out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = Registry(made.store).client
+    client.create_registered_model("vectorclm-base")
+    client.create_model_version("vectorclm-base", made.uris["pretrain"], tags={"uri": made.uris["pretrain"]})
+    assert vectorclm(["evaluate", "models:/vectorclm-base/1", "--store", made.store.uri, *options]) == 0
+    assert evaluate.capsys.readouterr().out.endswith(local.out)
 
 
 def test_a_ratio_and_its_error() -> None:

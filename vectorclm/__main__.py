@@ -18,19 +18,17 @@ from vectorclm.config import load_experiment, read_config
 from vectorclm.curves import measure_checkpoints, write_curves
 from vectorclm.distributed import Group, joined
 from vectorclm.errors import ConfigError, DataError, VectorCLMError
-from vectorclm.evaluate import text_scores
+from vectorclm.evaluate import open_model, text_scores
 from vectorclm.generate import Sampling
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
 from vectorclm.housekeeping import add_store_command, run_store_command
 from vectorclm.llama_cpp import LlamaCpp
 from vectorclm.measure import Limits, figures, find_model, left_out, measure, measure_plan
-from vectorclm.model import CausalLM
 from vectorclm.pinning import pin, pin_suite
 from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
 from vectorclm.stages import STAGES, TRAININGS, follow_stage, run_stage, told
 from vectorclm.suite import Suite, load_suite
-from vectorclm.train_tokenizer import load_tokenizer
 
 ABOUT = {
     "sample": "draw the documents and write them as Parquet",
@@ -78,7 +76,7 @@ def add_commands(commands: Any, models: str = "a folder or <store>/<stage>/<fing
                 "--text",
                 type=Path,
                 metavar="FILE",
-                help="score the model directory or GGUF file EXPERIMENT on this UTF-8 text",
+                help=f"score the model EXPERIMENT, {models} or a GGUF file, on this UTF-8 text",
             )
             parser.add_argument(
                 "--suite",
@@ -159,7 +157,7 @@ def run_command(args: argparse.Namespace) -> int:
     elif args.command == "evaluate" and limits_given(args):
         raise ConfigError(f"--{', --'.join(limits_given(args)).replace('_', '-')} need --suite NAME")
     elif args.command == "evaluate" and args.text is not None:
-        score_text(Path(args.target), args.text, as_json=args.json)
+        score_text(args.target, args.text, as_json=args.json)
     else:
         make_stage(args)
     return 0
@@ -176,20 +174,20 @@ def start_chat(args: argparse.Namespace) -> None:
     talk(Conversation(chat_model, args.max_new_tokens, args.system), sampling, args.stop)
 
 
-def score_text(model: Path, file: Path, *, as_json: bool) -> None:
-    """Print the bits per byte of a model directory on a text; of a GGUF file, those of llama.cpp."""
+def score_text(address: str, file: Path, *, as_json: bool) -> None:
+    """Print the bits per byte of a model on a text; of a GGUF file, those of llama.cpp."""
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8: byte {error.start} cannot be read; convert the file first") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    if model.suffix == ".gguf":
-        scores = LlamaCpp(model).text_scores(text)
+    if address.endswith(".gguf"):
+        scores = LlamaCpp(Path(address)).text_scores(text)
     else:
-        device = Runtime().configure_torch()
-        loaded, tokenizer = CausalLM.from_pretrained(model).to(device), load_tokenizer(model)
-        scores = text_scores(loaded, tokenizer, text, device)
+        folder, device = find_model(address).local(), Runtime().configure_torch()
+        model, tokenizer = open_model(folder, address)
+        scores = text_scores(model.to(device), tokenizer, text, device)
     if as_json:
         print(json.dumps(scores))
     else:
