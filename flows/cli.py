@@ -195,6 +195,8 @@ def _bench(args: argparse.Namespace) -> None:
     from vectorclm.ggufbench import same_model
     from vectorclm.gpubench import gpu
 
+    if args.what in ("quality", "rates") and args.data is None:
+        raise ConfigError(f"bench {args.what} needs --data DIR, a mirror with the text of `small`: it trains on that")
     if args.what == "gguf" and args.model is None:
         raise ConfigError("bench gguf needs --model MODEL, whose files it compares")
     benches: dict[str, Callable[[], Iterable[Row]]] = {
