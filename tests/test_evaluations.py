@@ -230,6 +230,21 @@ def test_every_checkpoint_is_a_point_of_a_curve(made: SimpleNamespace, evaluate:
     assert other.code == 2 and "train with keep_checkpoints = true in --runtime FILE" in other.err
 
 
+def test_an_experiment_with_changes_is_named_by_them_again(
+    made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    (tmp_path / "mini.json").write_text(override(mini(), ["seed=77"]).model_dump_json())
+    back = ["--set", f"seed={mini().seed}"]
+    options = ["--every-checkpoint", "--documents", "4", "--items", "6", "--json"]
+    assert evaluate(str(tmp_path / "mini.json"), *options).code == 2
+    done = evaluate(str(tmp_path / "mini.json"), *options, *back)
+    assert done.code == 0 and json.loads(done.out)["points"][2][:2] == ["pretrain", 16]
+    assert main(["pretrain", str(tmp_path / "mini.json"), "--store", made.store.uri, *back]) == 0
+    assert f"pretrain reused: {made.uris['pretrain']}" in evaluate.capsys.readouterr().out
+    refused = evaluate(made.uris["pretrain"], "--suite", "tiny", *back)
+    assert refused.code == 2 and "--set changes an experiment" in refused.err
+
+
 def test_what_the_store_lacks_is_told_and_measured_once_it_is_there(
     made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path
 ) -> None:

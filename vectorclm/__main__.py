@@ -14,7 +14,7 @@ from vectorclm import progress
 from vectorclm.artifact import Store, default_store
 from vectorclm.chat import Conversation, open_chat_model, talk
 from vectorclm.compare import add_compare_command, run_compare_command
-from vectorclm.config import load_experiment, read_config
+from vectorclm.config import ExperimentConfig, load_experiment, override, read_config
 from vectorclm.curves import measure_checkpoints, write_curves
 from vectorclm.distributed import Group, joined
 from vectorclm.errors import ConfigError, DataError, VectorCLMError
@@ -63,6 +63,13 @@ def add_commands(commands: Any, models: str = "a folder or <store>/<stage>/<fing
         what = "experiment (tiny, small, base, or a TOML file)" + (" or model" if stage in OF_MODELS else "")
         parser.add_argument("target", metavar="EXPERIMENT", help=what)
         add_place(parser)
+        parser.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change a setting of the experiment, as `run`",
+        )
         parser.add_argument(
             "--relay",
             action="store_true",
@@ -125,6 +132,12 @@ def add_model(parser: argparse.ArgumentParser, models: str) -> None:
     add_place(parser, data=False)
 
 
+def chosen(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
+    """The experiment that the command line names, with the settings that it changes, and its file."""
+    experiment, path = load_experiment(args.target)
+    return override(experiment, args.set), path
+
+
 def load_runtime(path: Path | None) -> Runtime:
     """The runtime settings in a file, or the defaults."""
     return Runtime() if path is None else validate(Runtime, read_config(path), str(path))
@@ -145,6 +158,12 @@ def run_command(args: argparse.Namespace) -> int:
         from vectorclm.serve import serve
 
         serve(args.target, load_runtime(args.runtime), args.host, args.port, args.name)
+    elif (
+        args.set
+        and any(getattr(args, name, None) for name in ("suite", "text", "format"))
+        and not (getattr(args, "every_checkpoint", False))
+    ):
+        raise ConfigError(f"--set changes an experiment, and {args.target} is a model here: leave it out")
     elif args.command == "export" and args.format is not None:
         path = export_gguf(find_model(args.target), args.type or "f16", args.out)
         print(f"{path}: {path.stat().st_size:,} bytes")
@@ -244,7 +263,7 @@ def measure_curves(args: argparse.Namespace) -> None:
     store, runtime = Store(args.store), load_runtime(args.runtime)
     runtime.check()
     store.check_writable()
-    experiment, path = load_experiment(args.target)
+    experiment, path = chosen(args)
     experiment, notes = pin(experiment, path, args.data, resolve=True)
     suite = Suite.of(experiment)
     if args.suite is not None:
@@ -283,7 +302,7 @@ def make_stage(args: argparse.Namespace) -> None:
 
 
 def _lead_stage(args: argparse.Namespace, store: Store, runtime: Runtime, group: Group) -> None:
-    experiment, path = load_experiment(args.target)
+    experiment, path = chosen(args)
     if not args.relay:  # a parent has done both before any stage began
         store.check_writable()
         experiment, notes = pin(experiment, path, args.data, resolve=True)
