@@ -15,15 +15,18 @@ import torch
 
 from flows.cli import main as vectorclm
 from flows.registry import Registry
+from flows.report import report
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
 from vectorclm.artifact import Store
 from vectorclm.compare import OWN_SUITE, common_results, compare
 from vectorclm.config import override
 from vectorclm.corpus import read_texts
+from vectorclm.curves import curves_of
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
 from vectorclm.evaluate import read_items, text_scores
 from vectorclm.items import ratio
+from vectorclm.lineage import lineage
 from vectorclm.measure import (
     Change,
     Figure,
@@ -226,6 +229,15 @@ def test_every_checkpoint_is_a_point_of_a_curve(made: SimpleNamespace, evaluate:
     model = evaluate.scores(made.uris["pretrain"], "--documents", "4", "--items", "6")
     assert model["state"] == "reused" and model["uri"] == found["points"][2][2]
     assert model["scores"]["text"]["stories"]["bits_per_byte"] == curve[16]
+    drawn = curves_of(made.store.find("pretrain", made.uris["pretrain"].rpartition("/")[2]))
+    assert dict(drawn["mini"]["bits_per_byte.stories"]) == {
+        row["step"]: row["value"]
+        for row in rows
+        if row["score"] == "bits_per_byte.stories" and row["step"] <= 16 and row["stage"] == "pretrain"
+    }
+    page = report(lineage(made.uris["finetune"], made.store), made.store)
+    assert page.count("<h3>Checkpoints on mini, bits per byte</h3>") == 2  # pretraining and tuning
+    assert page.count("<h3>Checkpoints on mini, accuracy</h3>") == 2
     other = evaluate("tiny", *options)
     assert other.code == 2 and "train with keep_checkpoints = true in --runtime FILE" in other.err
 
