@@ -39,8 +39,8 @@ def budget(
 ) -> dict[str, Any]:
     """Tokens, parameters, FLOPs, bytes, hours, and fingerprints: `unresolved` while a source has no commit.
 
-    With the `windows` of each source, also how often it is read. Raises ConfigError where one runs out in a phase that
-    forbids it.
+    With the `windows` of each source, also how often it is read; with a budget of tokens for tuning (`chat.tokens`),
+    also what that costs. Raises ConfigError where a source runs out in a phase that forbids it.
 
     Memory is that of training in fp32: weights, gradients, Muon's one moment for matrices, AdamW's two for
     the rest, and the activations of one window.
@@ -64,8 +64,23 @@ def budget(
         "conversations": sum(source.conversations for source in experiment.chat.sources),
         "flops": flops,
         "memory_bytes": {"model_and_optimizer": state, "one_window": window},
-        "hours": {device: flops / speed / 3600 for device, speed in DEVICES.items()},
+        "hours": _hours_on(flops),
+        "tuning": _tuning(experiment),
     }
+
+
+def _tuning(experiment: ExperimentConfig) -> dict[str, Any] | None:
+    """Tokens of tuning, text that it reads again among them, FLOPs and hours; None without a budget of tokens."""
+    chat, finetune = experiment.chat, experiment.finetune
+    if not chat.tokens:
+        return None
+    tokens = round(finetune.epochs * chat.tokens / (1 - finetune.replay))
+    flops = experiment.model.flops_per_token(chat.sequence_length) * tokens
+    return {"tokens": tokens, "flops": flops, "hours": _hours_on(flops)}
+
+
+def _hours_on(flops: float) -> dict[str, float]:
+    return {device: flops / speed / 3600 for device, speed in DEVICES.items()}
 
 
 def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[str, float]:
@@ -98,7 +113,7 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     for number, phase in enumerate(costs["phases"], 1):
         mix = phase["weights"] or {source.label: source.weight for source in experiment.sample.sources}
         total = sum(mix.values())
-        parts = ", ".join(f"{label} {weight / total:.0%}" for label, weight in mix.items())
+        parts = ", ".join(f"{label} {100 * weight / total:.3g}%" for label, weight in mix.items())
         facts.add_row(f"phase {number}", f"{phase['tokens']:,} tokens: {parts}")
     facts.add_row(
         "pretraining",
@@ -110,14 +125,19 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     facts.add_row(
         "tuning", f"up to {costs['conversations']:,} conversations, read {experiment.finetune.epochs:g} times"
     )
+    tuning = costs["tuning"]
+    if tuning is not None:
+        again = ", text read again among them" if experiment.finetune.replay else ""
+        facts.add_row("", f"about {tuning['tokens']:,} tokens{again}")
     facts.add_row("parameters", f"{costs['parameters']:,}")
-    facts.add_row("training FLOPs", f"{costs['flops']:.3g}")
+    facts.add_row("training FLOPs", f"{costs['flops']:.3g}" + (f" and {tuning['flops']:.3g}" if tuning else ""))
     memory = costs["memory_bytes"]
     facts.add_row("memory", f"{memory['model_and_optimizer'] / 1e9:.2f} GB for model and optimizer")
     facts.add_row("", f"and about {memory['one_window'] / 1e9:.2f} GB for each window of a micro-batch")
-    hours = Table("device", "TFLOP/s assumed", "pretraining", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    for device, value in costs["hours"].items():
-        hours.add_row(device, f"{DEVICES[device] / 1e12:g}", _hours(value))
+    trainings = {"pretraining": costs["hours"], **({"tuning": tuning["hours"]} if tuning else {})}
+    hours = Table("device", "TFLOP/s assumed", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for device, speed in DEVICES.items():
+        hours.add_row(device, f"{speed / 1e12:g}", *(_hours(training[device]) for training in trainings.values()))
     console.print(Panel(Group(stages, facts, hours), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED))
 
 

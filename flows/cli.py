@@ -193,6 +193,8 @@ def _bench(args: argparse.Namespace) -> None:
     from vectorclm.ggufbench import same_model
     from vectorclm.gpubench import gpu
 
+    if args.what in ("quality", "rates") and args.data is None:
+        raise ConfigError(f"bench {args.what} needs --data DIR, a mirror with the text of `small`: it trains on that")
     if args.what == "gguf" and args.model is None:
         raise ConfigError("bench gguf needs --model MODEL, whose files it compares")
     benches: dict[str, Callable[[], Iterable[Row]]] = {
@@ -239,7 +241,7 @@ def _retry(args: argparse.Namespace, config: Any, console: Console) -> int:
 
 
 def _takes_registered(args: argparse.Namespace) -> bool:
-    return args.command in ("chat", "serve") or bool(getattr(args, "suite", None) or getattr(args, "format", None))
+    return args.command in ("chat", "serve") or any(getattr(args, name, None) for name in ("suite", "format", "text"))
 
 
 def _registered(address: str, store: str) -> str:

@@ -18,6 +18,7 @@ from flows.lineage import opened
 from flows.plots import COLOURS, Box, Interval, bars, curves, graph, intervals, short
 from vectorclm.artifact import Artifact, Store
 from vectorclm.compare import followed, has_items
+from vectorclm.curves import curves_of
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.instructions import FOLLOWED
 from vectorclm.lineage import Lineage, Node, facts, lineage, tokens_by_source
@@ -33,6 +34,7 @@ COLUMNS = {"sample": 0, "tokenizer": 1, "shards": 0, "chat_shards": 1, "pretrain
 ANSWERS = 12  # shown
 TIMES = 5  # of a training, at which its samples are shown
 TITLES = {"pretrain": "Pretraining", "finetune": "Tuning"}
+KINDS = {"acc": "accuracy", "bits_per_byte": "bits per byte", "in_template": "answers that end"}  # of scores
 
 
 class Measured(NamedTuple):
@@ -144,8 +146,23 @@ def _training(node: Node) -> dict[str, Any]:
             ("Learning rate", [], curves("learning rate", curve("learning_rate"), marks=marks)),
             ("Gradient norm", [], curves("gradient norm", curve("grad_norm"), marks=marks)),
             ("Tokens a second", [], curves("tokens a second", curve("tokens_per_second"), marks=marks)),
+            *_checkpoints(node.artifact),
         ],
     }
+
+
+def _checkpoints(training: Artifact) -> list[tuple[str, list[str], Any]]:
+    """The scores of a training's checkpoints, a picture for each suite and kind of score."""
+    charts = []
+    for suite, scores in curves_of(training).items():
+        kinds: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for score, points in scores.items():
+            kind, _, label = score.partition(".")
+            kinds.setdefault(kind, {})[label or kind] = [(float(step), value) for step, value in points]
+        for kind, lines in kinds.items():
+            title = f"Checkpoints on {suite}, {KINDS.get(kind, kind.replace('_', ' '))}"
+            charts.append((title, list(lines), curves(title, lines, "steps")))
+    return charts
 
 
 def samples_over_time(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, str]]]:

@@ -15,9 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 import zstandard
+from pydantic import ValidationError
 
 from vectorclm import sampling
-from vectorclm.corpus import SampleConfig, TextSource, draw, identity, open_source, read_texts
+from vectorclm.corpus import (
+    SampleConfig,
+    TextSource,
+    draw,
+    identity,
+    open_source,
+    read_source,
+    read_texts,
+)
 from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.sampling import told, write_sample
@@ -81,6 +90,48 @@ def test_local_sources_without_a_mirror(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "folder" / "a.parquet", ["here"])
     for asked in (source(path="parquet", data_files=str(path)), source(path=str(tmp_path / "folder"))):
         assert list(open_source(asked, None, None, ["text"])) == [{"text": "here"}]
+
+
+def test_a_folder_gives_the_files_that_data_files_names(tmp_path: Path) -> None:
+    for name in ("a", "b", "inner/c"):
+        write_parquet(tmp_path / "own" / f"{name}.parquet", [name])
+
+    def texts(**values: Any) -> list[str]:
+        asked = source(path=str(tmp_path / "own"), **values)
+        found = [row["text"] for row in open_source(asked, None, None, ["text"])]
+        assert found == [row["text"] for row in read_source(asked, None, None, ["text"])]
+        return found
+
+    assert sorted(texts()) == ["a", "b"]
+    assert texts(data_files="a.parquet") == ["a"]
+    assert texts(data_files=["b.parquet", "inner/c.parquet"]) == ["b", "inner/c"]
+    assert texts(data_dir="inner", data_files="c.parquet") == ["inner/c"]
+    with pytest.raises(DataError, match=r"no such file: .*own/d\.parquet"):
+        texts(data_files="d.parquet")
+
+
+def test_patterns_in_data_files_are_expanded(tmp_path: Path) -> None:
+    for name in ("a", "b", "inner/c", "[odd]*"):
+        write_parquet(tmp_path / f"[x]/{name}.parquet", [name])
+    folder = tmp_path / "[x]"
+
+    def texts(pattern: str, **values: Any) -> list[str]:
+        asked = source(**{"path": str(folder), "data_files": pattern, **values})
+        return sorted(row["text"] for row in open_source(asked, None, None, ["text"]))
+
+    assert texts("*.parquet") == texts("*.parquet", path="parquet", data_dir=str(folder)) == ["[odd]*", "a", "b"]
+    assert texts("**/[a-c].parquet", split="test") == ["a", "b", "inner/c"]
+    assert texts("[odd]*.parquet") == ["[odd]*"]
+    assert texts(str(tmp_path / "?x?" / "inner" / "*"), path="parquet") == ["inner/c"]
+    with pytest.raises(DataError, match=r"no such file: .*\*\.jsonl"):
+        texts("*.jsonl")
+
+
+def test_other_builders_of_datasets_are_refused() -> None:
+    for path in ("text", "csv"):
+        with pytest.raises(ValidationError, match=f"{path} files are not read: .* only parquet and json"):
+            source(path=path, data_files="a.txt")
+    assert source(path="squad").path == "squad"
 
 
 def test_the_world_is_a_source() -> None:

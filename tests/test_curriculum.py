@@ -340,6 +340,27 @@ def test_a_dry_run_of_the_mission_needs_no_network(
     assert "50,348,544" in said and "3,500,000,000 tokens" in said and "hours" in said
 
 
+def test_a_dry_run_counts_tuning_and_small_weights(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    path = tmp_path / "mini.json"
+    path.write_text(mini().model_dump_json())
+    dry = ["run", str(path), "--store", str(tmp_path / "store"), "--dry-run"]
+    assert main([*dry, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tuning"] is None
+    dry += ["--set", "pretrain.phases=[{tokens = 9000, weights = {stories = 0.005, lessons = 0.995}}]"]
+    dry += ["--set", "chat.tokens=1_000_000", "--set", "finetune.epochs=1.5"]
+    assert main([*dry, "--json"]) == 0
+    tuning, model = json.loads(capsys.readouterr().out)["tuning"], mini().model
+    assert tuning["tokens"] == 1_500_000
+    assert tuning["flops"] == pytest.approx(1_500_000 * model.flops_per_token(mini().chat.sequence_length))
+    assert tuning["hours"]["2 CPU cores"] == pytest.approx(tuning["flops"] / 0.05e12 / 3600)
+    assert main(dry) == 0
+    told = capsys.readouterr().out
+    assert "stories 0.5%, lessons 99.5%" in told and "about 1,500,000 tokens" in told and " tuning " in told
+
+
 def child(source: str) -> list[str]:
     return [sys.executable, "-c", source]
 

@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from flows.cli import main as vectorclm
+from flows.registry import Registry
+from flows.report import report
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
 from vectorclm.addresses import find_model
@@ -21,9 +24,10 @@ from vectorclm.bits_per_byte import text_scores
 from vectorclm.compare import OWN_SUITE, common_results, compare
 from vectorclm.config import override
 from vectorclm.corpus import read_texts
+from vectorclm.curves import curves_of
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
 from vectorclm.items import ratio
-from vectorclm.lineage import trained_on
+from vectorclm.lineage import lineage, trained_on
 from vectorclm.measure import (
     Change,
     Figure,
@@ -225,8 +229,32 @@ def test_every_checkpoint_is_a_point_of_a_curve(made: SimpleNamespace, evaluate:
     model = evaluate.scores(made.uris["pretrain"], "--documents", "4", "--items", "6")
     assert model["state"] == "reused" and model["uri"] == found["points"][2][2]
     assert model["scores"]["text"]["stories"]["bits_per_byte"] == curve[16]
+    drawn = curves_of(made.store.find("pretrain", made.uris["pretrain"].rpartition("/")[2]))
+    assert dict(drawn["mini"]["bits_per_byte.stories"]) == {
+        row["step"]: row["value"]
+        for row in rows
+        if row["score"] == "bits_per_byte.stories" and row["step"] <= 16 and row["stage"] == "pretrain"
+    }
+    page = report(lineage(made.uris["finetune"], made.store), made.store)
+    assert page.count("<h3>Checkpoints on mini, bits per byte</h3>") == 2  # pretraining and tuning
+    assert page.count("<h3>Checkpoints on mini, accuracy</h3>") == 2
     other = evaluate("tiny", *options)
     assert other.code == 2 and "train with keep_checkpoints = true in --runtime FILE" in other.err
+
+
+def test_an_experiment_with_changes_is_named_by_them_again(
+    made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    (tmp_path / "mini.json").write_text(override(mini(), ["seed=77"]).model_dump_json())
+    back = ["--set", f"seed={mini().seed}"]
+    options = ["--every-checkpoint", "--documents", "4", "--items", "6", "--json"]
+    assert evaluate(str(tmp_path / "mini.json"), *options).code == 2
+    done = evaluate(str(tmp_path / "mini.json"), *options, *back)
+    assert done.code == 0 and json.loads(done.out)["points"][2][:2] == ["pretrain", 16]
+    assert main(["pretrain", str(tmp_path / "mini.json"), "--store", made.store.uri, *back]) == 0
+    assert f"pretrain reused: {made.uris['pretrain']}" in evaluate.capsys.readouterr().out
+    refused = evaluate(made.uris["pretrain"], "--suite", "tiny", *back)
+    assert refused.code == 2 and "--set changes an experiment" in refused.err
 
 
 def test_what_the_store_lacks_is_told_and_measured_once_it_is_there(
@@ -286,6 +314,22 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
     )
     done = evaluate(made.uris["pretrain"], "--suite", "tiny", "--documents", "1")
     assert done.code == 2 and "documents: Input should be greater than or equal to 2" in done.err
+
+
+def test_a_text_is_scored_by_a_model_at_any_address(
+    made: SimpleNamespace, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("Quin is an owl.")
+    options = ["--text", str(tmp_path / "text"), "--json"]
+    local, remote = (evaluate(f"{scheme}{made.uris['pretrain']}", *options) for scheme in ("", "file://"))
+    assert local.code == remote.code == 0, remote.err
+    assert json.loads(local.out)["bits_per_byte"] > 0 and local.out == remote.out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = Registry(made.store).client
+    client.create_registered_model("vectorclm-base")
+    client.create_model_version("vectorclm-base", made.uris["pretrain"], tags={"uri": made.uris["pretrain"]})
+    assert vectorclm(["evaluate", "models:/vectorclm-base/1", "--store", made.store.uri, *options]) == 0
+    assert evaluate.capsys.readouterr().out.endswith(local.out)
 
 
 def test_a_ratio_and_its_error() -> None:

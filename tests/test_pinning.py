@@ -151,3 +151,26 @@ def test_sources_are_checked_before_any_work(tmp_path: Path) -> None:
     pinned, _ = pin(experiment(), tmp_path / "x.toml", data, resolve=True)
     with pytest.raises(DataError, match=r"source chat .*no column 'messages'; it has turns"):
         check_sources(pinned, data, hub=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"path": "{}/nope"}, r"there is no folder .*/nope, and it is no id of a hub repository"),
+        ({"path": "./nope"}, r"there is no folder \./nope"),
+        ({"path": "texts/own/nope"}, r"there is no folder texts/own/nope"),
+        ({"path": "~/own"}, r"there is no folder ~/own \(~ must be written out\)"),
+        ({"path": "{}/a.jsonl"}, r"a\.jsonl is a file: write path = \"json\" or \"parquet\", and data_files"),
+        ({"path": "json"}, r"source books \(json.* names no files: set data_files or data_dir$"),
+        ({"path": "json", "mirror": "m"}, r"names no files: .*, or give its mirror with --data DIR"),
+        ({"path": "json", "data_files": "{}/*.json"}, r"no such file: .*/\*\.json$"),
+    ],
+)
+def test_a_local_source_that_is_not_there_is_no_hub_id(tmp_path: Path, values: dict[str, str], message: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    given = {key: value.format(tmp_path) for key, value in values.items()}
+    settings = minimal_experiment(
+        [{"label": "books", "weight": 1.0, **given}], [{"label": "chat", "path": CHAT, "conversations": 1}]
+    )
+    with pytest.raises(DataError, match=message):
+        pin(ExperimentConfig.model_validate(settings), tmp_path / "x.toml", None, resolve=False)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from flows.cli import main
 from tests.test_model import CONFIG
 from vectorclm.artifact import Store
 from vectorclm.config import changed, load_experiment
@@ -42,6 +43,13 @@ def test_the_bench_is_whole_and_a_second_one_trains_nothing(tmp_path: Path) -> N
     assert sum(optimizer.get("matrices") == "adamw" for optimizer in optimizers) >= 4
     assert list(quality(store, None, LITTLE)) == rows
     assert len(trained(tmp_path)) == len(optimizers)
+
+
+def test_the_command_does_not_train_on_another_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for what in ("quality", "rates"):
+        assert main(["bench", what, "--store", str(tmp_path)]) == 2
+        assert f"bench {what} needs --data DIR" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rates_are_carried_on(tmp_path: Path) -> None:

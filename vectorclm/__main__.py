@@ -16,22 +16,21 @@ from vectorclm.artifact import Store, default_store
 from vectorclm.bits_per_byte import text_scores
 from vectorclm.chat import Conversation, open_chat_model, talk
 from vectorclm.compare import add_compare_command, run_compare_command
-from vectorclm.config import load_experiment, read_config
+from vectorclm.config import ExperimentConfig, load_experiment, override, read_config
 from vectorclm.curves import measure_checkpoints, write_curves
 from vectorclm.distributed import Group, joined
 from vectorclm.errors import ConfigError, DataError, VectorCLMError
+from vectorclm.evaluate import open_model
 from vectorclm.generate import Sampling
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
 from vectorclm.housekeeping import add_store_command, run_store_command
 from vectorclm.llama_cpp import LlamaCpp
 from vectorclm.measure import Limits, figures, left_out, measure, measure_plan
-from vectorclm.model import CausalLM
 from vectorclm.pinning import pin, pin_suite
 from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
 from vectorclm.stages import STAGES, TRAININGS, follow_stage, run_stage, told
 from vectorclm.suite import Suite, load_suite
-from vectorclm.train_tokenizer import load_tokenizer
 
 ABOUT = {
     "sample": "draw the documents and write them as Parquet",
@@ -67,6 +66,13 @@ def add_commands(commands: Any, models: str = "a folder or <store>/<stage>/<fing
         parser.add_argument("target", metavar="EXPERIMENT", help=what)
         add_place(parser)
         parser.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change a setting of the experiment, as `run`",
+        )
+        parser.add_argument(
             "--relay",
             action="store_true",
             help="report progress and errors as JSON lines to a parent process",
@@ -79,7 +85,7 @@ def add_commands(commands: Any, models: str = "a folder or <store>/<stage>/<fing
                 "--text",
                 type=Path,
                 metavar="FILE",
-                help="score the model directory or GGUF file EXPERIMENT on this UTF-8 text",
+                help=f"score the model EXPERIMENT, {models} or a GGUF file, on this UTF-8 text",
             )
             parser.add_argument(
                 "--suite",
@@ -128,6 +134,12 @@ def add_model(parser: argparse.ArgumentParser, models: str) -> None:
     add_place(parser, data=False)
 
 
+def chosen(args: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
+    """The experiment that the command line names, with the settings that it changes, and its file."""
+    experiment, path = load_experiment(args.target)
+    return override(experiment, args.set), path
+
+
 def load_runtime(path: Path | None) -> Runtime:
     """The runtime settings in a file, or the defaults."""
     return Runtime() if path is None else validate(Runtime, read_config(path), str(path))
@@ -148,6 +160,12 @@ def run_command(args: argparse.Namespace) -> int:
         from vectorclm.serve import serve
 
         serve(args.target, load_runtime(args.runtime), args.host, args.port, args.name)
+    elif (
+        args.set
+        and any(getattr(args, name, None) for name in ("suite", "text", "format"))
+        and not (getattr(args, "every_checkpoint", False))
+    ):
+        raise ConfigError(f"--set changes an experiment, and {args.target} is a model here: leave it out")
     elif args.command == "export" and args.format is not None:
         path = export_gguf(find_model(args.target), args.type or "f16", args.out)
         print(f"{path}: {path.stat().st_size:,} bytes")
@@ -160,7 +178,7 @@ def run_command(args: argparse.Namespace) -> int:
     elif args.command == "evaluate" and limits_given(args):
         raise ConfigError(f"--{', --'.join(limits_given(args)).replace('_', '-')} need --suite NAME")
     elif args.command == "evaluate" and args.text is not None:
-        score_text(Path(args.target), args.text, as_json=args.json)
+        score_text(args.target, args.text, as_json=args.json)
     else:
         make_stage(args)
     return 0
@@ -177,20 +195,20 @@ def start_chat(args: argparse.Namespace) -> None:
     talk(Conversation(chat_model, args.max_new_tokens, args.system), sampling, args.stop)
 
 
-def score_text(model: Path, file: Path, *, as_json: bool) -> None:
-    """Print the bits per byte of a model directory on a text; of a GGUF file, those of llama.cpp."""
+def score_text(address: str, file: Path, *, as_json: bool) -> None:
+    """Print the bits per byte of a model on a text; of a GGUF file, those of llama.cpp."""
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8: byte {error.start} cannot be read; convert the file first") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    if model.suffix == ".gguf":
-        scores = LlamaCpp(model).text_scores(text)
+    if address.endswith(".gguf"):
+        scores = LlamaCpp(Path(address)).text_scores(text)
     else:
-        device = Runtime().configure_torch()
-        loaded, tokenizer = CausalLM.from_pretrained(model).to(device), load_tokenizer(model)
-        scores = text_scores(loaded, tokenizer, text, device)
+        folder, device = find_model(address).local(), Runtime().configure_torch()
+        model, tokenizer = open_model(folder, address)
+        scores = text_scores(model.to(device), tokenizer, text, device)
     if as_json:
         print(json.dumps(scores))
     else:
@@ -247,7 +265,7 @@ def measure_curves(args: argparse.Namespace) -> None:
     store, runtime = Store(args.store), load_runtime(args.runtime)
     runtime.check()
     store.check_writable()
-    experiment, path = load_experiment(args.target)
+    experiment, path = chosen(args)
     experiment, notes = pin(experiment, path, args.data, resolve=True)
     suite = Suite.of(experiment)
     if args.suite is not None:
@@ -286,7 +304,7 @@ def make_stage(args: argparse.Namespace) -> None:
 
 
 def _lead_stage(args: argparse.Namespace, store: Store, runtime: Runtime, group: Group) -> None:
-    experiment, path = load_experiment(args.target)
+    experiment, path = chosen(args)
     if not args.relay:  # a parent has done both before any stage began
         store.check_writable()
         experiment, notes = pin(experiment, path, args.data, resolve=True)

@@ -1,6 +1,8 @@
 """Document sources: `datasets.load_dataset` arguments as they are, and their rows, one by one or in batches."""
 
+import glob
 import random
+import re
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +18,7 @@ from vectorclm.filters import Filter
 from vectorclm.mirror import (
     Batch,
     columns_of,
+    content_hash,
     filtered,
     find_files,
     is_text,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:  # `datasets` takes a second to import, and a process that tra
 
 WORLD = "world"  # the `path` of the generated sources
 BUILDERS = ("parquet", "json")  # the `path` of sources that are plain local files
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 OPEN_FILES = 8  # of a hub repository that documents are drawn from by turns
 
 
@@ -52,6 +56,20 @@ class Source(Settings):
     data_files: str | list[str] | None = None
     revision: str | None = Field(None, description="Left out, the first run pins it in the lock file")
     mirror: str | None = Field(None, description="Folder or file of this source in `--data DIR`")
+
+    @field_validator("path")
+    @classmethod
+    def _is_read(cls, path: str) -> str:
+        if "/" in path or path in (WORLD, *BUILDERS):
+            return path
+        from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+        if path in _PACKAGED_DATASETS_MODULES:
+            raise ValueError(
+                f"{path} files are not read: of local files, only {' and '.join(BUILDERS)} are, so write them as JSON "
+                f"Lines or Parquet (a folder of this name is ./{path})"
+            )
+        return path
 
 
 class TextSource(Source):
@@ -123,34 +141,66 @@ def describe(source: Source) -> str:
 def local_place(source: Source, data: Path | None) -> str | None:
     """Where on this machine the source's files lie; None for a hub repository and for the generated world.
 
-    A mirror's place is `mirror`, else the hub id's last part and the config: `cosmopedia/stories`.
+    A mirror's place is `mirror`, else the hub id's last part and the config: `cosmopedia/stories`. Raises DataError for
+    a source that names no files, and for a path that is neither a folder here nor the id of a hub repository.
     """
     if source.path == WORLD:
         return None
     if data is not None and source.mirror is not None:
         return str(data / source.mirror)
     if source.path in BUILDERS:
+        if not (source.data_dir or source.data_files):
+            mirror = ", or give its mirror with --data DIR" if source.mirror is not None else ""
+            raise DataError(f"{describe(source)} names no files: set data_files or data_dir{mirror}")
         return str(source.data_dir or source.data_files)
-    if Path(source.path).is_dir():
-        return str(Path(source.path, source.data_dir or source.name or ""))
-    return str(data / Path(source.path).name / (source.name or "")) if data is not None else None
+    if (folder := _own_folder(source)) is not None:
+        return str(folder)
+    if data is not None:
+        return str(data / Path(source.path).name / (source.name or ""))
+    if Path(source.path).is_file():
+        raise DataError(
+            f'{describe(source)}: {source.path} is a file: write path = "json" or "parquet", and data_files with it'
+        )
+    if not HUB_ID.fullmatch(source.path) and not (source.revision or "").startswith("sha256:"):
+        home = " (~ must be written out)" if source.path.startswith("~") else ""
+        raise DataError(
+            f"{describe(source)}: there is no folder {source.path}{home}, and it is no id of a hub repository"
+        )
+    return None
+
+
+def _own_folder(source: Source) -> Path | None:
+    """The folder that the source itself names, and its `data_files` are in; None for a hub repository."""
+    if source.path in BUILDERS:
+        return Path(source.data_dir or "")
+    return Path(source.path, source.data_dir or source.name or "") if Path(source.path).is_dir() else None
 
 
 def local_files(source: Source, data: Path | None) -> list[Path]:
     """The source's files on this machine, in the order of their content; empty where there are none.
 
-    Raises DataError for a file that `data_files` names and that is not there.
+    Files that `data_files` names come in its order, those of a pattern (`*`, `**`) in that of their content. Raises
+    DataError for one that is not there.
     """
     place = local_place(source, data)
     if place is None:
         return []
-    if source.path in BUILDERS and source.data_files and not (data is not None and source.mirror):
-        names = [source.data_files] if isinstance(source.data_files, str) else source.data_files
-        paths = [Path(source.data_dir or "", name) for name in names]
-        if lost := [str(path) for path in paths if not path.exists()]:
-            raise DataError(f"{describe(source)}: no such file: {', '.join(lost)}")
-        return [path for found in paths for path in find_files(found, source.split)]
-    return find_files(Path(place), source.split)
+    mirrored = data is not None and source.mirror is not None
+    if not source.data_files or mirrored or (folder := _own_folder(source)) is None:
+        return find_files(Path(place), source.split)
+    names = [source.data_files] if isinstance(source.data_files, str) else source.data_files
+    found = {name: _named(folder, name, source.split) for name in names}
+    if lost := [str(folder / name) for name, files in found.items() if files is None]:
+        raise DataError(f"{describe(source)}: no such file: {', '.join(lost)}")
+    return [path for name in names for path in found[name] or ()]
+
+
+def _named(folder: Path, name: str, split: str) -> list[Path] | None:
+    """The files that one name or pattern in `data_files` stands for; None where nothing is there."""
+    if (folder / name).exists():
+        return find_files(folder / name, split)
+    files = [folder / found for found in glob.glob(name, root_dir=folder, recursive=True)]  # noqa: PTH207 - absolute, too
+    return sorted((path for path in files if path.is_file()), key=content_hash) or None
 
 
 def open_source(

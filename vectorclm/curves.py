@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vectorclm.addresses import find_model
+from vectorclm.addresses import content_of, find_model
 from vectorclm.artifact import Artifact, Store
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import DataError
@@ -97,3 +97,34 @@ def write_curves(measured: list[tuple[Point, Artifact]], suite: Suite, store: St
     key = f"{FOLDER}/{suite.name}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
     store.write(key, content)
     return store.uri_of(key)
+
+
+def curves_of(training: Artifact) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """The curves of a finished training that its store has: by suite and score, the steps with their values.
+
+    They are its own where the model at their end is; of several of one suite, those with the most points are taken.
+    Raises DataError where a file of them cannot be read.
+    """
+    store, content = training.store, content_of(training)
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for name in store.list(FOLDER):
+        rows = [row for row in _rows(store, f"{FOLDER}/{name}") if row["stage"] == training.stage]
+        if not rows:
+            continue
+        last = max(rows, key=lambda row: int(row["step"]))
+        result = store.find("measure", last["uri"].rstrip("/").rpartition("/")[2])
+        if result is None or result.manifest["inputs"].get("model") != content:
+            continue
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row in sorted(rows, key=lambda row: int(row["step"])):
+            curves.setdefault(row["score"], []).append((row["step"], row["value"]))
+        suite = name.rpartition("-")[0]
+        found[suite] = max(found.get(suite, {}), curves, key=lambda each: sum(map(len, each.values())))
+    return found
+
+
+def _rows(store: Store, key: str) -> list[dict[str, Any]]:
+    try:
+        return pq.read_table(pa.BufferReader(store.read(key) or b""), schema=SCHEMA).to_pylist()
+    except pa.ArrowException as error:
+        raise DataError(f"{store.uri_of(key)} is no file of curves ({error}): delete it, and measure again") from error
