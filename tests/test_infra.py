@@ -274,6 +274,7 @@ with get_client(sync_client=True) as client:
         enforce_parameter_schema=True,
     )
     print(main(["retry", "by-form", "--from", "export", *sys.argv[1:]]), file=sys.stderr)
+    print(main(["retry", "by-form", "--set", "pretrain.batchsize=3", *sys.argv[1:]]), len(client.read_flow_runs()))
 """
 
 
@@ -281,7 +282,10 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp
     url = urlsplit(prefect_api["PREFECT_API_URL"])
     command = [sys.executable, "-c", NO_CURRICULUM, "--store", str(tmp_path), "--prefect-port", str(url.port)]
     done = subprocess.run(command, env=prefect_api, capture_output=True, text=True, check=False)
-    told = [line for line in done.stderr.splitlines() if line]
+    said, _, setting = done.stderr.partition("error: changed settings:\n")
+    assert "pretrain.batchsize: unknown key; did you mean 'batch_size'" in setting
+    assert done.stdout == "2 2\n"  # refused, and no run beside the two
+    told = [line for line in said.splitlines() if line]
     assert [line for line in told if not line.startswith("error: ")] == ["2"] * 4, done.stderr
     for line, message in zip(
         told[::2],
