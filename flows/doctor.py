@@ -4,7 +4,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -131,11 +131,25 @@ class Finding:
     what: str
 
 
+Check = Callable[[PlatformConfig], Iterator[Finding]]
+
+
 def doctor(config: PlatformConfig, console: Console) -> bool:
-    """Look at every part, mend what can be mended, print a line each; whether all is well in the end."""
+    """Look at every part, mend what can be mended, print a line each; whether all is well in the end.
+
+    Nothing is written or started in a Prefect server that is not this platform's.
+    """
     point_at(config)
+    well = _checked((_versions, _stores, _store, _disk, _gpu, _servers), config, console)
+    if config.servers()[0].process() is None:
+        told = f"Prefect's server at {config.prefect_url}, if any, is not this platform's: nothing in it is looked at"
+        return _told(Finding(False, told), console)
+    return _checked((_database, _inside_prefect, _workers), config, console) and well
+
+
+def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) -> bool:
     well = True
-    for check in (_versions, _stores, _store, _disk, _gpu, _servers, _database, _inside_prefect, _workers):
+    for check in checks:
         try:
             for finding in check(config):
                 well &= _told(finding, console)
