@@ -19,7 +19,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from flows.cli import main
-from flows.promotion import decided
+from flows.promotion import compared, decided
 from flows.record import registered_names
 from flows.registry import Registry
 from flows.server import answers
@@ -27,10 +27,10 @@ from flows.tracking import Tracker
 from tests.conftest import read_lines
 from tests.test_curriculum import mini
 from tests.test_platform import PICTURES, browser, picture, says, until
-from vectorclm.artifact import Store
+from vectorclm.artifact import Artifact, Store
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError
-from vectorclm.lineage import changes, lineage, verify
+from vectorclm.lineage import Lineage, Node, changes, lineage, verify
 from vectorclm.measure import Change, Figure
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
@@ -310,6 +310,27 @@ def test_what_earns_a_promotion() -> None:
     assert decided(["a"], [better, worse]) == (False, ["acc.c is worse by more than the noise"])
     with pytest.raises(ConfigError, match=r"acc\.z; there are acc\.a"):
         decided(["z"], [better])
+    with pytest.raises(ConfigError, match=r"by --task; there are bits_per_byte\.t"):
+        decided([], [text])
+
+
+def test_without_a_champion_only_tasks_decide() -> None:
+    """A suite of texts alone says nothing of a first model, even where it is the last that was measured."""
+
+    def scores(stage: str, tasks: dict[str, object]) -> Artifact:
+        text = {"t": {"bits_per_byte": 1.2, "stderr": 0.1}}
+        told = {"stage": stage, "config": {"suite": stage}, "inputs": {}, "summary": {"text": text, "tasks": tasks}}
+        return Artifact(Store("unused"), stage, "0" * 64, told)
+
+    texts, own = (
+        scores("measure", {}),
+        scores("evaluate", {"a": {"acc": 0.9, "stderr": 0.03, "chance": 0.5, "items": 100}}),
+    )
+    node = Node("finetune", "0" * 64, None)
+    suite, found = compared(Lineage(node, (texts, own)), None)
+    assert suite == "evaluate" and [change.name for change in found] == ["acc.a"]
+    with pytest.raises(ConfigError, match="there is no champion, and no multiple choice"):
+        compared(Lineage(node, (texts,)), None)
 
 
 def line(step: int) -> str:
