@@ -21,7 +21,14 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import main
-from flows.launch import Launcher, StageCancelledError, StageFailedError, StageInterruptedError, dying_with_parent
+from flows.launch import (
+    Launcher,
+    StageCancelledError,
+    StageFailedError,
+    StageInterruptedError,
+    device_names,
+    dying_with_parent,
+)
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, DataError, StoreError
 from vectorclm.instructions import PARTS
@@ -378,6 +385,36 @@ def test_one_curriculum_at_a_time_has_the_devices(tmp_path: Path) -> None:
             assert said == [True]
         waiting.result()
         assert said == [True, False]
+
+
+def test_sets_of_devices_exclude_each_other_where_they_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[bool] = []
+
+    def launcher(devices: str) -> Launcher:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        return Launcher(tmp_path)
+
+    with launcher("2,1") as second, launcher("3") as third, ThreadPoolExecutor(1) as other:
+        with launcher("0, 1") as first:
+            first.take_turn(said.append)
+            third.take_turn(said.append)
+            assert said == []
+            waiting = other.submit(second.take_turn, said.append)
+            while not said:
+                time.sleep(0.01)
+        waiting.result()
+        assert said == [True, False]
+
+
+def test_without_a_choice_all_gpus_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device_names(tmp_path) == ["cpu"]
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert device_names(tmp_path) == ["0", "1"]
+    for chosen in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert device_names(tmp_path) == ["cpu"]
 
 
 def test_a_run_that_waits_for_the_devices_can_be_cancelled(tmp_path: Path) -> None:
