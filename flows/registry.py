@@ -16,8 +16,8 @@ from mlflow.exceptions import MlflowException
 
 from flows.catalog import ALIAS, CHAMPION
 from flows.figures import VALUE_LENGTH, run_page
-from flows.server import local_folder
-from flows.tracking import tracking_uri, without_password
+from flows.server import local_folder, without_password
+from flows.tracking import tracking_uri
 from vectorclm.artifact import Artifact, Store
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.measure import ADDRESS, Figure, figures

@@ -13,6 +13,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
 from flows.form import Changes, chosen
+from flows.server import without_password
 from vectorclm.config import assignments
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.settings import validate
@@ -46,7 +47,8 @@ def _told(client: SyncPrefectClient) -> Iterator[None]:
     try:
         yield
     except httpx.TransportError as error:
-        raise VectorCLMError(f"no platform answers at {client.api_url}: start it with `vectorclm up`") from error
+        url = without_password(str(client.api_url))
+        raise VectorCLMError(f"no platform answers at {url}: start it with `vectorclm up`") from error
     except ObjectNotFound as error:
         raise ConfigError(f"Prefect has no deployment {CURRICULUM}: make it with `vectorclm up`") from error
     except httpx.HTTPStatusError as error:

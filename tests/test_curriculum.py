@@ -29,6 +29,7 @@ from flows.launch import (
     device_names,
     dying_with_parent,
 )
+from flows.server import answers, prefect_server
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, DataError, StoreError
 from vectorclm.instructions import PARTS
@@ -301,6 +302,28 @@ def test_a_store_that_cannot_be_written_stops_the_run_first(capsys: pytest.Captu
     (tmp_path / "file").write_text("not a folder")
     assert main(["run", "tiny", "--store", str(tmp_path / "file" / "store")]) == 2
     assert "not writable" in capsys.readouterr().err
+
+
+def test_a_password_in_the_address_of_prefect_is_refused_unsaid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://someone:hunter2@127.0.0.1:1/api")
+    with pytest.raises(ConfigError, match="set PREFECT_API_AUTH_STRING") as refused, prefect_server(tmp_path):
+        pass
+    assert "hunter2" not in str(refused.value)
+
+
+def test_what_is_no_address_and_what_speaks_no_http_does_not_answer() -> None:
+    assert not any(answers(url) for url in ("nowhere", "http://[x/api", "http://a:b@127.0.0.1:c/api"))
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as other:
+
+        def serve() -> None:
+            with server.accept()[0] as caller:
+                caller.recv(1024)
+                caller.sendall(b"220 mail is served here\r\n")
+
+        other.submit(serve)
+        assert not answers(f"http://127.0.0.1:{server.getsockname()[1]}/health")
 
 
 def test_a_dry_run_prints_fingerprints_and_touches_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
