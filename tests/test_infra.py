@@ -360,3 +360,39 @@ def test_the_kubernetes_pool_makes_valid_jobs(prefect_api: dict[str, str], tmp_p
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(manifest), encoding="utf-8")
     _passes("kubernetes-validate", "--strict", str(file))
+
+
+CLUSTER = """
+import json, sys
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from flows.doctor import process_workers
+from flows.platform import read_platform
+from flows.provision import provision
+
+template = json.load(sys.stdin)
+with get_client(sync_client=True) as client:
+    client.create_work_pool(WorkPoolCreate(name="gpu", type="kubernetes", base_job_template=template))
+    stored = client.read_work_pool("gpu")
+    provision(client, lambda line: None, "none")
+    pool = client.read_work_pool("gpu")
+    assert (pool.type, pool.base_job_template) == ("kubernetes", stored.base_job_template)
+    assert client.read_work_pool("cpu").type == "process"
+    assert client.read_deployment_by_name("stage/pretrain").work_pool_name == "gpu"
+config = read_platform(None, vectorclm_store=sys.argv[1])
+print([pool for _, pool in process_workers(config)])
+"""
+
+
+def test_a_pool_of_a_cluster_takes_the_place_of_the_one_for_processes(
+    prefect_api: dict[str, str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CLUSTER, str(tmp_path)],
+        input=json.dumps(_pool("kubernetes")),
+        env=prefect_api,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['cpu']\n"
