@@ -21,7 +21,10 @@ from vectorclm.artifact import Store
 from vectorclm.errors import VectorCLMError
 
 FREE_GIGABYTES = 5
-OPEN = "none, so whoever works on this machine can run programs as you: PREFECT_AUTH=user:password sets one"
+OPEN = (
+    "none, so whoever works on this machine, and a web page that has its name point here (DNS rebinding), can run "
+    "programs as you: PREFECT_AUTH=user:password sets one"
+)
 HEARTBEAT_SECONDS = 40  # that a worker which starts may take to be heard of
 WRITE_SECONDS = 60  # that a write may take
 VERSIONS = ("prefect", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
