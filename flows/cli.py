@@ -23,7 +23,7 @@ from flows import lineage, report
 from flows.form import Name
 from flows.server import PrivateServer, has_own_server, local_folder, prefect_server
 from vectorclm import __main__ as core
-from vectorclm.artifact import Store, default_store
+from vectorclm.artifact import Artifact, Store, default_store
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.pinning import check_sources, pin
@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if args.command == "serve" and args.target.startswith("models:/"):
                     args.name = args.name or args.target.removeprefix("models:/")
                 args.target = _registered(args.target, args.store)
+            if args.command == "evaluate" and args.suite is not None and not args.every_checkpoint:
+                _record(args.target.rstrip("/"), core.measure_model(args), Store(args.store))
+                return 0
             return core.run_command(args)
     except VectorCLMError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -251,6 +254,21 @@ def _registered(address: str, store: str) -> str:
     from flows.registry import Registry
 
     return Registry(Store(store)).find(address).address
+
+
+def _record(address: str, scores: Artifact, store: Store) -> None:
+    """Tell MLflow, where there is one, what a model scored that it knows."""
+    if not lineage.has_record(store):
+        return
+    from flows.registry import Registry, RegistryError
+
+    try:
+        page = Registry(store).record_by_hand(address, scores)
+    except RegistryError as error:
+        print(f"warning: {error}; the result is in the store and not in MLflow", file=sys.stderr)
+    else:
+        if page is not None:
+            print(f"recorded in MLflow: {page}", file=sys.stderr)
 
 
 def _runtime(args: argparse.Namespace) -> Runtime:

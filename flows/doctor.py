@@ -4,7 +4,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,10 @@ from vectorclm.artifact import Store
 from vectorclm.errors import VectorCLMError
 
 FREE_GIGABYTES = 5
-OPEN = "none, so whoever works on this machine can run programs as you: PREFECT_AUTH=user:password sets one"
+OPEN = (
+    "none, so whoever works on this machine, and a web page that has its name point here (DNS rebinding), can run "
+    "programs as you: PREFECT_AUTH=user:password sets one"
+)
 HEARTBEAT_SECONDS = 40  # that a worker which starts may take to be heard of
 WRITE_SECONDS = 60  # that a write may take
 VERSIONS = ("prefect", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
@@ -50,7 +53,7 @@ def up(config: PlatformConfig, console: Console) -> None:
     if problem is not None:
         console.print(problem, style="yellow", highlight=False, markup=False)
     since = datetime.now(UTC)
-    started = [(service, pool) for service, pool in zip(config.workers(), POOLS, strict=True) if service.start()]
+    started = [(service, pool) for service, pool in process_workers(config) if service.start()]
     for service, pool in started:
         console.print(f"starting {service.name} …", highlight=False)
         if not _heard(pool, since):
@@ -83,7 +86,7 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
     if config.prefect_auth is None:
         console.print(f"{'password':>20}  {OPEN}", highlight=False, soft_wrap=True)
     if not _gpus():
-        console.print(f"{'gpu':>20}  none here: the pool gpu runs on the CPU", highlight=False)
+        console.print(f"{'gpu':>20}  none here: this machine's workers run on its CPU", highlight=False)
 
 
 def _provision(config: PlatformConfig, tell: Callable[[str], None]) -> str | None:
@@ -131,11 +134,25 @@ class Finding:
     what: str
 
 
+Check = Callable[[PlatformConfig], Iterator[Finding]]
+
+
 def doctor(config: PlatformConfig, console: Console) -> bool:
-    """Look at every part, mend what can be mended, print a line each; whether all is well in the end."""
+    """Look at every part, mend what can be mended, print a line each; whether all is well in the end.
+
+    Nothing is written or started in a Prefect server that is not this platform's.
+    """
     point_at(config)
+    well = _checked((_versions, _stores, _store, _disk, _gpu, _servers), config, console)
+    if config.servers()[0].process() is None:
+        told = f"Prefect's server at {config.prefect_url}, if any, is not this platform's: nothing in it is looked at"
+        return _told(Finding(False, told), console)
+    return _checked((_database, _inside_prefect, _workers), config, console) and well
+
+
+def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) -> bool:
     well = True
-    for check in (_versions, _stores, _store, _disk, _gpu, _servers, _database, _inside_prefect, _workers):
+    for check in checks:
         try:
             for finding in check(config):
                 well &= _told(finding, console)
@@ -198,7 +215,7 @@ def _disk(config: PlatformConfig) -> Iterator[Finding]:
 
 def _gpu(config: PlatformConfig) -> Iterator[Finding]:
     found = _gpus()
-    yield Finding(True, f"GPUs: {', '.join(found)}" if found else "no GPU: the pool gpu runs on the CPU")
+    yield Finding(True, f"GPUs: {', '.join(found)}" if found else "no GPU: this machine's workers run on its CPU")
 
 
 def _gpus() -> list[str]:
@@ -263,13 +280,32 @@ def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
 
 def _workers(config: PlatformConfig) -> Iterator[Finding]:
     since = datetime.now(UTC)
-    for service, pool in zip(config.workers(), POOLS, strict=True):
+    mine = process_workers(config)
+    for pool in set(POOLS) - {pool for _, pool in mine}:
+        yield Finding(True, f"pool {pool} is not for processes: {_heard(pool, None)} worker(s) of others online")
+    for service, pool in mine:
         again = service.start()
         online = _heard(pool, since if again else None)
         if online:
             yield Finding(True, f"pool {pool} has {online} worker(s) online{', started again' if again else ''}")
         else:
             yield Finding(False, f"pool {pool} has a worker process but no heartbeat: read {service.log}")
+
+
+def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:
+    """The workers that `up` starts, each with its pool: of the pools for processes. One from before such a pool
+    became another's, as a cluster's, is stopped.
+    """
+    from prefect.client.orchestration import get_client
+
+    found = []
+    with get_client(sync_client=True) as client:
+        for service, pool in zip(config.workers(), POOLS, strict=True):
+            if client.read_work_pool(pool).type == "process":
+                found.append((service, pool))
+            else:
+                service.stop()
+    return found
 
 
 def _heard(pool: str, since: datetime | None) -> int:

@@ -46,19 +46,28 @@ class StageCancelledError(StageFailedError):
     """A stage's process was ended by this one, which is itself ending."""
 
 
+def device_names(dev: Path = Path("/dev")) -> list[str]:
+    """The GPUs that this process may use, as file names, sorted: of CUDA_VISIBLE_DEVICES, else all; or `cpu`."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        names = {str(number) for number in range(len(list(dev.glob("nvidia[0-9]*"))))}
+    else:
+        names = {re.sub(r"[^\w.-]", "-", name.strip()) for name in visible.split(",")}
+    return sorted(names - {"", "-1"}) or ["cpu"]
+
+
 class Launcher:
     """The children of one curriculum; leaving the block ends those that still run.
 
     Once it took its turn a curriculum has, to its end, the devices of this machine (CUDA_VISIBLE_DEVICES of them, where
     that is set) to itself: two trainings on one GPU, or on the same cores, cost each other far more than their share.
-    The claim is a file lock in `locks`, which the system frees when its holder dies, however that comes.
+    The claim is a file lock in `locks` for each, which the system frees when its holder dies, however that comes.
     """
 
     def __init__(self, locks: Path) -> None:
         self._lock = threading.Lock()
-        devices = "-".join(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")) or "all"
         locks.mkdir(parents=True, exist_ok=True)
-        self._devices = FileLock(locks / f"devices-{devices}.lock", thread_local=False)
+        self._devices = [FileLock(locks / f"device-{name}.lock", thread_local=False) for name in device_names()]
         self._turn = threading.Lock()
         self._children: set[subprocess.Popen[str]] = set()
         self.closed = threading.Event()
@@ -74,7 +83,8 @@ class Launcher:
             children = list(self._children)
         for child in children:
             _end(child)
-        self._devices.release()
+        for device in self._devices:
+            device.release()
 
     def take_turn(self, waits: Callable[[bool], None]) -> None:
         """Return once no other curriculum uses this machine's devices, and keep them until the block ends.
@@ -83,7 +93,7 @@ class Launcher:
         StageCancelledError where the block ends first.
         """
         with self._turn:
-            if self._devices.is_locked:
+            if all(device.is_locked for device in self._devices):
                 return
             told = False
             while not self._free():
@@ -96,10 +106,13 @@ class Launcher:
                 waits(False)
 
     def _free(self) -> bool:
-        try:
-            self._devices.acquire(timeout=0)
-        except Timeout:
-            return False
+        """Whether all devices are ours now. Taken in one order by all, and kept, so that no two wait for each other."""
+        for device in self._devices:
+            if not device.is_locked:
+                try:
+                    device.acquire(timeout=0)
+                except Timeout:
+                    return False
         return True
 
     def run(self, command: Sequence[str], log: Callable[[str], None]) -> None:

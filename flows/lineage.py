@@ -35,9 +35,14 @@ def opened(address: str, store: Store) -> Lineage:
     return lineage(address, store)
 
 
+def has_record(store: Store) -> bool:
+    """Whether there is an MLflow that may know of the models in a store."""
+    return "MLFLOW_TRACKING_URI" in os.environ or (local_folder(store) / "mlflow.db").is_file()
+
+
 def recorded(found: Lineage, store: Store) -> "tuple[Record | None, str]":
     """MLflow's record of a chain; or None, and why."""
-    if "MLFLOW_TRACKING_URI" not in os.environ and not (local_folder(store) / "mlflow.db").is_file():
+    if not has_record(store):
         return None, "no MLflow: set MLFLOW_TRACKING_URI for links to its runs"
     from flows.record import record_of
     from flows.registry import Registry, RegistryError

@@ -180,7 +180,8 @@ def _prefect_server(config: PlatformConfig) -> Service:
         **QUIET,
         "PREFECT_HOME": str(config.home / ".prefect"),
         "PREFECT_API_URL": f"{config.prefect_url}/api",
-        # A page of another origin, open in the same browser, has no say here.
+        # A page of another origin, open in the same browser, has no say here. One whose name is made to mean this
+        # address counts as of this origin (DNS rebinding), as Prefect looks at no Host: PREFECT_AUTH alone stops it.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{config.prefect_url},http://localhost:{config.prefect_port}",
         # What was to happen to runs while the server was away still happens once it is back.
         "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": EVENTS_KEPT,

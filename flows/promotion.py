@@ -26,17 +26,24 @@ def compared(candidate: Lineage, champion: Lineage | None) -> tuple[str, list[Ch
     """The suite by which both were measured alike, and every score of it; without a champion, chance in its place.
 
     Scores are paired where both results tell what each item scored. Raises ConfigError where no suite measured both
-    by equal settings.
+    by equal settings, or, without a champion, no task.
     """
     for item in sorted(candidate.scores, key=lambda item: item.stage != "measure"):
         suite = str(item.manifest["config"].get("suite", OWN_SUITE))
         after = _figures(item)
         if champion is None:
             chance = {f"acc.{label}": Figure(task["chance"], 0.0) for label, task in item.summary["tasks"].items()}
-            return suite, changes(chance, after)
+            if chance:
+                return suite, changes(chance, after)
+            continue
         for other in champion.scores:
             if other.stage == item.stage and _asked(other) == _asked(item):
                 return suite, _paired(changes(_figures(other), after), other, item)
+    if champion is None:
+        raise ConfigError(
+            "there is no champion, and no multiple choice whose chance would stand for one was measured: run "
+            "`vectorclm evaluate MODEL --suite NAME` with a suite that has tasks"
+        )
     raise ConfigError(
         "no suite has measured both models by equal settings: run `vectorclm evaluate MODEL --suite NAME` for each"
     )
@@ -78,7 +85,11 @@ def decided(tasks: Sequence[str], found: Sequence[Change]) -> tuple[bool, list[s
     """Whether the later model is promoted, and why not: better beyond noise on each task named, worse on no score.
 
     A task is named by its label or by its whole score: `hellaswag`, `acc.hellaswag`, `bits_per_byte.stories`.
+    Raises ConfigError where none is named, or one that was not measured.
     """
+    if not tasks:
+        known = ", ".join(change.name for change in found)
+        raise ConfigError(f"no multiple choice was measured: name what must be better by --task; there are {known}")
     by_name = {change.name: change for change in found}
     named = [name if name in by_name else f"acc.{name}" for name in tasks]
     if unknown := [name for name in named if name not in by_name]:

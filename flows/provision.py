@@ -189,9 +189,7 @@ def _pool(client: SyncPrefectClient, name: str, tell: Tell) -> None:
         tell(f"work pool {name} created")
         return
     if found.type != "process":
-        raise ProvisionError(
-            f"work pool {name} is of the type {found.type}: delete it, and `up` makes one for processes"
-        )
+        return  # somebody made it for a cluster: its template and its workers are theirs
     changes = []
     if found.is_paused:
         changes.append("was paused, and is no longer")

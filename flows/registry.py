@@ -16,8 +16,8 @@ from mlflow.exceptions import MlflowException
 
 from flows.catalog import ALIAS, CHAMPION
 from flows.figures import VALUE_LENGTH, run_page
-from flows.server import local_folder
-from flows.tracking import tracking_uri, without_password
+from flows.server import answers, local_folder, without_password
+from flows.tracking import tracking_uri
 from vectorclm.addresses import ADDRESS
 from vectorclm.artifact import Artifact, Store
 from vectorclm.errors import ConfigError, VectorCLMError
@@ -123,16 +123,18 @@ class Registry:
         return results
 
     def record(self, subject: Subject, artifact: Artifact, flow_run_id: str | None) -> str:
-        """A run with the scores in `artifact`, each linked to the model it is of; the address of the run's page."""
+        """A run with the scores in `artifact`, each linked to the model it is of; the address of the run's page.
+
+        Of a flow run it belongs to the `history` of the subject.
+        """
         settings = artifact.manifest["config"]
         tags = {
-            "series": _series(subject, settings),
             "title": subject.title,
             "model": subject.address,
             "suite": settings["suite"],
             "fingerprint": artifact.fingerprint,
             "uri": artifact.uri,
-            **({"prefect.flow_run_id": flow_run_id} if flow_run_id else {}),
+            **({"prefect.flow_run_id": flow_run_id, "series": _series(subject, settings)} if flow_run_id else {}),
         }
         values: dict[str, float] = {}
         for name, figure in figures(artifact.summary).items():
@@ -150,6 +152,27 @@ class Registry:
             self.client.log_batch(run_id, metrics=metrics)
             self.client.set_terminated(run_id)
         return self.page(experiment_id, run_id)
+
+    def record_by_hand(self, address: str, artifact: Artifact) -> str | None:
+        """Record the scores in `artifact` of the registered model in the store at `address`, where none has done so.
+
+        The address of the run's page; None where no version is of that model, or the scores are there. The run is not
+        of the series that evaluations are compared in, so that a fall is told by the next of those.
+        """
+        if (match := _in_store(address)) is None:
+            return None
+        place = without_password(self.uri).rstrip("/")
+        if place.startswith("http") and not answers(f"{place}/health"):  # sooner known than by the client's retries
+            raise RegistryError(f"MLflow at {place} does not answer")
+        with self.asked():
+            query = f"tags.fingerprint = '{match['fingerprint']}'"
+            found = self.client.search_model_versions(query, max_results=1)
+            told = f"tags.fingerprint = '{artifact.fingerprint}' and attributes.status = 'FINISHED'"
+            runs = self.client.search_runs([self._experiment_id()], told) if found else []
+        if not found or any(run.data.tags.get("model") == address[:VALUE_LENGTH] for run in runs):
+            return None
+        subject = Subject(found[0].name, f"{found[0].name} {found[0].version}", address, _logged_model(found[0]))
+        return self.record(subject, artifact, None)
 
     def champion(self, name: str) -> ModelVersion | None:
         """The version of a registered model that is its champion; None before there is one."""

@@ -12,8 +12,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
+from flows.form import Changes, chosen
+from flows.server import without_password
 from vectorclm.config import assignments
 from vectorclm.errors import ConfigError, VectorCLMError
+from vectorclm.settings import validate
 
 CURRICULUM = "curriculum/curriculum"
 
@@ -29,7 +32,9 @@ def retry(run: str, again_from: str | None, changes: Sequence[str]) -> str:
         parameters: dict[str, Any] = dict(before.parameters)
         if changes:
             form = dict(parameters.get("changes") or {})
-            parameters["changes"] = {**form, "settings": {**(form.get("settings") or {}), **assignments(changes)}}
+            form["settings"] = {**(form.get("settings") or {}), **assignments(changes)}
+            chosen(parameters["experiment"], validate(Changes, form, "changes"))
+            parameters["changes"] = form
         if again_from is not None:
             parameters["again_from"] = again_from
         deployment = client.read_deployment_by_name(CURRICULUM)
@@ -42,7 +47,8 @@ def _told(client: SyncPrefectClient) -> Iterator[None]:
     try:
         yield
     except httpx.TransportError as error:
-        raise VectorCLMError(f"no platform answers at {client.api_url}: start it with `vectorclm up`") from error
+        url = without_password(str(client.api_url))
+        raise VectorCLMError(f"no platform answers at {url}: start it with `vectorclm up`") from error
     except ObjectNotFound as error:
         raise ConfigError(f"Prefect has no deployment {CURRICULUM}: make it with `vectorclm up`") from error
     except httpx.HTTPStatusError as error:
@@ -62,10 +68,10 @@ def _detail(response: httpx.Response) -> str:
 
 def _find(client: SyncPrefectClient, run: str) -> FlowRun:
     try:
-        chosen = FlowRunFilter.model_validate({"id": {"any_": [UUID(run)]}})
+        wanted = FlowRunFilter.model_validate({"id": {"any_": [UUID(run)]}})
     except ValueError:
-        chosen = FlowRunFilter.model_validate({"name": {"any_": [run]}})
-    found = client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)
+        wanted = FlowRunFilter.model_validate({"name": {"any_": [run]}})
+    found = client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)
     if not found:
         raise ConfigError(f"no run {run!r}: give the id or the name that Prefect shows")
     if "experiment" not in found[0].parameters or "stage" in found[0].parameters:

@@ -5,6 +5,7 @@ one is told to end with its parent.
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,7 +23,7 @@ from filelock import FileLock
 
 from flows.launch import dying_with_parent
 from vectorclm.artifact import Store
-from vectorclm.errors import VectorCLMError
+from vectorclm.errors import ConfigError, VectorCLMError
 
 START_SECONDS = 120  # a cold start migrates a new database
 STOP_SECONDS = 5
@@ -136,8 +138,16 @@ class PrivateServer:
 
 @contextmanager
 def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
-    """A private server, starting up; None where PREFECT_API_URL names the user's own."""
+    """A private server, starting up; None where PREFECT_API_URL names the user's own.
+
+    Raises ConfigError where a password is in that, and ServerError where no server answers.
+    """
     if has_own_server():
+        if "@" in os.environ["PREFECT_API_URL"]:
+            raise ConfigError(
+                "PREFECT_API_URL holds a password, which logs would show: leave out what is before the @, and set "
+                "PREFECT_API_AUTH_STRING=user:password"
+            )
         os.environ |= QUIET
         os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
         url = os.environ["PREFECT_API_URL"].rstrip("/")
@@ -166,12 +176,17 @@ def past_proxies() -> dict[str, str]:
     return {"NO_PROXY": value, "no_proxy": value}
 
 
+def without_password(text: str) -> str:
+    """`text` with the user and password of every address in it left out."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
+
+
 def answers(url: str) -> bool:
     """Whether an HTTP server says 200 at `url`; one of this machine is asked directly, whatever proxy is set."""
-    direct = urlsplit(url).hostname in ("127.0.0.1", "localhost")
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if direct else []))
     try:
+        direct = urlsplit(url).hostname in ("127.0.0.1", "localhost")
+        opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if direct else []))
         with opener.open(url, timeout=5) as response:
             return bool(response.status == 200)
-    except OSError:
+    except (OSError, HTTPException, ValueError):  # or what it says is no HTTP, or `url` is no address
         return False

@@ -17,8 +17,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from flows.server import without_password
 from flows.stages import Handle, duration
-from flows.tracking import tracking_uri, without_password
+from flows.tracking import tracking_uri
 from vectorclm.artifact import Artifact, Store
 from vectorclm.compare import followed
 from vectorclm.config import ExperimentConfig

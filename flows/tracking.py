@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import queue
-import re
 import secrets
 import socket
 import threading
@@ -31,7 +30,7 @@ from mlflow.exceptions import MlflowException
 from flows.catalog import CHAMPION, MODELS, NOTE, REGISTERED, Catalog
 from flows.figures import BATCH, flatten, run_page
 from flows.outbox import Outbox
-from flows.server import answers, local_folder
+from flows.server import answers, local_folder, without_password
 from flows.stagerun import NotOpenError, StageRun
 from vectorclm.artifact import Artifact, Plan, Store
 from vectorclm.config import ExperimentConfig
@@ -57,11 +56,6 @@ BEGUN = "A curriculum that has not come to its end. Its stages are its child run
 def tracking_uri(store: Store) -> str:
     """MLFLOW_TRACKING_URI, else a database in the local store."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_folder(store) / 'mlflow.db'}"
-
-
-def without_password(text: str) -> str:
-    """`text` with the user and password of every address in it left out."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 class Tracker:

@@ -21,7 +21,15 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import main
-from flows.launch import Launcher, StageCancelledError, StageFailedError, StageInterruptedError, dying_with_parent
+from flows.launch import (
+    Launcher,
+    StageCancelledError,
+    StageFailedError,
+    StageInterruptedError,
+    device_names,
+    dying_with_parent,
+)
+from flows.server import answers, prefect_server
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, DataError, StoreError
 from vectorclm.instructions import PARTS
@@ -296,6 +304,28 @@ def test_a_store_that_cannot_be_written_stops_the_run_first(capsys: pytest.Captu
     assert "not writable" in capsys.readouterr().err
 
 
+def test_a_password_in_the_address_of_prefect_is_refused_unsaid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://someone:hunter2@127.0.0.1:1/api")
+    with pytest.raises(ConfigError, match="set PREFECT_API_AUTH_STRING") as refused, prefect_server(tmp_path):
+        pass
+    assert "hunter2" not in str(refused.value)
+
+
+def test_what_is_no_address_and_what_speaks_no_http_does_not_answer() -> None:
+    assert not any(answers(url) for url in ("nowhere", "http://[x/api", "http://a:b@127.0.0.1:c/api"))
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as other:
+
+        def serve() -> None:
+            with server.accept()[0] as caller:
+                caller.recv(1024)
+                caller.sendall(b"220 mail is served here\r\n")
+
+        other.submit(serve)
+        assert not answers(f"http://127.0.0.1:{server.getsockname()[1]}/health")
+
+
 def test_a_dry_run_prints_fingerprints_and_touches_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["run", "tiny", "--store", str(tmp_path), "--dry-run", "--json"]) == 0
     costs = json.loads(capsys.readouterr().out)
@@ -399,6 +429,36 @@ def test_one_curriculum_at_a_time_has_the_devices(tmp_path: Path) -> None:
             assert said == [True]
         waiting.result()
         assert said == [True, False]
+
+
+def test_sets_of_devices_exclude_each_other_where_they_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[bool] = []
+
+    def launcher(devices: str) -> Launcher:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        return Launcher(tmp_path)
+
+    with launcher("2,1") as second, launcher("3") as third, ThreadPoolExecutor(1) as other:
+        with launcher("0, 1") as first:
+            first.take_turn(said.append)
+            third.take_turn(said.append)
+            assert said == []
+            waiting = other.submit(second.take_turn, said.append)
+            while not said:
+                time.sleep(0.01)
+        waiting.result()
+        assert said == [True, False]
+
+
+def test_without_a_choice_all_gpus_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device_names(tmp_path) == ["cpu"]
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert device_names(tmp_path) == ["0", "1"]
+    for chosen in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert device_names(tmp_path) == ["cpu"]
 
 
 def test_a_run_that_waits_for_the_devices_can_be_cancelled(tmp_path: Path) -> None:

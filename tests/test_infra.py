@@ -274,6 +274,7 @@ with get_client(sync_client=True) as client:
         enforce_parameter_schema=True,
     )
     print(main(["retry", "by-form", "--from", "export", *sys.argv[1:]]), file=sys.stderr)
+    print(main(["retry", "by-form", "--set", "pretrain.batchsize=3", *sys.argv[1:]]), len(client.read_flow_runs()))
 """
 
 
@@ -281,7 +282,10 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp
     url = urlsplit(prefect_api["PREFECT_API_URL"])
     command = [sys.executable, "-c", NO_CURRICULUM, "--store", str(tmp_path), "--prefect-port", str(url.port)]
     done = subprocess.run(command, env=prefect_api, capture_output=True, text=True, check=False)
-    told = [line for line in done.stderr.splitlines() if line]
+    said, _, setting = done.stderr.partition("error: changed settings:\n")
+    assert "pretrain.batchsize: unknown key; did you mean 'batch_size'" in setting
+    assert done.stdout == "2 2\n"  # refused, and no run beside the two
+    told = [line for line in said.splitlines() if line]
     assert [line for line in told if not line.startswith("error: ")] == ["2"] * 4, done.stderr
     for line, message in zip(
         told[::2],
@@ -356,3 +360,39 @@ def test_the_kubernetes_pool_makes_valid_jobs(prefect_api: dict[str, str], tmp_p
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(manifest), encoding="utf-8")
     _passes("kubernetes-validate", "--strict", str(file))
+
+
+CLUSTER = """
+import json, sys
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from flows.doctor import process_workers
+from flows.platform import read_platform
+from flows.provision import provision
+
+template = json.load(sys.stdin)
+with get_client(sync_client=True) as client:
+    client.create_work_pool(WorkPoolCreate(name="gpu", type="kubernetes", base_job_template=template))
+    stored = client.read_work_pool("gpu")
+    provision(client, lambda line: None, "none")
+    pool = client.read_work_pool("gpu")
+    assert (pool.type, pool.base_job_template) == ("kubernetes", stored.base_job_template)
+    assert client.read_work_pool("cpu").type == "process"
+    assert client.read_deployment_by_name("stage/pretrain").work_pool_name == "gpu"
+config = read_platform(None, vectorclm_store=sys.argv[1])
+print([pool for _, pool in process_workers(config)])
+"""
+
+
+def test_a_pool_of_a_cluster_takes_the_place_of_the_one_for_processes(
+    prefect_api: dict[str, str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CLUSTER, str(tmp_path)],
+        input=json.dumps(_pool("kubernetes")),
+        env=prefect_api,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['cpu']\n"

@@ -19,7 +19,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from flows.cli import main
-from flows.promotion import decided
+from flows.promotion import compared, decided
 from flows.record import registered_names
 from flows.registry import Registry
 from flows.server import answers
@@ -27,10 +27,10 @@ from flows.tracking import Tracker
 from tests.conftest import read_lines
 from tests.test_curriculum import mini
 from tests.test_platform import PICTURES, browser, picture, says, until
-from vectorclm.artifact import Store
+from vectorclm.artifact import Artifact, Store
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError
-from vectorclm.lineage import changes, lineage, verify
+from vectorclm.lineage import Lineage, Node, changes, lineage, verify
 from vectorclm.measure import Change, Figure
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
@@ -299,6 +299,36 @@ def test_a_champion_yields_only_to_what_is_better_beyond_noise(
     assert main([*arguments, "--task", "nothing"]) == 2
 
 
+def test_a_suite_by_hand_is_told_to_mlflow_once_where_it_knows_the_model(
+    world: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mini.json").write_text(mini().model_dump_json())
+    options = ["--suite", str(tmp_path / "mini.json"), "--store", world.store.uri, "--documents", "2", "--items", "2"]
+    assert main(["evaluate", "models:/vectorclm-base/1", *options, "--json"]) == 0
+    said = capsys.readouterr()
+    scores = json.loads(said.out)
+    assert "recorded in MLflow: http" in said.err
+    registry = Registry(world.store)
+    client, query = registry.client, f"tags.fingerprint = '{Path(scores['uri']).name}'"
+    (run,) = client.search_runs([client.get_experiment_by_name("evaluations").experiment_id], query)
+    assert run.data.metrics["acc.world"] == scores["scores"]["tasks"]["world"]["acc"]
+    (model,) = client.get_run(run.info.run_id).inputs.model_inputs
+    assert client.get_model_version("vectorclm-base", "1").source == f"models:/{model.model_id}"
+    subject = registry.find("models:/vectorclm-base/1")
+    assert registry.history(subject, world.store.find("measure", Path(scores["uri"]).name).manifest["config"]) == []
+    assert main(["evaluate", world.first["pretrain"] + "/", *options]) == 0  # told already
+    shutil.copytree(world.first["pretrain"], tmp_path / "copy")
+    assert main(["evaluate", str(tmp_path / "copy"), *options]) == 0  # no model of MLflow's
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main(["evaluate", world.first["pretrain"], *options]) == 0
+    assert "MLflow" not in capsys.readouterr().err and not Path(world.store.root, "mlflow.db").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert main(["evaluate", world.first["pretrain"], *options]) == 0
+    assert (
+        "warning: MLflow at http://127.0.0.1:9 does not answer; the result is in the store" in capsys.readouterr().err
+    )
+
+
 def test_what_earns_a_promotion() -> None:
     def change(name: str, before: float, after: float) -> Change:
         return Change(name, Figure(before, 0.01), Figure(after, 0.01))
@@ -310,6 +340,27 @@ def test_what_earns_a_promotion() -> None:
     assert decided(["a"], [better, worse]) == (False, ["acc.c is worse by more than the noise"])
     with pytest.raises(ConfigError, match=r"acc\.z; there are acc\.a"):
         decided(["z"], [better])
+    with pytest.raises(ConfigError, match=r"by --task; there are bits_per_byte\.t"):
+        decided([], [text])
+
+
+def test_without_a_champion_only_tasks_decide() -> None:
+    """A suite of texts alone says nothing of a first model, even where it is the last that was measured."""
+
+    def scores(stage: str, tasks: dict[str, object]) -> Artifact:
+        text = {"t": {"bits_per_byte": 1.2, "stderr": 0.1}}
+        told = {"stage": stage, "config": {"suite": stage}, "inputs": {}, "summary": {"text": text, "tasks": tasks}}
+        return Artifact(Store("unused"), stage, "0" * 64, told)
+
+    texts, own = (
+        scores("measure", {}),
+        scores("evaluate", {"a": {"acc": 0.9, "stderr": 0.03, "chance": 0.5, "items": 100}}),
+    )
+    node = Node("finetune", "0" * 64, None)
+    suite, found = compared(Lineage(node, (texts, own)), None)
+    assert suite == "evaluate" and [change.name for change in found] == ["acc.a"]
+    with pytest.raises(ConfigError, match="there is no champion, and no multiple choice"):
+        compared(Lineage(node, (texts,)), None)
 
 
 def line(step: int) -> str:

@@ -22,6 +22,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
@@ -404,3 +405,19 @@ def test_up_is_told_when_a_port_is_taken(platform: Platform, tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 2
     assert f"port {platform.config.prefect_port} is taken" in done.stderr
+
+
+def test_the_doctor_leaves_the_server_of_another_platform_alone(platform: Platform, tmp_path: Path) -> None:
+    """Where its own is dead and the port is the other's: neither pools nor workers are this platform's to mend."""
+    platform.client.update_work_pool("gpu", WorkPoolUpdate(is_paused=True))
+    try:
+        command = [sys.executable, "-m", "flows.cli", "doctor", "--store", str(tmp_path)]
+        command += ["--prefect-port", str(platform.config.prefect_port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
+        assert done.returncode == 1, done.stderr
+        assert f"port {platform.config.prefect_port} is taken" in done.stdout
+        assert "is not this platform's: nothing in it is looked at" in done.stdout
+        assert platform.client.read_work_pool("gpu").is_paused
+        assert list(tmp_path.glob("platform/*.json")) == []
+    finally:
+        platform.client.update_work_pool("gpu", WorkPoolUpdate(is_paused=False))

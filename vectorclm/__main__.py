@@ -12,7 +12,7 @@ from typing import Any
 
 from vectorclm import progress
 from vectorclm.addresses import find_model
-from vectorclm.artifact import Store, default_store
+from vectorclm.artifact import Artifact, Store, default_store
 from vectorclm.bits_per_byte import text_scores
 from vectorclm.chat import Conversation, open_chat_model, talk
 from vectorclm.compare import add_compare_command, run_compare_command
@@ -224,8 +224,8 @@ def limits_given(args: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(args, name) for name in Limits.model_fields if getattr(args, name) is not None}
 
 
-def measure_model(args: argparse.Namespace) -> None:
-    """Measure a model on a suite, or find it measured, and print its scores."""
+def measure_model(args: argparse.Namespace) -> Artifact:
+    """Measure a model on a suite, or find it measured, and print its scores; the artifact with them."""
     if args.text is not None:
         raise ConfigError("--text and --suite ask for two things: give one of them")
     limits = validate(Limits, limits_given(args), "options")
@@ -247,6 +247,7 @@ def measure_model(args: argparse.Namespace) -> None:
         for name, figure in figures(artifact.summary).items():
             print(f"{name:<24} {figure.value:.4f} ± {figure.stderr:.4f}{_about(artifact.summary, name)}")
         print(f"measure {'reused' if reused else 'built'}: {artifact.uri}")
+    return artifact
 
 
 def _about(scores: Mapping[str, Any], name: str) -> str:
