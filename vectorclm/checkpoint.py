@@ -147,9 +147,12 @@ class Checkpoints:
                 )
 
     def _load(self, found: Artifact) -> Snapshot:
-        folder = found.local()
-        model, optimizers = load_file(folder / "model.safetensors"), load_file(folder / "optim.safetensors")
-        metrics = (folder / "metrics.jsonl").read_text()
-        if not self.store.is_local:  # this machine's copy, which nobody reads again
-            shutil.rmtree(folder)
+        """Its content; a remote store's files come as copies of this process's own, as all its ranks read at once."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with found.borrowed("model.safetensors", self.work) as file:
+            model = load_file(file)
+        with found.borrowed("optim.safetensors", self.work) as file:
+            optimizers = load_file(file)
+        with found.borrowed("metrics.jsonl", self.work) as file:
+            metrics = file.read_text()
         return Snapshot(found.manifest["step"], model, optimizers, metrics, found.manifest["order"])
