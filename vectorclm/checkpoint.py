@@ -21,6 +21,7 @@ from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.storage import explained
 
 KEEP = 2  # older checkpoints are removed
+AGAIN = "again"  # the folder beside them with those of a finished training that is made once more
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,19 @@ def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.
 class Checkpoints:
     """The checkpoints of one plan, of a training on the data set whose identity is `data`.
 
-    `save` returns at once and writes in a thread of its own. With `keep_all`, older checkpoints stay.
+    `save` returns at once and writes in a thread of its own. With `keep_all`, older checkpoints stay. A training that
+    is made `again` has its own, so that it proves every step.
     """
 
-    def __init__(self, store: Store, plan: Plan, work: Path, data: str, *, keep_all: bool = False) -> None:
+    def __init__(
+        self, store: Store, plan: Plan, work: Path, data: str, *, keep_all: bool = False, again: bool = False
+    ) -> None:
         self.store = store
         self.plan = plan
         self.work = work
         self.data = data
         self.keep_all = keep_all
-        self.root = f"checkpoints/{plan.fingerprint}"
+        self.root = f"checkpoints/{plan.fingerprint}" + (f"/{AGAIN}" if again else "")
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
 

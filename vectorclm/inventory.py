@@ -13,7 +13,7 @@ from vectorclm.lease import is_alive
 from vectorclm.storage import StoredFile
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-STEP = re.compile(r"step-[0-9]+")
+STEP = re.compile(r"(?:again/)?step-[0-9]+")  # of a training, or of one that is made once more
 # Of a local store, what lies beside the stages; a name with a dot before it is none of a stage either.
 BESIDE = frozenset({"checkpoints", "leases", "work", "locks", "platform", "mlartifacts"})
 READERS = 8  # manifests fetched at once
@@ -21,7 +21,7 @@ READERS = 8  # manifests fetched at once
 
 @dataclass(frozen=True)
 class Folder:
-    """What has a manifest, or should have one: `{stage}/{fingerprint}` or `checkpoints/{fingerprint}/step-…`."""
+    """What has a manifest, or should have one: `{stage}/{fingerprint}` or `checkpoints/{fingerprint}/…/step-…`."""
 
     key: str
     files: Mapping[str, StoredFile]  # below it, as they lie in the store
@@ -105,7 +105,7 @@ def _row(folder: Folder) -> dict[str, Any]:
     return {
         "stage": stage,
         "fingerprint": fingerprint,
-        **({"step": int(step[0].removeprefix("step-"))} if step else {}),
+        **({"step": int(step[-1].removeprefix("step-"))} if step else {}),
         "state": folder.state,
         "files": len(folder.files),
         "bytes": folder.bytes,
