@@ -1,6 +1,5 @@
 """What is in a store: artifacts, checkpoints and leases, and whether the bytes are what the manifests promise."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from typing import Any
 
 from vectorclm.artifact import Artifact, Plan, Store
 from vectorclm.errors import ConfigError, CorruptArtifactError
-from vectorclm.lease import is_alive
+from vectorclm.lease import is_alive, read_claim
 from vectorclm.storage import StoredFile
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -143,10 +142,7 @@ def read_leases(store: Store) -> list[Claim]:
     """All claims; one that cannot be read is of nobody."""
     claims = []
     for key, file in store.files("leases").items():
-        try:
-            holder = dict(json.loads(store.read(key) or b"{}"))
-        except (ValueError, TypeError):
-            holder = {}
+        holder = read_claim(store.read(key) or b"")
         claims.append(Claim(key, holder, bool(holder) and is_alive(holder), file.bytes, file.modified))
     return claims
 

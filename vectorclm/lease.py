@@ -32,15 +32,19 @@ class Lease:
 
     def take(self) -> None:
         """Claim the key. Raises InUseError while another live process holds it."""
-        if not self.store.write(self.name, self._claim(), only_if_absent=True):
-            holder = self.holder()
+        while not self.store.write(self.name, self._claim(), only_if_absent=True):
+            if (claim := self.store.read(self.name)) is None:
+                continue  # given back since then: others may want it, too
+            holder = read_claim(claim)
             if holder and is_alive(holder):
                 raise InUseError(
                     f"{self.name} is held by process {holder['pid']} on {holder['host']}: wait for it, or stop it"
                 )
-            self.store.write(self.name, self._claim())
-            time.sleep(TAKEOVER_SECONDS)  # another may take it over at the same moment: the last to write has it
-            self.check()
+            if self.store.read(self.name) == claim:  # else another was faster, and may be alive
+                self.store.write(self.name, self._claim())
+                time.sleep(TAKEOVER_SECONDS)  # another may take it over at the same moment: the last to write has it
+                self.check()
+                break
         self._keeper.start()
 
     def check(self) -> None:
@@ -67,13 +71,18 @@ class Lease:
 
     def holder(self) -> dict[str, Any]:
         """Who has the key; empty where nobody has."""
-        with suppress(ValueError):
-            return dict(json.loads(self.store.read(self.name) or b"{}"))
-        return {}
+        return read_claim(self.store.read(self.name) or b"")
 
     def _claim(self) -> bytes:
         claim = {"host": socket.gethostname(), **mark(psutil.Process()), "token": self._token, "renewed": time.time()}
         return json.dumps(claim).encode()
+
+
+def read_claim(claim: bytes) -> dict[str, Any]:
+    """What a holder wrote; empty where it cannot be read."""
+    with suppress(ValueError, TypeError):
+        return dict(json.loads(claim))
+    return {}
 
 
 def is_alive(holder: Mapping[str, Any]) -> bool:
