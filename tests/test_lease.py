@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from vectorclm import lease as module
@@ -96,20 +97,43 @@ def test_what_is_given_back_in_between_is_asked_for_again_and_not_taken(
 def test_of_a_claim_only_what_was_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, third = Store(str(tmp_path)), list[Lease]()
     dead(store)
-    judge = module.is_alive
+    judge = module.marked
 
-    def late(holder: Mapping[str, Any]) -> bool:
+    def late(holder: Mapping[str, Any]) -> psutil.Process | None:
         alive = judge(holder)
         if not third:
             third.append(Lease(Store(str(tmp_path)), "leases/k.json"))
             third[0].take()  # another has judged it, too, and was faster
         return alive
 
-    monkeypatch.setattr(module, "is_alive", late)
+    monkeypatch.setattr(module, "marked", late)
     with pytest.raises(InUseError, match="wait for it"), store.lease("k"):
         pass
     third[0].check()
     third[0].give_back()
+
+
+def test_a_holder_elsewhere_is_judged_by_its_renewals_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEASE_SECONDS", 0.6)
+    store = Store(str(tmp_path))
+    holder = Lease(store, "leases/k.json")
+    own = holder._claim
+
+    def elsewhere(behind: float) -> bytes:
+        claim = json.loads(own())
+        return json.dumps({**claim, "host": "elsewhere", "renewed": claim["renewed"] - behind}).encode()
+
+    monkeypatch.setattr(holder, "_claim", lambda: elsewhere(3600))
+    holder.take()
+    with pytest.raises(InUseError, match="on elsewhere: wait for it"), store.lease("k"):
+        pass
+    holder.check()
+    holder.give_back()
+    store.write(holder.name, elsewhere(-3600))  # of a dead one whose clock was fast
+    with store.lease("k") as taken:
+        taken.check()
 
 
 def test_a_live_process_keeps_its_claim_however_long_it_stood_still(tmp_path: Path) -> None:
