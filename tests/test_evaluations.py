@@ -33,6 +33,7 @@ from vectorclm.measure import (
     measure_plan,
     trained_on,
     training_text,
+    whole,
 )
 from vectorclm.model import CausalLM
 from vectorclm.pinning import pin
@@ -268,8 +269,8 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
         find_model(str(tmp_path))
     with pytest.raises(ConfigError, match="known to MLflow only"):
         find_model("models:/vectorclm-chat@candidate")
-    with pytest.raises(ConfigError, match="all 64 digits"):
-        find_model(f"file://{store}/pretrain/{print_[:12]}")
+    with pytest.raises(ConfigError, match="a model in a store is <store>/<stage>/<fingerprint>"):
+        find_model("memory://pretrain")
     with pytest.raises(DataError, match="has no finished finetune/"):
         find_model(f"file://{store}/finetune/{print_}")
     with pytest.raises(DataError, match="is no model directory"):
@@ -285,6 +286,21 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
     )
     done = evaluate(made.uris["pretrain"], "--suite", "tiny", "--documents", "1")
     assert done.code == 2 and "documents: Input should be greater than or equal to 2" in done.err
+
+
+def test_the_beginning_of_a_fingerprint_is_enough(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, print_ = made.uris["pretrain"], plans(made.suite)["pretrain"].fingerprint
+    monkeypatch.setenv("VECTORCLM_STORE", made.store.uri)
+    for address in (uri[:-52], f"file://{uri[:-52]}/", f"pretrain/{print_[:12]}"):
+        assert find_model(address) == find_model(uri)
+    remote = Store("memory://beginnings")
+    for end in "01":
+        remote.write(f"finetune/abc{end * 61}/x", b"")
+    with pytest.raises(ConfigError, match="abc begins 2 artifacts of memory://beginnings: write more digits"):
+        find_model("memory://beginnings/finetune/abc")
+    assert whole("memory://beginnings/finetune/abc1/chat") == f"memory://beginnings/finetune/abc{'1' * 61}/chat"
+    with pytest.raises(DataError, match="beginnings has no finished finetune/abd"):
+        find_model("memory://beginnings/finetune/abd")
 
 
 def test_a_ratio_and_its_error() -> None:

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from vectorclm.artifact import Artifact, Plan, Store, build, mend
+from vectorclm.artifact import Artifact, Plan, Store, build, default_store, mend
 from vectorclm.benchmarks import check_tasks, score_tasks
 from vectorclm.corpus import identity, read_texts
 from vectorclm.decontamination import contaminated
@@ -43,6 +43,7 @@ VERSION = 4  # raised where new code makes other scores of equal settings
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what scores depend on
 # An artifact of a store, or a folder in it.
 ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
+SHORT = re.compile(r"((?P<root>.+)/)?(?P<stage>[a-z_]+)/(?P<start>[0-9a-f]{3,64})(/(?P<inside>.+))?")
 NOISE = 2.0  # standard errors of a difference; what is more is no accident, 19 times in 20
 
 
@@ -87,13 +88,14 @@ class Model:
 def find_model(address: str) -> Model:
     """The model in a local folder, or at `<store>/<stage>/<fingerprint>` of any store; nothing is loaded.
 
-    Raises DataError where no model is there, StoreError where the store cannot be read, and ConfigError for an address
-    of another kind.
+    Of a fingerprint its beginning is enough, and without a store it is the default one (see `whole`). Raises DataError
+    where no model is there, StoreError where the store cannot be read, and ConfigError for an address of another kind.
     """
     if address.startswith("models:/"):
         raise ConfigError(f"{address} is known to MLflow only: give it to the `vectorclm` command or to the platform")
+    address = whole(address)
     if "://" in address:
-        return _find_in_store(address.rstrip("/"))
+        return _find_in_store(address)
     folder = Path(address).absolute()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}: a model is a local folder, or <store>/<stage>/<fingerprint>")
@@ -106,10 +108,34 @@ def find_model(address: str) -> Model:
     return Model(str(folder), digest(prints), _is_chat((folder / "tokenizer_config.json").read_bytes(), address))
 
 
+def whole(address: str, store: Store | None = None) -> str:
+    """An address with all digits of its fingerprint, where it has the first of them; any other as it is.
+
+    Without a store in it, as in `finetune/7fa0`, it is of `store`, or else of the default one. Raises ConfigError where
+    it begins several artifacts, DataError where it begins none, and StoreError where the store cannot be read.
+    """
+    address = address.rstrip("/")
+    match = SHORT.fullmatch(address)
+    if match is None or ADDRESS.fullmatch(address) or Path(address).is_dir():
+        return address
+    place = Store(match["root"]) if match["root"] else store or Store(default_store())
+    try:
+        found = [name for name in place.list(match["stage"]) if name.startswith(match["start"])]
+    except VectorCLMError:
+        raise
+    except Exception as error:  # each file system has errors of its own
+        raise StoreError(f"{place.uri} cannot be read: {str(error) or type(error).__name__}") from error
+    if len(found) > 1:
+        raise ConfigError(f"{address} begins {len(found)} artifacts of {place.uri}: write more digits")
+    if not found:
+        raise DataError(f"{place.uri} has no finished {match['stage']}/{match['start']}…")
+    return "/".join([place.uri, match["stage"], found[0], *([match["inside"]] if match["inside"] else [])])
+
+
 def _find_in_store(address: str) -> Model:
     match = ADDRESS.fullmatch(address)
     if match is None:
-        raise ConfigError(f"{address}: a model in a store is <store>/<stage>/<fingerprint>, all 64 digits of it")
+        raise ConfigError(f"{address}: a model in a store is <store>/<stage>/<fingerprint>")
     key, inside = f"{match['stage']}/{match['fingerprint']}", f"{match['inside']}/" if match["inside"] else ""
     try:
         store = Store(match["root"])
