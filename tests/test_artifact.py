@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from tests.test_model import CONFIG
 from vectorclm.artifact import MANIFEST, Plan, Store, build, rebuild
-from vectorclm.checkpoint import KEEP, Checkpoints, restore, snapshot
+from vectorclm.checkpoint import KEEP, Checkpoints, Snapshot, restore, snapshot
 from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError
 from vectorclm.lease import process_space
 from vectorclm.model import CausalLM
@@ -196,6 +197,21 @@ def test_a_checkpoint_restores_model_and_optimizers_and_a_corrupt_one_is_passed_
     assert (folder / "step-00000002").is_dir()  # nothing is lost by the refusal
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_ranks_of_one_machine_read_a_remote_checkpoint_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store, work = Store(f"memory://{tmp_path.name}"), tmp_path / "work"
+    weights = {"w": torch.arange(50_000.0)}
+    with Checkpoints(store, PLAN, work, "data") as checkpoints:
+        checkpoints.save(Snapshot(7, weights, {"0.0.m": torch.ones(3)}, "7\n", "order"))
+    found = store.find(checkpoints.root, "step-00000007")
+    assert found is not None
+    cached = found.local("model.safetensors") / "model.safetensors"  # as measuring checkpoints keeps it
+    with ThreadPoolExecutor(8) as ranks:
+        for saved in ranks.map(lambda _: checkpoints.at(7), range(24)):
+            assert torch.equal(saved.model["w"], weights["w"]) and saved.metrics == "7\n"
+    assert cached.is_file() and not list(work.iterdir())
 
 
 @pytest.mark.parametrize("name", ["../../out.txt", "/tmp/out.txt", "a/../../out.txt", "..\\out.txt"])

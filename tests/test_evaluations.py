@@ -37,6 +37,7 @@ from vectorclm.measure import (
     left_out,
     measure_plan,
     training_text,
+    whole,
 )
 from vectorclm.model import CausalLM
 from vectorclm.multiple_choice import read_items
@@ -297,8 +298,8 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
         find_model(str(tmp_path))
     with pytest.raises(ConfigError, match="known to MLflow only"):
         find_model("models:/vectorclm-chat@candidate")
-    with pytest.raises(ConfigError, match="all 64 digits"):
-        find_model(f"file://{store}/pretrain/{print_[:12]}")
+    with pytest.raises(ConfigError, match="a model in a store is <store>/<stage>/<fingerprint>"):
+        find_model("memory://pretrain")
     with pytest.raises(DataError, match="has no finished finetune/"):
         find_model(f"file://{store}/finetune/{print_}")
     with pytest.raises(DataError, match="is no model directory"):
@@ -330,6 +331,21 @@ def test_a_text_is_scored_by_a_model_at_any_address(
     client.create_model_version("vectorclm-base", made.uris["pretrain"], tags={"uri": made.uris["pretrain"]})
     assert vectorclm(["evaluate", "models:/vectorclm-base/1", "--store", made.store.uri, *options]) == 0
     assert evaluate.capsys.readouterr().out.endswith(local.out)
+
+
+def test_the_beginning_of_a_fingerprint_is_enough(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, print_ = made.uris["pretrain"], plans(made.suite)["pretrain"].fingerprint
+    monkeypatch.setenv("VECTORCLM_STORE", made.store.uri)
+    for address in (uri[:-52], f"file://{uri[:-52]}/", f"pretrain/{print_[:12]}"):
+        assert find_model(address) == find_model(uri)
+    remote = Store("memory://beginnings")
+    for end in "01":
+        remote.write(f"finetune/abc{end * 61}/x", b"")
+    with pytest.raises(ConfigError, match="abc begins 2 artifacts of memory://beginnings: write more digits"):
+        find_model("memory://beginnings/finetune/abc")
+    assert whole("memory://beginnings/finetune/abc1/chat") == f"memory://beginnings/finetune/abc{'1' * 61}/chat"
+    with pytest.raises(DataError, match="beginnings has no finished finetune/abd"):
+        find_model("memory://beginnings/finetune/abd")
 
 
 def test_a_ratio_and_its_error() -> None:

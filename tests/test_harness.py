@@ -169,7 +169,10 @@ def test_answers_are_those_of_the_hugging_face_backend(ours: VectorCLM, theirs: 
     cut = ours.generate_until(requests)
     assert cut == theirs.generate_until(requests) == [text.partition(stop)[0] for text in free]
     drawn = {**settings, "do_sample": True, "temperature": 1.5}
-    assert len(ours.generate_until([Instance("generate_until", {}, ("The fox", drawn), 0)])) == 1
+    sampled = [Instance("generate_until", {}, (context, drawn), 0) for context in ("The fox", "The fox", "The owl")]
+    answers = ours.generate_until(sampled)
+    assert answers == ours.generate_until(sampled) and answers[0] != answers[1]
+    assert ours.generate_until(sampled[2:]) == answers[2:]
     with pytest.raises(ConfigError, match="generation here has no num_beams"):
         ours.generate_until([Instance("generate_until", {}, ("The fox", {**settings, "num_beams": 2}), 0)])
 
@@ -219,9 +222,14 @@ def test_a_group_is_scored_over_all_its_items_with_a_seeded_draw(ours: VectorCLM
         build_tasks(whole, rows)
 
 
-def test_programs_run_apart_and_only_where_that_is_allowed(ours: VectorCLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_run_apart_and_only_where_that_is_allowed(
+    ours: VectorCLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert passes("import math\nassert math.gcd(4, 6) == 2")
+    outside = tmp_path / "outside"
     for program in (
+        f"import sqlite3; sqlite3.connect({str(outside)!r})",
+        f"import os; os.O_WRONLY = os.O_RDWR = os.O_CREAT = os.O_TRUNC = os.O_APPEND = 0; open({str(outside)!r}, 'w')",
         "assert False",
         "import sys; sys.exit(0)",
         "import os; os._exit(0)",
@@ -232,6 +240,7 @@ def test_programs_run_apart_and_only_where_that_is_allowed(ours: VectorCLM, monk
         "(",
     ):
         assert not passes(program), program
+    assert not outside.exists()
     assert not passes("while True: pass", 1)
     source = TaskSource(label="humaneval", path="json", task="humaneval", split="test", runs_code=True)
     row = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1\n"}

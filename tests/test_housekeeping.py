@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vectorclm import lease
 from vectorclm.__main__ import main
 from vectorclm.artifact import MANIFEST, Plan, Store, build
 from vectorclm.garbage import find_garbage, remove_garbage, seconds
@@ -97,6 +98,7 @@ def leave_behind(store: Store) -> set[str]:
         f"sample/{half.fingerprint}/part/x.txt",
         f"sample/{SAMPLE.fingerprint}/part/.x.txt.0a1b2c3d",
         f"checkpoints/{TRAINED.fingerprint}/step-00000010/model.safetensors",
+        f"checkpoints/{TRAINED.fingerprint}/again/step-00000010/model.safetensors",
         f"checkpoints/{training.fingerprint}/step-00000020/model.safetensors",
         f"work/sample-{half.fingerprint[:16]}/out/x.txt",
         ".probe-01234567",
@@ -115,6 +117,7 @@ def leave_behind(store: Store) -> set[str]:
         f"sample/{half.fingerprint}",
         f"sample/{SAMPLE.fingerprint}/part/.x.txt.0a1b2c3d",
         f"checkpoints/{TRAINED.fingerprint}/step-00000010",
+        f"checkpoints/{TRAINED.fingerprint}/again/step-00000010",
         f"checkpoints/{training.fingerprint}/step-00000020",
         f"leases/sample-{half.fingerprint[:16]}.json",
         str(root / f"work/sample-{half.fingerprint[:16]}"),
@@ -123,8 +126,9 @@ def leave_behind(store: Store) -> set[str]:
 
 
 def test_gc_tells_what_can_go_and_removes_it_only_when_told_to(
-    store: Store, capsys: pytest.CaptureFixture[str]
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.3)  # for one is of another machine
     expected = leave_behind(store)
     before = set(store.files(""))
     code, rows = asked(capsys, "gc", "--store", store.uri)

@@ -5,8 +5,11 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from vectorclm import lease as module
@@ -35,17 +38,14 @@ def dead(store: Store, name: str = "leases/k.json") -> None:
 def test_of_two_that_find_a_dead_claim_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, both, got = Store(str(tmp_path)), threading.Barrier(2), list[str]()
     dead(store)
-    asked = Lease.holder
-    seen = threading.local()
+    write = store.write
 
-    def together(self: Lease) -> dict[str, object]:
-        found = asked(self)
-        if not getattr(seen, "once", False):  # both look before either writes
-            seen.once = True
+    def together(key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
+        if not only_if_absent:  # both look before either writes
             both.wait(30)
-        return found
+        return write(key, data, only_if_absent=only_if_absent)
 
-    monkeypatch.setattr(Lease, "holder", together)
+    monkeypatch.setattr(store, "write", together)
 
     def contend() -> None:
         claim = Lease(store, "leases/k.json")
@@ -62,6 +62,78 @@ def test_of_two_that_find_a_dead_claim_one_gets_it(tmp_path: Path, monkeypatch: 
     for thread in threads:
         thread.join()
     assert sorted(got) == ["in", "out"]
+
+
+def test_what_is_given_back_in_between_is_asked_for_again_and_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, former, third = Store(str(tmp_path)), Lease(Store(str(tmp_path)), "leases/k.json"), list[Lease]()
+    former.take()
+    read = store.read
+
+    def late(key: str) -> bytes | None:
+        if not third:  # between the refusal and the look, the holder leaves and another comes
+            former.give_back()
+            found = read(key)
+            third.append(Lease(Store(str(tmp_path)), "leases/k.json"))
+            third[0].take()
+            return found
+        return read(key)
+
+    write = store.write
+
+    def refused(key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
+        done = write(key, data, only_if_absent=only_if_absent)
+        monkeypatch.setattr(store, "read", late)
+        return done
+
+    monkeypatch.setattr(store, "write", refused)
+    with pytest.raises(InUseError, match="wait for it"), store.lease("k"):
+        pass
+    third[0].check()
+    third[0].give_back()
+
+
+def test_of_a_claim_only_what_was_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, third = Store(str(tmp_path)), list[Lease]()
+    dead(store)
+    judge = module.marked
+
+    def late(holder: Mapping[str, Any]) -> psutil.Process | None:
+        alive = judge(holder)
+        if not third:
+            third.append(Lease(Store(str(tmp_path)), "leases/k.json"))
+            third[0].take()  # another has judged it, too, and was faster
+        return alive
+
+    monkeypatch.setattr(module, "marked", late)
+    with pytest.raises(InUseError, match="wait for it"), store.lease("k"):
+        pass
+    third[0].check()
+    third[0].give_back()
+
+
+def test_a_holder_elsewhere_is_judged_by_its_renewals_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEASE_SECONDS", 0.6)
+    store = Store(str(tmp_path))
+    holder = Lease(store, "leases/k.json")
+    own = holder._claim
+
+    def elsewhere(behind: float) -> bytes:
+        claim = json.loads(own())
+        return json.dumps({**claim, "host": "elsewhere", "renewed": claim["renewed"] - behind}).encode()
+
+    monkeypatch.setattr(holder, "_claim", lambda: elsewhere(3600))
+    holder.take()
+    with pytest.raises(InUseError, match="on elsewhere: wait for it"), store.lease("k"):
+        pass
+    holder.check()
+    holder.give_back()
+    store.write(holder.name, elsewhere(-3600))  # of a dead one whose clock was fast
+    with store.lease("k") as taken:
+        taken.check()
 
 
 def test_a_live_process_keeps_its_claim_however_long_it_stood_still(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from vectorclm.artifact import Store
 from vectorclm.config import load_experiment
 from vectorclm.pinning import pin
 from vectorclm.stages import plans
@@ -141,12 +142,18 @@ def test_a_finished_stage_is_reused(folder: Path) -> None:
 
 def test_a_training_made_again_is_the_same_to_the_byte(folder: Path) -> None:
     experiment, store = folder / "smaller.json", folder / "whole"
+    (made,) = store.glob("pretrain/*")
+    kept, saved = f"checkpoints/{made.name}/step-00000110", folder / "saved"
+    saved.mkdir()
+    (saved / "model.safetensors").write_text("of the training before, which would do nearly all of this one's work")
+    Store(str(store)).publish_directory(kept, saved, {"step": 110, "order": "another", "data": "another"})
     command = [sys.executable, "-m", "vectorclm", "pretrain", str(experiment), "--store", str(store), "--again"]
     command += ["--runtime", str(folder / "runtime.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "pretrain made again, the same to the byte" in done.stdout, done.stderr
+    assert (store / kept / "manifest.json").exists() and len(list((store / kept).parent.iterdir())) == 1
     assert re.search(r"^pretrain reads lessons \d\.\d\d epochs, stories \d\.\d\d$", done.stderr, re.MULTILINE)
-    (model,) = store.glob("pretrain/*/metrics.jsonl")
+    model = made / "metrics.jsonl"
     manifest = model.with_name("manifest.json")
     text = model.read_text().replace('"step": 1,', '"step": 1, "loss2": 1,', 1)  # as if it had been made otherwise
     known = json.loads(manifest.read_text())

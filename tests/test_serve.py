@@ -199,6 +199,20 @@ def long_completion(engine: serve.Engine) -> Completion:
     return read_completion(json.dumps(asked).encode(), engine.chat_model, "otter")
 
 
+def test_headers_without_end_are_refused_before_any_key(
+    served: Served, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = served.url.rpartition(":")
+    with socket.create_connection(("127.0.0.1", int(where[2])), timeout=30) as client:
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 2**17)
+        assert client.recv(100).startswith(b"HTTP/1.1 400")
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setenv(serve.KEY, SECRET)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    serve.serve(str(chat_folder), Runtime(threads=1), "127.0.0.1", 0, None)
+    assert [config.http for config in configs] == ["h11"]  # also where httptools, which has no limit, is installed
+
+
 def test_answers_are_made_in_turn_and_end_with_their_client(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat_model = open_chat_model(str(chat_folder), Runtime(threads=1))
     made: list[str] = []

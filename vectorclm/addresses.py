@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vectorclm.artifact import Artifact, Store, mend
+from vectorclm.artifact import Artifact, Store, default_store, mend
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
 from vectorclm.settings import digest
 from vectorclm.train_tokenizer import IM_END
@@ -15,6 +15,7 @@ from vectorclm.train_tokenizer import IM_END
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what scores depend on
 # An artifact of a store, or a folder in it.
 ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
+SHORT = re.compile(r"((?P<root>.+)/)?(?P<stage>[a-z_]+)/(?P<start>[0-9a-f]{3,64})(/(?P<inside>.+))?")
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ class Model:
 def find_model(address: str) -> Model:
     """The model in a local folder, or at `<store>/<stage>/<fingerprint>` of any store; nothing is loaded.
 
-    Raises DataError where no model is there, StoreError where the store cannot be read, and ConfigError for an address
-    of another kind.
+    Of a fingerprint its beginning is enough, and without a store it is the default one (see `whole`). Raises DataError
+    where no model is there, StoreError where the store cannot be read, and ConfigError for an address of another kind.
     """
     if address.startswith("models:/"):
         raise ConfigError(f"{address} is known to MLflow only: give it to the `vectorclm` command or to the platform")
+    address = whole(address)
     if "://" in address:
-        return _find_in_store(address.rstrip("/"))
+        return _find_in_store(address)
     folder = Path(address).absolute()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}: a model is a local folder, or <store>/<stage>/<fingerprint>")
@@ -64,10 +66,34 @@ def find_model(address: str) -> Model:
     return Model(str(folder), digest(prints), _is_chat((folder / "tokenizer_config.json").read_bytes(), address))
 
 
+def whole(address: str, store: Store | None = None) -> str:
+    """An address with all digits of its fingerprint, where it has the first of them; any other as it is.
+
+    Without a store in it, as in `finetune/7fa0`, it is of `store`, or else of the default one. Raises ConfigError where
+    it begins several artifacts, DataError where it begins none, and StoreError where the store cannot be read.
+    """
+    address = address.rstrip("/")
+    match = SHORT.fullmatch(address)
+    if match is None or ADDRESS.fullmatch(address) or Path(address).is_dir():
+        return address
+    place = Store(match["root"]) if match["root"] else store or Store(default_store())
+    try:
+        found = [name for name in place.list(match["stage"]) if name.startswith(match["start"])]
+    except VectorCLMError:
+        raise
+    except Exception as error:  # each file system has errors of its own
+        raise StoreError(f"{place.uri} cannot be read: {str(error) or type(error).__name__}") from error
+    if len(found) > 1:
+        raise ConfigError(f"{address} begins {len(found)} artifacts of {place.uri}: write more digits")
+    if not found:
+        raise DataError(f"{place.uri} has no finished {match['stage']}/{match['start']}…")
+    return "/".join([place.uri, match["stage"], found[0], *([match["inside"]] if match["inside"] else [])])
+
+
 def _find_in_store(address: str) -> Model:
     match = ADDRESS.fullmatch(address)
     if match is None:
-        raise ConfigError(f"{address}: a model in a store is <store>/<stage>/<fingerprint>, all 64 digits of it")
+        raise ConfigError(f"{address}: a model in a store is <store>/<stage>/<fingerprint>")
     key, inside = f"{match['stage']}/{match['fingerprint']}", f"{match['inside']}/" if match["inside"] else ""
     try:
         store = Store(match["root"])

@@ -21,6 +21,7 @@ from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.storage import explained
 
 KEEP = 2  # older checkpoints are removed
+AGAIN = "again"  # the folder beside them with those of a finished training that is made once more
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,19 @@ def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.
 class Checkpoints:
     """The checkpoints of one plan, of a training on the data set whose identity is `data`.
 
-    `save` returns at once and writes in a thread of its own. With `keep_all`, older checkpoints stay.
+    `save` returns at once and writes in a thread of its own. With `keep_all`, older checkpoints stay. A training that
+    is made `again` has its own, so that it proves every step.
     """
 
-    def __init__(self, store: Store, plan: Plan, work: Path, data: str, *, keep_all: bool = False) -> None:
+    def __init__(
+        self, store: Store, plan: Plan, work: Path, data: str, *, keep_all: bool = False, again: bool = False
+    ) -> None:
         self.store = store
         self.plan = plan
         self.work = work
         self.data = data
         self.keep_all = keep_all
-        self.root = f"checkpoints/{plan.fingerprint}"
+        self.root = f"checkpoints/{plan.fingerprint}" + (f"/{AGAIN}" if again else "")
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
 
@@ -147,9 +151,12 @@ class Checkpoints:
                 )
 
     def _load(self, found: Artifact) -> Snapshot:
-        folder = found.local()
-        model, optimizers = load_file(folder / "model.safetensors"), load_file(folder / "optim.safetensors")
-        metrics = (folder / "metrics.jsonl").read_text()
-        if not self.store.is_local:  # this machine's copy, which nobody reads again
-            shutil.rmtree(folder)
+        """Its content; a remote store's files come as copies of this process's own, as all its ranks read at once."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with found.borrowed("model.safetensors", self.work) as file:
+            model = load_file(file)
+        with found.borrowed("optim.safetensors", self.work) as file:
+            optimizers = load_file(file)
+        with found.borrowed("metrics.jsonl", self.work) as file:
+            metrics = file.read_text()
         return Snapshot(found.manifest["step"], model, optimizers, metrics, found.manifest["order"])

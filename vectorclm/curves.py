@@ -125,6 +125,7 @@ def curves_of(training: Artifact) -> dict[str, dict[str, list[tuple[int, float]]
 
 def _rows(store: Store, key: str) -> list[dict[str, Any]]:
     try:
-        return pq.read_table(pa.BufferReader(store.read(key) or b""), schema=SCHEMA).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(store.read(key) or b""), schema=SCHEMA).to_pylist()
+        return rows
     except pa.ArrowException as error:
         raise DataError(f"{store.uri_of(key)} is no file of curves ({error}): delete it, and measure again") from error

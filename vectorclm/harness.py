@@ -5,6 +5,7 @@ choices of an item share is read once, and generation keeps its keys and values.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from vectorclm.generate import Sampling, generate, generate_batch
 from vectorclm.multiple_choice import Likelihood, Pair, log_likelihoods, pair_ids
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
+from vectorclm.settings import digest
 from vectorclm.train_tokenizer import (
     BOS,
     BOS_ID,
@@ -112,7 +114,11 @@ class VectorCLM(LM):  # type: ignore[misc]
         by_settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             by_settings.setdefault(repr(request.args[1]), []).append(number)
-        answers = [""] * len(requests)
+        answers, asked = [""] * len(requests), Counter[str]()
+        seeds = []
+        for request in requests:  # a task may ask the same several times, for answers that differ
+            seeds.append(_seed(request.args[0], asked[request.args[0]]))
+            asked[request.args[0]] += 1
         with Progress("evaluate answers", len(requests), "answers") as progress:
             for numbers in by_settings.values():
                 settings = Generation.of(requests[numbers[0]].args[1], self.context)
@@ -120,7 +126,8 @@ class VectorCLM(LM):  # type: ignore[misc]
                 numbers.sort(key=lambda i: -len(prompts[i]))  # alike in length: little padding
                 for start in range(0, len(numbers), self.batch_size):
                     group = numbers[start : start + self.batch_size]
-                    for i, text in zip(group, self._answers([prompts[i] for i in group], settings), strict=True):
+                    made = self._answers([prompts[i] for i in group], [seeds[i] for i in group], settings)
+                    for i, text in zip(group, made, strict=True):
                         answers[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     progress.advance(len(group))
@@ -130,8 +137,8 @@ class VectorCLM(LM):  # type: ignore[misc]
         conversation = self._conversations.get(context)
         return (conversation[0] if conversation else [BOS_ID, *encode(self.tokenizer, context)])[-room:]
 
-    def _answers(self, prompts: Sequence[list[int]], settings: "Generation") -> list[str]:
-        """An answer to each prompt, up to the first of the texts that end it."""
+    def _answers(self, prompts: Sequence[list[int]], seeds: Sequence[int], settings: "Generation") -> list[str]:
+        """An answer to each prompt, up to the first of the texts that end it; a sampled one by its seed."""
         stop_ids = (IM_END_ID, EOS_ID) if self.chat else (EOS_ID,)
 
         def ended(ids: Sequence[int]) -> bool:
@@ -140,11 +147,10 @@ class VectorCLM(LM):  # type: ignore[misc]
 
         rows: list[list[int]] = []
         if settings.sampling is not None:
-            for prompt in prompts:
+            for prompt, seed in zip(prompts, seeds, strict=True):
                 rows.append([])
-                sampled = generate(
-                    self.model, prompt, settings.new_tokens, stop_ids=stop_ids, sampling=settings.sampling
-                )
+                sampling = settings.sampling.model_copy(update={"seed": seed})
+                sampled = generate(self.model, prompt, settings.new_tokens, stop_ids=stop_ids, sampling=sampling)
                 for token in sampled:
                     rows[-1].append(token)
                     if ended(rows[-1]):
@@ -207,6 +213,11 @@ class Generation(NamedTuple):
             raise ConfigError(f"generation here has no {', '.join(unknown)}: it knows {', '.join(SAMPLED)}")
         new_tokens = new_tokens if new_tokens < context else context // 2
         return cls([stop for stop in until if stop], new_tokens, Sampling(**known) if sampled else None)
+
+
+def _seed(context: str, number: int) -> int:
+    """The seed of the answer to a context that was asked `number` times before: scores come out the same again."""
+    return int(digest([context, number])[:15], 16)
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -1,6 +1,5 @@
 """What is in a store: artifacts, checkpoints and leases, and whether the bytes are what the manifests promise."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +8,11 @@ from typing import Any
 
 from vectorclm.artifact import Artifact, Plan, Store
 from vectorclm.errors import ConfigError, CorruptArtifactError
-from vectorclm.lease import is_alive
+from vectorclm.lease import is_alive, read_claim
 from vectorclm.storage import StoredFile
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-STEP = re.compile(r"step-[0-9]+")
+STEP = re.compile(r"(?:again/)?step-[0-9]+")  # of a training, or of one that is made once more
 # Of a local store, what lies beside the stages; a name with a dot before it is none of a stage either.
 BESIDE = frozenset({"checkpoints", "leases", "work", "locks", "platform", "mlartifacts"})
 READERS = 8  # manifests fetched at once
@@ -21,7 +20,7 @@ READERS = 8  # manifests fetched at once
 
 @dataclass(frozen=True)
 class Folder:
-    """What has a manifest, or should have one: `{stage}/{fingerprint}` or `checkpoints/{fingerprint}/step-…`."""
+    """What has a manifest, or should have one: `{stage}/{fingerprint}` or `checkpoints/{fingerprint}/…/step-…`."""
 
     key: str
     files: Mapping[str, StoredFile]  # below it, as they lie in the store
@@ -105,7 +104,7 @@ def _row(folder: Folder) -> dict[str, Any]:
     return {
         "stage": stage,
         "fingerprint": fingerprint,
-        **({"step": int(step[0].removeprefix("step-"))} if step else {}),
+        **({"step": int(step[-1].removeprefix("step-"))} if step else {}),
         "state": folder.state,
         "files": len(folder.files),
         "bytes": folder.bytes,
@@ -143,10 +142,7 @@ def read_leases(store: Store) -> list[Claim]:
     """All claims; one that cannot be read is of nobody."""
     claims = []
     for key, file in store.files("leases").items():
-        try:
-            holder = dict(json.loads(store.read(key) or b"{}"))
-        except (ValueError, TypeError):
-            holder = {}
+        holder = read_claim(store.read(key) or b"")
         claims.append(Claim(key, holder, bool(holder) and is_alive(holder), file.bytes, file.modified))
     return claims
 

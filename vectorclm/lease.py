@@ -1,6 +1,7 @@
 """One writer at a time: a claim on a key of the store that renews itself, and expires when its holder dies."""
 
 import json
+import logging
 import secrets
 import socket
 import threading
@@ -17,7 +18,9 @@ from vectorclm.errors import InUseError, StoreError
 if TYPE_CHECKING:
     from vectorclm.artifact import Store
 
+logger = logging.getLogger(__name__)
 LEASE_SECONDS = 30  # a lease not renewed for this long belongs to a dead process
+PATIENCE = 4 / 3  # so many times as long the claim of another machine must stay as it is, to be a dead one's
 TAKEOVER_SECONDS = 1.0  # longer than a store takes to show what was written
 
 
@@ -31,17 +34,37 @@ class Lease:
         self._keeper = threading.Thread(target=self._keep, daemon=True, name=name)
 
     def take(self) -> None:
-        """Claim the key. Raises InUseError while another live process holds it."""
-        if not self.store.write(self.name, self._claim(), only_if_absent=True):
-            holder = self.holder()
-            if holder and is_alive(holder):
+        """Claim the key. Raises InUseError while another live process holds it.
+
+        Of a holder on another machine it is waited for a renewal, PATIENCE times LEASE_SECONDS at most.
+        """
+        while not self.store.write(self.name, self._claim(), only_if_absent=True):
+            if (claim := self.store.read(self.name)) is None:
+                continue  # given back since then: others may want it, too
+            holder = read_claim(claim)
+            if self._lives(claim, holder):
                 raise InUseError(
-                    f"{self.name} is held by process {holder['pid']} on {holder['host']}: wait for it, or stop it"
+                    f"{self.name} is held by process {holder.get('pid')} on {holder.get('host')}: "
+                    "wait for it, or stop it"
                 )
-            self.store.write(self.name, self._claim())
-            time.sleep(TAKEOVER_SECONDS)  # another may take it over at the same moment: the last to write has it
-            self.check()
+            if self.store.read(self.name) == claim:  # else another was faster, and may be alive
+                self.store.write(self.name, self._claim())
+                time.sleep(TAKEOVER_SECONDS)  # another may take it over at the same moment: the last to write has it
+                self.check()
+                break
         self._keeper.start()
+
+    def _lives(self, claim: bytes, holder: Mapping[str, Any]) -> bool:
+        """Whether the holder lives: here its process says so, elsewhere its claim changes. No clocks are compared."""
+        if _is_here(holder):
+            return marked(holder) is not None
+        logger.info("%s is of %s: waiting to see whether it is renewed", self.name, holder.get("host", "nobody known"))
+        began = time.monotonic()
+        while time.monotonic() - began < PATIENCE * LEASE_SECONDS:
+            time.sleep(LEASE_SECONDS / 60)
+            if (now := self.store.read(self.name)) != claim:
+                return now is not None  # else it was given back
+        return False
 
     def check(self) -> None:
         """Raise InUseError where the claim was lost, because this process stood still for too long."""
@@ -67,20 +90,33 @@ class Lease:
 
     def holder(self) -> dict[str, Any]:
         """Who has the key; empty where nobody has."""
-        with suppress(ValueError):
-            return dict(json.loads(self.store.read(self.name) or b"{}"))
-        return {}
+        return read_claim(self.store.read(self.name) or b"")
 
     def _claim(self) -> bytes:
         claim = {"host": socket.gethostname(), **mark(psutil.Process()), "token": self._token, "renewed": time.time()}
         return json.dumps(claim).encode()
 
 
+def read_claim(claim: bytes) -> dict[str, Any]:
+    """What a holder wrote; empty where it cannot be read."""
+    with suppress(ValueError, TypeError):
+        return dict(json.loads(claim))
+    return {}
+
+
 def is_alive(holder: Mapping[str, Any]) -> bool:
-    """Whether a lease's holder lives: on this machine its process says so, elsewhere its last renewal."""
-    if (holder.get("host"), holder.get("pids")) == (socket.gethostname(), process_space()):
+    """Whether a lease's holder seems to live, at a glance: elsewhere by its last renewal, if the clocks agree.
+
+    It is enough to tell a person; before anything is taken from a holder, `Lease.take` looks longer.
+    """
+    if _is_here(holder):
         return marked(holder) is not None
     return bool(time.time() - holder.get("renewed", 0) < LEASE_SECONDS)
+
+
+def _is_here(holder: Mapping[str, Any]) -> bool:
+    """Whether the numbers of its processes are those of this machine, and of this container."""
+    return (holder.get("host"), holder.get("pids")) == (socket.gethostname(), process_space())
 
 
 def mark(process: psutil.Process) -> dict[str, Any]:

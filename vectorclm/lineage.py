@@ -4,22 +4,20 @@ A fingerprint covers a stage's settings and the fingerprints of its inputs, so t
 recomputes every fingerprint from what its manifest tells, and every file's hash.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vectorclm.addresses import ADDRESS, Model, content_of, find_model
+from vectorclm.addresses import ADDRESS, Model, content_of, find_model, whole
 from vectorclm.artifact import MANIFEST, Artifact, Plan, Store, mend
-from vectorclm.errors import ConfigError, CorruptArtifactError, DataError
+from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.stages import EVALUATED, STAGES
 
 TITLES = {"finetune": "chat model", "pretrain": "base model", "chat_shards": "chat shards"}
 EXPORTED = {"chat": "finetune", "base": "pretrain"}  # folder of an export -> the stage that it copies
 MODELS = ("finetune", "pretrain")
 READ_BY = ("sample", "chat_shards")  # the stages whose settings name sources of training data
-SHORT = re.compile(r"(?P<stage>[a-z_]+)/(?P<start>[0-9a-f]{3,64})")
 
 
 class SourceRead(NamedTuple):
@@ -124,14 +122,7 @@ def _training(model: Model, store: Store) -> Artifact | None:
 
 def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
     """The artifact at an address, the place inside it, and the folder where it is but a copy."""
-    address = address.rstrip("/")
-    if (short := SHORT.fullmatch(address)) is not None and not Path(address).is_dir():
-        found = [name for name in store.list(short["stage"]) if name.startswith(short["start"])]
-        if len(found) > 1:
-            raise ConfigError(f"{address} begins {len(found)} artifacts of {store.uri}: write more digits")
-        if not found or (artifact := store.find(short["stage"], found[0])) is None:
-            raise DataError(f"{store.uri} has no finished {address}…")
-        return artifact, "", None
+    address = whole(address, store)
     place = address if "://" in address else str(Path(address).absolute())
     match = ADDRESS.fullmatch(place)
     if match is not None:

@@ -20,9 +20,9 @@ NAMESPACES = ("unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-
 RUNNER = """
 import os, resource, sys
 
-def refuse(event, args):
-    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    started = event.startswith(("socket.", "subprocess.", "shutil.", "ctypes.", "webbrowser."))
+# What it compares with is computed here, as the program may change what `os` says.
+def refuse(event, args, writes=os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
+    started = event.startswith(("socket.", "subprocess.", "shutil.", "ctypes.", "webbrowser.", "sqlite3."))
     changed = event.startswith("os.") and event not in ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
     if started or changed or event == "open" and args[2] & writes:
         raise PermissionError(event)

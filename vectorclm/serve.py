@@ -334,6 +334,7 @@ def serve(address: str, runtime: Runtime, host: str, port: int, name: str | None
             access_log=False,
             server_header=False,
             lifespan="off",
+            http="h11",  # which limits the headers, before any key is asked for; httptools, where installed, does not
             ws="none",
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )

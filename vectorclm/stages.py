@@ -15,7 +15,7 @@ from vectorclm.bits_per_byte import windows_scores
 from vectorclm.blocks import ShardDescriber
 from vectorclm.chat_shards import read_prompts, write_chat_shards
 from vectorclm.chat_shards import told as conversations_told
-from vectorclm.checkpoint import Checkpoints
+from vectorclm.checkpoint import AGAIN, Checkpoints
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import draw, identity, open_source
 from vectorclm.decontamination import benchmark_sources, read_benchmarks
@@ -144,10 +144,11 @@ def run_stage(
 
     def trained(out: Path) -> Mapping[str, Any]:
         folders = _training_inputs(name, store, stages)
-        group.call(experiment.model_dump_json())  # now that all inputs are on this machine
+        again = found is not None
+        group.call(json.dumps([experiment.model_dump(mode="json"), again]))  # now that all inputs are on this machine
         data = {stage: inputs[stage] for stage in plan.inputs if stage in STREAMED}
-        keep_all = runtime.keep_checkpoints
-        with Checkpoints(store, plan, work_folder, _identity(data), keep_all=keep_all) as checkpoints:
+        keep = runtime.keep_checkpoints
+        with Checkpoints(store, plan, work_folder, _identity(data), keep_all=keep, again=again) as checkpoints:
             work = Work(name, work_folder, checkpoints, runtime, group)
             model, summary = _train(experiment, folders, data, work)
         model.save_pretrained(out)
@@ -182,7 +183,7 @@ def run_stage(
             produce = exported
     if found is not None:
         different = rebuild(store, found, plan, produce, runtime.work_dir)
-        store.remove(f"checkpoints/{plan.fingerprint}")
+        store.remove(f"checkpoints/{plan.fingerprint}/{AGAIN}")
         if different:
             raise ReproducibilityError(
                 f"{name} made again differs from {found.uri} in {', '.join(different)}; the artifact stays as it is. "
@@ -210,12 +211,13 @@ def follow_stage(name: str, store: Store, runtime: Runtime, group: Group) -> Non
     task = group.call()
     if task is None:
         return
-    experiment = validate(ExperimentConfig, json.loads(task), "the first rank's experiment")
+    values, again = json.loads(task)
+    experiment = validate(ExperimentConfig, values, "the first rank's experiment")
     stages = plans(experiment)
     folder = store.work_folder(stages[name], runtime.work_dir)
     folders = _training_inputs(name, store, stages)
     data = {stage: _input(store, stages[stage]) for stage in stages[name].inputs if stage in STREAMED}
-    with Checkpoints(store, stages[name], folder, _identity(data)) as checkpoints:
+    with Checkpoints(store, stages[name], folder, _identity(data), again=again) as checkpoints:
         _train(experiment, folders, data, Work(name, folder, checkpoints, runtime, group))
 
 
