@@ -66,7 +66,7 @@ def strings(value: Any) -> Iterator[str]:
 class Benchmarks:
     """The runs of words of some benchmarks, by label: `Benchmarks({"piqa": texts}).found(documents)`.
 
-    Memory is 16 bytes a run for each label, and some 50 more for finding them fast.
+    Memory is 16 bytes a run for each label, and some 30 more for finding them fast.
     """
 
     def __init__(self, texts: Mapping[str, Iterable[str]]) -> None:
@@ -74,10 +74,11 @@ class Benchmarks:
         self.runs = {label: self._runs(found) for label, found in texts.items()}
         anchors = [anchors for anchors, _ in self.runs.values()]
         self.anchors = _sorted([np.empty(0, np.uint64), *anchors])
-        bits = min(27, max(10, (32 * len(self.anchors)).bit_length()))
+        bits = min(27, max(10, (16 * len(self.anchors)).bit_length()))
         self.shift = np.uint64(64 - bits)
-        self.known = np.zeros(1 << bits, bool)  # whether any anchor begins with these bits
-        self.known[(self.anchors >> self.shift).view(np.int64)] = True
+        # By an anchor's first bits, which of the eight values its next three have: most places fail by these two looks.
+        self.known = np.zeros(1 << bits, np.uint8)
+        np.bitwise_or.at(self.known, (self.anchors >> self.shift).view(np.int64), self._next(self.anchors))
 
     def found(self, documents: Sequence[bytes]) -> dict[int, set[str]]:
         """The numbers of the documents that share a run with a benchmark, and the labels of all these benchmarks."""
@@ -107,7 +108,9 @@ class Benchmarks:
         """The runs that begin as one of a benchmark does, of each length: their documents' numbers and their hashes."""
         words, ends = hashed_words(documents)
         eights = hashed_eights(words)
-        at = np.flatnonzero(self.known.take((eights >> self.shift).view(np.int64)))
+        known = self.known.take((eights >> self.shift).view(np.int64))
+        at = np.flatnonzero(known)
+        at = at[known[at] & self._next(eights[at]) != 0]
         at = at[_members(eights[at], self.anchors)]
         if not len(at):
             return
@@ -115,6 +118,10 @@ class Benchmarks:
         for length in self.lengths:
             inside = at + length <= ends[number]
             yield number[inside], hashed_runs(words, eights, at[inside], length)
+
+    def _next(self, eights: Hashes) -> NDArray[np.uint8]:
+        """One of eight bits set, by the three bits of each hash after the first ones."""
+        return np.left_shift(1, (eights >> (self.shift - np.uint64(3))) & np.uint64(7), dtype=np.uint64).astype(np.uint8)
 
     def _runs(self, texts: Iterable[str]) -> tuple[Hashes, Hashes]:
         """The hashes of the first eight words of each run, and of all its words, sorted."""
@@ -172,9 +179,10 @@ def hashed_words(documents: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]
     letters = text != 0
     edges = np.flatnonzero(letters[1:] != letters[:-1]) + 1
     begins, stops = edges[::2], edges[1::2]
-    eight = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # the eight bytes from every place on
-    mask = FIRST_BYTES[np.minimum(stops - begins, 8)]
-    head, tail = eight[begins] & mask, eight[np.maximum(begins, stops - 8)] & mask
+    # The eight bytes from every place on; copied, as `take` is fast on aligned numbers only.
+    eight = np.ascontiguousarray(np.ndarray(len(data) - 7, "<u8", data, strides=(1,)))
+    mask = FIRST_BYTES.take(stops - begins, mode="clip")
+    head, tail = eight.take(begins) & mask, eight.take(np.maximum(begins, stops - 8)) & mask
     words = (head ^ head >> np.uint64(29)) * FACTOR + (tail ^ tail >> np.uint64(31)) * SECOND
     sizes = np.array([len(document) + 1 for document in documents], np.int64)
     return words, np.searchsorted(begins, np.cumsum(sizes) + 1)
