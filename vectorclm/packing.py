@@ -17,6 +17,9 @@ SHORTEST = 16  # tokens of a long document that are worth to stand alone
 PADDING = -1  # the number of the document that padding is
 
 
+Cuts = NDArray[np.int64]  # [P, 3]: pieces of what the buffer holds, as its index there (or PADDING), start and stop
+
+
 class Piece(NamedTuple):
     """A document, or a part of it."""
 
@@ -48,20 +51,21 @@ def pack(
     """
     generator = np.random.Generator(np.random.Philox(key=seed))
     arrange = _fitted if how == "best_fit" else _joined
-    pad = np.array(padding)[:, None]
+    pad = np.repeat(np.array(padding)[:, None], length, axis=1)
     most = max(buffer_tokens, CARRIED * length)
     buffer: list[Piece] = []
     size = 0
-    for number, columns in enumerate(documents):
-        buffer.append(Piece(number, columns))
+    for document, columns in enumerate(documents):
+        buffer.append(Piece(document, columns))
         size += columns.shape[1]
         if size >= most:
-            windows, rest = arrange(buffer, length, pad, generator, most // CARRIED)
-            yield _laid(windows, length)
-            buffer = [Piece(number, columns.copy()) for number, columns in rest]  # a view would keep a buffer alive
+            windows, rest = arrange(buffer, length, generator, most // CARRIED)
+            yield _laid(buffer, windows, length, pad)
+            parts = zip(rest[:, 0].tolist(), _parts(buffer, rest, pad), strict=True)
+            buffer = [Piece(buffer[i].document, part.copy()) for i, part in parts]  # a view would keep a buffer alive
             size = sum(piece.columns.shape[1] for piece in buffer)
     if buffer:
-        yield _laid(arrange(buffer, length, pad, generator, 0)[0], length)
+        yield _laid(buffer, arrange(buffer, length, generator, 0)[0], length, pad)
 
 
 def best_fit(sizes: NDArray[Any], capacity: int) -> list[list[int]]:
@@ -90,81 +94,100 @@ def best_fit(sizes: NDArray[Any], capacity: int) -> list[list[int]]:
     return windows
 
 
-def _fitted(
-    buffer: list[Piece], length: int, pad: NDArray[Any], generator: np.random.Generator, carried: int
-) -> tuple[list[Piece], list[Piece]]:
+def _fitted(buffer: list[Piece], length: int, generator: np.random.Generator, carried: int) -> tuple[Cuts, Cuts]:
     """The pieces of all windows in their order, padding included; and up to `carried` tokens that fill none."""
-    rests: list[Piece] = []
-    long: list[Piece] = []
-    for number, columns in buffer:
-        full = columns.shape[1] // length * length if columns.shape[1] > length else 0
-        if full:
-            long.append(Piece(number, columns[:, :full]))
-        if full < columns.shape[1]:
-            rests.append(Piece(number, columns[:, full:]))
-    sizes = np.array([piece.columns.shape[1] for piece in rests], np.int64)
-    packed = [(int(sizes[items].sum()), items) for items in best_fit(sizes, length)]
-    windows: list[list[Piece]] = []
-    waiting: list[Piece] = []
+    sizes = np.array([piece.columns.shape[1] for piece in buffer])
+    full = np.where(sizes > length, sizes // length * length, 0)
+    rests = np.flatnonzero(full < sizes)
+    left = (sizes - full)[rests]
+    of_rests, room = np.stack([rests, full[rests], sizes[rests]], axis=1).tolist(), left.tolist()
+    packed = [(sum(room[item] for item in items), items) for items in best_fit(left, length)]
+    long = [[number, int(full[number])] for number in np.flatnonzero(full).tolist()]
+    pieces: list[list[int]] = []
+    windows: list[int] = []  # of each piece
+    waiting: list[list[int]] = []
+    count = 0
     for size, items in sorted(packed, key=lambda window: window[0]):  # the emptiest wait, as long as there is room
-        pieces = [rests[item] for item in items]
+        here = [of_rests[item] for item in items]
         if size < length and size <= carried:
             carried -= size
-            waiting += pieces
+            waiting += here
         else:
-            windows.append(pieces + _end_of(long, length - size, pad))
-    for number, columns in long:
-        for start in range(0, columns.shape[1], length):
-            part = columns[:, start : start + length]
-            windows.append([Piece(number, part), *_padding(pad, length - part.shape[1])])
-    return [piece for i in generator.permutation(len(windows)) for piece in windows[i]], waiting
+            here += _end_of(long, length - size)
+            pieces += here
+            windows += [count] * len(here)
+            count += 1
+    number, end = np.array(long, np.int64).reshape(-1, 2).T
+    each = -(-end // length)
+    start = length * (np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each))
+    stop = np.minimum(start + length, np.repeat(end, each))
+    whole = np.stack([np.repeat(number, each), start, stop], axis=1)
+    lack = length - (stop - start)
+    padding = np.stack([np.full_like(lack, PADDING), np.zeros_like(lack), lack], axis=1)[lack > 0]
+    own = count + np.arange(len(whole))
+    table = np.concatenate([_cuts(pieces), whole, padding])
+    place = np.argsort(generator.permutation(count + len(whole)))  # of each window
+    order = np.argsort(place[np.concatenate([np.array(windows, np.int64), own, own[lack > 0]])], kind="stable")
+    return table[order], _cuts(waiting)
 
 
-def _end_of(long: list[Piece], room: int, pad: NDArray[Any]) -> list[Piece]:
+def _end_of(long: list[list[int]], room: int) -> list[list[int]]:
     """What fills a window up: the end of the last of `long`, which is cut somewhere anyway; and padding after it.
 
-    It stands last in its window, as nothing in it says that it ends.
+    `long` are documents and how much of each is left. The piece stands last in its window, as nothing in it says that
+    it ends.
     """
     if room < SHORTEST or not long:
-        return _padding(pad, room)
-    number, columns = long.pop()
-    size = min(room, columns.shape[1])
-    if size < columns.shape[1]:
-        long.append(Piece(number, columns[:, :-size]))
-    return [Piece(number, columns[:, -size:]), *_padding(pad, room - size)]
+        return _padding(room)
+    number, end = long[-1]
+    size = min(room, end)
+    if size < end:
+        long[-1][1] -= size
+    else:
+        long.pop()
+    return [[number, end - size, end], *_padding(room - size)]
 
 
-def _joined(
-    buffer: list[Piece], length: int, pad: NDArray[Any], generator: np.random.Generator, carried: int
-) -> tuple[list[Piece], list[Piece]]:
+def _joined(buffer: list[Piece], length: int, generator: np.random.Generator, carried: int) -> tuple[Cuts, Cuts]:
     """The documents one after the other; the end that fills no window, padded where nothing may be `carried`."""
-    head = buffer[:1]  # may be the end of a document whose beginning is written already
-    pieces = head + [buffer[1:][i] for i in generator.permutation(len(buffer) - 1)]
-    over = sum(piece.columns.shape[1] for piece in pieces) % length
+    # The first may be the end of a document whose beginning is written already.
+    order = [0, *(1 + generator.permutation(len(buffer) - 1)).tolist()]
+    pieces = [[number, 0, buffer[number].columns.shape[1]] for number in order]
+    over = sum(stop for _, _, stop in pieces) % length
     if carried < over or over == 0:
-        return pieces + _padding(pad, -over % length), []
-    waiting: list[Piece] = []
+        return _cuts(pieces + _padding(-over % length)), _cuts([])
+    waiting: list[list[int]] = []
     while over:
-        number, columns = pieces.pop()
-        keep = max(0, columns.shape[1] - over)
-        over -= columns.shape[1] - keep
-        waiting.insert(0, Piece(number, columns[:, keep:]))
+        number, _, stop = pieces.pop()
+        keep = max(0, stop - over)
+        over -= stop - keep
+        waiting.insert(0, [number, keep, stop])
         if keep:
-            pieces.append(Piece(number, columns[:, :keep]))
-    return pieces, waiting
+            pieces.append([number, 0, keep])
+    return _cuts(pieces), _cuts(waiting)
 
 
-def _padding(pad: NDArray[Any], size: int) -> list[Piece]:
-    return [Piece(PADDING, np.broadcast_to(pad, (len(pad), size)))] if size else []
+def _padding(size: int) -> list[list[int]]:
+    return [[PADDING, 0, size]] if size else []
 
 
-def _laid(pieces: list[Piece], length: int) -> Packed:
+def _cuts(pieces: list[list[int]]) -> Cuts:
+    return np.array(pieces, np.int64).reshape(-1, 3)
+
+
+def _parts(buffer: list[Piece], cuts: Cuts, pad: NDArray[Any]) -> list[NDArray[Any]]:
+    """The columns of each piece."""
+    whole = [piece.columns for piece in buffer]
+    return [pad[:, :stop] if i == PADDING else whole[i][:, start:stop] for i, start, stop in cuts.tolist()]
+
+
+def _laid(buffer: list[Piece], cuts: Cuts, length: int, pad: NDArray[Any]) -> Packed:
     """The pieces, which fill whole windows, as windows; cut where a window ends."""
-    columns = np.concatenate(
-        [piece.columns for piece in pieces], axis=1, dtype=pieces[0].columns.dtype, casting="unsafe"
-    )
-    ends = np.cumsum([piece.columns.shape[1] for piece in pieces])
-    cuts = np.union1d(ends, np.arange(length, columns.shape[1] + 1, length))
-    document = np.array([piece.document for piece in pieces])[np.searchsorted(ends, cuts)]
-    table = np.stack([document, (cuts - 1) // length, (cuts - 1) % length + 1], axis=1)
+    dtype = buffer[0].columns.dtype
+    columns = np.concatenate(_parts(buffer, cuts, pad.astype(dtype)), axis=1)
+    ends = np.cumsum(cuts[:, 2] - cuts[:, 1])
+    stops = np.union1d(ends, np.arange(length, columns.shape[1] + 1, length))
+    numbers = np.array([*(piece.document for piece in buffer), PADDING])  # the last is that of PADDING's index
+    document = numbers[cuts[:, 0]][np.searchsorted(ends, stops)]
+    table = np.stack([document, (stops - 1) // length, (stops - 1) % length + 1], axis=1)
     return Packed(columns.reshape(len(columns), -1, length), table[document != PADDING])
