@@ -162,17 +162,21 @@ def open_source(
     DataError, before a row is drawn, for a source that cannot be reached, is empty, lacks a column or
     has other content than it is pinned to. Iterate with `draw`, which explains what fails later.
     """
-    from datasets import Dataset
-
     if source.path == WORLD:
+        from datasets import Dataset
+
         if world is None:
             raise ConfigError(f"{describe(source)} reads the generated world, but there is no [world]")
         rows = world_rows(world, source.name or "")
         if not rows:
             raise DataError(f"{describe(source)} is empty")
         stream = Dataset.from_list(rows).to_iterable_dataset()
-    elif (place := local_place(source, data)) is not None:
-        return _open_local(source, place, local_files(source, data), columns)
+    elif not is_remote(source, data):
+        from datasets import IterableDataset
+
+        # A list is what `shuffle` takes for shards; the columns, a tuple, go to each.
+        kwargs = {"files": _check_local(source, data, columns), "columns": tuple(columns)}
+        return IterableDataset.from_generator(read_rows, gen_kwargs=kwargs)
     else:
         stream = _open_hub(source)
     known = stream.column_names
@@ -192,9 +196,9 @@ def _require_text(source: TextSource, kind: pa.DataType, where: str) -> None:
         raise DataError(f"{where}: column {source.text_column!r} is {kind}, not text: set text_column to one that is")
 
 
-def _open_local(source: Source, place: str, files: list[Path], columns: Sequence[str]) -> "IterableDataset":
-    from datasets import IterableDataset
-
+def _check_local(source: Source, data: Path | None, columns: Sequence[str]) -> list[Path]:
+    """The source's files on this machine that hold rows. Raises DataError as `open_source` does."""
+    place, files = local_place(source, data), local_files(source, data)
     if not files:
         raise DataError(f"{describe(source)}: no Parquet or JSON files of this split at {place}")
     filled = []
@@ -209,8 +213,7 @@ def _open_local(source: Source, place: str, files: list[Path], columns: Sequence
     pinned, found = source.revision or "", revision_of(files)
     if pinned.startswith("sha256:") and pinned != found:
         raise DataError(f"{describe(source)} is pinned to {pinned}, but {place} holds {found}")
-    # A list is what `shuffle` takes for shards; the columns, a tuple, go to each.
-    return IterableDataset.from_generator(read_rows, gen_kwargs={"files": filled, "columns": tuple(columns)})
+    return filled
 
 
 def _open_hub(source: Source) -> "IterableDataset":
@@ -281,10 +284,9 @@ def read_source(
     source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """The rows that `open_source` and `draw` give, of local files several times as fast."""
-    stream = open_source(source, data, world, columns)
     if source.path == WORLD or is_remote(source, data):
-        return draw(source, stream)
-    return read_rows(local_files(source, data), tuple(columns))
+        return draw(source, open_source(source, data, world, columns))
+    return read_rows(_check_local(source, data, columns), tuple(columns))
 
 
 def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[Batch]:
@@ -293,13 +295,14 @@ def read_batches(source: TextSource, data: Path | None, world: WorldConfig | Non
     Of a repository of the hub, batches come by turns from OPEN_FILES of its files, which `seed` chooses and the next
     of which is opened where one ends. Raises DataError as `open_source` does, and where reading fails later.
     """
-    stream = open_source(source, data, world, source.columns())
     condition = Filter(source.filter) if source.filter is not None else None
+    if not (source.path == WORLD or is_remote(source, data)):
+        for path in _check_local(source, data, source.columns()):
+            yield from read_file_batches(path, source.text_column, condition)
+        return
+    stream = open_source(source, data, world, source.columns())
     if source.path == WORLD:
         yield from row_batches(iter(stream), source.text_column, condition, describe(source))
-    elif not is_remote(source, data):
-        for path in local_files(source, data):
-            yield from read_file_batches(path, source.text_column, condition)
     else:
         try:
             for table in _by_turns(stream, seed):

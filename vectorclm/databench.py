@@ -33,7 +33,7 @@ from vectorclm.runtime import Runtime
 from vectorclm.stages import plans, run_stage
 from vectorclm.train_tokenizer import SPECIAL_TOKENS, learn, load_tokenizer
 
-TEXT_BYTES = 40_000_000  # of a mirror, or what the generated world has
+TEXT_BYTES = 110_000_000  # of a mirror, as `small` draws, or what the generated world has
 PLANNED_TOKENS = 3_500_000_000
 PLANNED_BATCH = 512  # windows located when a training goes on
 ENCODE, TRAIN = "encode against encode_batch_fast", "BPE training against tokenizers"
@@ -136,6 +136,8 @@ def _encode(text: Text, side: str) -> tuple[float, list[int]]:
 
 def _publish(text: Text) -> tuple[float, float]:
     """CPU seconds of the stages sample and shards, in a store that has only the tokenizer."""
+    import datasets  # noqa: F401  brings pandas, which pyarrow imports with the first list that it is given
+
     with tempfile.TemporaryDirectory(dir=text.store.parent) as folder:
         shutil.copytree(text.store / "tokenizer", Path(folder) / "tokenizer")
         spent = [time.process_time()]

@@ -178,7 +178,8 @@ def _cuts(pieces: list[list[int]]) -> Cuts:
 def _parts(buffer: list[Piece], cuts: Cuts, pad: NDArray[Any]) -> list[NDArray[Any]]:
     """The columns of each piece."""
     whole = [piece.columns for piece in buffer]
-    return [pad[:, :stop] if i == PADDING else whole[i][:, start:stop] for i, start, stop in cuts.tolist()]
+    ranges = zip(*cuts.T.tolist(), strict=True)  # without a list for each, which Python would search for cycles
+    return [pad[:, :stop] if i == PADDING else whole[i][:, start:stop] for i, start, stop in ranges]
 
 
 def _laid(buffer: list[Piece], cuts: Cuts, length: int, pad: NDArray[Any]) -> Packed:
