@@ -121,7 +121,8 @@ class Benchmarks:
 
     def _next(self, eights: Hashes) -> NDArray[np.uint8]:
         """One of eight bits set, by the three bits of each hash after the first ones."""
-        return np.left_shift(1, (eights >> (self.shift - np.uint64(3))) & np.uint64(7), dtype=np.uint64).astype(np.uint8)
+        three = (eights >> (self.shift - np.uint64(3))) & np.uint64(7)
+        return (np.uint64(1) << three).astype(np.uint8)
 
     def _runs(self, texts: Iterable[str]) -> tuple[Hashes, Hashes]:
         """The hashes of the first eight words of each run, and of all its words, sorted."""
@@ -180,7 +181,7 @@ def hashed_words(documents: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]
     edges = np.flatnonzero(letters[1:] != letters[:-1]) + 1
     begins, stops = edges[::2], edges[1::2]
     # The eight bytes from every place on; copied, as `take` is fast on aligned numbers only.
-    eight = np.ascontiguousarray(np.ndarray(len(data) - 7, "<u8", data, strides=(1,)))
+    eight: Hashes = np.ascontiguousarray(np.ndarray(len(data) - 7, "<u8", data, strides=(1,)))
     mask = FIRST_BYTES.take(stops - begins, mode="clip")
     head, tail = eight.take(begins) & mask, eight.take(np.maximum(begins, stops - 8)) & mask
     words = (head ^ head >> np.uint64(29)) * FACTOR + (tail ^ tail >> np.uint64(31)) * SECOND
