@@ -181,10 +181,10 @@ def hashed_words(documents: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]
     edges = np.flatnonzero(letters[1:] != letters[:-1]) + 1
     begins, stops = edges[::2], edges[1::2]
     # The eight bytes from every place on; copied, as `take` is fast on aligned numbers only.
-    eight: Hashes = np.ascontiguousarray(np.ndarray(len(data) - 7, "<u8", data, strides=(1,)))
+    eight = np.ascontiguousarray(np.ndarray(len(data) - 7, "<u8", data, strides=(1,)))
     mask = FIRST_BYTES.take(stops - begins, mode="clip")
     head, tail = eight.take(begins) & mask, eight.take(np.maximum(begins, stops - 8)) & mask
-    words = (head ^ head >> np.uint64(29)) * FACTOR + (tail ^ tail >> np.uint64(31)) * SECOND
+    words: NDArray[Any] = (head ^ head >> np.uint64(29)) * FACTOR + (tail ^ tail >> np.uint64(31)) * SECOND
     sizes = np.array([len(document) + 1 for document in documents], np.int64)
     return words, np.searchsorted(begins, np.cumsum(sizes) + 1)
 
