@@ -18,7 +18,7 @@ from flows.registry import Registry
 from flows.report import report
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
-from vectorclm.addresses import find_model
+from vectorclm.addresses import find_model, whole
 from vectorclm.artifact import Store
 from vectorclm.bits_per_byte import text_scores
 from vectorclm.compare import OWN_SUITE, common_results, compare
@@ -37,7 +37,6 @@ from vectorclm.measure import (
     left_out,
     measure_plan,
     training_text,
-    whole,
 )
 from vectorclm.model import CausalLM
 from vectorclm.multiple_choice import read_items
