@@ -50,6 +50,13 @@ class Questions(Settings):
         100, ge=1, description="Held-out conversations whose answers are checked for the template"
     )
     max_new_tokens: int = Field(128, ge=1, description="Longest answer to a prompt, in tokens")
+    repetition_penalty: float = Field(
+        1.0,
+        ge=0.01,
+        le=100,
+        exclude_if=lambda penalty: penalty == 1,
+        description="Of answers: above 1, tokens of the prompt and the answer become less likely",
+    )
     instructions: int = Field(
         0,
         ge=0,

@@ -1,7 +1,6 @@
 """Sampling with a KV cache, and answers in the chat template."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -150,7 +149,11 @@ def keep_min_p(logits_V: Tensor, p: float) -> Tensor:
 
 
 def answer(
-    model: CausalLM, tokenizer: Tokenizer, conversation: Sequence[Turn], max_new_tokens: int, **sampling: Any
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    conversation: Sequence[Turn],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[int]:
     """Token ids of the assistant's next turn, its end-of-turn token included.
 
@@ -165,28 +168,36 @@ def answer(
         prompt = render_prompt(tokenizer, conversation)
     if len(prompt) > context - max_new_tokens:
         prompt = [BOS_ID, *prompt[1 + max_new_tokens - context :]]
-    yield from generate(model, prompt, max_new_tokens, stop_ids=(IM_END_ID, EOS_ID), **sampling)
+    yield from generate(model, prompt, max_new_tokens, stop_ids=(IM_END_ID, EOS_ID), sampling=sampling)
 
 
-def answer_text(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> str:
+def answer_text(
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+) -> str:
     """The likeliest answer to one question, without the end-of-turn token."""
-    ids = list(answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens))
+    ids = list(answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
     text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
     return text
 
 
-def continuation(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> str:
+def continuation(
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+) -> str:
     """The likeliest continuation of a text, or of its end where it is long; at most half the model's context."""
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
     prompt_ids = [BOS_ID, *encode(tokenizer, prompt)[1 + max_new_tokens - context :]]
-    ids = list(generate(model, prompt_ids, max_new_tokens))
+    ids = list(generate(model, prompt_ids, max_new_tokens, sampling=sampling))
     text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
     return text
 
 
 def template_scores(
-    model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[tuple[Sequence[Turn], str]], max_new_tokens: int
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[tuple[Sequence[Turn], str]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
 ) -> dict[str, int]:
     """Of held-out prompts, how many answers end in the end-of-turn token, and how many of them stay in the template.
 
@@ -196,7 +207,7 @@ def template_scores(
     ended = in_template = exact = 0
     with Progress("answer prompts", len(prompts), "prompts") as progress:
         for conversation, reference in prompts:
-            ids = list(answer(model, tokenizer, conversation, max_new_tokens))
+            ids = list(answer(model, tokenizer, conversation, max_new_tokens, sampling))
             body = ids[:-1]
             finished = bool(ids) and ids[-1] == IM_END_ID
             ended += finished

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from vectorclm.conversations import Turn
-from vectorclm.generate import answer, generate
+from vectorclm.generate import GREEDY, Sampling, answer, generate
 from vectorclm.instruction_checks import Instruction, holds
 from vectorclm.instruction_prompts import SHOTS
 from vectorclm.items import ItemScores
@@ -38,14 +38,18 @@ def few_shot(tokenizer: Tokenizer, prompt: str, room: int) -> list[int]:
     return [BOS_ID, *ids[1 - room :]]
 
 
-def chat_answer(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> tuple[str, bool]:
+def chat_answer(
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+) -> tuple[str, bool]:
     """A chat model's likeliest answer to an instruction, and whether it ended its turn."""
-    ids = list(answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens))
+    ids = list(answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
     text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
     return text, bool(ids) and ids[-1] == IM_END_ID
 
 
-def base_answer(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> tuple[str, bool]:
+def base_answer(
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+) -> tuple[str, bool]:
     """A base model's likeliest answer to an instruction in plain text, and whether it ended the text or began another.
 
     What comes after that is left off.
@@ -53,7 +57,8 @@ def base_answer(model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_toke
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
     ids, text = list[int](), ""
-    for token in generate(model, few_shot(tokenizer, prompt, context - max_new_tokens), max_new_tokens):
+    examples = few_shot(tokenizer, prompt, context - max_new_tokens)
+    for token in generate(model, examples, max_new_tokens, sampling=sampling):
         if token == EOS_ID:
             return text, True
         ids += [token] if token >= len(SPECIAL_TOKENS) else []
@@ -68,6 +73,7 @@ def instruction_scores(
     tokenizer: Tokenizer,
     asked: Sequence[Instruction],
     max_new_tokens: int,
+    sampling: Sampling = GREEDY,
     *,
     chat: bool,
     out: Path,
@@ -82,7 +88,7 @@ def instruction_scores(
     answers, ended = [], 0
     with Progress("follow instructions", len(asked), "prompts") as progress:
         for instruction in asked:
-            said, is_over = respond(model, tokenizer, instruction.prompt, max_new_tokens)
+            said, is_over = respond(model, tokenizer, instruction.prompt, max_new_tokens, sampling)
             answers.append(said)
             ended += is_over
             progress.advance(1)

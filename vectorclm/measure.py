@@ -23,7 +23,7 @@ from vectorclm.corpus import identity, read_texts
 from vectorclm.decontamination import contaminated
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource, open_model, write_scores
-from vectorclm.generate import answer_text, continuation, template_scores
+from vectorclm.generate import Sampling, answer_text, continuation, template_scores
 from vectorclm.instruction_prompts import instructions
 from vectorclm.instructions import PARTS, instruction_scores
 from vectorclm.items import Interval, ItemScores
@@ -71,6 +71,7 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Pl
         "data": data,
         **({"template": True} if limits.template else {}),
         **({"instructions": suite.instructions} if suite.instructions else {}),
+        **({"repetition_penalty": suite.repetition_penalty} if suite.repetition_penalty != 1 else {}),
     }
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
     read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
@@ -174,17 +175,17 @@ def _scores(
             repeated = contaminated(found.contents, training_text(read, tokenizer))
             for label, marks in found.mark(repeated.tolist()).items():
                 scores["tasks"][label] |= marks
-        longest = config["max_new_tokens"]
+        how = config["max_new_tokens"], Sampling(repetition_penalty=config.get("repetition_penalty", 1))
         if conversations is not None:
             prompts = read_prompts(conversations.local("prompts.jsonl"), config["chat_prompts"], suite.seed)
-            scores["chat"] = template_scores(loaded, tokenizer, prompts, longest)
+            scores["chat"] = template_scores(loaded, tokenizer, prompts, *how)
         if count := config.get("instructions", 0):
             scores["instructions"] = instruction_scores(
-                loaded, tokenizer, instructions(count), longest, chat=model.chat, out=out, found=found
+                loaded, tokenizer, instructions(count), *how, chat=model.chat, out=out, found=found
             )
         respond = answer_text if model.chat else continuation
         scores["samples"] = [
-            {"prompt": prompt, "answer": respond(loaded, tokenizer, prompt, longest)} for prompt in config["prompts"]
+            {"prompt": prompt, "answer": respond(loaded, tokenizer, prompt, *how)} for prompt in config["prompts"]
         ]
         progress.advance(1, "answers")
     return scores

@@ -24,7 +24,7 @@ from vectorclm.errors import ConfigError, DataError, ReproducibilityError
 from vectorclm.evaluate import open_model, write_scores
 from vectorclm.export import export, write_model_files
 from vectorclm.finetune import finetune
-from vectorclm.generate import answer_text, continuation, template_scores
+from vectorclm.generate import Sampling, answer_text, continuation, template_scores
 from vectorclm.instruction_prompts import instructions
 from vectorclm.instructions import instruction_scores
 from vectorclm.items import ItemScores
@@ -287,16 +287,16 @@ def _evaluate(
     where = (experiment.seed, runtime, data, experiment.world)
     for kind, label, scored in score_tasks(config.tasks, folder, model, tokenizer, *where, found):
         scores[kind][label] = scored
+    how = config.max_new_tokens, Sampling(repetition_penalty=config.repetition_penalty)
     if chat:
         prompts = read_prompts(inputs["chat_shards"].local("prompts.jsonl"), config.chat_prompts, experiment.seed)
-        scores["chat"] = template_scores(model, tokenizer, prompts, config.max_new_tokens)
+        scores["chat"] = template_scores(model, tokenizer, prompts, *how)
     if config.instructions:
-        asked, longest = instructions(config.instructions), config.max_new_tokens
-        scores["instructions"] = instruction_scores(model, tokenizer, asked, longest, chat=chat, out=out, found=found)
+        asked = instructions(config.instructions)
+        scores["instructions"] = instruction_scores(model, tokenizer, asked, *how, chat=chat, out=out, found=found)
     respond = answer_text if chat else continuation
     scores["samples"] = [
-        {"prompt": prompt, "answer": respond(model, tokenizer, prompt, config.max_new_tokens)}
-        for prompt in config.prompts
+        {"prompt": prompt, "answer": respond(model, tokenizer, prompt, *how)} for prompt in config.prompts
     ]
     write_scores(out, scores, found)
     return scores
