@@ -168,4 +168,8 @@ def test_a_long_conversation_forgets_its_oldest_turns_and_is_answered(folder: Pa
         ids = list(answer(model, tokenizer, conversation, 64))
         assert ids and len(ids) <= 32
     assert continuation(model, tokenizer, "otter " * 90, 10)
+    varied = Sampling(repetition_penalty=100.0)
+    said = list(answer(model, tokenizer, [Turn("user", "Otter?")], 40, varied))
+    assert len(said) == len(set(said)) > 20  # no token twice
+    assert continuation(model, tokenizer, "otter", 40, varied) != continuation(model, tokenizer, "otter", 40)
     assert list(answer(model, tokenizer, turns[:1], 4, sampling=Sampling(temperature=1.0, top_p=1e-9)))

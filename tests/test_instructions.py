@@ -11,6 +11,7 @@ from tests.conftest import ANSWERS, write_random_model
 from tests.test_model import CONFIG
 from vectorclm.errors import ConfigError
 from vectorclm.evaluate import EvaluateConfig
+from vectorclm.generate import Sampling
 from vectorclm.instruction_checks import CONTENT, Check, Instruction, holds
 from vectorclm.instruction_prompts import FORMS, MOST, SHOTS, instructions
 from vectorclm.instructions import PARTS, STOP, base_answer, chat_answer, few_shot, instruction_scores, judge
@@ -143,6 +144,11 @@ def test_a_chat_model_answers_in_its_template_and_a_base_model_after_examples(
         for line, (prompt, checks) in zip(lines, asked, strict=True):
             assert line["answer"] == respond(model, tokenizer, prompt, 12)[0]
             assert [one["holds"] for one in line["checks"]] == [holds(check, line["answer"]) for check in checks]
+        again = {"chat": chat, "out": out, "found": ItemScores()}
+        instruction_scores(model, tokenizer, asked[:1], 12, Sampling(repetition_penalty=50.0), **again)
+        (line,) = map(json.loads, (out / "instructions.jsonl").read_text().splitlines())
+        once = respond(model, tokenizer, asked[0].prompt, 12, Sampling(repetition_penalty=50.0))[0]
+        assert line["answer"] == once != lines[0]["answer"]
         held = Counter(one["kind"] for line in lines for one in line["checks"] if one["holds"])
         assert {kind: count["held"] for kind, count in scores["checks"].items() if count["held"]} == held
 
