@@ -39,6 +39,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # log p, where p itself may be 0: the likeliest token's logit less its log p normalises every other's too
             log_sum_C1 = logits_CV.amax(1, keepdim=True) - p_CV.amax(1, keepdim=True).log()
             total += ((log_sum_C1 - logits_CV.gather(1, index_C1)) * kept_C1).sum()
+            del logits_CV  # as large as the weight's gradient, which comes next
             if grad_hidden_ND is None:
                 continue
             grad_CV = p_CV.scatter_add_(1, index_C1, -torch.ones_like(log_sum_C1)).to(hidden_CD.dtype)
