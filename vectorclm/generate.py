@@ -1,6 +1,6 @@
 """Sampling with a KV cache, and answers in the chat template."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from pydantic import Field
@@ -171,13 +171,17 @@ def answer(
     yield from generate(model, prompt, max_new_tokens, stop_ids=(IM_END_ID, EOS_ID), sampling=sampling)
 
 
+def plain_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """What tokens say, without the special ones among them."""
+    text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
+    return text
+
+
 def answer_text(
     model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
 ) -> str:
     """The likeliest answer to one question, without the end-of-turn token."""
-    ids = list(answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
-    text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
-    return text
+    return plain_text(tokenizer, answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
 
 
 def continuation(
@@ -187,9 +191,7 @@ def continuation(
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
     prompt_ids = [BOS_ID, *encode(tokenizer, prompt)[1 + max_new_tokens - context :]]
-    ids = list(generate(model, prompt_ids, max_new_tokens, sampling=sampling))
-    text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
-    return text
+    return plain_text(tokenizer, generate(model, prompt_ids, max_new_tokens, sampling=sampling))
 
 
 def template_scores(

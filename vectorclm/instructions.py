@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from vectorclm.conversations import Turn
-from vectorclm.generate import GREEDY, Sampling, answer, generate
+from vectorclm.generate import GREEDY, Sampling, answer, generate, plain_text
 from vectorclm.instruction_checks import Instruction, holds
 from vectorclm.instruction_prompts import SHOTS
 from vectorclm.items import ItemScores
@@ -43,8 +43,7 @@ def chat_answer(
 ) -> tuple[str, bool]:
     """A chat model's likeliest answer to an instruction, and whether it ended its turn."""
     ids = list(answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
-    text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
-    return text, bool(ids) and ids[-1] == IM_END_ID
+    return plain_text(tokenizer, ids), bool(ids) and ids[-1] == IM_END_ID
 
 
 def base_answer(
