@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from vectorclm.attention import causal_attention
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
+
+GROUPED: Any = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}  # 2.11 does so without being told
 
 
 class Documents(NamedTuple):
@@ -101,7 +104,7 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents
         from torch.nn.attention.varlen import varlen_attn  # which imports torch's compiler
 
         y_NHE = varlen_attn(
-            q_NHE, k_NKE, v_NKE, cu_seqlens, cu_seqlens, tokens, tokens, window_size=(-1, 0), enable_gqa=True
+            q_NHE, k_NKE, v_NKE, cu_seqlens, cu_seqlens, tokens, tokens, window_size=(-1, 0), **GROUPED
         )
         assert isinstance(y_NHE, Tensor)
     else:

@@ -9,7 +9,7 @@ from vectorclm.products import outer_product, product, takes_onednn
 
 IGNORE_INDEX = -100  # the label of a token that carries no loss
 CHUNK = 256  # tokens whose logits exist at one time on a CPU: few enough for its cache
-GPU_CHUNK = 4096
+GPU_CHUNK = 16_384
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -22,7 +22,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
+        grads_CD: list[Tensor] = []
         grad_weight_VD: Tensor | None = None
         weight_cast_VD = weight_VD.to(hidden_ND.dtype)
         weight_cast_DV = weight_cast_VD.T
@@ -38,28 +38,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             p_CV = torch.softmax(logits_CV, dim=1, dtype=total.dtype)
             # log p, where p itself may be 0: the likeliest token's logit less its log p normalises every other's too
             log_sum_C1 = logits_CV.amax(1, keepdim=True) - p_CV.amax(1, keepdim=True).log()
-            total += ((log_sum_C1 - logits_CV.gather(1, index_C1)) * kept_C1).sum()
+            # Not in place: of a tensor that was changed, torch 2.11's compiler passes no gradient on.
+            total = total + ((log_sum_C1 - logits_CV.gather(1, index_C1)) * kept_C1).sum()
             del logits_CV  # as large as the weight's gradient, which comes next
-            if grad_hidden_ND is None:
+            if not needs_gradient:
                 continue
-            grad_CV = p_CV.scatter_add_(1, index_C1, -torch.ones_like(log_sum_C1)).to(hidden_CD.dtype)
-            torch.mul(product(grad_CV, weight_cast_DV), kept_C1, out=grad_hidden_ND[rows])
+            grad_CV = _less_one(p_CV, index_C1).to(hidden_CD.dtype)
+            grads_CD.append(product(grad_CV, weight_cast_DV) * kept_C1)
             grad_here_VD = outer_product(grad_CV, hidden_CD * kept_C1)  # in half precision; their sum in full
             grad_weight_VD = (
                 grad_here_VD.to(weight_VD.dtype) if grad_weight_VD is None else grad_weight_VD.add_(grad_here_VD)
             )
-        if grad_weight_VD is None:  # of no token at all
-            grad_weight_VD = torch.zeros_like(weight_VD) if needs_gradient else None
-        ctx.gradients = grad_hidden_ND, grad_weight_VD
+        if grad_weight_VD is not None:  # of some token
+            ctx.save_for_backward(torch.cat(grads_CD), grad_weight_VD)
+        elif needs_gradient:
+            ctx.save_for_backward(torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        grad_hidden_ND, grad_weight_VD = ctx.gradients
-        if not torch.compiler.is_compiling():
-            del ctx.gradients  # scaled in place, so there is no second time
+        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         (scale,) = grads
-        return grad_hidden_ND.mul_(scale), grad_weight_VD.mul_(scale), None
+        if torch.compiler.is_compiling():
+            return grad_hidden_ND * scale, grad_weight_VD * scale, None
+        return grad_hidden_ND.mul_(scale), grad_weight_VD.mul_(scale), None  # in place, so there is no second time
+
+
+def _less_one(p_CV: Tensor, index_C1: Tensor) -> Tensor:
+    """`p` less 1 at each row's index. In place, but for a compiler, which fuses no scatter with what made `p`."""
+    if torch.compiler.is_compiling():
+        return p_CV - (index_C1 == torch.arange(p_CV.shape[1], device=p_CV.device)).to(p_CV.dtype)
+    return p_CV.scatter_add_(1, index_C1, -torch.ones_like(index_C1, dtype=p_CV.dtype))
 
 
 def chunked_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

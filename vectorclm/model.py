@@ -34,7 +34,7 @@ from vectorclm.layers import (
     swiglu,
     unstack,
 )
-from vectorclm.loss import chunked_cross_entropy
+from vectorclm.loss import IGNORE_INDEX, chunked_cross_entropy
 from vectorclm.products import project
 from vectorclm.settings import Settings, validate
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -311,8 +311,9 @@ class CausalLM(nn.Module):
         As in transformers, labels stand beside the inputs and the shift by one happens here; IGNORE_INDEX carries
         no loss. With `documents`, none of those in a window sees another.
         """
-        hidden_ND = self.model(input_ids, documents=documents)[:, :-1].flatten(0, 1)
-        return chunked_cross_entropy(hidden_ND, self.model.embed_tokens.weight, labels[:, 1:].flatten())
+        hidden_ND = self.model(input_ids, documents=documents).flatten(0, 1)
+        targets_N = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # after the last token comes nothing
+        return chunked_cross_entropy(hidden_ND, self.model.embed_tokens.weight, targets_N)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for up to `length` tokens."""
