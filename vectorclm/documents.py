@@ -17,7 +17,9 @@ from vectorclm.attention import causal_attention
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
 
-GROUPED: Any = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}  # 2.11 does so without being told
+GROUPED: Any = (
+    {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
+)  # 2.11 does so without being told
 
 
 class Documents(NamedTuple):
@@ -103,9 +105,7 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents
     if documents.flash and q_NHE.dtype in (torch.bfloat16, torch.float16) and not dropout:
         from torch.nn.attention.varlen import varlen_attn  # which imports torch's compiler
 
-        y_NHE = varlen_attn(
-            q_NHE, k_NKE, v_NKE, cu_seqlens, cu_seqlens, tokens, tokens, window_size=(-1, 0), **GROUPED
-        )
+        y_NHE = varlen_attn(q_NHE, k_NKE, v_NKE, cu_seqlens, cu_seqlens, tokens, tokens, window_size=(-1, 0), **GROUPED)
         assert isinstance(y_NHE, Tensor)
     else:
         sizes = cu_seqlens.diff().tolist()

@@ -6,7 +6,7 @@ All but the last rows ask for something; those say where a step goes.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from vectorclm.bench import Row, bounded, compared, could_not_run, reached
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.dataset import Batch
 from vectorclm.decode import SteadyDecoding
-from vectorclm.documents import document_labels, position_ids
+from vectorclm.documents import Documents, document_labels, position_ids
 from vectorclm.model import CausalLM
 from vectorclm.muon import build_optimizers, set_learning_rates
 from vectorclm.runtime import Runtime
@@ -28,6 +28,7 @@ from vectorclm.train_tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 TOKENS_PER_SECOND, MFU = 1.2e6, 0.45
 OPTIMIZER_SHARE = 0.05  # of a step
+NEAR = 0.03  # of a gradient's norm: what half precision may make of it
 DOCUMENT = 600  # tokens, on average
 PROMPT, NEW = 64, 256  # tokens
 ROWS = {
@@ -38,17 +39,18 @@ ROWS = {
     "attention by a fused kernel": ("share", 1.0),
     "optimizer's share of a step": ("share", OPTIMIZER_SHARE),
     "decoding by CUDA graph, batch 1": ("tokens/s", 1.0),
+    "gradients, farthest from a CPU's in full precision": ("share", NEAR),
 }
 # By a part of the kernel's or operation's name, in this order.
 GROUPS = {
-    "attention": ("flash", "fmha", "attention", "attn", "sdpa"),
+    "attention": ("flash", "fmha", "attention", "attn", "sdpa", "cudnn::fusion"),
     "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "mm", "bmm", "linear"),
     "copies to and from the device": ("memcpy", "memset"),
     "optimizer": ("adam", "multi_tensor", "foreach", "lerp"),
     "fused by the compiler": ("triton",),
 }
 REST = "all else"
-FUSED = ("flash", "fmha", "cudnn")
+FUSED = ("flash", "fmha", "cudnn")  # in the names of the kernels that never hold all the weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Load:
     micro_batch: int  # windows
     steps: int  # in a round
     peak: float  # FLOP/s of the device
+    windows: int = 0  # in a step; 0 = those of the experiment
 
     @property
     def tokens(self) -> int:
@@ -79,8 +82,9 @@ def gpu(rounds: int, experiment: str = "base") -> Iterator[Row]:
             yield could_not_run(f"{experiment}: {row}", unit, ask, why)
         return
     found = load_experiment(experiment)[0]
-    micro_batch = min(65_536 // found.shards.sequence_length, found.pretrain.batch_size)
-    yield from measured(Load(found, torch.device("cuda"), micro_batch, 5, peak), rounds, name)
+    device = torch.device("cuda")
+    micro_batch = min(Runtime().windows_at_once(found.shards.sequence_length, device), found.pretrain.batch_size)
+    yield from measured(Load(found, device, micro_batch, 5, peak), rounds, name)
 
 
 def measured(load: Load, rounds: int, where: str) -> Iterator[Row]:
@@ -115,12 +119,13 @@ def measured(load: Load, rounds: int, where: str) -> Iterator[Row]:
     whole = sorted(seconds[False])[rounds // 2]
     yield bounded(next(names), [each / whole for each in updates], "share", OPTIMIZER_SHARE)
     yield _decoding(next(names), model, rounds)
+    yield bounded(next(names), [_gradients_apart(load)], "share", NEAR, "two layers, documents apart and whole windows")
     yield from _where(name, times)
 
 
 def _batch(load: Load, *, apart: bool) -> Batch:
     """Random tokens, in host memory as the loader leaves them; with `apart`, in documents of geometric lengths."""
-    length, windows = load.experiment.shards.sequence_length, load.experiment.pretrain.batch_size
+    length, windows = load.experiment.shards.sequence_length, load.windows or load.experiment.pretrain.batch_size
     random = np.random.default_rng(1)
     ids = random.integers(len(SPECIAL_TOKENS), load.experiment.model.vocab_size, (windows, length))
     if apart:
@@ -156,6 +161,27 @@ def _update(model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> Non
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
+
+
+def _gradients_apart(load: Load) -> float:
+    """How far a parameter's gradient at the most is from the CPU's, over its norm: a step that is fast can be wrong."""
+    model = load.experiment.model.model_copy(update={"num_hidden_layers": 2})
+    small = replace(load, experiment=load.experiment.model_copy(update={"model": model}), windows=4)
+    ours, exact = CausalLM(model), CausalLM(model)
+    exact.load_state_dict(ours.state_dict())
+    torch.compiler.reset()  # else a second number of windows makes a graph for any number
+    loss_of, farthest = loss_function(ours.to(load.device), load.device), 0.0
+    for apart in (True, False):
+        batch = _batch(small, apart=apart)
+        for net, device, loss in ((ours, load.device, loss_of), (exact, torch.device("cpu"), exact.loss)):
+            net.zero_grad()
+            documents = Documents.at(batch.position_ids, device)
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                loss(batch.input_ids.to(device), batch.labels.to(device), documents).backward()  # type: ignore[no-untyped-call]
+        for mine, other in zip(ours.parameters(), exact.parameters(), strict=True):
+            assert mine.grad is not None and other.grad is not None
+            farthest = max(farthest, float((mine.grad.cpu() - other.grad).norm() / other.grad.norm()))
+    return farthest
 
 
 def _peak_memory(device: torch.device) -> float:

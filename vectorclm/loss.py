@@ -34,16 +34,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_CD, targets_C1 = hidden_ND[rows], targets_N[rows, None]
             kept_C1 = targets_C1 != IGNORE_INDEX
             index_C1 = targets_C1.where(kept_C1, 0)
-            logits_CV = product(hidden_CD, weight_cast_VD)
-            p_CV = torch.softmax(logits_CV, dim=1, dtype=total.dtype)
-            # log p, where p itself may be 0: the likeliest token's logit less its log p normalises every other's too
-            log_sum_C1 = logits_CV.amax(1, keepdim=True) - p_CV.amax(1, keepdim=True).log()
+            losses_C1, grad_CV = _scored(product(hidden_CD, weight_cast_VD), index_C1, total.dtype)
             # Not in place: of a tensor that was changed, torch 2.11's compiler passes no gradient on.
-            total = total + ((log_sum_C1 - logits_CV.gather(1, index_C1)) * kept_C1).sum()
-            del logits_CV  # as large as the weight's gradient, which comes next
+            total = total + (losses_C1 * kept_C1).sum()
             if not needs_gradient:
                 continue
-            grad_CV = _less_one(p_CV, index_C1).to(hidden_CD.dtype)
+            grad_CV = grad_CV.to(hidden_CD.dtype)
             grads_CD.append(product(grad_CV, weight_cast_DV) * kept_C1)
             grad_here_VD = outer_product(grad_CV, hidden_CD * kept_C1)  # in half precision; their sum in full
             grad_weight_VD = (
@@ -64,11 +60,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden_ND.mul_(scale), grad_weight_VD.mul_(scale), None  # in place, so there is no second time
 
 
-def _less_one(p_CV: Tensor, index_C1: Tensor) -> Tensor:
-    """`p` less 1 at each row's index. In place, but for a compiler, which fuses no scatter with what made `p`."""
-    if torch.compiler.is_compiling():
-        return p_CV - (index_C1 == torch.arange(p_CV.shape[1], device=p_CV.device)).to(p_CV.dtype)
-    return p_CV.scatter_add_(1, index_C1, -torch.ones_like(index_C1, dtype=p_CV.dtype))
+def _scored(logits_CV: Tensor, index_C1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The cross-entropy [C, 1] of each row's index, and its gradient [C, V]."""
+    if torch.compiler.is_compiling():  # which makes two passes of all this, and fuses no scatter with what is before
+        logits_CV = logits_CV.to(dtype)
+        log_sum_C1 = logits_CV.logsumexp(1, keepdim=True)
+        hit_CV = index_C1 == torch.arange(logits_CV.shape[1], device=logits_CV.device)
+        return log_sum_C1 - logits_CV.gather(1, index_C1), (logits_CV - log_sum_C1).exp() - hit_CV.to(dtype)
+    p_CV = torch.softmax(logits_CV, dim=1, dtype=dtype)
+    # log p, where p itself may be 0: the likeliest token's logit less its log p normalises every other's too
+    log_sum_C1 = logits_CV.amax(1, keepdim=True) - p_CV.amax(1, keepdim=True).log()
+    losses_C1 = log_sum_C1 - logits_CV.gather(1, index_C1)
+    return losses_C1, p_CV.scatter_add_(1, index_C1, -torch.ones_like(log_sum_C1))
 
 
 def chunked_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -167,6 +167,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # As two products: the gradient of one is pieced together from its halves, and reads them twice over.
+            gate_BTF, up_BTF = (F.linear(x_BTD, weight) for weight in self.gate_up_proj.weight.chunk(2))
+            return self.down_proj(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
         gate_up_BTF = self.gate_up_proj(x_BTD)
         if not by_hand():
             return self.down_proj(swiglu(gate_up_BTF))  # type: ignore[no-any-return]

@@ -57,6 +57,17 @@ EMBEDDING_RATES = [0.003, 0.006, 0.012]
 CLOSE = 2**0.5  # half the distance of the rates tried
 NOTHING: Mapping[str, Any] = {}
 RATE, ADAMW_RATE = "pretrain.optimizer.learning_rate", "pretrain.optimizer.adamw_learning_rate"
+NAMES = {RATE: "Muon's rate", ADAMW_RATE: "AdamW's rate, of embeddings and norms"}
+# Short trainings of a large model, on a GPU: 100 and 400 steps of 32 windows.
+SHORT: Mapping[str, Any] = {
+    "sample.validation_share": 0.02,
+    "pretrain.batch_size": 32,
+    "pretrain.phases": [{"tokens": 400 * 32 * 1024}],
+    "pretrain.validation_interval": 1_000_000,
+    "pretrain.samples": None,
+}
+SHARES = [0.25, 1.0]
+SHORT_RATES = {RATE: [0.006, 0.012, 0.024], ADAMW_RATE: [0.012, 0.024, 0.048]}
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class Arms:
     experiment: ExperimentConfig
     store: Store
     data: Path | None
+    runtime: Runtime = Runtime(device="cpu", threads=1)
 
     def loss(self, changes: Mapping[str, Any], budget: float = 1.0) -> float:
         """Held-out loss (nats a token), each source by its weight in the sample, of a share of the token budget.
@@ -77,7 +89,7 @@ class Arms:
         arm = changed(self.experiment, {**changes, "pretrain.phases": [{"tokens": tokens}]})
         try:
             for stage in ("sample", "tokenizer", "shards", "pretrain"):
-                made, _ = run_stage(stage, arm, self.store, Runtime(device="cpu", threads=1), self.data)
+                made, _ = run_stage(stage, arm, self.store, self.runtime, self.data)
         except DivergedError as error:
             logger.info("%s: %s", dict(changes), error)
             return math.inf
@@ -87,16 +99,20 @@ class Arms:
         logger.info("%.4f nats a token: %s, %d tokens", loss, dict(changes), tokens)
         return float(loss)
 
-    def tuned(self, key: str, start: Sequence[float], changes: Mapping[str, Any]) -> "Tuned":
+    def tuned(self, key: str, start: Sequence[float], changes: Mapping[str, Any], budget: float = 1.0) -> "Tuned":
         """The losses over rates of `key`: those of `start`, and beyond them while the best is at an end."""
-        losses = {rate: self.loss({**changes, **_rates(key, rate, changes)}) for rate in start}
+
+        def loss(rate: float) -> float:
+            return self.loss({**changes, **_rates(key, rate, changes)}, budget)
+
+        losses = {rate: loss(rate) for rate in start}
         for _ in range(MORE):
             rates = sorted(losses)
             best = min(rates, key=losses.__getitem__)
             if best not in (rates[0], rates[-1]):
                 break
             further = best / 2 if best == rates[0] else best * 2
-            losses[further] = self.loss({**changes, **_rates(key, further, changes)})
+            losses[further] = loss(further)
         return Tuned({rate: losses[rate] for rate in sorted(losses)})
 
 
@@ -221,14 +237,13 @@ def rates(
     widths: Sequence[int] = WIDTHS,
     changes: Mapping[str, Any] = NOTHING,
 ) -> Iterator[Row]:
-    """The best rates at several widths, and the rates of `target` beside what they come to at its own.
+    """The best rates at several widths, and the rates of `target` beside what they come to at its own; for a CPU.
 
     The rule: at each width Muon's rate is tuned first, then, at the best of it, that of embeddings and norms; a rate's
     optimum is the parabola's; over the widths, its logarithm lies on a straight line over the width's.
     """
-    names = {RATE: "Muon's rate", ADAMW_RATE: "AdamW's rate, of embeddings and norms"}
-    optima: dict[str, dict[int, float]] = {key: {} for key in names}
-    told: dict[str, list[str]] = {key: [] for key in names}
+    optima: dict[str, dict[int, float]] = {key: {} for key in NAMES}
+    told: dict[str, list[str]] = {key: [] for key in NAMES}
     for width in widths:
         arms = Arms(setting(store, data, {**_width(width), **changes}), store, data)
         best: dict[str, float] = {}
@@ -237,14 +252,52 @@ def rates(
             best[key], optima[key][width] = tuned.rate, tuned.optimum or tuned.rate
             told[key].append(f"width {width}: {tuned}, optimum {optima[key][width]:.4g}")
     asked = load_experiment(target)[0]
-    for key, name in names.items():
-        ours = getattr(asked.pretrain.optimizer, key.rpartition(".")[2])
+    for key, name in NAMES.items():
         there, exponent = carried_on(optima[key], asked.model.hidden_size)
-        away = max(ours / there, there / ours)
         why = f"the optimum goes with the width to the power of {exponent:.2f}; {'; '.join(told[key])}"
-        yield Row(
-            f"{target}: {name}", ours, round(there, 5), round(away, 3), "rate", round(CLOSE, 3), away <= CLOSE, why
-        )
+        yield _beside(asked, key, f"{target}: {name}", there, why)
+
+
+def _beside(asked: ExperimentConfig, key: str, name: str, there: float, why: str) -> Row:
+    """The rate of an experiment beside what a sweep comes to."""
+    ours = getattr(asked.pretrain.optimizer, key.rpartition(".")[2])
+    away = max(ours / there, there / ours)
+    return Row(name, ours, round(there, 5), round(away, 3), "rate", round(CLOSE, 3), away <= CLOSE, why)
+
+
+def short_setting(
+    store: Store, data: Path | None, target: str = "base", changes: Mapping[str, Any] = NOTHING
+) -> ExperimentConfig:
+    """The experiment `target` with its own model and SHORT of its tokens, on the mirror `data` or the hub."""
+    experiment, path = load_experiment(target)
+    experiment = changed(experiment, {**SHORT, **changes})
+    return pin(experiment, store.work_root(None) / path.name, data, resolve=True)[0]
+
+
+def rates_of(arms: Arms) -> Iterator[Row]:
+    """The rates of an experiment beside what they come to in short trainings of its own model, for a GPU.
+
+    The rule: for each length Muon's rate is tuned first, then, at the best of it, that of embeddings and norms; over
+    the number of steps, an optimum's logarithm lies on a straight line; and a rate goes with the square root of the
+    batch (Malladi et al., arXiv 2205.10287).
+    """
+    target = load_experiment(arms.experiment.name)[0]
+    short = arms.experiment.pretrain
+    length = short.batch_size * arms.experiment.shards.sequence_length
+    optima: dict[str, dict[int, float]] = {RATE: {}, ADAMW_RATE: {}}
+    told: dict[str, list[str]] = {key: [] for key in optima}
+    for share in SHARES:
+        steps, best = round(short.tokens * share / length), dict[str, float]()
+        for key, start in SHORT_RATES.items():
+            tuned = arms.tuned(key, start, best, share)
+            best[key], optima[key][steps] = tuned.rate, tuned.optimum or tuned.rate
+            told[key].append(f"{steps} steps: {tuned}, optimum {optima[key][steps]:.4g}")
+    batches = target.pretrain.batch_size / short.batch_size
+    steps = target.pretrain.tokens // (target.pretrain.batch_size * target.shards.sequence_length)
+    for key, name in NAMES.items():
+        there, exponent = carried_on(optima[key], steps)
+        why = f"with the steps to the power of {exponent:.2f}, {steps} in all; {'; '.join(told[key])}"
+        yield _beside(target, key, f"{target.name}: {name}", there * batches**0.5, why)
 
 
 def carried_on(optima: Mapping[int, float], width: int) -> tuple[float, float]:

@@ -89,6 +89,13 @@ class Runtime(Settings):
         """CPU threads of each of so many processes."""
         return self.threads or max(1, (os.cpu_count() or 1) // processes)
 
+    def windows_at_once(self, window_tokens: int, device: torch.device) -> int:
+        """Windows in one forward pass: as set, or as many as suit the device, a GPU of 64 GB or more twice as many."""
+        tokens = 2**12
+        if device.type == "cuda":
+            tokens = 2**17 if torch.cuda.get_device_properties(device).total_memory > 60e9 else 2**16
+        return self.micro_batch_size or max(1, tokens // window_tokens)
+
     def configure_torch(self, group: Group = ALONE) -> torch.device:
         """Set threads and precision for this process and return the device, on GPUs the one of its local rank."""
         _keep_memory()

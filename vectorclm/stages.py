@@ -58,7 +58,7 @@ STREAMED = frozenset(READS.values())  # which are never copied as a whole
 TRAININGS = frozenset(READS)  # what several processes can make together
 EVALUATED = {"evaluate_base": "pretrain", "evaluate": "finetune"}  # the training whose model an evaluation scores
 # Raised where new code makes something else of equal settings; all others are 1.
-VERSIONS = {"sample": 2, "shards": 3, "chat_shards": 5, "pretrain": 4, "evaluate_base": 6, "finetune": 4, "evaluate": 6}
+VERSIONS = {"sample": 2, "shards": 3, "chat_shards": 5, "pretrain": 5, "evaluate_base": 6, "finetune": 5, "evaluate": 6}
 
 
 def plans(experiment: ExperimentConfig) -> dict[str, Plan]:

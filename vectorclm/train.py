@@ -129,7 +129,7 @@ def train(
         pin_memory=device.type == "cuda",
         multiprocessing_context="forkserver" if workers else None,  # a fork would copy the locks of other threads
     )
-    micro_batch = work.runtime.micro_batch_size or max(1, (65_536 if device.type == "cuda" else 4_096) // window_tokens)
+    micro_batch = work.runtime.windows_at_once(window_tokens, device)
     loss_of = loss_function(model, device)
     scores: dict[str, dict[str, float]] = {}
     with Progress(work.stage, steps * config.batch_size * window_tokens, "tokens") as progress:
