@@ -48,7 +48,7 @@ BENCHES = {
     "tracking": "what logging to MLflow takes of a training step",
     "gguf": "a model in llama.cpp, and whether it is the same",
     "quality": "what is learned from the same tokens: Muon beside AdamW, and other decisions",
-    "rates": "the best learning rates at several widths, and what follows for `base`",
+    "rates": "the best learning rates of `base` in short trainings, and what follows for it; for a GPU",
     "gpu": "a step and decoding of `base` on a GPU, and where the time goes",
 }
 OWN_COMMANDS = {"lineage": lineage, "report": report}
@@ -196,8 +196,8 @@ def _bench(args: argparse.Namespace) -> None:
     from vectorclm.ggufbench import same_model
     from vectorclm.gpubench import gpu
 
-    if args.what in ("quality", "rates") and args.data is None:
-        raise ConfigError(f"bench {args.what} needs --data DIR, a mirror with the text of `small`: it trains on that")
+    if args.what == "quality" and args.data is None:
+        raise ConfigError("bench quality needs --data DIR, a mirror with the text of `small`: it trains on that")
     if args.what == "gguf" and args.model is None:
         raise ConfigError("bench gguf needs --model MODEL, whose files it compares")
     benches: dict[str, Callable[[], Iterable[Row]]] = {
@@ -210,7 +210,7 @@ def _bench(args: argparse.Namespace) -> None:
         "evaluate": lambda: inferencebench.evaluating(args.rounds, args.data),
         "gguf": lambda: same_model(args.model, args.data),
         "quality": lambda: qualitybench.quality(Store(args.store or default_store()), args.data),
-        "rates": lambda: qualitybench.rates(Store(args.store or default_store()), args.data),
+        "rates": lambda: qualitybench.rates(qualitybench.short_arms(Store(args.store or default_store()), args.data)),
         "gpu": lambda: gpu(args.rounds),
     }
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

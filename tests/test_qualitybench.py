@@ -15,7 +15,15 @@ from vectorclm.config import changed, load_experiment
 from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
 from vectorclm.muon import Muon, OptimizerConfig, build_optimizers
-from vectorclm.qualitybench import Arms, Tuned, _saved, carried_on, quality, rates, setting
+from vectorclm.qualitybench import (
+    Arms,
+    Tuned,
+    _saved,
+    quality,
+    rates,
+    setting,
+    short_arms,
+)
 from vectorclm.stages import plans
 
 LITTLE: dict[str, Any] = {
@@ -46,18 +54,24 @@ def test_the_bench_is_whole_and_a_second_one_trains_nothing(tmp_path: Path) -> N
 
 
 def test_the_command_does_not_train_on_another_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for what in ("quality", "rates"):
-        assert main(["bench", what, "--store", str(tmp_path)]) == 2
-        assert f"bench {what} needs --data DIR" in capsys.readouterr().err
+    assert main(["bench", "quality", "--store", str(tmp_path)]) == 2
+    assert "bench quality needs --data DIR" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rates_are_carried_on(tmp_path: Path) -> None:
-    muon, adamw = rates(Store(str(tmp_path)), None, "base", [64, 128], LITTLE)
-    base = load_experiment("base")[0].pretrain.optimizer
-    assert (muon.ours, adamw.ours) == (base.learning_rate, base.adamw_learning_rate)
-    assert all(row.peer and "width 128: " in row.why for row in (muon, adamw))
-    assert carried_on({64: 0.04, 128: 0.02, 256: 0.01}, 512) == pytest.approx((0.005, -1.0))
+def test_rates_of_a_short_training_are_carried_on(tmp_path: Path) -> None:
+    """Of `tiny` itself on a 31st of its tokens in batches of a quarter."""
+    store = Store(str(tmp_path))
+    tiny = load_experiment("tiny")[0].pretrain
+    muon, adamw = rates(short_arms(store, None, "tiny", LITTLE))
+    assert (muon.ours, adamw.ours) == (tiny.optimizer.learning_rate, tiny.optimizer.adamw_learning_rate)
+    factor = (tiny.tokens / 4096) ** -0.32 * (tiny.batch_size / 4) ** 0.5
+    for row in (muon, adamw):
+        assert row.why.startswith(f"{factor:.3f} of the optimum ")
+        optimum = float(row.why.split("optimum ")[1].split()[0])
+        assert row.peer == pytest.approx(factor * optimum, rel=0.01) and row.met is (row.ratio <= row.ask)
+    best = min(trained(tmp_path), key=lambda optimizer: abs(optimizer["learning_rate"] - muon.peer / factor))
+    assert sum(optimizer["learning_rate"] == best["learning_rate"] for optimizer in trained(tmp_path)) >= 3
 
 
 def test_the_optimum_is_the_parabolas_and_none_at_an_end() -> None:

@@ -52,13 +52,11 @@ QUARTER, THREE_QUARTERS = 0.25, 0.75
 ASK = 0.75  # of AdamW's tokens: the upper end of what the literature has
 NUDGE = 1.01  # a change of the learning rate that teaches nothing: what it makes of the loss is chance
 DECAYING, WEIGHT_DECAY = 0.4, 0.3
-WIDTHS = [64, 128, 256]  # of the models whose best rates are carried on to a wider one
-EMBEDDING_RATES = [0.003, 0.006, 0.012]
 CLOSE = 2**0.5  # half the distance of the rates tried
 NOTHING: Mapping[str, Any] = {}
 RATE, ADAMW_RATE = "pretrain.optimizer.learning_rate", "pretrain.optimizer.adamw_learning_rate"
 NAMES = {RATE: "Muon's rate", ADAMW_RATE: "AdamW's rate, of embeddings and norms"}
-# Short trainings of a large model, on a GPU: 100 and 400 steps of 32 windows.
+# Of `base` itself: 400 steps of 32 windows, a matter of seconds on a GPU alone.
 SHORT: Mapping[str, Any] = {
     "sample.validation_share": 0.02,
     "pretrain.batch_size": 32,
@@ -66,8 +64,9 @@ SHORT: Mapping[str, Any] = {
     "pretrain.validation_interval": 1_000_000,
     "pretrain.samples": None,
 }
-SHARES = [0.25, 1.0]
-SHORT_RATES = {RATE: [0.006, 0.012, 0.024], ADAMW_RATE: [0.012, 0.024, 0.048]}
+SHORT_RATES = {RATE: [0.006, 0.012, 0.024], ADAMW_RATE: [0.006, 0.012, 0.024]}
+TOKENS_EXPONENT = -0.32  # of the best rate: Bjorck et al., arXiv 2409.19913; for Muon, Ren et al., arXiv 2603.28743
+BATCH_EXPONENT = 0.5  # Malladi et al., arXiv 2205.10287
 
 
 @dataclass(frozen=True)
@@ -99,20 +98,16 @@ class Arms:
         logger.info("%.4f nats a token: %s, %d tokens", loss, dict(changes), tokens)
         return float(loss)
 
-    def tuned(self, key: str, start: Sequence[float], changes: Mapping[str, Any], budget: float = 1.0) -> "Tuned":
+    def tuned(self, key: str, start: Sequence[float], changes: Mapping[str, Any]) -> "Tuned":
         """The losses over rates of `key`: those of `start`, and beyond them while the best is at an end."""
-
-        def loss(rate: float) -> float:
-            return self.loss({**changes, **_rates(key, rate, changes)}, budget)
-
-        losses = {rate: loss(rate) for rate in start}
+        losses = {rate: self.loss({**changes, **_rates(key, rate, changes)}) for rate in start}
         for _ in range(MORE):
             rates = sorted(losses)
             best = min(rates, key=losses.__getitem__)
             if best not in (rates[0], rates[-1]):
                 break
             further = best / 2 if best == rates[0] else best * 2
-            losses[further] = loss(further)
+            losses[further] = self.loss({**changes, **_rates(key, further, changes)})
         return Tuned({rate: losses[rate] for rate in sorted(losses)})
 
 
@@ -230,84 +225,30 @@ def _heads(size: int, queries: int = 256) -> dict[str, int]:
     return {f"model.{name}": value for name, value in shape.items()}
 
 
-def rates(
-    store: Store,
-    data: Path | None,
-    target: str = "base",
-    widths: Sequence[int] = WIDTHS,
-    changes: Mapping[str, Any] = NOTHING,
-) -> Iterator[Row]:
-    """The best rates at several widths, and the rates of `target` beside what they come to at its own; for a CPU.
-
-    The rule: at each width Muon's rate is tuned first, then, at the best of it, that of embeddings and norms; a rate's
-    optimum is the parabola's; over the widths, its logarithm lies on a straight line over the width's.
-    """
-    optima: dict[str, dict[int, float]] = {key: {} for key in NAMES}
-    told: dict[str, list[str]] = {key: [] for key in NAMES}
-    for width in widths:
-        arms = Arms(setting(store, data, {**_width(width), **changes}), store, data)
-        best: dict[str, float] = {}
-        for key, start in ((RATE, RATES["muon"]), (ADAMW_RATE, EMBEDDING_RATES)):
-            tuned = arms.tuned(key, start, best)
-            best[key], optima[key][width] = tuned.rate, tuned.optimum or tuned.rate
-            told[key].append(f"width {width}: {tuned}, optimum {optima[key][width]:.4g}")
-    asked = load_experiment(target)[0]
-    for key, name in NAMES.items():
-        there, exponent = carried_on(optima[key], asked.model.hidden_size)
-        why = f"the optimum goes with the width to the power of {exponent:.2f}; {'; '.join(told[key])}"
-        yield _beside(asked, key, f"{target}: {name}", there, why)
-
-
-def _beside(asked: ExperimentConfig, key: str, name: str, there: float, why: str) -> Row:
-    """The rate of an experiment beside what a sweep comes to."""
-    ours = getattr(asked.pretrain.optimizer, key.rpartition(".")[2])
-    away = max(ours / there, there / ours)
-    return Row(name, ours, round(there, 5), round(away, 3), "rate", round(CLOSE, 3), away <= CLOSE, why)
-
-
-def short_setting(
-    store: Store, data: Path | None, target: str = "base", changes: Mapping[str, Any] = NOTHING
-) -> ExperimentConfig:
-    """The experiment `target` with its own model and SHORT of its tokens, on the mirror `data` or the hub."""
+def short_arms(store: Store, data: Path | None, target: str = "base", changes: Mapping[str, Any] = NOTHING) -> Arms:
+    """Trainings of the experiment `target` on few of its tokens, with its text from the mirror `data` or the hub."""
     experiment, path = load_experiment(target)
     experiment = changed(experiment, {**SHORT, **changes})
-    return pin(experiment, store.work_root(None) / path.name, data, resolve=True)[0]
+    pinned = pin(experiment, store.work_root(None) / path.name, data, resolve=True)[0]
+    return Arms(pinned, store, data, Runtime())
 
 
-def rates_of(arms: Arms) -> Iterator[Row]:
-    """The rates of an experiment beside what they come to in short trainings of its own model, for a GPU.
+def rates(arms: Arms) -> Iterator[Row]:
+    """The rates of an experiment beside what they come to in short trainings of its own model; for a GPU.
 
-    The rule: for each length Muon's rate is tuned first, then, at the best of it, that of embeddings and norms; over
-    the number of steps, an optimum's logarithm lies on a straight line; and a rate goes with the square root of the
-    batch (Malladi et al., arXiv 2205.10287).
+    The rule: Muon's rate is tuned first, then, at the best of it, that of embeddings and norms; an optimum is the
+    parabola's; it goes with the tokens to the power of TOKENS_EXPONENT, and with the batch to that of BATCH_EXPONENT.
     """
-    target = load_experiment(arms.experiment.name)[0]
-    short = arms.experiment.pretrain
-    length = short.batch_size * arms.experiment.shards.sequence_length
-    optima: dict[str, dict[int, float]] = {RATE: {}, ADAMW_RATE: {}}
-    told: dict[str, list[str]] = {key: [] for key in optima}
-    for share in SHARES:
-        steps, best = round(short.tokens * share / length), dict[str, float]()
-        for key, start in SHORT_RATES.items():
-            tuned = arms.tuned(key, start, best, share)
-            best[key], optima[key][steps] = tuned.rate, tuned.optimum or tuned.rate
-            told[key].append(f"{steps} steps: {tuned}, optimum {optima[key][steps]:.4g}")
-    batches = target.pretrain.batch_size / short.batch_size
-    steps = target.pretrain.tokens // (target.pretrain.batch_size * target.shards.sequence_length)
+    target, short = load_experiment(arms.experiment.name)[0], arms.experiment.pretrain
+    tokens, batches = target.pretrain.tokens / short.tokens, target.pretrain.batch_size / short.batch_size
+    factor = tokens**TOKENS_EXPONENT * batches**BATCH_EXPONENT
+    best: dict[str, float] = {}
     for key, name in NAMES.items():
-        there, exponent = carried_on(optima[key], steps)
-        why = f"with the steps to the power of {exponent:.2f}, {steps} in all; {'; '.join(told[key])}"
-        yield _beside(target, key, f"{target.name}: {name}", there * batches**0.5, why)
-
-
-def carried_on(optima: Mapping[int, float], width: int) -> tuple[float, float]:
-    """The rate at `width` by the power law through the optima at other widths (least squares), and its exponent."""
-    exponent, logarithm = np.polyfit(np.log2(list(optima)), np.log2(list(optima.values())), 1)
-    return float(2 ** (logarithm + exponent * np.log2(width))), float(exponent)
-
-
-def _width(width: int) -> dict[str, int]:
-    """A model of this width, as SETTING has it at 128."""
-    shape = {"hidden_size": width, "intermediate_size": 11 * width // 4}
-    heads = {"num_attention_heads": width // 32, "num_key_value_heads": width // 64, "head_dim": 32}
-    return {f"model.{name}": value for name, value in (shape | heads).items()}
+        tuned = arms.tuned(key, SHORT_RATES[key], best)
+        best[key], optimum = tuned.rate, tuned.optimum or tuned.rate
+        there = optimum * factor
+        ours = getattr(target.pretrain.optimizer, key.rpartition(".")[2])
+        away = max(ours / there, there / ours)
+        why = f"{factor:.3f} of the optimum {optimum:.4g} with {short.tokens:,} tokens: {tuned}"
+        ask = round(CLOSE, 3)
+        yield Row(f"{target.name}: {name}", ours, round(there, 5), round(away, 3), "rate", ask, away <= CLOSE, why)

@@ -184,7 +184,9 @@ def loss_function(model: CausalLM, device: torch.device) -> LossFunction:
     if device.type != "cuda":
         return model.loss
     whole = has_flash(device) and not model.config.attention_dropout
-    compiled: LossFunction = torch.compile(model.loss, fullgraph=whole)
+    # The compiler, too, then chooses no kernel by timing it, as that can change from one process to the next.
+    fixed = torch.are_deterministic_algorithms_enabled()
+    compiled: LossFunction = torch.compile(model.loss, fullgraph=whole, options={"deterministic": fixed})
     return compiled
 
 
