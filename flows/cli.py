@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
-from flows import lineage, report
+from flows import benches, lineage, report
 from flows.form import Name
 from flows.server import PrivateServer, has_own_server, local_folder, prefect_server
 from vectorclm import __main__ as core
@@ -38,20 +38,7 @@ PLATFORM = {
     "retry": "run a curriculum once more with other settings, or make finished stages again and compare",
     "doctor": "look at every part of the platform and mend what can be mended",
 }
-BENCHES = {
-    "orchestration": "what Prefect and MLflow cost",
-    "data": "encoding, shards and the order of the data",
-    "train": "a training step",
-    "optimizer": "Muon's step",
-    "generate": "tokens made one after the other",
-    "evaluate": "multiple choice by log-likelihood",
-    "tracking": "what logging to MLflow takes of a training step",
-    "gguf": "a model in llama.cpp, and whether it is the same",
-    "quality": "what is learned from the same tokens: Muon beside AdamW, and other decisions",
-    "rates": "the best learning rates of `base` in short trainings, and what follows for it; for a GPU",
-    "gpu": "a step and decoding of `base` on a GPU, and where the time goes",
-}
-OWN_COMMANDS = {"lineage": lineage, "report": report}
+OWN_COMMANDS = {"bench": benches, "lineage": lineage, "report": report}
 PROGRESS = {"vectorclm.progress": logging.INFO}
 TOLD = {
     "flows": logging.INFO,
@@ -67,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_platform(commands)
-    _add_bench(commands)
     _add_promote(commands)
     for made in OWN_COMMANDS.values():
         made.add_command(commands, default_store())
@@ -79,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(args)
         elif args.command in PLATFORM:
             return _platform(args)
-        elif args.command == "bench":
-            _bench(args)
         elif args.command == "promote":
             from flows.promotion import promote
 
@@ -156,21 +140,6 @@ def _add_platform(commands: Any) -> None:
             parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
 
 
-def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="measure this program beside its peers, as ratios")
-    parser.add_argument("what", choices=list(BENCHES), help="; ".join(f"{k}: {v}" for k, v in BENCHES.items()))
-    parser.add_argument("--model", metavar="MODEL", help="gguf: a folder or <store>/<stage>/<fingerprint>")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each side, in turn (%(default)s)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a local mirror to read text and questions from")
-    parser.add_argument(
-        "--store",
-        metavar="URI",
-        help="data: an S3 store, for the rows that read from one; quality, rates: any store, which keeps the trainings",
-    )
-    parser.add_argument("--large", action="store_true", help="train: the models of fifty million parameters too")
-    parser.add_argument("--json", action="store_true", help="print a JSON object for each row")
-
-
 def _add_promote(commands: Any) -> None:
     about = "make a registered model the champion, where it beats the present one by more than the noise"
     parser = commands.add_parser("promote", help=about, description=about)
@@ -185,37 +154,6 @@ def _add_promote(commands: Any) -> None:
         metavar="NAME",
         help="a score that must be better, such as hellaswag or bits_per_byte.stories; may be repeated (every task)",
     )
-
-
-def _bench(args: argparse.Namespace) -> None:
-    from flows.bench import orchestration
-    from flows.trackbench import tracking
-    from vectorclm import inferencebench, qualitybench, trainbench
-    from vectorclm.bench import Row, show
-    from vectorclm.databench import data_layer
-    from vectorclm.ggufbench import same_model
-    from vectorclm.gpubench import gpu
-
-    if args.what == "quality" and args.data is None:
-        raise ConfigError("bench quality needs --data DIR, a mirror with the text of `small`: it trains on that")
-    if args.what == "gguf" and args.model is None:
-        raise ConfigError("bench gguf needs --model MODEL, whose files it compares")
-    benches: dict[str, Callable[[], Iterable[Row]]] = {
-        "orchestration": lambda: orchestration(args.rounds, args.data),
-        "tracking": lambda: tracking(args.rounds, args.data),
-        "data": lambda: data_layer(args.rounds, args.data, args.store),
-        "train": lambda: trainbench.training(args.rounds, trainbench.model_sizes(large=args.large)),
-        "optimizer": lambda: trainbench.optimizing(args.rounds),
-        "generate": lambda: inferencebench.generating(args.rounds),
-        "evaluate": lambda: inferencebench.evaluating(args.rounds, args.data),
-        "gguf": lambda: same_model(args.model, args.data),
-        "quality": lambda: qualitybench.quality(Store(args.store or default_store()), args.data),
-        "rates": lambda: qualitybench.rates(qualitybench.short_arms(Store(args.store or default_store()), args.data)),
-        "gpu": lambda: gpu(args.rounds),
-    }
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("vectorclm.qualitybench").setLevel(logging.INFO)  # each training takes its time
-    show(benches[args.what](), Console(), as_json=args.json)
 
 
 def _platform(args: argparse.Namespace) -> int:
