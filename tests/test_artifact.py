@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,23 @@ def test_a_checkpoint_restores_model_and_optimizers_and_a_corrupt_one_is_passed_
     assert (folder / "step-00000002").is_dir()  # nothing is lost by the refusal
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_training_that_was_taken_over_ends_at_its_next_checkpoint(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    saved = Snapshot(1, {"w": torch.ones(3)}, {"0.0.m": torch.ones(3)}, "1\n", "order")
+    with (
+        store.lease(PLAN.lease) as lease,
+        pytest.raises(InUseError, match="process 7 on elsewhere has taken this work over"),
+        Checkpoints(store, PLAN, tmp_path / "work", "data") as checkpoints,
+    ):
+        checkpoints.save(saved)
+        checkpoints.wait()
+        other = {**lease.holder(), "host": "elsewhere", "pid": 7, "token": "theirs"}
+        store.write(lease.name, json.dumps(other).encode())
+        checkpoints.save(replace(saved, step=2))
+    assert [path.name for path in (tmp_path / "checkpoints" / PLAN.fingerprint).iterdir()] == ["step-00000001"]
+    assert lease.holder() == other  # theirs it stays
 
 
 def test_ranks_of_one_machine_read_a_remote_checkpoint_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

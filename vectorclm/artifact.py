@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vectorclm.errors import CorruptArtifactError, StoreError
-from vectorclm.lease import Lease, is_alive
+from vectorclm.lease import Lease, check_own, is_alive
 from vectorclm.runtime import environment
 from vectorclm.settings import digest
 from vectorclm.storage import GARBLED, TRIES, Storage, explained, sha256_of
@@ -275,6 +275,10 @@ class Store(Storage):
         """Who writes `key` at this moment (`host`, `pid`, …); None where nobody alive does."""
         holder = Lease(self, f"leases/{key}.json").holder()
         return holder if holder and is_alive(holder) else None
+
+    def check_lease(self, key: str) -> None:
+        """Raise InUseError where another process has taken the writing of `key` over from this one."""
+        check_own(Lease(self, f"leases/{key}.json").holder())
 
     def work_folder(self, plan: Plan, work_dir: str | None) -> Path:
         """The local folder where this plan's work in progress lies; the same one after a restart."""

@@ -114,6 +114,15 @@ def is_alive(holder: Mapping[str, Any]) -> bool:
     return bool(time.time() - holder.get("renewed", 0) < LEASE_SECONDS)
 
 
+def check_own(holder: Mapping[str, Any]) -> None:
+    """Raise InUseError where a lease is not this process's any more, which stood still for too long."""
+    own = {"host": socket.gethostname(), **mark(psutil.Process())}
+    if holder and any(holder.get(key) != value for key, value in own.items()):
+        raise InUseError(
+            f"process {holder.get('pid')} on {holder.get('host')} has taken this work over: see to that one"
+        )
+
+
 def _is_here(holder: Mapping[str, Any]) -> bool:
     """Whether the numbers of its processes are those of this machine, and of this container."""
     return (holder.get("host"), holder.get("pids")) == (socket.gethostname(), process_space())
