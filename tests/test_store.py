@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import s3fs
 import torch
 
-from tests.conftest import KILLS, PROCESSES, S3
+from tests.conftest import KILLS, PROCESSES, S3, files_below
 from tests.upload_proxy import Fault, Proxy
 from vectorclm import s3 as client
 from vectorclm.__main__ import main
@@ -167,7 +166,7 @@ def test_what_a_retry_can_recover_is_recovered(kind: str, through: Store, networ
     (tmp_path / "again").mkdir()
     produce(tmp_path / "again")
     for path in (tmp_path / "again").iterdir():
-        assert (folder / path.name).read_bytes() == path.read_bytes()
+        assert (folder / path.name).read_bytes() == artifact.read(path.name) == path.read_bytes()
     network.watch()
     artifact.verify()
 
@@ -230,15 +229,11 @@ def test_a_lost_answer_to_a_conditional_write_is_no_defeat(through: Store, netwo
 
 def test_a_full_disk_is_told(store: Store, tmp_path: Path) -> None:
     artifact, _ = build(store, PLAN, produce, str(tmp_path / "work"))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # as of a disk with no more room
-    try:
+    with files_below(50_000):
         with pytest.raises(StoreError, match="no space left while writing"):
             build(Store(str(tmp_path / "store")), PLAN, produce)
         with pytest.raises(StoreError, match="no space left while writing"):
             artifact.local()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert Store(str(tmp_path / "store")).find(PLAN.stage, PLAN.fingerprint) is None
     assert len(list(artifact.local().iterdir())) == 4
 
@@ -359,8 +354,9 @@ def test_gc_and_verify_know_what_only_a_remote_store_has(store: Store, capsys: p
     assert main(["store", "verify", "--json", "--store", store.uri]) == 1
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert "1.bin: SHA-256 is" in row["differences"][0] and "foreign is not in" in row["differences"][1]
-    with pytest.raises(CorruptArtifactError, match=r"1\.bin: SHA-256"):
-        artifact.local()
+    for read in (artifact.local, lambda: artifact.read("1.bin")):
+        with pytest.raises(CorruptArtifactError, match=r"1\.bin: SHA-256"):
+            read()
 
 
 def test_a_manifest_with_a_wrong_bit_is_not_believed(store: Store) -> None:
