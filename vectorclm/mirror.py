@@ -194,17 +194,17 @@ def read_file(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         yield {name: row.get(name) for name in columns} if columns else row
 
 
-def read_parquet(file: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[dict[str, Any]]:
+def read_parquet(source: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[dict[str, Any]]:
     """The rows of one Parquet file, which may be in memory; `where` names it in errors. See `read_rows`."""
-    for batch in _parquet_batches(file, columns, where):
+    for batch in _parquet_batches(source, columns, where):
         try:
             yield from batch.to_pylist()
         except UnicodeDecodeError as error:
             raise DataError(f"{where} holds text that is not UTF-8: {error}") from error
 
 
-def _parquet_batches(path: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[pa.RecordBatch]:
-    with _parquet(path, where) as file:
+def _parquet_batches(source: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[pa.RecordBatch]:
+    with _parquet(source, where) as file:
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             rows = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
@@ -221,9 +221,9 @@ def _parquet_batches(path: Path | bytes, columns: tuple[str, ...], where: str) -
                 yield batch
 
 
-def _parquet(path: Path | bytes, where: str) -> pq.ParquetFile:
+def _parquet(source: Path | bytes, where: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(pa.BufferReader(path) if isinstance(path, bytes) else path)
+        return pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {where}: {error}; it is no Parquet file, or cut short: fetch it again") from error
 
