@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,6 +81,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         for service in reversed(services):
             service.stop()
         shutil.rmtree(folder / "ceph", ignore_errors=True)
+
+
+@contextmanager
+def files_below(size: int) -> Iterator[None]:
+    """Let this process write no file of more than so many bytes while the block runs, as on a disk without room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

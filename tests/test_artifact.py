@@ -300,8 +300,9 @@ def test_a_remote_artifact_is_copied_whole_and_alone(tmp_path: Path, monkeypatch
     assert (folder / "part" / "x.txt").read_text() != "changed"
     artifact.store.fs.rm(artifact.store.path(f"{artifact.stage}/{artifact.fingerprint}/part/x.txt"))
     (folder / "part" / "x.txt").unlink()
-    with pytest.raises(CorruptArtifactError, match=r"x\.txt is missing"):
-        artifact.local()
+    for read in (artifact.local, lambda: artifact.read("part/x.txt")):
+        with pytest.raises(CorruptArtifactError, match=r"x\.txt is missing"):
+            read()
 
 
 def test_what_is_made_again_is_compared_and_the_artifact_stays(tmp_path: Path) -> None:

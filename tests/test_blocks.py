@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import s3fs
 import torch
 from torch.utils.data import DataLoader
 
-from tests.conftest import KILLS, PROCESSES, S3, publish_shards
+from tests.conftest import KILLS, PROCESSES, S3, files_below, publish_shards
 from tests.faulty_proxy import Proxy, faulty_proxy
 from vectorclm import plan as plan_module
 from vectorclm.artifact import Artifact, Store
@@ -25,28 +26,40 @@ from vectorclm.block_sources import Patience
 from vectorclm.config import changed, load_experiment
 from vectorclm.dataset import AHEAD, StreamingLanguageModelDataset
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
+from vectorclm.measure import training_text
 from vectorclm.pinning import pin
 from vectorclm.plan import GROUP_BLOCKS, CurriculumPlan, Stretch
 from vectorclm.runtime import Runtime
 from vectorclm.shard_reader import ShardReader, open_shards
-from vectorclm.stages import STAGES, run_stage
+from vectorclm.stages import EVALUATED, STAGES, TRAININGS, run_stage
+from vectorclm.train_tokenizer import load_tokenizer
 
 LENGTH, BATCH = 64, 50
 BLOCK_BYTES = 8192  # of 64 windows, so that few bytes make many blocks
 WINDOWS = {"a": 100 * 64, "b": 36 * 64 + 13}
-SMALLER: dict[str, object] = {
-    "world.documents": 300,
-    "world.conversations": 60,
-    "sample.bytes": 200_000,
-    "sample.validation_share": 0.1,
+SMALLER: dict[str, object] = {  # every file of tokens larger than any file of the model
+    "world.documents": 2000,
+    "world.conversations": 900,
+    "sample.bytes": 2_000_000,
+    "sample.validation_share": 0.4,
+    "tokenizer.bytes": 200_000,
     "shards.sequence_length": 64,
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
     "model.num_hidden_layers": 1,
-    "pretrain.phases": [{"tokens": 8192}],
-    "finetune.epochs": 0.2,
+    "model.head_dim": 8,
+    "chat.validation_share": 0.4,
+    "pretrain.phases": [{"tokens": 16384}],
+    "pretrain.validation_windows": 8,
+    "finetune.epochs": 0.05,
     "finetune.batch_size": 4,
+    "finetune.validation_windows": 8,
     "evaluate.chat_prompts": 2,
+    "evaluate.instructions": 2,
+    "evaluate.tasks.0.limit": 8,
     "evaluate.max_new_tokens": 8,
 }
+LARGEST = 200_000  # bytes of a file: more than a checkpoint takes, less than a shard or a block of it
 # Of ranks, of loader workers in each, and windows of source b; the small matrix is for every day.
 FULL = ((1, 2, 3, 4, 8), (0, 1, 4), WINDOWS["b"])
 WORLD_SIZES, WORKERS, SOME = FULL if os.environ.get("VECTORCLM_MATRIX") == "full" else ((1, 3, 8), (0, 1), 653)
@@ -302,23 +315,32 @@ def test_without_a_cache_no_file_is_written(
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_trainings_from_a_remote_store_are_those_from_a_disk_and_leave_no_copy_of_the_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_trainings_from_s3_are_those_from_a_disk_and_put_no_data_on_one(
+    proxy: Proxy, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    proxy.reset(lambda number: "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 2**20)  # as everywhere but in this module
     experiment = changed(load_experiment("tiny")[0], SMALLER)
     experiment, _ = pin(experiment, tmp_path / "experiment.toml", None, resolve=False)
     files: list[dict[str, str]] = []
-    for uri in (str(tmp_path / "store"), f"memory://{tmp_path.name}"):
-        files.append({})
-        for stage in STAGES[:-2]:
-            made, _ = run_stage(stage, experiment, Store(uri), Runtime(threads=1), None)
-            files[-1] |= {f"{stage}/{name}": said["sha256"] for name, said in made.manifest["files"].items()}
-    files = [{name: sha256 for name, sha256 in one.items() if "metrics" not in name} for one in files]  # have speeds
+    texts: list[list[bytes]] = []
+    for uri in (str(tmp_path / "store"), f"s3://{s3.bucket}/{tmp_path.name}"):
+        store, made = Store(uri), dict[str, Artifact]()
+        for stage in STAGES[:-1]:
+            reads = stage in TRAININGS or stage in EVALUATED
+            with files_below(LARGEST) if reads and not store.is_local else nullcontext():
+                made[stage], _ = run_stage(stage, experiment, store, Runtime(threads=1), None)
+        found = {f"{stage}/{name}": file for stage in made for name, file in made[stage].manifest["files"].items()}
+        assert min(file["bytes"] for name, file in found.items() if name.endswith(".arrow")) > LARGEST
+        files.append({name: file["sha256"] for name, file in found.items() if "metrics" not in name})  # have speeds
+        texts.append(list(training_text(made, load_tokenizer(made["tokenizer"].local()))))
     assert "pretrain/model.safetensors" in files[0]
     assert files[0] == files[1]
-    copies = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert "tokenizer.json" in copies and not any(name.endswith(".arrow") for name in copies)
+    assert texts[0] == texts[1] and len(texts[0]) > 100
+    copies = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert "tokenizer.json" in copies
+    assert not copies & {"train-00000.arrow", "train-00000.parquet", "validation-00000.parquet", "prompts.jsonl"}
 
 
 def _read_on(artifact: Artifact, log: Path) -> None:

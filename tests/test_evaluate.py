@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import write_random_model
 from tests.test_model import CONFIG
+from vectorclm.artifact import Plan, Store, build
 from vectorclm.bits_per_byte import text_scores
 from vectorclm.chat_shards import read_prompts
 from vectorclm.conversations import Turn
@@ -154,9 +156,14 @@ def test_prompts_are_drawn_over_all_sources(tmp_path: Path) -> None:
         for label in "abc"
         for n in range(50)
     ]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawn = read_prompts(tmp_path, 60, 1)
-    assert drawn == read_prompts(tmp_path, 60, 1)
+
+    def produce(out: Path) -> dict[str, Any]:
+        (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {}
+
+    artifact, _ = build(Store(str(tmp_path)), Plan("chat_shards", 1, {}, {}), produce)
+    drawn = read_prompts(artifact, 60, 1)
+    assert drawn == read_prompts(artifact, 60, 1)
     assert {turns[0].content[0] for turns, _ in drawn} == set("abc")
     assert len({turns[0].content for turns, _ in drawn}) == 60
 

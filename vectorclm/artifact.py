@@ -4,6 +4,7 @@ An artifact is complete when, and only when, its `manifest.json` is there: files
 only if absent. So a rerun is a skip, and a killed writer leaves nothing that a reader could mistake for a result.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -107,6 +108,18 @@ class Artifact:
         finally:
             copy.unlink(missing_ok=True)
 
+    def read(self, name: str) -> bytes:
+        """One of its files, verified, in memory alone.
+
+        Raises CorruptArtifactError where it differs from the manifest.
+        """
+        for _ in range(TRIES):
+            if (data := self.store.read(f"{self.stage}/{self.fingerprint}/{name}")) is None:
+                raise _corrupt(self, name)
+            if (found := hashlib.sha256(data).hexdigest()) == self.manifest["files"][name]["sha256"]:
+                return data
+        raise _corrupt(self, name, found)
+
     def verify(self, only: str = "*") -> None:
         """Compare files in the store with the manifest. Raises CorruptArtifactError naming the first that differs.
 
@@ -139,6 +152,12 @@ class Artifact:
 def mend(artifact: Artifact) -> str:
     """What to do about files that are not what the manifest promises."""
     return f"delete {artifact.uri} and run the stage again"
+
+
+def _corrupt(artifact: Artifact, name: str, found: str | None = None) -> CorruptArtifactError:
+    """That one of its files has this hash, which is another one, or is not there."""
+    what = " is missing" if found is None else f": SHA-256 is {found[:12]}…"
+    return CorruptArtifactError(f"{artifact.uri}/{name}{what}: {mend(artifact)}")
 
 
 class Store(Storage):
@@ -249,9 +268,9 @@ class Store(Storage):
         try:
             found = self.get(f"{artifact.stage}/{artifact.fingerprint}/{name}", target, want)
         except FileNotFoundError as error:
-            raise CorruptArtifactError(f"{artifact.uri}/{name} is missing: {mend(artifact)}") from error
+            raise _corrupt(artifact, name) from error
         if found != want:
-            raise CorruptArtifactError(f"{artifact.uri}/{name}: SHA-256 is {found[:12]}…: {mend(artifact)}")
+            raise _corrupt(artifact, name, found)
 
     def remove(self, key: str) -> None:
         """Remove `key` and all below it, if it is there. The manifest goes first, so no reader trusts the rest."""

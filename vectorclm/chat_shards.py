@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
+from vectorclm.artifact import Artifact
 from vectorclm.conversations import Turn, find_fault, fit, read_conversation
 from vectorclm.corpus import Source, check_labels
 from vectorclm.decontamination import Benchmarks
@@ -230,9 +231,8 @@ def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfi
     }
 
 
-def read_prompts(chat_shards: Path, limit: int, seed: int) -> list[tuple[list[Turn], str]]:
+def read_prompts(chat_shards: Artifact, limit: int, seed: int) -> list[tuple[list[Turn], str]]:
     """Held-out conversations up to the first answer, and that answer: a seeded draw of `limit` over all sources."""
-    with (chat_shards / "prompts.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = [json.loads(line) for line in chat_shards.read("prompts.jsonl").splitlines()]
     rows = random.Random(f"{seed} prompts").sample(rows, min(limit, len(rows)))
     return [(read_conversation(row["messages"], "prompts.jsonl"), row["answer"]) for row in rows]

@@ -4,8 +4,7 @@ import glob
 import random
 import re
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, AnyStr, Self
 
@@ -23,8 +22,8 @@ from vectorclm.mirror import (
     find_files,
     is_text,
     parquet_type,
-    read_file,
     read_file_batches,
+    read_parquet,
     read_rows,
     revision_of,
     row_batches,
@@ -378,14 +377,13 @@ def _by_turns(stream: "IterableDataset", seed: int) -> Iterator[pa.Table]:
 
 
 class SampleFiles:
-    """The Parquet files of a sample by name: of a folder, or of an artifact, and then here only while they are read.
+    """The Parquet files of a sample by name: of a folder, or of an artifact.
 
-    A copy of a remote file lies in `work` for so long.
+    Those of a remote store are held in memory, one at a time while it is read, and never lie on this machine's disk.
     """
 
-    def __init__(self, sample: Path | Artifact, work: Path) -> None:
+    def __init__(self, sample: Path | Artifact) -> None:
         self.sample = sample
-        self.work = work
         if isinstance(sample, Artifact):
             sizes = {name: int(said["bytes"]) for name, said in sample.manifest["files"].items()}
         else:
@@ -401,23 +399,28 @@ class SampleFiles:
             raise DataError(f"{where}/{label} has no {split}-*.parquet: it is no source of a sample")
         return names
 
-    def open(self, name: str) -> AbstractContextManager[Path]:
-        """A file on this machine, verified where it is of an artifact, while the block runs."""
-        if isinstance(self.sample, Artifact):
-            return self.sample.borrowed(name, self.work)
-        return nullcontext(self.sample / name)
+    def read(self, name: str) -> Iterator[str]:
+        """The documents of one file, in their order; its bytes are verified where it is of an artifact."""
+        file: Path | bytes
+        if not isinstance(self.sample, Artifact):
+            file = self.sample / name
+        elif self.sample.store.is_local:
+            file = self.sample.local(name) / name
+        else:
+            file = self.sample.read(name)
+        where = self.sample.uri if isinstance(self.sample, Artifact) else self.sample
+        for row in read_parquet(file, ("text",), f"{where}/{name}"):
+            yield row["text"]
 
-    def texts(self, label: str, split: str) -> Generator[str, None, None]:
+    def texts(self, label: str, split: str) -> Iterator[str]:
         """The documents of one split of one source, in their order."""
         for name in self.names(label, split):
-            with self.open(name) as path:
-                for row in read_file(path, ("text",)):
-                    yield row["text"]
+            yield from self.read(name)
 
 
 def read_texts(directory: Path, split: str) -> Iterator[str]:
     """The documents of one split of one source's folder in a sample, in their order."""
-    return SampleFiles(directory.parent, directory).texts(directory.name, split)
+    return SampleFiles(directory.parent).texts(directory.name, split)
 
 
 def in_groups(texts: Iterable[AnyStr], length: int, count: int | None = None) -> Iterator[list[AnyStr]]:

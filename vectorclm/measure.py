@@ -19,7 +19,7 @@ from vectorclm.artifact import Artifact, Plan, Store, build
 from vectorclm.benchmarks import check_tasks, score_tasks
 from vectorclm.bits_per_byte import text_scores
 from vectorclm.chat_shards import read_prompts
-from vectorclm.corpus import identity, read_texts
+from vectorclm.corpus import SampleFiles, identity
 from vectorclm.decontamination import contaminated
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource, open_model, write_scores
@@ -32,11 +32,12 @@ from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
 from vectorclm.settings import Settings, digest
-from vectorclm.shards import read_windows
+from vectorclm.shard_reader import open_shards
 from vectorclm.stages import plans
 from vectorclm.suite import Suite
 
 STAGE = "measure"
+WINDOWS = 256  # of conversations, that are decoded at a time
 VERSION = 4  # raised where new code makes other scores of equal settings
 NOISE = 2.0  # standard errors of a difference; what is more is no accident, 19 times in 20
 
@@ -82,13 +83,15 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Pl
 def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterator[bytes]:
     """The documents and conversations in what `trained_on` found; conversations as windows."""
     if (sample := read.get("sample")) is not None:
-        for folder in sorted(path for path in sample.local().iterdir() if path.is_dir()):
-            yield from (text.encode() for text in read_texts(folder, "train"))
+        files = SampleFiles(sample)
+        for label in files.labels:
+            yield from (text.encode() for text in files.texts(label, "train"))
     if (conversations := read.get("chat_shards")) is not None:
-        for folder in sorted(path for path in conversations.local().iterdir() if path.is_dir()):
-            for windows in read_windows(folder, "train"):
-                for ids in windows.input_ids:
-                    yield tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
+        with open_shards(conversations, "train") as readers:
+            for reader in readers.values():
+                for windows in reader.in_order(WINDOWS):
+                    for ids in windows.input_ids:
+                        yield tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
 
 
 def tasks_within(suite: Suite, limits: Limits) -> list[TaskSource]:
@@ -164,7 +167,7 @@ def _scores(
     with Progress(STAGE, len(labels) + len(tasks) + 1, "parts") as progress:
         for label in labels:
             assert sample is not None
-            texts = _documents(sample.local(f"{label}/validation-*") / label, config["documents"], suite.seed)
+            texts = _documents(sample, label, config["documents"], suite.seed)
             scores["text"][label] = documents_scores(loaded, tokenizer, label, texts, device, found)
             progress.advance(1, label)
         where, template = (suite.seed, runtime, data, suite.world), "template" in config
@@ -177,7 +180,7 @@ def _scores(
                 scores["tasks"][label] |= marks
         how = config["max_new_tokens"], Sampling(repetition_penalty=config.get("repetition_penalty", 1))
         if conversations is not None:
-            prompts = read_prompts(conversations.local("prompts.jsonl"), config["chat_prompts"], suite.seed)
+            prompts = read_prompts(conversations, config["chat_prompts"], suite.seed)
             scores["chat"] = template_scores(loaded, tokenizer, prompts, *how)
         if count := config.get("instructions", 0):
             scores["instructions"] = instruction_scores(
@@ -191,10 +194,10 @@ def _scores(
     return scores
 
 
-def _documents(folder: Path, limit: int, seed: int) -> list[str]:
+def _documents(sample: Artifact, label: str, limit: int, seed: int) -> list[str]:
     """A seeded draw of a source's held-out documents, in their order."""
-    texts = list(read_texts(folder, "validation"))
-    chosen = random.Random(f"{seed} {folder.name}").sample(range(len(texts)), min(limit, len(texts)))
+    texts = list(SampleFiles(sample).texts(label, "validation"))
+    chosen = random.Random(f"{seed} {label}").sample(range(len(texts)), min(limit, len(texts)))
     return [texts[i] for i in sorted(chosen)]
 
 

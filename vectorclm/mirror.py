@@ -101,7 +101,7 @@ def _sha256(path: Path, size: int, mtime: int) -> str:
 def columns_of(path: Path) -> list[str]:
     """The columns of a file; none where it has no rows. Raises DataError where it cannot be read."""
     if path.suffix == ".parquet":
-        with _parquet(path) as file:
+        with _parquet(path, str(path)) as file:
             return list(file.schema_arrow.names) if file.metadata.num_rows else []
     return list(next(_labelled(path, errors="surrogateescape"), ()))
 
@@ -110,7 +110,7 @@ def parquet_type(path: Path, column: str) -> pa.DataType | None:
     """The type of a column of a Parquet file; None for a JSON file, which has none."""
     if path.suffix != ".parquet":
         return None
-    with _parquet(path) as file:
+    with _parquet(path, str(path)) as file:
         return file.schema_arrow.field(column).type
 
 
@@ -141,7 +141,7 @@ def read_file_batches(path: Path, column: str, condition: Filter | None) -> Iter
     """
     if path.suffix == ".parquet":
         columns = tuple(dict.fromkeys([column, *(condition.columns if condition else [])]))
-        for batch in _parquet_batches(path, columns):
+        for batch in _parquet_batches(path, columns, str(path)):
             yield filtered(pa.Table.from_batches([batch]), column, condition, str(path))
     else:
         yield from row_batches(_read_json(path, errors="surrogateescape"), column, condition, str(path))
@@ -187,23 +187,24 @@ def read_rows(files: Sequence[Path], columns: tuple[str, ...]) -> Iterator[dict[
 def read_file(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """The rows of one Parquet, JSON or JSON Lines file; see `read_rows`."""
     if path.suffix == ".parquet":
-        yield from _read_parquet(path, columns)
+        yield from read_parquet(path, columns, str(path))
         return
     for row in _labelled(path):
         # JSON leaves out what is null.
         yield {name: row.get(name) for name in columns} if columns else row
 
 
-def _read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    for batch in _parquet_batches(path, columns):
+def read_parquet(source: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[dict[str, Any]]:
+    """The rows of one Parquet file, which may be in memory; `where` names it in errors. See `read_rows`."""
+    for batch in _parquet_batches(source, columns, where):
         try:
             yield from batch.to_pylist()
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} holds text that is not UTF-8: {error}") from error
+            raise DataError(f"{where} holds text that is not UTF-8: {error}") from error
 
 
-def _parquet_batches(path: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    with _parquet(path) as file:
+def _parquet_batches(source: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[pa.RecordBatch]:
+    with _parquet(source, where) as file:
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             rows = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
@@ -214,17 +215,17 @@ def _parquet_batches(path: Path, columns: tuple[str, ...]) -> Iterator[pa.Record
                 try:
                     batch = next(batches, None)
                 except (OSError, pa.ArrowException) as error:
-                    raise DataError(f"cannot read {path}: {error}; fetch it again") from error
+                    raise DataError(f"cannot read {where}: {error}; fetch it again") from error
                 if batch is None:
                     break
                 yield batch
 
 
-def _parquet(path: Path) -> pq.ParquetFile:
+def _parquet(source: Path | bytes, where: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {error}; it is no Parquet file, or cut short: fetch it again") from error
+        raise DataError(f"cannot read {where}: {error}; it is no Parquet file, or cut short: fetch it again") from error
 
 
 def _labelled(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:

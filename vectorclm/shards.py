@@ -20,7 +20,6 @@ from vectorclm.audit import audit, check_round_trip, split_documents
 from vectorclm.corpus import SampleFiles, in_groups
 from vectorclm.encoder import JUDGE_EVERY, Disproved, Encoder, open_encoder
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.mirror import read_file
 from vectorclm.packing import Packing, pack
 from vectorclm.progress import Progress
 from vectorclm.settings import Settings
@@ -160,7 +159,7 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".slices-", dir=out.parent) as folder:
         slices = slices or Slices(Path(folder), out)
-        files = SampleFiles(sample, Path(folder))
+        files = SampleFiles(sample)
         try:
             return _write_sources(config, files, encoder, seed, slices)
         except Disproved as difference:
@@ -220,12 +219,11 @@ def _write_slice(
     judged_before, found = encoder.judged, _Found()
     writer = ShardWriter(out / "shard", length, config.shard_bytes)
     tables = []
-    with sample.open(name) as path:
-        documents = _documents((row["text"] for row in read_file(path, ("text",))), encoder, found, where)
-        for packed in pack(documents, length, (PAD_ID,), config.packing, seed):
-            first = writer.windows + writer.pending
-            tables.append(np.add(packed.pieces, [[0, first, 0]]))
-            writer.write(packed.pieces, input_ids=packed.columns[0])
+    documents = _documents(sample.read(name), encoder, found, where)
+    for packed in pack(documents, length, (PAD_ID,), config.packing, seed):
+        first = writer.windows + writer.pending
+        tables.append(np.add(packed.pieces, [[0, first, 0]]))
+        writer.write(packed.pieces, input_ids=packed.columns[0])
     windows = writer.close()
     stored = [shard.input_ids for shard in read_windows(out, "shard")]
     ids = audit(stored, found.documents, found.bytes, lengths, where)

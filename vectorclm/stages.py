@@ -289,7 +289,7 @@ def _evaluate(
         scores[kind][label] = scored
     how = config.max_new_tokens, Sampling(repetition_penalty=config.repetition_penalty)
     if chat:
-        prompts = read_prompts(inputs["chat_shards"].local("prompts.jsonl"), config.chat_prompts, experiment.seed)
+        prompts = read_prompts(inputs["chat_shards"], config.chat_prompts, experiment.seed)
         scores["chat"] = template_scores(model, tokenizer, prompts, *how)
     if config.instructions:
         asked = instructions(config.instructions)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def train_tokenizer(
     Every source gives the same number of bytes, or all it has. Returns counts, and bytes per token on that text.
     Raises ConfigError where the text does not yield `vocab_size` tokens.
     """
-    texts = list(balanced_texts(SampleFiles(sample, out.parent), config.bytes))
+    texts = list(balanced_texts(SampleFiles(sample), config.bytes))
     size = sum(len(text.encode()) for text in texts)
     with Progress("tokenizer", size, "bytes") as progress:
         tokenizer = learn(_reported(texts, progress), config.vocab_size)
@@ -91,12 +90,11 @@ def balanced_texts(sample: SampleFiles, total_bytes: int) -> Iterator[str]:
     """Training documents, the same number of bytes from every source."""
     for label in sample.labels:
         left = total_bytes // len(sample.labels)
-        with closing(sample.texts(label, "train")) as texts:
-            for text in texts:
-                yield text
-                left -= len(text.encode())
-                if left <= 0:
-                    break
+        for text in sample.texts(label, "train"):
+            yield text
+            left -= len(text.encode())
+            if left <= 0:
+                break
 
 
 def _reported(texts: Iterable[str], progress: Progress) -> Iterator[str]:
