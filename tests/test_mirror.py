@@ -41,6 +41,13 @@ def test_every_form_gives_the_same_rows(tmp_path: Path, name: str, data: bytes) 
     assert columns_of(path) == ["a", "b"]
 
 
+def test_json_is_what_python_reads_of_it(tmp_path: Path) -> None:
+    odd = [r'"half \ud800 a pair"', "[" * 400 + "]" * 400, f"{9**40}", "-0.0", "1e400", "Infinity"]
+    lines = [f'{{"a": 1, "a": {value}}}' for value in odd]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines).encode())
+    assert repr(list(read_rows([path], ()))) == repr([json.loads(line) for line in lines])
+
+
 def test_parquet_gives_the_named_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), path)

@@ -1,6 +1,7 @@
 """`python -m vectorclm STAGE EXPERIMENT`: each stage alone, a model on a text, a chat, a server: the core by itself."""
 
 import argparse
+import gc
 import json
 import logging
 import signal
@@ -343,4 +344,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported stays, so no collection of garbage need look at it
     sys.exit(main())

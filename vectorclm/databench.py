@@ -4,6 +4,7 @@ Both sides run in turns, on the same texts, in one process that does nothing els
 threads, without imports and without the reading of what both sides are given.
 """
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -138,6 +139,7 @@ def _publish(text: Text) -> tuple[float, float]:
     """CPU seconds of the stages sample and shards, in a store that has only the tokenizer."""
     import datasets  # noqa: F401  brings pandas, which pyarrow imports with the first list that it is given
 
+    gc.freeze()  # of what is imported, as the command for a stage does
     with tempfile.TemporaryDirectory(dir=text.store.parent) as folder:
         shutil.copytree(text.store / "tokenizer", Path(folder) / "tokenizer")
         spent = [time.process_time()]

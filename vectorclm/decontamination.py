@@ -58,8 +58,11 @@ def strings(value: Any) -> Iterator[str]:
     """The strings in a row, wherever they are."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for inner in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
             yield from strings(inner)
 
 
@@ -173,7 +176,8 @@ def hashed_words(documents: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]
     data = bytearray(b" " + b" ".join(documents) + b" " * 8).translate(WORDS)
     text = np.frombuffer(data, np.uint8)
     # Punctuation outside of ASCII, such as quotes and dashes: U+2000 to U+207F, and Latin-1's (all that begins in C2).
-    wide, narrow = np.flatnonzero(text == 0xE2), np.flatnonzero(text == 0xC2)
+    beyond = np.flatnonzero(text > 0x7F)
+    wide, narrow = beyond[text[beyond] == 0xE2], beyond[text[beyond] == 0xC2]
     wide = wide[(text[wide + 1] & 0xFE) == 0x80]
     for place in (wide, wide + 1, wide + 2, narrow, narrow + 1):
         text[place] = 0

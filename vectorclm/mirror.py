@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic_core import from_json
 
 from vectorclm.errors import DataError
 from vectorclm.filters import Filter
@@ -286,7 +287,10 @@ def _whole(parts: list[str], lines: Iterator[str], path: Path) -> str:
 
 def _parsed(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text)
+        try:
+            return from_json(text, cache_strings="keys")  # three times as fast
+        except (ValueError, TypeError):  # Python's reads what this one refuses: halves of surrogate pairs, deep nests
+            return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {line}: {error}") from error
 
