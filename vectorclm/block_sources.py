@@ -106,7 +106,7 @@ class Patience:
 
 
 class Fetched:
-    """Blocks of a remote store: ranged GETs, each with a deadline, tried again after a growing pause.
+    """Blocks of a remote store: ranged GETs, each with a deadline, tried again at once, then after growing pauses.
 
     `cache` is a local folder that keeps them, or None; what comes from there is verified, too. Opened by the process
     that reads, as no client outlives a fork, and opened again where it is read after it was closed.
@@ -195,7 +195,8 @@ class Fetched:
                     f"{shard.uri}, block {block} of {column.name} cannot be read: {tries} tries in {spent:.0f} s, the "
                     f"last ended with {type(problem).__name__}: {problem}{hint}"
                 ) from problem
-            opened.closed.wait(random.uniform(0.5, 1) * min(10.0, 0.05 * 2**tries))
+            if tries > 1:  # a single fault, as of a connection that the server closed, costs no pause
+                opened.closed.wait(random.uniform(0.5, 1) * min(10.0, 0.05 * 2**tries))
         raise AssertionError  # never
 
     def _request(self, client: Any, path: str, first: int, last: int) -> bytes:
@@ -222,7 +223,8 @@ def open_client(fs: Any, patience: Patience) -> Any:
     is_s3 = "s3" in fs.protocol
     if is_s3:
         limits = {"max_pool_connections": patience.requests, "read_timeout": patience.deadline}
-        config = {**options.get("config_kwargs", {}), **limits, "retries": {"total_max_attempts": 1}}
+        named = {"user_agent": "vectorclm"}  # botocore's own is put together, of 16 parts, for each request
+        config = {**named, **options.get("config_kwargs", {}), **limits, "retries": {"total_max_attempts": 1}}
         options["config_kwargs"] = config
     client = type(fs)(*fs.storage_args, **options, skip_instance_cache=True)
     if is_s3:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vectorclm.documents import document_labels, position_ids, unlearnt
+from vectorclm.documents import document_labels, position_ids
 from vectorclm.loss import IGNORE_INDEX
 from vectorclm.plan import CurriculumPlan
 from vectorclm.shard_reader import ShardReader
@@ -21,6 +21,7 @@ from vectorclm.shards import Windows
 AHEAD = 2  # groups of each source on their way beside the one in use, so that requests never wait for each other
 TEXT = 2  # marks each token of a window of text that is mixed with conversations: labels as in pretraining
 GATHERED_BLOCKS = 4  # the windows of so many, or of one step, are put together at a time
+WIDENED_TOKENS = 2**16  # so many, or a step's, become int64 at a time: few calls, and memory that stays in the cache
 
 
 class Batch(NamedTuple):
@@ -30,16 +31,17 @@ class Batch(NamedTuple):
     labels: Tensor
     position_ids: Tensor | None = None  # where documents are apart: 0 at the first token of each
 
+    def parts(self, count: int) -> Iterator["Batch"]:
+        """Its windows as `count` batches of as many each, which share its memory."""
+        return (Batch(*part) for part in zip(*(x.chunk(count) for x in self if x is not None), strict=True))
 
-def to_batch(windows: Windows, document_mask: bool = False, ignored: NDArray[np.bool_] | None = None) -> Batch:
-    """Windows [B, T] as a batch, which says with `document_mask` where its documents begin.
 
-    `ignored` [B, T] is what `unlearnt` says of them, where that is known.
-    """
+def to_batch(windows: Windows, document_mask: bool = False) -> Batch:
+    """Windows [B, T] as a batch, which says with `document_mask` where its documents begin."""
     input_ids = windows.input_ids.astype(np.int64)
     positions = position_ids(windows.input_ids) if document_mask else None  # of few bits, as they are in the shards
     if windows.supervised is None:
-        labels = document_labels(windows.input_ids, positions, ignored)
+        labels = document_labels(windows.input_ids, positions)
     else:
         labels = np.where(windows.supervised != 0, input_ids, IGNORE_INDEX)
         of_text = windows.supervised[:, 0] == TEXT
@@ -108,17 +110,17 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         together = max(1, GATHERED_BLOCKS * self.readers[0].block_windows // (self.batch_size * stride))
         widest = next((reader for reader in self.readers if reader.has_mask), self.readers[0])
         room = widest.empty(together * len(own))  # used again and again, as new memory is slow
-        bits = np.empty((2, room.input_ids.size), np.bool_)
+        at_once = max(1, WIDENED_TOKENS // max(1, len(own) * self.window_tokens))
         ahead = _Ahead(self.plan, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.plan.windows)
         try:
             for begin in range(0, len(steps), together):
                 here = steps[begin : begin + together]
                 windows = room.rows(slice(0, len(here) * len(own)))
                 self._gather((here[:, None] * self.batch_size + own).reshape(-1), ahead, windows)
-                ignored = unlearnt(windows.input_ids, bits) if windows.supervised is None else None
-                for number in range(len(here)):
-                    rows = slice(number * len(own), (number + 1) * len(own))
-                    yield to_batch(windows.rows(rows), self.document_mask, None if ignored is None else ignored[rows])
+                for first in range(0, len(here), at_once):
+                    last = min(first + at_once, len(here))
+                    some = windows.rows(slice(first * len(own), last * len(own)))
+                    yield from to_batch(some, self.document_mask).parts(last - first)
         finally:
             for reader in self.readers:
                 reader.close()

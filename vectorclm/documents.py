@@ -58,14 +58,13 @@ def position_ids(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     return np.subtract(places, np.maximum.accumulate(places * begins, axis=1), dtype=np.int64)
 
 
-def unlearnt(input_ids: NDArray[np.integer[Any]], room: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+def unlearnt(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """Which tokens of windows of text [B, T] are never labels.
 
-    That is padding, and the rest of a long document after another's EOS, which nothing announces. `room` [2, B * T] or
-    more is memory to use; what is returned lies in it.
+    That is padding, and the rest of a long document after another's EOS, which nothing announces.
     """
     tokens, length = input_ids.reshape(-1), input_ids.shape[1]  # flat: row after row takes twice as long
-    found, other = np.empty((2, len(tokens)), np.bool_) if room is None else room[:, : len(tokens)]
+    found, other = np.empty((2, len(tokens)), np.bool_)
     np.equal(tokens[:-1], EOS_ID, out=found[1:])
     np.not_equal(tokens, BOS_ID, out=other)
     found &= other
@@ -75,19 +74,15 @@ def unlearnt(input_ids: NDArray[np.integer[Any]], room: NDArray[np.bool_] | None
     return found.reshape(input_ids.shape)
 
 
-def document_labels(
-    input_ids: NDArray[np.integer[Any]],
-    positions: NDArray[np.int64] | None,
-    ignored: NDArray[np.bool_] | None = None,
-) -> NDArray[np.int64]:
+def document_labels(input_ids: NDArray[np.integer[Any]], positions: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """Labels [B, T], as transformers has them, for windows of text; IGNORE_INDEX where nothing is to be learnt.
 
-    That is what is `ignored`, by default `unlearnt`, and where documents are apart (`positions`) the first token of
-    each of them; where they are not, EOS predicts the next BOS, as in GPT.
+    That is what is `unlearnt`, and where documents are apart (`positions`) the first token of each of them; where they
+    are not, EOS predicts the next BOS, as in GPT.
     """
-    ignored = unlearnt(input_ids) if ignored is None else ignored
+    ignored = unlearnt(input_ids)
     if positions is not None:
-        ignored = ignored | (positions == 0)
+        ignored |= positions == 0
     labels = input_ids.astype(np.int64)
     labels[ignored] = IGNORE_INDEX
     return labels
