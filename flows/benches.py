@@ -49,7 +49,7 @@ def add_command(commands: Any, default: str) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Print the rows of a bench. Raises ConfigError where it lacks what it measures."""
-    from flows.bench import orchestration
+    from flows.flowbench import orchestration
     from flows.trackbench import tracking
     from vectorclm import inferencebench, qualitybench, trainbench
     from vectorclm.bench import Row, show
@@ -57,8 +57,8 @@ def command(args: argparse.Namespace) -> int:
     from vectorclm.ggufbench import same_model
     from vectorclm.gpubench import gpu
 
-    if args.what == "quality" and args.data is None:
-        raise ConfigError("bench quality needs --data DIR, a mirror with the text of `small`: it trains on that")
+    if args.what in ("quality", "rates") and args.data is None:
+        raise ConfigError(f"bench {args.what} needs --data DIR, a mirror with text: it trains on that")
     if args.what == "gguf" and args.model is None:
         raise ConfigError("bench gguf needs --model MODEL, whose files it compares")
     rows: dict[str, Callable[[], Iterable[Row]]] = {
@@ -71,7 +71,7 @@ def command(args: argparse.Namespace) -> int:
         "evaluate": lambda: inferencebench.evaluating(args.rounds, args.data),
         "gguf": lambda: same_model(args.model, args.data),
         "quality": lambda: qualitybench.quality(Store(args.store or default_store()), args.data),
-        "rates": lambda: qualitybench.rates(qualitybench.short_arms(Store(args.store or default_store()), args.data)),
+        "rates": lambda: qualitybench.rates(Store(args.store or default_store()), args.data),
         "gpu": lambda: gpu(args.rounds),
     }
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

@@ -4,6 +4,7 @@ Prefect and MLflow take seconds to import, so only a command that needs them doe
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -50,6 +51,7 @@ END_SECONDS = 25  # after Ctrl-C; a stage in the middle of a library's call cann
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 where all went well, 2 for an error that its message explains, 130 after Ctrl-C."""
+    gc.freeze()  # what is imported stays, so no collection of garbage need look at it
     parser = argparse.ArgumentParser("vectorclm", description="From raw text to an instruction-tuned language model.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)

@@ -205,7 +205,7 @@ def test_a_training_that_was_taken_over_ends_at_its_next_checkpoint(tmp_path: Pa
     saved = Snapshot(1, {"w": torch.ones(3)}, {"0.0.m": torch.ones(3)}, "1\n", "order")
     with (
         store.lease(PLAN.lease) as lease,
-        pytest.raises(InUseError, match="process 7 on elsewhere has taken this work over"),
+        pytest.raises(InUseError, match="was taken over by process 7 on elsewhere: this process stood still"),
         Checkpoints(store, PLAN, tmp_path / "work", "data") as checkpoints,
     ):
         checkpoints.save(saved)

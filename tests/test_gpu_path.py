@@ -10,7 +10,7 @@ from vectorclm.config import changed, load_experiment
 from vectorclm.dataset import Batch
 from vectorclm.decode import SteadyDecoding, decoding
 from vectorclm.documents import Documents
-from vectorclm.gpubench import ROWS, Load, gpu, measured
+from vectorclm.gpubench import NEAR, ROWS, Load, _gradients_apart, gpu, measured
 from vectorclm.layers import StackedLinear
 from vectorclm.model import CausalLM
 from vectorclm.muon import Muon
@@ -95,6 +95,7 @@ def test_its_rows_and_profile_on_a_cpu() -> None:
         whole.ours * cost / 1e9, rel=1e-3
     )
     assert rows["decoding by CUDA graph, batch 1"].why.startswith("192 of 192 tokens are those")
+    assert rows["gradients, farthest from a CPU's in full precision"].ours == 0  # which this is
     parts = [row for name, row in rows.items() if name.startswith("a step's ")]
     assert sum(row.ours or 0 for row in parts) == pytest.approx(parts[0].peer, rel=1e-3)
     assert rows["a step's matrix products"].ours and rows["a step's attention"].ours
@@ -116,3 +117,11 @@ def test_documents_apart_compile_whole_and_once() -> None:
     assert compiler.frame_count == 1
     with pytest.raises(RuntimeError, match="meta"):  # document by document
         net.loss(ids, ids, documents._replace(flash=False))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, 0.0])
+def test_gradients_that_are_wrong_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    tiny = changed(load_experiment("tiny")[0], {"pretrain.batch_size": 4, "model.num_hidden_layers": 1})
+    monkeypatch.setattr("vectorclm.gpubench.loss_function", lambda net, _: lambda *batch: net.loss(*batch) * wrong)
+    distance = _gradients_apart(Load(tiny, torch.device("cpu"), 2, 1, 1e9))
+    assert not distance <= NEAR

@@ -21,6 +21,7 @@ from vectorclm.qualitybench import (
     _saved,
     quality,
     rates,
+    rates_of,
     setting,
     short_arms,
 )
@@ -54,16 +55,23 @@ def test_the_bench_is_whole_and_a_second_one_trains_nothing(tmp_path: Path) -> N
 
 
 def test_the_command_does_not_train_on_another_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "quality", "--store", str(tmp_path)]) == 2
-    assert "bench quality needs --data DIR" in capsys.readouterr().err
+    for what in ("quality", "rates"):
+        assert main(["bench", what, "--store", str(tmp_path)]) == 2
+        assert f"bench {what} needs --data DIR" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a GPU: vectorclm bench rates")
+def test_rates_without_a_gpu_are_not_run(tmp_path: Path) -> None:
+    rows = list(rates(Store(str(tmp_path)), None))
+    assert len(rows) == 2 and all(row.met is None and row.why == "torch sees no GPU here" for row in rows)
 
 
 def test_rates_of_a_short_training_are_carried_on(tmp_path: Path) -> None:
     """Of `tiny` itself on a 31st of its tokens in batches of a quarter."""
     store = Store(str(tmp_path))
     tiny = load_experiment("tiny")[0].pretrain
-    muon, adamw = rates(short_arms(store, None, "tiny", LITTLE))
+    muon, adamw = rates_of(short_arms(store, None, "tiny", LITTLE))
     assert (muon.ours, adamw.ours) == (tiny.optimizer.learning_rate, tiny.optimizer.adamw_learning_rate)
     factor = (tiny.tokens / 4096) ** -0.32 * (tiny.batch_size / 4) ** 0.5
     for row in (muon, adamw):

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vectorclm.errors import CorruptArtifactError, StoreError
-from vectorclm.lease import Lease, check_own, is_alive
+from vectorclm.lease import Lease, check_held, is_alive
 from vectorclm.runtime import environment
 from vectorclm.settings import digest
 from vectorclm.storage import GARBLED, TRIES, Storage, explained, sha256_of
@@ -296,8 +296,8 @@ class Store(Storage):
         return holder if holder and is_alive(holder) else None
 
     def check_lease(self, key: str) -> None:
-        """Raise InUseError where another process has taken the writing of `key` over from this one."""
-        check_own(Lease(self, f"leases/{key}.json").holder())
+        """Raise InUseError where this process was the writer of `key`, and another has taken it over."""
+        check_held(self, f"leases/{key}.json")
 
     def work_folder(self, plan: Plan, work_dir: str | None) -> Path:
         """The local folder where this plan's work in progress lies; the same one after a restart."""
@@ -363,17 +363,16 @@ def rebuild(
         with explained(str(out)):
             out.mkdir()
             produce(out)
-        published = artifact.local()
-        names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-        different = sorted(
-            name
-            for name in names | set(artifact.manifest["files"])
-            if not (out / name).is_file()
-            or not (published / name).is_file()
-            or _comparable(out / name) != _comparable(published / name)
-        )
+        made = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+        files = artifact.manifest["files"]
+        different = set(made) ^ set(files)
+        for name in set(made) & set(files):
+            if sha256_of(made[name]) != files[name]["sha256"]:
+                ours = made[name].read_bytes() if name == "metrics.jsonl" else b""
+                if not ours or _without_speed(ours) != _without_speed(artifact.read(name)):
+                    different.add(name)
         shutil.rmtree(work)
-        return different
+        return sorted(different)
 
 
 def said_of(path: Path, describe: Describe | None) -> dict[str, Any]:
@@ -382,10 +381,8 @@ def said_of(path: Path, describe: Describe | None) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path), **more}
 
 
-def _comparable(path: Path) -> object:
-    if path.name != "metrics.jsonl":
-        return sha256_of(path)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _without_speed(metrics: bytes) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in metrics.splitlines()]
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
 

@@ -63,9 +63,8 @@ def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.
 class Checkpoints:
     """The checkpoints of one plan, of a training on the data set whose identity is `data`.
 
-    `save` returns at once and writes in a thread of its own, whose errors the next call raises: InUseError where
-    another process has taken the training over. With `keep_all`, older checkpoints stay. A training that is made
-    `again` has its own, so that it proves every step.
+    `save` returns at once and writes in a thread of its own, whose errors the next call raises. With `keep_all`, older
+    checkpoints stay. A training that is made `again` has its own, so that it proves every step.
     """
 
     def __init__(
@@ -97,7 +96,11 @@ class Checkpoints:
             self.pending = None
 
     def save(self, saved: Snapshot) -> None:
-        """Write a snapshot in the background, after the one before it."""
+        """Write a snapshot in the background, after the one before it.
+
+        Raises InUseError where another process has taken the training over.
+        """
+        self.store.check_lease(self.plan.lease)
         self.wait()
         self.pending = self.writer.submit(self._write, saved)
 
@@ -111,7 +114,6 @@ class Checkpoints:
             save_file(dict(saved.optimizers), folder / "optim.safetensors")
             (folder / "metrics.jsonl").write_text(saved.metrics)
         head = {"step": saved.step, "plan": self.plan.fingerprint, "order": saved.order, "data": self.data}
-        self.store.check_lease(self.plan.lease)
         self.store.publish_directory(f"{self.root}/{name}", folder, head)
         shutil.rmtree(folder)
         for old in [] if self.keep_all else self._steps()[:-KEEP]:

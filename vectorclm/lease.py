@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 LEASE_SECONDS = 30  # a lease not renewed for this long belongs to a dead process
 PATIENCE = 4 / 3  # so many times as long the claim of another machine must stay as it is, to be a dead one's
 TAKEOVER_SECONDS = 1.0  # longer than a store takes to show what was written
+_held: dict[tuple[str, str], "Lease"] = {}  # by this process, by store and name
 
 
 class Lease:
@@ -52,6 +53,7 @@ class Lease:
                 time.sleep(TAKEOVER_SECONDS)  # another may take it over at the same moment: the last to write has it
                 self.check()
                 break
+        _held[self.store.uri, self.name] = self
         self._keeper.start()
 
     def _lives(self, claim: bytes, holder: Mapping[str, Any]) -> bool:
@@ -70,10 +72,12 @@ class Lease:
         """Raise InUseError where the claim was lost, because this process stood still for too long."""
         holder = self.holder()
         if holder.get("token") != self._token:
-            raise InUseError(f"{self.name} was taken over by process {holder.get('pid')} on {holder.get('host')}")
+            by = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "one that has ended since"
+            raise InUseError(f"{self.name} was taken over by {by}: this process stood still for too long")
 
     def give_back(self) -> None:
         """End the claim; what another has taken over stays theirs."""
+        _held.pop((self.store.uri, self.name), None)
         self._ended.set()
         if self._keeper.is_alive():
             self._keeper.join()
@@ -114,13 +118,10 @@ def is_alive(holder: Mapping[str, Any]) -> bool:
     return bool(time.time() - holder.get("renewed", 0) < LEASE_SECONDS)
 
 
-def check_own(holder: Mapping[str, Any]) -> None:
-    """Raise InUseError where a lease is not this process's any more, which stood still for too long."""
-    own = {"host": socket.gethostname(), **mark(psutil.Process())}
-    if holder and any(holder.get(key) != value for key, value in own.items()):
-        raise InUseError(
-            f"process {holder.get('pid')} on {holder.get('host')} has taken this work over: see to that one"
-        )
+def check_held(store: "Store", name: str) -> None:
+    """Raise InUseError where this process took that claim and has lost it since."""
+    if (lease := _held.get((store.uri, name))) is not None:
+        lease.check()
 
 
 def _is_here(holder: Mapping[str, Any]) -> bool:

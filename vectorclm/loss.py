@@ -46,18 +46,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_here_VD.to(weight_VD.dtype) if grad_weight_VD is None else grad_weight_VD.add_(grad_here_VD)
             )
         if grad_weight_VD is not None:  # of some token
-            ctx.save_for_backward(torch.cat(grads_CD), grad_weight_VD)
+            ctx.gradients = torch.cat(grads_CD), grad_weight_VD
         elif needs_gradient:
-            ctx.save_for_backward(torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD))
+            ctx.gradients = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+        grad_hidden_ND, grad_weight_VD = ctx.gradients
         (scale,) = grads
         if torch.compiler.is_compiling():
             return grad_hidden_ND * scale, grad_weight_VD * scale, None
-        return grad_hidden_ND.mul_(scale), grad_weight_VD.mul_(scale), None  # in place, so there is no second time
+        del ctx.gradients  # scaled in place, so there is no second time; and held by nobody else, they are not copied
+        return grad_hidden_ND.mul_(scale), grad_weight_VD.mul_(scale), None
 
 
 def _scored(logits_CV: Tensor, index_C1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

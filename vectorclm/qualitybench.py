@@ -2,8 +2,8 @@
 
 Every arm is a `pretrain` of the same shards, in the same order and from the same starting weights, made by the stage
 itself and kept in the store: a bench that was stopped goes on where it was, and one that is finished only prints. What
-is compared is the loss (nats a token) on held-out windows at the end of each arm's own schedule. One more thread would
-make another sum of it, so all have one.
+is compared is the loss (nats a token) on held-out windows at the end of each arm's own schedule. In `quality` all arms
+have one thread, as one more would make another sum of it; `rates`, whose models are large, takes the GPU.
 """
 
 import logging
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vectorclm.artifact import Store
-from vectorclm.bench import Row
+from vectorclm.bench import Row, could_not_run
 from vectorclm.config import ExperimentConfig, changed, load_experiment
 from vectorclm.errors import DivergedError
 from vectorclm.pinning import pin
@@ -233,8 +234,17 @@ def short_arms(store: Store, data: Path | None, target: str = "base", changes: M
     return Arms(pinned, store, data, Runtime())
 
 
-def rates(arms: Arms) -> Iterator[Row]:
-    """The rates of an experiment beside what they come to in short trainings of its own model; for a GPU.
+def rates(store: Store, data: Path | None) -> Iterator[Row]:
+    """The rates of `base` beside what follows for them from short trainings; without a GPU, that there is none."""
+    if torch.cuda.is_available():
+        yield from rates_of(short_arms(store, data))
+        return
+    for name in NAMES.values():
+        yield could_not_run(f"base: {name}", "rate", round(CLOSE, 3), "torch sees no GPU here")
+
+
+def rates_of(arms: Arms) -> Iterator[Row]:
+    """The rates of an experiment beside what they come to in short trainings of its own model.
 
     The rule: Muon's rate is tuned first, then, at the best of it, that of embeddings and norms; an optimum is the
     parabola's; it goes with the tokens to the power of TOKENS_EXPONENT, and with the batch to that of BATCH_EXPONENT.

@@ -47,8 +47,8 @@ class Runtime(Settings):
     )
     deterministic: bool = Field(
         False,
-        description="On a GPU, only kernels that add in one order, at a sixth to a quarter more time: without it, the "
-        "same training twice, or killed and resumed, differs by rounding. A CPU always gives the same bytes",
+        description="On a GPU, only kernels that add in one order, for a sixth to a quarter more time; without it, the "
+        "same training twice, or killed and resumed, differs by rounding there. A CPU always gives the same bytes",
     )
     parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
     placement: Literal["inline", "pools"] = Field(
@@ -151,6 +151,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),  # which matters on GPUs alone
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "git": git_revision(),
     }

@@ -187,7 +187,7 @@ def run_stage(
         if different:
             raise ReproducibilityError(
                 f"{name} made again differs from {found.uri} in {', '.join(different)}; the artifact stays as it is. "
-                f"It was made with {found.manifest['environment']}"
+                f"It was made with {found.manifest['environment']}; on GPUs, deterministic has to be set in the runtime"
             )
         return found, True
     artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber(), sending)
