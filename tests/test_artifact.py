@@ -220,6 +220,14 @@ def test_a_training_that_was_taken_over_ends_at_its_next_checkpoint(tmp_path: Pa
 def test_ranks_of_one_machine_read_a_remote_checkpoint_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store, work = Store(f"memory://{tmp_path.name}"), tmp_path / "work"
+    get_file, turn = store.fs.get_file, threading.Lock()
+
+    def in_turn(*args: Any, **kwargs: Any) -> None:
+        """All readers of a file in fsspec's memory have one place in it."""
+        with turn:
+            get_file(*args, **kwargs)
+
+    monkeypatch.setattr(store.fs, "get_file", in_turn)
     weights = {"w": torch.arange(50_000.0)}
     with Checkpoints(store, PLAN, work, "data") as checkpoints:
         checkpoints.save(Snapshot(7, weights, {"0.0.m": torch.ones(3)}, "7\n", "order"))
