@@ -22,7 +22,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grads_CD: list[Tensor] = []
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
         grad_weight_VD: Tensor | None = None
         weight_cast_VD = weight_VD.to(hidden_ND.dtype)
         weight_cast_DV = weight_cast_VD.T
@@ -37,18 +37,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             losses_C1, grad_CV = _scored(product(hidden_CD, weight_cast_VD), index_C1, total.dtype)
             # Not in place: of a tensor that was changed, torch 2.11's compiler passes no gradient on.
             total = total + (losses_C1 * kept_C1).sum()
-            if not needs_gradient:
+            if grad_hidden_ND is None:
                 continue
             grad_CV = grad_CV.to(hidden_CD.dtype)
-            grads_CD.append(product(grad_CV, weight_cast_DV) * kept_C1)
+            torch.mul(product(grad_CV, weight_cast_DV), kept_C1, out=grad_hidden_ND[rows])
             grad_here_VD = outer_product(grad_CV, hidden_CD * kept_C1)  # in half precision; their sum in full
             grad_weight_VD = (
                 grad_here_VD.to(weight_VD.dtype) if grad_weight_VD is None else grad_weight_VD.add_(grad_here_VD)
             )
-        if grad_weight_VD is not None:  # of some token
-            ctx.gradients = torch.cat(grads_CD), grad_weight_VD
-        elif needs_gradient:
-            ctx.gradients = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
+            del grad_CV, grad_here_VD  # before the next chunk's logits
+        if grad_weight_VD is None:  # of no token at all
+            grad_weight_VD = torch.zeros_like(weight_VD) if needs_gradient else None
+        ctx.gradients = grad_hidden_ND, grad_weight_VD
         return total
 
     @staticmethod
