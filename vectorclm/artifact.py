@@ -330,7 +330,7 @@ def build(
     """
     if (found := store.find(plan.stage, plan.fingerprint)) is not None:
         return found, True
-    with store.lease(plan.lease) as lease:
+    with store.lease(plan.lease):
         if (found := store.find(plan.stage, plan.fingerprint)) is not None:
             return found, True
         work = store.work_folder(plan, work_dir)
@@ -338,10 +338,8 @@ def build(
         shutil.rmtree(out, ignore_errors=True)
         with explained(str(out)):
             out.mkdir()
-            if sending is not None:
-                sending.lease = lease
             summary = produce(out)
-            lease.check()
+            store.check_lease(plan.lease)
             if sending is not None:
                 sending.forget_notes()
             artifact = store.publish(plan, out, summary, describe, {} if sending is None else sending.files)
@@ -368,8 +366,8 @@ def rebuild(
         different = set(made) ^ set(files)
         for name in set(made) & set(files):
             if sha256_of(made[name]) != files[name]["sha256"]:
-                ours = made[name].read_bytes() if name == "metrics.jsonl" else b""
-                if not ours or _without_speed(ours) != _without_speed(artifact.read(name)):
+                told = name == "metrics.jsonl"
+                if not told or _without_speed(made[name].read_bytes()) != _without_speed(artifact.read(name)):
                     different.add(name)
         shutil.rmtree(work)
         return sorted(different)

@@ -161,6 +161,5 @@ class Checkpoints:
             model = load_file(file)
         with found.borrowed("optim.safetensors", self.work) as file:
             optimizers = load_file(file)
-        with found.borrowed("metrics.jsonl", self.work) as file:
-            metrics = file.read_text()
+        metrics = found.read("metrics.jsonl").decode()
         return Snapshot(found.manifest["step"], model, optimizers, metrics, found.manifest["order"])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vectorclm.artifact import SEAL, Plan, Store, said_of, sealed
-from vectorclm.lease import Lease
 from vectorclm.settings import digest
 from vectorclm.storage import explained
 
@@ -29,17 +28,15 @@ class Sending:
 
     def __init__(self, store: Store, plan: Plan, describer: Callable[[], Describer]) -> None:
         self.store = store
-        self.key = f"{plan.stage}/{plan.fingerprint}"
+        self.key, self.lease = f"{plan.stage}/{plan.fingerprint}", plan.lease
         self.describer = describer
         self.describe = describer()
         self.files: dict[str, Mapping[str, Any]] = {}  # as the manifest has them
         self.notes: list[str] = []
-        self.lease: Lease | None = None
 
     def send(self, path: Path, name: str) -> None:
         """Move a finished file to the store. Raises InUseError where another process took the stage over."""
-        if self.lease is not None:
-            self.lease.check()
+        self.store.check_lease(self.lease)
         said = said_of(path, self.describe)
         with explained(self.store.uri_of(f"{self.key}/{name}")):
             self.store.put(path, f"{self.key}/{name}", said["sha256"])
