@@ -18,17 +18,10 @@ import zstandard
 from pydantic import ValidationError
 
 from vectorclm import sampling
-from vectorclm.corpus import (
-    SampleConfig,
-    TextSource,
-    draw,
-    identity,
-    open_source,
-    read_source,
-    read_texts,
-)
+from vectorclm.corpus import SampleConfig, TextSource, draw, identity, open_source, read_source
 from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import ConfigError, DataError
+from vectorclm.sample_files import read_texts
 from vectorclm.sampling import told, write_sample
 from vectorclm.world import WorldConfig
 

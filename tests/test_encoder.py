@@ -16,9 +16,9 @@ from tests.conftest import write_sample_text
 from vectorclm.artifact import Plan, Store, build
 from vectorclm.audit import audit, check_round_trip
 from vectorclm.blocks import ShardDescriber
-from vectorclm.corpus import read_texts
 from vectorclm.encoder import JUDGE_EVERY, Encoder, Gigatoken, adversarial, open_encoder
 from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.sample_files import read_texts
 from vectorclm.sending import Sending
 from vectorclm.shards import ShardsConfig, read_windows, write_shards
 from vectorclm.slices import SentSlices

@@ -23,7 +23,6 @@ from vectorclm.artifact import Store
 from vectorclm.bits_per_byte import text_scores
 from vectorclm.compare import OWN_SUITE, common_results, compare
 from vectorclm.config import override
-from vectorclm.corpus import read_texts
 from vectorclm.curves import curves_of
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
 from vectorclm.items import ratio
@@ -42,6 +41,7 @@ from vectorclm.model import CausalLM
 from vectorclm.multiple_choice import read_items
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
+from vectorclm.sample_files import read_texts
 from vectorclm.stages import plans, run_stage
 from vectorclm.suite import Suite
 from vectorclm.train_tokenizer import load_tokenizer

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.hub import Hub
-from vectorclm.corpus import read_texts
+from vectorclm.sample_files import read_texts
 
 COSMOPEDIA, FINEWEB = "HuggingFaceTB/cosmopedia", "HuggingFaceFW/fineweb-edu"
 SMOLTALK, SLIMORCA, TULU = "HuggingFaceTB/smoltalk", "Open-Orca/SlimOrca", "allenai/tulu-3-sft-personas-code"

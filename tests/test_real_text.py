@@ -14,11 +14,11 @@ import pytest
 from vectorclm.artifact import Store
 from vectorclm.benchmarks import read_task
 from vectorclm.config import ExperimentConfig, load_experiment
-from vectorclm.corpus import read_texts
 from vectorclm.documents import position_ids
 from vectorclm.harness_tasks import build_tasks
 from vectorclm.pinning import check_sources, pin
 from vectorclm.runtime import Runtime
+from vectorclm.sample_files import read_texts
 from vectorclm.settings import validate
 from vectorclm.shards import SPLITS, read_windows
 from vectorclm.stages import run_stage

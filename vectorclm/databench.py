@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from vectorclm.artifact import Store
 from vectorclm.bench import Row, bounded, compared, could_not_run
 from vectorclm.config import ExperimentConfig, changed, load_experiment
-from vectorclm.corpus import read_texts
 from vectorclm.encoder import Gigatoken
 from vectorclm.pinning import pin
 from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch, windows_per_block
 from vectorclm.readbench import reading
 from vectorclm.runtime import Runtime
+from vectorclm.sample_files import read_texts
 from vectorclm.stages import plans, run_stage
 from vectorclm.train_tokenizer import SPECIAL_TOKENS, learn, load_tokenizer
 

@@ -16,7 +16,6 @@ from vectorclm.artifact import Store
 from vectorclm.bench import Row, bounded, compared
 from vectorclm.bits_per_byte import text_scores
 from vectorclm.config import changed, load_experiment
-from vectorclm.corpus import read_texts
 from vectorclm.encoder import SPACES, adversarial
 from vectorclm.generate import generate
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
@@ -24,6 +23,7 @@ from vectorclm.llama_cpp import LlamaCpp
 from vectorclm.model import CausalLM
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
+from vectorclm.sample_files import read_texts
 from vectorclm.shards import SPLITS
 from vectorclm.stages import plans, run_stage
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode, load_tokenizer

@@ -19,7 +19,7 @@ from vectorclm.artifact import Artifact, Plan, Store, build
 from vectorclm.benchmarks import check_tasks, score_tasks
 from vectorclm.bits_per_byte import text_scores
 from vectorclm.chat_shards import read_prompts
-from vectorclm.corpus import SampleFiles, identity
+from vectorclm.corpus import identity
 from vectorclm.decontamination import contaminated
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource, open_model, write_scores
@@ -31,6 +31,7 @@ from vectorclm.lineage import trained_on
 from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
+from vectorclm.sample_files import SampleFiles
 from vectorclm.settings import Settings, digest
 from vectorclm.shard_reader import open_shards
 from vectorclm.stages import plans

@@ -17,11 +17,12 @@ from tokenizers import Tokenizer
 
 from vectorclm.artifact import Artifact
 from vectorclm.audit import audit, check_round_trip, split_documents
-from vectorclm.corpus import SampleFiles, in_groups
+from vectorclm.corpus import in_groups
 from vectorclm.encoder import JUDGE_EVERY, Disproved, Encoder, open_encoder
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.packing import Packing, pack
 from vectorclm.progress import Progress
+from vectorclm.sample_files import SampleFiles
 from vectorclm.settings import Settings
 from vectorclm.slices import Slices
 from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, token_lengths

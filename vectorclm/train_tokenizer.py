@@ -9,9 +9,9 @@ from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vectorclm.artifact import Artifact
-from vectorclm.corpus import SampleFiles
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.progress import Progress
+from vectorclm.sample_files import SampleFiles
 from vectorclm.settings import Settings
 
 BOS, EOS, IM_START, IM_END, PAD = SPECIAL_TOKENS = (
