@@ -66,8 +66,8 @@ def evaluate_run(
     locks = local_folder(store) / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     pinned, notes = pin_suite(asked, locks / path.name, mirror)
-    plan = measure_plan(pinned, limits, found, store)
-    for line in [*notes, *left_out(plan, pinned)]:
+    plan = measure_plan(pinned, limits, found, store, runtime)
+    for line in [*notes, *left_out(plan, pinned, limits, runtime)]:
         get_run_logger().warning(line)
     with tempfile.TemporaryDirectory(prefix="vectorclm-") as name:
         folder = Path(name)
@@ -125,6 +125,7 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
     """
     settings = artifact.manifest["config"]
     this = Result(subject.title, datetime.now(UTC), artifact.fingerprint, figures(artifact.summary))
+    refused = artifact.summary.get("not_run", ())
     try:
         before = registry.history(subject, settings)
         if before and before[0].fingerprint == this.fingerprint:
@@ -140,7 +141,8 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
         get_run_logger().warning("%s; the result is in the store and not in MLflow, and is compared with none", error)
         results = [this]
     about = f"`{subject.title}` on `{settings['suite']}`, newest first; each score ± its standard error"
-    create_table_artifact(table(results), key=_key(subject.name, settings["suite"]), description=about)
+    rows = [{**row, **{f"acc.{label}": "not run" for label in refused}} for row in table(results)]
+    create_table_artifact(rows, key=_key(subject.name, settings["suite"]), description=about)
 
 
 def table(results: Sequence[Result]) -> list[dict[str, str]]:

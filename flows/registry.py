@@ -134,6 +134,7 @@ class Registry:
             "suite": settings["suite"],
             "fingerprint": artifact.fingerprint,
             "uri": artifact.uri,
+            **({"not_run": ", ".join(refused)} if (refused := artifact.summary.get("not_run")) else {}),
             **({"prefect.flow_run_id": flow_run_id, "series": _series(subject, settings)} if flow_run_id else {}),
         }
         values: dict[str, float] = {}

@@ -23,6 +23,7 @@ from selenium.webdriver.chrome.service import Service as Driver
 from flows.objectstore import PACKAGES, object_store
 from vectorclm.artifact import Artifact, Plan, Store, build
 from vectorclm.blocks import ShardDescriber
+from vectorclm.sandbox import Sandbox, find_sandbox
 from vectorclm.shards import ShardWriter
 
 if TYPE_CHECKING:
@@ -292,3 +293,12 @@ def write_mirror(folder: Path) -> None:
     for name, made in lines.items():
         packed = zstandard.ZstdCompressor().compress("".join(json.dumps(line) + "\n" for line in made).encode())
         (folder / f"eval/{name}.jsonl.zst").write_bytes(packed)
+
+
+@pytest.fixture
+def sandboxed() -> Sandbox:
+    """The sandbox of this system, for programs that must not run without one."""
+    if (found := find_sandbox()).problem:
+        told = f"no sandbox here ({found.problem}): apt-get install bubblewrap libseccomp2"
+        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+    return found

@@ -26,7 +26,7 @@ from vectorclm.generate import Sampling
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
 from vectorclm.housekeeping import add_store_command, run_store_command
 from vectorclm.llama_cpp import LlamaCpp
-from vectorclm.measure import Limits, figures, left_out, measure, measure_plan
+from vectorclm.measure import Limits, figures, left_out, measure, measure_plan, not_run
 from vectorclm.pinning import pin, pin_suite
 from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
@@ -104,6 +104,8 @@ def add_commands(commands: Any, models: str = "a folder or <store>/<stage>/<fing
                     parser.add_argument(option, action="store_true", default=None, help=about)
                 else:
                     parser.add_argument(option, type=int, metavar="N", help=f"{about} ({field.default})")
+            about = f"as allow_unsandboxed in --runtime: {Runtime.model_fields['allow_unsandboxed'].description}"
+            parser.add_argument("--allow-unsandboxed", action="store_true", help=about)
             parser.add_argument("--json", action="store_true", help="print one JSON object")
         if stage == "export":
             about = f"write the model EXPERIMENT, {models}, as one GGUF file for llama.cpp"
@@ -225,6 +227,13 @@ def limits_given(args: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(args, name) for name in Limits.model_fields if getattr(args, name) is not None}
 
 
+def measuring_runtime(args: argparse.Namespace) -> Runtime:
+    """The runtime settings of a measurement, with the option that takes the risk of no sandbox."""
+    runtime = load_runtime(args.runtime)
+    runtime.check()
+    return runtime.model_copy(update={"allow_unsandboxed": True}) if args.allow_unsandboxed else runtime
+
+
 def measure_model(args: argparse.Namespace) -> Artifact:
     """Measure a model on a suite, or find it measured, and print its scores; the artifact with them."""
     if args.text is not None:
@@ -232,22 +241,26 @@ def measure_model(args: argparse.Namespace) -> Artifact:
     limits = validate(Limits, limits_given(args), "options")
     model = find_model(args.target)
     suite, path = load_suite(args.suite)
-    store, runtime = Store(args.store), load_runtime(args.runtime)
-    runtime.check()
+    store, runtime = Store(args.store), measuring_runtime(args)
     if not args.relay:
         store.check_writable()
         suite, notes = pin_suite(suite, path, args.data)
-        for note in [*notes, *left_out(measure_plan(suite, limits, model, store), suite)]:
+        plan = measure_plan(suite, limits, model, store, runtime)
+        for note in [*notes, *left_out(plan, suite, limits, runtime)]:
             print(note, file=sys.stderr)
     show: AbstractContextManager[None] = progress.json_lines() if args.relay else progress.bars()
     with show:
         artifact, reused = measure(suite, limits, model, store, runtime, args.data)
+    state, refused = "reused" if reused else "built", not_run(suite, limits, runtime)
     if args.json:
-        print(json.dumps({"state": "reused" if reused else "built", "uri": artifact.uri, "scores": artifact.summary}))
+        found = {"state": state, "uri": artifact.uri, "scores": artifact.summary}
+        print(json.dumps({**found, **({"not_run": refused} if refused else {})}))
     elif not args.relay:
         for name, figure in figures(artifact.summary).items():
             print(f"{name:<24} {figure.value:.4f} ± {figure.stderr:.4f}{_about(artifact.summary, name)}")
-        print(f"measure {'reused' if reused else 'built'}: {artifact.uri}")
+        for label in refused:
+            print(f"{f'acc.{label}':<24} not run")
+        print(f"measure {state}: {artifact.uri}")
     return artifact
 
 
@@ -264,8 +277,7 @@ def _about(scores: Mapping[str, Any], name: str) -> str:
 def measure_curves(args: argparse.Namespace) -> None:
     """Measure the checkpoints of an experiment's trainings on a suite, its own by default, and write the curves."""
     limits = validate(Limits, limits_given(args), "options")
-    store, runtime = Store(args.store), load_runtime(args.runtime)
-    runtime.check()
+    store, runtime = Store(args.store), measuring_runtime(args)
     store.check_writable()
     experiment, path = chosen(args)
     experiment, notes = pin(experiment, path, args.data, resolve=True)
@@ -273,7 +285,7 @@ def measure_curves(args: argparse.Namespace) -> None:
     if args.suite is not None:
         suite, others = pin_suite(*load_suite(args.suite), args.data)
         notes += others
-    for note in notes:
+    for note in [*notes, *(f"{label} not run: {why}" for label, why in not_run(suite, limits, runtime).items())]:
         print(note, file=sys.stderr)
     measured = []
     with progress.bars():

@@ -82,7 +82,8 @@ def score_tasks(
     With `template`, the harness's tasks are asked in the model's chat template.
     """
     micro_batch, device = runtime.micro_batch_size or 16, model.model.embed_tokens.weight.device
-    lm, prepared = None, [_prepared(task, data, world, seed) for task in tasks]  # a mistake is told before the work
+    # A mistake is told before the work.
+    lm, prepared = None, [_prepared(task, data, world, seed, runtime) for task in tasks]
     for task, questions in zip(tasks, prepared, strict=True):
         if task.task is None:
             scores = task_scores(model, tokenizer, task.label, questions, micro_batch, device, found)
@@ -93,7 +94,7 @@ def score_tasks(
         yield "text" if "bits_per_byte" in scores else "tasks", task.label, scores
 
 
-def _prepared(task: TaskSource, data: Path | None, world: WorldConfig | None, seed: int) -> Any:
+def _prepared(task: TaskSource, data: Path | None, world: WorldConfig | None, seed: int, runtime: Runtime) -> Any:
     """The questions of a benchmark, or its tasks of the harness."""
     rows = read_task(task, data, world)
-    return read_items(task, rows, seed) if task.task is None else _harness()[1].build_tasks(task, rows)
+    return read_items(task, rows, seed) if task.task is None else _harness()[1].build_tasks(task, rows, runtime)

@@ -162,6 +162,14 @@ def run_program(task: Mapping[str, str], calls: int, answers: int, seconds: floa
             send(answers, {"returned": encode(value)})  # ends the process where it is no literal
 
 
+def _compiled(prompt: str) -> Any:
+    """The beginning of a program as code; where it ends before a function's body, with an empty one."""
+    try:
+        return compile(prompt, "prompt", "exec")
+    except SyntaxError:
+        return compile(f"{prompt}\n    pass\n", "prompt", "exec")
+
+
 class Tests:
     """The tests of a problem, as they ask a program in another process."""
 
@@ -173,7 +181,7 @@ class Tests:
         """Define what the prompt and the tests define, wait until the program has started, and check it."""
         names: dict[str, Any] = {"__name__": "__main__"}
         try:
-            exec(compile(self.task["prompt"], "prompt", "exec"), names)  # the tests may use what it defines
+            exec(_compiled(self.task["prompt"]), names)  # the tests may use what it defines
             names[self.task["entry_point"]] = self.call
             exec(compile(self.task["test"], "test", "exec"), names)
             check = names["check"]
@@ -204,11 +212,11 @@ class Tests:
             if call is not None:
                 send(self.calls, call)
             ((kind, value),) = receive(self.answers, self.deadline).items()
-            if kind in expected:
-                return kind, decode(value)
+            if kind not in expected:
+                raise ValueError(f"{kind!r} is no answer")
+            return kind, decode(value)
         except BaseException:  # whatever the answer caused; `try` in a test must not catch it
             self.end(FAILED)
-        self.end(FAILED)
 
     def _raise(self, name: Any, text: Any) -> NoReturn:
         kind = getattr(builtins, str(name), ProgramError)

@@ -29,13 +29,15 @@ from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource, drawn
 from vectorclm.harness import VectorCLM
 from vectorclm.items import ItemScores
-from vectorclm.sandbox import passes
+from vectorclm.runtime import Runtime
+from vectorclm.sandbox import Problem, check_sandbox, passes
 
 FOLDER = Path(lm_eval.tasks.__file__).parent
 METRICS = ("acc", "exact_match", "pass@1")  # 1 of an item that is right, 0 of others
 NAMED = re.compile(rb"""^["']?(?:task|group)["']?:[ ]*["']?([^\s"']+)""", re.MULTILINE)
 BITS = "bits_per_byte"  # of texts
 KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
+PROBLEM = Problem._fields  # columns of a task whose programs are run
 FEWSHOT_SEED = 1234  # of the harness's own command line
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of every setting that a definition leaves out
@@ -98,23 +100,32 @@ def check_task(source: TaskSource) -> None:
             raise ConfigError(f"{source.label}: {name} runs what the model writes: say runs_code = true")
 
 
-def build_tasks(source: TaskSource, rows: Iterable[Mapping[str, Any]]) -> dict[str, ConfigurableTask]:
+def build_tasks(
+    source: TaskSource, rows: Iterable[Mapping[str, Any]], runtime: Runtime = Runtime()
+) -> dict[str, ConfigurableTask]:
     """The harness's tasks of a source, each on its rows.
 
     Raises DataError where a task has no rows, or lacks a column that it reads, and ConfigError where it grades by none
-    of the metrics known here.
+    of the metrics known here, or runs programs and the system offers no sandbox.
     """
     assert source.task is not None
+    if source.runs_code:
+        check_sandbox(allow_unsandboxed=runtime.allow_unsandboxed)
     by_subset: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         by_subset[row.get(source.subset) if source.subset else None].append(row)
     tasks = {}
     for name, path in definitions(source.task).items():
-        config = _config(source, path)
+        config = _config(source, path, runtime)
         subset = config.get("dataset_name") if source.subset else None
         if not (own := by_subset.get(subset)):
             column = f" where {source.subset} is {subset}" if source.subset else ""
             raise DataError(f"{source.label}: no rows for {name}{column}")
+        if source.runs_code and (lost := [column for column in PROBLEM if not isinstance(own[0].get(column), str)]):
+            raise DataError(
+                f"{source.label}: {name} runs programs, for which each row needs {', '.join(PROBLEM)} as texts; "
+                f"{', '.join(lost)} is not there: {', '.join(own[0])}"
+            )
         config["custom_dataset"] = functools.partial(_dataset, source.split, Dataset.from_list(own))
         try:
             tasks[name] = HarnessTask(config=config)
@@ -143,14 +154,14 @@ def _dataset(split: str, rows: Any, **_: Any) -> dict[str, Any]:
     return {split: rows}
 
 
-def _config(source: TaskSource, path: Path) -> dict[str, Any]:
+def _config(source: TaskSource, path: Path, runtime: Runtime) -> dict[str, Any]:
     """A task's definition, with the source's rows as its only split."""
     unsafe = load_yaml(path, resolve_func=False).get("unsafe_code")
     config = dict(load_yaml(path, resolve_func=not unsafe))
     if unsafe:  # its metric would run programs in this process; the functions beside it are not even loaded
         config |= {
             "metric_list": [{"metric": "pass@1", "aggregation": "mean", "higher_is_better": True}],
-            "process_results": _passed,
+            "process_results": functools.partial(_passed, runtime),
             "filter_list": None,
         }
     shots = config.get("num_fewshot") or 0 if source.shots is None else source.shots
@@ -163,10 +174,10 @@ def _config(source: TaskSource, path: Path) -> dict[str, Any]:
     return config
 
 
-def _passed(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def _passed(runtime: Runtime, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """pass@1 of the program that goes on after the prompt, by the tests of HumanEval (arXiv 2107.03374, section 2)."""
-    program = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})\n"
-    return {"pass@1": float(passes(program))}
+    problem = Problem(*(doc[column] for column in PROBLEM))
+    return {"pass@1": float(passes(problem, results[0], allow_unsandboxed=runtime.allow_unsandboxed))}
 
 
 def harness_scores(

@@ -32,6 +32,7 @@ from vectorclm.model import CausalLM
 from vectorclm.progress import Progress
 from vectorclm.runtime import Runtime
 from vectorclm.sample_files import SampleFiles
+from vectorclm.sandbox import find_sandbox
 from vectorclm.settings import Settings, digest
 from vectorclm.shard_reader import open_shards
 from vectorclm.stages import plans
@@ -40,6 +41,7 @@ from vectorclm.suite import Suite
 STAGE = "measure"
 WINDOWS = 256  # of conversations, that are decoded at a time
 VERSION = 4  # raised where new code makes other scores of equal settings
+JUDGE_VERSION = 2  # the same of the programs that a model writes
 NOISE = 2.0  # standard errors of a difference; what is more is no accident, 19 times in 20
 
 
@@ -53,24 +55,33 @@ class Limits(Settings):
     )
     max_new_tokens: int = Field(0, ge=0, le=4096, description="Longest answer, in tokens, to 4,096; 0 = the suite's")
     template: bool = Field(False, description="Ask a chat model the benchmarks in its chat template")
-    run_code: bool = Field(False, description="Run the programs that the model writes (HumanEval), in a sandbox")
+    run_code: bool = Field(
+        False,
+        description="Run the programs that the model writes (HumanEval), in a sandbox; without one, they do not run",
+    )
 
 
-def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store) -> Plan:
-    """What is to be measured. `suite` must be pinned; of its data, what the store has finished is measured on."""
+def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime = Runtime()) -> Plan:
+    """What is to be measured. `suite` must be pinned; of its data, what the store has finished is measured on.
+
+    A task that cannot run here is named in `not_run`, so that its absence is another result than its scores.
+    """
     data = {}
+    tasks, refused = tasks_within(suite, limits, runtime), not_run(suite, limits, runtime)
     if suite.experiment is not None:
         stages = plans(suite.experiment)
         data = {name: stages[name].fingerprint for name in ("sample", *(["chat_shards"] if model.chat else []))}
     config = {
         "suite": suite.name,
         "seed": suite.seed,
-        "tasks": [identity(task) for task in tasks_within(suite, limits)],
+        "tasks": [identity(task) for task in tasks],
         "documents": limits.documents,
         "chat_prompts": limits.prompts or suite.chat_prompts,
         "max_new_tokens": limits.max_new_tokens or suite.max_new_tokens,
         "prompts": suite.prompts,
         "data": data,
+        **({"not_run": sorted(refused)} if refused else {}),
+        **({"judge": JUDGE_VERSION} if any(task.runs_code for task in tasks) else {}),
         **({"template": True} if limits.template else {}),
         **({"instructions": suite.instructions} if suite.instructions else {}),
         **({"repetition_penalty": suite.repetition_penalty} if suite.repetition_penalty != 1 else {}),
@@ -95,23 +106,33 @@ def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterato
                         yield tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
 
 
-def tasks_within(suite: Suite, limits: Limits) -> list[TaskSource]:
-    """The benchmarks of a suite, as many items of each as the limits say, without those that may not run code."""
-    allowed = [task for task in suite.tasks if limits.run_code or not task.runs_code]
+def not_run(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> dict[str, str]:
+    """The benchmarks of a suite that run programs and may not, or have no sandbox here; with the reason of each."""
+    found = {}
+    for label in [task.label for task in suite.tasks if task.runs_code]:
+        if not limits.run_code:
+            found[label] = "it runs programs that the model writes; add --run-code to allow it"
+        elif (problem := find_sandbox().problem) and not runtime.allow_unsandboxed:
+            found[label] = (
+                f"it runs programs that the model writes, and there is no sandbox here: {problem}; "
+                "--allow-unsandboxed runs them without one"
+            )
+    return found
+
+
+def tasks_within(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> list[TaskSource]:
+    """The benchmarks of a suite, as many items of each as the limits say, without those of `not_run`."""
+    refused = not_run(suite, limits, runtime)
+    allowed = [task for task in suite.tasks if task.label not in refused]
     return [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in allowed]
 
 
-def left_out(plan: Plan, suite: Suite) -> list[str]:
+def left_out(plan: Plan, suite: Suite, limits: Limits = Limits(), runtime: Runtime = Runtime()) -> list[str]:
     """What of a suite cannot be measured, in a sentence each: data that the store lacks, programs that may not run."""
     missing = [name for name in plan.config["data"] if name not in plan.inputs]
     what = {"sample": "bits per byte", "chat_shards": "answers in the template"}
     notes = [f"{what[name]} not measured: the store has no finished {name} of {suite.name}" for name in missing]
-    measured = {task["label"] for task in plan.config["tasks"]}
-    return notes + [
-        f"{task.label} not measured: it runs programs that the model writes; add --run-code to allow it"
-        for task in suite.tasks
-        if task.label not in measured
-    ]
+    return notes + [f"{label} not run: {reason}" for label, reason in not_run(suite, limits, runtime).items()]
 
 
 def measure(
@@ -120,14 +141,14 @@ def measure(
     """The scores of a model on a pinned suite, and whether they were there already.
 
     The summary, and `scores.json`: `text` (by source: bits_per_byte, stderr, documents, bytes), `tasks` (as the
-    stage `evaluate` has them), `chat` for a chat model, `instructions` where the suite has them, `samples`. `data` is a
-    local mirror to read tasks from.
+    stage `evaluate` has them), `chat` for a chat model, `instructions` where the suite has them, `samples`, `not_run`
+    (labels of the tasks that could not run). `data` is a local mirror to read tasks from.
     Raises CorruptArtifactError where the model's files are not what their store promises, and ConfigError for a
     benchmark that is not defined.
     """
-    plan = measure_plan(suite, limits, model, store)
+    plan = measure_plan(suite, limits, model, store, runtime)
     model.verify(store)
-    tasks = tasks_within(suite, limits)
+    tasks = tasks_within(suite, limits, runtime)
     check_tasks(tasks)
     if limits.template and not model.chat:
         raise DataError(f"{model.address} is a base model and knows no chat template: leave --template out")
@@ -165,6 +186,8 @@ def _scores(
     drawn_from = suite.experiment.sample.sources if sample is not None and suite.experiment is not None else []
     labels = [source.label for source in drawn_from]
     scores: dict[str, Any] = {"text": {}, "tasks": {}}
+    if "not_run" in config:
+        scores["not_run"] = config["not_run"]
     with Progress(STAGE, len(labels) + len(tasks) + 1, "parts") as progress:
         for label in labels:
             assert sample is not None

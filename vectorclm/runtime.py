@@ -56,6 +56,11 @@ class Runtime(Settings):
         description="Where the stages of a curriculum run: inline, on its own machine; pools, each as a run of its own "
         "on a worker of the pool cpu or gpu",
     )
+    allow_unsandboxed: bool = Field(
+        False,
+        description="Run the programs that a model writes also where the system offers no sandbox: there they can do "
+        "all that you can, and cheat the tests",
+    )
     retries: int = Field(2, ge=0, description="How often a stage is retried after a fault that a retry can mend")
     block_cache: str | None = Field(
         None,

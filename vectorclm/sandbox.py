@@ -134,9 +134,7 @@ def check_sandbox(*, allow_unsandboxed: bool) -> Sandbox:
     return found
 
 
-def passes(
-    problem: Problem, completion: str, seconds: float = SECONDS, *, allow_unsandboxed: bool = False
-) -> bool:
+def passes(problem: Problem, completion: str, seconds: float = SECONDS, *, allow_unsandboxed: bool = False) -> bool:
     """Whether the prompt with a model's completion passes the tests, all within `seconds`.
 
     Raises ConfigError where the system offers no sandbox and none is not allowed, and DataError where the tests cannot
@@ -197,7 +195,7 @@ def _start(
 
 def _file(files: contextlib.ExitStack, content: bytes) -> IO[bytes]:
     """A nameless file to read: unlike a pipe, it takes any size at once."""
-    file = files.enter_context(tempfile.TemporaryFile(buffering=0))
+    file: IO[bytes] = files.enter_context(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
     file.write(content)
     file.seek(0)
     return file
