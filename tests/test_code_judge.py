@@ -128,7 +128,7 @@ def test_humaneval_passes_its_own_solutions_and_no_others() -> None:
 
 
 MESSAGES = """(b'{"ready": true}', b'{"returned": 41}')"""
-WORDS = f"[b'passed', b'ended', b'0', *(len(b).to_bytes(8, 'big') + b for b in {MESSAGES})]"
+WORDS = f"[b'ended', b'passed', b'0', *(len(b).to_bytes(8, 'big') + b for b in {MESSAGES})]"
 EACH = f"""    return 0
 import os
 def write():
@@ -163,22 +163,25 @@ FAKES = {
         if getattr(check, '__name__', '') == 'check' and n in check.__code__.co_consts:
             return check.__code__.co_consts[check.__code__.co_consts.index(n) + 1]
 """,
-    "skips what follows": """    import sys
-    frame = sys._getframe(1)
-    class Done:
-        def __eq__(self, other):
-            sys.settrace(lambda *_: None)
-            frame.f_trace = lambda frame, event, arg: setattr(frame, 'f_lineno', frame.f_code.co_firstlineno) or skip
-            return True
-    skip = lambda *_: skip
-    return Done()
-""",
-    "replaces what tests call": """    return 0
-import builtins, json, os, select, struct, sys
+    "replaces what tests call": EACH
+    + """import builtins, json, select, struct, sys
 builtins.AssertionError = builtins.Exception = type('E', (BaseException,), {})
 builtins.exec = builtins.compile = lambda *_: None
 json.dumps = lambda _: '{"passed": true}'
-sys.excepthook = lambda *_: os._exit(0)
+sys.excepthook = lambda *_: write()
+""",
+    "reads the callers' variables": EACH
+    + """def answer(n):
+    import sys
+    frame = sys._getframe(1)
+    while frame:
+        for value in [*frame.f_locals.values(), *frame.f_globals.values()]:
+            if isinstance(value, int) and value > 2:
+                for word in (b'ended', b'passed'):
+                    try: os.write(value, word)
+                    except (OSError, OverflowError): pass
+        frame = frame.f_back
+    os._exit(0)
 """,
     "reads what processes show": """    import glob
     text = ''

@@ -4,7 +4,8 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from vectorclm.evaluate import TaskSource
 from vectorclm.harness import VectorCLM
 from vectorclm.harness_tasks import build_tasks, harness_scores
 from vectorclm.items import ItemScores
-from vectorclm.sandbox import passes
+from vectorclm.runtime import Runtime
+from vectorclm.sandbox import find_sandbox
 
 NEAR = 1e-4  # nats: of choices as alike as this, either may come first
 WORDS = [
@@ -222,26 +224,10 @@ def test_a_group_is_scored_over_all_its_items_with_a_seeded_draw(ours: VectorCLM
         build_tasks(whole, rows)
 
 
-def test_programs_run_apart_and_only_where_that_is_allowed(
+@pytest.mark.usefixtures("sandboxed")
+def test_programs_are_tested_and_only_where_that_is_allowed(
     ours: VectorCLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert passes("import math\nassert math.gcd(4, 6) == 2")
-    outside = tmp_path / "outside"
-    for program in (
-        f"import sqlite3; sqlite3.connect({str(outside)!r})",
-        f"import os; os.O_WRONLY = os.O_RDWR = os.O_CREAT = os.O_TRUNC = os.O_APPEND = 0; open({str(outside)!r}, 'w')",
-        "assert False",
-        "import sys; sys.exit(0)",
-        "import os; os._exit(0)",
-        "open('x', 'w')",
-        "import os; os.system('true')",
-        "import socket; socket.socket().connect(('127.0.0.1', 1))",
-        "x = bytearray(1 << 33)",
-        "(",
-    ):
-        assert not passes(program), program
-    assert not outside.exists()
-    assert not passes("while True: pass", 1)
     source = TaskSource(label="humaneval", path="json", task="humaneval", split="test", runs_code=True)
     row = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1\n"}
     found = ItemScores()
@@ -250,6 +236,53 @@ def test_programs_run_apart_and_only_where_that_is_allowed(
     assert scores["metric"] == "pass@1" and scores["acc"] == 0.5 and found.items[0]["answer"] == "    return 1"
     with pytest.raises(ConfigError, match=r"humaneval runs what the model writes: say runs_code = true"):
         check_tasks([source.model_copy(update={"runs_code": False})])
+    with pytest.raises(DataError, match=r"needs prompt, entry_point, test as texts; entry_point, test is not there"):
+        build_tasks(source, [{"prompt": "def one():\n"}])
+    with no_sandbox(tmp_path, monkeypatch):
+        with pytest.raises(ConfigError, match="--allow-unsandboxed runs the programs without a sandbox"):
+            build_tasks(source, [row])
+        assert build_tasks(source, [row], Runtime(allow_unsandboxed=True))
+
+
+@contextmanager
+def no_sandbox(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A system where bubblewrap is not installed."""
+    with monkeypatch.context() as changed:
+        changed.setenv("PATH", str(folder))
+        find_sandbox.cache_clear()
+        yield
+    find_sandbox.cache_clear()
+
+
+@pytest.mark.usefixtures("sandboxed")
+def test_without_a_sandbox_a_task_is_not_run_and_the_others_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: CaptureFixture[str]
+) -> None:
+    suite = write_suite(tmp_path)
+    row = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1\n"}
+    (tmp_path / "code.jsonl").write_text(json.dumps(row) + "\n")
+    suite.write_text(
+        suite.read_text().replace('"o/code", "mirror": "lambada.jsonl"', '"o/code", "mirror": "code.jsonl"')
+    )
+    options = ["--suite", str(suite), "--data", str(tmp_path), "--store", str(tmp_path / "store"), "--run-code"]
+
+    def measured(*more: str) -> tuple[dict[str, Any], str]:
+        assert main(["evaluate", str(folder), *options, "--json", *more]) == 0
+        done = capsys.readouterr()
+        return json.loads(done.out), done.err
+
+    with no_sandbox(tmp_path, monkeypatch):
+        found, told = measured()
+        assert "code not run: it runs programs that the model writes, and there is no sandbox here: bubblewrap" in told
+        assert list(found["not_run"]) == ["code"] == found["scores"]["not_run"]
+        assert set(found["scores"]["tasks"]) == {"lambada"} and "wiki" in found["scores"]["text"]
+        assert main(["evaluate", str(folder), *options]) == 0
+        assert "acc.code                 not run\n" in capsys.readouterr().out
+        risked, told = measured("--allow-unsandboxed")
+        assert "not run" not in told and "not_run" not in risked and risked["scores"]["tasks"]["code"]["acc"] == 0
+    again, told = measured()  # with a sandbox, the same question finds what was measured, not what was left out
+    assert again["scores"]["tasks"]["code"]["items"] == 1 and "not_run" not in again["scores"]
+    assert again["uri"] == risked["uri"] != found["uri"]
 
 
 def write_suite(folder: Path, **changes: Any) -> Path:
@@ -275,7 +308,7 @@ def test_a_suite_of_local_files_is_measured_and_kept(folder: Path, tmp_path: Pat
     options = ["--suite", str(suite), "--data", str(tmp_path), "--store", str(tmp_path / "store"), "--json"]
     assert main(["evaluate", str(folder), *options]) == 0
     done = capsys.readouterr()
-    assert "code not measured: it runs programs that the model writes; add --run-code" in done.err
+    assert "code not run: it runs programs that the model writes; add --run-code" in done.err
     scores = json.loads(done.out)["scores"]
     assert scores["tasks"]["lambada"]["items"] == 9 and scores["tasks"]["lambada"]["others"]["perplexity"] > 1
     assert scores["text"]["wiki"]["documents"] == 2 and scores["text"]["wiki"]["bits_per_byte"] > 0
