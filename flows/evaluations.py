@@ -125,7 +125,6 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
     """
     settings = artifact.manifest["config"]
     this = Result(subject.title, datetime.now(UTC), artifact.fingerprint, figures(artifact.summary))
-    refused = artifact.summary.get("not_run", ())
     try:
         before = registry.history(subject, settings)
         if before and before[0].fingerprint == this.fingerprint:
@@ -141,12 +140,15 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
         get_run_logger().warning("%s; the result is in the store and not in MLflow, and is compared with none", error)
         results = [this]
     about = f"`{subject.title}` on `{settings['suite']}`, newest first; each score ± its standard error"
-    rows = [{**row, **{f"acc.{label}": "not run" for label in refused}} for row in table(results)]
+    rows = table(results, artifact.summary.get("not_run", ()))
     create_table_artifact(rows, key=_key(subject.name, settings["suite"]), description=about)
 
 
-def table(results: Sequence[Result]) -> list[dict[str, str]]:
-    """A row for each result, newest first: every score, and by how much it differs from the one before."""
+def table(results: Sequence[Result], not_run: Sequence[str] = ()) -> list[dict[str, str]]:
+    """A row for each result, newest first: every score, and by how much it differs from the one before.
+
+    Results of one table are by the same settings, so what one lacks for want of a sandbox, all lack.
+    """
     rows = []
     for number, result in enumerate(results):
         row = {"model": result.title, "measured": f"{result.when:%Y-%m-%d %H:%M} UTC"}
@@ -156,7 +158,7 @@ def table(results: Sequence[Result]) -> list[dict[str, str]]:
             row[name] = f"{figure.value:.4f} ± {figure.stderr:.4f}"
             if (change := found.get(name)) is not None:
                 row[name] += f" ({change.difference:+.4f}, {_verdict(change)})"
-        rows.append(row)
+        rows.append(row | {f"acc.{label}": "not run" for label in not_run})
     return rows
 
 

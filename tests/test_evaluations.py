@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import pstdev
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from flows.cli import main as vectorclm
-from flows.registry import Registry
+from flows.evaluations import table
+from flows.registry import Registry, Result
 from flows.report import report
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
@@ -375,3 +377,10 @@ def test_a_fall_is_what_noise_does_not_explain() -> None:
         "in_template": Figure(0.8, pytest.approx(0.2)),
     }
     assert [item.name for item in changes({"acc.world": Figure(0.4, 0.1)}, found)] == ["acc.world"]
+
+
+def test_a_task_that_could_not_run_stands_in_the_table_as_such() -> None:
+    scores = {"acc.world": Figure(0.5, 0.1)}
+    result = Result("m", datetime(2026, 1, 2, tzinfo=UTC), "f", scores)
+    (row,) = table([result], ["code"])
+    assert row["acc.code"] == "not run" and row["acc.world"] == "0.5000 ± 0.1000"

@@ -316,6 +316,15 @@ def test_a_suite_by_hand_is_told_to_mlflow_once_where_it_knows_the_model(
     assert client.get_model_version("vectorclm-base", "1").source == f"models:/{model.model_id}"
     subject = registry.find("models:/vectorclm-base/1")
     assert registry.history(subject, world.store.find("measure", Path(scores["uri"]).name).manifest["config"]) == []
+    code = {"label": "code", "task": "humaneval", "path": "o/code", "mirror": "code.jsonl", "runs_code": True}
+    (tmp_path / "code.jsonl").write_text("{}\n")
+    (tmp_path / "code.json").write_text(json.dumps({"name": "code", "tasks": [code]}))
+    asked = ["--suite", str(tmp_path / "code.json"), "--data", str(tmp_path), "--store", world.store.uri]
+    assert main(["evaluate", "models:/vectorclm-base/1", *asked]) == 0
+    (run,) = client.search_runs(
+        [client.get_experiment_by_name("evaluations").experiment_id], "tags.not_run = 'code' and tags.suite = 'code'"
+    )
+    assert not any("code" in name for name in run.data.metrics)
     assert main(["evaluate", world.first["pretrain"] + "/", *options]) == 0  # told already
     shutil.copytree(world.first["pretrain"], tmp_path / "copy")
     assert main(["evaluate", str(tmp_path / "copy"), *options]) == 0  # no model of MLflow's
