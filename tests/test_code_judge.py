@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from vectorclm.code_judge import NotLiteral, decode, encode
+from vectorclm.code_judge import NotLiteral, TooLarge, decode, encode
 from vectorclm.errors import DataError
 from vectorclm.sandbox import Problem, passes
 
@@ -76,7 +76,7 @@ def test_what_is_no_literal_is_refused() -> None:
     for _ in range(10**5):
         deep = [deep]
     for value in (object(), len, type, deep, {"a": print}):
-        with pytest.raises((NotLiteral, RecursionError)):
+        with pytest.raises((NotLiteral, TooLarge)):
             encode(value)
     assert list(decode(encode(n for n in range(3)))) == [0, 1, 2] and math.isnan(decode(encode(math.nan)))
     for data in ({}, {"eval": "1"}, {"int": "x"}, {"a": 1, "b": 2}, {"set": [[1]]}, {"range": ["a"]}):
@@ -195,6 +195,7 @@ sys.excepthook = lambda *_: write()
     "a class of its own error": "    raise type('AssertionError', (Exception,), {})\n",
     "a text too long": "    return 'x' * (1 << 25)\n",
     "a list too deep": "    x = []\n    for _ in range(10 ** 5): x = [x]\n    return x\n",
+    "an error that no test may catch": "    raise SystemExit if n < 3 else GeneratorExit\n",
     "a message too deep": "    import os\n    for fd in range(3, 20):\n"
     "        try: os.write(fd, (60000).to_bytes(8, 'big') + b'[' * 60000)\n"
     "        except OSError: pass\n    os._exit(0)\n",
@@ -244,3 +245,24 @@ def test_tests_that_cannot_judge_from_another_process_are_named() -> None:
     ):
         with pytest.raises(DataError, match=f"the tests of f cannot judge a program in another process: they {why}"):
             passes(Problem("def f(x):\n    ''\n", "f", test), "    return 1\n")
+
+
+def test_no_answer_makes_tests_unsuitable() -> None:
+    """Else one program would end the evaluation of all."""
+    check = """def check(f):
+    try: x = f(0)
+    except Exception: x = 1
+    f([x] * 3)
+    import colorsys
+    assert x is None
+"""
+    for body in (
+        "    y = []\n    for _ in range(99): y = [y]\n    return y\n",
+        "    return 'x' * ((1 << 24) - 100)\n",
+        "    return [[]] * 2_000_000\n",
+        "    import nowhere\n",
+        "    raise ModuleNotFoundError('x')\n",
+        "    return iter([object])\n",
+        "    return 10 ** (1 << 24)\n",
+    ):
+        assert not passes(Problem("def f(x):\n    ''\n", "f", check), body, 2), body

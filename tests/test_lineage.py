@@ -321,6 +321,7 @@ def test_a_suite_by_hand_is_told_to_mlflow_once_where_it_knows_the_model(
     (tmp_path / "code.json").write_text(json.dumps({"name": "code", "tasks": [code]}))
     asked = ["--suite", str(tmp_path / "code.json"), "--data", str(tmp_path), "--store", world.store.uri]
     assert main(["evaluate", "models:/vectorclm-base/1", *asked]) == 0
+    assert "acc.code                 not run" in capsys.readouterr().out
     (run,) = client.search_runs(
         [client.get_experiment_by_name("evaluations").experiment_id], "tags.not_run = 'code' and tags.suite = 'code'"
     )

@@ -1,6 +1,7 @@
 """The sandbox of programs that a model wrote: what they try leaves no trace outside."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -148,6 +149,18 @@ def test_a_program_reaches_nothing_outside(tmp_path: Path, listener: socket.sock
     assert not outside.exists()
     with pytest.raises(BlockingIOError):
         listener.accept()
+
+
+def test_a_process_with_many_open_files_tests_programs_as_well() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]  # more than `select` can wait for
+    try:
+        assert passes(PROBLEM, HONEST)
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_the_command_line_of_no_side_shows_the_tests() -> None:

@@ -28,7 +28,11 @@ MEMORY = 1 << 30
 
 
 class NotLiteral(Exception):
-    """A value that is no literal, or one that is too large."""
+    """A value that is no literal."""
+
+
+class TooLarge(Exception):
+    """A value of too many bytes or levels."""
 
 
 class ProgramError(Exception):
@@ -39,10 +43,12 @@ def encode(value: Any, level: int = 0) -> Any:
     """Turn a literal into JSON: built-in types as they are, their subclasses as what they hold.
 
     Numbers of other kinds (NumPy's) become Python's, other sets and mappings become `set` and `dict`. Iterators are
-    read to their end, and other collections of items become `deque`, which equals no list. Raises NotLiteral.
+    read to their end, and other collections of items become `deque`, which equals no list.
+
+    Raises NotLiteral and TooLarge.
     """
     if level > MOST_LEVELS:
-        raise NotLiteral(f"a value of more than {MOST_LEVELS} levels")
+        raise TooLarge(f"a value of more than {MOST_LEVELS} levels")
     if value is None or isinstance(value, bool | str | float):
         return value
     if isinstance(value, Integral):
@@ -87,7 +93,7 @@ def _items(values: Iterable[Any], level: int) -> list[Any]:
 def decode(data: Any, level: int = 0) -> Any:
     """Turn what `encode` wrote into values of exactly the built-in types. Raises an Exception for anything else."""
     if level > MOST_LEVELS:
-        raise NotLiteral(f"a value of more than {MOST_LEVELS} levels")
+        raise TooLarge(f"a value of more than {MOST_LEVELS} levels")
     if isinstance(data, list):
         return [decode(item, level + 1) for item in data]
     if not isinstance(data, dict):
@@ -117,10 +123,10 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
 
 
 def send(pipe: int, message: Any) -> None:
-    """Write a message as JSON with its length before it. Raises NotLiteral where it is too large."""
+    """Write a message as JSON with its length before it. Raises TooLarge."""
     body = json.dumps(message).encode()
     if len(body) > MOST_BYTES:
-        raise NotLiteral(f"a value of more than {MOST_BYTES:,} bytes")
+        raise TooLarge(f"a value of more than {MOST_BYTES:,} bytes")
     rest = memoryview(LENGTH.pack(len(body)) + body)
     while rest:
         rest = rest[os.write(pipe, rest) :]
@@ -134,10 +140,17 @@ def receive(pipe: int, deadline: float) -> Any:
     return json.loads(_read(pipe, size, deadline))
 
 
+def has_more(pipe: int, deadline: float) -> bool:
+    """Wait until a pipe can be read or has ended; False after the deadline."""
+    waiting = select.poll()  # `select` knows no descriptor above 1,023
+    waiting.register(pipe, select.POLLIN)
+    return bool(waiting.poll(max(0.0, deadline - time.monotonic()) * 1000))
+
+
 def _read(pipe: int, size: int, deadline: float) -> bytes:
     found = bytearray()
     while len(found) < size:
-        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not has_more(pipe, deadline):
             raise TimeoutError
         if not (part := os.read(pipe, size - len(found))):
             raise EOFError
@@ -156,7 +169,7 @@ def run_program(task: Mapping[str, str], calls: int, answers: int, seconds: floa
         args, kwargs = decode(receive(calls, deadline))
         try:
             value = function(*args, **kwargs)
-        except BaseException as error:
+        except Exception as error:
             send(answers, {"raised": [type(error).__name__, str(error)[:1000]]})
         else:
             send(answers, {"returned": encode(value)})  # ends the process where it is no literal
@@ -190,7 +203,7 @@ class Tests:
         self._ask(None, "ready")
         try:
             check(self.call)
-        except ImportError as error:  # never the program's: see `_raise`
+        except ModuleNotFoundError as error:  # never the program's: see `_raise`
             self.end(UNSUITABLE, f"they need what is not installed ({error})")
         except BaseException:
             self.end(FAILED)
@@ -202,6 +215,8 @@ class Tests:
             call = encode([list(args), kwargs])
         except NotLiteral as error:
             self.end(UNSUITABLE, f"they hand over what is no literal ({error})")
+        except TooLarge:  # which the program's answers may have made it
+            self.end(FAILED)
         kind, value = self._ask(call, "returned", "raised")
         if kind == "raised":
             self._raise(*value)
@@ -222,8 +237,8 @@ class Tests:
         kind = getattr(builtins, str(name), ProgramError)
         if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, ImportError):
             kind = ProgramError
-        if issubclass(kind, StopIteration | StopAsyncIteration) or name in ("SystemExit", "KeyboardInterrupt"):
-            self.end(FAILED)  # these would end a loop of the tests, or the tests
+        if issubclass(kind, StopIteration | StopAsyncIteration):
+            self.end(FAILED)  # it would end a loop of the tests
         try:
             error = kind(str(text))
         except TypeError:  # one that is made of more than a text

@@ -10,7 +10,6 @@ import errno
 import functools
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from vectorclm import code_judge
-from vectorclm.code_judge import PASSED, UNSUITABLE
+from vectorclm.code_judge import PASSED, UNSUITABLE, has_more
 from vectorclm.errors import ConfigError, DataError
 
 SECONDS = 10.0
@@ -203,8 +202,7 @@ def _file(files: contextlib.ExitStack, content: bytes) -> IO[bytes]:
 
 def _read(pipe: IO[bytes], deadline: float) -> bytes:
     """What the tests' side wrote at once; empty where it ended or did not within the time."""
-    ready = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]
-    return pipe.read(4096) or b"" if ready else b""
+    return pipe.read(4096) or b"" if has_more(pipe.fileno(), deadline) else b""
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
