@@ -42,8 +42,8 @@ class ProgramError(Exception):
 def encode(value: Any, level: int = 0) -> Any:
     """Turn a literal into JSON: built-in types as they are, their subclasses as what they hold.
 
-    Numbers of other kinds (NumPy's) become Python's, other sets and mappings become `set` and `dict`. Iterators are
-    read to their end, and other collections of items become `deque`, which equals no list.
+    Numbers of other kinds become Python's, other mappings `dict`, other sets a dictionary's keys. Iterators are read to
+    their end, and other collections of items become `deque`, which equals no list.
 
     Raises NotLiteral and TooLarge.
     """
@@ -80,7 +80,7 @@ def _encode_rare(value: Any, level: int) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a scalar of NumPy
         return encode(value.item(), level + 1)
     if isinstance(value, Set):
-        return {"set": _items(value, level)}
+        return {"keys": _items(value, level)}
     if isinstance(value, Iterable) and not isinstance(value, type):
         return {"iterator" if isinstance(value, Iterator) else "deque": _items(value, level)}
     raise NotLiteral(type(value).__name__)
@@ -111,6 +111,7 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
     "tuple": tuple,
     "set": set,
     "frozenset": frozenset,
+    "keys": lambda items: dict.fromkeys(items).keys(),
     "deque": collections.deque,
     "iterator": iter,
     "bytes": bytes.fromhex,

@@ -39,7 +39,7 @@ ISOLATION = (
     "--die-with-parent",
 )
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
-# One thread of a BLAS: whether a program passes must not depend on how much memory a machine's cores take.
+# One thread of a BLAS: what NumPy takes of the memory must not depend on the machine's cores.
 ENVIRONMENT = {"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 DENIED = (
     # other processes
@@ -180,8 +180,10 @@ def _start(
         filtered = _file(files, sandbox.seccomp)
         command[1:1] = ["--seccomp", str(filtered.fileno())]
         passed.append(filtered.fileno())
+    # A program has the standard library alone, whatever is installed; tests may need packages.
+    options = ["-I", "-B", "-S"] if arguments[0] == "program" else ["-I", "-B"]
     return subprocess.Popen(
-        [*command, sys.executable, "-I", "-B", str(JUDGE), *arguments],
+        [*command, sys.executable, *options, str(JUDGE), *arguments],
         cwd="/",
         env=ENVIRONMENT,
         stdin=_file(files, task),
