@@ -174,7 +174,7 @@ def _platform(args: argparse.Namespace) -> int:
     if args.command == "retry":
         doctor.point_at(config)
         return _retry(args, config, console)
-    with doctor.alone(config, console):
+    with doctor.alone(config, console, starts=args.command == "up"):
         if args.command == "doctor":
             return 0 if doctor.doctor(config, console) else 1
         (doctor.up if args.command == "up" else doctor.down)(config, console)

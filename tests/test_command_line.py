@@ -83,7 +83,7 @@ def test_a_store_whose_address_has_a_percent_sign(
     monkeypatch.setenv("VECTORCLM_STORE", "s3://bucket/a%20store%s")
     for main, parser in ((cli.main, cli.command_line()), (core.main, core.command_line())):
         for path in commands(parser):
-            with pytest.raises(SystemExit, match="^0$"):
+            with pytest.raises(SystemExit, match=r"^0$"):
                 main([*path, "--help"])
     assert "s3://bucket/a%20store%s" in capsys.readouterr().out
 
@@ -119,6 +119,6 @@ def test_the_beginning_of_an_option_is_not_the_option(
     known = {name for action in parser_of(parser, path)._actions for name in action.option_strings}
     if option[:-1] in known:
         pytest.skip(f"{option[:-1]} is an option itself")
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         parser.parse_args([*path, *needed, option[:-1]])
     assert f"unrecognized arguments: {option[:-1]}" in capsys.readouterr().err
