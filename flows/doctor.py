@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from flows import password
 from flows.ownership import ran_here, reasons_to_leave_alone, remember
 from flows.platform import POOLS, PlatformConfig
 from flows.service import Service, ServiceError
@@ -23,10 +24,7 @@ from vectorclm.artifact import Store
 from vectorclm.errors import VectorCLMError
 
 FREE_GIGABYTES = 5
-OPEN = (
-    "none, so whoever works on this machine, and a web page that has its name point here (DNS rebinding), can run "
-    "programs as you: PREFECT_AUTH=user:password sets one"
-)
+OPEN = "none, so whoever works on this machine can run programs as you; without PREFECT_AUTH=none, `up` makes one"
 HEARTBEAT_SECONDS = 40  # that a worker which starts may take to be heard of
 WRITE_SECONDS = 60  # that a write may take
 TAKE_SECONDS = 20  # that a worker may need to take a run that is due
@@ -38,6 +36,8 @@ def up(config: PlatformConfig, console: Console) -> None:
 
     Raises a VectorCLMError where a service does not start; those that run stay.
     """
+    if config.prefect_auth is None:
+        password.ensure(config.home, f"{config.prefect_url}/api")
     point_at(config)
     remember(config)
     for service in config.stores():
@@ -53,6 +53,7 @@ def up(config: PlatformConfig, console: Console) -> None:
             console.print(f"starting {service.name} …", highlight=False)
     for service in servers:
         service.wait()
+    password.settle(config.home, f"{config.prefect_url}/api", own=config.prefect_auth is None)
     problem = _provision(config, lambda line: console.print(line, highlight=False))
     if problem is not None:
         console.print(problem, style="yellow", highlight=False, markup=False)
@@ -87,10 +88,21 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
         ("logs", str(config.home / "platform")),
     ):
         console.print(f"{name:>20}  {link}", highlight=False, soft_wrap=True)
-    if config.prefect_auth is None:
-        console.print(f"{'password':>20}  {OPEN}", highlight=False, soft_wrap=True)
+    console.print(f"{'password':>20}  {_password(config, shown=console.is_terminal)}", highlight=False, soft_wrap=True)
     if not _gpus():
         console.print(f"{'gpu':>20}  none here: this machine's workers run on its CPU", highlight=False)
+
+
+def _password(config: PlatformConfig, *, shown: bool) -> str:
+    """What there is to know of Prefect's password; the one that `up` made is shown where a person reads along."""
+    if config.prefect_password is None:
+        return OPEN
+    if config.prefect_auth is not None:
+        return "that of PREFECT_AUTH, which Prefect's page asks for once, as user:password"
+    place = password.place(config.home)
+    if not shown:
+        return f"Prefect's page asks for it once: it is PREFECT_API_AUTH_STRING in {place}"
+    return f"{config.prefect_password}  which Prefect's page asks for once, all of it; kept in {place}"
 
 
 def _provision(config: PlatformConfig, tell: Callable[[str], None]) -> str | None:
@@ -276,13 +288,16 @@ def _database(config: PlatformConfig) -> Iterator[Finding]:
 
 def _writes(config: PlatformConfig) -> bool:
     """Whether Prefect's server makes and removes a variable in time."""
-    auth = None
-    if config.prefect_auth is not None:
-        auth = httpx.BasicAuth(*config.prefect_auth.get_secret_value().partition(":")[::2])
+    known = config.prefect_password
+    auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
     name = f"doctor-{secrets.token_hex(4)}"
     api = f"{config.prefect_url}/api/variables"
     try:
         with httpx.Client(auth=auth, timeout=WRITE_SECONDS, trust_env=False) as client:
+            token = (
+                client.get(f"{config.prefect_url}/api/csrf-token", params={"client": name}).raise_for_status().json()
+            )
+            client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": token["token"]})
             client.post(f"{api}/", json={"name": name, "value": "a write"}).raise_for_status()
             client.delete(f"{api}/name/{name}").raise_for_status()
     except httpx.HTTPError:
@@ -311,8 +326,7 @@ def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
     problem = _provision(config, changes.append)
     for change in changes:
         yield Finding(True, change)
-    if config.prefect_auth is None:
-        yield Finding(True, f"password: {OPEN}")
+    yield Finding(True, f"password: {_password(config, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
     told = f"a fallen score is told by the block {config.vectorclm_notify}"
     if config.vectorclm_notify == "none":

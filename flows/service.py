@@ -105,7 +105,7 @@ class Service:
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 self.command,
-                env={**_neutral(os.environ), **self.environment},
+                env={**neutral(os.environ), **self.environment},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -223,6 +223,6 @@ def _end(processes: Iterable[psutil.Process], first: signal.Signals = signal.SIG
         _, left = psutil.wait_procs(left, timeout=STOP_SECONDS)
 
 
-def _neutral(environment: Mapping[str, str]) -> dict[str, str]:
+def neutral(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what points at other servers."""
     return {key: value for key, value in environment.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
