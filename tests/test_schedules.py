@@ -32,7 +32,8 @@ from selenium.webdriver.support.ui import Select
 
 from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
-from tests.test_platform import Platform, browser, click, page, platform_at, says, until
+from tests.conftest import chromium
+from tests.test_platform import Platform, click, platform_at, says, until
 from vectorclm.model import CausalLM
 from vectorclm.model_config import model_config
 
@@ -286,9 +287,16 @@ def set_schedule(platform: Platform, window: WebDriver, slug: str) -> None:
     click(window, "button", "Save")
 
 
-def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, page: WebDriver) -> None:
+@pytest.fixture
+def window() -> Iterator[WebDriver]:
+    made = chromium(1400, 1500)
+    yield made
+    made.quit()
+
+
+def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebDriver) -> None:
     """A person adds a schedule to the deployment; the page says so, and two runs of it end well."""
     with schedule_ends(platform, "by-page"):
-        set_schedule(platform, page, "by-page")
-        until(lambda: says(page, "by-page"), "the page shows the schedule", 60)
+        set_schedule(platform, window, "by-page")
+        until(lambda: says(window, "by-page"), "the page shows the schedule", 60)
         until(lambda: len(scheduled(platform, "by-page")) >= 2, "two runs of the schedule end")
