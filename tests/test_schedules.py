@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 import pytest
 import torch
 import yaml
@@ -21,7 +20,6 @@ from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
@@ -117,7 +115,7 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: P
     platform.client.update_deployment_schedule(deployment.id, found["weekly-base"].id, active=True)
     nobody = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
     assert nobody.returncode == 1 and "Prefect has no block webhook/team" in nobody.stdout
-    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+    with platform.addressed():
         Webhook(url=inbox.url).save("team")
     done = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
     assert done.returncode == 0 and f"automation created: {TOLD}" in done.stdout
@@ -199,7 +197,7 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
     """Prefect sends to each of its kinds, e-mail among them, a subject and a text; this one posts them as they are."""
     told: list[str] = []
     texts = {"subject": "{{subject}}", "text": "{{body}}"}
-    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+    with platform.addressed():
         CustomWebhookNotificationBlock(name="team", url=inbox.url, json_data=texts).save("words")
     assert _notification(platform.client, "secret/words", told.append) is not None  # no such block: nothing changes
     assert _notification(platform.client, "custom-webhook/words", told.append) is None
@@ -212,7 +210,6 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
         resource=Resource({"prefect.resource.id": "vectorclm.evaluation-of-a-test"}),
         payload=payload,
     )
-    sent = httpx.post(f"{platform.config.prefect_url}/api/events", json=[event.model_dump(mode="json")])
-    sent.raise_for_status()
+    platform.client.request("POST", "/events", json=[event.model_dump(mode="json")])
     (message,) = until(lambda: inbox.messages, "the fall is told")
     assert message["subject"] == payload["title"] and payload["text"] in message["text"]
