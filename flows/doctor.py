@@ -291,15 +291,13 @@ def _writes(config: PlatformConfig) -> bool:
     known = config.prefect_password
     auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
     name = f"doctor-{secrets.token_hex(4)}"
-    api = f"{config.prefect_url}/api/variables"
+    api = f"{config.prefect_url}/api"
     try:
         with httpx.Client(auth=auth, timeout=WRITE_SECONDS, trust_env=False) as client:
-            token = (
-                client.get(f"{config.prefect_url}/api/csrf-token", params={"client": name}).raise_for_status().json()
-            )
-            client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": token["token"]})
-            client.post(f"{api}/", json={"name": name, "value": "a write"}).raise_for_status()
-            client.delete(f"{api}/name/{name}").raise_for_status()
+            given = client.get(f"{api}/csrf-token", params={"client": name}).raise_for_status().json()["token"]
+            client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": given})
+            client.post(f"{api}/variables/", json={"name": name, "value": "a write"}).raise_for_status()
+            client.delete(f"{api}/variables/name/{name}").raise_for_status()
     except httpx.HTTPError:
         return False
     return True

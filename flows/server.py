@@ -137,7 +137,7 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
 
     The password that `vectorclm up` made for the platform of this store is found without the user's doing.
 
-    Raises ConfigError where a password is in that, and ServerError where no server answers.
+    Raises ConfigError where a password is in that, or is missing, and ServerError where no server answers.
     """
     if has_own_server():
         if "@" in os.environ["PREFECT_API_URL"]:
@@ -152,6 +152,7 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
             raise ServerError(f"no Prefect server answers at {url}: start it, or unset PREFECT_API_URL")
         if "PREFECT_API_AUTH_STRING" not in os.environ and (auth := password.read(home.parent, url)) is not None:
             os.environ["PREFECT_API_AUTH_STRING"] = auth
+        _check_password(url)
         yield None
         return
     server = PrivateServer(home)
@@ -160,6 +161,22 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
         yield server
     finally:
         server.stop()
+
+
+def _check_password(url: str) -> None:
+    """Raise ConfigError where the user's own server refuses what this process knows, a profile of Prefect included."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.request("GET", "/admin/version")
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code == 401:
+                raise ConfigError(
+                    f"Prefect at {url} wants a password: give the --store of its platform, or set "
+                    "PREFECT_API_AUTH_STRING=user:password"
+                ) from error
 
 
 def _free_port() -> int:

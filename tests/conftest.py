@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,7 +114,7 @@ def tiny_text() -> list[str]:
     return [base.replace("otter", name) * 3 for name in ("fox", "bear", "mouse", "owl", "hare") for _ in range(40)]
 
 
-def chromium(width: int, height: int, **capabilities: object) -> webdriver.Chrome:
+def chromium(width: int, height: int, arguments: Sequence[str] = (), **capabilities: object) -> webdriver.Chrome:
     """A real browser without a screen, where one is installed."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (program and driver):
@@ -122,7 +122,8 @@ def chromium(width: int, height: int, **capabilities: object) -> webdriver.Chrom
         pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"):
+    own = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}")
+    for argument in (*own, *arguments):
         options.add_argument(argument)
     for name, value in capabilities.items():
         options.set_capability(f"goog:{name}", value)

@@ -284,8 +284,7 @@ def platform(config: PlatformConfig, options: list[str]) -> Iterator[Killer]:
 
     try:
         command("up")
-        auth = config.prefect_auth.get_secret_value() if config.prefect_auth is not None else None
-        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=auth) as client:
+        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as client:
             yield Killer(config, lambda: command("doctor"), client)
     finally:
         command("down")

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from flows import password
 from flows.platform import PlatformConfig, read_platform
 from flows.server import HEARTBEAT_SECONDS
 from vectorclm.errors import ConfigError
@@ -279,6 +280,33 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp
     ):
         assert message in line
     assert "again_from" in told[6]
+
+
+OWN_SERVER = """
+import os, sys
+from pathlib import Path
+from flows.server import prefect_server
+
+with prefect_server(Path(sys.argv[1])) as server:
+    print(server, os.environ["PREFECT_API_AUTH_STRING"])
+"""
+
+
+def test_a_run_finds_the_password_of_the_platform_of_its_store_and_asks_for_another(
+    prefect_api: dict[str, str], tmp_path: Path
+) -> None:
+    auth = prefect_api["PREFECT_API_AUTH_STRING"]
+    without = {name: value for name, value in prefect_api.items() if "AUTH" not in name}
+    command = [sys.executable, "-m", "flows.cli", "run", "tiny", "--store", str(tmp_path)]
+    done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "set PREFECT_API_AUTH_STRING=user:password" in done.stderr
+    assert done.stderr.count("\n") == 1 and auth not in done.stderr
+    file = password.place(tmp_path)
+    file.parent.mkdir()
+    file.write_text(f"PREFECT_API_URL={prefect_api['PREFECT_API_URL']}\nPREFECT_API_AUTH_STRING={auth}\n")
+    command = [sys.executable, "-c", OWN_SERVER, str(tmp_path / ".prefect")]
+    done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
+    assert done.stdout == f"None {auth}\n", done.stderr
 
 
 def test_a_retry_without_a_platform_says_how_to_start_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Servers, workers and browser are the real ones, on ports of their own and in a temporary store.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -25,9 +26,10 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
@@ -67,12 +69,20 @@ class Platform:
 
     config: PlatformConfig
     options: list[str]
-    client: SyncPrefectClient = field(init=False)
+    client: SyncPrefectClient = dataclasses.field(init=False)  # once it is up
     broken: bool = False  # a test broke what the server's loops need, so they may well log errors
 
     @property
     def server_log(self) -> Path:
         return self.config.home / "platform" / "prefect-server.log"
+
+    @contextmanager
+    def addressed(self) -> Iterator[None]:
+        """Have Prefect's functions talk to it while the block runs."""
+        environment = self.config.client_environment()
+        settings = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
+        with temporary_settings({**settings, PREFECT_API_AUTH_STRING: environment["PREFECT_API_AUTH_STRING"]}):
+            yield
 
     def command(
         self, *arguments: str, environment: Mapping[str, str] | None = None
@@ -126,7 +136,9 @@ def platform_at(place: Path) -> Iterator[Platform]:
         done = made.command("up")
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{config.prefect_url}/deployments/deployment/" in done.stdout
-        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as made.client:
+        assert config.prefect_password is not None and config.prefect_password not in done.stdout  # a log, as here
+        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as client:
+            made.client = client
             yield made
         if not made.broken:
             assert loop_errors(made.server_log.read_text()) == []
@@ -189,6 +201,13 @@ def fill(window: WebDriver, section: str, label: str, value: str) -> None:
     field.send_keys(value)
 
 
+def log_in(window: WebDriver, platform: Platform) -> None:
+    """Give the page the password that it asks for, once; then it shows what was asked for."""
+    (asked,) = until(lambda: window.find_elements(By.CSS_SELECTOR, "input[type='password']"), "it asks", 60)
+    asked.send_keys(platform.config.prefect_password or "", Keys.ENTER)
+    until(lambda: "/login" not in window.current_url, "the password is taken", 60)
+
+
 def says(window: WebDriver, text: str) -> bool:
     return text in window.find_element(By.TAG_NAME, "body").text
 
@@ -229,6 +248,7 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     (store / "shards").write_text("a file where a folder must be: the stage cannot write its artifact")
     deployment = platform.client.read_deployment_by_name("curriculum/curriculum")
     page.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}/run")
+    log_in(page, platform)
     fill(page, "Pretrain", "Tokens", "5")
     fill(page, "Finetune", "Epochs", "0.02")
     fill(page, "Evaluate", "Chat Prompts", "3")
@@ -314,7 +334,7 @@ def test_the_chip_follows_a_stage_to_its_end(platform: Platform, monkeypatch: py
         chips = platform.client.read_artifacts(artifact_filter=key)
         return (float(str(chips[0].data)), str(chips[0].description)) if chips else (-1.0, "")
 
-    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}), live.live("of_a_test", print):
+    with platform.addressed(), live.live("of_a_test", print):
         for done, percent in ((0, 0.0), (500, 50.0), (515, 51.5)):
             say(Tick("of_a_test", done, 1000, "tokens", "loss 2.5"))
             until(lambda percent=percent: shown()[0] == percent, f"the chip shows {percent}", 60)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 import pytest
 import torch
 import yaml
@@ -24,7 +23,6 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -33,7 +31,7 @@ from selenium.webdriver.support.ui import Select
 from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
 from tests.conftest import chromium
-from tests.test_platform import Platform, click, platform_at, says, until
+from tests.test_platform import Platform, click, log_in, platform_at, says, until
 from vectorclm.model import CausalLM
 from vectorclm.model_config import model_config
 
@@ -126,7 +124,7 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: P
     platform.client.update_deployment_schedule(deployment.id, found["weekly-base"].id, active=True)
     nobody = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
     assert nobody.returncode == 1 and "Prefect has no block webhook/team" in nobody.stdout
-    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+    with platform.addressed():
         Webhook(url=inbox.url).save("team")
     done = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
     assert done.returncode == 0 and f"automation created: {TOLD}" in done.stdout
@@ -208,7 +206,7 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
     """Prefect sends to each of its kinds, e-mail among them, a subject and a text; this one posts them as they are."""
     told: list[str] = []
     texts = {"subject": "{{subject}}", "text": "{{body}}"}
-    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+    with platform.addressed():
         CustomWebhookNotificationBlock(name="team", url=inbox.url, json_data=texts).save("words")
     assert _notification(platform.client, "secret/words", told.append) is not None  # no such block: nothing changes
     assert _notification(platform.client, "custom-webhook/words", told.append) is None
@@ -221,8 +219,7 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
         resource=Resource({"prefect.resource.id": "vectorclm.evaluation-of-a-test"}),
         payload=payload,
     )
-    sent = httpx.post(f"{platform.config.prefect_url}/api/events", json=[event.model_dump(mode="json")])
-    sent.raise_for_status()
+    platform.client.request("POST", "/events", json=[event.model_dump(mode="json")])
     (message,) = until(lambda: inbox.messages, "the fall is told")
     assert message["subject"] == payload["title"] and payload["text"] in message["text"]
 
@@ -272,10 +269,8 @@ def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platfor
 def set_schedule(platform: Platform, window: WebDriver, slug: str) -> None:
     """Add a schedule of 10 seconds to the deployment `evaluate`, in its page."""
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-    window.get(platform.config.prefect_url)
-    if (auth := platform.config.prefect_password) is not None:  # as the page keeps what it was told
-        window.execute_script("localStorage.setItem('prefect-password', btoa(arguments[0]))", auth)
     window.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
+    log_in(window, platform)
     click(window, "button", "Schedule")
     place = "//input[@placeholder='Enter a unique identifier for this schedule']"
     until(lambda: window.find_elements(By.XPATH, place), "the form of a schedule", 60)[0].send_keys(slug)

@@ -39,6 +39,7 @@ class Guard:
 
         async def send_unframed(message: Message) -> None:
             if message["type"] == "http.response.start":
+                message.setdefault("headers", [])  # ASGI lets them be left out
                 MutableHeaders(scope=message).setdefault("X-Frame-Options", "SAMEORIGIN")
             await send(message)
 
