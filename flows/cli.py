@@ -25,6 +25,7 @@ from flows.form import Name
 from flows.server import PrivateServer, has_own_server, local_folder, prefect_server
 from vectorclm import __main__ as core
 from vectorclm.artifact import Artifact, Store, default_store
+from vectorclm.command_line import CommandParser
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.pinning import check_sources, pin
@@ -49,10 +50,9 @@ REPORT_SECONDS = 30
 END_SECONDS = 25  # after Ctrl-C; a stage in the middle of a library's call cannot be asked to stop
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 where all went well, 2 for an error that its message explains, 130 after Ctrl-C."""
-    gc.freeze()  # what is imported stays, so no collection of garbage need look at it
-    parser = argparse.ArgumentParser("vectorclm", description="From raw text to an instruction-tuned language model.")
+def command_line() -> CommandParser:
+    """The parser of `vectorclm`, with all its commands."""
+    parser = CommandParser("vectorclm", description="From raw text to an instruction-tuned language model.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_platform(commands)
@@ -60,7 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for made in OWN_COMMANDS.values():
         made.add_command(commands, default_store())
     core.add_commands(commands, "a folder, <store>/<stage>/<fingerprint>, models:/NAME@ALIAS or models:/NAME/VERSION")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 where all went well, 2 for an error that its message explains, 130 after Ctrl-C."""
+    gc.freeze()  # what is imported stays, so no collection of garbage need look at it
+    args = command_line().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     try:
         if args.command == "run":
@@ -117,7 +123,7 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("--verbose", action="store_true", help="show every log line")
     machine = parser.add_argument_group("this machine (never part of a result's fingerprint)")
     for name, field in Runtime.model_fields.items():
-        kind, about = field.annotation, (field.description or "").replace("%", "%%")
+        kind, about = field.annotation, field.description
         options: dict[str, Any] = {"type": int if kind is int else str}
         if get_origin(kind) is Literal:
             options = {"choices": get_args(kind)}
@@ -168,7 +174,7 @@ def _platform(args: argparse.Namespace) -> int:
     if args.command == "retry":
         doctor.point_at(config)
         return _retry(args, config, console)
-    with doctor.alone(config, console):
+    with doctor.alone(config, console, starts=args.command == "up"):
         if args.command == "doctor":
             return 0 if doctor.doctor(config, console) else 1
         (doctor.up if args.command == "up" else doctor.down)(config, console)

@@ -8,26 +8,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 import httpx
 from filelock import FileLock, Timeout
+from packaging.requirements import Requirement
 from rich.console import Console
 
+from flows import password
+from flows.ownership import ran_here, reasons_to_leave_alone, remember
 from flows.platform import POOLS, PlatformConfig
 from flows.service import Service, ServiceError
 from vectorclm.artifact import Store
 from vectorclm.errors import VectorCLMError
 
 FREE_GIGABYTES = 5
-OPEN = (
-    "none, so whoever works on this machine, and a web page that has its name point here (DNS rebinding), can run "
-    "programs as you: PREFECT_AUTH=user:password sets one"
-)
+OPEN = "none, so whoever works on this machine can run programs as you; without PREFECT_AUTH=none, `up` makes one"
 HEARTBEAT_SECONDS = 40  # that a worker which starts may take to be heard of
 WRITE_SECONDS = 60  # that a write may take
-VERSIONS = ("prefect", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
+TAKE_SECONDS = 20  # that a worker may need to take a run that is due
+VERSIONS = ("prefect", "sqlalchemy", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
 
 
 def up(config: PlatformConfig, console: Console) -> None:
@@ -35,7 +36,10 @@ def up(config: PlatformConfig, console: Console) -> None:
 
     Raises a VectorCLMError where a service does not start; those that run stay.
     """
+    if config.prefect_auth is None:
+        password.ensure(config.home, f"{config.prefect_url}/api")
     point_at(config)
+    remember(config)
     for service in config.stores():
         if service.start():
             console.print(f"starting {service.name} …", highlight=False)
@@ -49,6 +53,7 @@ def up(config: PlatformConfig, console: Console) -> None:
             console.print(f"starting {service.name} …", highlight=False)
     for service in servers:
         service.wait()
+    password.settle(config.home, f"{config.prefect_url}/api", own=config.prefect_auth is None)
     problem = _provision(config, lambda line: console.print(line, highlight=False))
     if problem is not None:
         console.print(problem, style="yellow", highlight=False, markup=False)
@@ -83,10 +88,21 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
         ("logs", str(config.home / "platform")),
     ):
         console.print(f"{name:>20}  {link}", highlight=False, soft_wrap=True)
-    if config.prefect_auth is None:
-        console.print(f"{'password':>20}  {OPEN}", highlight=False, soft_wrap=True)
+    console.print(f"{'password':>20}  {_password(config, shown=console.is_terminal)}", highlight=False, soft_wrap=True)
     if not _gpus():
         console.print(f"{'gpu':>20}  none here: this machine's workers run on its CPU", highlight=False)
+
+
+def _password(config: PlatformConfig, *, shown: bool) -> str:
+    """What there is to know of Prefect's password; the one that `up` made is shown where a person reads along."""
+    if config.prefect_password is None:
+        return OPEN
+    if config.prefect_auth is not None:
+        return "that of PREFECT_AUTH, which Prefect's page asks for once, as user:password"
+    place = password.place(config.home)
+    if not shown:
+        return f"Prefect's page asks for it once: it is PREFECT_API_AUTH_STRING in {place}"
+    return f"{config.prefect_password}  which Prefect's page asks for once, all of it; kept in {place}"
 
 
 def _provision(config: PlatformConfig, tell: Callable[[str], None]) -> str | None:
@@ -111,8 +127,14 @@ def point_at(config: PlatformConfig) -> None:
 
 
 @contextmanager
-def alone(config: PlatformConfig, console: Console) -> Iterator[None]:
-    """No other `up`, `down` or `doctor` of this platform is at work while the block runs."""
+def alone(config: PlatformConfig, console: Console, *, starts: bool) -> Iterator[None]:
+    """No other `up`, `down` or `doctor` of this platform is at work while the block runs.
+
+    Where no platform ran, only a command that `starts` one makes the home.
+    """
+    if not starts and not ran_here(config):
+        yield
+        return
     config.home.mkdir(parents=True, exist_ok=True)
     lock = FileLock(config.home / "platform.lock")
     try:
@@ -140,14 +162,19 @@ Check = Callable[[PlatformConfig], Iterator[Finding]]
 def doctor(config: PlatformConfig, console: Console) -> bool:
     """Look at every part, mend what can be mended, print a line each; whether all is well in the end.
 
-    Nothing is written or started in a Prefect server that is not this platform's.
+    Where no platform runs that `up` started with these settings, doctor looks and says so: it makes and starts nothing.
     """
     point_at(config)
-    well = _checked((_versions, _stores, _store, _disk, _gpu, _servers), config, console)
+    well = _checked((_versions, _disk, _gpu), config, console)
+    if reasons := reasons_to_leave_alone(config):
+        for reason in reasons:
+            _told(Finding(False, reason), console)
+        return False
+    well &= _checked((_stores, _store, _servers), config, console)
     if config.servers()[0].process() is None:
         told = f"Prefect's server at {config.prefect_url}, if any, is not this platform's: nothing in it is looked at"
         return _told(Finding(False, told), console)
-    return _checked((_database, _inside_prefect, _workers), config, console) and well
+    return _checked((_database, _inside_prefect, _workers, _waiting), config, console) and well
 
 
 def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) -> bool:
@@ -171,21 +198,29 @@ def _told(finding: Finding, console: Console) -> bool:
 
 
 def _versions(config: PlatformConfig) -> Iterator[Finding]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            yield Finding(False, f"{name} is not installed: run `make install`")
-    minor = tuple(int(part) for part in found.get("fastapi", "0.0").split(".")[:2])
-    if minor >= (0, 151):
-        yield Finding(
-            False, f"fastapi {found['fastapi']}: Prefect's server dies on 0.151 and later, run `make install`"
-        )
-    else:
-        yield Finding(True, "versions: " + ", ".join(f"{name} {number}" for name, number in found.items()))
+    wrong = list(_unsuitable())
+    for told in wrong:
+        yield Finding(False, told)
+    if not wrong:
+        yield Finding(True, "versions: " + ", ".join(f"{name} {version(name)}" for name in VERSIONS))
     if config.database("mlflow", "psycopg2") is not None and find_spec("psycopg2") is None:
         yield Finding(False, "MLflow needs psycopg2 to reach Postgres: pip install 'vectorclm[postgres]'")
+
+
+def _unsuitable() -> Iterator[str]:
+    """What is installed beside this package and is not what the package needs, each with the command that mends it."""
+    for line in requires("vectorclm") or []:
+        needed = Requirement(line)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        mend = f"pip install '{needed.name}{needed.specifier}', then `vectorclm down` and `vectorclm up`"
+        try:
+            found = version(needed.name)
+        except PackageNotFoundError:
+            yield f"{needed.name} is not installed: {mend}"
+            continue
+        if not needed.specifier.contains(found, prereleases=True):
+            yield f"{needed.name} {found} does not work here: {mend}"
 
 
 def _stores(config: PlatformConfig) -> Iterator[Finding]:
@@ -208,8 +243,8 @@ def _store(config: PlatformConfig) -> Iterator[Finding]:
 
 
 def _disk(config: PlatformConfig) -> Iterator[Finding]:
-    config.home.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(config.home).free / 1e9
+    there = next(folder for folder in (config.home, *config.home.parents) if folder.exists())
+    free = shutil.disk_usage(there).free / 1e9
     yield Finding(free >= FREE_GIGABYTES, f"{free:.0f} GB free at {config.home}; {FREE_GIGABYTES} are wise")
 
 
@@ -226,7 +261,10 @@ def _gpus() -> list[str]:
 
 def _servers(config: PlatformConfig) -> Iterator[Finding]:
     for service in config.servers():
-        yield _mended(service)
+        try:
+            yield _mended(service)
+        except ServiceError as error:  # the next one is looked at all the same
+            yield Finding(False, str(error))
 
 
 def _database(config: PlatformConfig) -> Iterator[Finding]:
@@ -250,27 +288,44 @@ def _database(config: PlatformConfig) -> Iterator[Finding]:
 
 def _writes(config: PlatformConfig) -> bool:
     """Whether Prefect's server makes and removes a variable in time."""
-    auth = None
-    if config.prefect_auth is not None:
-        auth = httpx.BasicAuth(*config.prefect_auth.get_secret_value().partition(":")[::2])
+    known = config.prefect_password
+    auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
     name = f"doctor-{secrets.token_hex(4)}"
-    api = f"{config.prefect_url}/api/variables"
+    api = f"{config.prefect_url}/api"
     try:
         with httpx.Client(auth=auth, timeout=WRITE_SECONDS, trust_env=False) as client:
-            client.post(f"{api}/", json={"name": name, "value": "a write"}).raise_for_status()
-            client.delete(f"{api}/name/{name}").raise_for_status()
+            given = client.get(f"{api}/csrf-token", params={"client": name}).raise_for_status().json()["token"]
+            client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": given})
+            client.post(f"{api}/variables/", json={"name": name, "value": "a write"}).raise_for_status()
+            client.delete(f"{api}/variables/name/{name}").raise_for_status()
     except httpx.HTTPError:
         return False
     return True
 
 
 def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
+    """What the server's services do, while the deployments are made, which takes longer than to see it."""
+    from prefect.client.orchestration import get_client
+
+    from flows import server_services
+
+    log = config.servers()[0].log
+    with get_client(sync_client=True) as client, server_services.probe(client, log) as probe:
+        unplanned = server_services.unplanned(client)
+        try:
+            yield from _provisioned(config)
+        except VectorCLMError as error:
+            yield Finding(False, str(error))
+        for good, what in server_services.findings(client, probe, unplanned, log):
+            yield Finding(good, what)
+
+
+def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
     changes: list[str] = []
     problem = _provision(config, changes.append)
     for change in changes:
         yield Finding(True, change)
-    if config.prefect_auth is None:
-        yield Finding(True, f"password: {OPEN}")
+    yield Finding(True, f"password: {_password(config, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
     told = f"a fallen score is told by the block {config.vectorclm_notify}"
     if config.vectorclm_notify == "none":
@@ -290,6 +345,25 @@ def _workers(config: PlatformConfig) -> Iterator[Finding]:
             yield Finding(True, f"pool {pool} has {online} worker(s) online{', started again' if again else ''}")
         else:
             yield Finding(False, f"pool {pool} has a worker process but no heartbeat: read {service.log}")
+
+
+def _waiting(config: PlatformConfig) -> Iterator[Finding]:
+    """Runs that are late though nothing runs before them; a worker that just started is given time to take them."""
+    from prefect.client.orchestration import get_client
+
+    from flows.server_services import late_runs
+
+    deadline = time.monotonic() + TAKE_SECONDS
+    with get_client(sync_client=True) as client:
+        while (late := late_runs(client)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+    logs = ", ".join(str(service.log) for service in config.workers())
+    for line in late:
+        yield Finding(
+            False, f"{line}: read the log of its worker ({logs}), and look whether the pool or queue is paused"
+        )
+    if not late:
+        yield Finding(True, "no run waits without a reason")
 
 
 def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:

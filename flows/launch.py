@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from flows.service import neutral
 from vectorclm import errors
 from vectorclm.errors import VectorCLMError
 from vectorclm.progress import parse_tick, say
@@ -159,7 +160,10 @@ class Launcher:
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={
+                    **neutral(os.environ),
+                    "PYTHONUNBUFFERED": "1",
+                },  # the core asks neither server, nor may what it runs
                 start_new_session=True,
             )
             self._children.add(child)

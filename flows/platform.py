@@ -1,7 +1,8 @@
 """The platform's services on one machine: Postgres and an S3 store where asked for, Prefect, MLflow, the workers.
 
 Each is a process of its own that outlives the command which starts it; `<home>/platform/` keeps its log and what it
-takes to find it again. Passwords reach services by their environment or a pipe, never by arguments or files.
+takes to find it again. Passwords reach services by their environment or a pipe, never by arguments; the one that `up`
+makes for Prefect lies in a file that its owner alone reads.
 """
 
 import os
@@ -15,16 +16,19 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 
+from flows import password
 from flows.database import postgres
 from flows.objectstore import object_store
 from flows.server import HEARTBEAT_SECONDS, QUIET, answers, local_folder, past_proxies
 from flows.service import HOST, Service
 from vectorclm.artifact import Store
 from vectorclm.errors import ConfigError
+from vectorclm.guard import ALLOWED, allowed_hosts
 from vectorclm.settings import Settings, validate
 
 POOLS = ("cpu", "gpu")
 EVENTS_KEPT = "P30D"  # ISO 8601
+SCHEDULE_SECONDS = 10  # after which a new schedule shows its next runs
 
 
 class PlatformConfig(Settings):
@@ -45,7 +49,12 @@ class PlatformConfig(Settings):
     postgres_port: int = Field(5432, ge=1, le=65_535)
     s3_port: int = Field(8333, ge=1, le=65_535)
     postgres_password: SecretStr | None = None
-    prefect_auth: SecretStr | None = Field(None, description="user:password of Prefect's API and UI")
+    vectorclm_allowed_hosts: str = Field(
+        "", description="Names, beside localhost, by which Prefect and MLflow are reached, as behind a proxy; by commas"
+    )
+    prefect_auth: SecretStr | None = Field(
+        None, description="user:password of Prefect's API and UI; left out, `up` makes one; none = it asks for none"
+    )
     mlflow_admin_password: SecretStr | None = Field(None, min_length=12)
     mlflow_secret_key: SecretStr | None = None
     s3_access_key: SecretStr | None = None
@@ -57,6 +66,13 @@ class PlatformConfig(Settings):
         for one, other in (("mlflow_admin_password", "mlflow_secret_key"), ("s3_access_key", "s3_secret_key")):
             if (getattr(self, one) is None) != (getattr(self, other) is None):
                 raise ValueError(f"{one.upper()} and {other.upper()} go together: set both, or neither")
+        auth = self.prefect_auth
+        if auth is not None and not password.is_off(auth) and not password.is_complete(auth.get_secret_value()):
+            raise ValueError("PREFECT_AUTH must be user:password, or none")
+        try:
+            allowed_hosts({ALLOWED: self.vectorclm_allowed_hosts})
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         url = self.vectorclm_database
         if url is not None and not re.match(r"postgres(ql)?://", url.get_secret_value()):
             raise ValueError("VECTORCLM_DATABASE must be postgresql://user:password@host:port")
@@ -68,6 +84,16 @@ class PlatformConfig(Settings):
         if self.vectorclm_home is not None:
             return Path(self.vectorclm_home).absolute()
         return local_folder(Store(self.vectorclm_store))
+
+    @property
+    def prefect_password(self) -> str | None:
+        """user:password of Prefect: as set, else the one that `up` made; None where there is none.
+
+        Raises ConfigError where the file that keeps it cannot be read.
+        """
+        if self.prefect_auth is None:
+            return password.read(self.home)
+        return None if password.is_off(self.prefect_auth) else self.prefect_auth.get_secret_value()
 
     @property
     def prefect_url(self) -> str:
@@ -103,8 +129,8 @@ class PlatformConfig(Settings):
             "VECTORCLM_HOME": str(self.home),
             "VECTORCLM_STORE": store if "://" in store else str(Path(store).absolute()),
         }
-        if self.prefect_auth is not None:
-            environment["PREFECT_API_AUTH_STRING"] = self.prefect_auth.get_secret_value()
+        if (auth := self.prefect_password) is not None:
+            environment["PREFECT_API_AUTH_STRING"] = auth
         if self.mlflow_admin_password is not None:
             environment["MLFLOW_TRACKING_USERNAME"] = "admin"
             environment["MLFLOW_TRACKING_PASSWORD"] = self.mlflow_admin_password.get_secret_value()
@@ -175,36 +201,39 @@ def read_platform(env_file: Path | None, **options: Any) -> PlatformConfig:
 
 
 def _prefect_server(config: PlatformConfig) -> Service:
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(config.prefect_port)]
+    command = [sys.executable, "-m", "flows.guard", "prefect", "--host", HOST, "--port", str(config.prefect_port)]
     environment = {
         **QUIET,
         "PREFECT_HOME": str(config.home / ".prefect"),
         "PREFECT_API_URL": f"{config.prefect_url}/api",
-        # A page of another origin, open in the same browser, has no say here. One whose name is made to mean this
-        # address counts as of this origin (DNS rebinding), as Prefect looks at no Host: PREFECT_AUTH alone stops it.
+        ALLOWED: config.vectorclm_allowed_hosts,
+        # The guard refuses other origins; these two hold where a proxy hides them.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{config.prefect_url},http://localhost:{config.prefect_port}",
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         # What was to happen to runs while the server was away still happens once it is back.
         "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": EVENTS_KEPT,
+        # Prefect looks once a minute for schedules that were switched on.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": str(SCHEDULE_SECONDS),
     }
     if (url := config.database("prefect", "asyncpg")) is not None:
         environment["PREFECT_API_DATABASE_CONNECTION_URL"] = url
-    if config.prefect_auth is not None:
-        environment["PREFECT_SERVER_API_AUTH_STRING"] = config.prefect_auth.get_secret_value()
-        environment["PREFECT_API_AUTH_STRING"] = config.prefect_auth.get_secret_value()
+    if (auth := config.prefect_password) is not None:
+        environment |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_API_AUTH_STRING": auth}
     ready = partial(answers, f"{config.prefect_url}/api/health")
     return Service("prefect-server", command, environment, _folder(config), config.prefect_port, ready)
 
 
 def _mlflow_server(config: PlatformConfig) -> Service:
     home = config.home
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(config.mlflow_port)]
-    command += ["--workers", "2", "--allowed-hosts", f"localhost:*,{HOST}:*"]
+    command = [sys.executable, "-m", "flows.guard", "mlflow", "--host", HOST, "--port", str(config.mlflow_port)]
+    command += ["--workers", "2"]
     destination = (home / "mlartifacts").as_uri() if not _is_remote(config) else f"{config.vectorclm_store}/mlflow"
     environment = {
         **QUIET,
         "MLFLOW_BACKEND_STORE_URI": config.database("mlflow", "psycopg2") or f"sqlite:///{home / 'mlflow.db'}",
         "MLFLOW_ARTIFACTS_DESTINATION": destination,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        ALLOWED: config.vectorclm_allowed_hosts,
         **config._s3_environment(),
     }
     if config.mlflow_admin_password is not None and config.mlflow_secret_key is not None:

@@ -219,8 +219,8 @@ def _automation(client: SyncPrefectClient, wanted: AutomationCore, tell: Tell) -
 
 
 def _essence(automation: AutomationCore) -> object:
-    """What counts of an automation: whether it is on, when it fires and what it does."""
-    return automation.model_dump(mode="json", include={"enabled", "trigger", "actions"})
+    """What counts of an automation: whether it is on, when it fires and what it does; sets stay sets."""
+    return automation.model_dump(include={"enabled", "trigger", "actions"})
 
 
 def _deploy(client: SyncPrefectClient, tell: Tell) -> None:

@@ -54,7 +54,7 @@ def _told(client: SyncPrefectClient) -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         if error.response.status_code == httpx.codes.UNAUTHORIZED:
             raise ConfigError(
-                "Prefect wants a password: give PREFECT_AUTH, or the --env-file that `up` read"
+                "Prefect wants a password: give the --store or --env-file that `up` had, or PREFECT_AUTH"
             ) from error
         raise ConfigError(f"Prefect refuses the run: {_detail(error.response)}") from error
 

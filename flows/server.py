@@ -21,9 +21,11 @@ from urllib.parse import urlsplit
 import psutil
 from filelock import FileLock
 
+from flows import password
 from flows.launch import dying_with_parent
 from vectorclm.artifact import Store
 from vectorclm.errors import ConfigError, VectorCLMError
+from vectorclm.guard import ALLOWED
 
 START_SECONDS = 120  # a cold start migrates a new database
 STOP_SECONDS = 5
@@ -81,26 +83,19 @@ class PrivateServer:
         for name in [name for name in os.environ if name.startswith("PREFECT_")]:
             if not name.startswith("PREFECT_LOGGING_"):
                 del os.environ[name]
-        port = _free_port()
+        port, auth = _free_port(), password.make()
         self.url = f"http://127.0.0.1:{port}/api"
         os.environ |= {**QUIET, **past_proxies(), "PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
-        off = {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in IDLE}
-        command = [
-            sys.executable,
-            "-m",
-            "prefect",
-            "server",
-            "start",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        command += ["--no-ui", "--analytics-off", "--log-level", "ERROR"]
+        os.environ["PREFECT_API_AUTH_STRING"] = auth
+        settings = {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in IDLE}
+        settings |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_SERVER_UI_ENABLED": "false"}
+        settings |= {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}"}
+        settings |= {"PREFECT_SERVER_LOGGING_LEVEL": "ERROR", ALLOWED: ""}
+        command = [sys.executable, "-m", "flows.guard", "prefect", "--port", str(port)]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 dying_with_parent(command),
-                env={**os.environ, **off},
+                env={**os.environ, **settings},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -140,7 +135,9 @@ class PrivateServer:
 def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
     """A private server, starting up; None where PREFECT_API_URL names the user's own.
 
-    Raises ConfigError where a password is in that, and ServerError where no server answers.
+    The password that `vectorclm up` made for the platform of this store is found without the user's doing.
+
+    Raises ConfigError where a password is in that, or is missing, and ServerError where no server answers.
     """
     if has_own_server():
         if "@" in os.environ["PREFECT_API_URL"]:
@@ -153,6 +150,9 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
         url = os.environ["PREFECT_API_URL"].rstrip("/")
         if not answers(f"{url}/health"):
             raise ServerError(f"no Prefect server answers at {url}: start it, or unset PREFECT_API_URL")
+        if "PREFECT_API_AUTH_STRING" not in os.environ and (auth := password.read(home.parent, url)) is not None:
+            os.environ["PREFECT_API_AUTH_STRING"] = auth
+        _check_password(url)
         yield None
         return
     server = PrivateServer(home)
@@ -161,6 +161,22 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
         yield server
     finally:
         server.stop()
+
+
+def _check_password(url: str) -> None:
+    """Raise ConfigError where the user's own server refuses what this process knows, a profile of Prefect included."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.request("GET", "/admin/version")
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code == 401:
+                raise ConfigError(
+                    f"Prefect at {url} wants a password: give the --store of its platform, or set "
+                    "PREFECT_API_AUTH_STRING=user:password"
+                ) from error
 
 
 def _free_port() -> int:

@@ -77,6 +77,11 @@ class Service:
         environment = {name: value for name, value in self.environment.items() if name.lower() != "no_proxy"}
         return digest({"salt": salt, "command": self.command, "environment": environment})
 
+    def has_these_settings(self) -> bool:
+        """Whether what runs, or ran until it died, was started with these settings."""
+        known = self._known()
+        return self._settings(known.get("salt", "")) == known.get("settings")
+
     def start(self) -> bool:
         """Start it where it does not run. False where it ran.
 
@@ -84,17 +89,15 @@ class Service:
         """
         known = self._known()
         if self.process() is not None:
-            if self._settings(known.get("salt", "")) != known.get("settings"):
+            if not self.has_these_settings():
                 raise ServiceError(
                     f"{self.name} runs with other settings: `vectorclm down` first, with the former ones"
                 )
             return False
         if self.port is not None:
             _end(_of_session(known))  # what its killed parent left behind holds the port
-        if self.port is not None and listens(self.port):
-            raise ServiceError(
-                f"port {self.port} is taken by another program: end it, or give {self.name} another port"
-            )
+        if self.port is not None and (held := holder(self.port)) is not None:
+            raise ServiceError(f"port {self.port} is taken by {held}: end it, or give {self.name} another port")
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.prepare is not None:
             self.prepare()
@@ -102,7 +105,7 @@ class Service:
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 self.command,
-                env={**_neutral(os.environ), **self.environment},
+                env={**neutral(os.environ), **self.environment},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -172,6 +175,32 @@ def listens(port: int) -> bool:
         return probe.connect_ex((HOST, port)) == 0
 
 
+def holder(port: int) -> str | None:
+    """Who listens on a port of this machine, in words; None where nobody does."""
+    if not listens(port):
+        return None
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status != psutil.CONN_LISTEN or connection.pid is None or not connection.laddr:
+                continue
+            if connection.laddr.port == port:
+                process = psutil.Process(connection.pid)
+                return _service_of([process, *process.parents()]) or f"{process.name()} (process {process.pid})"
+    return "another program"
+
+
+def _service_of(processes: Iterable[psutil.Process]) -> str | None:
+    """The service of a platform that one of these processes is, with the platform's home."""
+    for process in processes:
+        with suppress(psutil.Error, OSError):
+            folder = Path(process.cwd())
+            for record in folder.glob("*.json") if folder.name == "platform" else ():
+                with suppress(ValueError, TypeError):
+                    if marked(json.loads(record.read_text(encoding="utf-8"))) == process:
+                        return f"{record.stem} of the platform of {folder.parent} (process {process.pid})"
+    return None
+
+
 def _of_session(known: Mapping[str, Any]) -> list[psutil.Process]:
     """Processes of the session that a recorded process, now gone, once led on this machine."""
     if known.get("pids") != process_space() or psutil.pid_exists(known["pid"]):
@@ -194,6 +223,6 @@ def _end(processes: Iterable[psutil.Process], first: signal.Signals = signal.SIG
         _, left = psutil.wait_procs(left, timeout=STOP_SECONDS)
 
 
-def _neutral(environment: Mapping[str, str]) -> dict[str, str]:
+def neutral(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what points at other servers."""
     return {key: value for key, value in environment.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}

@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 
 from flows.objectstore import PACKAGES, object_store
+from flows.server import PrivateServer
 from vectorclm.artifact import Artifact, Plan, Store, build
 from vectorclm.blocks import ShardDescriber
 from vectorclm.sandbox import Sandbox, find_sandbox
@@ -114,7 +115,7 @@ def tiny_text() -> list[str]:
     return [base.replace("otter", name) * 3 for name in ("fox", "bear", "mouse", "owl", "hare") for _ in range(40)]
 
 
-def chromium(width: int, height: int, **capabilities: object) -> webdriver.Chrome:
+def chromium(width: int, height: int, arguments: Sequence[str] = (), **capabilities: object) -> webdriver.Chrome:
     """A real browser without a screen, where one is installed."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (program and driver):
@@ -122,7 +123,8 @@ def chromium(width: int, height: int, **capabilities: object) -> webdriver.Chrom
         pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"):
+    own = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}")
+    for argument in (*own, *arguments):
         options.add_argument(argument)
     for name, value in capabilities.items():
         options.set_capability(f"goog:{name}", value)
@@ -304,3 +306,22 @@ def sandboxed() -> Sandbox:
         told = f"no sandbox here ({found.problem}): apt-get install bubblewrap libseccomp2"
         pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
     return found
+
+
+@pytest.fixture(scope="module")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a real server, which the environment of this process does not name."""
+
+    before = dict(os.environ)
+    server = PrivateServer(tmp_path_factory.mktemp("prefect"))
+    try:
+        server.start()
+        environment = dict(os.environ)
+        os.environ.clear()
+        os.environ.update(before)
+        server.wait()
+        yield environment
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        server.stop()

@@ -34,6 +34,7 @@ from flows.form import Changes, chosen
 from flows.platform import PlatformConfig, read_platform
 from flows.service import Service
 from vectorclm.artifact import Plan, Store
+from vectorclm.command_line import CommandParser
 from vectorclm.config import ExperimentConfig
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
@@ -283,8 +284,7 @@ def platform(config: PlatformConfig, options: list[str]) -> Iterator[Killer]:
 
     try:
         command("up")
-        auth = config.prefect_auth.get_secret_value() if config.prefect_auth is not None else None
-        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=auth) as client:
+        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as client:
             yield Killer(config, lambda: command("doctor"), client)
     finally:
         command("down")
@@ -307,7 +307,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main() -> None:
     """Run the cells that are not there yet, or print the table of those that are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--env-file", type=Path, help="settings of the platform, Postgres among them")
     parser.add_argument("--only", action="append", metavar="CELL", help='such as "flow in pretrain"; may be repeated')

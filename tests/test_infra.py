@@ -1,7 +1,6 @@
 """The files of docker/ and infra/pools/, judged by the tools that read them: no network, no container engine."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -14,8 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from flows import password
 from flows.platform import PlatformConfig, read_platform
-from flows.server import HEARTBEAT_SECONDS, PrivateServer
+from flows.server import HEARTBEAT_SECONDS
 from vectorclm.errors import ConfigError
 from vectorclm.settings import validate
 
@@ -233,25 +233,6 @@ def test_pools_take_secrets_from_blocks_only(kind: str) -> None:
     assert pool["job_configuration"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == str(HEARTBEAT_SECONDS)
 
 
-@pytest.fixture(scope="module")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a client of a real server, which the environment of this process does not name."""
-
-    before = dict(os.environ)
-    server = PrivateServer(tmp_path_factory.mktemp("prefect"))
-    try:
-        server.start()
-        environment = dict(os.environ)
-        os.environ.clear()
-        os.environ.update(before)
-        server.wait()
-        yield environment
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        server.stop()
-
-
 NO_CURRICULUM = """
 import sys
 from prefect import flow
@@ -299,6 +280,33 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp
     ):
         assert message in line
     assert "again_from" in told[6]
+
+
+OWN_SERVER = """
+import os, sys
+from pathlib import Path
+from flows.server import prefect_server
+
+with prefect_server(Path(sys.argv[1])) as server:
+    print(server, os.environ["PREFECT_API_AUTH_STRING"])
+"""
+
+
+def test_a_run_finds_the_password_of_the_platform_of_its_store_and_asks_for_another(
+    prefect_api: dict[str, str], tmp_path: Path
+) -> None:
+    auth = prefect_api["PREFECT_API_AUTH_STRING"]
+    without = {name: value for name, value in prefect_api.items() if "AUTH" not in name}
+    command = [sys.executable, "-m", "flows.cli", "run", "tiny", "--store", str(tmp_path)]
+    done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "set PREFECT_API_AUTH_STRING=user:password" in done.stderr
+    assert done.stderr.count("\n") == 1 and auth not in done.stderr
+    file = password.place(tmp_path)
+    file.parent.mkdir()
+    file.write_text(f"PREFECT_API_URL={prefect_api['PREFECT_API_URL']}\nPREFECT_API_AUTH_STRING={auth}\n")
+    command = [sys.executable, "-c", OWN_SERVER, str(tmp_path / ".prefect")]
+    done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
+    assert done.stdout == f"None {auth}\n", done.stderr
 
 
 def test_a_retry_without_a_platform_says_how_to_start_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Servers, workers and browser are the real ones, on ports of their own and in a temporary store.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -22,19 +23,20 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
 from flows import doctor, live
 from flows.platform import PlatformConfig, read_platform
 from flows.server import answers
+from flows.server_services import loop_errors
 from tests.conftest import chromium
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from vectorclm.artifact import Store
@@ -55,21 +57,39 @@ def until(found: Callable[[], T], what: str, seconds: float = WAIT) -> T:
     return value
 
 
+def clean() -> dict[str, str]:
+    """The environment without what names a platform."""
+    named = ("PREFECT_", "MLFLOW_", "VECTORCLM_STORE", "VECTORCLM_HOME")
+    return {key: value for key, value in os.environ.items() if not key.startswith(named)}
+
+
 @dataclass
 class Platform:
     """A running platform and how to talk to it."""
 
     config: PlatformConfig
     options: list[str]
-    client: SyncPrefectClient
+    client: SyncPrefectClient = dataclasses.field(init=False)  # once it is up
+    broken: bool = False  # a test broke what the server's loops need, so they may well log errors
+
+    @property
+    def server_log(self) -> Path:
+        return self.config.home / "platform" / "prefect-server.log"
+
+    @contextmanager
+    def addressed(self) -> Iterator[None]:
+        """Have Prefect's functions talk to it while the block runs."""
+        environment = self.config.client_environment()
+        settings = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
+        with temporary_settings({**settings, PREFECT_API_AUTH_STRING: environment["PREFECT_API_AUTH_STRING"]}):
+            yield
 
     def command(
         self, *arguments: str, environment: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
-        clean |= environment or {}
         command = [sys.executable, "-m", "flows.cli", *arguments, *self.options]
-        return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=280, check=False)
+        known = clean() | dict(environment or {})
+        return subprocess.run(command, env=known, capture_output=True, text=True, timeout=280, check=False)
 
     def start(self, **parameters: Any) -> UUID:
         deployment = self.client.read_deployment_by_name("curriculum/curriculum")
@@ -111,16 +131,19 @@ def platform_at(place: Path) -> Iterator[Platform]:
         config = PlatformConfig(vectorclm_store=str(place), prefect_port=free_port(), mlflow_port=free_port())
         options = ["--store", str(place), "--prefect-port", str(config.prefect_port)]
         options += ["--mlflow-port", str(config.mlflow_port)]
-    auth = config.prefect_auth.get_secret_value() if config.prefect_auth is not None else None
-    with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=auth) as client:
-        made = Platform(config, options, client)
-        try:
-            done = made.command("up")
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert f"{config.prefect_url}/deployments/deployment/" in done.stdout
+    made = Platform(config, options)
+    try:
+        done = made.command("up")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{config.prefect_url}/deployments/deployment/" in done.stdout
+        assert config.prefect_password is not None and config.prefect_password not in done.stdout  # a log, as here
+        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as client:
+            made.client = client
             yield made
-        finally:
-            made.command("down")
+        if not made.broken:
+            assert loop_errors(made.server_log.read_text()) == []
+    finally:
+        made.command("down")
     lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     assert [line for line in lines if str(config.home) in line] == []
 
@@ -178,6 +201,13 @@ def fill(window: WebDriver, section: str, label: str, value: str) -> None:
     field.send_keys(value)
 
 
+def log_in(window: WebDriver, platform: Platform) -> None:
+    """Give the page the password that it asks for, once; then it shows what was asked for."""
+    (asked,) = until(lambda: window.find_elements(By.CSS_SELECTOR, "input[type='password']"), "it asks", 60)
+    asked.send_keys(platform.config.prefect_password or "", Keys.ENTER)
+    until(lambda: "/login" not in window.current_url, "the password is taken", 60)
+
+
 def says(window: WebDriver, text: str) -> bool:
     return text in window.find_element(By.TAG_NAME, "body").text
 
@@ -191,9 +221,9 @@ def test_the_form_shows_the_pipeline_in_its_order(platform: Platform) -> None:
         "seed", "sample", "tokenizer", "model", "pretrain", "finetune", "evaluate", "settings"
     ]  # fmt: skip
     for name in ("SampleChanges", "TokenizerChanges", "PretrainChanges", "FinetuneChanges", "Runtime"):
-        for field in definitions[name]["properties"].values():
-            assert field["description"] and "anyOf" not in field
-            assert field["type"] not in ("integer", "number") or {"minimum", "exclusiveMinimum"} & set(field)
+        for shown in definitions[name]["properties"].values():
+            assert shown["description"] and "anyOf" not in shown
+            assert shown["type"] not in ("integer", "number") or {"minimum", "exclusiveMinimum"} & set(shown)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -218,6 +248,7 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     (store / "shards").write_text("a file where a folder must be: the stage cannot write its artifact")
     deployment = platform.client.read_deployment_by_name("curriculum/curriculum")
     page.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}/run")
+    log_in(page, platform)
     fill(page, "Pretrain", "Tokens", "5")
     fill(page, "Finetune", "Epochs", "0.02")
     fill(page, "Evaluate", "Chat Prompts", "3")
@@ -303,7 +334,7 @@ def test_the_chip_follows_a_stage_to_its_end(platform: Platform, monkeypatch: py
         chips = platform.client.read_artifacts(artifact_filter=key)
         return (float(str(chips[0].data)), str(chips[0].description)) if chips else (-1.0, "")
 
-    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}), live.live("of_a_test", print):
+    with platform.addressed(), live.live("of_a_test", print):
         for done, percent in ((0, 0.0), (500, 50.0), (515, 51.5)):
             say(Tick("of_a_test", done, 1000, "tokens", "loss 2.5"))
             until(lambda percent=percent: shown()[0] == percent, f"the chip shows {percent}", 60)
@@ -405,19 +436,3 @@ def test_up_is_told_when_a_port_is_taken(platform: Platform, tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 2
     assert f"port {platform.config.prefect_port} is taken" in done.stderr
-
-
-def test_the_doctor_leaves_the_server_of_another_platform_alone(platform: Platform, tmp_path: Path) -> None:
-    """Where its own is dead and the port is the other's: neither pools nor workers are this platform's to mend."""
-    platform.client.update_work_pool("gpu", WorkPoolUpdate(is_paused=True))
-    try:
-        command = [sys.executable, "-m", "flows.cli", "doctor", "--store", str(tmp_path)]
-        command += ["--prefect-port", str(platform.config.prefect_port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
-        assert done.returncode == 1, done.stderr
-        assert f"port {platform.config.prefect_port} is taken" in done.stdout
-        assert "is not this platform's: nothing in it is looked at" in done.stdout
-        assert platform.client.read_work_pool("gpu").is_paused
-        assert list(tmp_path.glob("platform/*.json")) == []
-    finally:
-        platform.client.update_work_pool("gpu", WorkPoolUpdate(is_paused=False))

@@ -16,6 +16,7 @@ from vectorclm.addresses import find_model
 from vectorclm.artifact import Artifact, Store, default_store
 from vectorclm.bits_per_byte import text_scores
 from vectorclm.chat import Conversation, open_chat_model, talk
+from vectorclm.command_line import CommandParser
 from vectorclm.compare import add_compare_command, run_compare_command
 from vectorclm.config import ExperimentConfig, load_experiment, override, read_config
 from vectorclm.curves import measure_checkpoints, write_curves
@@ -336,11 +337,16 @@ def _lead_stage(args: argparse.Namespace, store: Store, runtime: Runtime, group:
             print(line)
 
 
+def command_line() -> CommandParser:
+    """The parser of `python -m vectorclm`, with all its commands."""
+    parser = CommandParser("python -m vectorclm", description=__doc__)
+    add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 where all went well, 1 where `store verify` did not, 2 for an error that is explained."""
-    parser = argparse.ArgumentParser("python -m vectorclm", description=__doc__)
-    add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
-    args = parser.parse_args(argv)
+    args = command_line().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a lease is given back
     try:
         return run_command(args)

@@ -149,9 +149,7 @@ def as_object(before: Artifact, after: Artifact, changes: list[Change]) -> dict[
 def add_compare_command(commands: Any, models: str) -> None:
     """The command `compare`, of models in these places."""
     about = "two models on the same items: differences, their 95 % intervals, and which are beyond noise"
-    parser = commands.add_parser(
-        "compare", help=about, description=f"{about}. The method: {METHOD}.".replace("%", "%%")
-    )
+    parser = commands.add_parser("compare", help=about, description=f"{about}. The method: {METHOD}.")
     parser.add_argument("before", metavar="A", help=models)
     parser.add_argument("after", metavar="B", help="the same")
     default = default_store()

@@ -25,7 +25,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,6 +33,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vectorclm.chat import ChatModel, Piece, open_chat_model, reply
 from vectorclm.completion import Completion, Refusal, check_name, read_completion
 from vectorclm.errors import ConfigError
+from vectorclm.guard import ALLOWED, Guard, allowed_hosts
+from vectorclm.http_limits import LimitedHTTP
 from vectorclm.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -103,33 +105,29 @@ class Engine:
             loop.call_soon_threadsafe(pieces.put_nowait, None)
 
 
-class Gate:
-    """Lets through what names this host and bears the key; the page needs no key. It has no door for other origins.
-
-    A page of another name that resolves to this machine (DNS rebinding) names its own host, and is turned away.
-    """
+class Gate(Guard):
+    """Lets through what names this host, is of no other origin and bears the key; the page itself needs no key."""
 
     def __init__(self, app: ASGIApp, key: str, hosts: Sequence[str] | None) -> None:
-        self.app, self.hosts = app, hosts
+        super().__init__(app, hosts)
         self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             request = Request(scope)
             try:
-                self._check(request.headers, scope["path"])
+                self._check(request)
             except Refusal as refusal:
                 await refused(request, refusal)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-    def _check(self, headers: Mapping[str, str], path: str) -> None:
-        host = re.sub(r":\d+$", "", headers.get("host", ""))
-        if self.hosts is not None and host.lower() not in self.hosts:
-            raise Refusal(f"this server is not called {host!r}: name it by its address", 403, code="unknown_host")
-        kind, _, key = headers.get("authorization", "").partition(" ")
+    def _check(self, request: Request) -> None:
+        if (reason := self.refusal(request.headers, request.method)) is not None:
+            raise Refusal(reason, 403, code="forbidden")
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
         right = kind.lower() == "bearer" and secrets.compare_digest(key.encode(), self._key)
-        if path != "/" and not right:
+        if request.scope["path"] != "/" and not right:
             raise Refusal(f"the key is missing or wrong: it is what {KEY} is", 401, code="invalid_api_key")
 
 
@@ -196,6 +194,8 @@ async def read_body(request: Request) -> bytes:
                     body += part
                 elif size > 8 * BODY_BYTES:  # till then it is read on, as a client reads no answer while it sends
                     break
+    except ClientDisconnect as error:
+        raise Refusal("the client left before its request was whole", 499) from error  # nobody reads it
     except TimeoutError as error:
         raise Refusal(f"the body did not arrive within {BODY_SECONDS} s", 408, code="timeout") from error
     if size > BODY_BYTES:
@@ -326,7 +326,7 @@ def serve(address: str, runtime: Runtime, host: str, port: int, name: str | None
     name = name or Path(address).absolute().name
     with listen(host, port) as listening:
         shown, port = f"[{host}]" if ":" in host else host, listening.getsockname()[1]
-        hosts = ["localhost", "127.0.0.1", "[::1]", shown.lower()] if is_loopback(host) else None
+        hosts = [*allowed_hosts(os.environ), shown] if is_loopback(host) or os.environ.get(ALLOWED) else None
         app = make_app(chat_model, name, key, hosts)
         config = uvicorn.Config(
             app,
@@ -334,7 +334,7 @@ def serve(address: str, runtime: Runtime, host: str, port: int, name: str | None
             access_log=False,
             server_header=False,
             lifespan="off",
-            http="h11",  # which limits the headers, before any key is asked for; httptools, where installed, does not
+            http=LimitedHTTP,
             ws="none",
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
