@@ -309,13 +309,14 @@ def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
 
     from flows import server_services
 
-    with get_client(sync_client=True) as client, server_services.probe(client) as probe:
+    log = config.servers()[0].log
+    with get_client(sync_client=True) as client, server_services.probe(client, log) as probe:
         unplanned = server_services.unplanned(client)
         try:
             yield from _provisioned(config)
         except VectorCLMError as error:
             yield Finding(False, str(error))
-        for good, what in server_services.findings(client, probe, unplanned, config.servers()[0].log):
+        for good, what in server_services.findings(client, probe, unplanned, log):
             yield Finding(good, what)
 
 

@@ -28,6 +28,7 @@ from vectorclm.settings import Settings, validate
 
 POOLS = ("cpu", "gpu")
 EVENTS_KEPT = "P30D"  # ISO 8601
+SCHEDULE_SECONDS = 10  # after which a new schedule shows its next runs
 
 
 class PlatformConfig(Settings):
@@ -211,6 +212,8 @@ def _prefect_server(config: PlatformConfig) -> Service:
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         # What was to happen to runs while the server was away still happens once it is back.
         "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": EVENTS_KEPT,
+        # Prefect looks once a minute for schedules that were switched on.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": str(SCHEDULE_SECONDS),
     }
     if (url := config.database("prefect", "asyncpg")) is not None:
         environment["PREFECT_API_DATABASE_CONNECTION_URL"] = url

@@ -34,8 +34,10 @@ PROBE_SECONDS = 60  # the slowest of the probed loops takes 5 s on an idle machi
 LATE_SECONDS = 60  # a worker asks for runs every 5 s
 CLEAN_SECONDS = 120  # the clean-up loops every 20 s
 SILENT_SECONDS = 120  # a worker is offline after three missed heartbeats of 30 s, and the foreman loops every 15 s
-PLAN_SECONDS = 120  # the slower of the scheduler's loops takes up to a minute
+PLAN_SECONDS = 60  # the slower of the scheduler's loops takes 10 s
+FAILURES = 3  # of a loop in a row, after which its effect is not waited for
 MESSAGE_LETTERS = 300
+ROUND_SECONDS = 20  # of the slowest loop that matters; what fails no more is quiet after two of them
 RECENT_SECONDS = 180  # three rounds of the slowest loop
 RESTART = "restart the platform (`vectorclm down`, then `vectorclm up`)"
 RELIED = {  # Prefect's name of a service, what does not happen without it, and the names of its loops
@@ -89,7 +91,7 @@ def loop_errors(log: str) -> list[LoopError]:
 
 
 def failing_loops(log: Path) -> dict[str, LoopError]:
-    """The loops that failed twice or more within RECENT_SECONDS, each with its last error."""
+    """The loops that failed again and again and, as far as their rounds tell, still do, each with its last error."""
     try:
         if time.time() - log.stat().st_mtime > RECENT_SECONDS:
             return {}
@@ -99,7 +101,8 @@ def failing_loops(log: Path) -> dict[str, LoopError]:
     now = datetime.now()
     recent = [error for error in loop_errors(text) if _age(error, now) < timedelta(seconds=RECENT_SECONDS)]
     times = Counter(error.loop for error in recent)
-    return {error.loop: error for error in recent if times[error.loop] > 1}
+    last = {error.loop: error for error in recent if times[error.loop] > 1}
+    return {loop: error for loop, error in last.items() if _age(error, now) < 2.5 * timedelta(seconds=ROUND_SECONDS)}
 
 
 def _age(error: LoopError, now: datetime) -> timedelta:
@@ -112,6 +115,10 @@ def findings(client: SyncPrefectClient, probe: "Probe", unplanned: list[str], lo
     """What is wrong with the services that the platform relies on, and what to do; else one line that all is well."""
     off = switched_off(client)
     idle = probe.failures(off)
+    deadline = time.monotonic() + 2.5 * ROUND_SECONDS
+    known = {loop for name in idle for loop in RELIED[name][1]}
+    while failing_loops(log).keys() - known and time.monotonic() < deadline:  # a database was away a moment ago?
+        time.sleep(1)
     failing = failing_loops(log)
     found = []
     for name, (consequence, loops) in RELIED.items():
@@ -147,8 +154,9 @@ def switched_off(client: SyncPrefectClient) -> list[str]:
 class Probe:
     """A deployment with a schedule, a run that is late, and a run with an automation: what the loops must act on."""
 
-    def __init__(self, client: SyncPrefectClient) -> None:
-        self.client = client
+    def __init__(self, client: SyncPrefectClient, log: Path | None) -> None:
+        self.client, self.log = client, log
+        self._begin = log.stat().st_size if log is not None and log.exists() else 0
         every_day = IntervalSchedule(interval=timedelta(days=1), anchor_date=datetime.now(UTC))
         schedule = DeploymentScheduleCreate(schedule=every_day, active=True)
         flow_id = client.create_flow_from_name(PROBE)
@@ -175,15 +183,25 @@ class Probe:
             "triggers": lambda: self._state(self.started_id) == "Cancelled",
         }
         effects = {name: effect for name, effect in effects.items() if name not in off}
-        begun = time.monotonic()
-        asked = 0
+        begun, asked, failed = time.monotonic(), 0, list[str]()
         while effects and (passed := time.monotonic() - begun) < PROBE_SECONDS:
             if "triggers" in effects and passed >= asked * AGAIN_SECONDS:  # an automation hears of what comes after it
                 asked += 1
                 self.client.set_flow_run_state(self.started_id, Pending(), force=True)
             effects = {name: effect for name, effect in effects.items() if not effect()}
+            failed += [name for name in effects if self._fails(name)]
+            effects = {name: effect for name, effect in effects.items() if name not in failed}
             time.sleep(0.2)
-        return list(effects)
+        return [*failed, *effects]
+
+    def _fails(self, name: str) -> bool:
+        """Whether the loops of a service have failed again and again since the probe began: no need to wait longer."""
+        if self.log is None or not self.log.exists():
+            return False
+        with self.log.open("rb") as log:
+            log.seek(self._begin)
+            errors = loop_errors(log.read().decode(errors="replace"))
+        return sum(error.loop in RELIED[name][1] for error in errors) >= FAILURES
 
     def _state(self, run_id: UUID) -> str | None:
         return self.client.read_flow_run(run_id).state_name
@@ -195,11 +213,11 @@ class Probe:
 
 
 @contextmanager
-def probe(client: SyncPrefectClient) -> Iterator[Probe]:
-    """A probe of the server's loops, of which nothing is left after the block."""
+def probe(client: SyncPrefectClient, log: Path | None = None) -> Iterator[Probe]:
+    """A probe of the server's loops, of which nothing is left after the block; `log` is the server's."""
     _remove_probe(client)  # of a doctor that was killed
     try:
-        yield Probe(client)
+        yield Probe(client, log)
     finally:
         _remove_probe(client)
 

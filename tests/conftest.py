@@ -21,6 +21,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 
 from flows.objectstore import PACKAGES, object_store
+from flows.server import PrivateServer
 from vectorclm.artifact import Artifact, Plan, Store, build
 from vectorclm.blocks import ShardDescriber
 from vectorclm.shards import ShardWriter
@@ -295,3 +296,22 @@ def write_mirror(folder: Path) -> None:
     for name, made in lines.items():
         packed = zstandard.ZstdCompressor().compress("".join(json.dumps(line) + "\n" for line in made).encode())
         (folder / f"eval/{name}.jsonl.zst").write_bytes(packed)
+
+
+@pytest.fixture(scope="module")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a real server, which the environment of this process does not name."""
+
+    before = dict(os.environ)
+    server = PrivateServer(tmp_path_factory.mktemp("prefect"))
+    try:
+        server.start()
+        environment = dict(os.environ)
+        os.environ.clear()
+        os.environ.update(before)
+        server.wait()
+        yield environment
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        server.stop()

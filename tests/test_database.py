@@ -68,6 +68,7 @@ def platform(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[Platform]:
 
 
 def kill(platform: Platform, *names: str) -> None:
+    platform.broken = True
     for name in names:
         record = platform.config.home / "platform" / f"{name}.json"
         process = psutil.Process(json.loads(record.read_text(encoding="utf-8"))["pid"])

@@ -1,7 +1,6 @@
 """The files of docker/ and infra/pools/, judged by the tools that read them: no network, no container engine."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -16,7 +15,7 @@ import yaml
 
 from flows import password
 from flows.platform import PlatformConfig, read_platform
-from flows.server import HEARTBEAT_SECONDS, PrivateServer
+from flows.server import HEARTBEAT_SECONDS
 from vectorclm.errors import ConfigError
 from vectorclm.settings import validate
 
@@ -232,25 +231,6 @@ def test_pools_take_secrets_from_blocks_only(kind: str) -> None:
         assert default == f"{{{{ prefect.blocks.secret.{name.replace('_', '-')} }}}}"
     assert secrets < _placeholders(pool["job_configuration"]["env"])
     assert pool["job_configuration"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == str(HEARTBEAT_SECONDS)
-
-
-@pytest.fixture(scope="module")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a client of a real server, which the environment of this process does not name."""
-
-    before = dict(os.environ)
-    server = PrivateServer(tmp_path_factory.mktemp("prefect"))
-    try:
-        server.start()
-        environment = dict(os.environ)
-        os.environ.clear()
-        os.environ.update(before)
-        server.wait()
-        yield environment
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        server.stop()
 
 
 NO_CURRICULUM = """

@@ -4,9 +4,11 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -17,13 +19,19 @@ import yaml
 from mlflow import MlflowClient
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.webhook import Webhook
-from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import Select
 
 from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
-from tests.test_platform import Platform, platform_at, until
+from tests.conftest import chromium
+from tests.test_platform import Platform, click, log_in, platform_at, says, until
 from vectorclm.model import CausalLM
 from vectorclm.model_config import model_config
 
@@ -214,3 +222,76 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
     platform.client.request("POST", "/events", json=[event.model_dump(mode="json")])
     (message,) = until(lambda: inbox.messages, "the fall is told")
     assert message["subject"] == payload["title"] and payload["text"] in message["text"]
+
+
+def scheduled(platform: Platform, slug: str) -> list[FlowRun]:
+    """The runs of the deployment that the scheduler made for a schedule and that ended well."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
+    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["COMPLETED"]}}}
+    runs = platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
+    assert all(run.created_by is not None for run in runs if run.auto_scheduled)
+    return [run for run in runs if run.created_by is not None and run.created_by.id == mine]
+
+
+@contextmanager
+def schedule_ends(platform: Platform, slug: str) -> Iterator[None]:
+    """A schedule that is set in the block, removed after it with the runs that are still to come."""
+    try:
+        yield
+    finally:
+        deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+        for schedule in deployment.schedules:
+            if schedule.slug == slug:
+                platform.client.delete_deployment_schedule(deployment.id, schedule.id)
+        running = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["PENDING", "RUNNING"]}}}
+        of_it = FlowRunFilter.model_validate(running)
+        until(lambda: not platform.client.read_flow_runs(flow_run_filter=of_it), "its last run ends")
+
+
+def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platform) -> None:
+    """Two runs that the scheduler made, on the interval of the schedule, each an evaluation that ends well."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    values = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}
+    schedule = {"active": True, "slug": "by-request", "schedule": {"interval": 10}, "parameters": values}
+    with schedule_ends(platform, "by-request"):
+        made = platform.client.request(
+            "POST", "/deployments/{id}/schedules", path_params={"id": deployment.id}, json=[schedule]
+        )
+        assert made.status_code == 201
+        until(lambda: len(scheduled(platform, "by-request")) >= 2, "two runs of the schedule end")
+        runs = scheduled(platform, "by-request")
+    assert all(run.auto_scheduled and run.parameters == values for run in runs)
+    starts = sorted(run.expected_start_time.timestamp() for run in runs if run.expected_start_time is not None)
+    assert all(round(later - earlier) % 10 == 0 for earlier, later in pairwise(starts))
+
+
+def set_schedule(platform: Platform, window: WebDriver, slug: str) -> None:
+    """Add a schedule of 10 seconds to the deployment `evaluate`, in its page."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    window.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
+    log_in(window, platform)
+    click(window, "button", "Schedule")
+    place = "//input[@placeholder='Enter a unique identifier for this schedule']"
+    until(lambda: window.find_elements(By.XPATH, place), "the form of a schedule", 60)[0].send_keys(slug)
+    (value,) = window.find_elements(By.XPATH, "//div[contains(@class, 'p-modal')]//input[@type='number']")
+    value.send_keys(Keys.CONTROL, "a")
+    value.send_keys("10")
+    place = "//div[contains(@class, 'p-modal')]//select[option[normalize-space(.)='Seconds']]"
+    Select(window.find_element(By.XPATH, place)).select_by_visible_text("Seconds")
+    click(window, "button", "Save")
+
+
+@pytest.fixture
+def window() -> Iterator[WebDriver]:
+    made = chromium(1400, 1500)
+    yield made
+    made.quit()
+
+
+def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebDriver) -> None:
+    """A person adds a schedule to the deployment; the page says so, and two runs of it end well."""
+    with schedule_ends(platform, "by-page"):
+        set_schedule(platform, window, "by-page")
+        until(lambda: says(window, "by-page"), "the page shows the schedule", 60)
+        until(lambda: len(scheduled(platform, "by-page")) >= 2, "two runs of the schedule end")
