@@ -292,6 +292,26 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     assert "| world | 25.0% |" in str(shown["report"].data)
 
 
+def test_the_page_switches_a_schedule_on_and_off(platform: Platform, page: WebDriver) -> None:
+    """With the password that it asked for once, as every other page."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    page.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
+
+    def switches() -> list[WebElement]:
+        return page.find_elements(By.CSS_SELECTOR, "[role='switch']")
+
+    def active() -> list[bool]:
+        return [schedule.active for schedule in platform.client.read_deployment(deployment.id).schedules]
+
+    until(lambda: switches() or page.find_elements(By.CSS_SELECTOR, "input[type='password']"), "the page is there", 60)
+    if not switches():  # this test runs alone
+        log_in(page, platform)
+    for wanted in (True, False):
+        shown = until(switches, "a schedule's switch", 60)
+        page.execute_script("arguments[0].click()", shown[-1])
+        until(lambda wanted=wanted: any(active()) is wanted, f"a schedule is on: {wanted}", 60)
+
+
 def test_retry_from_the_command_line(platform: Platform) -> None:
     """With another setting what depends on it is made anew; with none, stages are made again and compared."""
     before = platform.client.read_flow_runs()[0]
