@@ -229,6 +229,7 @@ class Store(Storage):
         with explained(self.uri_of(key)):
             for name, file in files.items():
                 self.put(directory / name, f"{key}/{name}", str(file["sha256"]))
+            self.sync(f"{key}/{name}" for name in files)  # before the manifest says that they are there
             self._commit(f"{key}/{MANIFEST}", sealed(manifest))
 
     def _commit(self, key: str, data: bytes) -> None:

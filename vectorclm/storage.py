@@ -8,9 +8,8 @@ import errno
 import hashlib
 import os
 import secrets
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import fsspec
 from safetensors import SafetensorError
 
 from vectorclm import s3
+from vectorclm.durable import make_folder, move_file, sync_folders, write_file
 from vectorclm.errors import StoreError
 
 PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "memory")  # what keeps a store
@@ -119,8 +119,8 @@ class Storage:
         """Write one small object; with `only_if_absent`, False where another writer wrote other bytes first."""
         path = self.path(key)
         if self.is_local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            return _write_local(Path(path), data, only_if_absent)
+            make_folder(Path(path).parent)
+            return write_file(Path(path), data, only_if_absent=only_if_absent)
         with self._told(f"cannot write {self.uri_of(key)}"):
             try:
                 self.fs.pipe_file(path, data, mode="create" if only_if_absent else "overwrite")
@@ -187,11 +187,14 @@ class Storage:
         return nullcontext() if self.is_local else s3.told(where)
 
     def put(self, source: Path, key: str, sha256: str) -> None:
-        """Move a file into the store, whole; to a remote one it goes until what is read back has this hash."""
+        """Move a file into the store, whole; to a remote one it goes until what is read back has this hash.
+
+        In a local store its bytes are on the disk; its name is after `sync`.
+        """
         target = self.path(key)
         if self.is_local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(source, target)
+            make_folder(Path(target).parent)
+            move_file(source, Path(target))
             return
         for _ in range(TRIES):
             with self._told(f"cannot write {self.uri_of(key)}"):
@@ -199,6 +202,11 @@ class Storage:
             if self.sha256(key) == sha256:
                 return
         raise StoreError(f"{self.uri_of(key)} {GARBLED}")
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """Flush the names of these files to the disk of a local store; a remote one has done so by itself."""
+        if self.is_local:
+            sync_folders((Path(self.path(key)) for key in keys), Path(self.root))
 
     def get(self, key: str, target: Path, sha256: str) -> str:
         """Fetch a file until it has this hash; returns the hash that it has. Raises FileNotFoundError."""
@@ -220,25 +228,6 @@ def explained(where: str) -> Iterator[None]:
         if getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full):
             raise StoreError(f"no space left while writing {where}: free some, or choose another store") from error
         raise
-
-
-def _write_local(path: Path, data: bytes, only_if_absent: bool) -> bool:
-    """Write whole or not at all: a temporary file, then a link (which fails if the name exists) or a rename."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if not only_if_absent:
-            temporary.replace(path)
-            return True
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _modified(info: Mapping[str, Any]) -> float:
