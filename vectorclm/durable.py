@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 TEMPORARY = ".vectorclm-tmp-"  # the beginning of the name of every temporary file and folder of this product
-TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{16}}")
+TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-z_]{{8,16}}")  # `tempfile` has letters of its own
 UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)  # from file systems that sync no folder
 
 
