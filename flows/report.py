@@ -113,7 +113,7 @@ def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str
 
 def lines_of(artifact: Artifact, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """A training's `metrics.jsonl`, or `samples.jsonl`; empty where it has none."""
-    kept = artifact.store.read(f"{artifact.stage}/{artifact.fingerprint}/{name}") or b""
+    kept = artifact.store.read(artifact.key(name)) or b""
     return [json.loads(line) for line in kept.decode().splitlines()]
 
 

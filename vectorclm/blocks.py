@@ -123,7 +123,7 @@ def read_shard(artifact: Artifact, name: str) -> Shard:
             Column(one["name"], np.dtype(one["dtype"]), int(one["offset"]), tuple(one["xxh3"]))
             for one in said["buffers"]
         ]
-        key = f"{artifact.stage}/{artifact.fingerprint}/{name}"
+        key = artifact.key(name)
         counts = {field: int(said[field]) for field in ("windows", "first_window", "sequence_length", "block_windows")}
         shard = Shard(artifact.store.uri_of(key), artifact.store.path(key), columns=tuple(columns), **counts)
         ends = [shard.span(column, shard.blocks - 1)[1] for column in columns]

@@ -12,7 +12,7 @@ from vectorclm.lease import is_alive, read_claim
 from vectorclm.storage import StoredFile
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-STEP = re.compile(r"(?:again/)?step-[0-9]+")  # of a training, or of one that is made once more
+STEP = re.compile(r"(?:again/)?step-[0-9]+(?:-[0-9a-f]{8})?")  # of a training, or of one that is made once more
 # Of a local store, what lies beside the stages; a name with a dot before it is none of a stage either.
 BESIDE = frozenset({"checkpoints", "leases", "work", "locks", "platform", "mlartifacts"})
 READERS = 8  # manifests fetched at once
@@ -104,7 +104,7 @@ def _row(folder: Folder) -> dict[str, Any]:
     return {
         "stage": stage,
         "fingerprint": fingerprint,
-        **({"step": int(step[-1].removeprefix("step-"))} if step else {}),
+        **({"step": int(step[-1].split("-")[1])} if step else {}),
         "state": folder.state,
         "files": len(folder.files),
         "bytes": folder.bytes,
@@ -142,6 +142,8 @@ def read_leases(store: Store) -> list[Claim]:
     """All claims; one that cannot be read is of nobody."""
     claims = []
     for key, file in store.files("leases").items():
+        if not file.bytes:  # given back, see `Storage.withdraw`
+            continue
         holder = read_claim(store.read(key) or b"")
         claims.append(Claim(key, holder, bool(holder) and is_alive(holder), file.bytes, file.modified))
     return claims

@@ -159,7 +159,7 @@ def write_shards(
     encoder = encoder or open_encoder(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".slices-", dir=out.parent) as folder:
-        slices = slices or Slices(Path(folder), out)
+        slices = slices or Slices(Path(folder, "slices"), out)
         files = SampleFiles(sample)
         try:
             return _write_sources(config, files, encoder, seed, slices)
