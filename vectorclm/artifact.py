@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,17 +22,18 @@ from vectorclm.durable import temporary_beside
 from vectorclm.errors import CorruptArtifactError, StoreError
 from vectorclm.hash_memory import HashMemory, cache_folder
 from vectorclm.lease import Lease, check_held, is_alive
+from vectorclm.manifest import MANIFEST as MANIFEST
+from vectorclm.manifest import Describe, place_of, read_manifest, said_of, sealed
+from vectorclm.publication import commit, publish_locally
 from vectorclm.runtime import environment
 from vectorclm.settings import digest
-from vectorclm.storage import GARBLED, TRIES, Storage, StoredFile, explained, sha256_of
+from vectorclm.storage import TRIES, Storage, StoredFile, explained, sha256_of
+from vectorclm.work import attempt_folder
 
 if TYPE_CHECKING:
     from vectorclm.sending import Sending
 
 logger = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
-SEAL = "manifest_sha256"  # over all else in it
-Describe = Callable[[Path], Mapping[str, Any]]  # what a manifest says of a file beside its size and SHA-256
 
 
 def default_store() -> str:
@@ -77,6 +77,10 @@ class Artifact:
         """Where it is, as a path or URI."""
         return self.store.uri_of(f"{self.stage}/{self.fingerprint}")
 
+    def key(self, name: str) -> str:
+        """Where one of its files lies in the store."""
+        return f"{self.stage}/{self.fingerprint}/{place_of(self.manifest['files'][name], name)}"
+
     @property
     def identity(self) -> str:
         """SHA-256 (hex) of what its files hold: the same wherever and whenever they were made."""
@@ -118,7 +122,7 @@ class Artifact:
         Raises CorruptArtifactError where it differs from the manifest.
         """
         for _ in range(TRIES):
-            if (data := self.store.read(f"{self.stage}/{self.fingerprint}/{name}")) is None:
+            if (data := self.store.read(self.key(name))) is None:
                 raise _corrupt(self, name)
             if (found := hashlib.sha256(data).hexdigest()) == self.manifest["files"][name]["sha256"]:
                 return data
@@ -141,7 +145,7 @@ class Artifact:
         for name, want in known.items():
             if not fnmatchcase(name, only):
                 continue
-            path, found = self.store.path(f"{self._key}/{name}"), self._sha256(name, memory if remembered else None)
+            path, found = self.store.path(self.key(name)), self._sha256(name, memory if remembered else None)
             if found not in (None, want["sha256"]):  # read once more, as the bit may have turned on its way
                 found = self._sha256(name, None)
             if found is None:
@@ -151,21 +155,21 @@ class Artifact:
                 yield f"{path}: SHA-256 is {found[:12]}…, the manifest says {want['sha256'][:12]}…: {mend(self)}"
         memory.save()
         for name in (key.removeprefix(f"{self._key}/") for key in self.store.files(self._key)):
-            hidden = PurePosixPath(name).name.startswith(".")  # as a writer's temporary files are
+            hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)  # as a writer's own files are
             if not hidden and name != MANIFEST and name not in known and fnmatchcase(name, only):
                 yield f"{self.uri}/{name} is not in the artifact's manifest: move it elsewhere"
 
     def damage(self, there: Mapping[str, StoredFile] | None = None) -> str | None:
         """The first file that is missing, of another size, or was found to have another hash; None where none is.
 
-        `there` are the files that lie there, by name; without it they are listed. No file is read.
+        `there` are the files that lie there, by place; without it they are listed. No file is read.
         """
         memory = HashMemory(self.uri)
         if there is None:
             listed = self.store.files(self._key)
             there = {key.removeprefix(f"{self._key}/"): file for key, file in listed.items()}
         for name, want in self.manifest["files"].items():
-            if (file := there.get(name)) is None:
+            if (file := there.get(place_of(want, name))) is None:
                 return f"{self.uri}/{name} is missing"
             if file.bytes != want["bytes"]:
                 return f"{self.uri}/{name} has {file.bytes:,} bytes, the manifest says {want['bytes']:,}"
@@ -176,7 +180,7 @@ class Artifact:
     def note_damage(self, name: str, found: str) -> None:
         """Remember that this file, as it is now, has a wrong hash, so that the artifact is not reused."""
         memory = HashMemory(self.uri)
-        for file in self.store.files(f"{self._key}/{name}").values():
+        for file in self.store.files(self.key(name)).values():
             memory.remember(name, file.state, found)
         memory.save()
 
@@ -187,9 +191,9 @@ class Artifact:
     def _sha256(self, name: str, memory: HashMemory | None) -> str | None:
         """The hash of a file, of a local store by `memory` where it knows it; None where there is no such file."""
         if memory is None or not self.store.is_local:
-            return self.store.sha256(f"{self._key}/{name}")
+            return self.store.sha256(self.key(name))
         with suppress(FileNotFoundError):
-            return memory.hash_file(name, Path(self.store.path(f"{self._key}/{name}")))
+            return memory.hash_file(name, Path(self.store.path(self.key(name))))
         return None
 
 
@@ -229,8 +233,10 @@ class Store(Storage):
         key = f"{stage}/{fingerprint}"
         tries = 0
         while (data := self.read(f"{key}/{MANIFEST}")) is not None:
+            if self.is_s3 and not data:  # given up, see `withdraw`
+                return None
             try:
-                return Artifact(self, stage, fingerprint, _read_manifest(data, self.uri_of(key)))
+                return Artifact(self, stage, fingerprint, read_manifest(data, self.uri_of(key)))
             except CorruptArtifactError:  # on the way, or in the store
                 if (tries := tries + 1) == TRIES:
                     raise
@@ -244,8 +250,10 @@ class Store(Storage):
             return None
 
     def discard(self, stage: str, fingerprint: str) -> None:
-        """Take the manifest from an artifact, so that its stage makes it again. The caller holds its lease."""
-        self.delete(f"{stage}/{fingerprint}/{MANIFEST}")
+        """Take the manifest from a damaged artifact, so that its stage makes it again. The caller holds its lease."""
+        key = f"{stage}/{fingerprint}/{MANIFEST}"
+        if data := self.read(key):
+            self.withdraw(key, data)
 
     def finished(self, stage: str) -> Iterator["Artifact"]:
         """All finished artifacts of a stage, by fingerprint, as their manifests say; their files are not looked at."""
@@ -267,8 +275,19 @@ class Store(Storage):
 
         Where another process published the same fingerprint first, its artifact stands and is returned.
         """
+        return self.publish_first(plan, directory, summary, describe, sent)[0]
+
+    def publish_first(
+        self,
+        plan: Plan,
+        directory: Path,
+        summary: Mapping[str, Any],
+        describe: Describe | None,
+        sent: Mapping[str, Mapping[str, Any]],
+    ) -> tuple[Artifact, bool]:
+        """See `publish`; and whether this process published it."""
         if (done := self.find(plan.stage, plan.fingerprint)) is not None:
-            return done
+            return done, False
         head = {
             "stage": plan.stage,
             "fingerprint": plan.fingerprint,
@@ -277,11 +296,11 @@ class Store(Storage):
             "inputs": dict(plan.inputs),
             "summary": summary,
         }
-        self.publish_directory(f"{plan.stage}/{plan.fingerprint}", directory, head, describe, sent)
+        first = self.publish_directory(f"{plan.stage}/{plan.fingerprint}", directory, head, describe, sent)
         found = self.find(plan.stage, plan.fingerprint)
         if found is None:
             raise StoreError(f"the manifest of {plan.stage}/{plan.fingerprint} was written but cannot be read back")
-        return found
+        return found, first
 
     def publish_directory(
         self,
@@ -290,27 +309,29 @@ class Store(Storage):
         head: Mapping[str, Any],
         describe: Describe | None = None,
         sent: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-    ) -> None:
-        """Move the files of `directory` to `key`, then write a manifest of `head` and all files if there is none."""
+    ) -> bool:
+        """Publish the files of `directory` at `key` with a manifest of `head` and all of them, if there is none yet.
+
+        False where another process published first; what it published is untouched.
+        """
         files = {}
         for path in sorted(p for p in directory.rglob("*") if p.is_file()):
             files[path.relative_to(directory).as_posix()] = said_of(path, describe)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        every = dict(sorted({**sent, **files}.items()))
-        manifest = {**head, "files": every, "environment": environment(), "created": created}
         with explained(self.uri_of(key)):
-            for name, file in files.items():
-                self.put(directory / name, f"{key}/{name}", str(file["sha256"]))
-            self.sync(f"{key}/{name}" for name in files)  # before the manifest says that they are there
-            self._commit(f"{key}/{MANIFEST}", sealed(manifest))
+            if not self.is_local:
+                for name, file in files.items():
+                    file |= self.send(directory / name, key, name, str(file["sha256"]))
+            every = dict(sorted({**sent, **files}.items()))
+            manifest = sealed({**head, "files": every, "environment": environment(), "created": created})
+            if self.is_local:
+                return publish_locally(self, key, directory, list(files), manifest)
+            return commit(self, f"{key}/{MANIFEST}", manifest)
 
-    def _commit(self, key: str, data: bytes) -> None:
-        """Write a manifest if there is none, and see that it arrived as it is."""
-        for _ in range(TRIES):
-            if not self.write(key, data, only_if_absent=True) or data in (self.read(key), self.read(key)):
-                return
-            self.delete(key)
-        raise StoreError(f"{self.uri_of(key)} {GARBLED}")
+    def send(self, source: Path, key: str, name: str, sha256: str) -> dict[str, str]:
+        """Copy a file of the artifact at `key` to a remote store; what its manifest says of where it lies there."""
+        place = self.put(source, key, name, sha256)
+        return {} if place == name else {"place": place}
 
     def download(self, artifact: Artifact, only: str = "*", *, remembered: bool = False) -> Path:
         """See `Artifact.local`."""
@@ -343,7 +364,7 @@ class Store(Storage):
         """Copy one of its files from the store to `target`. Raises CorruptArtifactError where it is another one."""
         want = artifact.manifest["files"][name]["sha256"]
         try:
-            found = self.get(f"{artifact.stage}/{artifact.fingerprint}/{name}", target, want)
+            found = self.get(artifact.key(name), target, want)
         except FileNotFoundError as error:
             raise _corrupt(artifact, name) from error
         if found != want:
@@ -377,7 +398,7 @@ class Store(Storage):
         check_held(self, f"leases/{key}.json")
 
     def work_folder(self, plan: Plan, work_dir: str | None) -> Path:
-        """The local folder where this plan's work in progress lies; the same one after a restart."""
+        """The local folder of this plan's work in progress, in which each attempt at it has a folder of its own."""
         folder = self.work_root(work_dir) / f"{plan.stage}-{plan.fingerprint[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -407,25 +428,27 @@ def build(
     """
     if (found := store.find_whole(plan)) is not None:
         return found, True
-    with store.lease(plan.lease):
+    with store.lease(plan.lease) as lease:
         try:
             if (found := store.find(plan.stage, plan.fingerprint)) is not None:
                 return found, True
         except CorruptArtifactError as error:
             logger.warning("%s; %s is built again now", str(error).removesuffix(": run its stage again"), plan.stage)
+            lease.check()
             store.discard(plan.stage, plan.fingerprint)
-        work = store.work_folder(plan, work_dir)
-        out = work / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        with explained(str(out)):
-            out.mkdir()
-            summary = produce(out)
-            store.check_lease(plan.lease)
+        with attempt_folder(store.work_folder(plan, work_dir)) as work:
+            out = work / "out"
+            with explained(str(out)):
+                out.mkdir()
+                summary = produce(out)
+                lease.check()
+                sent = {} if sending is None else sending.files
+                artifact, first = store.publish_first(plan, out, summary, describe, sent)
+            if not first:  # another was faster, as this process stood still
+                lease.check()
             if sending is not None:
-                sending.forget_notes()
-            artifact = store.publish(plan, out, summary, describe, {} if sending is None else sending.files)
-        shutil.rmtree(work)
-        return artifact, False
+                sending.forget_notes(artifact)
+        return artifact, not first
 
 
 def rebuild(
@@ -435,13 +458,12 @@ def rebuild(
 
     Of `metrics.jsonl` the speed is not compared.
     """
-    with store.lease(plan.lease):
-        work = store.work_folder(plan, work_dir)
+    with store.lease(plan.lease) as lease, attempt_folder(store.work_folder(plan, work_dir)) as work:
         out = work / "out"
-        shutil.rmtree(out, ignore_errors=True)
         with explained(str(out)):
             out.mkdir()
             produce(out)
+        lease.check()
         made = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
         files = artifact.manifest["files"]
         different = set(made) ^ set(files)
@@ -450,42 +472,9 @@ def rebuild(
                 told = name == "metrics.jsonl"
                 if not told or _without_speed(made[name].read_bytes()) != _without_speed(artifact.read(name)):
                     different.add(name)
-        shutil.rmtree(work)
         return sorted(different)
-
-
-def said_of(path: Path, describe: Describe | None) -> dict[str, Any]:
-    """What a manifest says of a file."""
-    more = {} if describe is None else describe(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path), **more}
 
 
 def _without_speed(metrics: bytes) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in metrics.splitlines()]
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
-
-
-def sealed(manifest: Mapping[str, Any]) -> bytes:
-    """A manifest as JSON, with a hash over all of it, so that a wrong bit in it is seen as well."""
-    plain = json.loads(json.dumps(manifest))  # as it will be read
-    return json.dumps({**plain, SEAL: digest(plain)}, indent=2, ensure_ascii=False).encode()
-
-
-def _read_manifest(data: bytes, uri: str) -> dict[str, Any]:
-    """A manifest whose files all lie below its artifact and have size and SHA-256.
-
-    Raises CorruptArtifactError for any other.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads(data)
-        if SEAL in manifest and manifest[SEAL] != digest({k: v for k, v in manifest.items() if k != SEAL}):
-            raise ValueError("its bytes are not those that were written")
-        for name, file in manifest["files"].items():
-            path = PurePosixPath(name)
-            if not isinstance(file["sha256"], str) or not isinstance(file["bytes"], int):
-                raise ValueError(f"of the file {name!r} it tells no size and SHA-256")
-            if path.is_absolute() or ".." in path.parts or "\\" in name:
-                raise ValueError(f"it names the file {name!r}, which is not below it")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptArtifactError(f"{uri}/{MANIFEST} is no manifest ({error!r}): run its stage again") from error
-    return manifest

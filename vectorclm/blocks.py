@@ -124,7 +124,7 @@ def read_shard(artifact: Artifact, name: str) -> Shard:
             Column(one["name"], np.dtype(one["dtype"]), int(one["offset"]), tuple(one["xxh3"]))
             for one in said["buffers"]
         ]
-        key = f"{artifact.stage}/{artifact.fingerprint}/{name}"
+        key = artifact.key(name)
         counts = {field: int(said[field]) for field in ("windows", "first_window", "sequence_length", "block_windows")}
         uri, path = artifact.store.uri_of(key), artifact.store.path(key)
         shard = Shard(uri, path, columns=tuple(columns), mend=mend(artifact), **counts)

@@ -5,16 +5,22 @@ before it gets its final name, and its folder after that.
 """
 
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-TEMPORARY = ".vectorclm-tmp-"  # the beginning of the name of every temporary file and folder of this product
+from vectorclm.errors import StoreError
+
+OWN = ".vectorclm-"  # the beginning of the name of every hidden file and folder of this product
+TEMPORARY = f"{OWN}tmp-"  # of the temporary ones
+LOCK_SECONDS = 10.0  # for a lock that is held for milliseconds
 TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-z_]{{8,16}}")  # `tempfile` has letters of its own
 UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)  # from file systems that sync no folder
 
@@ -119,10 +125,30 @@ def write_file(path: Path, data: bytes, *, only_if_absent: bool = False) -> bool
     return True
 
 
+@contextmanager
+def exclusive(file: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """Hold a lock on a file (flock), which the system gives back when its holder ends; over NFS, as NFS does it.
+
+    Raises StoreError where another process holds it for longer than `seconds`, which is only one that stands still.
+    """
+    make_folder(file.parent)
+    with file.open("ab") as opened:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StoreError(
+                        f"{file} is held by a process that stands still: let it continue, or end it"
+                    ) from None
+                time.sleep(0.01)
+        yield
+
+
 def _sync(descriptor: int) -> None:
     if sys.platform == "darwin":  # whose fsync leaves the bytes in the drive's cache
-        import fcntl
-
         with suppress(OSError):  # not every file system can
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return

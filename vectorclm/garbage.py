@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,12 +20,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vectorclm import lease, s3
-from vectorclm.artifact import Store
+from vectorclm.artifact import Artifact, Store
 from vectorclm.curves import FOLDER as CURVES
-from vectorclm.durable import is_temporary
+from vectorclm.durable import OWN, is_temporary
 from vectorclm.errors import ConfigError, InUseError, StoreError
 from vectorclm.inventory import FINGERPRINT, STAGE_FOLDERS, Folder, Inventory, read_folder, take_inventory
+from vectorclm.sending import superseded
 from vectorclm.storage import StoredFile
+from vectorclm.work import is_in_use
 
 logger = logging.getLogger(__name__)
 OLDER_THAN = "7d"
@@ -35,7 +37,7 @@ OWNED = re.compile(rf"({'|'.join(STAGE_FOLDERS)}|checkpoints)/{FINGERPRINT.patte
 WORK = re.compile(rf"({'|'.join(STAGE_FOLDERS)})-[0-9a-f]{{16}}")
 EARLIER = re.compile(r"\..+\.[0-9a-f]{8}")  # temporary files of earlier versions
 EARLIER_PROBE = re.compile(r"\.probe-[0-9a-f]{8}")
-NOTE = re.compile(r"\..+-[0-9]{5}\.json")  # of what was sent so far
+EARLIER_NOTE = re.compile(r"\..+-[0-9]{5}\.json")  # of what was sent so far
 TRAINED = ("pretrain", "finetune")  # the stages that have checkpoints, which do not say of which they are
 
 
@@ -67,7 +69,13 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
     # Whatever age is asked, what is younger than a lease may be of a writer who has none yet.
     inventory, limit = take_inventory(store), time.time() - max(older_than, lease.LEASE_SECONDS)
     held = {Path(claim.key).stem for claim in inventory.leases if claim.alive}
-    found = [*_folders(store, inventory), *_files(store), *_leases(store, inventory), *_work(store), *_uploads(store)]
+    found = [
+        *_folders(store, inventory),
+        *_files(store, held),
+        *_leases(store, inventory),
+        *_work(store),
+        *_uploads(store),
+    ]
     return [item for item in found if item.modified <= limit and not held.intersection(item.leases)]
 
 
@@ -100,6 +108,8 @@ def discard_folder(store: Store, folder: Folder) -> bool:
 def _folders(store: Store, inventory: Inventory) -> Iterator[Garbage]:
     finished = {folder.fingerprint for folder in inventory.artifacts if folder.state == "finished"}
     for folder in (*inventory.artifacts, *inventory.checkpoints):
+        if folder.artifact is not None:
+            yield from _superseded(store, folder.artifact, folder)
         if folder.state == "unfinished":
             why = "has no manifest"
         elif folder.key.startswith("checkpoints/") and folder.fingerprint in finished:
@@ -110,6 +120,15 @@ def _folders(store: Store, inventory: Inventory) -> Iterator[Garbage]:
             continue
         remove = partial(_remove_folder, store, folder)
         yield Garbage(folder.key, why, folder.bytes, folder.modified, _owners(folder.key), remove)
+
+
+def _superseded(store: Store, artifact: Artifact, folder: Folder) -> Iterator[Garbage]:
+    """In a remote store: what attempts left at an artifact's address that its manifest does not name."""
+    if not store.is_local:
+        files = {f"{folder.key}/{name}": file for name, file in folder.files.items()}
+        for key in superseded(artifact, files):
+            why, file = "file of an attempt that another replaced", files[key]
+            yield Garbage(key, why, file.bytes, file.modified, _owners(key), partial(store.delete, key))
 
 
 def _owners(key: str) -> list[str]:
@@ -136,23 +155,28 @@ def _is_linked(store: Store, key: str) -> bool:
 def _holds_foreign(folder: Folder) -> bool:
     """Whether hidden files lie in it that this product does not write, such as `.git` or `.env`."""
     hidden = {part for name in folder.files for part in name.split("/") if part.startswith(".")}
-    return not all(is_temporary(name) or EARLIER.fullmatch(name) or NOTE.fullmatch(name) for name in hidden)
+    return not all(name.startswith(OWN) or EARLIER.fullmatch(name) or EARLIER_NOTE.fullmatch(name) for name in hidden)
 
 
-def _files(store: Store) -> Iterator[Garbage]:
-    """Probes, and the temporary files of writers."""
+def _files(store: Store, held: Collection[str]) -> Iterator[Garbage]:
+    """Probes, and in a local store the temporary files of writers."""
     found: dict[str, dict[str, StoredFile]] = {}
     for name in store.list(""):
         if is_temporary(name) or EARLIER_PROBE.fullmatch(name):
             found[name] = store.files(name)
-        elif name in WRITTEN and not _is_linked(store, name):
+        elif store.is_local and name in WRITTEN and not _is_linked(store, name):
             for key, file in store.files(name).items():
                 if (temporary := _temporary(key)) is not None:
                     found.setdefault(temporary, {})[key] = file
     for key, files in found.items():
         why = "temporary file of a writer" if "/" in key else "probe of whether the store can be written"
+        if any(name.startswith(f"{key.partition('/')[0]}-") for name in held):
+            continue  # of this stage something is published at this moment
         size = sum(file.bytes for file in files.values())
         modified = max((file.modified for file in files.values()), default=time.time())
+        if store.is_local and key not in files:  # a file that was moved into it may be old
+            with suppress(FileNotFoundError):
+                modified = max(modified, Path(store.path(key)).lstat().st_mtime)
         remove = partial(store.delete if key in files else store.remove, key)
         yield Garbage(key, why, size, modified, _owners(key) if OWNED.match(key) else [], remove)
 
@@ -178,7 +202,7 @@ def _work(store: Store) -> Iterator[Garbage]:
     """On this machine: the folders in which killed processes worked."""
     root = store.work_root(None)
     for folder in sorted(root.iterdir()) if root.is_dir() and not root.is_symlink() else []:
-        if WORK.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+        if WORK.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink() and not is_in_use(folder):
             size, modified = 0, 0.0
             for place, _, names in os.walk(folder):
                 for path in (Path(place), *(Path(place, name) for name in names)):

@@ -55,6 +55,8 @@ class HashMemory:
             return found
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
+            with suppress(OSError):  # what is remembered must be what is on the disk; not every file system can
+                os.fsync(file.fileno())
             stat = os.fstat(file.fileno())
         settled = time.time() - max(stat.st_mtime, stat.st_ctime) > UNSETTLED_SECONDS
         if settled and state_of(stat) == before:

@@ -15,7 +15,7 @@ from vectorclm.storage import StoredFile
 
 STAGE_FOLDERS = (*STAGES, MEASURE)  # of a store, those whose folders are artifacts
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-STEP = re.compile(r"(?:again/)?step-[0-9]+")  # of a training, or of one that is made once more
+STEP = re.compile(r"(?:again/)?step-[0-9]+(?:-[0-9a-f]{8})?")  # of a training, or of one that is made once more
 LEASE = re.compile(r"leases/[a-z_]+-[0-9a-f]{16}\.json")
 READERS = 8  # manifests fetched at once
 
@@ -106,7 +106,7 @@ def _row(folder: Folder) -> dict[str, Any]:
     return {
         "stage": stage,
         "fingerprint": fingerprint,
-        **({"step": int(step[-1].removeprefix("step-"))} if step else {}),
+        **({"step": int(step[-1].split("-")[1])} if step else {}),
         "state": folder.state,
         "files": len(folder.files),
         "bytes": folder.bytes,
@@ -148,7 +148,7 @@ def read_leases(store: Store) -> list[Claim]:
     """All claims; one that cannot be read is of nobody. Other files beside them are none."""
     claims = []
     for key, file in store.files("leases").items():
-        if LEASE.fullmatch(key) is None:
+        if LEASE.fullmatch(key) is None or not file.bytes:  # an empty one was given back, see `Storage.withdraw`
             continue
         holder = read_claim(store.read(key) or b"")
         claims.append(Claim(key, holder, bool(holder) and is_alive(holder), file.bytes, file.modified))

@@ -6,9 +6,11 @@ flipped bit or an answer that is too short: s3fs and botocore repeat what fails,
 
 import errno
 import hashlib
+import logging
 import os
+import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -21,15 +23,18 @@ import fsspec
 from safetensors import SafetensorError
 
 from vectorclm import s3
-from vectorclm.durable import TEMPORARY, make_folder, move_file, sync_folders, temporary_beside, write_file
+from vectorclm.durable import OWN, TEMPORARY, exclusive, make_folder, sync_folder, temporary_beside, write_file
 from vectorclm.errors import StoreError
 from vectorclm.hash_memory import State, state_of
+from vectorclm.s3 import GARBLED as GARBLED
+from vectorclm.s3 import TRIES as TRIES
 
+logger = logging.getLogger(__name__)
 PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "memory")  # what keeps a store
+LOCK = f"{OWN}lock"  # of a local store, under which what is there is compared and replaced
+ATTEMPT = f"{OWN}file-"  # in a remote store, the beginning of the folder of a file whose own name was taken
 RACERS = 8  # that try to create one object at once, to find a store that only says it lets one
-TRIES = 4  # to move a file whole: what arrives otherwise is sent or fetched again
 READ_BYTES = 8 * 2**20  # fetched at once where a remote file is only hashed
-GARBLED = "arrived otherwise than it was sent, again and again: see to the network, or to the server's disk and memory"
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Storage:
         self.uri = self.root if self.is_local else uri.rstrip("/")
         self._protocol = protocol
         is_s3 = protocol in s3.PROTOCOLS
+        self.is_s3 = is_s3
         self._in_parts = {"chunksize": s3.PART_BYTES, "max_concurrency": s3.PARTS} if is_s3 else {}
         self._in_one = {"max_concurrency": 1} if is_s3 else {}
 
@@ -95,6 +101,7 @@ class Storage:
             with ThreadPoolExecutor(RACERS) as racers:
                 won = sum(racers.map(first, range(RACERS)))
             late = first(RACERS)
+            replaces = self._replaces_only_what_was_read(key)
             self.delete(key)
         except Exception as error:
             raise StoreError(
@@ -106,6 +113,20 @@ class Storage:
                 f"store {self.uri} {found} that was to be created only if absent (If-None-Match: *), so two runs could "
                 "write the same artifact: choose a store that honours it, with --store or VECTORCLM_STORE"
             )
+        if not replaces:
+            logger.warning(
+                "store %s does not honour If-Match: finished artifacts are safe, but two processes that take over the "
+                "work of a dead one at the same moment may do it twice",
+                self.uri,
+            )
+
+    def _replaces_only_what_was_read(self, key: str) -> bool:
+        """Whether the store refuses to replace an object by the state of another (If-Match), and does it by its own."""
+        if not self.is_s3:
+            return True  # a local store does by its lock; others have no such request, and nothing to be told of it
+        bucket, _, name = self.path(key).partition("/")
+        tag = s3.tag_of(self.fs.call_s3("head_object", Bucket=bucket, Key=name))
+        return not self._put_matching(key, b"probe", "0" * 32) and self._put_matching(key, b"probe", tag)
 
     def create(self) -> None:
         """Make the bucket, or the folder, if it is not there. Raises StoreError where that fails."""
@@ -129,6 +150,66 @@ class Storage:
                     raise
                 # Where an answer was lost on its way, the request was repeated and found what it had written itself.
                 return self.read(key) == data
+        return True
+
+    def replace(self, key: str, before: bytes, after: bytes) -> bool:
+        """Replace an object that still is what was read of it (`before`); False where it is another by now, or gone.
+
+        In a local store the comparison holds a lock on a file, in S3 it is `If-Match`; other stores have nothing of the
+        kind, and there a writer that stands still between the comparison and the write replaces what it did not read.
+        """
+        if self.is_local:
+            path = Path(self.path(key))
+            part = temporary_beside(path)
+            try:
+                write_file(part, after)
+                with self.locked():
+                    if self.read(key) != before:
+                        return False
+                    part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+            sync_folder(path.parent)
+            return True
+        if not self.is_s3:
+            return self.read(key) == before and self.write(key, after)
+        with self._told(f"cannot write {self.uri_of(key)}"):
+            found, tag = s3.read_tagged(self.fs, self.path(key))
+            if found != before:
+                return False
+            # Where an answer was lost on its way, the request was repeated and found what it had written itself.
+            return self._put_matching(key, after, tag) or self.read(key) == after
+
+    def withdraw(self, key: str, before: bytes) -> bool:
+        """Remove an object that still is what was read of it; False where it is another by now, or gone.
+
+        S3 cannot remove on a condition: there it becomes empty, which counts as none.
+        """
+        if self.is_s3:
+            return self.replace(key, before, b"")
+        with self.locked() if self.is_local else nullcontext():
+            if self.read(key) != before:
+                return False
+            self.delete(key)
+        return True
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Be the only process that replaces or moves anything in this local store while the block runs.
+
+        Raises StoreError where another process stands still in such a block.
+        """
+        return exclusive(Path(self.root) / LOCK)
+
+    def _put_matching(self, key: str, data: bytes, tag: str) -> bool:
+        bucket, _, name = self.path(key).partition("/")
+        try:
+            self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, IfMatch=tag)
+        except OSError as error:
+            if s3.code(error) in s3.NO_CONDITIONS:
+                return self.write(key, data)
+            if s3.refused_by_condition(error) or isinstance(error, FileNotFoundError):
+                return False
+            raise
         return True
 
     def read(self, key: str) -> bytes | None:
@@ -186,27 +267,38 @@ class Storage:
         """Have the block's errors say what to change, where they are those of a remote store's client."""
         return nullcontext() if self.is_local else s3.told(where)
 
-    def put(self, source: Path, key: str, sha256: str) -> None:
-        """Move a file into the store, whole; to a remote one it goes until what is read back has this hash.
+    def put(self, source: Path, folder: str, name: str, sha256: str) -> str:
+        """Copy a file into a folder of a remote store, until what is read back has this hash; returns its name there.
 
-        In a local store its bytes are on the disk; its name is after `sync`.
+        Nothing is ever replaced. Where the name has other bytes already, as of a writer that was killed or stands
+        still, the file goes to a name that is nobody else's.
         """
-        target = self.path(key)
-        if self.is_local:
-            make_folder(Path(target).parent)
-            move_file(source, Path(target))
-            return
+        place = name
         for _ in range(TRIES):
+            key = f"{folder}/{place}"
             with self._told(f"cannot write {self.uri_of(key)}"):
-                self.fs.put_file(str(source), target, **self._in_parts)
-            if self.sha256(key) == sha256:
-                return
-        raise StoreError(f"{self.uri_of(key)} {GARBLED}")
+                if self.is_s3 and source.stat().st_size > s3.LARGEST_PUT and place == name:
+                    place = _own(name)  # uploads in parts replace what is there, at too many servers
+                    continue
+                self._create(source, self.path(key))
+            found = self.sha256(key)
+            if found not in (None, sha256):  # read once more, as the bit may have turned on its way
+                found = self.sha256(key)
+            if found == sha256:
+                return place
+            if found is not None:
+                place = _own(name)
+        raise StoreError(f"{self.uri_of(f'{folder}/{name}')} {GARBLED}")
 
-    def sync(self, keys: Iterable[str]) -> None:
-        """Flush the names of these files to the disk of a local store; a remote one has done so by itself."""
-        if self.is_local:
-            sync_folders((Path(self.path(key)) for key in keys), Path(self.root))
+    def _create(self, source: Path, path: str) -> None:
+        """Send a file to a path at which there is none; what is there stays."""
+        with suppress(FileExistsError):
+            if not self.is_s3:
+                self.fs.put_file(str(source), path, mode="create")
+            elif source.stat().st_size > s3.LARGEST_PUT:
+                self.fs.put_file(str(source), path, mode="create", **self._in_parts)
+            else:
+                s3.create(self.fs, source, path)
 
     def get(self, key: str, target: Path, sha256: str) -> str:
         """Fetch a file until it has this hash; returns the hash that it has. Raises FileNotFoundError."""
@@ -216,6 +308,11 @@ class Storage:
             if (found := sha256_of(target)) == sha256:
                 break
         return found
+
+
+def _own(name: str) -> str:
+    """A name in the same folder tree that no other writer has."""
+    return f"{ATTEMPT}{secrets.token_hex(8)}/{name}"
 
 
 @contextmanager
