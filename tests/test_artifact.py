@@ -85,7 +85,7 @@ def test_a_file_that_the_manifest_does_not_list_is_named(tmp_path: Path) -> None
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "z.txt").write_text("foreign")
     (folder / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CorruptArtifactError, match=r"link/z\.txt is not in the artifact"):
+    with pytest.raises(CorruptArtifactError, match=r"link is not in the artifact"):
         artifact.verify()
 
 

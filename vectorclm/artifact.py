@@ -252,7 +252,7 @@ class Store(Storage):
     def discard(self, stage: str, fingerprint: str) -> None:
         """Take the manifest from a damaged artifact, so that its stage makes it again. The caller holds its lease."""
         key = f"{stage}/{fingerprint}/{MANIFEST}"
-        if data := self.read(key):
+        if (data := self.read(key)) is not None:
             self.withdraw(key, data)
 
     def finished(self, stage: str) -> Iterator["Artifact"]:
