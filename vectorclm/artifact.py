@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -300,12 +300,17 @@ class Store(Storage):
     def lease(self, key: str) -> Iterator["Lease"]:
         """Be the one writer of `key` while the block runs.
 
-        The lease renews itself and expires when its holder dies. Raises InUseError while another process holds it.
+        The lease renews itself and expires when its holder dies. Raises InUseError while another process holds it, and
+        for whatever goes wrong after another process has taken it over.
         """
         lease = Lease(self, f"leases/{key}.json")
         lease.take()
         try:
             yield lease
+        except Exception:
+            with suppress(StoreError):
+                lease.check()
+            raise
         finally:
             lease.give_back()
 
