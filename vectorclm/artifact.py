@@ -6,8 +6,8 @@ only if absent. So a rerun is a skip, and a killed writer leaves nothing that a 
 
 import hashlib
 import json
+import logging
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,18 +18,22 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from vectorclm.durable import temporary_beside
 from vectorclm.errors import CorruptArtifactError, StoreError
+from vectorclm.hash_memory import HashMemory, cache_folder
 from vectorclm.lease import Lease, check_held, is_alive
 from vectorclm.manifest import MANIFEST as MANIFEST
 from vectorclm.manifest import Describe, place_of, read_manifest, said_of, sealed
 from vectorclm.publication import commit, publish_locally
 from vectorclm.runtime import environment
 from vectorclm.settings import digest
-from vectorclm.storage import TRIES, Storage, explained, sha256_of
+from vectorclm.storage import TRIES, Storage, StoredFile, explained, sha256_of
 from vectorclm.work import attempt_folder
 
 if TYPE_CHECKING:
     from vectorclm.sending import Sending
+
+logger = logging.getLogger(__name__)
 
 
 def default_store() -> str:
@@ -87,13 +91,14 @@ class Artifact:
         """What the stage said about its result: counts, losses, scores."""
         return dict(self.manifest["summary"])
 
-    def local(self, only: str = "*") -> Path:
+    def local(self, only: str = "*", *, remembered: bool = False) -> Path:
         """A local directory with this artifact's files, verified; a remote store's are copied to the cache first.
 
-        `only` is a pattern, as of a shell, for the names of those files that are needed. Raises CorruptArtifactError
-        where one of them differs from the manifest.
+        `only` is a pattern, as of a shell, for the names of those files that are needed. With `remembered`, a file is
+        not read again while it is as it was when it was hashed last. Raises CorruptArtifactError where one of them
+        differs from the manifest.
         """
-        return self.store.download(self, only)
+        return self.store.download(self, only, remembered=remembered)
 
     @contextmanager
     def borrowed(self, name: str, folder: Path) -> Iterator[Path]:
@@ -104,7 +109,7 @@ class Artifact:
         if self.store.is_local:
             yield self.local(name) / name
             return
-        copy = folder / f".{secrets.token_hex(4)}-{name.replace('/', '-')}"
+        copy = temporary_beside(folder / name.rpartition("/")[2])
         try:
             self.store.fetch(self, name, copy)
             yield copy
@@ -123,42 +128,85 @@ class Artifact:
                 return data
         raise _corrupt(self, name, found)
 
-    def verify(self, only: str = "*") -> None:
+    def verify(self, only: str = "*", *, remembered: bool = False) -> None:
         """Compare files in the store with the manifest. Raises CorruptArtifactError naming the first that differs.
 
         A file that the manifest does not list is one, too, as readers of a local store read in place.
         """
-        for difference in self.differences(only):
+        for difference in self.differences(only, remembered=remembered):
             raise CorruptArtifactError(difference)
 
-    def differences(self, only: str = "*") -> Iterator[str]:
-        """What differs between the files in the store and the manifest, and what to do, a line each."""
-        known = self.manifest["files"]
+    def differences(self, only: str = "*", *, remembered: bool = False) -> Iterator[str]:
+        """What differs between the files in the store and the manifest, and what to do, a line each.
+
+        With `remembered`, a local file is not read again while it is as it was when it was hashed last.
+        """
+        known, memory = self.manifest["files"], HashMemory(self.uri)
         for name, want in known.items():
             if not fnmatchcase(name, only):
                 continue
-            key = self.key(name)
-            path, found = self.store.path(key), self.store.sha256(key)
+            path, found = self.store.path(self.key(name)), self._sha256(name, memory if remembered else None)
             if found not in (None, want["sha256"]):  # read once more, as the bit may have turned on its way
-                found = self.store.sha256(key)
+                found = self._sha256(name, None)
             if found is None:
                 yield f"{path} is missing: {mend(self)}"
             elif found != want["sha256"]:
+                self.note_damage(name, found)
                 yield f"{path}: SHA-256 is {found[:12]}…, the manifest says {want['sha256'][:12]}…: {mend(self)}"
-        root = f"{self.stage}/{self.fingerprint}/"
-        for name in (key.removeprefix(root) for key in self.store.files(root.rstrip("/"))):
+        memory.save()
+        for name in (key.removeprefix(f"{self._key}/") for key in self.store.files(self._key)):
             hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)  # as a writer's own files are
             if not hidden and name != MANIFEST and name not in known and fnmatchcase(name, only):
                 yield f"{self.uri}/{name} is not in the artifact's manifest: move it elsewhere"
 
+    def damage(self, there: Mapping[str, StoredFile] | None = None) -> str | None:
+        """The first file that is missing, of another size, or was found to have another hash; None where none is.
+
+        `there` are the files that lie there, by place; without it they are listed. No file is read.
+        """
+        memory = HashMemory(self.uri)
+        if there is None:
+            listed = self.store.files(self._key)
+            there = {key.removeprefix(f"{self._key}/"): file for key, file in listed.items()}
+        for name, want in self.manifest["files"].items():
+            if (file := there.get(place_of(want, name))) is None:
+                return f"{self.uri}/{name} is missing"
+            if file.bytes != want["bytes"]:
+                return f"{self.uri}/{name} has {file.bytes:,} bytes, the manifest says {want['bytes']:,}"
+            if (found := memory.known(name, file.state)) not in (None, want["sha256"]):
+                return f"{self.uri}/{name}: SHA-256 is {found[:12]}…, the manifest says {want['sha256'][:12]}…"
+        return None
+
+    def note_damage(self, name: str, found: str) -> None:
+        """Remember that this file, as it is now, has a wrong hash, so that the artifact is not reused."""
+        memory = HashMemory(self.uri)
+        for file in self.store.files(self.key(name)).values():
+            memory.remember(name, file.state, found)
+        memory.save()
+
+    @property
+    def _key(self) -> str:
+        return f"{self.stage}/{self.fingerprint}"
+
+    def _sha256(self, name: str, memory: HashMemory | None) -> str | None:
+        """The hash of a file, of a local store by `memory` where it knows it; None where there is no such file."""
+        if memory is None or not self.store.is_local:
+            return self.store.sha256(self.key(name))
+        with suppress(FileNotFoundError):
+            return memory.hash_file(name, Path(self.store.path(self.key(name))))
+        return None
+
 
 def mend(artifact: Artifact) -> str:
     """What to do about files that are not what the manifest promises."""
-    return f"delete {artifact.uri} and run the stage again"
+    place = f"{artifact.stage}/{artifact.fingerprint} --store {artifact.store.uri}"
+    return f"`vectorclm store verify --discard {place}` gives it up, then run its stage again"
 
 
 def _corrupt(artifact: Artifact, name: str, found: str | None = None) -> CorruptArtifactError:
     """That one of its files has this hash, which is another one, or is not there."""
+    if found is not None:
+        artifact.note_damage(name, found)
     what = " is missing" if found is None else f": SHA-256 is {found[:12]}…"
     return CorruptArtifactError(f"{artifact.uri}/{name}{what}: {mend(artifact)}")
 
@@ -167,7 +215,21 @@ class Store(Storage):
     """A root for artifacts: a local folder, or an object store that fsspec opens, such as `s3://bucket/prefix`."""
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """The finished artifact at this address, or None. Raises CorruptArtifactError for a broken manifest."""
+        """The finished artifact at this address, or None.
+
+        Raises CorruptArtifactError for a broken manifest, and where a file is missing, of another size than the
+        manifest says, or known to have another hash. No file is read.
+        """
+        found = self.look_up(stage, fingerprint)
+        if found is not None and (damage := found.damage()) is not None:
+            raise CorruptArtifactError(f"{damage}: run its stage again")
+        return found
+
+    def look_up(self, stage: str, fingerprint: str) -> Artifact | None:
+        """What a manifest says of the artifact at this address, whatever its files are; None where there is none.
+
+        Raises CorruptArtifactError for a broken manifest.
+        """
         key = f"{stage}/{fingerprint}"
         tries = 0
         while (data := self.read(f"{key}/{MANIFEST}")) is not None:
@@ -180,10 +242,23 @@ class Store(Storage):
                     raise
         return None
 
+    def find_whole(self, plan: Plan) -> Artifact | None:
+        """The finished artifact of a plan, or None, also where it is damaged, so that its stage makes it again."""
+        try:
+            return self.find(plan.stage, plan.fingerprint)
+        except CorruptArtifactError:
+            return None
+
+    def discard(self, stage: str, fingerprint: str) -> None:
+        """Take the manifest from a damaged artifact, so that its stage makes it again. The caller holds its lease."""
+        key = f"{stage}/{fingerprint}/{MANIFEST}"
+        if data := self.read(key):
+            self.withdraw(key, data)
+
     def finished(self, stage: str) -> Iterator["Artifact"]:
-        """All finished artifacts of a stage, by fingerprint."""
+        """All finished artifacts of a stage, by fingerprint, as their manifests say; their files are not looked at."""
         for fingerprint in self.list(stage):
-            if (found := self.find(stage, fingerprint)) is not None:
+            if (found := self.look_up(stage, fingerprint)) is not None:
                 yield found
 
     def publish(
@@ -258,24 +333,28 @@ class Store(Storage):
         place = self.put(source, key, name, sha256)
         return {} if place == name else {"place": place}
 
-    def download(self, artifact: Artifact, only: str = "*") -> Path:
+    def download(self, artifact: Artifact, only: str = "*", *, remembered: bool = False) -> Path:
         """See `Artifact.local`."""
         if self.is_local:
-            artifact.verify(only)
+            artifact.verify(only, remembered=remembered)
             return Path(artifact.uri)
         cache = cache_folder() / "artifacts" / artifact.stage / artifact.fingerprint
-        known = artifact.manifest["files"]
+        known, memory = artifact.manifest["files"], HashMemory(str(cache))
         for name, want in known.items():
             path = cache / name
-            if not fnmatchcase(name, only) or (path.exists() and sha256_of(path) == want["sha256"]):
+            if not fnmatchcase(name, only):
                 continue
+            with suppress(FileNotFoundError):
+                if (memory.hash_file(name, path) if remembered else sha256_of(path)) == want["sha256"]:
+                    continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            part = temporary_beside(path)
             try:
                 self.fetch(artifact, name, part)
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
+        memory.save()
         for path in cache.rglob("*"):  # another store may have left its own files here
             if path.is_file() and not path.name.startswith(".") and path.relative_to(cache).as_posix() not in known:
                 path.unlink()
@@ -352,11 +431,16 @@ def build(
     the store has no such artifact, by one process at a time. `describe(file)` adds to what the manifest says of each.
     With `sending`, `produce` may have sent some of them already.
     """
-    if (found := store.find(plan.stage, plan.fingerprint)) is not None:
+    if (found := store.find_whole(plan)) is not None:
         return found, True
     with store.lease(plan.lease) as lease:
-        if (found := store.find(plan.stage, plan.fingerprint)) is not None:
-            return found, True
+        try:
+            if (found := store.find(plan.stage, plan.fingerprint)) is not None:
+                return found, True
+        except CorruptArtifactError as error:
+            logger.warning("%s; %s is built again now", str(error).removesuffix(": run its stage again"), plan.stage)
+            lease.check()
+            store.discard(plan.stage, plan.fingerprint)
         with attempt_folder(store.work_folder(plan, work_dir)) as work:
             out = work / "out"
             with explained(str(out)):
@@ -399,8 +483,3 @@ def rebuild(
 def _without_speed(metrics: bytes) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in metrics.splitlines()]
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
-
-
-def cache_folder() -> Path:
-    """Where copies of remote artifacts lie on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vectorclm"

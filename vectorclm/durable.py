@@ -18,9 +18,10 @@ from pathlib import Path
 
 from vectorclm.errors import StoreError
 
-TEMPORARY = ".vectorclm-tmp-"  # the beginning of the name of every temporary file and folder of this product
+OWN = ".vectorclm-"  # the beginning of the name of every hidden file and folder of this product
+TEMPORARY = f"{OWN}tmp-"  # of the temporary ones
 LOCK_SECONDS = 10.0  # for a lock that is held for milliseconds
-TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{16}}")
+TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-z_]{{8,16}}")  # `tempfile` has letters of its own
 UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)  # from file systems that sync no folder
 
 

@@ -48,7 +48,5 @@ def read_manifest(data: bytes, uri: str) -> dict[str, Any]:
                 if path.is_absolute() or ".." in path.parts or "\\" in place:
                     raise ValueError(f"it names the file {place!r}, which is not below it")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptArtifactError(
-            f"{uri}/{MANIFEST} is no manifest: {error!r}; delete {uri} to make it anew"
-        ) from error
+        raise CorruptArtifactError(f"{uri}/{MANIFEST} is no manifest ({error!r}): run its stage again") from error
     return manifest

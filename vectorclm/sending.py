@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vectorclm.artifact import Artifact, Plan, Store
+from vectorclm.durable import OWN
 from vectorclm.manifest import SEAL, place_of, said_of, sealed
 from vectorclm.settings import digest
 from vectorclm.storage import ATTEMPT, StoredFile, explained
 
-NOTE = ".vectorclm-note-"
+NOTE = f"{OWN}note-"
 
 
 class Describer(Protocol):

@@ -13,11 +13,10 @@ from typing import Any
 
 import xxhash
 
-from vectorclm.durable import temporary_beside
+from vectorclm.durable import TEMPORARY, sync_folder, sync_tree, temporary_beside
 from vectorclm.sending import Sending
 
 RECORD = "slice.json"
-PART = ".slice-"  # the beginning of the name of a folder in which one is made
 
 
 class Slices:
@@ -84,7 +83,7 @@ class SentSlices(Slices):
         work = f"{source}-{number:05d}"
         done = self.sending.noted(work)
         if done is None:
-            with tempfile.TemporaryDirectory(prefix=PART, dir=self.folder) as part:
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as part:
                 result, names = make(Path(part)), []
                 for path, name in list(self._numbered(Path(part), source)):
                     named = Path(part) / name
@@ -120,7 +119,9 @@ def finish(folder: Path, make: Callable[[Path], Mapping[str, Any]], work: Path) 
         made = make(part)
         files = {path.name: _hash(path) for path in sorted(part.iterdir())}
         (part / RECORD).write_text(json.dumps({"files": files, "result": made}))
+        sync_tree(part)  # what one process finished stays finished, also after a power loss
         part.rename(own)
+        sync_folder(own.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if (read := _read(own)) is None:

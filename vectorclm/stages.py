@@ -109,7 +109,7 @@ def run_stage(
     if name not in stages:
         raise ConfigError(f"no stage {name!r}: there are {', '.join(STAGES)}")
     plan = stages[name]
-    found = store.find(plan.stage, plan.fingerprint)
+    found = store.find_whole(plan)
     if found is not None and not again:
         return found, True
     inputs = {stage: _input(store, stages[stage]) for stage in plan.inputs}

@@ -23,16 +23,16 @@ import fsspec
 from safetensors import SafetensorError
 
 from vectorclm import s3
-from vectorclm.durable import exclusive, make_folder, sync_folder, temporary_beside, write_file
+from vectorclm.durable import OWN, TEMPORARY, exclusive, make_folder, sync_folder, temporary_beside, write_file
 from vectorclm.errors import StoreError
+from vectorclm.hash_memory import State, state_of
 from vectorclm.s3 import GARBLED as GARBLED
 from vectorclm.s3 import TRIES as TRIES
 
 logger = logging.getLogger(__name__)
 PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "memory")  # what keeps a store
-PROBE = ".probe-"
-LOCK = ".vectorclm-lock"  # of a local store, under which what is there is compared and replaced
-ATTEMPT = ".vectorclm-file-"  # in a remote store, the beginning of the folder of a file whose own name was taken
+LOCK = f"{OWN}lock"  # of a local store, under which what is there is compared and replaced
+ATTEMPT = f"{OWN}file-"  # in a remote store, the beginning of the folder of a file whose own name was taken
 RACERS = 8  # that try to create one object at once, to find a store that only says it lets one
 READ_BYTES = 8 * 2**20  # fetched at once where a remote file is only hashed
 
@@ -43,6 +43,7 @@ class StoredFile:
 
     bytes: int
     modified: float  # seconds since 1970, by the store's clock
+    state: State = ()  # what changes whenever the file does
 
 
 class Storage:
@@ -86,12 +87,12 @@ class Storage:
         with suppress(FileNotFoundError), self._told(f"store {self.uri}"):
             quick, _ = fsspec.core.url_to_fs(self.uri, use_listings_cache=False, **s3.options(self._protocol, s3.QUICK))
             quick.retries = 1  # s3fs repeats what botocore has already repeated
-            quick.cat_file(self.path(f"{PROBE}none"), **self._in_one)
+            quick.cat_file(self.path(f"{TEMPORARY}none"), **self._in_one)
 
     def check_writable(self) -> None:
         """Write and remove a probe. Raises StoreError, with what to change, where that fails or several writers win."""
         self.check_reachable()
-        key = f"{PROBE}{secrets.token_hex(4)}"
+        key = temporary_beside(Path("probe")).name
 
         def first(number: int) -> bool:
             return self.write(key, b"probe %d" % number, only_if_absent=True)  # what leases and manifests need
@@ -229,16 +230,16 @@ class Storage:
         return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in names)
 
     def files(self, key: str) -> dict[str, StoredFile]:
-        """All files at and below `key`, by their own keys; empty where there is nothing. Links are followed."""
+        """All files at and below `key`, by their own keys; empty where there is nothing.
+
+        Links to folders are not followed: each is listed like a file. `key` itself may be one.
+        """
         if self.is_local:
-            root = Path(self.path(key))
-            places = [(Path(place, name)) for place, _, names in os.walk(root, followlinks=True) for name in names]
-            stats = {path: path.stat() for path in ([root] if root.is_file() else places) if path.exists()}
-            found = {path.as_posix(): StoredFile(stat.st_size, stat.st_mtime) for path, stat in stats.items()}
+            found = dict(_local_files(Path(self.path(key))))
         else:
             with self._told(f"cannot list {self.uri_of(key)}"):
                 listed = self.fs.find(self.path(key).rstrip("/"), detail=True)
-            found = {path: StoredFile(info["size"], _modified(info)) for path, info in listed.items()}
+            found = {path: _stored(info) for path, info in listed.items()}
         return {path.removeprefix(f"{self.root}/"): found[path] for path in sorted(found)}
 
     def sha256(self, key: str) -> str | None:
@@ -324,6 +325,25 @@ def explained(where: str) -> Iterator[None]:
         if getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full):
             raise StoreError(f"no space left while writing {where}: free some, or choose another store") from error
         raise
+
+
+def _local_files(root: Path) -> Iterator[tuple[str, StoredFile]]:
+    """The files at and below a path, and the links to folders below it; what vanishes meanwhile is left out."""
+    upward = root.is_symlink() and root.parent.resolve().is_relative_to(root.resolve())
+    places = [root] if root.is_file() or upward else []
+    for place, folders, names in os.walk(root) if not upward else ():
+        places += [Path(place, name) for name in names]
+        places += [Path(place, name) for name in folders if Path(place, name).is_symlink()]
+    for path in places:
+        with suppress(FileNotFoundError):
+            stat = path.lstat() if path.is_dir() or not path.exists() else path.stat()
+            yield path.as_posix(), StoredFile(stat.st_size, stat.st_mtime, state_of(stat))
+
+
+def _stored(info: Mapping[str, Any]) -> StoredFile:
+    """A file as a remote store's listing tells it."""
+    modified = _modified(info)
+    return StoredFile(info["size"], modified, (info["size"], modified, str(info.get("ETag", ""))))
 
 
 def _modified(info: Mapping[str, Any]) -> float:
