@@ -80,10 +80,18 @@ class Store(Storage):
         except CorruptArtifactError:
             return None
 
-    def discard(self, stage: str, fingerprint: str) -> None:
-        """Take the manifest from a damaged artifact, so that its stage makes it again. The caller holds its lease."""
+    def discard(self, stage: str, fingerprint: str, seen: Mapping[str, Any] | None = None) -> None:
+        """Take the manifest from a damaged artifact, so that its stage makes it again. The caller holds its lease.
+
+        One that was made again meanwhile stays: with `seen`, any but that manifest, else any that is not damaged.
+        """
         key = f"{stage}/{fingerprint}/{MANIFEST}"
-        if data := self.read(key):
+        data = self.read(key)
+        with suppress(CorruptArtifactError):
+            found = self.look_up(stage, fingerprint)
+            if found is None or (found.damage() is None if seen is None else found.manifest != seen):
+                return
+        if data:
             self.withdraw(key, data)
 
     def finished(self, stage: str) -> Iterator["Artifact"]:
