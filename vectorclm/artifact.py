@@ -4,17 +4,14 @@ An artifact is complete when, and only when, its `manifest.json` is there: files
 only if absent. So a rerun is a skip, and a killed writer leaves nothing that a reader could mistake for a result.
 """
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +20,15 @@ from vectorclm.errors import CorruptArtifactError, StoreError
 from vectorclm.hash_memory import HashMemory, cache_folder
 from vectorclm.lease import Lease, check_held, is_alive
 from vectorclm.manifest import MANIFEST as MANIFEST
-from vectorclm.manifest import Describe, place_of, read_manifest, said_of, sealed
+from vectorclm.manifest import Describe, read_manifest, said_of, sealed
 from vectorclm.publication import commit, publish_locally
+from vectorclm.result import Artifact as Artifact
+from vectorclm.result import Plan as Plan
+from vectorclm.result import corrupt
+from vectorclm.result import mend as mend
 from vectorclm.runtime import environment
 from vectorclm.settings import digest
-from vectorclm.storage import TRIES, Storage, StoredFile, explained, sha256_of
+from vectorclm.storage import TRIES, Storage, explained, sha256_of
 from vectorclm.work import attempt_folder
 
 if TYPE_CHECKING:
@@ -39,176 +40,6 @@ logger = logging.getLogger(__name__)
 def default_store() -> str:
     """Where artifacts are kept unless a command is told otherwise."""
     return os.environ.get("VECTORCLM_STORE") or "./store"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one stage is asked to make: its settings and the fingerprints of its inputs, before anything runs."""
-
-    stage: str
-    version: int  # of the stage's output format and meaning; raise it when code changes what equal settings give
-    config: Mapping[str, Any]
-    inputs: Mapping[str, str]  # stage name -> fingerprint
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of stage, version, settings and inputs: the address of the result."""
-        return digest(
-            {"stage": self.stage, "version": self.version, "config": self.config, "inputs": dict(self.inputs)}
-        )
-
-    @property
-    def lease(self) -> str:
-        """The key that whoever makes this holds."""
-        return f"{self.stage}-{self.fingerprint[:16]}"
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A finished result in a store."""
-
-    store: "Store"
-    stage: str
-    fingerprint: str
-    manifest: Mapping[str, Any]
-
-    @property
-    def uri(self) -> str:
-        """Where it is, as a path or URI."""
-        return self.store.uri_of(f"{self.stage}/{self.fingerprint}")
-
-    def key(self, name: str) -> str:
-        """Where one of its files lies in the store."""
-        return f"{self.stage}/{self.fingerprint}/{place_of(self.manifest['files'][name], name)}"
-
-    @property
-    def identity(self) -> str:
-        """SHA-256 (hex) of what its files hold: the same wherever and whenever they were made."""
-        return digest({name: file["sha256"] for name, file in self.manifest["files"].items()})
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What the stage said about its result: counts, losses, scores."""
-        return dict(self.manifest["summary"])
-
-    def local(self, only: str = "*", *, remembered: bool = False) -> Path:
-        """A local directory with this artifact's files, verified; a remote store's are copied to the cache first.
-
-        `only` is a pattern, as of a shell, for the names of those files that are needed. With `remembered`, a file is
-        not read again while it is as it was when it was hashed last. Raises CorruptArtifactError where one of them
-        differs from the manifest.
-        """
-        return self.store.download(self, only, remembered=remembered)
-
-    @contextmanager
-    def borrowed(self, name: str, folder: Path) -> Iterator[Path]:
-        """One of its files, verified, for reading while the block runs: in place, or as a copy in `folder`.
-
-        Raises CorruptArtifactError where it differs from the manifest.
-        """
-        if self.store.is_local:
-            yield self.local(name) / name
-            return
-        copy = temporary_beside(folder / name.rpartition("/")[2])
-        try:
-            self.store.fetch(self, name, copy)
-            yield copy
-        finally:
-            copy.unlink(missing_ok=True)
-
-    def read(self, name: str) -> bytes:
-        """One of its files, verified, in memory alone.
-
-        Raises CorruptArtifactError where it differs from the manifest.
-        """
-        for _ in range(TRIES):
-            if (data := self.store.read(self.key(name))) is None:
-                raise _corrupt(self, name)
-            if (found := hashlib.sha256(data).hexdigest()) == self.manifest["files"][name]["sha256"]:
-                return data
-        raise _corrupt(self, name, found)
-
-    def verify(self, only: str = "*", *, remembered: bool = False) -> None:
-        """Compare files in the store with the manifest. Raises CorruptArtifactError naming the first that differs.
-
-        A file that the manifest does not list is one, too, as readers of a local store read in place.
-        """
-        for difference in self.differences(only, remembered=remembered):
-            raise CorruptArtifactError(difference)
-
-    def differences(self, only: str = "*", *, remembered: bool = False) -> Iterator[str]:
-        """What differs between the files in the store and the manifest, and what to do, a line each.
-
-        With `remembered`, a local file is not read again while it is as it was when it was hashed last.
-        """
-        known, memory = self.manifest["files"], HashMemory(self.uri)
-        for name, want in known.items():
-            if not fnmatchcase(name, only):
-                continue
-            path, found = self.store.path(self.key(name)), self._sha256(name, memory if remembered else None)
-            if found not in (None, want["sha256"]):  # read once more, as the bit may have turned on its way
-                found = self._sha256(name, None)
-            if found is None:
-                yield f"{path} is missing: {mend(self)}"
-            elif found != want["sha256"]:
-                self.note_damage(name, found)
-                yield f"{path}: SHA-256 is {found[:12]}…, the manifest says {want['sha256'][:12]}…: {mend(self)}"
-        memory.save()
-        for name in (key.removeprefix(f"{self._key}/") for key in self.store.files(self._key)):
-            hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)  # as a writer's own files are
-            if not hidden and name != MANIFEST and name not in known and fnmatchcase(name, only):
-                yield f"{self.uri}/{name} is not in the artifact's manifest: move it elsewhere"
-
-    def damage(self, there: Mapping[str, StoredFile] | None = None) -> str | None:
-        """The first file that is missing, of another size, or was found to have another hash; None where none is.
-
-        `there` are the files that lie there, by place; without it they are listed. No file is read.
-        """
-        memory = HashMemory(self.uri)
-        if there is None:
-            listed = self.store.files(self._key)
-            there = {key.removeprefix(f"{self._key}/"): file for key, file in listed.items()}
-        for name, want in self.manifest["files"].items():
-            if (file := there.get(place_of(want, name))) is None:
-                return f"{self.uri}/{name} is missing"
-            if file.bytes != want["bytes"]:
-                return f"{self.uri}/{name} has {file.bytes:,} bytes, the manifest says {want['bytes']:,}"
-            if (found := memory.known(name, file.state)) not in (None, want["sha256"]):
-                return f"{self.uri}/{name}: SHA-256 is {found[:12]}…, the manifest says {want['sha256'][:12]}…"
-        return None
-
-    def note_damage(self, name: str, found: str) -> None:
-        """Remember that this file, as it is now, has a wrong hash, so that the artifact is not reused."""
-        memory = HashMemory(self.uri)
-        for file in self.store.files(self.key(name)).values():
-            memory.remember(name, file.state, found)
-        memory.save()
-
-    @property
-    def _key(self) -> str:
-        return f"{self.stage}/{self.fingerprint}"
-
-    def _sha256(self, name: str, memory: HashMemory | None) -> str | None:
-        """The hash of a file, of a local store by `memory` where it knows it; None where there is no such file."""
-        if memory is None or not self.store.is_local:
-            return self.store.sha256(self.key(name))
-        with suppress(FileNotFoundError):
-            return memory.hash_file(name, Path(self.store.path(self.key(name))))
-        return None
-
-
-def mend(artifact: Artifact) -> str:
-    """What to do about files that are not what the manifest promises."""
-    place = f"{artifact.stage}/{artifact.fingerprint} --store {artifact.store.uri}"
-    return f"`vectorclm store verify --discard {place}` gives it up, then run its stage again"
-
-
-def _corrupt(artifact: Artifact, name: str, found: str | None = None) -> CorruptArtifactError:
-    """That one of its files has this hash, which is another one, or is not there."""
-    if found is not None:
-        artifact.note_damage(name, found)
-    what = " is missing" if found is None else f": SHA-256 is {found[:12]}…"
-    return CorruptArtifactError(f"{artifact.uri}/{name}{what}: {mend(artifact)}")
 
 
 class Store(Storage):
@@ -249,10 +80,18 @@ class Store(Storage):
         except CorruptArtifactError:
             return None
 
-    def discard(self, stage: str, fingerprint: str) -> None:
-        """Take the manifest from a damaged artifact, so that its stage makes it again. The caller holds its lease."""
+    def discard(self, stage: str, fingerprint: str, seen: Mapping[str, Any] | None = None) -> None:
+        """Take the manifest from a damaged artifact, so that its stage makes it again. The caller holds its lease.
+
+        One that was made again meanwhile stays: with `seen`, any but that manifest, else any that is not damaged.
+        """
         key = f"{stage}/{fingerprint}/{MANIFEST}"
-        if (data := self.read(key)) is not None:
+        data = self.read(key)
+        with suppress(CorruptArtifactError):
+            found = self.look_up(stage, fingerprint)
+            if found is None or (found.damage() is None if seen is None else found.manifest != seen):
+                return
+        if data is not None:
             self.withdraw(key, data)
 
     def finished(self, stage: str) -> Iterator["Artifact"]:
@@ -366,9 +205,9 @@ class Store(Storage):
         try:
             found = self.get(artifact.key(name), target, want)
         except FileNotFoundError as error:
-            raise _corrupt(artifact, name) from error
+            raise corrupt(artifact, name) from error
         if found != want:
-            raise _corrupt(artifact, name, found)
+            raise corrupt(artifact, name, found)
 
     def remove(self, key: str) -> None:
         """Remove `key` and all below it, if it is there. The manifest goes first, so no reader trusts the rest."""
@@ -379,12 +218,17 @@ class Store(Storage):
     def lease(self, key: str) -> Iterator["Lease"]:
         """Be the one writer of `key` while the block runs.
 
-        The lease renews itself and expires when its holder dies. Raises InUseError while another process holds it.
+        The lease renews itself and expires when its holder dies. Raises InUseError while another process holds it, and
+        for whatever goes wrong after another process has taken it over.
         """
         lease = Lease(self, f"leases/{key}.json")
         lease.take()
         try:
             yield lease
+        except Exception:
+            with suppress(StoreError):
+                lease.check()
+            raise
         finally:
             lease.give_back()
 

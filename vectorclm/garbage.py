@@ -24,7 +24,7 @@ from vectorclm.artifact import Artifact, Store
 from vectorclm.curves import FOLDER as CURVES
 from vectorclm.durable import OWN, is_temporary
 from vectorclm.errors import ConfigError, InUseError, StoreError
-from vectorclm.inventory import FINGERPRINT, STAGE_FOLDERS, Folder, Inventory, read_folder, take_inventory
+from vectorclm.inventory import FINGERPRINT, LEASE, STAGE_FOLDERS, Folder, Inventory, read_folder, take_inventory
 from vectorclm.lease import LEASE_SECONDS
 from vectorclm.sending import superseded
 from vectorclm.storage import StoredFile
@@ -102,7 +102,8 @@ def discard_folder(store: Store, folder: Folder) -> bool:
                 stack.enter_context(store.lease(key))
         except InUseError:
             return False
-        store.discard(*folder.key.rsplit("/", 1))
+        stage, fingerprint = folder.key.rsplit("/", 1)
+        store.discard(stage, fingerprint, folder.artifact.manifest if folder.artifact else None)
     return True
 
 
@@ -194,9 +195,19 @@ def _temporary(key: str) -> str | None:
 
 def _leases(store: Store, inventory: Inventory) -> Iterator[Garbage]:
     for claim in inventory.leases:
-        if not claim.alive:
+        if not claim.alive:  # whoever takes the lease and gives it back has removed it
             why, leases = "lease of a process that has ended", [Path(claim.key).stem]
-            yield Garbage(claim.key, why, claim.bytes, claim.modified, leases, partial(store.delete, claim.key))
+            yield Garbage(claim.key, why, claim.bytes, claim.modified, leases, lambda: None)
+    for key, file in store.files("leases").items() if store.is_s3 else ():
+        if LEASE.fullmatch(key) and not file.bytes:
+            yield Garbage(key, "lease that was given back", 0, file.modified, [], partial(_remove_empty, store, key))
+
+
+def _remove_empty(store: Store, key: str) -> None:
+    """Remove an empty object. Raises InUseError where it is not."""
+    if store.read(key):
+        raise InUseError(f"{store.uri_of(key)} was written to")
+    store.delete(key)
 
 
 def _work(store: Store) -> Iterator[Garbage]:

@@ -36,7 +36,7 @@ def publish_locally(store: Storage, key: str, directory: Path, names: Sequence[s
     final = Path(store.path(key))
     make_folder(final.parent)
     attempt = temporary_beside(final)
-    attempt.mkdir()
+    attempt.mkdir(parents=True)
     try:
         targets = [attempt / name for name in names]
         for name, target in zip(names, targets, strict=True):
