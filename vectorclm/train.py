@@ -110,8 +110,8 @@ def train(
     metrics = Metrics(work.folder / "metrics.jsonl", dataset.describe)
     order = dataset.plan.digest(config.batch_size)
     saved = work.checkpoints.latest(order) if group.rank == 0 else None
-    if (done := group.share(saved.step if saved is not None else None)) is not None:
-        saved = saved or work.checkpoints.at(done)
+    if (name := group.share(work.checkpoints.resumed)) is not None:
+        saved = saved or work.checkpoints.named(name)
         restore(saved, model, optimizers)
         dataset.start_step = saved.step
     if group.rank == 0:
