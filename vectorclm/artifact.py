@@ -91,7 +91,7 @@ class Store(Storage):
             found = self.look_up(stage, fingerprint)
             if found is None or (found.damage() is None if seen is None else found.manifest != seen):
                 return
-        if data:
+        if data is not None:
             self.withdraw(key, data)
 
     def finished(self, stage: str) -> Iterator["Artifact"]:

@@ -19,18 +19,20 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vectorclm import lease, s3
+from vectorclm import s3
 from vectorclm.artifact import Artifact, Store
 from vectorclm.curves import FOLDER as CURVES
 from vectorclm.durable import OWN, is_temporary
 from vectorclm.errors import ConfigError, InUseError, StoreError
 from vectorclm.inventory import FINGERPRINT, LEASE, STAGE_FOLDERS, Folder, Inventory, read_folder, take_inventory
+from vectorclm.lease import LEASE_SECONDS
 from vectorclm.sending import superseded
 from vectorclm.storage import StoredFile
 from vectorclm.work import is_in_use
 
 logger = logging.getLogger(__name__)
 OLDER_THAN = "7d"
+YOUNG_SECONDS = LEASE_SECONDS  # what is younger may be of a writer who holds no lease yet: it stays, whatever is asked
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 WRITTEN = (*STAGE_FOLDERS, "checkpoints", "leases", "reports", CURVES)  # the folders in which this product writes files
 OWNED = re.compile(rf"({'|'.join(STAGE_FOLDERS)}|checkpoints)/{FINGERPRINT.pattern}/")  # what a lease protects
@@ -66,8 +68,7 @@ def seconds(age: str) -> float:
 
 def find_garbage(store: Store, older_than: float) -> list[Garbage]:
     """What no manifest reaches, no live process holds, and nobody wrote to in the last `older_than` seconds."""
-    # Whatever age is asked, what is younger than a lease may be of a writer who has none yet.
-    inventory, limit = take_inventory(store), time.time() - max(older_than, lease.LEASE_SECONDS)
+    inventory, limit = take_inventory(store), time.time() - max(older_than, YOUNG_SECONDS)
     held = {Path(claim.key).stem for claim in inventory.leases if claim.alive}
     found = [
         *_folders(store, inventory),
