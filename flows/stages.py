@@ -20,6 +20,7 @@ from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -30,6 +31,7 @@ from flows.placement import run_in_pool
 from flows.report import report
 from flows.server import local_folder
 from flows.tracking import Tracker
+from flows.watch import is_cancelled
 from vectorclm.artifact import Artifact, Store
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError, VectorCLMError
@@ -100,6 +102,8 @@ class Stages:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ended = kind is not None and issubclass(kind, TerminationSignal | SystemExit)
+        self.launcher.preempted = ended and not is_cancelled()
         self._stack.__exit__(kind, error, trace)
 
     def __call__(self, name: str, *after: PrefectFuture[Any]) -> PrefectFuture[Any]:

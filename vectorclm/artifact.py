@@ -352,7 +352,7 @@ def rebuild(
 ) -> list[str]:
     """Make a finished artifact again, beside it, and return the files that came out otherwise; the artifact stays.
 
-    Of `metrics.jsonl` the speed is not compared.
+    Of `metrics.jsonl` neither the speed is compared nor the order of the lines, which may come some steps late.
     """
     with store.lease(plan.lease):
         work = store.work_folder(plan, work_dir)
@@ -381,7 +381,8 @@ def said_of(path: Path, describe: Describe | None) -> dict[str, Any]:
 
 def _without_speed(metrics: bytes) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in metrics.splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    plain = [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    return sorted(plain, key=lambda line: (line["step"], *line))
 
 
 def cache_folder() -> Path:
