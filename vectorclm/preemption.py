@@ -55,7 +55,8 @@ class Preemption:
             yield
         finally:
             signal.set_wakeup_fd(descriptor)
-            signal.signal(signal.SIGTERM, handler)
+            # A request that is met may be repeated, up to the very end of the process.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if self.requested else handler)
             os.close(writer)
             self._reset()
 
