@@ -35,6 +35,7 @@ from flows.watch import is_cancelled
 from vectorclm.artifact import Artifact, Store
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError, VectorCLMError
+from vectorclm.library_calls import ending
 from vectorclm.lineage import lineage
 from vectorclm.runtime import Runtime
 from vectorclm.stages import TRAININGS, plans, run_stage, told
@@ -104,7 +105,12 @@ class Stages:
     ) -> None:
         ended = kind is not None and issubclass(kind, TerminationSignal | SystemExit)
         self.launcher.preempted = ended and not is_cancelled()
-        self._stack.__exit__(kind, error, trace)
+        try:
+            if kind is not None:
+                ending.set()  # for stages that are made in threads of this process
+            self._stack.__exit__(kind, error, trace)
+        finally:
+            ending.clear()
 
     def __call__(self, name: str, *after: PrefectFuture[Any]) -> PrefectFuture[Any]:
         """Submit the stage `name`, to start when the stages `after` are done.
