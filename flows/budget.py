@@ -29,7 +29,7 @@ DEVICES: Mapping[str, float] = {
 
 def known_windows(store: Store, shards: Plan) -> dict[str, int] | None:
     """Windows for training of each source, where the shards are made and no network is needed to know."""
-    if not store.is_local or (found := store.find(shards.stage, shards.fingerprint)) is None:
+    if not store.is_local or (found := store.find_whole(shards)) is None:
         return None
     return {label: splits["train"]["windows"] for label, splits in found.summary.items()}
 

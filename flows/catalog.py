@@ -51,7 +51,7 @@ class Catalog:
             )
             if known:
                 self.model_ids[plan.fingerprint] = known[0].model_id
-            elif (made := artifact or self.store.find(plan.stage, plan.fingerprint)) is not None:
+            elif (made := artifact or self.store.look_up(plan.stage, plan.fingerprint)) is not None:
                 model = mlflow.create_external_model(
                     MODELS[name],
                     source_run_id=self.tracker.run_of(name),
@@ -66,7 +66,7 @@ class Catalog:
     def dataset(self, name: str) -> Dataset | None:
         """The artifact of a data stage as MLflow's data set, with what it holds."""
         plan = self.plans[name]
-        made = self.store.find(plan.stage, plan.fingerprint)
+        made = self.store.look_up(plan.stage, plan.fingerprint)
         if made is None:
             return None
         return Dataset(

@@ -89,7 +89,7 @@ def _measured(plan: Plan, model: Model, arguments: Sequence[str], store: Store, 
     """The state of the task that makes the plan's artifact in a process of its own, or finds it."""
 
     def measure() -> State[Any]:
-        if (found := store.find(plan.stage, plan.fingerprint)) is not None:
+        if (found := store.find_whole(plan)) is not None:
             model.verify(store)
             return Completed(name="Reused", message=f"measured already: {found.uri}")
         command = [sys.executable, "-m", "vectorclm", "evaluate", *arguments, "--relay"]

@@ -19,6 +19,7 @@ from flows.plots import COLOURS, Box, Interval, bars, curves, graph, intervals, 
 from vectorclm.artifact import Artifact, Store
 from vectorclm.compare import followed, has_items
 from vectorclm.curves import curves_of
+from vectorclm.durable import write_file
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.instructions import FOLLOWED
 from vectorclm.lineage import Lineage, Node, facts, lineage, tokens_by_source
@@ -113,7 +114,7 @@ def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str
 
 def lines_of(artifact: Artifact, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """A training's `metrics.jsonl`, or `samples.jsonl`; empty where it has none."""
-    kept = artifact.store.read(f"{artifact.stage}/{artifact.fingerprint}/{name}") or b""
+    kept = artifact.store.read(artifact.key(name)) or b""
     return [json.loads(line) for line in kept.decode().splitlines()]
 
 
@@ -329,7 +330,7 @@ def command(args: Any) -> int:
     other = opened(args.against, store) if args.against is not None else None
     page = report(opened(args.target, store), store, other)
     try:
-        args.out.write_text(page, encoding="utf-8")
+        write_file(args.out, page.encode())
     except OSError as error:
         raise ConfigError(f"{args.out} cannot be written ({error.strerror}): name another file with --out") from error
     print(args.out)

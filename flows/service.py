@@ -58,10 +58,9 @@ class Service:
 
     def process(self) -> psutil.Process | None:
         """The running process, or None."""
-        process = marked(self._known())
-        deadline = time.monotonic() + STOP_SECONDS
+        known, deadline = self._known(), time.monotonic() + STOP_SECONDS
         with suppress(psutil.Error):
-            while process is not None and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            while (process := marked(known)) is not None and time.monotonic() < deadline:
                 if process.cmdline():
                     return process
                 time.sleep(0.01)  # just starting; or killed, and still writing: what comes after it needs its files

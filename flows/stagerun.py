@@ -19,6 +19,7 @@ from vectorclm.stages import EVALUATED, TRAININGS
 if TYPE_CHECKING:
     from flows.tracking import Tracker
 
+METRICS = "metrics.jsonl"
 TAIL = 400  # bytes of a file by which it is known again
 
 
@@ -29,8 +30,8 @@ class NotOpenError(Exception):
 class StageRun:
     """The nested run of a stage in the making. All but `finished` happens in the tracker's thread."""
 
-    def __init__(self, tracker: "Tracker", name: str, metrics: Path | None) -> None:
-        self.tracker, self.name, self.metrics = tracker, name, metrics  # without a file it was made before
+    def __init__(self, tracker: "Tracker", name: str, folder: Path | None) -> None:
+        self.tracker, self.name, self.folder = tracker, name, folder  # of its work; without one it was made before
         self.artifact: Artifact | None = None
         self._key, self._run_id = tracker.new_key(), ""
         self._found = self._checkpoint()  # now, as MLflow may come back when there is another
@@ -52,11 +53,11 @@ class StageRun:
         if not self._run_id:  # else MLflow went away half-way through this
             tags = {"state": "building", "attempt": str(max(attempt, 1 + tracker.attempts(self.name)))}
             if self._found:
-                tags["resumed_step"] = str(int(self._found.rpartition("-")[2]))
+                tags["resumed_step"] = str(int(self._found.split("-")[1]))
             self._run_id = tracker.create_run(self._key, self.name, tags)
         tracker.log_params(self._run_id, tracker.plans[self.name].config)
         tracker.catalog.log_inputs(self.name)
-        if self.metrics is not None:
+        if self.folder is not None:
             self._load = Load(self._run_id, tracker.uri)
             self._load.start()
             tracker.active.append(self)
@@ -69,9 +70,9 @@ class StageRun:
         if self._load is not None:
             self._load.send(self.tracker.client)
         self._begun = self._begun or self.tracker.begins(self.name, self._run_id)
-        if self.metrics is None or not self.metrics.is_file():
+        if (metrics := self._newest()) is None:
             return
-        with self.metrics.open("rb") as file:
+        with metrics.open("rb") as file:
             file.seek(self._read - len(self._tail))
             if file.read(len(self._tail)) != self._tail:  # it was cut back to a checkpoint, and grew again
                 self._read, self._tail = file.seek(0), b""
@@ -79,6 +80,14 @@ class StageRun:
         whole = text[: text.rfind(b"\n") + 1]  # without a line that is still being written
         self._send(whole.decode())
         self._read, self._tail = self._read + len(whole), (self._tail + whole)[-TAIL:]
+
+    def _newest(self) -> Path | None:
+        """The metrics of the attempt that is at work: each has a folder of its own."""
+        found = list[tuple[float, Path]]()
+        for path in () if self.folder is None else (self.folder / METRICS, *self.folder.glob(f"*/{METRICS}")):
+            with suppress(OSError):  # it ended meanwhile
+                found.append((path.stat().st_mtime, path))
+        return max(found)[1] if found else None
 
     def _send(self, text: str, model_id: str | None = None) -> None:
         if not self._run_id:
@@ -143,7 +152,7 @@ class StageRun:
 
     def _checkpoint(self) -> str:
         """The name of the newest checkpoint of a training; empty without one."""
-        if self.name not in TRAININGS or self.metrics is None:
+        if self.name not in TRAININGS or self.folder is None:
             return ""
         with suppress(StoreError):  # which the training will tell of
             return next(reversed(self.tracker.store.list(self._checkpoints)), "")
@@ -163,10 +172,10 @@ class StageRun:
         about = {"uri": artifact.uri, **{key: str(made_on.get(key)) for key in ("device", "world_size")}}
         client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in about.items()])
         if "metrics.jsonl" in artifact.manifest["files"]:
-            kept = tracker.store.read(f"{artifact.stage}/{artifact.fingerprint}/metrics.jsonl") or b""
+            kept = tracker.store.read(artifact.key("metrics.jsonl")) or b""
             self._send(kept.decode())
         if "samples.jsonl" in artifact.manifest["files"]:
-            said = tracker.store.read(f"{artifact.stage}/{artifact.fingerprint}/samples.jsonl") or b""
+            said = tracker.store.read(artifact.key("samples.jsonl")) or b""
             client.log_text(self._run_id, said.decode(), "samples.jsonl")
         client.log_dict(self._run_id, dict(artifact.manifest), "manifest.json")
         if name in EVALUATED:

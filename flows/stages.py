@@ -176,7 +176,7 @@ class Stages:
 
     def _run(self, name: str) -> State[Handle]:
         plan, began = self.plans[name], time.monotonic()
-        found = self.store.find(plan.stage, plan.fingerprint)
+        found = self.store.find_whole(plan)
         if found is not None and name not in self.again:
             self.tracker.reused(name, found)
             logger.info("%s reused", name)

@@ -150,7 +150,7 @@ class Tracker:
     @contextmanager
     def stage(self, name: str, attempt: int, folder: Path) -> Iterator["StageRun"]:
         """A nested run around the making of a stage; `folder` is where its metrics appear."""
-        run = StageRun(self, name, folder / "metrics.jsonl")
+        run = StageRun(self, name, folder)
         self.do(lambda: run.open(attempt))
         try:
             yield run

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from one without the threads of other tests
-PROCESSES.set_forkserver_preload(["tests.test_store", "tests.test_blocks"])
+PROCESSES.set_forkserver_preload(["tests.test_store", "tests.test_blocks", "tests.test_fence"])
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,11 @@ def produce(out: Path) -> dict[str, Any]:
     (out / "part").mkdir()
     (out / "part" / "x.txt").write_text("hello")
     return {"files": 1}
+
+
+def steps(names: Iterable[str]) -> list[str]:
+    """The names of checkpoints, without what tells attempts apart."""
+    return sorted(name.rpartition("-")[0] for name in names)
 
 
 def test_built_once_then_reused_with_a_manifest_that_tells_all(tmp_path: Path) -> None:
@@ -85,7 +91,7 @@ def test_a_file_that_the_manifest_does_not_list_is_named(tmp_path: Path) -> None
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "z.txt").write_text("foreign")
     (folder / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CorruptArtifactError, match=r"link/z\.txt is not in the artifact"):
+    with pytest.raises(CorruptArtifactError, match=r"link is not in the artifact"):
         artifact.verify()
 
 
@@ -177,8 +183,8 @@ def test_a_checkpoint_restores_model_and_optimizers_and_a_corrupt_one_is_passed_
             step(model, optimizers)
             checkpoints.save(snapshot(done, model, optimizers, f"{done}\n", "order"))
     folder = tmp_path / "checkpoints" / PLAN.fingerprint
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"][-KEEP:]
-    weights = folder / "step-00000003" / "model.safetensors"
+    assert steps(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"][-KEEP:]
+    (weights,) = folder.glob("step-00000003-*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
 
     again, fresh = make()
@@ -188,14 +194,16 @@ def test_a_checkpoint_restores_model_and_optimizers_and_a_corrupt_one_is_passed_
         restore(saved, again, fresh)
         step(again, fresh)
         assert checkpoints.latest("order") is not None
-        with pytest.raises(DataError, match=r"step-00000002 was trained on the training order order…, which is now an"):
+        with pytest.raises(
+            DataError, match=r"step-00000002-\w{8} was trained on the training order order…, which is now an"
+        ):
             checkpoints.latest("another")
     with (
         Checkpoints(store, PLAN, tmp_path / "work", "others") as checkpoints,
         pytest.raises(DataError, match=r"the data set data…, which is now others…: bring back what it was, or delete"),
     ):
         checkpoints.latest("order")
-    assert (folder / "step-00000002").is_dir()  # nothing is lost by the refusal
+    assert steps(path.name for path in folder.iterdir()) == ["step-00000002"]  # nothing is lost by the refusal
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
@@ -213,7 +221,8 @@ def test_a_training_that_was_taken_over_ends_at_its_next_checkpoint(tmp_path: Pa
         other = {**lease.holder(), "host": "elsewhere", "pid": 7, "token": "theirs"}
         store.write(lease.name, json.dumps(other).encode())
         checkpoints.save(replace(saved, step=2))
-    assert [path.name for path in (tmp_path / "checkpoints" / PLAN.fingerprint).iterdir()] == ["step-00000001"]
+    saved_steps = steps(path.name for path in (tmp_path / "checkpoints" / PLAN.fingerprint).iterdir())
+    assert saved_steps == ["step-00000001"]
     assert lease.holder() == other  # theirs it stays
 
 
@@ -231,11 +240,12 @@ def test_ranks_of_one_machine_read_a_remote_checkpoint_at_once(tmp_path: Path, m
     weights = {"w": torch.arange(50_000.0)}
     with Checkpoints(store, PLAN, work, "data") as checkpoints:
         checkpoints.save(Snapshot(7, weights, {"0.0.m": torch.ones(3)}, "7\n", "order"))
-    found = store.find(checkpoints.root, "step-00000007")
+    (name,) = store.list(checkpoints.root)
+    found = store.find(checkpoints.root, name)
     assert found is not None
     cached = found.local("model.safetensors") / "model.safetensors"  # as measuring checkpoints keeps it
     with ThreadPoolExecutor(8) as ranks:
-        for saved in ranks.map(lambda _: checkpoints.at(7), range(24)):
+        for saved in ranks.map(lambda _: checkpoints.named(name), range(24)):
             assert torch.equal(saved.model["w"], weights["w"]) and saved.metrics == "7\n"
     assert cached.is_file() and not list(work.iterdir())
 

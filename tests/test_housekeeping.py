@@ -2,13 +2,14 @@
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vectorclm import lease
+from vectorclm import garbage, lease
 from vectorclm.__main__ import main
 from vectorclm.artifact import MANIFEST, Plan, Store, build
 from vectorclm.garbage import find_garbage, remove_garbage, seconds
@@ -160,6 +161,7 @@ def test_gc_spares_what_is_young_or_held_or_written_to_meanwhile(store: Store) -
 
 def test_gc_of_a_remote_store_finds_this_machines_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(garbage, "YOUNG_SECONDS", 0)
     store = Store(f"memory://{tmp_path.name}")
     build(store, SAMPLE, produce)
 
@@ -177,6 +179,103 @@ def test_gc_of_a_remote_store_finds_this_machines_work(tmp_path: Path, monkeypat
     assert all(remove_garbage(store, item) for item in found)
     assert find_garbage(store, 0) == [] and not work.exists()
     assert [folder.fingerprint for folder in take_inventory(store).artifacts] == [SAMPLE.fingerprint]
+
+
+def foreign(store: Store) -> set[Path]:
+    """Files of others in the store's folder and below its own folders, and links that lead out of it, or back."""
+    root, hash_, outside = Path(store.uri), "f" * 64, Path(store.uri).parent / "outside"
+    places = (
+        (".env", ".git/config", ".git/.hidden", ".probe-of-mine", ".vectorclm-tmp-of-mine", "notes/.read.0a1b2c3d"),
+        (f"project/{hash_}/x.txt", "project/.env", f"project/{hash_}/.x.txt.0a1b2c3d"),
+        ("sample/.env", "sample/notes/.hidden", f"sample/{hash_}/.git/config", f"sample/{hash_}/x.txt"),
+        ("leases/contract.pdf", "leases/.env", "checkpoints/.env", "reports/.env", "work/mine/x.txt", "work/.env"),
+        (f"checkpoints/{hash_}/weights/x.bin", "mlartifacts/.env", f"platform/{hash_}/x.txt"),
+        (f"sample/{SAMPLE.fingerprint}/.env", f"pretrain/{'e' * 63}/x.txt"),
+    )
+    files = {root / name for group in places for name in group}
+    files |= {
+        outside / name for name in (f"{hash_}/x.txt", "part/x.txt", ".vectorclm-tmp-0123456789abcdef", ".x.0a1b2c3d")
+    }
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("of others")
+    links = {
+        "linked": outside,
+        "loop": root,
+        f"sample/{'a' * 64}": outside,
+        f"sample/{'b' * 64}": root,
+        "sample/loop": root / "sample",
+        "sample/up": root.parent,
+        f"sample/{SAMPLE.fingerprint}/part/out": outside,
+        "leases/out": outside,
+        "shards": outside,
+        "tokenizer": root.parent,
+        "work/sample-0123456789abcdef": outside,
+        f"checkpoints/{'c' * 64}": outside,
+    }
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    return files | {root / name for name in links}
+
+
+def test_gc_leaves_foreign_files_and_follows_no_link(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    left = Path(store.uri, f"sample/{SAMPLE.fingerprint}/part/.vectorclm-tmp-0123456789abcdef")
+    lone = Path(store.uri, "export/.vectorclm-tmp-0123456789abcdef")  # a folder of a publication that was cut off
+    theirs = foreign(store)
+    left.write_text("left")
+    lone.mkdir()
+    (lone / "x.txt").write_text("left")
+    for path in sorted((*theirs, left, lone / "x.txt", lone), key=lambda path: len(path.parts), reverse=True):
+        os.utime(path, (OLD, OLD), follow_symlinks=False)
+    code, rows = asked(capsys, "gc", "--older-than", "0s", "--delete", "--store", store.uri)
+    assert code == 0 and {row["what"] for row in rows if row["removed"]} == {
+        left.relative_to(store.uri).as_posix(),
+        lone.relative_to(store.uri).as_posix(),
+    }
+    assert not left.exists() and not lone.exists() and all(path.is_symlink() or path.exists() for path in theirs)
+    assert all(path.read_text() == "of others" for path in theirs if path.is_file())
+    code, (found,) = asked(capsys, "ls", "--store", store.uri)
+    assert code == 0 and {row["fingerprint"] for row in found["artifacts"] if row["state"] == "finished"} == {
+        plan.fingerprint for plan in (SAMPLE, TRAINED, EXPORT)
+    }
+    told = {row["key"]: row["differences"] for row in asked(capsys, "verify", "--store", store.uri)[1]}
+    assert [key for key, differences in told.items() if differences] == [f"sample/{SAMPLE.fingerprint}"]  # the link
+
+
+def test_an_artifact_behind_a_link_is_listed_and_left(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(store.uri) / "sample" / SAMPLE.fingerprint
+    elsewhere = Path(store.uri).parent / "large disk"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    assert build(store, SAMPLE, produce)[1] and asked(capsys, "verify", "sample", "--store", store.uri)[0] == 0
+    (elsewhere / MANIFEST).rename(elsewhere / "former")
+    age(elsewhere)
+    assert asked(capsys, "gc", "--older-than", "0s", "--delete", "--store", store.uri) == (0, [])
+    assert (elsewhere / "part" / "x.txt").read_text() == "hello"
+
+
+def test_gc_beside_writers_disturbs_none_and_stumbles_over_nothing(store: Store) -> None:
+    ended, problems = threading.Event(), list[BaseException]()
+
+    def collect() -> None:
+        try:
+            while not ended.is_set():
+                for item in find_garbage(store, 0):
+                    remove_garbage(store, item)
+        except BaseException as error:
+            problems.append(error)
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    try:
+        for number in range(10):
+            store.check_writable()
+            assert not build(store, Plan("sample", 1, {"beside": number}, {}), produce)[1]
+            store.remove(f"sample/{Plan('sample', 1, {'beside': number}, {}).fingerprint}")
+    finally:
+        ended.set()
+        collector.join()
+    assert not problems
 
 
 def test_an_age_has_a_unit(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,25 +36,27 @@ def dead(store: Store, name: str = "leases/k.json") -> None:
 
 
 def test_of_two_that_find_a_dead_claim_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, both, got = Store(str(tmp_path)), threading.Barrier(2), list[str]()
+    store, both, got, done = Store(str(tmp_path)), threading.Barrier(2), list[str](), threading.Event()
     dead(store)
-    write = store.write
+    replace = store.replace
 
-    def together(key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
-        if not only_if_absent:  # both look before either writes
+    def together(key: str, before: bytes, after: bytes) -> bool:
+        if b"old" in before:  # both look before either writes
             both.wait(30)
-        return write(key, data, only_if_absent=only_if_absent)
+        return replace(key, before, after)
 
-    monkeypatch.setattr(store, "write", together)
+    monkeypatch.setattr(store, "replace", together)
 
     def contend() -> None:
         claim = Lease(store, "leases/k.json")
         try:
             claim.take()
             got.append("in")
+            done.wait(30)
             claim.give_back()
         except InUseError:
             got.append("out")
+            done.set()
 
     threads = [threading.Thread(target=contend) for _ in range(2)]
     for thread in threads:
@@ -151,17 +153,17 @@ def test_a_store_that_is_away_for_a_moment_does_not_end_the_claim(
 ) -> None:
     monkeypatch.setattr(module, "LEASE_SECONDS", 0.15)
     store, failed, renewed = Store(str(tmp_path)), threading.Event(), threading.Event()
-    write = store.write
+    replace = store.replace
 
-    def flaky(key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
-        if not only_if_absent and not failed.is_set():
+    def flaky(key: str, before: bytes, after: bytes) -> bool:
+        if not failed.is_set():
             failed.set()
             raise OSError("away")
-        if not only_if_absent:
+        if done := replace(key, before, after):
             renewed.set()
-        return write(key, data, only_if_absent=only_if_absent)
+        return done
 
-    monkeypatch.setattr(store, "write", flaky)
+    monkeypatch.setattr(store, "replace", flaky)
     with store.lease("k") as claim:
         assert failed.wait(30) and renewed.wait(30)
         claim.check()

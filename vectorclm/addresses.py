@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vectorclm.artifact import Artifact, Store, default_store, mend
+from vectorclm.artifact import MANIFEST, Artifact, Store, default_store, mend
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
 from vectorclm.settings import digest
 from vectorclm.train_tokenizer import IM_END
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what scores depend on
+MODEL_STAGES = ("pretrain", "finetune", "export")  # whose artifacts are, or hold, models
 # An artifact of a store, or a folder in it.
 ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
 SHORT = re.compile(r"((?P<root>.+)/)?(?P<stage>[a-z_]+)/(?P<start>[0-9a-f]{3,64})(/(?P<inside>.+))?")
@@ -25,21 +26,24 @@ class Model:
     address: str
     content: str  # SHA-256 over the files that scores depend on
     chat: bool  # whether it ends its texts with an end of turn
-    artifact: Artifact | None = None  # where it lies in a remote store
+    artifact: Artifact | None = None  # where it lies in a store
     inside: str = ""  # its folder in that artifact
 
     def local(self) -> Path:
-        """A local directory with its files. Raises CorruptArtifactError where a remote file is not as promised."""
+        """A local directory with its files, verified where it lies in a store: each file once for each change of it.
+
+        Raises CorruptArtifactError where a file is not what the manifest promises.
+        """
         if self.artifact is None:
             return Path(self.address)
-        return self.artifact.local(f"{glob.escape(self.inside)}*") / self.inside
+        return self.artifact.local(f"{glob.escape(self.inside)}*", remembered=True) / self.inside
 
     def verify(self, store: Store) -> None:
-        """Read its files where another store than `store`, which keeps the results, says what they contain.
+        """Verify its files in a local store, and in any other than `store`, which keeps the results.
 
         A manifest may claim the content of a better model, and so its scores: then raises CorruptArtifactError.
         """
-        if self.artifact is not None and self.artifact.store.uri != store.uri:
+        if self.artifact is not None and (self.artifact.store.is_local or self.artifact.store.uri != store.uri):
             self.local()
 
 
@@ -57,6 +61,8 @@ def find_model(address: str) -> Model:
     folder = Path(address).absolute()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}: a model is a local folder, or <store>/<stage>/<fingerprint>")
+    if (place := _place_in_store(folder)) is not None:
+        return _find_in_store(place)
     names = {path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/config.json"))}
     _check_files(str(folder), names)
     prints = {}
@@ -88,6 +94,16 @@ def whole(address: str, store: Store | None = None) -> str:
     if not found:
         raise DataError(f"{place.uri} has no finished {match['stage']}/{match['start']}…")
     return "/".join([place.uri, match["stage"], found[0], *([match["inside"]] if match["inside"] else [])])
+
+
+def _place_in_store(folder: Path) -> str | None:
+    """The address of a local folder that belongs to an artifact of a store, also where links lead to it, or None."""
+    for place in (str(folder), str(folder.resolve())):
+        if match := ADDRESS.fullmatch(place):
+            manifest = Path(match["root"], match["stage"], match["fingerprint"], MANIFEST)
+            if manifest.exists() or match["stage"] in MODEL_STAGES:
+                return place
+    return None
 
 
 def _find_in_store(address: str) -> Model:

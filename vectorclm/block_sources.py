@@ -9,7 +9,6 @@ import logging
 import mmap
 import os
 import random
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from vectorclm.artifact import Store
 from vectorclm.blocks import Column, Shard
+from vectorclm.durable import temporary_beside
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
 from vectorclm.shards import Windows
 
@@ -153,7 +153,7 @@ class Fetched:
             shard.check(column, block, data)
             return data
         data = self._fetch(opened, shard, column, block)
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        part = temporary_beside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(data)

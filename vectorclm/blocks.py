@@ -41,6 +41,7 @@ class Shard:
     sequence_length: int
     block_windows: int  # in a block of the source, which may begin in one shard and end in the next
     columns: tuple[Column, ...]
+    mend: str  # what to do where its bytes are wrong
 
     @property
     def skew(self) -> int:
@@ -66,7 +67,7 @@ class Shard:
         if len(data) != last - first or found != column.xxh3[block]:
             raise CorruptBlockError(
                 f"{self.uri}, block {block} of {column.name}: {len(data)} bytes of xxh3 {found}, the manifest says "
-                f"{last - first} of {column.xxh3[block]}: delete the artifact and run its stage again"
+                f"{last - first} of {column.xxh3[block]}: {self.mend}"
             )
 
     def windows_of(self, column: Column, data: bytes | memoryview) -> NDArray[Any]:
@@ -123,9 +124,10 @@ def read_shard(artifact: Artifact, name: str) -> Shard:
             Column(one["name"], np.dtype(one["dtype"]), int(one["offset"]), tuple(one["xxh3"]))
             for one in said["buffers"]
         ]
-        key = f"{artifact.stage}/{artifact.fingerprint}/{name}"
+        key = artifact.key(name)
         counts = {field: int(said[field]) for field in ("windows", "first_window", "sequence_length", "block_windows")}
-        shard = Shard(artifact.store.uri_of(key), artifact.store.path(key), columns=tuple(columns), **counts)
+        uri, path = artifact.store.uri_of(key), artifact.store.path(key)
+        shard = Shard(uri, path, columns=tuple(columns), mend=mend(artifact), **counts)
         ends = [shard.span(column, shard.blocks - 1)[1] for column in columns]
         if not ends or max(ends) > said["bytes"] or any(len(column.xxh3) != shard.blocks for column in columns):
             raise ValueError("its buffers are not in the file")

@@ -1,13 +1,17 @@
 """Checkpoints of a training run: weights and optimizer in safetensors, manifest last.
 
-They lie at `{store}/checkpoints/{fingerprint}/step-…/`, so any worker can carry on where another was killed. A
-resume takes the newest one that verifies. Its place in the data is its step and two hashes, of the training order and
-of the data set: on others than these it does not resume.
+They lie at `{store}/checkpoints/{fingerprint}/step-…/`, so any worker can carry on where another was killed. A name
+ends in a random part of the attempt that wrote it: one that stood still and continues neither writes into its
+successor's checkpoints nor removes them. A resume takes the newest one that verifies. Its place in the data is its step
+and two hashes, of the training order and of the data set: on others than these it does not resume.
 """
 
+import re
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +25,7 @@ from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.storage import explained
 
 KEEP = 2  # older checkpoints are removed
+STEP = re.compile(r"step-([0-9]+)(-[0-9a-f]{8})?")  # and the attempt that wrote it
 AGAIN = "again"  # the folder beside them with those of a finished training that is made once more
 
 
@@ -76,6 +81,9 @@ class Checkpoints:
         self.data = data
         self.keep_all = keep_all
         self.root = f"checkpoints/{plan.fingerprint}" + (f"/{AGAIN}" if again else "")
+        self.attempt = secrets.token_hex(4)
+        self.known: list[str] = []  # those that were there when this attempt began, and its own
+        self.resumed: str | None = None  # the one that `latest` found
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
 
@@ -105,7 +113,7 @@ class Checkpoints:
         self.pending = self.writer.submit(self._write, saved)
 
     def _write(self, saved: Snapshot) -> None:
-        name = f"step-{saved.step:08d}"
+        name = f"step-{saved.step:08d}-{self.attempt}"
         folder = self.work / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -116,30 +124,45 @@ class Checkpoints:
         head = {"step": saved.step, "plan": self.plan.fingerprint, "order": saved.order, "data": self.data}
         self.store.publish_directory(f"{self.root}/{name}", folder, head)
         shutil.rmtree(folder)
-        for old in [] if self.keep_all else self._steps()[:-KEEP]:
-            self.store.remove(f"{self.root}/{old}")
+        self.known.append(name)
+        while len(self.known) > KEEP and not self.keep_all:
+            self.store.remove(f"{self.root}/{self.known.pop(0)}")
+
+    def clear(self) -> None:
+        """Remove this training's checkpoints, but for those that a later attempt has written."""
+        for name in self.known:
+            self.store.remove(f"{self.root}/{name}")
+        if self.store.is_local:
+            for folder in (
+                Path(self.store.path(self.root)),
+                Path(self.store.path(f"checkpoints/{self.plan.fingerprint}")),
+            ):
+                with suppress(OSError):  # another attempt has something in it
+                    folder.rmdir()
 
     def _steps(self) -> list[str]:
-        return [name for name in self.store.list(self.root) if name.startswith("step-")]
+        return [name for name in self.store.list(self.root) if STEP.fullmatch(name)]
 
     def latest(self, order: str) -> Snapshot | None:
         """The newest checkpoint that verifies, or None. One that does not is removed, to be written anew.
 
         Raises DataError where it belongs to another data set, or to another training order than `order`.
         """
-        for name in reversed(self._steps()):
+        self.known = self._steps()
+        for name in reversed(self.known.copy()):
             try:
                 if (found := self.store.find(self.root, name)) is not None:
                     self._check(found, order)
-                    return self._load(found)
+                    snapshot, self.resumed = self._load(found), name
+                    return snapshot
             except CorruptArtifactError:
                 pass
             self.store.remove(f"{self.root}/{name}")
+            self.known.remove(name)
         return None
 
-    def at(self, step: int) -> Snapshot:
-        """The checkpoint of this step. Raises CorruptArtifactError where it is gone or does not verify."""
-        name = f"step-{step:08d}"
+    def named(self, name: str) -> Snapshot:
+        """The checkpoint of this name. Raises CorruptArtifactError where it is gone or does not verify."""
         if (found := self.store.find(self.root, name)) is None:
             raise CorruptArtifactError(f"{self.store.uri_of(self.root)}/{name} is gone: run the stage again")
         return self._load(found)

@@ -25,7 +25,9 @@ def results_of(address: str, store: Store) -> list[Artifact]:
 
     Raises DataError where that is nothing, with the command that measures.
     """
-    content = find_model(address).content
+    model = find_model(address)
+    model.verify(store)
+    content = model.content
     found = [item for item in store.finished(STAGE) if item.manifest["inputs"].get("model") == content]
     for stage, source in EVALUATED.items():
         same = {model.fingerprint for model in store.finished(source) if content_of(model) == content}

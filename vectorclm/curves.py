@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from vectorclm.addresses import content_of, find_model
 from vectorclm.artifact import Artifact, Store
+from vectorclm.checkpoint import STEP
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import DataError
 from vectorclm.export import write_model_files
@@ -50,9 +51,10 @@ def points(experiment: ExperimentConfig, store: Store) -> list[Point]:
     for stage in READS:
         plan = plans(experiment)[stage]
         root = f"checkpoints/{plan.fingerprint}"
-        for name in sorted(store.list(root)):
-            if name.startswith("step-") and (artifact := store.find(root, name)) is not None:
-                found.append(Point(stage, int(artifact.manifest["step"]), artifact))
+        by_step = {int(match[1]): name for name in sorted(store.list(root)) if (match := STEP.fullmatch(name))}
+        for step, name in by_step.items():  # of several attempts at a step, one
+            if (artifact := store.find(root, name)) is not None:
+                found.append(Point(stage, step, artifact))
         if (model := store.find(stage, plan.fingerprint)) is not None:
             found.append(Point(stage, int(model.summary["steps"]), model))
     if not found:

@@ -1,7 +1,6 @@
 """A model as one GGUF file, which llama.cpp and all that is built on it run."""
 
 import json
-import secrets
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vectorclm.addresses import Model
+from vectorclm.durable import move_file, sync_folder, temporary_beside
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
@@ -42,7 +42,7 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
     model = CausalLM.from_pretrained(folder)
     size, tuned = gguf.size_label(model.config.parameters, 0, 0, 0), "chat" if found.chat else "base"
     path = out or Path(gguf.naming_convention(None, "vectorclm", tuned, None, size, kind) + ".gguf")
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    part = temporary_beside(path)
     writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"vectorclm {size} {tuned}")
@@ -59,7 +59,8 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        part.replace(path)
+        move_file(part, path)
+        sync_folder(path.parent)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}: name another file with --out") from error
     finally:

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from vectorclm.artifact import Store, default_store
-from vectorclm.garbage import OLDER_THAN, find_garbage, remove_garbage, seconds
+from vectorclm.garbage import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
 from vectorclm.inventory import take_inventory, verify
 
 ACTIONS = {
@@ -30,6 +30,8 @@ def add_store_command(commands: Any) -> None:
         if action == "verify":
             about = "STAGE, STAGE/FINGERPRINT or the beginning of either; all without one"
             parser.add_argument("addresses", nargs="*", metavar="ADDRESS", help=about)
+            about = "give up what differs, so that its stage makes it again; its files stay until `store gc` takes them"
+            parser.add_argument("--discard", action="store_true", help=about)
         if action == "gc":
             parser.add_argument("--delete", action="store_true", help="remove what is listed")
             about = "spare what was written since then, such as 7d or 12h (%(default)s)"
@@ -45,7 +47,7 @@ def run_store_command(args: argparse.Namespace) -> int:
         case "ls":
             _list(store, as_json=args.json)
         case "verify":
-            return _verify(store, args.addresses, as_json=args.json)
+            return _verify(store, args.addresses, discard=args.discard, as_json=args.json)
         case "gc":
             _collect(store, seconds(args.older_than), delete=args.delete, as_json=args.json)
         case _:
@@ -70,17 +72,20 @@ def _list(store: Store, *, as_json: bool) -> None:
     print(f"{store.uri}: {len(found['artifacts'])} artifacts, {_size(total)}")
 
 
-def _verify(store: Store, addresses: list[str], *, as_json: bool) -> int:
+def _verify(store: Store, addresses: list[str], *, discard: bool, as_json: bool) -> int:
     folders = wrong = 0
     for folder, differences in verify(store, addresses):
         folders, wrong = folders + 1, wrong + bool(differences)
+        gone = discard and bool(differences) and discard_folder(store, folder)
         if as_json:
             row = {"key": folder.key, "files": len(folder.files), "bytes": folder.bytes, "differences": differences}
-            print(json.dumps(row), flush=True)
+            print(json.dumps({**row, "discarded": gone} if discard else row), flush=True)
             continue
         print(f"{'!!' if differences else 'ok'} {folder.key} {_size(folder.bytes)}", flush=True)
         for difference in differences:
             print(f"   {difference}")
+        if discard and differences:
+            print("   given up: its stage makes it again" if gone else "   in use, kept")
     if not as_json:
         print(f"{folders:,} verified, {wrong:,} differ")
     return 1 if wrong else 0

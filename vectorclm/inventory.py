@@ -6,15 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from vectorclm.artifact import Artifact, Plan, Store
+from vectorclm.artifact import MANIFEST, Artifact, Plan, Store
 from vectorclm.errors import ConfigError, CorruptArtifactError
 from vectorclm.lease import is_alive, read_claim
+from vectorclm.measure import STAGE as MEASURE
+from vectorclm.stages import STAGES
 from vectorclm.storage import StoredFile
 
+STAGE_FOLDERS = (*STAGES, MEASURE)  # of a store, those whose folders are artifacts
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-STEP = re.compile(r"(?:again/)?step-[0-9]+")  # of a training, or of one that is made once more
-# Of a local store, what lies beside the stages; a name with a dot before it is none of a stage either.
-BESIDE = frozenset({"checkpoints", "leases", "work", "locks", "platform", "mlartifacts"})
+STEP = re.compile(r"(?:again/)?step-[0-9]+(?:-[0-9a-f]{8})?")  # of a training, or of one that is made once more
+LEASE = re.compile(r"leases/[a-z_]+-[0-9a-f]{16}\.json")
 READERS = 8  # manifests fetched at once
 
 
@@ -25,12 +27,12 @@ class Folder:
     key: str
     files: Mapping[str, StoredFile]  # below it, as they lie in the store
     artifact: Artifact | None  # None without a manifest, or with a broken one
-    problem: str | None  # what is wrong with the manifest
+    problem: str | None  # what is wrong with the manifest, or with the names and sizes of the files
 
     @property
     def state(self) -> str:
-        """`finished` with a manifest, `broken` with one that cannot be read, `unfinished` with none."""
-        return "finished" if self.artifact else "broken" if self.problem else "unfinished"
+        """`finished` with a manifest, `broken` where it cannot be read or files are damaged, `unfinished` with none."""
+        return "broken" if self.problem else "finished" if self.artifact else "unfinished"
 
     @property
     def fingerprint(self) -> str:
@@ -104,7 +106,7 @@ def _row(folder: Folder) -> dict[str, Any]:
     return {
         "stage": stage,
         "fingerprint": fingerprint,
-        **({"step": int(step[-1].removeprefix("step-"))} if step else {}),
+        **({"step": int(step[-1].split("-")[1])} if step else {}),
         "state": folder.state,
         "files": len(folder.files),
         "bytes": folder.bytes,
@@ -113,8 +115,9 @@ def _row(folder: Folder) -> dict[str, Any]:
 
 
 def take_inventory(store: Store) -> Inventory:
-    """List the store and read all its manifests. Raises StoreError where it cannot be read."""
-    stages = [name for name in store.list("") if name not in BESIDE and not name.startswith(".")]
+    """List the store's own folders and read all manifests. Raises StoreError where it cannot be read."""
+    there = set(store.list(""))
+    stages = [stage for stage in STAGE_FOLDERS if stage in there]
     artifacts = [folder for stage in stages for folder in _folders(store, stage, rf"{stage}/{FINGERPRINT.pattern}")]
     checkpoints = _folders(store, "checkpoints", rf"checkpoints/{FINGERPRINT.pattern}/{STEP.pattern}")
     return Inventory(artifacts, checkpoints, read_leases(store))
@@ -126,6 +129,8 @@ def _folders(store: Store, below: str, pattern: str) -> list[Folder]:
     for key, file in store.files(below).items():
         if matched := re.match(f"({pattern})/(.+)", key):
             found.setdefault(matched[1], {})[matched[2]] = file
+        elif re.fullmatch(pattern, key) and store.read(f"{key}/{MANIFEST}") is not None:  # a link to a folder elsewhere
+            found[key] = {name.removeprefix(f"{key}/"): file for name, file in store.files(key).items()}
     with ThreadPoolExecutor(READERS) as readers:
         return list(readers.map(lambda item: read_folder(store, *item), sorted(found.items())))
 
@@ -133,15 +138,18 @@ def _folders(store: Store, below: str, pattern: str) -> list[Folder]:
 def read_folder(store: Store, key: str, files: Mapping[str, StoredFile]) -> Folder:
     """A folder with these files, and its manifest if it has one."""
     try:
-        return Folder(key, files, store.find(*key.rsplit("/", 1)), None)
+        found = store.look_up(*key.rsplit("/", 1))
+        return Folder(key, files, found, None if found is None else found.damage(files))
     except CorruptArtifactError as error:
         return Folder(key, files, None, str(error))
 
 
 def read_leases(store: Store) -> list[Claim]:
-    """All claims; one that cannot be read is of nobody."""
+    """All claims; one that cannot be read is of nobody. Other files beside them are none."""
     claims = []
     for key, file in store.files("leases").items():
+        if LEASE.fullmatch(key) is None or not file.bytes:  # an empty one was given back, see `Storage.withdraw`
+            continue
         holder = read_claim(store.read(key) or b"")
         claims.append(Claim(key, holder, bool(holder) and is_alive(holder), file.bytes, file.modified))
     return claims
@@ -161,7 +169,7 @@ def verify(store: Store, addresses: Sequence[str]) -> Iterator[tuple[Folder, lis
             raise ConfigError(f"{store.uri} has no finished {address}: `vectorclm store ls` shows what it has")
     for folder in folders:
         if not wanted or any(folder.key.startswith(address) for address in wanted):
-            yield folder, [folder.problem] if folder.problem else list(_differences(folder))
+            yield folder, list(_differences(folder)) or ([folder.problem] if folder.problem else [])
 
 
 def _differences(folder: Folder) -> Iterator[str]:

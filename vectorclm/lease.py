@@ -1,4 +1,9 @@
-"""One writer at a time: a claim on a key of the store that renews itself, and expires when its holder dies."""
+"""One writer at a time: a claim on a key of the store that renews itself, and expires when its holder dies.
+
+Each write after the first replaces only what was read (`Storage.replace`): a renewal the holder's own last claim, a
+take-over the dead one's. So of several that find a dead claim one gets it, and a holder that stood still neither renews
+nor gives back what another has taken over. The claim alone protects nothing that is published, see `publication`.
+"""
 
 import json
 import logging
@@ -31,6 +36,7 @@ class Lease:
     def __init__(self, store: "Store", name: str) -> None:
         self.store, self.name = store, name
         self._token = secrets.token_hex(8)
+        self._last = b""  # as it was written last
         self._ended = threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True, name=name)
 
@@ -39,26 +45,26 @@ class Lease:
 
         Of a holder on another machine it is waited for a renewal, PATIENCE times LEASE_SECONDS at most.
         """
-        while not self.store.write(self.name, self._claim(), only_if_absent=True):
+        while not self.store.write(self.name, self._next(), only_if_absent=True):
             if (claim := self.store.read(self.name)) is None:
                 continue  # given back since then: others may want it, too
             holder = read_claim(claim)
-            if self._lives(claim, holder):
+            if claim and self._lives(claim, holder):
                 raise InUseError(
                     f"{self.name} is held by process {holder.get('pid')} on {holder.get('host')}: "
                     "wait for it, or stop it"
                 )
-            if self.store.read(self.name) == claim:  # else another was faster, and may be alive
-                self.store.write(self.name, self._claim())
-                time.sleep(TAKEOVER_SECONDS)  # another may take it over at the same moment: the last to write has it
-                self.check()
+            if self.store.replace(self.name, claim, self._next()):  # else another was faster, and may be alive
+                if not self.store.is_local:  # some stores compare and write in two steps: the last to write has it
+                    time.sleep(TAKEOVER_SECONDS)
+                    self.check()
                 break
         _held[self.store.uri, self.name] = self
         self._keeper.start()
 
     def _lives(self, claim: bytes, holder: Mapping[str, Any]) -> bool:
         """Whether the holder lives: here its process says so, elsewhere its claim changes. No clocks are compared."""
-        if _is_here(holder):
+        if is_here(holder):
             return marked(holder) is not None
         logger.info("%s is of %s: waiting to see whether it is renewed", self.name, holder.get("host", "nobody known"))
         began = time.monotonic()
@@ -82,19 +88,27 @@ class Lease:
         if self._keeper.is_alive():
             self._keeper.join()
         with suppress(Exception):  # an unreachable store lets it expire
-            if self.holder().get("token") == self._token:
-                self.store.delete(self.name)
+            claim = self.store.read(self.name) or b""
+            if read_claim(claim).get("token") == self._token:
+                self.store.withdraw(self.name, claim)
 
     def _keep(self) -> None:
         while not self._ended.wait(LEASE_SECONDS / 3):
             with suppress(OSError, StoreError):  # a store that is away for a moment is asked again
-                if self.holder().get("token") != self._token:
-                    return
-                self.store.write(self.name, self._claim())
+                claim = self._last
+                if not self.store.replace(self.name, claim, self._next()):
+                    self._last = self.store.read(self.name) or b""
+                    if read_claim(self._last).get("token") != self._token:
+                        return
 
     def holder(self) -> dict[str, Any]:
         """Who has the key; empty where nobody has."""
         return read_claim(self.store.read(self.name) or b"")
+
+    def _next(self) -> bytes:
+        """The claim as it is to be written now; what was written last is compared with what is there."""
+        self._last = self._claim()
+        return self._last
 
     def _claim(self) -> bytes:
         claim = {"host": socket.gethostname(), **mark(psutil.Process()), "token": self._token, "renewed": time.time()}
@@ -113,7 +127,7 @@ def is_alive(holder: Mapping[str, Any]) -> bool:
 
     It is enough to tell a person; before anything is taken from a holder, `Lease.take` looks longer.
     """
-    if _is_here(holder):
+    if is_here(holder):
         return marked(holder) is not None
     return bool(time.time() - holder.get("renewed", 0) < LEASE_SECONDS)
 
@@ -124,8 +138,8 @@ def check_held(store: "Store", name: str) -> None:
         lease.check()
 
 
-def _is_here(holder: Mapping[str, Any]) -> bool:
-    """Whether the numbers of its processes are those of this machine, and of this container."""
+def is_here(holder: Mapping[str, Any]) -> bool:
+    """Whether a holder's process numbers are those of this machine, and of this container."""
     return (holder.get("host"), holder.get("pids")) == (socket.gethostname(), process_space())
 
 
@@ -135,11 +149,14 @@ def mark(process: psutil.Process) -> dict[str, Any]:
 
 
 def marked(known: Mapping[str, Any]) -> psutil.Process | None:
-    """The process with this mark, or None where it is gone, or of another machine or container."""
+    """The process with this mark, or None where it is gone, or of another machine or container.
+
+    A zombie is gone: it has ended, and only waits for a parent that may never ask.
+    """
     with suppress(psutil.Error, KeyError):
         process = psutil.Process(known["pid"])
         if (known["started"], known["pids"]) == (_started(process), process_space()):
-            return process
+            return None if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else process
     return None
 
 

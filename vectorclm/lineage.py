@@ -85,7 +85,7 @@ def lineage(address: str, store: Store) -> Lineage:
     export = artifact if artifact.stage == "export" else None
     if export is not None:
         stage, fingerprint = _exported(export, inside)
-        model = export.store.find(stage, fingerprint)
+        model = export.store.look_up(stage, fingerprint)
         if model is None:
             raise DataError(f"{export.store.uri} has no {stage}/{fingerprint} any more, of which {export.uri} is made")
         artifact = model
@@ -111,9 +111,9 @@ def _training(model: Model, store: Store) -> Artifact | None:
     """The training in a store that made a model: the one its address names, else any of the same content."""
     match = ADDRESS.fullmatch(model.address)
     if match is not None and Store(match["root"]).uri == store.uri:
-        named = store.find(match["stage"], match["fingerprint"])
+        named = store.look_up(match["stage"], match["fingerprint"])
         if named is not None and named.stage == "export":
-            named = store.find(*_exported(named, match["inside"] or ""))
+            named = store.look_up(*_exported(named, match["inside"] or ""))
         if named is not None and named.stage in MODELS and content_of(named) == model.content:
             return named
     trainings = (artifact for stage in MODELS for artifact in store.finished(stage))
@@ -126,7 +126,7 @@ def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
     place = address if "://" in address else str(Path(address).absolute())
     match = ADDRESS.fullmatch(place)
     if match is not None:
-        artifact = Store(match["root"]).find(match["stage"], match["fingerprint"])
+        artifact = Store(match["root"]).look_up(match["stage"], match["fingerprint"])
         if artifact is None:
             raise DataError(f"{match['root']} has no finished {match['stage']}/{match['fingerprint']}")
         return artifact, match["inside"] or "", None
@@ -149,7 +149,7 @@ def _node(store: Store, stage: str, fingerprint: str, known: dict[str, Node]) ->
     """The node of an artifact; raises CorruptArtifactError where a manifest is not one of a stage."""
     if fingerprint in known:
         return known[fingerprint]
-    artifact = store.find(stage, fingerprint)
+    artifact = store.look_up(stage, fingerprint)
     if artifact is None:
         node = Node(stage, fingerprint, None)
     else:

@@ -6,7 +6,6 @@ mirror and the generated world to the SHA-256 of their content. What a mirror la
 
 import json
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +23,7 @@ from vectorclm.corpus import (
     local_place,
     open_source,
 )
+from vectorclm.durable import write_file
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluate import TaskSource
 from vectorclm.mirror import revision_of
@@ -152,10 +152,8 @@ class Lock:
         """Write the file where something new was learnt. Raises ConfigError where that is impossible."""
         if self.commits == self._saved:
             return
-        part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
-            part.write_text(json.dumps(self.commits, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            part.replace(self.path)
+            write_file(self.path, (json.dumps(self.commits, indent=2, sort_keys=True) + "\n").encode())
         except OSError as error:
             raise ConfigError(
                 f"cannot write {self.path} ({error}): copy the experiment to a folder of your own, run that"

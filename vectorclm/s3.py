@@ -4,9 +4,12 @@ Endpoint, keys, profile, role, region, certificates and the style of addresses a
 usual variables and files (AWS_ENDPOINT_URL, AWS_PROFILE, AWS_CONFIG_FILE, AWS_WEB_IDENTITY_TOKEN_FILE, …).
 """
 
+import base64
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from vectorclm.errors import StoreError
@@ -14,7 +17,11 @@ from vectorclm.errors import StoreError
 PROTOCOLS = ("s3", "s3a")
 PATIENT, QUICK = 10, 3  # requests until one is given up: in the middle of work, about a minute; before any work begins
 CONNECT_SECONDS, READ_SECONDS = 10.0, 20.0  # a server that is silent for longer is asked again
+LARGEST_PUT = 5 * 2**30  # in one request, whose condition every server that has conditions honours
 PART_BYTES, PARTS = 16 * 2**20, 4  # of a large file, how much goes at once, and how many at a time
+
+TRIES = 4  # to move a file whole: what arrives otherwise is sent or fetched again
+GARBLED = "arrived otherwise than it was sent, again and again: see to the network, or to the server's disk and memory"
 
 OTHER_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 RENEW = "the credentials have expired: renew AWS_SESSION_TOKEN with its keys, or what AWS_PROFILE names"
@@ -95,10 +102,51 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {said}"
 
 
+NO_CONDITIONS = ("NotImplemented", "501", "InvalidArgument")  # where a server does not know If-Match
+
+
 def refused_by_condition(error: OSError) -> bool:
     """Whether a write that was to create an object failed because there is one, or another writer is about to win."""
     conditions = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
     return isinstance(error, FileExistsError) or code(error) in conditions
+
+
+def create(fs: Any, source: Path, path: str) -> None:
+    """Send a file to an S3 path at which there is none (If-None-Match). Raises FileExistsError where there is one.
+
+    The server compares its MD5, so that a bit which turns on the way makes no object.
+    """
+    bucket, _, key = path.partition("/")
+    for _ in range(TRIES):
+        with source.open("rb") as file:
+            md5 = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
+            file.seek(0)
+            try:
+                fs.call_s3("put_object", Bucket=bucket, Key=key, Body=file, ContentMD5=md5, IfNoneMatch="*")
+                return
+            except OSError as error:
+                if refused_by_condition(error):
+                    raise FileExistsError(path) from error
+                if code(error) != "BadDigest":
+                    raise
+    raise StoreError(f"{path} {GARBLED}")
+
+
+def read_tagged(fs: Any, path: str) -> tuple[bytes | None, str]:
+    """The bytes of a small S3 object and what the server calls this state of it (ETag); None where there is none."""
+    bucket, _, key = path.partition("/")
+    try:
+        tag = tag_of(fs.call_s3("head_object", Bucket=bucket, Key=key))
+        data = bytes(fs.cat_file(path, max_concurrency=1))
+    except FileNotFoundError:
+        return None, ""
+    # A state between the two is none that was asked for, and is refused then.
+    return data, tag
+
+
+def tag_of(answer: Mapping[str, Any]) -> str:
+    """The ETag in a server's answer, without its quotes, as some servers compare it only so."""
+    return str(answer["ETag"]).strip('"')
 
 
 def code(error: BaseException) -> str:

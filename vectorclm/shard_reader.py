@@ -1,5 +1,7 @@
 """Verified windows by number, out of an artifact's shards, and read ahead where the order is known."""
 
+import glob
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from vectorclm.artifact import Artifact
 from vectorclm.block_sources import Blocks, Fetched, Mapped, Patience
 from vectorclm.blocks import Shard, read_shard
+from vectorclm.errors import CorruptBlockError
 from vectorclm.plan import GROUP_BLOCKS
 from vectorclm.shards import Windows
 
@@ -148,5 +151,10 @@ def open_shards(
             shards.setdefault(name.partition("/")[0], []).append(read_shard(artifact, name))
     try:
         yield {label: ShardReader(parts, blocks) for label, parts in shards.items()}
+    except CorruptBlockError as error:
+        for shard in itertools.chain(*shards.values()):
+            if f"{shard.uri}, " in str(error):  # hash that file, so that its stage does not reuse it
+                list(artifact.differences(glob.escape(shard.uri.removeprefix(f"{artifact.uri}/"))))
+        raise
     finally:
         blocks.close()

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from vectorclm.artifact import Artifact
 from vectorclm.audit import audit, check_round_trip, split_documents
 from vectorclm.corpus import in_groups
+from vectorclm.durable import TEMPORARY
 from vectorclm.encoder import JUDGE_EVERY, Disproved, Encoder, open_encoder
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.library_calls import interruptibly
@@ -160,8 +161,8 @@ def write_shards(
     """
     encoder = encoder or open_encoder(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".slices-", dir=out.parent) as folder:
-        slices = slices or Slices(Path(folder), out)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as folder:
+        slices = slices or Slices(Path(folder, "slices"), out)
         files = SampleFiles(sample)
         try:
             return _write_sources(config, files, encoder, seed, slices)

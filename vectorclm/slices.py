@@ -13,10 +13,10 @@ from typing import Any
 
 import xxhash
 
+from vectorclm.durable import TEMPORARY, sync_folder, sync_tree, temporary_beside
 from vectorclm.sending import Sending
 
 RECORD = "slice.json"
-PART = ".slice-"  # the beginning of the name of a folder in which one is made
 
 
 class Slices:
@@ -31,23 +31,33 @@ class Slices:
         self.out = out
         self.shards: Counter[str] = Counter()  # so far, by source
         self.placed: list[Path] = []
+        self.used = set(_slices(folder))  # that earlier processes left, and those finished here
 
     def finish(self, source: str, number: int, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """What `make` returned of the source's next slice, now or in an earlier process."""
-        folder = self.folder / f"{source}-{number:05d}"
-        result = finish(folder, make)
+        folder, result = finish(self.folder / f"{source}-{number:05d}", make, self.out.parent)
+        self.used.add(folder)
         for path, name in self._numbered(folder, source):
             place(path, self.out / name)
             self.placed.append(self.out / name)
         return result
 
     def start_again(self) -> None:
-        """Forget all that is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Count nothing as finished, and look at no slice that was finished until now."""
+        self.folder = self.folder.with_name(f"{self.folder.name}-second")
+        self.used |= set(_slices(self.folder))
         for path in self.placed:
             path.unlink()
         self.shards.clear()
         self.placed.clear()
+
+    def clear(self) -> None:
+        """Remove the slices that are in the artifact now, and what earlier processes left of them."""
+        for folder in self.used:
+            shutil.rmtree(folder, ignore_errors=True)
+        for parent in sorted({up for folder in self.used for up in folder.parents[:3]}, reverse=True):
+            with suppress(OSError):  # another process has something in it
+                parent.rmdir()
 
     def _numbered(self, folder: Path, source: str) -> Iterator[tuple[Path, str]]:
         """The files of a slice, and their names among all of the source."""
@@ -67,57 +77,61 @@ class SentSlices(Slices):
     def __init__(self, folder: Path, sending: Sending) -> None:
         super().__init__(folder, folder)
         self.sending = sending
-        for left in folder.glob(f"{PART}*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
 
     def finish(self, source: str, number: int, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """What `make` returned of the source's next slice, now or in an earlier process."""
-        where, _, split = source.rpartition("/")
-        note = f"{where}/.{split}-{number:05d}.json"
-        done = self.sending.noted(note)
+        work = f"{source}-{number:05d}"
+        done = self.sending.noted(work)
         if done is None:
-            with tempfile.TemporaryDirectory(prefix=PART, dir=self.folder) as work:
-                result, names = make(Path(work)), []
-                for path, name in list(self._numbered(Path(work), source)):
-                    named = Path(work) / name
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as part:
+                result, names = make(Path(part)), []
+                for path, name in list(self._numbered(Path(part), source)):
+                    named = Path(part) / name
                     named.parent.mkdir(parents=True, exist_ok=True)
                     self.sending.send(path.rename(named), name)
                     names.append(name)
             done = {"result": result, "shards": self.shards[source]}
-            self.sending.note(note, done, names)
+            self.sending.note(work, done, names)
         self.shards[source] = done["shards"]
         return dict(done["result"])
 
     def start_again(self) -> None:
-        """Forget all that is finished."""
+        """Count nothing as finished."""
         self.sending.start_again()
         self.shards.clear()
 
 
-def finish(folder: Path, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
-    """What `make(out)` returns, its files in `folder`; or both as they were left there, where they are whole.
+def finish(folder: Path, make: Callable[[Path], Mapping[str, Any]], work: Path) -> tuple[Path, dict[str, Any]]:
+    """Where a slice is and what `make(out)` returns; both as an earlier process left them, where they are whole.
 
-    A slice is made in a folder of its own and renamed at the end, so that of two processes one after the other or at
-    one time, each finds it whole or not at all. A file that is not what its record says is made again.
+    A slice is made in a folder of its own in `work` and renamed at the end to `folder` with a random part, so that each
+    process finds it whole or not at all, and none replaces what another made. One that is not what its record says is
+    made again beside it.
     """
-    found = _read(folder)
-    if found is not None:
-        return found
-    shutil.rmtree(folder, ignore_errors=True)
-    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    for found in sorted(folder.parent.glob(f"{folder.name}.*")):
+        if (result := _read(found)) is not None:
+            return found, result
+    own = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}")
+    part = temporary_beside(work / folder.name)
     part.mkdir(parents=True)
+    own.parent.mkdir(parents=True, exist_ok=True)
     try:
-        result = make(part)
+        made = make(part)
         files = {path.name: _hash(path) for path in sorted(part.iterdir())}
-        (part / RECORD).write_text(json.dumps({"files": files, "result": result}))
-        with suppress(OSError):  # another process was first, with the same bytes
-            part.rename(folder)
+        (part / RECORD).write_text(json.dumps({"files": files, "result": made}))
+        sync_tree(part)  # what one process finished stays finished, also after a power loss
+        part.rename(own)
+        sync_folder(own.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    found = _read(folder)
-    if found is None:
-        raise OSError(f"{folder} was written, but cannot be read back: check this machine's memory and disk")
-    return found
+    if (read := _read(own)) is None:
+        raise OSError(f"{own} was written, but cannot be read back: check this machine's memory and disk")
+    return own, read
+
+
+def _slices(folder: Path) -> list[Path]:
+    """All slices below a folder, whole or not."""
+    return [path for path in folder.glob("*/*") if not path.name.startswith(".")]
 
 
 def place(source: Path, target: Path) -> None:

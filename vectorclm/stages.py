@@ -15,7 +15,7 @@ from vectorclm.bits_per_byte import windows_scores
 from vectorclm.blocks import ShardDescriber
 from vectorclm.chat_shards import read_prompts, write_chat_shards
 from vectorclm.chat_shards import told as conversations_told
-from vectorclm.checkpoint import AGAIN, Checkpoints
+from vectorclm.checkpoint import Checkpoints
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import draw, identity, open_source
 from vectorclm.decontamination import benchmark_sources, read_benchmarks
@@ -40,6 +40,7 @@ from vectorclm.shards import write_shards
 from vectorclm.slices import SentSlices, Slices
 from vectorclm.train import TrainConfig, Work
 from vectorclm.train_tokenizer import load_tokenizer, token_lengths, train_tokenizer
+from vectorclm.work import attempt_folder
 
 StageName = Literal[
     "sample",
@@ -108,12 +109,12 @@ def run_stage(
     if name not in stages:
         raise ConfigError(f"no stage {name!r}: there are {', '.join(STAGES)}")
     plan = stages[name]
-    found = store.find(plan.stage, plan.fingerprint)
+    found = store.find_whole(plan)
     if found is not None and not again:
         return found, True
     inputs = {stage: _input(store, stages[stage]) for stage in plan.inputs}
     seed = experiment.seed
-    work_folder = store.work_folder(plan, runtime.work_dir)
+    kept: list[Checkpoints | Slices] = []  # from which a later process goes on where this one ends too early
     # What is large goes to a remote store file by file; what is only made again stays here to be compared.
     sending = Sending(store, plan, ShardDescriber) if found is None and not store.is_local else None
 
@@ -129,7 +130,11 @@ def run_stage(
 
     def shards(out: Path) -> Mapping[str, Any]:
         encoder = load_tokenizer(inputs["tokenizer"].local())
-        slices = Slices(work_folder / "slices", out) if sending is None else SentSlices(work_folder, sending)
+        if sending is None:
+            slices = Slices(out.parent.parent / "slices", out)
+            kept.append(slices)
+        else:
+            slices = SentSlices(out.parent, sending)
         return write_shards(experiment.shards, inputs["sample"], encoder, out, seed=seed, slices=slices)
 
     def chat_shards(out: Path) -> Mapping[str, Any]:
@@ -148,14 +153,16 @@ def run_stage(
         group.call(json.dumps([experiment.model_dump(mode="json"), again]))  # now that all inputs are on this machine
         data = {stage: inputs[stage] for stage in plan.inputs if stage in STREAMED}
         keep = runtime.keep_checkpoints
-        with Checkpoints(store, plan, work_folder, _identity(data), keep_all=keep, again=again) as checkpoints:
-            work = Work(name, work_folder, checkpoints, runtime, group)
+        with Checkpoints(store, plan, out.parent, _identity(data), keep_all=keep, again=again) as checkpoints:
+            work = Work(name, out.parent, checkpoints, runtime, group)
             model, summary = _train(experiment, folders, data, work)
+        if again or not keep:
+            kept.append(checkpoints)
         model.save_pretrained(out)
         length = experiment.model.max_position_embeddings
         write_model_files(folders["tokenizer"], length, chat=name == "finetune", out=out)
         for made in ("metrics.jsonl", *(["samples.jsonl"] if _training_of(experiment, name).samples else [])):
-            (work_folder / made).rename(out / made)
+            (out.parent / made).rename(out / made)
         return summary
 
     def evaluated(out: Path) -> Mapping[str, Any]:
@@ -183,7 +190,8 @@ def run_stage(
             produce = exported
     if found is not None:
         different = rebuild(store, found, plan, produce, runtime.work_dir)
-        store.remove(f"checkpoints/{plan.fingerprint}/{AGAIN}")
+        for left in kept:
+            left.clear()
         if different:
             raise ReproducibilityError(
                 f"{name} made again differs from {found.uri} in {', '.join(different)}; the artifact stays as it is. "
@@ -191,8 +199,8 @@ def run_stage(
             )
         return found, True
     artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber(), sending)
-    if not runtime.keep_checkpoints:
-        store.remove(f"checkpoints/{plan.fingerprint}")
+    for left in kept:
+        left.clear()
     return artifact, reused
 
 
@@ -214,10 +222,12 @@ def follow_stage(name: str, store: Store, runtime: Runtime, group: Group) -> Non
     values, again = json.loads(task)
     experiment = validate(ExperimentConfig, values, "the first rank's experiment")
     stages = plans(experiment)
-    folder = store.work_folder(stages[name], runtime.work_dir)
     folders = _training_inputs(name, store, stages)
     data = {stage: _input(store, stages[stage]) for stage in stages[name].inputs if stage in STREAMED}
-    with Checkpoints(store, stages[name], folder, _identity(data), again=again) as checkpoints:
+    with (
+        attempt_folder(store.work_folder(stages[name], runtime.work_dir)) as folder,
+        Checkpoints(store, stages[name], folder, _identity(data), again=again) as checkpoints,
+    ):
         _train(experiment, folders, data, Work(name, folder, checkpoints, runtime, group))
 
 

@@ -6,9 +6,9 @@ flipped bit or an answer that is too short: s3fs and botocore repeat what fails,
 
 import errno
 import hashlib
+import logging
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +23,18 @@ import fsspec
 from safetensors import SafetensorError
 
 from vectorclm import s3
+from vectorclm.durable import OWN, TEMPORARY, exclusive, make_folder, sync_folder, temporary_beside, write_file
 from vectorclm.errors import StoreError
+from vectorclm.hash_memory import State, state_of
+from vectorclm.s3 import GARBLED as GARBLED
+from vectorclm.s3 import TRIES as TRIES
 
+logger = logging.getLogger(__name__)
 PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "memory")  # what keeps a store
-PROBE = ".probe-"
+LOCK = f"{OWN}lock"  # of a local store, under which what is there is compared and replaced
+ATTEMPT = f"{OWN}file-"  # in a remote store, the beginning of the folder of a file whose own name was taken
 RACERS = 8  # that try to create one object at once, to find a store that only says it lets one
-TRIES = 4  # to move a file whole: what arrives otherwise is sent or fetched again
 READ_BYTES = 8 * 2**20  # fetched at once where a remote file is only hashed
-GARBLED = "arrived otherwise than it was sent, again and again: see to the network, or to the server's disk and memory"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class StoredFile:
 
     bytes: int
     modified: float  # seconds since 1970, by the store's clock
+    state: State = ()  # what changes whenever the file does
 
 
 class Storage:
@@ -63,6 +68,7 @@ class Storage:
         self.uri = self.root if self.is_local else uri.rstrip("/")
         self._protocol = protocol
         is_s3 = protocol in s3.PROTOCOLS
+        self.is_s3 = is_s3
         self._in_parts = {"chunksize": s3.PART_BYTES, "max_concurrency": s3.PARTS} if is_s3 else {}
         self._in_one = {"max_concurrency": 1} if is_s3 else {}
 
@@ -81,12 +87,12 @@ class Storage:
         with suppress(FileNotFoundError), self._told(f"store {self.uri}"):
             quick, _ = fsspec.core.url_to_fs(self.uri, use_listings_cache=False, **s3.options(self._protocol, s3.QUICK))
             quick.retries = 1  # s3fs repeats what botocore has already repeated
-            quick.cat_file(self.path(f"{PROBE}none"), **self._in_one)
+            quick.cat_file(self.path(f"{TEMPORARY}none"), **self._in_one)
 
     def check_writable(self) -> None:
         """Write and remove a probe. Raises StoreError, with what to change, where that fails or several writers win."""
         self.check_reachable()
-        key = f"{PROBE}{secrets.token_hex(4)}"
+        key = temporary_beside(Path("probe")).name
 
         def first(number: int) -> bool:
             return self.write(key, b"probe %d" % number, only_if_absent=True)  # what leases and manifests need
@@ -95,6 +101,7 @@ class Storage:
             with ThreadPoolExecutor(RACERS) as racers:
                 won = sum(racers.map(first, range(RACERS)))
             late = first(RACERS)
+            replaces = self._replaces_only_what_was_read(key)
             self.delete(key)
         except Exception as error:
             raise StoreError(
@@ -106,6 +113,20 @@ class Storage:
                 f"store {self.uri} {found} that was to be created only if absent (If-None-Match: *), so two runs could "
                 "write the same artifact: choose a store that honours it, with --store or VECTORCLM_STORE"
             )
+        if not replaces:
+            logger.warning(
+                "store %s does not honour If-Match: finished artifacts are safe, but two processes that take over the "
+                "work of a dead one at the same moment may do it twice",
+                self.uri,
+            )
+
+    def _replaces_only_what_was_read(self, key: str) -> bool:
+        """Whether the store refuses to replace an object by the state of another (If-Match), and does it by its own."""
+        if not self.is_s3:
+            return True  # a local store does by its lock; others have no such request, and nothing to be told of it
+        bucket, _, name = self.path(key).partition("/")
+        tag = s3.tag_of(self.fs.call_s3("head_object", Bucket=bucket, Key=name))
+        return not self._put_matching(key, b"probe", "0" * 32) and self._put_matching(key, b"probe", tag)
 
     def create(self) -> None:
         """Make the bucket, or the folder, if it is not there. Raises StoreError where that fails."""
@@ -119,8 +140,8 @@ class Storage:
         """Write one small object; with `only_if_absent`, False where another writer wrote other bytes first."""
         path = self.path(key)
         if self.is_local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            return _write_local(Path(path), data, only_if_absent)
+            make_folder(Path(path).parent)
+            return write_file(Path(path), data, only_if_absent=only_if_absent)
         with self._told(f"cannot write {self.uri_of(key)}"):
             try:
                 self.fs.pipe_file(path, data, mode="create" if only_if_absent else "overwrite")
@@ -129,6 +150,66 @@ class Storage:
                     raise
                 # Where an answer was lost on its way, the request was repeated and found what it had written itself.
                 return self.read(key) == data
+        return True
+
+    def replace(self, key: str, before: bytes, after: bytes) -> bool:
+        """Replace an object that still is what was read of it (`before`); False where it is another by now, or gone.
+
+        In a local store the comparison holds a lock on a file, in S3 it is `If-Match`; other stores have nothing of the
+        kind, and there a writer that stands still between the comparison and the write replaces what it did not read.
+        """
+        if self.is_local:
+            path = Path(self.path(key))
+            part = temporary_beside(path)
+            try:
+                write_file(part, after)
+                with self.locked():
+                    if self.read(key) != before:
+                        return False
+                    part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+            sync_folder(path.parent)
+            return True
+        if not self.is_s3:
+            return self.read(key) == before and self.write(key, after)
+        with self._told(f"cannot write {self.uri_of(key)}"):
+            found, tag = s3.read_tagged(self.fs, self.path(key))
+            if found != before:
+                return False
+            # Where an answer was lost on its way, the request was repeated and found what it had written itself.
+            return self._put_matching(key, after, tag) or self.read(key) == after
+
+    def withdraw(self, key: str, before: bytes) -> bool:
+        """Remove an object that still is what was read of it; False where it is another by now, or gone.
+
+        S3 cannot remove on a condition: there it becomes empty, which counts as none.
+        """
+        if self.is_s3:
+            return self.replace(key, before, b"")
+        with self.locked() if self.is_local else nullcontext():
+            if self.read(key) != before:
+                return False
+            self.delete(key)
+        return True
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Be the only process that replaces or moves anything in this local store while the block runs.
+
+        Raises StoreError where another process stands still in such a block.
+        """
+        return exclusive(Path(self.root) / LOCK)
+
+    def _put_matching(self, key: str, data: bytes, tag: str) -> bool:
+        bucket, _, name = self.path(key).partition("/")
+        try:
+            self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, IfMatch=tag)
+        except OSError as error:
+            if s3.code(error) in s3.NO_CONDITIONS:
+                return self.write(key, data)
+            if s3.refused_by_condition(error) or isinstance(error, FileNotFoundError):
+                return False
+            raise
         return True
 
     def read(self, key: str) -> bytes | None:
@@ -149,16 +230,16 @@ class Storage:
         return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in names)
 
     def files(self, key: str) -> dict[str, StoredFile]:
-        """All files at and below `key`, by their own keys; empty where there is nothing. Links are followed."""
+        """All files at and below `key`, by their own keys; empty where there is nothing.
+
+        Links to folders are not followed: each is listed like a file. `key` itself may be one.
+        """
         if self.is_local:
-            root = Path(self.path(key))
-            places = [(Path(place, name)) for place, _, names in os.walk(root, followlinks=True) for name in names]
-            stats = {path: path.stat() for path in ([root] if root.is_file() else places) if path.exists()}
-            found = {path.as_posix(): StoredFile(stat.st_size, stat.st_mtime) for path, stat in stats.items()}
+            found = dict(_local_files(Path(self.path(key))))
         else:
             with self._told(f"cannot list {self.uri_of(key)}"):
                 listed = self.fs.find(self.path(key).rstrip("/"), detail=True)
-            found = {path: StoredFile(info["size"], _modified(info)) for path, info in listed.items()}
+            found = {path: _stored(info) for path, info in listed.items()}
         return {path.removeprefix(f"{self.root}/"): found[path] for path in sorted(found)}
 
     def sha256(self, key: str) -> str | None:
@@ -186,19 +267,38 @@ class Storage:
         """Have the block's errors say what to change, where they are those of a remote store's client."""
         return nullcontext() if self.is_local else s3.told(where)
 
-    def put(self, source: Path, key: str, sha256: str) -> None:
-        """Move a file into the store, whole; to a remote one it goes until what is read back has this hash."""
-        target = self.path(key)
-        if self.is_local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(source, target)
-            return
+    def put(self, source: Path, folder: str, name: str, sha256: str) -> str:
+        """Copy a file into a folder of a remote store, until what is read back has this hash; returns its name there.
+
+        Nothing is ever replaced. Where the name has other bytes already, as of a writer that was killed or stands
+        still, the file goes to a name that is nobody else's.
+        """
+        place = name
         for _ in range(TRIES):
+            key = f"{folder}/{place}"
             with self._told(f"cannot write {self.uri_of(key)}"):
-                self.fs.put_file(str(source), target, **self._in_parts)
-            if self.sha256(key) == sha256:
-                return
-        raise StoreError(f"{self.uri_of(key)} {GARBLED}")
+                if self.is_s3 and source.stat().st_size > s3.LARGEST_PUT and place == name:
+                    place = _own(name)  # uploads in parts replace what is there, at too many servers
+                    continue
+                self._create(source, self.path(key))
+            found = self.sha256(key)
+            if found not in (None, sha256):  # read once more, as the bit may have turned on its way
+                found = self.sha256(key)
+            if found == sha256:
+                return place
+            if found is not None:
+                place = _own(name)
+        raise StoreError(f"{self.uri_of(f'{folder}/{name}')} {GARBLED}")
+
+    def _create(self, source: Path, path: str) -> None:
+        """Send a file to a path at which there is none; what is there stays."""
+        with suppress(FileExistsError):
+            if not self.is_s3:
+                self.fs.put_file(str(source), path, mode="create")
+            elif source.stat().st_size > s3.LARGEST_PUT:
+                self.fs.put_file(str(source), path, mode="create", **self._in_parts)
+            else:
+                s3.create(self.fs, source, path)
 
     def get(self, key: str, target: Path, sha256: str) -> str:
         """Fetch a file until it has this hash; returns the hash that it has. Raises FileNotFoundError."""
@@ -208,6 +308,11 @@ class Storage:
             if (found := sha256_of(target)) == sha256:
                 break
         return found
+
+
+def _own(name: str) -> str:
+    """A name in the same folder tree that no other writer has."""
+    return f"{ATTEMPT}{secrets.token_hex(8)}/{name}"
 
 
 @contextmanager
@@ -222,23 +327,23 @@ def explained(where: str) -> Iterator[None]:
         raise
 
 
-def _write_local(path: Path, data: bytes, only_if_absent: bool) -> bool:
-    """Write whole or not at all: a temporary file, then a link (which fails if the name exists) or a rename."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if not only_if_absent:
-            temporary.replace(path)
-            return True
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
+def _local_files(root: Path) -> Iterator[tuple[str, StoredFile]]:
+    """The files at and below a path, and the links to folders below it; what vanishes meanwhile is left out."""
+    upward = root.is_symlink() and root.parent.resolve().is_relative_to(root.resolve())
+    places = [root] if root.is_file() or upward else []
+    for place, folders, names in os.walk(root) if not upward else ():
+        places += [Path(place, name) for name in names]
+        places += [Path(place, name) for name in folders if Path(place, name).is_symlink()]
+    for path in places:
+        with suppress(FileNotFoundError):
+            stat = path.lstat() if path.is_dir() or not path.exists() else path.stat()
+            yield path.as_posix(), StoredFile(stat.st_size, stat.st_mtime, state_of(stat))
+
+
+def _stored(info: Mapping[str, Any]) -> StoredFile:
+    """A file as a remote store's listing tells it."""
+    modified = _modified(info)
+    return StoredFile(info["size"], modified, (info["size"], modified, str(info.get("ETag", ""))))
 
 
 def _modified(info: Mapping[str, Any]) -> float:

@@ -197,8 +197,8 @@ def train(
     set_learning_rates(optimizers, 1.0)
     order = dataset.plan.digest(config.batch_size)
     saved = work.checkpoints.latest(order) if group.rank == 0 else None
-    if (done := group.share(saved.step if saved is not None else None)) is not None:
-        saved = saved or work.checkpoints.at(done)
+    if (name := group.share(work.checkpoints.resumed)) is not None:
+        saved = saved or work.checkpoints.named(name)
         restore(saved, model, optimizers)
         dataset.start_step = saved.step
     steps, start = dataset.steps, dataset.start_step
