@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +25,13 @@ from filelock import FileLock, Timeout
 
 from flows.service import neutral
 from vectorclm import errors
-from vectorclm.errors import VectorCLMError
+from vectorclm.errors import PreemptedError, VectorCLMError
 from vectorclm.progress import parse_tick, say
 
 TURN_SECONDS = 1  # between two looks whether the devices are free
-KILL_AFTER = 6  # seconds between the request to end and the kill; ranks of a training end themselves after 5
+KILL_AFTER = 6  # seconds between the second request to end, which asks for an end at once, and the kill
+CANCEL_SECONDS = 2  # between the two where a person waits for the devices: enough for a small checkpoint
+PREEMPT_SECONDS = 30  # between the two where this process is asked to end by a signal, as its machine may be
 TAIL_LINES = 30  # log lines that an error message quotes
 
 # What `setpriv --pdeathsig TERM` does, for systems without it: signal 15 when the parent is gone (prctl 1).
@@ -40,7 +43,7 @@ class StageFailedError(VectorCLMError):
 
 
 class StageInterruptedError(StageFailedError):
-    """A stage's process was killed from outside: another attempt carries on where it was."""
+    """A stage was ended from outside, killed or after a checkpoint: another attempt carries on where it was."""
 
 
 class StageCancelledError(StageFailedError):
@@ -72,6 +75,7 @@ class Launcher:
         self._turn = threading.Lock()
         self._children: set[subprocess.Popen[str]] = set()
         self.closed = threading.Event()
+        self.preempted = False  # whether the block ends by a signal: then trainings have time for their checkpoints
 
     def __enter__(self) -> Self:
         return self
@@ -82,8 +86,10 @@ class Launcher:
         with self._lock:
             self.closed.set()
             children = list(self._children)
-        for child in children:
-            _end(child)
+        if children:
+            patience = PREEMPT_SECONDS if self.preempted else CANCEL_SECONDS
+            with _deaf_to_sigterm(), ThreadPoolExecutor(len(children)) as threads:
+                list(threads.map(_end, children, [patience] * len(children)))
         for device in self._devices:
             device.release()
 
@@ -120,7 +126,7 @@ class Launcher:
         """Run `command` to its end; progress goes to `vectorclm.progress`, every other line to `log`.
 
         Raises the error the child reported, as the class it had there; StageInterruptedError where a signal
-        ended it; StageFailedError, with its last lines, where it ended otherwise.
+        ended it, also after a checkpoint; StageFailedError, with its last lines, where it ended otherwise.
         """
         tail: deque[str] = deque(maxlen=TAIL_LINES)
         reported: Exception | None = None
@@ -139,10 +145,12 @@ class Launcher:
             return
         if self.closed.is_set():
             raise StageCancelledError("ended with the curriculum")
+        if isinstance(reported, PreemptedError):
+            raise StageInterruptedError(str(reported)) from reported
         if reported is not None:
             raise reported
         last = "\n".join(tail) or "(it said nothing)"
-        if (name := _signal_name(_first_exit(last, code))) is not None:
+        if (name := _signal_name(code)) is not None:
             memory = ", which is also what the system does when memory runs out" if name == "SIGKILL" else ""
             raise StageInterruptedError(f"its process was ended by {name}{memory}; its last lines:\n{last}")
         raise StageFailedError(f"its process ended with exit code {code}; its last lines:\n{last}")
@@ -171,7 +179,7 @@ class Launcher:
             with child:
                 yield child
         except BaseException:
-            _end(child)
+            _end(child, CANCEL_SECONDS)
             raise
         finally:
             with self._lock:
@@ -196,30 +204,35 @@ def under_torchrun(command: Sequence[str], processes: int, threads: int) -> list
     settings = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", f"OMP_NUM_THREADS={threads}"]
     loopback = "lo" if platform.system() == "Linux" else "lo0"  # what they say reaches no other machine
     settings += [f"GLOO_SOCKET_IFNAME={loopback}", f"NCCL_SOCKET_IFNAME={loopback}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [sys.executable, "-m", "flows.ranks", "--standalone", f"--nproc-per-node={processes}"]
     return ["env", *settings, *torchrun, "--max-restarts=0", "--no-python", *dying_with_parent(command)]
 
 
-def _first_exit(last: str, code: int) -> int:
-    """The exit code of the rank that failed first, from torchrun's last lines; without any, the process's own."""
-    if (signalled := re.search(r"SignalException: .* got signal: (\d+)", last)) is not None:
-        return -int(signalled[1])
-    failed = re.search(r"Root Cause \(first observed failure\):.*?exitcode *: (-?\d+)", last, re.DOTALL)
-    return int(failed[1]) if failed is not None else code
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """Ask the child's whole process group to end, then kill it."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def _end(child: subprocess.Popen[str], patience: float) -> None:
+    """Ask the child's whole process group to end, after `patience` seconds to end at once; then kill it."""
+    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGTERM, KILL_AFTER), (signal.SIGKILL, KILL_AFTER)):
         if child.poll() is not None:
             return
         try:
             os.killpg(child.pid, number)
-            child.wait(KILL_AFTER)
+            child.wait(seconds)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:
             continue
+
+
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Ignore SIGTERM while the block runs: a request that is being met may be repeated."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _relay_tick(line: str) -> bool:

@@ -20,6 +20,7 @@ from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -30,9 +31,11 @@ from flows.placement import run_in_pool
 from flows.report import report
 from flows.server import local_folder
 from flows.tracking import Tracker
+from flows.watch import is_cancelled
 from vectorclm.artifact import Artifact, Store
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError, VectorCLMError
+from vectorclm.library_calls import ending
 from vectorclm.lineage import lineage
 from vectorclm.runtime import Runtime
 from vectorclm.stages import TRAININGS, plans, run_stage, told
@@ -100,7 +103,14 @@ class Stages:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
+        ended = kind is not None and issubclass(kind, TerminationSignal | SystemExit)
+        self.launcher.preempted = ended and not is_cancelled()
+        try:
+            if kind is not None:
+                ending.set()  # for stages that are made in threads of this process
+            self._stack.__exit__(kind, error, trace)
+        finally:
+            ending.clear()
 
     def __call__(self, name: str, *after: PrefectFuture[Any]) -> PrefectFuture[Any]:
         """Submit the stage `name`, to start when the stages `after` are done.

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Running
 
+ANSWER_SECONDS = 2  # for a server, where the machine may soon be taken away
 LOOK_SECONDS = 5  # well below what a crashed run is given before it starts again
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,16 @@ def watched() -> Iterator[None]:
     finally:
         ended.set()
         thread.join(LOOK_SECONDS)  # so that no state is set after the end's
+
+
+def is_cancelled() -> bool:
+    """Whether a person has cancelled this run, as far as the server answers soon."""
+    if flow_run.id is None:
+        return False
+    with suppress(Exception), get_client(sync_client=True, httpx_settings={"timeout": ANSWER_SECONDS}) as client:
+        state = client.read_flow_run(UUID(flow_run.id)).state
+        return state is not None and (state.is_cancelling() or state.is_cancelled())
+    return False
 
 
 def _watch(run_id: UUID, worker: int, ended: threading.Event) -> None:

@@ -1,25 +1,40 @@
 """The tokenizer loses nothing, cannot be tricked by special tokens in a text, and refuses too large a vocabulary."""
 
 import json
+import random
+import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
 from tests.conftest import write_sample_text
 from vectorclm.conversations import Turn, render, render_prompt
-from vectorclm.errors import ConfigError, DataError
+from vectorclm.corpus import SampleConfig, TextSource
+from vectorclm.errors import ConfigError, DataError, PreemptedError
+from vectorclm.library_calls import ending, interruptibly
+from vectorclm.preemption import ENDED
+from vectorclm.sampling import write_sample
+from vectorclm.shards import ShardsConfig, write_shards
 from vectorclm.train_tokenizer import (
     BOS,
     BOS_ID,
     IM_END,
     IM_END_ID,
     IM_START_ID,
+    LONG_TEXT,
+    LONGEST,
     SPECIAL_TOKENS,
     TokenizerConfig,
+    _kind,
     encode,
+    learn,
     load_tokenizer,
     token_lengths,
     train_tokenizer,
@@ -135,3 +150,110 @@ def test_a_vocabulary_larger_than_the_corpus_yields_is_refused(tiny_text: list[s
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def train_on(texts: list[str], folder: Path, **config: int) -> dict[str, Any]:
+    write_sample_text(folder / "sample" / "a", texts, "train")
+    (folder / "out").mkdir()
+    asked = TokenizerConfig(**{"vocab_size": 310, "bytes": 3_000_000, **config})
+    return train_tokenizer(asked, folder / "sample", 64, folder / "out")
+
+
+@pytest.mark.parametrize("run", ["a", " ", "=", "\n", "7", "é", "\x1c="])
+def test_a_run_of_a_million_characters_is_cut_and_counted(tiny_text: list[str], tmp_path: Path, run: str) -> None:
+    """Learning takes time by the square of a word's length: a quarter of an hour for this one, were it whole."""
+    length = 1_000_000
+    summary = train_on([*tiny_text, f"x{run * (length // len(run))}y"], tmp_path)
+    left_out = (length - LONGEST) * len(run.encode()) // len(run)
+    assert summary["long_words"] == {"cut": 1, "bytes_left_out": pytest.approx(left_out, abs=4)}
+
+
+def test_text_without_such_words_is_learned_from_as_it_is(tiny_text: list[str], tmp_path: Path) -> None:
+    mixed = "".join(random.Random(0).choices("abcdef0123456789+/", k=200_000))  # no space, but short words
+    texts = [*tiny_text, "=" * LONGEST, " " * LONGEST + "a", mixed, "字。" * 2000, "x" * LONGEST + "1" * LONGEST]
+    summary = train_on(texts, tmp_path)
+    assert "long_words" not in summary
+    assert summary["trained_on_bytes"] == sum(len(text.encode()) for text in texts)
+    assert (
+        json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]
+        == json.loads(learn(texts, 310).to_str())["model"]
+    )
+
+
+def test_words_are_those_of_the_pre_tokenizer() -> None:
+    texts = ["ab²½Ⅷ12 c" * 40, "e\u0301 \u00a0\u2003\x1c\x1d=\x85 '" * 40, "日本語。한국어 ไทย_-" * 40]
+    for text in texts:
+        for piece, (start, end) in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text):
+            kinds = [kind for kind, _ in groupby(text[start:end].removeprefix(" "), key=_kind)]
+            assert len(kinds) < 2 or piece.startswith("'"), (piece, kinds)
+
+
+def test_a_long_text_has_the_ids_of_its_parts(tokenizer: Tokenizer) -> None:
+    text = "Wald und Fluss. " * 40_000
+    assert len(text) > LONG_TEXT and encode(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_run_of_a_million_characters_becomes_shards_in_seconds(tiny_text: list[str], tmp_path: Path) -> None:
+    texts = [*tiny_text, *("x" + run * 1_000_000 + "y" for run in "a =")]
+    (tmp_path / "source.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = TextSource(label="a", path="json", data_files=str(tmp_path / "source.jsonl"), weight=1)
+    asked = SampleConfig(sources=[source], bytes=4_000_000, validation_share=0.1)
+    sample = tmp_path / "sample"
+    drawn = write_sample(asked, 0, sample, data=None, world=None)["sources"]["a"]
+    assert drawn["documents"] + drawn["validation_documents"] == len(set(texts))
+    (tmp_path / "tokenizer").mkdir()
+    train_tokenizer(TokenizerConfig(vocab_size=310, bytes=3_000_000), sample, 64, tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    counts = write_shards(ShardsConfig(sequence_length=64), sample, tokenizer, tmp_path / "shards")["a"]
+    assert sum(counts[split]["documents"] for split in ("train", "validation")) == len(set(texts))
+
+
+LEARNS_FOR_LONG = """
+import random, signal, sys
+from pathlib import Path
+from tests.conftest import write_sample_text
+from vectorclm.preemption import preemption
+from vectorclm.progress import json_lines
+from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
+
+folder = Path(sys.argv[1])
+letters = random.Random(0)
+texts = [" ".join("".join(letters.choices("ab", k=900)) for _ in range(20)) for _ in range(100)]
+write_sample_text(folder / "sample" / "a", texts, "train")
+(folder / "out").mkdir()
+with preemption.listening(), json_lines():
+    train_tokenizer(TokenizerConfig(vocab_size=65_536, bytes=2_000_000), folder / "sample", 64, folder / "out")
+"""
+
+
+def test_sigterm_ends_the_stage_while_the_library_merges(tmp_path: Path) -> None:
+    """The library knows no signals, and takes a minute for this."""
+    command = [sys.executable, "-c", LEARNS_FOR_LONG, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if "merging" in line:
+                break
+        child.terminate()
+        assert child.wait(10) == ENDED
+    assert "merging for" in line
+
+
+def test_a_stage_in_a_thread_ends_when_its_process_is_to_end() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        blocked, asked = threading.Event(), threading.Event()
+
+        def work(left: threading.Event) -> None:
+            blocked.set()
+            left.wait()
+            asked.set()
+
+        running = pool.submit(interruptibly, work)
+        blocked.wait()
+        ending.set()
+        try:
+            with pytest.raises(PreemptedError):
+                running.result(30)
+        finally:
+            ending.clear()
+        assert asked.wait(30)

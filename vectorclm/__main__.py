@@ -20,8 +20,8 @@ from vectorclm.command_line import CommandParser
 from vectorclm.compare import add_compare_command, run_compare_command
 from vectorclm.config import ExperimentConfig, load_experiment, override, read_config
 from vectorclm.curves import measure_checkpoints, write_curves
-from vectorclm.distributed import Group, joined
-from vectorclm.errors import ConfigError, DataError, VectorCLMError
+from vectorclm.distributed import Group, end_together, joined, record
+from vectorclm.errors import ConfigError, DataError, PreemptedError, VectorCLMError
 from vectorclm.evaluate import open_model
 from vectorclm.generate import Sampling
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
@@ -29,6 +29,7 @@ from vectorclm.housekeeping import add_store_command, run_store_command
 from vectorclm.llama_cpp import LlamaCpp
 from vectorclm.measure import Limits, figures, left_out, measure, measure_plan, not_run
 from vectorclm.pinning import pin, pin_suite
+from vectorclm.preemption import ENDED, PREEMPTED
 from vectorclm.runtime import Runtime
 from vectorclm.settings import validate
 from vectorclm.stages import STAGES, TRAININGS, follow_stage, run_stage, told
@@ -48,6 +49,11 @@ ABOUT = {
 
 CHAT_SAMPLING = {"temperature": 0.7, "top_p": 0.95}  # of a chat in the terminal, unless options say otherwise
 
+STOPPING = (
+    f"SIGTERM ends it after a checkpoint, with exit code {PREEMPTED}, and the same command goes on from there; "
+    "a second SIGTERM ends it at once."
+)
+
 OF_MODELS = ("evaluate", "export")  # commands that take any model in place of an experiment
 
 
@@ -63,7 +69,8 @@ def add_place(parser: argparse.ArgumentParser, *, data: bool = True) -> None:
 def add_commands(commands: Any, models: str = "a folder or <store>/<stage>/<fingerprint>") -> None:
     """Add the core's commands to the subparsers of a command line, which finds `models` in these places."""
     for stage in STAGES:
-        parser = commands.add_parser(stage, help=ABOUT[stage])
+        about = f"{ABOUT[stage]}. {STOPPING}" if stage in TRAININGS else None
+        parser = commands.add_parser(stage, help=ABOUT[stage], description=about)
         what = "experiment (tiny, small, base, or a TOML file)" + (" or model" if stage in OF_MODELS else "")
         parser.add_argument("target", metavar="EXPERIMENT", help=what)
         add_place(parser)
@@ -303,7 +310,10 @@ def measure_curves(args: argparse.Namespace) -> None:
 
 
 def make_stage(args: argparse.Namespace) -> None:
-    """Make one stage's artifact and print where it is; under torchrun, together with the other ranks."""
+    """Make one stage's artifact and print where it is; under torchrun, together with the other ranks.
+
+    A training that SIGTERM ends says so, and ends all ranks with exit code PREEMPTED.
+    """
     if args.command in OF_MODELS and Path(args.target).is_dir():
         missing = {"evaluate": "--text FILE to score it on a text, or --suite NAME", "export": "--format gguf"}
         raise ConfigError(f"{args.target} is a model: add {missing[args.command]}")
@@ -312,10 +322,16 @@ def make_stage(args: argparse.Namespace) -> None:
             raise ConfigError(f"{args.command} runs in one process: start it without torchrun")
         store, runtime = Store(args.store), load_runtime(args.runtime)
         runtime.check(group)
-        if group.rank:
-            follow_stage(args.command, store, runtime, group)
-        else:
-            _lead_stage(args, store, runtime, group)
+        try:
+            if group.rank:
+                follow_stage(args.command, store, runtime, group)
+            else:
+                _lead_stage(args, store, runtime, group)
+        except PreemptedError as error:
+            record(error)
+            if group.rank == 0:
+                explain(error, relay=args.relay)
+            end_together(group, PREEMPTED)
 
 
 def _lead_stage(args: argparse.Namespace, store: Store, runtime: Runtime, group: Group) -> None:
@@ -337,6 +353,15 @@ def _lead_stage(args: argparse.Namespace, store: Store, runtime: Runtime, group:
             print(line)
 
 
+def explain(error: VectorCLMError, *, relay: bool) -> None:
+    """Tell an error to the person at the terminal; with `relay` to the process that started this one."""
+    if relay:
+        line = json.dumps({"error": {"type": type(error).__name__, "message": str(error)}})
+        print(line + "\n", end="", flush=True)  # in one write, as ranks share the pipe
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
 def command_line() -> CommandParser:
     """The parser of `python -m vectorclm`, with all its commands."""
     parser = CommandParser("python -m vectorclm", description=__doc__)
@@ -345,17 +370,16 @@ def command_line() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 where all went well, 1 where `store verify` did not, 2 for an error that is explained."""
+    """The command line; 0 where all went well, 1 where `store verify` did not, 2 for an error that is explained.
+
+    A training that SIGTERM ends, once it has kept a checkpoint, exits with 75; any other stage with 143.
+    """
     args = command_line().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a lease is given back
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # so that a lease is given back
     try:
         return run_command(args)
     except VectorCLMError as error:
-        if getattr(args, "relay", False):
-            line = json.dumps({"error": {"type": type(error).__name__, "message": str(error)}})
-            print(line + "\n", end="", flush=True)  # in one write, as ranks share the pipe
-        else:
-            print(f"error: {error}", file=sys.stderr)
+        explain(error, relay=getattr(args, "relay", False))
         return 2
     except KeyboardInterrupt:
         return 130

@@ -300,7 +300,7 @@ def rebuild(
 ) -> list[str]:
     """Make a finished artifact again, beside it, and return the files that came out otherwise; the artifact stays.
 
-    Of `metrics.jsonl` the speed is not compared.
+    Of `metrics.jsonl` neither the speed is compared nor the order of the lines, which may come some steps late.
     """
     with store.lease(plan.lease) as lease, attempt_folder(store.work_folder(plan, work_dir)) as work:
         out = work / "out"
@@ -321,4 +321,5 @@ def rebuild(
 
 def _without_speed(metrics: bytes) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in metrics.splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    plain = [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    return sorted(plain, key=lambda line: (line["step"], *line))

@@ -11,23 +11,23 @@ import os
 import platform
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from vectorclm.errors import VectorCLMError
+from vectorclm.preemption import ENDED, GRACE, preemption
 
 TIMEOUT = timedelta(
     hours=6
 )  # the first rank reads, validates and publishes alone; a dead one is noticed by its sockets
-GRACE = 5  # seconds between the request to end and the end
 BUCKET = 2**23  # elements that are summed over the ranks in one piece
 
 logger = logging.getLogger(__name__)
@@ -68,12 +68,16 @@ class Group:
 
     def total(self, count: int) -> int:
         """The sum of `count` over the ranks; waits for them, not for a device."""
+        return self.agree(count, stop=False)[0]
+
+    def agree(self, count: int, stop: bool) -> tuple[int, bool]:
+        """The sum of `count` over the ranks, and whether any of them wants to stop."""
         if self.world_size == 1:
-            return count
-        counts = torch.tensor([count])
+            return count, stop
+        counts = torch.tensor([count, int(stop)])
         with _peers():
             dist.all_reduce(counts)
-        return int(counts)
+        return int(counts[0]), bool(counts[1])
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor (all of one type) by its sum over the ranks."""
@@ -109,47 +113,75 @@ def joined() -> Iterator[Group]:
     """The group that torchrun's environment variables describe, while the block runs; without them, ALONE.
 
     Ranks other than the first wait in `call` for the first to call, or to let them go because it needs no one. Where
-    several fail, the first to do so raises its VectorCLMError, and the others end with exit code 2. Ranks that
-    worked together and ended well leave the process at the end of the block.
+    several fail, the first to do so raises its VectorCLMError, and the others end with exit code 2; each writes its
+    error into the file that torchrun names. Ranks that worked together and ended well leave the process at the end of
+    the block.
     """
     if "RANK" in os.environ:
         _end_with_launcher()
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
-        yield ALONE
-        return
-    _end_in_time()
-    group = Group(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     try:
-        with _peers():
-            store, _, _ = next(rendezvous("env://"))
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.world_size, timeout=TIMEOUT)
-        try:
+        with preemption.listening(), _together() if several else nullcontext(ALONE) as group:
             yield group
-            if group.at_work:
-                group.total(0)  # nobody leaves before all have ended well
-                _leave()
-        except VectorCLMError:
-            if not _is_first(store):
-                sys.exit(2)
-            raise
-        finally:
-            if group.rank == 0 and not group.at_work:
-                with suppress(PeerLostError):
-                    group.call(None)
-            signal.alarm(GRACE)  # whatever the peers do
-            dist.destroy_process_group()
-            signal.alarm(0)
     except PeerLostError as error:
-        logger.error("rank %d ends because another has ended (%s)", group.rank, str(error).partition("\n")[0])
-        sys.exit(143)  # as if torchrun, which is about to, had asked it to end
+        said = str(error).partition("\n")[0]
+        logger.error("rank %s ends because another has ended (%s)", os.environ["RANK"], said)
+        sys.exit(ENDED)  # as if torchrun, which is about to, had asked it to end
+    except Exception as error:
+        record(error)
+        raise
 
 
-def _leave() -> NoReturn:
-    """End this process well, without tearing the group down: gloo may abort where a peer is gone a moment earlier."""
+@contextmanager
+def _together() -> Iterator[Group]:
+    """The group of several ranks, while the block runs."""
+    preemption.limit(GRACE)  # as a rank may wait in a collective for others that do not answer
+    group = Group(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    with _peers():
+        store, _, _ = next(rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.world_size, timeout=TIMEOUT)
+    try:
+        yield group
+        if group.at_work:
+            group.total(0)  # nobody leaves before all have ended well
+            _leave(0)
+    except VectorCLMError as error:
+        if not _is_first(store):
+            record(error)
+            sys.exit(2)
+        raise
+    finally:
+        if group.rank == 0 and not group.at_work:
+            with suppress(PeerLostError):
+                group.call(None)
+        signal.alarm(GRACE)  # whatever the peers do
+        dist.destroy_process_group()
+        signal.alarm(0)
+
+
+def record(error: Exception) -> None:
+    """Write an error into the file that torchrun names for this rank, which it shows, and copies to its own.
+
+    The name is in environment variable TORCHELASTIC_ERROR_FILE; without it nothing is written.
+    """
+    get_error_handler().record_exception(error)
+
+
+def end_together(group: Group, code: int) -> NoReturn:
+    """End this process and all ranks with an exit code, once all have come here."""
+    with suppress(PeerLostError):
+        group.total(0)
+    if group.world_size == 1:
+        sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process, without tearing the group down: gloo may abort where a peer is gone a moment earlier."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 @contextmanager
@@ -171,20 +203,3 @@ def _end_with_launcher() -> None:
     """Have the system send SIGTERM when the parent is gone, even by `kill -9` (on Linux: prctl 1)."""
     if platform.system() == "Linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def _end_in_time() -> None:
-    """Make sure that a signal to end does end this process, GRACE seconds later at most.
-
-    Python runs a handler between two of its instructions, so never while the process waits in a collective for ranks
-    that do not answer. The system's alarm needs no Python; a thread, which gets the signal's number at once, sets it.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-
-    def wait() -> None:
-        os.read(reader, 1)
-        signal.alarm(GRACE)
-
-    threading.Thread(target=wait, daemon=True, name="end in time").start()

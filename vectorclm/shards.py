@@ -1,6 +1,7 @@
 """Token shards: uncompressed Arrow IPC files with one flat buffer of windows, which a reader maps into memory."""
 
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from vectorclm.corpus import in_groups
 from vectorclm.durable import TEMPORARY
 from vectorclm.encoder import JUDGE_EVERY, Disproved, Encoder, open_encoder
 from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.library_calls import interruptibly
 from vectorclm.packing import Packing, pack
 from vectorclm.progress import Progress
 from vectorclm.sample_files import SampleFiles
@@ -255,14 +257,24 @@ class _Found:
     round_trips: int = 0
 
 
+def _encoded(
+    encoder: Encoder, group: Sequence[str], where: str, left: threading.Event
+) -> tuple[list[NDArray[np.uint32]], int]:
+    """The ids of some documents, and how many of these were decoded again; seconds for one of some megabytes."""
+    encoded = encoder.encode(group)
+    if left.is_set():
+        return [], 0
+    return encoded, check_round_trip(encoder.judge, group[::JUDGE_EVERY], encoded[::JUDGE_EVERY], where)
+
+
 def _documents(texts: Iterable[str], encoder: Encoder, found: _Found, where: str) -> Iterator[NDArray[Any]]:
     """The ids [1, n] of each document with its BOS and EOS."""
     vocab_size = encoder.judge.get_vocab_size()
     dtype = token_dtype(vocab_size)
     bos, eos = np.array([BOS_ID], np.uint32), np.array([EOS_ID], np.uint32)
     for group in in_groups(texts, GROUP_CHARACTERS, GROUP_DOCUMENTS):
-        encoded = encoder.encode(group)
-        found.round_trips += check_round_trip(encoder.judge, group[::JUDGE_EVERY], encoded[::JUDGE_EVERY], where)
+        encoded, round_trips = interruptibly(partial(_encoded, encoder, group, where))
+        found.round_trips += round_trips
         ids = np.concatenate([part for item in encoded for part in (bos, item, eos)])
         if ids.max() >= vocab_size:  # in fewer bits it would become another token
             raise CorruptArtifactError(f"{where}: {encoder.name} gave the id {ids.max()}, none of {vocab_size} tokens")

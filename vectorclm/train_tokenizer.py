@@ -1,7 +1,13 @@
 """Byte-level BPE: lossless on every string, with a pre-tokenizer that llama.cpp knows, and the chat template."""
 
 import json
+import re
+import threading
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +15,8 @@ from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vectorclm.artifact import Artifact
-from vectorclm.errors import ConfigError, DataError
+from vectorclm.errors import ConfigError, DataError, PreemptedError
+from vectorclm.library_calls import interruptibly
 from vectorclm.progress import Progress
 from vectorclm.sample_files import SampleFiles
 from vectorclm.settings import Settings
@@ -30,6 +37,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+LONG_TEXT = 500_000  # characters, which take some tenths of a second to encode
+LONGEST = 1000  # characters of a word that merges are learned from
+SPACE, NO_SPACE = re.compile(r"[^\S\x1c-\x1f]"), re.compile(r"[\S\x1c-\x1f]")  # for the pre-tokenizer, no space: \x1c
+
 
 class TokenizerConfig(Settings):
     """Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2, section 2.2)."""
@@ -43,13 +54,23 @@ def train_tokenizer(
 ) -> dict[str, Any]:
     """Learn the merges from the training text in `sample` and write `tokenizer.json` and `tokenizer_config.json`.
 
-    Every source gives the same number of bytes, or all it has. Returns counts, and bytes per token on that text.
-    Raises ConfigError where the text does not yield `vocab_size` tokens.
+    Every source gives the same number of bytes, or all it has. Words longer than LONGEST are cut, as learning takes
+    time by the square of their length. Returns counts, and bytes per token on that text. Raises ConfigError where the
+    text does not yield `vocab_size` tokens.
     """
-    texts = list(balanced_texts(SampleFiles(sample), config.bytes))
+    cut: Counter[str] = Counter()
+    texts = list(balanced_texts(SampleFiles(sample), config.bytes, cut))
     size = sum(len(text.encode()) for text in texts)
     with Progress("tokenizer", size, "bytes") as progress:
-        tokenizer = learn(_reported(texts, progress), config.vocab_size)
+
+        def work(left: threading.Event) -> Tokenizer:
+            return learn(_reported(texts, progress, left), config.vocab_size)
+
+        def meanwhile(seconds: float) -> None:
+            if progress.tick.done == size:
+                progress.at(size, f"merging for {seconds:.0f} s")
+
+        tokenizer = interruptibly(work, meanwhile)
     if tokenizer.get_vocab_size() < config.vocab_size:
         raise ConfigError(
             f"tokenizer.vocab_size is {config.vocab_size}, but {size:,} bytes of text yield only "
@@ -67,6 +88,7 @@ def train_tokenizer(
         "trained_on_bytes": size,
         "trained_on_documents": len(texts),
         "bytes_per_token": round(sum(len(text.encode()) for text in texts[:1000]) / tokens, 4),
+        **({"long_words": dict(cut)} if cut else {}),
     }
 
 
@@ -86,19 +108,57 @@ def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def balanced_texts(sample: SampleFiles, total_bytes: int) -> Iterator[str]:
-    """Training documents, the same number of bytes from every source."""
+def balanced_texts(sample: SampleFiles, total_bytes: int, cut: "Counter[str]") -> Iterator[str]:
+    """Training documents without long words, the same number of bytes from every source; `cut` counts these."""
     for label in sample.labels:
         left = total_bytes // len(sample.labels)
-        for text in sample.texts(label, "train"):
+        for document in sample.texts(label, "train"):
+            text = cut_long_words(document, cut) if may_have_long_words(document) else document
             yield text
             left -= len(text.encode())
             if left <= 0:
                 break
 
 
-def _reported(texts: Iterable[str], progress: Progress) -> Iterator[str]:
+def may_have_long_words(text: str) -> bool:
+    """Whether there may be a word of more than LONGEST characters; soon answered, and seldom yes where there is none.
+
+    Such a word fills one of the pieces of half its length, with spaces alone or with none.
+    """
+    half = LONGEST // 2
+    return any(
+        not SPACE.search(text, start, start + half) or not NO_SPACE.search(text, start, start + half)
+        for start in range(0, len(text) - half + 1, half)
+    )
+
+
+def cut_long_words(text: str, cut: "Counter[str]") -> str:
+    """The text, of each word the first LONGEST characters; `cut` counts the words that were longer, and their rest.
+
+    A word is what the pre-tokenizer leaves whole: letters, numbers, spaces, or none of these, one after another.
+    """
+    kept = []
+    for _, characters in groupby(text, key=_kind):
+        word = "".join(characters)
+        if len(word) > LONGEST:
+            cut.update({"cut": 1, "bytes_left_out": len(word[LONGEST:].encode())})
+        kept.append(word[:LONGEST])
+    return "".join(kept)
+
+
+@cache
+def _kind(character: str) -> str:
+    """What of the pre-tokenizer's four kinds a character is: L, N, Z, or none of them."""
+    if SPACE.match(character):
+        return "Z"
+    category = unicodedata.category(character)[0]
+    return category if category in "LN" else ""
+
+
+def _reported(texts: Iterable[str], progress: Progress, left: threading.Event) -> Iterator[str]:
     for text in texts:
+        if left.is_set():
+            raise PreemptedError("nobody waits for the tokenizer any more")
         yield text
         progress.advance(len(text.encode()))
 
@@ -139,8 +199,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of `text` alone: no BOS, and special tokens written in it stay text."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+    if len(text) < LONG_TEXT:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+    # A batch leaves other threads alone meanwhile, and takes no note of where tokens stand.
+    (long,) = interruptibly(lambda left: tokenizer.encode_batch_fast([text], add_special_tokens=False))
+    return list(long.ids)
 
 
 def token_lengths(tokenizer: Tokenizer) -> list[int]:
