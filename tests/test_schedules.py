@@ -1,15 +1,19 @@
 """Evaluations on the platform, for real: the form, the table, MLflow, and a fall that reaches a web server."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -18,15 +22,22 @@ import yaml
 from mlflow import MlflowClient
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.webhook import Webhook
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.objects import State
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
 
+from flows import provision
+from flows.deployments import MAX_RESCUES, opened_store
+from flows.launch import StageFailedError
 from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
 from tests.test_platform import Platform, platform_at, until
 from vectorclm.model import CausalLM, model_config
+from vectorclm.runtime import Runtime
 
 CANDIDATE = "models:/vectorclm-chat@candidate"
 LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}
@@ -216,3 +227,95 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
     sent.raise_for_status()
     (message,) = until(lambda: inbox.messages, "the fall is told")
     assert message["subject"] == payload["title"] and payload["text"] in message["text"]
+
+
+def test_a_stage_is_a_deployment_of_its_own_in_the_store_of_the_commands(platform: Platform) -> None:
+    """What a form made is found by a command to which the environment names the store."""
+    deployment = platform.client.read_deployment_by_name("stage/sample")
+    settings = {"sample.bytes": 300_000, "world.documents": 300, "seed": 9}
+    parameters = {"changes": {"seed": settings.pop("seed"), "settings": settings}}
+    run = platform.client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+    assert platform.ended(run.id) == "Completed"
+    assert platform.tasks(run.id) == {"sample": ["Completed"]}
+    changes = [part for key, value in {**settings, "seed": 9}.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "vectorclm", "sample", "tiny", *changes]
+    environment = {**os.environ, "VECTORCLM_STORE": platform.config.vectorclm_store}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"sample reused: {platform.config.vectorclm_store}/sample/"), done.stderr
+
+
+@pytest.fixture
+def impatient(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The platform's automations wait ten seconds, the least that Prefect takes, and no worker starts a run."""
+    told: list[str] = []
+
+    def automate() -> None:
+        for automation in provision.automations():
+            provision._automation(platform.client, automation, told.append)
+
+    for name in ("ZOMBIE_SECONDS", "RESCUE_SECONDS", "CANCEL_SECONDS"):
+        monkeypatch.setattr(provision, name, 10)
+    automate()
+    assert len(told) == 3  # the fourth waits for nothing
+    platform.client.update_work_pool("cpu", WorkPoolUpdate(is_paused=True))
+    yield
+    platform.client.update_work_pool("cpu", WorkPoolUpdate(is_paused=False))
+    monkeypatch.undo()
+    automate()
+
+
+def running(platform: Platform) -> UUID:
+    """A run whose process is gone, as when its machine was switched off."""
+    run_id = platform.start(experiment="tiny")
+    platform.client.set_flow_run_state(run_id, Running(), force=True)
+    beat = Event(
+        occurred=datetime.now(UTC),
+        event="prefect.flow-run.heartbeat",
+        resource=Resource({"prefect.resource.id": f"prefect.flow-run.{run_id}"}),
+    )
+    platform.client._client.post("/events", json=[beat.model_dump(mode="json")]).raise_for_status()
+    return run_id
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_dead_are_found_and_start_again_twice_at_most(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    def becomes(run_id: UUID, name: str) -> State[Any]:
+        until(lambda: platform.run(run_id).state_name == name, f"a run is {name}", 90)
+        state = platform.run(run_id).state
+        assert state is not None
+        return state
+
+    run_id, unwanted = running(platform), running(platform)
+    platform.client.set_flow_run_state(unwanted, Cancelling())
+    assert becomes(run_id, "Crashed").message == "No heartbeat for 10 seconds: its worker or machine is gone."
+    assert becomes(unwanted, "Cancelled").message == "Nothing of it was left to end."
+    again = becomes(run_id, "Rescued")
+    assert again.is_scheduled() and again.message == "It crashed, and starts again: finished stages are reused."
+    for _ in range(MAX_RESCUES):  # as if its process had been killed each time
+        platform.client.set_flow_run_state(run_id, Crashed(), force=True)
+        platform.client.set_flow_run_state(run_id, again.model_copy(update={"id": uuid4()}), force=True)
+    assert "It crashed 3 times within an hour" in str(becomes(run_id, "Failed").message)
+
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run_id))
+    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+        with pytest.raises(StageFailedError, match="this run crashed 3 times and was started again each time"):
+            opened_store(Runtime())  # where the crashes lie further apart, the run itself says so
+        platform.client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+        monkeypatch.setenv("VECTORCLM_STORE", platform.config.vectorclm_store)
+        assert opened_store(Runtime()).uri == platform.config.vectorclm_store  # by Retry it begins again
+    platform.client.delete_flow_run(run_id)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_fell_due_while_the_server_was_away_is_done_when_it_is_back(platform: Platform) -> None:
+    run_id, due = running(platform), time.monotonic() + provision.ZOMBIE_SECONDS
+    (server, _) = platform.config.servers()
+    process = server.process()
+    assert process is not None
+    process.kill()
+    process.wait(60)
+    time.sleep(max(0.0, due - time.monotonic()))  # it is away for as long as that
+    server.start()
+    server.wait()
+    until(lambda: platform.run(run_id).state_name == "Crashed", "the run without a heartbeat has crashed", 90)
+    platform.client.delete_flow_run(run_id)
