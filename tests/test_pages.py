@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch.distributed.run
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import tests.kill_matrix
 import vectorclm.__main__ as core
@@ -238,3 +240,30 @@ def test_python_and_torch_are_those_that_the_package_asks_for() -> None:
     assert project["requires-python"] == ">=3.11,<3.14" and "Python 3.11 to 3.13" in README
     (torch_range,) = (line for line in project["dependencies"] if line.startswith("torch>="))
     assert torch_range == "torch>=2.11,<2.15"
+
+
+def test_every_requirement_is_locked() -> None:
+    """Each of the packages that the package, its extras and theirs ask for here stands in the constraints."""
+    locked = {
+        canonicalize_name(line.partition("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    waiting, seen = [("vectorclm", "dev")], set[tuple[str, str]]()
+    while waiting:
+        seen.add(found := waiting.pop())
+        for line in requires(found[0]) or []:
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": found[1]}):
+                name = canonicalize_name(needed.name)
+                waiting += [(name, extra) for extra in ("", *needed.extras) if (name, extra) not in seen]
+    names = {name for name, _ in seen}
+    assert len(names) > 100 and names - locked - {"vectorclm"} == set()
+
+
+def test_the_tests_that_a_page_chooses_are_there() -> None:
+    chosen = re.findall(r'`pytest ([\w/. ]+) -k "([\w ]+)"`', README)
+    assert chosen
+    for files, wanted in chosen:
+        names = re.findall(
+            r"^def (test_\w+)", "".join((ROOT / file).read_text() for file in files.split()), re.MULTILINE
+        )
+        assert all(any(word in name for name in names) for word in wanted.split(" or "))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from mlflow import MlflowClient
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.actions import WorkPoolUpdate
-from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import State
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
@@ -32,6 +33,7 @@ from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
 
 from flows import provision
 from flows.deployments import MAX_RESCUES, opened_store
+from flows.form import Changes, chosen
 from flows.launch import StageFailedError
 from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
@@ -242,6 +244,53 @@ def test_a_stage_is_a_deployment_of_its_own_in_the_store_of_the_commands(platfor
     environment = {**os.environ, "VECTORCLM_STORE": platform.config.vectorclm_store}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.startswith(f"sample reused: {platform.config.vectorclm_store}/sample/"), done.stderr
+
+
+def test_an_experiment_of_ones_own_shows_on_the_platform_and_reuses_what_was_finished_there(
+    platform: Platform, tmp_path: Path
+) -> None:
+    """Started from the command line, with the platform's addresses."""
+    own = chosen("tiny", Changes.model_validate(SMALL))[0].model_copy(update={"name": "own"})
+    (tmp_path / "own.json").write_text(own.model_dump_json())
+    command = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "own.json"), "--threads", "1", "--json"]
+    command += ["--store", platform.config.vectorclm_store]
+    environment = {**os.environ, **platform.config.client_environment()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    states = {name: stage["state"] for name, stage in json.loads(done.stdout)["stages"].items()}
+    assert states.pop("export") == "built" and set(states.values()) == {"reused"}  # the card bears the name
+    (run,) = platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"any_": ["own"]}}))
+    assert run.state_name == "Completed" and platform.tasks(run.id)["pretrain"] == ["Reused"]
+    assert MlflowClient(platform.config.mlflow_url).get_experiment_by_name("own") is not None
+
+
+def test_a_run_has_its_processes_lines_and_links_its_report(platform: Platform) -> None:
+    key = ArtifactFilter.model_validate({"key": {"any_": ["page"]}})
+    page = min(platform.client.read_artifacts(artifact_filter=key), key=lambda found: str(found.created))
+    logs = LogFilter.model_validate({"flow_run_id": {"any_": [page.flow_run_id]}})
+    lines = [line.message for line in platform.client.read_logs(log_filter=logs, limit=200)]
+    assert any(line.startswith("pretrain reads lessons ") for line in lines)  # as torch's process says it
+    (link,) = re.findall(r"\]\((\S+)\)", str(page.data))
+    mlflow, place = MlflowClient(platform.config.mlflow_url), re.search(r"/runs/(\w+)/artifacts/(\S+)\?", link)
+    assert place is not None
+    report = Path(mlflow.download_artifacts(place[1], place[2])).read_text()
+    assert report in [file.read_text() for file in Path(platform.config.vectorclm_store).glob("reports/*.html")]
+    assert httpx.get(link.partition("#")[0]).status_code == 200
+
+
+def test_the_better_model_becomes_the_champion(platform: Platform) -> None:
+    """The one that was trained, over its twin that was not; and then the twin does not."""
+    mlflow = MlflowClient(platform.config.mlflow_url)
+    mlflow.set_registered_model_alias("vectorclm-chat", "champion", "2")
+    environment = {**os.environ, **platform.config.client_environment()}
+    for candidate, code in (("1", 0), ("2", 1)):
+        command = [sys.executable, "-m", "flows.cli", "promote", f"models:/vectorclm-chat/{candidate}"]
+        command += ["--store", platform.config.vectorclm_store, "--task", "bits_per_byte.stories"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert mlflow.get_model_version_by_alias("vectorclm-chat", "champion").version == "1"
+    decisions = [mlflow.get_model_version("vectorclm-chat", number).tags["promotion.decision"] for number in "12"]
+    assert decisions == ["promoted", "refused"]
 
 
 @pytest.fixture
