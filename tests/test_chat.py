@@ -212,6 +212,18 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
     assert capsys.readouterr().out.startswith(f"model> {said[1]} (stopped)\nmodel> ")
 
 
+@pytest.mark.parametrize("system", ["", "Be kind."])
+def test_reset_forgets_what_was_said_and_keeps_the_system_prompt(
+    chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    typed = iter(["Who swims?", "/reset", "Who sings?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    conversation = Conversation(chat_model, 60, system)
+    talk(conversation, Sampling(), [])
+    begun = [Turn("system", system)] if system else []
+    assert conversation.turns[:-1] == [*begun, Turn("user", "Who sings?")]
+
+
 def test_a_chat_in_the_terminal(chat_folder: Path) -> None:
     """The third question fills the context of 512 tokens, so the first is forgotten."""
     typed = f"Who swims?\n/huh\n/reset\nWho sings?\nWho {'? ' * 170}\nWho {'! ' * 170}\n{'Who? ' * 600}\n/exit\n"

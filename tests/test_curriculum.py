@@ -37,10 +37,7 @@ from vectorclm.instructions import PARTS
 from vectorclm.lineage import TITLES
 from vectorclm.pinning import pin
 from vectorclm.plan import in_words
-from vectorclm.sample_files import read_texts
 from vectorclm.stages import STAGES, TRAININGS, plans
-from vectorclm.world import WorldConfig
-from vectorclm.world import rows as rows_of
 
 SHRUNK = {
     "name": "mini",
@@ -443,47 +440,6 @@ def test_a_dry_run_counts_tuning_and_small_weights(
     assert main(dry) == 0
     told = capsys.readouterr().out
     assert "stories 0.5%, lessons 99.5%" in told and "about 1,500,000 tokens" in told and " tuning " in told
-
-
-def own_experiment(folder: Path) -> tuple[Path, list[str]]:
-    """`small` with the page's lines in place of its sources, files as those lines say, and settings for a minute."""
-    (lines,) = fenced(README, "toml")
-    blocks = load_experiment("small")[1].read_text().split("\n\n")
-    kept = [block for block in blocks if not re.match(r"\[\[(sample\.sources|chat\.sources|evaluate\.tasks)", block)]
-    text = re.sub(r"^weights = .*$", "", "\n\n".join(kept), flags=re.MULTILINE).replace(
-        'name = "small"', 'name = "own"'
-    )
-    (folder / "own.toml").write_text(text + "\n" + lines.replace('"/', f'"{folder}/'))
-    world = WorldConfig(seed=4, documents=900, conversations=300)
-    for source, rows in (("sample", rows_of(world, "stories")), ("chat", rows_of(world, "smoltalk"))):
-        (place,) = re.findall(rf'\[\[{source}\.sources]].*?data_files = "/(.*?)"', lines, re.DOTALL)
-        file = folder / place.replace("*", "own")
-        file.parent.mkdir(exist_ok=True)
-        wanted = [{"body": row["text"]} if "text" in row else {"messages": row["messages"]} for row in rows]
-        file.write_text("".join(json.dumps(row) + "\n" for row in wanted))
-    smaller = {key: value for key, value in SHRUNK.items() if not re.match(r"name|chat\.sources|evaluate\.tasks", key)}
-    smaller |= {"sample.bytes": 200_000, "sample.validation_share": 0.1, "finetune.epochs": 0.2}
-    smaller |= {"evaluate.instructions": 0}
-    return folder / "own.toml", [part for key, value in smaller.items() for part in ("--set", f"{key}={value}")]
-
-
-def test_your_own_text_becomes_a_model_by_the_lines_of_the_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    experiment, changes = own_experiment(tmp_path)
-    command = [str(experiment), *changes, "--store", str(tmp_path / "store"), "--json"]
-    assert main(["run", *command, "--dry-run"]) == 0
-    wanted = json.loads(capsys.readouterr().out)["stages"]
-    done = run_cli("run", *command, "--threads", "1")
-    assert states(done) == dict.fromkeys(STAGES, "built")
-    result = json.loads(done.stdout)
-    assert {name: stage["fingerprint"] for name, stage in result["stages"].items()} == wanted
-    assert set(result["scores"]["base"]["bits_per_byte"]) == {"own"} and result["scores"]["multiple_choice"] is None
-    texts = {
-        json.loads(line)["body"] for file in tmp_path.glob("texts/*.jsonl") for line in file.read_text().splitlines()
-    }
-    drawn = list(read_texts(Path(result["stages"]["sample"]["uri"]) / "own", "train"))
-    assert len(drawn) > 100 and set(drawn) < texts
 
 
 def child(source: str) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
+import psutil
 import pytest
 import torch
 import yaml
@@ -229,6 +230,23 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
     sent.raise_for_status()
     (message,) = until(lambda: inbox.messages, "the fall is told")
     assert message["subject"] == payload["title"] and payload["text"] in message["text"]
+
+
+def listening(platform: Platform) -> dict[str, set[str]]:
+    """The addresses on which each service and its processes wait for others."""
+    found: dict[str, set[str]] = {}
+    for service in [*platform.config.stores(), *platform.config.servers(), *platform.config.workers()]:
+        main = service.process()
+        assert main is not None
+        for process in (main, *main.children(recursive=True)):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.setdefault(service.name, set()).add(connection.laddr.ip)
+    return found
+
+
+def test_no_other_machine_is_listened_to(platform: Platform) -> None:
+    assert listening(platform) == {name: {"127.0.0.1"} for name in ("prefect-server", "mlflow")}
 
 
 def test_a_stage_is_a_deployment_of_its_own_in_the_store_of_the_commands(platform: Platform) -> None:
