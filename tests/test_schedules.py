@@ -376,6 +376,9 @@ def test_the_dead_are_found_and_start_again_twice_at_most(platform: Platform, mo
 @pytest.mark.usefixtures("impatient")
 def test_what_fell_due_while_the_server_was_away_is_done_when_it_is_back(platform: Platform) -> None:
     run_id, due = running(platform), time.monotonic() + provision.ZOMBIE_SECONDS
+    heard = {"event": {"name": ["prefect.flow-run.heartbeat"]}, "resource": {"id": [f"prefect.flow-run.{run_id}"]}}
+    asked = {"filter": heard}
+    until(lambda: platform.client._client.post("/events/filter", json=asked).json()["events"], "a heartbeat is kept")
     (server, _) = platform.config.servers()
     process = server.process()
     assert process is not None
