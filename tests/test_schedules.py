@@ -39,7 +39,8 @@ from flows.launch import StageFailedError
 from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
 from tests.test_platform import Platform, platform_at, until
-from vectorclm.model import CausalLM, model_config
+from vectorclm.model import CausalLM
+from vectorclm.model_config import model_config
 from vectorclm.runtime import Runtime
 
 CANDIDATE = "models:/vectorclm-chat@candidate"
