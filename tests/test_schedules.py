@@ -374,6 +374,17 @@ def test_the_dead_are_found_and_start_again_twice_at_most(platform: Platform, mo
     platform.client.delete_flow_run(run_id)
 
 
+START = """
+import sys
+from flows.platform import read_platform
+
+store, prefect_port, mlflow_port = sys.argv[1:]
+server, _ = read_platform(None, vectorclm_store=store, prefect_port=prefect_port, mlflow_port=mlflow_port).servers()
+server.start()
+server.wait()
+"""
+
+
 @pytest.mark.usefixtures("impatient")
 def test_what_fell_due_while_the_server_was_away_is_done_when_it_is_back(platform: Platform) -> None:
     run_id, due = running(platform), time.monotonic() + provision.ZOMBIE_SECONDS
@@ -386,7 +397,7 @@ def test_what_fell_due_while_the_server_was_away_is_done_when_it_is_back(platfor
     process.kill()
     process.wait(60)
     time.sleep(max(0.0, due - time.monotonic()))  # it is away for as long as that
-    server.start()
-    server.wait()
+    ports = [str(port) for port in (platform.config.prefect_port, platform.config.mlflow_port)]
+    subprocess.run([sys.executable, "-c", START, platform.config.vectorclm_store, *ports], check=True)
     until(lambda: platform.run(run_id).state_name == "Crashed", "the run without a heartbeat has crashed", 90)
     platform.client.delete_flow_run(run_id)
