@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import psutil
@@ -271,23 +272,26 @@ def test_a_second_run_reuses_every_stage_and_registers_nothing(first: SimpleName
     assert {run.data.tags["stage"]: run.data.tags["state"] for run in nested} == dict.fromkeys(STAGES, "reused")
 
 
-def kill_training(store: Path, stage: str) -> int:
-    """Kill the process that makes a stage for this store with -9, as soon as there is one; its id."""
-    while True:
+def kill_training(store: Path, stage: str, ended: Event) -> bool:
+    """Kill the process that makes a stage for this store with -9, as soon as there is one; False where none came."""
+    while not ended.is_set():
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
             if stage in line and "--relay" in line and str(store) in line and "setpriv" not in line[0]:
                 process.kill()
-                return int(process.pid)
+                return True
         time.sleep(0.01)
+    return False
 
 
 def test_a_changed_setting_reruns_its_stage_and_what_follows(first: SimpleNamespace) -> None:
     """Its process is killed once, and the stage is retried by itself."""
+    ended = Event()
     with ThreadPoolExecutor(1) as other:
-        killed = other.submit(kill_training, first.store, "finetune")
+        killed = other.submit(kill_training, first.store, "finetune", ended)
         done = first.run("--set", "finetune.epochs=0.5")
-        assert killed.done()
+        ended.set()
+        assert killed.result()
     rerun = {"finetune", "evaluate", "export"}
     assert states(done) == {name: "built" if name in rerun else "reused" for name in STAGES}
     assert done.stderr.count("its process was ended by SIGKILL") == 1
