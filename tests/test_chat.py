@@ -1,6 +1,7 @@
 """Sampling beside transformers' own, answers as text, and the chat as a person has it in a terminal."""
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tests.conftest import ANSWERS
+from tests.conftest import ANSWERS, write_random_model
+from tests.test_model import CONFIG
 from vectorclm.__main__ import add_commands, run_command
 from vectorclm.chat import (
     ChatModel,
@@ -210,6 +212,18 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
     assert capsys.readouterr().out.startswith(f"model> {said[1]} (stopped)\nmodel> ")
 
 
+@pytest.mark.parametrize("system", ["", "Be kind."])
+def test_reset_forgets_what_was_said_and_keeps_the_system_prompt(
+    chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    typed = iter(["Who swims?", "/reset", "Who sings?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    conversation = Conversation(chat_model, 60, system)
+    talk(conversation, Sampling(), [])
+    begun = [Turn("system", system)] if system else []
+    assert conversation.turns[:-1] == [*begun, Turn("user", "Who sings?")]
+
+
 def test_a_chat_in_the_terminal(chat_folder: Path) -> None:
     """The third question fills the context of 512 tokens, so the first is forgotten."""
     typed = f"Who swims?\n/huh\n/reset\nWho sings?\nWho {'? ' * 170}\nWho {'! ' * 170}\n{'Who? ' * 600}\n/exit\n"
@@ -247,3 +261,32 @@ def test_a_chat_that_cannot_be_is_refused_before_it_begins(chat_folder: Path, tm
         open_chat_model(str(tmp_path), Runtime(threads=1))
     with pytest.raises(DataError, match="there is no folder"):
         open_chat_model(str(tmp_path / "none"), Runtime(threads=1))
+
+
+def test_a_signal_ends_a_long_answer_in_the_terminal_and_the_system_prompt_began_it(
+    tiny_text: list[str], tmp_path: Path
+) -> None:
+    """A model that knows no end, as Ctrl-C meets it; the next line is read as if nothing had been."""
+    config = CONFIG.model_copy(update={"max_position_embeddings": 8192})
+    folder = write_random_model(tmp_path, tiny_text, config, 20_000, chat=True)
+    command = [sys.executable, "-m", "vectorclm", "chat", str(folder), "--system", "Be brief.", "--temperature", "0"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "--max-new-tokens", "4096"], **pipes, bufsize=0) as chat:
+        assert chat.stdin is not None and chat.stdout is not None and chat.stderr is not None
+        chat.stdin.write(b"Who swims?\n")
+        told = b""
+        while not told.partition(b"model> ")[2]:
+            told += chat.stdout.read(1)
+        chat.send_signal(signal.SIGINT)
+        chat.stdin.write(b"/exit\n")
+        chat.stdin.close()
+        told += chat.stdout.read()
+        assert chat.wait(60) == 0 and chat.stderr.read() == b""
+    said, stopped, rest = told.decode().partition("model> ")[2].partition(" (stopped)\n")
+    assert stopped and rest == "you  > "
+    model = open_chat_model(str(folder), Runtime(threads=1))
+    for system, same in (([Turn("system", "Be brief.")], True), ([], False)):
+        prompt = render_prompt(model.tokenizer, [*system, Turn("user", "Who swims?")])
+        pieces = "".join(piece.text for piece in reply(model, prompt, 64))
+        shown = "".join(character for character in pieces if character.isprintable() or character in "\n\t")
+        assert (said[:20] == shown[: len(said[:20])]) is same

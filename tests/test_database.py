@@ -6,10 +6,13 @@ Passwords show nowhere, and what is killed with -9 comes back with its data.
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -21,6 +24,7 @@ from flows.record import registered_names
 from flows.registry import Registry
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.test_platform import REFUSED, Platform, free_port, platform_at
+from tests.test_schedules import listening
 from vectorclm.artifact import Store
 from vectorclm.lineage import lineage
 from vectorclm.stages import STAGES
@@ -123,6 +127,24 @@ def test_a_stage_finds_what_the_curriculum_made(platform: Platform) -> None:
     assert platform.tasks(run.id)["sample"] == ["Reused"]
 
 
+def test_no_other_machine_is_listened_to(platform: Platform) -> None:
+    found = listening(platform)
+    assert {"postgres", "s3-gateway", "prefect-server", "mlflow"} <= set(found)
+    assert set.union(*found.values()) == {"127.0.0.1"}
+
+
+def test_a_retry_takes_the_settings_file_as_up_did(platform: Platform) -> None:
+    found = platform.command("retry", "nowhere")
+    assert found.returncode == 2 and "no run 'nowhere': give the id or the name" in found.stderr
+    command = [sys.executable, "-m", "flows.cli", "retry", "nowhere"]
+    command += ["--prefect-port", str(platform.config.prefect_port)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    refused = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    assert (
+        refused.returncode == 2 and "Prefect wants a password: give PREFECT_AUTH, or the --env-file" in refused.stderr
+    )
+
+
 @pytest.mark.parametrize("names", [("postgres", "s3-disk"), ("s3-monitor", "s3-disk", "s3-gateway")])
 def test_what_is_killed_starts_again_with_its_data(platform: Platform, names: tuple[str, ...]) -> None:
     runs = {run.id for run in platform.client.read_flow_runs()}
@@ -162,6 +184,13 @@ def test_new_keys_are_taken_by_a_new_up(platform: Platform) -> None:
     file = Path(platform.options[-1])
     before = file.read_text(encoding="utf-8")
     assert platform.command("down").returncode == 0
-    file.write_text(before.replace(SECRETS["S3_SECRET_KEY"], "of-s3-another-7c1d"), encoding="utf-8")
+    another = {"S3_SECRET_KEY": "of-s3-another-7c1d", "PREFECT_AUTH": "admin:of-prefect-another-7c1d"}
+    settings = before
+    for name, value in another.items():
+        settings = settings.replace(f"{name}={SECRETS[name]}", f"{name}={value}")
+    file.write_text(settings, encoding="utf-8")
     done = platform.command("up")
     assert done.returncode == 0, done.stdout + done.stderr
+    for password, status in ((SECRETS["PREFECT_AUTH"], 401), (another["PREFECT_AUTH"], 200)):
+        user = httpx.BasicAuth(*password.split(":"))
+        assert httpx.get(f"{platform.config.prefect_url}/api/version", auth=user).status_code == status

@@ -46,7 +46,7 @@ from vectorclm.runtime import Runtime
 from vectorclm.sample_files import read_texts
 from vectorclm.stages import plans, run_stage
 from vectorclm.suite import Suite
-from vectorclm.train_tokenizer import load_tokenizer
+from vectorclm.train_tokenizer import encode, load_tokenizer
 from vectorclm.world import rows as world_rows
 
 STAGES_OF_SCORES = ("evaluate_base", "evaluate")
@@ -195,6 +195,21 @@ def test_the_stages_keep_their_items_with_every_error(made: SimpleNamespace) -> 
     assert common_results(made.uris["pretrain"], made.uris["finetune"], made.store, OWN_SUITE) == tuple(stages)
     bits = [stage.summary["bits_per_byte"]["stories"] for stage in stages]
     assert found["bits_per_byte.stories"].difference == pytest.approx(bits[1] - bits[0])
+
+
+def test_the_penalty_is_of_all_answers_of_both_models(made: SimpleNamespace) -> None:
+    tokenizer = load_tokenizer(Path(made.uris["finetune"]))
+    for stage in STAGES_OF_SCORES:
+        repeated: dict[tuple[str, float], int] = {}
+        for penalty in (1.0, 100.0):
+            suite = override(made.suite, [f"evaluate.repetition_penalty={penalty}"])
+            scores, _ = run_stage(stage, suite, made.store, Runtime(threads=1), None)
+            instructions = (scores.local() / "instructions.jsonl").read_text().splitlines()
+            answers = {"samples": scores.summary["samples"], "instructions": map(json.loads, instructions)}
+            for kind, rows in answers.items():
+                ids = [encode(tokenizer, row["answer"]) for row in rows]
+                repeated[kind, penalty] = sum(len(answer) - len(set(answer)) for answer in ids)
+        assert all(repeated[kind, 100.0] < repeated[kind, 1.0] / 4 for kind in ("samples", "instructions")), repeated
 
 
 def test_what_training_repeats_is_counted_beside_the_score(

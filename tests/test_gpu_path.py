@@ -1,5 +1,9 @@
 """What runs on a GPU, judged without one: the same figures, whole for a compiler, and no wait inside a step."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo import maybe_mark_dynamic
@@ -14,7 +18,7 @@ from vectorclm.gpubench import NEAR, ROWS, Load, _gradients_apart, gpu, measured
 from vectorclm.layers import StackedLinear
 from vectorclm.model import CausalLM
 from vectorclm.muon import Muon
-from vectorclm.train import train_step
+from vectorclm.train import loss_function, train_step
 
 IDS = torch.randint(5, CONFIG.vocab_size, (4, 32), generator=torch.Generator().manual_seed(3))
 
@@ -60,6 +64,22 @@ def test_the_loss_compiles_whole_and_is_the_same(monkeypatch: pytest.MonkeyPatch
         for mine, other in zip(gradients(net, loss), expected, strict=True):
             assert mine.dtype == torch.float32  # as the master weights
             assert (mine - other).norm() < near * other.norm()
+
+
+def test_an_environment_variable_leaves_the_loss_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss that a GPU would compile; without a compiler it then computes, by itself."""
+    monkeypatch.setattr("vectorclm.train.has_flash", lambda device: True)
+    net, device = model(), torch.device("cuda")
+    assert loss_function(net, device) != net.loss
+    source = (
+        "import torch; from vectorclm import train; from tests.test_gpu_path import IDS, model; "
+        "train.has_flash = lambda device: True; net = model(); "
+        "loss_of = train.loss_function(net, torch.device('cuda')); "
+        "print(loss_of == net.loss, torch.equal(loss_of(IDS, IDS, None), net.loss(IDS, IDS, None)))"
+    )
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "CXX": "no-compiler", "CC": "no-compiler"}
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "True True\n", done.stderr
 
 
 def test_a_step_asks_the_device_for_no_value() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -371,16 +372,13 @@ def test_the_kubernetes_pool_makes_valid_jobs(prefect_api: dict[str, str], tmp_p
 
 
 CLUSTER = """
-import json, sys
+import sys
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
 from flows.doctor import process_workers
 from flows.platform import read_platform
 from flows.provision import provision
 
-template = json.load(sys.stdin)
 with get_client(sync_client=True) as client:
-    client.create_work_pool(WorkPoolCreate(name="gpu", type="kubernetes", base_job_template=template))
     stored = client.read_work_pool("gpu")
     provision(client, lambda line: None, "none")
     pool = client.read_work_pool("gpu")
@@ -395,9 +393,16 @@ print([pool for _, pool in process_workers(config)])
 def test_a_pool_of_a_cluster_takes_the_place_of_the_one_for_processes(
     prefect_api: dict[str, str], tmp_path: Path
 ) -> None:
+    """By the line that the pages tell."""
+    lines = {line for page in ("infra", "docker") for line in (ROOT / page / "README.md").read_text().splitlines()}
+    (line,) = (line for line in lines if line.startswith("prefect work-pool "))
+    remove, create = (shlex.split(part) for part in line.split(" && "))
+    before = [sys.executable, "-m", "prefect", "work-pool", "create", "gpu", "--type", "process"]
+    for command in (before, *([sys.executable, "-m", *words] for words in (remove, create))):
+        done = subprocess.run(command, env=prefect_api, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
     done = subprocess.run(
         [sys.executable, "-c", CLUSTER, str(tmp_path)],
-        input=json.dumps(_pool("kubernetes")),
         env=prefect_api,
         capture_output=True,
         text=True,

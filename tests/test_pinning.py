@@ -13,6 +13,7 @@ from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import identity
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.pinning import check_sources, pin
+from vectorclm.sampling import write_sample
 
 BOOKS, WEB, CHAT = "owner/books", "owner/web", "owner/chat"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -73,6 +74,17 @@ def test_what_a_mirror_lacks_is_told_and_its_set_keeps_its_share(tmp_path: Path)
     assert phases[1] == pytest.approx({"plays": 0.28, "poems": 0.42, "web": 0.3})
     assert phases[2] == {}
     assert phases[0]["web"] == 0.2 and weights(pinned)["web"] == 0.4  # an untouched set keeps its very numbers
+
+
+def test_what_a_mirror_lacks_is_made_up_for_by_the_rest_of_its_set_in_bytes(tmp_path: Path) -> None:
+    data = mirror(tmp_path / "data", "books/plays", "books/poems", "web", "chat")
+    for number, place in enumerate(("books/plays", "books/poems", "web")):
+        texts = [f"{place} has a text of {number} and {row}" for row in range(400)]
+        pq.write_table(pa.table({"text": texts}), data / place / "train-00000-of-00001.parquet")
+    pinned, _ = pin(experiment(), tmp_path / "x.toml", data, resolve=True)
+    drawn = write_sample(pinned.sample.model_copy(update={"bytes": 10_000}), 3, tmp_path / "out", data=data, world=None)
+    sizes = {label: made["bytes"] + made["validation_bytes"] for label, made in drawn["sources"].items()}
+    assert sizes == pytest.approx({"plays": 2400, "poems": 3600, "web": 4000}, abs=50)
 
 
 def test_a_set_wholly_missing_is_an_error(tmp_path: Path) -> None:

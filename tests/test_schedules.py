@@ -1,8 +1,13 @@
 """Evaluations on the platform, for real: the form, the table, MLflow, and a fall that reaches a web server."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,29 +16,39 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import httpx
+import psutil
 import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.webhook import Webhook
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import Select
 
+from flows import provision
+from flows.deployments import MAX_RESCUES, opened_store
+from flows.form import Changes, chosen
+from flows.launch import StageFailedError
 from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
 from tests.conftest import chromium
 from tests.test_platform import Platform, click, log_in, platform_at, says, until
 from vectorclm.model import CausalLM
 from vectorclm.model_config import model_config
+from vectorclm.runtime import Runtime
 
 CANDIDATE = "models:/vectorclm-chat@candidate"
 LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}
@@ -295,3 +310,173 @@ def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebD
         set_schedule(platform, window, "by-page")
         until(lambda: says(window, "by-page"), "the page shows the schedule", 60)
         until(lambda: len(scheduled(platform, "by-page")) >= 2, "two runs of the schedule end")
+
+
+def listening(platform: Platform) -> dict[str, set[str]]:
+    """The addresses on which each service and its processes wait for others."""
+    found: dict[str, set[str]] = {}
+    for service in [*platform.config.stores(), *platform.config.servers(), *platform.config.workers()]:
+        main = service.process()
+        assert main is not None
+        for process in (main, *main.children(recursive=True)):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.setdefault(service.name, set()).add(connection.laddr.ip)
+    return found
+
+
+def test_no_other_machine_is_listened_to(platform: Platform) -> None:
+    assert listening(platform) == {name: {"127.0.0.1"} for name in ("prefect-server", "mlflow")}
+
+
+def test_a_stage_is_a_deployment_of_its_own_in_the_store_of_the_commands(platform: Platform) -> None:
+    """What a form made is found by a command to which the environment names the store."""
+    deployment = platform.client.read_deployment_by_name("stage/sample")
+    settings = {"sample.bytes": 300_000, "world.documents": 300, "seed": 9}
+    parameters = {"changes": {"seed": settings.pop("seed"), "settings": settings}}
+    run = platform.client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+    assert platform.ended(run.id) == "Completed"
+    assert platform.tasks(run.id) == {"sample": ["Completed"]}
+    changes = [part for key, value in {**settings, "seed": 9}.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "vectorclm", "sample", "tiny", *changes]
+    environment = {**os.environ, "VECTORCLM_STORE": platform.config.vectorclm_store}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"sample reused: {platform.config.vectorclm_store}/sample/"), done.stderr
+
+
+def test_an_experiment_of_ones_own_shows_on_the_platform_and_reuses_what_was_finished_there(
+    platform: Platform, tmp_path: Path
+) -> None:
+    """Started from the command line, with the platform's addresses."""
+    own = chosen("tiny", Changes.model_validate(SMALL))[0].model_copy(update={"name": "own"})
+    (tmp_path / "own.json").write_text(own.model_dump_json())
+    command = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "own.json"), "--threads", "1", "--json"]
+    command += ["--store", platform.config.vectorclm_store]
+    environment = {**os.environ, **platform.config.client_environment()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    states = {name: stage["state"] for name, stage in json.loads(done.stdout)["stages"].items()}
+    assert states.pop("export") == "built" and set(states.values()) == {"reused"}  # the card bears the name
+    (run,) = platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"any_": ["own"]}}))
+    assert run.state_name == "Completed" and platform.tasks(run.id)["pretrain"] == ["Reused"]
+    assert MlflowClient(platform.config.mlflow_url).get_experiment_by_name("own") is not None
+
+
+def test_a_run_has_its_processes_lines_and_links_its_report(platform: Platform) -> None:
+    key = ArtifactFilter.model_validate({"key": {"any_": ["page"]}})
+    page = min(platform.client.read_artifacts(artifact_filter=key), key=lambda found: str(found.created))
+    logs = LogFilter.model_validate({"flow_run_id": {"any_": [page.flow_run_id]}})
+    lines = [line.message for line in platform.client.read_logs(log_filter=logs, limit=200)]
+    assert any(line.startswith("pretrain reads lessons ") for line in lines)  # as torch's process says it
+    (link,) = re.findall(r"\]\((\S+)\)", str(page.data))
+    mlflow, place = MlflowClient(platform.config.mlflow_url), re.search(r"/runs/(\w+)/artifacts/(\S+)\?", link)
+    assert place is not None
+    report = Path(mlflow.download_artifacts(place[1], place[2])).read_text()
+    assert report in [file.read_text() for file in Path(platform.config.vectorclm_store).glob("reports/*.html")]
+    assert httpx.get(link.partition("#")[0]).status_code == 200
+
+
+def test_the_better_model_becomes_the_champion(platform: Platform) -> None:
+    """The one that was trained, over its twin that was not; and then the twin does not."""
+    mlflow = MlflowClient(platform.config.mlflow_url)
+    mlflow.set_registered_model_alias("vectorclm-chat", "champion", "2")
+    environment = {**os.environ, **platform.config.client_environment()}
+    for candidate, code in (("1", 0), ("2", 1)):
+        command = [sys.executable, "-m", "flows.cli", "promote", f"models:/vectorclm-chat/{candidate}"]
+        command += ["--store", platform.config.vectorclm_store, "--task", "bits_per_byte.stories"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert mlflow.get_model_version_by_alias("vectorclm-chat", "champion").version == "1"
+    decisions = [mlflow.get_model_version("vectorclm-chat", number).tags["promotion.decision"] for number in "12"]
+    assert decisions == ["promoted", "refused"]
+
+
+@pytest.fixture
+def impatient(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The platform's automations wait ten seconds, the least that Prefect takes, and no worker starts a run."""
+    told: list[str] = []
+
+    def automate() -> None:
+        for automation in provision.automations():
+            provision._automation(platform.client, automation, told.append)
+
+    for name in ("ZOMBIE_SECONDS", "RESCUE_SECONDS", "CANCEL_SECONDS"):
+        monkeypatch.setattr(provision, name, 10)
+    automate()
+    assert len(told) == 3  # the fourth waits for nothing
+    platform.client.update_work_pool("cpu", WorkPoolUpdate(is_paused=True))
+    yield
+    platform.client.update_work_pool("cpu", WorkPoolUpdate(is_paused=False))
+    monkeypatch.undo()
+    automate()
+
+
+def running(platform: Platform) -> UUID:
+    """A run whose process is gone, as when its machine was switched off."""
+    run_id = platform.start(experiment="tiny")
+    platform.client.set_flow_run_state(run_id, Running(), force=True)
+    beat = Event(
+        occurred=datetime.now(UTC),
+        event="prefect.flow-run.heartbeat",
+        resource=Resource({"prefect.resource.id": f"prefect.flow-run.{run_id}"}),
+    )
+    platform.client._client.post("/events", json=[beat.model_dump(mode="json")]).raise_for_status()
+    return run_id
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_dead_are_found_and_start_again_twice_at_most(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    def becomes(run_id: UUID, name: str) -> State[Any]:
+        until(lambda: platform.run(run_id).state_name == name, f"a run is {name}", 90)
+        state = platform.run(run_id).state
+        assert state is not None
+        return state
+
+    run_id, unwanted = running(platform), running(platform)
+    platform.client.set_flow_run_state(unwanted, Cancelling())
+    assert becomes(run_id, "Crashed").message == "No heartbeat for 10 seconds: its worker or machine is gone."
+    assert becomes(unwanted, "Cancelled").message == "Nothing of it was left to end."
+    again = becomes(run_id, "Rescued")
+    assert again.is_scheduled() and again.message == "It crashed, and starts again: finished stages are reused."
+    for _ in range(MAX_RESCUES):  # as if its process had been killed each time
+        platform.client.set_flow_run_state(run_id, Crashed(), force=True)
+        platform.client.set_flow_run_state(run_id, again.model_copy(update={"id": uuid4()}), force=True)
+    assert "It crashed 3 times within an hour" in str(becomes(run_id, "Failed").message)
+
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run_id))
+    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+        with pytest.raises(StageFailedError, match="this run crashed 3 times and was started again each time"):
+            opened_store(Runtime())  # where the crashes lie further apart, the run itself says so
+        platform.client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+        monkeypatch.setenv("VECTORCLM_STORE", platform.config.vectorclm_store)
+        assert opened_store(Runtime()).uri == platform.config.vectorclm_store  # by Retry it begins again
+    platform.client.delete_flow_run(run_id)
+
+
+START = """
+import sys
+from flows.platform import read_platform
+
+store, prefect_port, mlflow_port = sys.argv[1:]
+server, _ = read_platform(None, vectorclm_store=store, prefect_port=prefect_port, mlflow_port=mlflow_port).servers()
+server.start()
+server.wait()
+"""
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_fell_due_while_the_server_was_away_is_done_when_it_is_back(platform: Platform) -> None:
+    run_id, due = running(platform), time.monotonic() + provision.ZOMBIE_SECONDS
+    heard = {"event": {"name": ["prefect.flow-run.heartbeat"]}, "resource": {"id": [f"prefect.flow-run.{run_id}"]}}
+    asked = {"filter": heard}
+    until(lambda: platform.client._client.post("/events/filter", json=asked).json()["events"], "a heartbeat is kept")
+    (server, _) = platform.config.servers()
+    process = server.process()
+    assert process is not None
+    process.kill()
+    process.wait(60)
+    time.sleep(max(0.0, due - time.monotonic()))  # it is away for as long as that
+    ports = [str(port) for port in (platform.config.prefect_port, platform.config.mlflow_port)]
+    subprocess.run([sys.executable, "-c", START, platform.config.vectorclm_store, *ports], check=True)
+    until(lambda: platform.run(run_id).state_name == "Crashed", "the run without a heartbeat has crashed", 90)
+    platform.client.delete_flow_run(run_id)

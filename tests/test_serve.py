@@ -200,6 +200,27 @@ def test_a_key_is_made_only_where_a_person_reads_it() -> None:
         serve.listen("127.0.0.1", taken.getsockname()[1])
 
 
+def test_without_a_key_it_starts_where_a_person_reads_its_own_and_not_elsewhere(chat_folder: Path) -> None:
+    """The terminal is a real one, and the key that is printed there opens the door."""
+    clean = {name: value for name, value in os.environ.items() if name != serve.KEY}
+    command = [sys.executable, "-m", "vectorclm", "serve", str(chat_folder), "--port", "0"]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"set {serve.KEY} to the key that clients send: nobody reads" in done.stderr
+    screen, terminal = os.openpty()
+    with os.fdopen(screen) as shown, os.fdopen(terminal, "w") as held:
+        options = {"env": clean, "stdin": held, "stdout": held, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run([*command, "--host", "0.0.0.0"], **options, check=False)  # type: ignore[call-overload]
+        assert done.returncode == 2 and "others can reach 0.0.0.0" in done.stderr
+        with subprocess.Popen(command, **options) as server:  # type: ignore[call-overload]
+            try:
+                url = shown.readline().split()[-1]
+                key = shown.readline().removeprefix("the key of this run is ").partition(";")[0]
+                assert httpx.get(f"{url}/models").status_code == 401
+                assert httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+            finally:
+                server.terminate()
+
+
 def long_completion(engine: serve.Engine) -> Completion:
     asked = {"model": "otter", "messages": QUESTION, "temperature": 2, "seed": 1, "stream": True}
     return read_completion(json.dumps(asked).encode(), engine.chat_model, "otter")
