@@ -83,6 +83,11 @@ class _Read:
     dropped: Counter[str] = field(default_factory=Counter)
     contaminated: Counter[str] = field(default_factory=Counter)
 
+    def drop_unread(self) -> None:
+        """Count what was read and neither kept nor dropped as over the budget."""
+        over = self.read - self.splits.total() - self.dropped.total()
+        self.dropped.update({"over_budget": over} if over else {})
+
     def summary(self) -> dict[str, Any]:
         splits = {split: self.splits[split] for split in SPLITS}
         counts = {name: dict(sorted(getattr(self, name).items())) for name in ("dropped", "contaminated")}
@@ -135,8 +140,7 @@ def write_chat_shards(
                 if split == "validation":
                     prompts.append(_prompt(source.label, item.turns))
                 if left is not None and found.tokens["train"] >= left:
-                    over = found.read - found.splits.total() - found.dropped.total()
-                    found.dropped.update({"over_budget": over} if over else {})
+                    found.drop_unread()
                     break
             summary["sources"][source.label] = found.summary()
             if left is not None:
@@ -144,7 +148,7 @@ def write_chat_shards(
             if not found.splits["train"]:
                 lost = losses(found.dropped, found.contaminated) if found.read else "the source is empty"
                 raise DataError(f"{source.label}: no usable conversation for training; left out: {lost}")
-    parts = ((folder, split, items) for folder, splits in kept.items() for split, items in splits.items())
+    parts = [(folder, split, items) for folder, splits in kept.items() for split, items in splits.items()]
     for number, (folder, split, items) in enumerate(parts):
         summary[split].update(_write_packed(out / folder / split, items, config, seed << 32 | number))
     with (out / "prompts.jsonl").open("w", encoding="utf-8") as file:

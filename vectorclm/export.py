@@ -50,8 +50,6 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
     """The README.md of a model directory."""
     config = json.loads((model / "config.json").read_text())
     trained = lineage["pretrain"].summary
-    sample = lineage["sample"]
-    sources = {source["label"]: source for source in sample.manifest["config"]["sources"]}
     lines = [
         "---",
         "library_name: transformers",
@@ -67,6 +65,18 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
             "instruction-tuned with a loss on the assistant's tokens only." if kind == "chat" else "pretrained on text."
         ),
         "",
+    ]
+    lines += [*_data_section(kind, lineage), *_scores_section(scores)]
+    lines += ["", "## Lineage", "", "| stage | fingerprint |", "|---|---|"]
+    lines += [f"| {stage} | `{artifact.fingerprint}` |" for stage, artifact in lineage.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _data_section(kind: str, lineage: Mapping[str, Artifact]) -> list[str]:
+    """What the model was trained on, source by source."""
+    trained, sample = lineage["pretrain"].summary, lineage["sample"]
+    sources = {source["label"]: source for source in sample.manifest["config"]["sources"]}
+    lines = [
         "## Data",
         "",
         f"Pretrained on {trained['tokens']:,} tokens.",
@@ -89,7 +99,12 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
         for label, counts in lineage["chat_shards"].summary["sources"].items():
             lost = losses(counts["dropped"], counts["contaminated"])
             lines.append(f"| {label} | {counts['train']:,} | {counts['shortened']:,} | {lost} |")
-    lines += ["", "## Scores", "", "| held-out text | bits per byte |", "|---|---:|"]
+    return lines
+
+
+def _scores_section(scores: Mapping[str, Any]) -> list[str]:
+    """What the model scored."""
+    lines = ["", "## Scores", "", "| held-out text | bits per byte |", "|---|---:|"]
     lines += [f"| {label} | {value:.4f} |" for label, value in scores["bits_per_byte"].items()]
     lines += [
         "",
@@ -112,6 +127,4 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
             if followed := scores["instructions"].get(name):
                 figures = f"{followed['share']:.3f} | {followed['stderr']:.3f} | {followed['items']:,}"
                 lines.append(f"| {FOLLOWED[name]} | {figures} |")
-    lines += ["", "## Lineage", "", "| stage | fingerprint |", "|---|---|"]
-    lines += [f"| {stage} | `{artifact.fingerprint}` |" for stage, artifact in lineage.items()]
-    return "\n".join(lines) + "\n"
+    return lines
