@@ -3,78 +3,131 @@
 Some of it takes seconds to import, so only a bench that needs it does.
 """
 
-import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.console import Console
 
-from vectorclm.artifact import Store, default_store
-from vectorclm.errors import ConfigError
+from vectorclm.artifact import Store
+from vectorclm.bench import Row, show
+from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
 
-BENCHES = {
-    "orchestration": "what Prefect and MLflow cost",
-    "data": "encoding, shards and the order of the data",
-    "train": "a training step",
-    "optimizer": "Muon's step",
-    "generate": "tokens made one after the other",
-    "evaluate": "multiple choice by log-likelihood",
-    "tracking": "what logging to MLflow takes of a training step",
-    "gguf": "a model in llama.cpp, and whether it is the same",
-    "quality": "what is learned from the same tokens: Muon beside AdamW, and other decisions",
-    "rates": "the best learning rates of `base` in short trainings, and what follows for it; for a GPU",
-    "gpu": "a step and decoding of `base` on a GPU, and where the time goes",
-}
+Rounds = Annotated[int, Parameter(help="How often each side is measured, in turn")]
+Mirror = Annotated[Path | None, Parameter(name="--data", help="A local mirror to read text and questions from")]
+Text = Annotated[Path, Parameter(name="--data", help="A local mirror with text, which is trained on")]
+
+bench_app = new_app("bench", "Measure this program beside its peers, as ratios.")
 
 
-def add_command(commands: Any, default: str) -> None:
-    """Add `bench` to the subparsers of a command line; what it keeps is by default in the store `default`."""
-    parser = commands.add_parser("bench", help="measure this program beside its peers, as ratios")
-    parser.add_argument("what", choices=list(BENCHES), help="; ".join(f"{k}: {v}" for k, v in BENCHES.items()))
-    parser.add_argument("--model", metavar="MODEL", help="gguf: a folder or <store>/<stage>/<fingerprint>")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each side, in turn (%(default)s)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a local mirror to read text and questions from")
-    parser.add_argument(
-        "--store",
-        metavar="URI",
-        help="data: an S3 store, for the rows that read from one; quality, rates: any store, which keeps the trainings "
-        f"({default})",
-    )
-    parser.add_argument("--large", action="store_true", help="train: the models of fifty million parameters too")
-    parser.add_argument("--json", action="store_true", help="print a JSON object for each row")
-
-
-def command(args: argparse.Namespace) -> int:
-    """Print the rows of a bench. Raises ConfigError where it lacks what it measures."""
-    from flows.flowbench import orchestration
-    from flows.trackbench import tracking
-    from vectorclm import inferencebench, qualitybench, trainbench
-    from vectorclm.bench import Row, show
-    from vectorclm.databench import data_layer
-    from vectorclm.ggufbench import same_model
-    from vectorclm.gpubench import gpu
-
-    if args.what in ("quality", "rates") and args.data is None:
-        raise ConfigError(f"bench {args.what} needs --data DIR, a mirror with text: it trains on that")
-    if args.what == "gguf" and args.model is None:
-        raise ConfigError("bench gguf needs --model MODEL, whose files it compares")
-    rows: dict[str, Callable[[], Iterable[Row]]] = {
-        "orchestration": lambda: orchestration(args.rounds, args.data),
-        "tracking": lambda: tracking(args.rounds, args.data),
-        "data": lambda: data_layer(args.rounds, args.data, args.store),
-        "train": lambda: trainbench.training(args.rounds, trainbench.model_sizes(large=args.large)),
-        "optimizer": lambda: trainbench.optimizing(args.rounds),
-        "generate": lambda: inferencebench.generating(args.rounds),
-        "evaluate": lambda: inferencebench.evaluating(args.rounds, args.data),
-        "gguf": lambda: same_model(args.model, args.data),
-        "quality": lambda: qualitybench.quality(Store(args.store or default_store()), args.data),
-        "rates": lambda: qualitybench.rates(Store(args.store or default_store()), args.data),
-        "gpu": lambda: gpu(args.rounds),
-    }
+def _show(rows: Iterable[Row], as_json: bool) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("vectorclm.qualitybench").setLevel(logging.INFO)  # each training takes its time
-    show(rows[args.what](), Console(), as_json=args.json)
-    return 0
+    show(rows, Console(), as_json=as_json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench orchestration --rounds 3")
+def orchestration(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
+    """What Prefect and MLflow cost."""
+    from flows.flowbench import orchestration as rows
+
+    _show(rows(rounds, data), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench tracking --rounds 10")
+def tracking(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
+    """What logging to MLflow takes of a training step."""
+    from flows.trackbench import tracking as rows
+
+    _show(rows(rounds, data), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench data --data DIR --store s3://bucket/bench")
+def data(
+    *,
+    rounds: Rounds = 3,
+    data: Mirror = None,
+    store: Annotated[str | None, Parameter(help="An S3 store, for the rows that read from one")] = None,
+    json: Json = False,
+) -> None:
+    """Encoding, shards and the order of the data."""
+    from vectorclm.databench import data_layer
+
+    _show(data_layer(rounds, data, store), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench train --rounds 5")
+def train(
+    *,
+    rounds: Rounds = 3,
+    large: Annotated[bool, Parameter(help="The models of fifty million parameters, too")] = False,
+    json: Json = False,
+) -> None:
+    """A training step beside transformers."""
+    from vectorclm import trainbench
+
+    _show(trainbench.training(rounds, trainbench.model_sizes(large=large)), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench optimizer")
+def optimizer(*, rounds: Rounds = 3, json: Json = False) -> None:
+    """Muon's step beside torch's."""
+    from vectorclm.trainbench import optimizing
+
+    _show(optimizing(rounds), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench generate")
+def generate(*, rounds: Rounds = 3, json: Json = False) -> None:
+    """Tokens generated one after the other, beside transformers."""
+    from vectorclm.inferencebench import generating
+
+    _show(generating(rounds), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench evaluate --data DIR")
+def evaluate(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
+    """Multiple choice by log-likelihood, beside the harness."""
+    from vectorclm.inferencebench import evaluating
+
+    _show(evaluating(rounds, data), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench gguf --model MODEL --data DIR")
+def gguf(
+    *,
+    model: Annotated[str, Parameter(help="A folder or <store>/<stage>/<fingerprint>, whose files are compared")],
+    data: Mirror = None,
+    json: Json = False,
+) -> None:
+    """A model in llama.cpp, and whether it is the same."""
+    from vectorclm.ggufbench import same_model
+
+    _show(same_model(model, data), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench quality --data DIR")
+def quality(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
+    """What is learned from the same tokens: Muon beside AdamW, and other decisions."""
+    from vectorclm.qualitybench import quality as rows
+
+    _show(rows(Store(store), data), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench rates --data DIR")
+def rates(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
+    """The best learning rates of `base` in short trainings, and what follows for it; for a GPU."""
+    from vectorclm.qualitybench import rates as rows
+
+    _show(rows(Store(store), data), json)
+
+
+@bench_app.command(help_epilogue="Example: vectorclm bench gpu")
+def gpu(*, rounds: Rounds = 3, json: Json = False) -> None:
+    """A step and decoding of `base` on a GPU, and where the time goes."""
+    from vectorclm.gpubench import gpu as rows
+
+    _show(rows(rounds), json)

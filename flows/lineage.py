@@ -154,27 +154,11 @@ def _change(change: Change) -> str:
     return f"[bold]{escape(change.place)}[/]  {sides[0]} [dim]→[/] {sides[1]}"
 
 
-def add_command(commands: Any, default: str) -> None:
-    """The command `lineage`."""
-    about = "where a model comes from, back to the sources"
-    parser = commands.add_parser("lineage", help=about, description=about)
-    parser.add_argument(
-        "target",
-        metavar="MODEL",
-        help="a folder, <store>/<stage>/<fingerprint>, the beginning of one (finetune/7fa0), models:/NAME@ALIAS",
-    )
-    parser.add_argument("--store", default=default, metavar="URI", help="where artifacts are kept (%(default)s)")
-    parser.add_argument("--verify", action="store_true", help="read every byte again; exit code 1 where one differs")
-    parser.add_argument("--diff", metavar="MODEL", help="what changed from MODEL to this one, setting by setting")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def command(args: Any) -> int:
-    """Run the command `lineage`."""
-    store = Store(args.store)
+def print_lineage(model: str, store: Store, *, verify: bool, diff: str | None, as_json: bool) -> int:
+    """Print where a model comes from, or what differs from the model `diff`; 1 where a byte differs."""
     console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
-    if args.diff is not None:
-        if args.verify:
+    if diff is not None:
+        if verify:
             raise VectorCLMError("--diff and --verify ask for two things: give one of them")
-        return compare(args.diff, args.target, store, console, as_json=args.json)
-    return run(args.target, store, console, check=args.verify, as_json=args.json)
+        return compare(diff, model, store, console, as_json=as_json)
+    return run(model, store, console, check=verify, as_json=as_json)

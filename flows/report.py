@@ -314,24 +314,12 @@ def _costs(found: Lineage) -> list[dict[str, Any]]:
     return costs
 
 
-def add_command(commands: Any, default: str) -> None:
-    """The command `report`."""
-    about = "a model's curriculum on one HTML page: curves, scores, samples, data, lineage, costs"
-    parser = commands.add_parser("report", help=about, description=about)
-    parser.add_argument("target", metavar="MODEL", help="as `vectorclm lineage` takes it")
-    parser.add_argument("--store", default=default, metavar="URI", help="where artifacts are kept (%(default)s)")
-    parser.add_argument("--against", metavar="MODEL", help="a model to compare with, such as the champion")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
-
-
-def command(args: Any) -> int:
-    """Run the command `report`."""
-    store = Store(args.store)
-    other = opened(args.against, store) if args.against is not None else None
-    page = report(opened(args.target, store), store, other)
+def write_report(model: str, store: Store, against: str | None, out: Path) -> None:
+    """Write the page of a model's curriculum to the file `out`. Raises ConfigError where that cannot be written."""
+    other = opened(against, store) if against is not None else None
+    page = report(opened(model, store), store, other)
     try:
-        write_file(args.out, page.encode())
+        write_file(out, page.encode())
     except OSError as error:
-        raise ConfigError(f"{args.out} cannot be written ({error.strerror}): name another file with --out") from error
-    print(args.out)
-    return 0
+        raise ConfigError(f"{out} cannot be written ({error.strerror}): name another file with --out") from error
+    print(out)

@@ -1,6 +1,5 @@
 """Sampling beside transformers' own, answers as text, and the chat as a person has it in a terminal."""
 
-import argparse
 import signal
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from transformers import (
 
 from tests.conftest import ANSWERS, write_random_model
 from tests.test_model import CONFIG
-from vectorclm.__main__ import add_commands, run_command
 from vectorclm.chat import (
     ChatModel,
     Conversation,
@@ -34,9 +32,10 @@ from vectorclm.chat import (
     talk,
 )
 from vectorclm.conversations import Turn, render_prompt
-from vectorclm.errors import ConfigError, DataError
+from vectorclm.errors import DataError
 from vectorclm.export import write_model_files
 from vectorclm.generate import Sampling, choose, generate, keep_min_p, keep_top_k, keep_top_p, penalized
+from vectorclm.model_commands import ChatOptions, chat
 from vectorclm.runtime import Runtime
 from vectorclm.train_tokenizer import SPECIAL_TOKENS
 
@@ -239,21 +238,12 @@ def test_a_chat_in_the_terminal(chat_folder: Path) -> None:
 
 
 def test_a_chat_that_cannot_be_is_refused_before_it_begins(chat_folder: Path, tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers(dest="command"))
-    for options, message in {
-        ("--temperature", "-1", "--min-p", "2", "--seed", "1"): r"temperature: .*\n  min_p: ",
-        ("--stop", ""): "--stop must not be empty",
-        ("--max-new-tokens", "0"): "--max-new-tokens must be 1 or more",
-    }.items():
-        with pytest.raises(ConfigError, match=message):
-            run_command(parser.parse_args(["chat", str(chat_folder), *options]))
     for prompt, message in {
         "\udcff": "half a surrogate pair",
         "Be. " * 400: "the system prompt and the message",
     }.items():
         with pytest.raises(DataError, match=message):
-            run_command(parser.parse_args(["chat", str(chat_folder), "--system", prompt]))
+            chat(str(chat_folder), options=ChatOptions(system=prompt))
     (tmp_path / "model.safetensors").write_bytes((chat_folder / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_bytes((chat_folder / "config.json").read_bytes())
     write_model_files(chat_folder, 512, chat=False, out=tmp_path)

@@ -1,6 +1,5 @@
 """`vectorclm compare A B`: two models on the same items, and whether more than chance tells them apart."""
 
-import argparse
 import json
 import math
 from collections.abc import Mapping
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vectorclm.addresses import content_of, find_model
-from vectorclm.artifact import Artifact, Store, default_store
+from vectorclm.artifact import Artifact, Store
 from vectorclm.errors import DataError
 from vectorclm.instructions import PARTS
 from vectorclm.items import DRAWS, ITEMS, SEED, TEXTS, Scored, interval, ratio, read_scored, resampled
@@ -148,26 +147,14 @@ def as_object(before: Artifact, after: Artifact, changes: list[Change]) -> dict[
     return {"suite": suite_of(before), "before": before.uri, "after": after.uri, "method": METHOD, "scores": scores}
 
 
-def add_compare_command(commands: Any, models: str) -> None:
-    """The command `compare`, of models in these places."""
-    about = "two models on the same items: differences, their 95 % intervals, and which are beyond noise"
-    parser = commands.add_parser("compare", help=about, description=f"{about}. The method: {METHOD}.")
-    parser.add_argument("before", metavar="A", help=models)
-    parser.add_argument("after", metavar="B", help="the same")
-    default = default_store()
-    parser.add_argument("--store", default=default, metavar="URI", help="where the results are (%(default)s)")
-    parser.add_argument("--suite", metavar="NAME", help="by which both were measured (that of most questions)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def run_compare_command(args: argparse.Namespace) -> int:
-    """Print how B differs from A."""
-    pair = common_results(args.before, args.after, Store(args.store), args.suite)
+def print_comparison(before: str, after: str, store: Store, suite: str | None, *, as_json: bool) -> None:
+    """Print how the model `after` differs from `before`, score by score."""
+    pair = common_results(before, after, store, suite)
     found = compare(*pair)
-    if args.json:
+    if as_json:
         print(json.dumps(as_object(*pair, found)))
-        return 0
-    print(f"{args.after} against {args.before} on {suite_of(pair[0])}: {METHOD}")
+        return
+    print(f"{after} against {before} on {suite_of(pair[0])}: {METHOD}")
     for change in found:
         assert change.paired is not None
         low, high, items, differing = change.paired
@@ -176,4 +163,3 @@ def run_compare_command(args: argparse.Namespace) -> int:
             f"{change.after.stderr:.4f}  {change.difference:+.4f} [{low:+.4f}, {high:+.4f}]  {change.verdict} "
             f"({differing:,} of {items:,} items differ)"
         )
-    return 0

@@ -1,59 +1,66 @@
 """`vectorclm store ls|verify|gc|create`: look into a store, prove its bytes, and free what nothing needs."""
 
-import argparse
 import json
 import sys
-from typing import Any
+from typing import Annotated
 
-from vectorclm.artifact import Store, default_store
+from cyclopts import Parameter
+
+from vectorclm.artifact import Store
+from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
 from vectorclm.garbage import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
 from vectorclm.inventory import take_inventory, verify
 
-ACTIONS = {
-    "ls": "list artifacts, checkpoints of trainings in progress, and who makes what at this moment",
-    "verify": "read every byte and compare it with the manifests; 1 where something differs",
-    "gc": "list what processes that were killed have left behind, and with --delete remove it",
-    "create": "make the bucket of an S3 store",
-}
+store_app = new_app("store", "Look into the store, verify it, remove what nothing needs.")
 
 
-def add_store_command(commands: Any) -> None:
-    """Add `store` to the subparsers of a command line."""
-    parser = commands.add_parser("store", help="look into the store, verify it, remove what nothing needs")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    default = default_store()
-    for action, about in ACTIONS.items():
-        parser = actions.add_parser(action, help=about, description=about)
-        parser.add_argument("--store", default=default, metavar="URI", help="where artifacts are kept (%(default)s)")
-        if action != "create":
-            parser.add_argument("--json", action="store_true", help="print JSON: of ls one object, else one a line")
-        if action == "verify":
-            about = "STAGE, STAGE/FINGERPRINT or the beginning of either; all without one"
-            parser.add_argument("addresses", nargs="*", metavar="ADDRESS", help=about)
-            about = "give up what differs, so that its stage makes it again; its files stay until `store gc` takes them"
-            parser.add_argument("--discard", action="store_true", help=about)
-        if action == "gc":
-            parser.add_argument("--delete", action="store_true", help="remove what is listed")
-            about = "spare what was written since then, such as 7d or 12h (%(default)s)"
-            parser.add_argument("--older-than", default=OLDER_THAN, metavar="AGE", help=about)
+def _opened(uri: str) -> Store:
+    store = Store(uri)
+    store.check_reachable()
+    return store
 
 
-def run_store_command(args: argparse.Namespace) -> int:
-    """Run one of them; 1 where `verify` found a difference, else 0."""
-    store = Store(args.store)
-    if args.action != "create":
-        store.check_reachable()
-    match args.action:
-        case "ls":
-            _list(store, as_json=args.json)
-        case "verify":
-            return _verify(store, args.addresses, discard=args.discard, as_json=args.json)
-        case "gc":
-            _collect(store, seconds(args.older_than), delete=args.delete, as_json=args.json)
-        case _:
-            store.create()
-            print(f"{store.uri} is there")
-    return 0
+@store_app.command(name="ls", help_epilogue="Example: vectorclm store ls --json")
+def list_store(*, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
+    """List artifacts, checkpoints of trainings in progress, and who writes what at this moment."""
+    _list(_opened(store), as_json=json)
+
+
+@store_app.command(name="verify", help_epilogue="Example: vectorclm store verify pretrain")
+def verify_store(
+    addresses: Annotated[
+        tuple[str, ...], Parameter(help="STAGE, STAGE/FINGERPRINT or the beginning of either; all without one")
+    ] = (),
+    /,
+    *,
+    store: StoreUri = LOCAL_STORE,
+    discard: Annotated[
+        bool, Parameter(help="Give up what differs, so that its stage builds it again; `store gc` takes its files")
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Read every byte and compare it with the manifests; exit code 1 where something differs."""
+    return _verify(_opened(store), list(addresses), discard=discard, as_json=json)
+
+
+@store_app.command(name="gc", help_epilogue="Example: vectorclm store gc --older-than 12h --delete")
+def collect_garbage(
+    *,
+    store: StoreUri = LOCAL_STORE,
+    delete: Annotated[bool, Parameter(help="Remove what is listed")] = False,
+    older_than: Annotated[str, Parameter(help="Spare what was written since then, such as 7d or 12h")] = OLDER_THAN,
+    json: Json = False,
+) -> None:
+    """List what killed processes have left behind; with --delete, remove it."""
+    _collect(_opened(store), seconds(older_than), delete=delete, as_json=json)
+
+
+@store_app.command(name="create", help_epilogue="Example: vectorclm store create --store s3://bucket/prefix")
+def create_store(*, store: StoreUri = LOCAL_STORE) -> None:
+    """Create the bucket of an S3 store, or the folder of a local one."""
+    found = Store(store)
+    found.create()
+    print(f"{found.uri} is there")
 
 
 def _list(store: Store, *, as_json: bool) -> None:
