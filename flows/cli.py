@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     try:
         if arguments and arguments[0] in STAGES and arguments[0] not in ("evaluate", "export"):
-            raise ConfigError(f"write `vectorclm stage {' '.join(arguments)}`")
+            raise ConfigError(f"stages are below `vectorclm stage` now: vectorclm stage {' '.join(arguments)}")
         command, bound = parse(app, arguments)
     except VectorCLMError as error:
         explain(error)

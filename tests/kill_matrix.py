@@ -34,7 +34,6 @@ from flows.form import Changes, chosen
 from flows.platform import PlatformConfig, read_platform
 from flows.service import Service
 from vectorclm.artifact import Plan, Store
-from vectorclm.command_line import CommandParser
 from vectorclm.config import ExperimentConfig
 from vectorclm.pinning import pin
 from vectorclm.runtime import Runtime
@@ -307,7 +306,9 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main() -> None:
     """Run the cells that are not there yet, or print the table of those that are."""
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--env-file", type=Path, help="settings of the platform, Postgres among them")
     parser.add_argument("--only", action="append", metavar="CELL", help='such as "flow in pretrain"; may be repeated')

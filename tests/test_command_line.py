@@ -99,7 +99,7 @@ def test_the_beginning_of_an_option_is_not_the_option(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain", "tiny"], "write `vectorclm stage pretrain tiny`"),
+        (["pretrain", "tiny"], "vectorclm stage pretrain tiny"),
         (["run", "--threads", "many"], "--threads many: Input should be a valid integer"),
         (["evaluate", "M", "--suite", "standard", "--items", "-3"], "--items -3: Input should be greater than or"),
         (["evaluate", "M", "--items", "3"], "--items need --suite NAME"),

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch.distributed.run
+from cyclopts import App
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -24,7 +25,9 @@ import tests.kill_matrix
 import vectorclm.__main__ as core
 from flows import cli, deployments, provision
 from vectorclm.block_sources import Patience
+from vectorclm.command_line import parse
 from vectorclm.config import EXPERIMENTS, load_experiment
+from vectorclm.errors import ConfigError
 from vectorclm.items import DRAWS, LEAST
 from vectorclm.suite import load_suite
 
@@ -74,6 +77,15 @@ def parsed(program: Callable[..., object], arguments: Sequence[str]) -> Parsed |
     raise AssertionError("the program did not read its arguments")
 
 
+def misread(app: App, arguments: Sequence[str]) -> str | None:
+    """What one of our command lines says against its arguments."""
+    try:
+        parse(app, arguments)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def fenced(page: str, language: str = "") -> list[str]:
     """The blocks of a page in a language; those without one are for a shell."""
     return [text for kind, text in FENCE.findall(page) if kind == language]
@@ -98,15 +110,15 @@ def refused(words: Sequence[str]) -> str | None:
     """What the program says against a command line, if it is one of ours."""
     match [*words]:
         case ["vectorclm", *rest] if rest:
-            found = parsed(cli.main, rest)
+            return misread(cli.app, rest)
         case ["python", "-m", "vectorclm", *rest]:
-            found = parsed(core.main, rest)
+            return misread(core.app, rest)
         case ["python", "-m", "tests.kill_matrix", *rest]:
             found = parsed(tests.kill_matrix.main, rest)
         case ["torchrun", *rest]:
             launched = torch.distributed.run.get_args_parser().parse_args(rest)
             assert launched.module and launched.training_script == "vectorclm"
-            found = parsed(core.main, launched.training_script_args)
+            return misread(core.app, launched.training_script_args)
         case ["make", *rest] if not any("$" in word for word in rest):
             done = subprocess.run(["make", "--dry-run", *rest], cwd=ROOT, capture_output=True, text=True, check=False)
             return done.stderr if done.returncode else None
@@ -121,7 +133,9 @@ def refused(words: Sequence[str]) -> str | None:
 def mistakes(told: Sequence[Sequence[str]], *, named: bool) -> dict[str, str]:
     """What programs say against these command lines; one that is only `named` needs no arguments."""
     found = {shlex.join(words): why for words in told if (why := refused(words))}
-    incomplete = re.compile("the following arguments are required|argument --[a-z-]+: expected one argument")
+    incomplete = re.compile(
+        "the following arguments are required|(Command .* )?(parameter )?[\\w-]+ requires an argument"
+    )
     return {line: why for line, why in found.items() if not (named and incomplete.match(why))}
 
 
@@ -149,25 +163,22 @@ def test_every_command_that_a_message_names_is_one() -> None:
     assert mistakes(told, named=True) == {}
 
 
-def options(parser: argparse.ArgumentParser) -> set[str]:
+def options(app: App) -> set[str]:
     """The options of a command line and of all its commands."""
-    found = set(parser._option_string_actions)
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                found |= options(child)
-    return found
+    below = [name for name in app if not name.startswith("-")]
+    if not below:
+        return {name for argument in app.assemble_argument_collection() for name in argument.names}
+    return {"--help"}.union(*(options(app[name]) for name in below))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_of_a_page_exists(page: str) -> None:
     text = "\n".join(line for line in PAGES[page].splitlines() if not line.lstrip("`").startswith(FOREIGN))
-    text = re.sub(r"`(?:build )?--(?:profile|build-arg)[^`]*`|`docker compose[^`]*`|`--user[^`]*`", "", text)
+    text = re.sub(r"`(?:build )?--(?:profile|build-arg)[^`]*`|`docker compose[^`]*`|`--user[^`]*`|`curl [^`]*`", "", text)
     known = {"--limit"}  # of a worker of Prefect
-    for program, words in ((cli.main, ["down"]), (core.main, ["sample", "tiny"]), (tests.kill_matrix.main, ["x"])):
-        found = parsed(program, words)
-        assert isinstance(found, Parsed)
-        known |= options(found.parser)
+    matrix = parsed(tests.kill_matrix.main, ["x"])
+    assert isinstance(matrix, Parsed)
+    known |= options(cli.app) | options(core.app) | set(matrix.parser._option_string_actions)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - known == set()
 
 
