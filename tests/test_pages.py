@@ -174,7 +174,8 @@ def options(app: App) -> set[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_of_a_page_exists(page: str) -> None:
     text = "\n".join(line for line in PAGES[page].splitlines() if not line.lstrip("`").startswith(FOREIGN))
-    text = re.sub(r"`(?:build )?--(?:profile|build-arg)[^`]*`|`docker compose[^`]*`|`--user[^`]*`|`curl [^`]*`", "", text)
+    foreign = r"`(?:build )?--(?:profile|build-arg)[^`]*`|`docker compose[^`]*`|`--user[^`]*`|`curl [^`]*`"
+    text = re.sub(foreign, "", text)
     known = {"--limit"}  # of a worker of Prefect
     matrix = parsed(tests.kill_matrix.main, ["x"])
     assert isinstance(matrix, Parsed)
