@@ -205,7 +205,7 @@ def test_a_second_sigterm_ends_a_training_at_once_that_does_not_come_to_an_end(
             child.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(1.2 * REPEATED)
-        assert child.returncode == ENDED and time.monotonic() - began < IN_TIME
+        assert child.returncode in (ENDED, -signal.SIGTERM) and time.monotonic() - began < IN_TIME
 
 
 def test_plain_torchrun_finds_the_reason_in_the_error_files_of_its_ranks(trained: Trained, tmp_path: Path) -> None:
