@@ -194,9 +194,7 @@ def test_a_checkpoint_restores_model_and_optimizers_and_a_corrupt_one_is_passed_
         restore(saved, again, fresh)
         step(again, fresh)
         assert checkpoints.latest("order") is not None
-        with pytest.raises(
-            DataError, match=r"step-00000002-\w{8} was trained on the training order order…, which is now an"
-        ):
+        with pytest.raises(DataError, match=r"step-00000002-\w{8} was trained on the training order order…"):
             checkpoints.latest("another")
     with (
         Checkpoints(store, PLAN, tmp_path / "work", "others") as checkpoints,

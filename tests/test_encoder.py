@@ -13,7 +13,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from tests.conftest import write_sample_text
-from vectorclm.artifact import Plan, Store, build
+from vectorclm.artifact import MANIFEST, Plan, Store, build
 from vectorclm.audit import audit, check_round_trip
 from vectorclm.blocks import ShardDescriber
 from vectorclm.encoder import JUDGE_EVERY, Encoder, Gigatoken, adversarial, open_encoder
@@ -188,8 +188,12 @@ def test_a_difference_late_in_the_data_leaves_nothing_of_what_was_written_before
             return write_shards(CONFIG, tmp_path / "sample", judge, out, encoder, slices=slices)
 
         made.append(build(store, plan, produce, str(tmp_path / "work"), ShardDescriber(), sending)[0])
-    assert made[0].manifest["files"] == made[1].manifest["files"]
+    used = {made[1].key(name) for name in made[1].manifest["files"]}
+    assert set(made[1].store.files("")) == used | {f"shards/{plan.fingerprint}/{MANIFEST}"}
     made[1].verify()
+    for file in made[1].manifest["files"].values():
+        file.pop("place", None)  # where the first, wrong one had taken the name
+    assert made[0].manifest["files"] == made[1].manifest["files"]
 
 
 def test_a_tokenizer_that_only_tokenizers_knows_is_encoded_by_it(tokenizer: Tokenizer) -> None:

@@ -307,9 +307,7 @@ def test_a_training_resumes_on_no_other_order_and_no_other_data(tmp_path: Path) 
     whole = losses()
     assert len(whole) == 3 and losses() == whole  # the second time from step 2 on
     for changes in ({"phases": [{"tokens": 4 * 8 * 16}]}, {"batch_size": 4}):
-        with pytest.raises(
-            DataError, match=r"step-00000002-\w{8} was trained on the training order \w{12}…, which is now"
-        ):
+        with pytest.raises(DataError, match=r"step-00000002-\w{8} was trained on the training order \w{12}…"):
             losses(changes)
     with pytest.raises(DataError, match="the training order"):
         losses(seed=2)

@@ -39,6 +39,7 @@ class Sending:
         self.describer = describer
         self.describe = describer()
         self.files: dict[str, Mapping[str, Any]] = {}  # as the manifest has them
+        self.abandoned: set[str] = set()  # keys of what is not counted as sent any more
         self.round = "first"  # of the work, whose notes are no other's
 
     @cached_property
@@ -93,20 +94,23 @@ class Sending:
 
     def start_again(self) -> None:
         """Count nothing as sent, and look at no note that was written until now."""
+        self.abandoned |= {f"{self.key}/{place_of(said, name)}" for name, said in self.files.items()}
         self.files, self.describe, self.round = {}, self.describer(), "second"
 
     def forget_notes(self, artifact: Artifact) -> None:
         """Remove the notes, as with the manifest all is said, and the files of attempts that it does not name."""
         if artifact.store.is_local:
             return
-        for key in superseded(artifact, self.store.files(self.key)):
+        used = {artifact.key(name) for name in artifact.manifest["files"]}
+        for key in {*superseded(artifact, self.store.files(self.key)), *(self.abandoned - used)}:
             self.store.delete(key)
 
 
 def superseded(artifact: Artifact, there: Iterable[str]) -> Iterator[str]:
     """Of the keys at a finished artifact's address, notes and attempts' files that its manifest does not name."""
-    used = {artifact.key(name) for name in artifact.manifest["files"]}
+    names = artifact.manifest["files"]
+    used = {artifact.key(name) for name in names}
     for key in there:
-        parts = key.split("/")[2:]
-        if key not in used and (parts[0].startswith(ATTEMPT) or parts[-1].startswith(NOTE)):
+        name = key.split("/", 2)[2]
+        if key not in used and (name in names or name.startswith(ATTEMPT) or name.rpartition("/")[2].startswith(NOTE)):
             yield key
