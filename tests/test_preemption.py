@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -18,11 +18,12 @@ import pytest
 
 from flows.launch import Launcher, StageCancelledError, StageInterruptedError, under_torchrun
 from tests.conftest import KILLS
+from tests.test_curriculum import mini
 from tests.test_resume import the_same, write_experiment
 from vectorclm.artifact import Store
-from vectorclm.config import load_experiment
+from vectorclm.config import load_experiment, override
 from vectorclm.pinning import pin
-from vectorclm.preemption import ENDED, PREEMPTED
+from vectorclm.preemption import ENDED, PREEMPTED, REPEATED
 from vectorclm.runtime import Runtime
 from vectorclm.stages import plans, run_stage
 
@@ -97,7 +98,7 @@ class Trained:
     def kept(self, store: Path) -> int:
         """The step of the newest checkpoint; 0 without one."""
         found = (store / "checkpoints" / self.fingerprint).glob("step-*/manifest.json")
-        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+        return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +202,10 @@ def test_a_second_sigterm_ends_a_training_at_once_that_does_not_come_to_an_end(
         until(lambda: len(done(tmp_path / "steps")) == processes, child)
         began = time.monotonic()
         while child.poll() is None:
-            signalled(child, "everyone")
-            time.sleep(0.1)
-        assert child.returncode == ENDED and time.monotonic() - began < IN_TIME
+            child.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(1.2 * REPEATED)
+        assert child.returncode in (ENDED, -signal.SIGTERM) and time.monotonic() - began < IN_TIME
 
 
 def test_plain_torchrun_finds_the_reason_in_the_error_files_of_its_ranks(trained: Trained, tmp_path: Path) -> None:
@@ -262,3 +264,42 @@ def test_a_cancel_waits_for_no_step(trained: Trained, tmp_path: Path, processes:
         assert time.monotonic() - began < 5, "two seconds, and what a busy machine adds"
         with pytest.raises(StageCancelledError):
             running.result(IN_TIME)
+
+
+def test_a_stage_of_a_flow_goes_on_by_its_retry_and_a_flow_that_is_ended_keeps_a_checkpoint(tmp_path: Path) -> None:
+    """SIGTERM for the stage's process, then for the flow's own, as a machine that is taken away sends it to all."""
+    experiment, store = tmp_path / "experiment.json", tmp_path / "store"
+    long = override(mini(), ["pretrain.phases=[{tokens = 20_000_000}]", "pretrain.validation_interval=100_000"])
+    experiment.write_text(long.model_dump_json())
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
+    command = [sys.executable, "-m", "flows.cli", "run", str(experiment), "--store", str(store), "--threads", "1"]
+    command += ["--checkpoint-interval", "100000"]
+
+    def stage() -> psutil.Process | None:
+        for process in psutil.Process(child.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if "--relay" in process.cmdline() and steps() > kept():
+                    return process
+        return None
+
+    def steps() -> int:
+        return max((path.read_text().count('"loss"') for path in store.glob("work/**/metrics.jsonl")), default=0)
+
+    def kept() -> int:
+        found = store.glob("checkpoints/*/step-*/manifest.json")
+        return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
+
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, env=clean, stdout=log, stderr=log) as child:
+        before = 0
+        for victim in ("stage", "flow"):
+            until(lambda: stage() is not None, child)
+            process = stage()
+            assert process is not None
+            (process if victim == "stage" else child).send_signal(signal.SIGTERM)
+            process.wait(3 * IN_TIME)
+            assert kept() > before
+            before = kept()
+        child.wait(3 * IN_TIME)
+    said = (tmp_path / "log").read_text()
+    assert "interrupted by SIGTERM after step" in said and "trying again" in said
+    assert child.returncode in (ENDED, -signal.SIGTERM)

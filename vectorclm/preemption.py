@@ -106,7 +106,8 @@ class Preemption:
                     if self._limit:
                         signal.alarm(self._limit)
                 elif os.getppid() != parent:
-                    signal.alarm(FINISH)  # no second request, but the news that whoever started this one is gone
+                    # No second request, but the news that whoever started this process is gone.
+                    signal.alarm(min(FINISH, signal.alarm(0) or FINISH))
                 elif time.monotonic() - first > REPEATED:
                     os._exit(ENDED)
         os.close(reader)
