@@ -165,7 +165,7 @@ class Stages:
             logger.warning("no report: %s: %s", type(error).__name__, error)
 
     def _run(self, name: str) -> State[Handle]:
-        plan, began = self.plans[name], time.monotonic()
+        began = time.monotonic()
         found = self._found(name)
         if found is not None and name not in self.again:
             self.tracker.reused(name, found)
