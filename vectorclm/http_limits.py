@@ -8,7 +8,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10  # in which the head of a request has to arrive, from the connection or from the answer before
 CONNECTIONS = 512  # at the most
-DESCRIPTORS = 64  # that are left for files
+BACKLOG = 32  # connections that are taken at once, before any is looked at
+DESCRIPTORS = 64 + 4 * BACKLOG  # that are left for files, and for connections that are taken or ended this moment
 
 
 class LimitedHTTP(H11Protocol):

@@ -34,7 +34,7 @@ from vectorclm.chat import ChatModel, Piece, open_chat_model, reply
 from vectorclm.completion import Completion, Refusal, check_name, read_completion
 from vectorclm.errors import ConfigError
 from vectorclm.guard import ALLOWED, Guard, allowed_hosts
-from vectorclm.http_limits import LimitedHTTP
+from vectorclm.http_limits import BACKLOG, LimitedHTTP
 from vectorclm.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -335,6 +335,7 @@ def serve(address: str, runtime: Runtime, host: str, port: int, name: str | None
             server_header=False,
             lifespan="off",
             http=LimitedHTTP,
+            backlog=BACKLOG,
             ws="none",
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
