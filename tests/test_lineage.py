@@ -339,6 +339,20 @@ def test_a_suite_by_hand_is_told_to_mlflow_once_where_it_knows_the_model(
     )
 
 
+def test_the_better_model_becomes_the_champion(world: SimpleNamespace) -> None:
+    """The one that was trained, over one that hardly was; and then that one does not."""
+    hardly = curriculum(pinned("pretrain.phases=[{tokens = 512}]", "finetune.epochs=0.06"), world.store)
+    client, fingerprint = Registry(world.store).client, Path(hardly["finetune"]).name
+    (other,) = client.search_model_versions(f"name = 'vectorclm-chat' and tags.fingerprint = '{fingerprint}'")
+    client.set_registered_model_alias("vectorclm-chat", "champion", other.version)
+    options = ["--store", world.store.uri, "--task", "bits_per_byte.stories"]
+    for candidate, code in (("1", 0), (str(other.version), 1)):
+        assert main(["promote", f"models:/vectorclm-chat/{candidate}", *options]) == code
+        assert str(client.get_model_version_by_alias("vectorclm-chat", "champion").version) == "1"
+        decision = client.get_model_version("vectorclm-chat", candidate).tags["promotion.decision"]
+        assert decision == ("refused" if code else "promoted")
+
+
 def test_what_earns_a_promotion() -> None:
     def change(name: str, before: float, after: float) -> Change:
         return Change(name, Figure(before, 0.01), Figure(after, 0.01))

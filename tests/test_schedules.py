@@ -326,7 +326,8 @@ def listening(platform: Platform) -> dict[str, set[str]]:
 
 
 def test_no_other_machine_is_listened_to(platform: Platform) -> None:
-    assert listening(platform) == {name: {"127.0.0.1"} for name in ("prefect-server", "mlflow")}
+    found = listening(platform)
+    assert {"prefect-server", "mlflow"} <= set(found) and set.union(*found.values()) == {"127.0.0.1"}
 
 
 def test_a_stage_is_a_deployment_of_its_own_in_the_store_of_the_commands(platform: Platform) -> None:
@@ -374,21 +375,6 @@ def test_a_run_has_its_processes_lines_and_links_its_report(platform: Platform) 
     report = Path(mlflow.download_artifacts(place[1], place[2])).read_text()
     assert report in [file.read_text() for file in Path(platform.config.vectorclm_store).glob("reports/*.html")]
     assert httpx.get(link.partition("#")[0]).status_code == 200
-
-
-def test_the_better_model_becomes_the_champion(platform: Platform) -> None:
-    """The one that was trained, over its twin that was not; and then the twin does not."""
-    mlflow = MlflowClient(platform.config.mlflow_url)
-    mlflow.set_registered_model_alias("vectorclm-chat", "champion", "2")
-    environment = {**os.environ, **platform.config.client_environment()}
-    for candidate, code in (("1", 0), ("2", 1)):
-        command = [sys.executable, "-m", "flows.cli", "promote", f"models:/vectorclm-chat/{candidate}"]
-        command += ["--store", platform.config.vectorclm_store, "--task", "bits_per_byte.stories"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
-        assert mlflow.get_model_version_by_alias("vectorclm-chat", "champion").version == "1"
-    decisions = [mlflow.get_model_version("vectorclm-chat", number).tags["promotion.decision"] for number in "12"]
-    assert decisions == ["promoted", "refused"]
 
 
 @pytest.fixture
