@@ -33,6 +33,7 @@ from vectorclm.work import is_in_use
 logger = logging.getLogger(__name__)
 OLDER_THAN = "7d"
 YOUNG_SECONDS = LEASE_SECONDS  # what is younger may be of a writer who holds no lease yet: it stays, whatever is asked
+GIVEN_BACK_SECONDS = 86_400  # an empty lease of a store that cannot remove on a condition may be taken again
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 WRITTEN = (*STAGE_FOLDERS, "checkpoints", "leases", "reports", CURVES)  # the folders in which this product writes files
 OWNED = re.compile(rf"({'|'.join(STAGE_FOLDERS)}|checkpoints)/{FINGERPRINT.pattern}/")  # what a lease protects
@@ -199,7 +200,7 @@ def _leases(store: Store, inventory: Inventory) -> Iterator[Garbage]:
             why, leases = "lease of a process that has ended", [Path(claim.key).stem]
             yield Garbage(claim.key, why, claim.bytes, claim.modified, leases, lambda: None)
     for key, file in store.files("leases").items() if store.is_s3 else ():
-        if LEASE.fullmatch(key) and not file.bytes:
+        if LEASE.fullmatch(key) and not file.bytes and file.modified < time.time() - GIVEN_BACK_SECONDS:
             yield Garbage(key, "lease that was given back", 0, file.modified, [], partial(_remove_empty, store, key))
 
 
