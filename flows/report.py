@@ -24,7 +24,7 @@ from vectorclm.errors import ConfigError, DataError
 from vectorclm.instructions import FOLLOWED
 from vectorclm.lineage import Lineage, Node, facts, lineage, tokens_by_source
 from vectorclm.measure import Change
-from vectorclm.model import ModelConfig
+from vectorclm.model_config import ModelConfig
 from vectorclm.sampling import losses
 from vectorclm.settings import validate
 

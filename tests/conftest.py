@@ -28,7 +28,8 @@ from vectorclm.shards import ShardWriter
 if TYPE_CHECKING:
     from tests.kill_matrix import Reference
     from vectorclm.llama_cpp import LlamaCpp
-    from vectorclm.model import CausalLM, ModelConfig
+    from vectorclm.model import CausalLM
+    from vectorclm.model_config import ModelConfig
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
@@ -182,7 +183,8 @@ def chat_folder(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) 
     """A directory with a tiny chat model that knows ANSWERS by heart and ends its turns."""
     from vectorclm.conversations import Turn, render
     from vectorclm.export import write_model_files
-    from vectorclm.model import CausalLM, ModelConfig
+    from vectorclm.model import CausalLM
+    from vectorclm.model_config import ModelConfig
     from vectorclm.train_tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 
     root = tmp_path_factory.mktemp("chat")

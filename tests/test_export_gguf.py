@@ -22,7 +22,8 @@ from vectorclm.errors import ConfigError, DataError
 from vectorclm.gguf_export import GGUF_TYPES, export_gguf
 from vectorclm.ggufbench import NEAR_TIE, differing, greedy_differences, hard_strings, spread
 from vectorclm.llama_cpp import LlamaCpp
-from vectorclm.model import CausalLM, ModelConfig
+from vectorclm.model import CausalLM
+from vectorclm.model_config import ModelConfig
 from vectorclm.train_tokenizer import (
     BOS_ID,
     IM_END,

@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from vectorclm.errors import DataError
-from vectorclm.mirror import columns_of, find_files, read_rows, revision_of
+from vectorclm.file_formats import columns_of, read_rows
+from vectorclm.mirror import find_files, revision_of
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "é\u2028"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()

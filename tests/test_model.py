@@ -14,7 +14,8 @@ from vectorclm.dataset import Batch
 from vectorclm.errors import DataError, VectorCLMError
 from vectorclm.generate import generate
 from vectorclm.loss import CHUNK, IGNORE_INDEX, chunked_cross_entropy
-from vectorclm.model import CausalLM, ModelConfig
+from vectorclm.model import CausalLM
+from vectorclm.model_config import ModelConfig
 from vectorclm.muon import OptimizerConfig, build_optimizers
 from vectorclm.train import train_step
 from vectorclm.train_tokenizer import PAD_ID

@@ -26,7 +26,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
 from flows.registry import EVALUATIONS
 from tests.test_platform import Platform, platform_at, until
-from vectorclm.model import CausalLM, model_config
+from vectorclm.model import CausalLM
+from vectorclm.model_config import model_config
 
 CANDIDATE = "models:/vectorclm-chat@candidate"
 LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}

@@ -20,9 +20,20 @@ from vectorclm import products
 from vectorclm.attention import BLOCK, causal_attention
 from vectorclm.bench import Row, show
 from vectorclm.config import load_experiment
+from vectorclm.documents import Documents, Visibility, attention, plain_attention
 from vectorclm.generate import generate, generate_batch
 from vectorclm.inferencebench import evaluating, generating
-from vectorclm.layers import GatedProjection, RMSNorm, Rotated
+from vectorclm.layers import (
+    GatedProjection,
+    Linear,
+    RMSNorm,
+    Rotated,
+    StackedLinear,
+    plain_swiglu_projection,
+    rotary_heads,
+    rotated,
+    swiglu_projection,
+)
 from vectorclm.model import CausalLM, rotary_table
 from vectorclm.train_tokenizer import PAD_ID
 from vectorclm.trainbench import Size, optimizing, training
@@ -47,6 +58,44 @@ def test_gradients_of_fused_operations_are_those_of_finite_differences() -> None
     cos, sin = (table[:5, None].double() for table in rotary_table(CONFIG))
     assert torch.autograd.gradcheck(GatedProjection.apply, (doubles(2, 3, 8), doubles(5, 4)))
     assert torch.autograd.gradcheck(lambda x: Rotated.apply(x, cos, sin, (6, 2, 2)), doubles(2, 5, 10, 16))
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """Values and gradients of both are equal."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    slopes = torch.randn(ours.shape, dtype=ours.dtype, generator=GENERATOR)
+    for mine, other in zip(
+        torch.autograd.grad(ours, inputs, slopes), torch.autograd.grad(theirs, inputs, slopes), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+
+
+def test_attention_is_the_plain_one_whatever_is_visible() -> None:
+    k, v = doubles(2, 2, BLOCK + 22, 8), doubles(2, 2, BLOCK + 22, 8)
+    positions = torch.cat([torch.arange(size).expand(2, -1) for size in (70, 1, BLOCK - 49)], dim=1)
+    mask = torch.rand(2, 1, 5, BLOCK + 22, generator=GENERATOR) < 0.5
+    mask[..., 0] = True
+    for tokens, visible in (
+        (BLOCK + 22, Visibility()),  # a text from its start, in two blocks
+        (5, Visibility()),  # what continues a cache
+        (1, Visibility()),
+        (5, Visibility(mask_B1TS=mask)),
+        (BLOCK + 22, Visibility(Documents.at(positions, torch.device("cpu")))),
+    ):
+        q = doubles(2, 4, tokens, 8)
+        same(attention(q, k, v, visible, 0.0), plain_attention(q, k, v, visible), [q, k, v])
+
+
+def test_layers_with_gradients_of_their_own_are_the_plain_ones() -> None:
+    cos, sin = (table[:5, None].double() for table in rotary_table(CONFIG))
+    x = doubles(2, 5, 10, 16)
+    ours, theirs = (torch.cat(split(x, cos, sin, [6, 2, 2]), dim=2) for split in (rotary_heads, rotated))
+    same(ours, theirs, [x])
+    gate_up, down = StackedLinear(12, {"gate_proj": 20, "up_proj": 20}).double(), Linear(20, 12).double()
+    x, weights = doubles(2, 5, 12), [gate_up.weight, down.weight]
+    same(swiglu_projection(x, gate_up, down), plain_swiglu_projection(x, gate_up, down), [x, *weights])
+    with torch.no_grad():
+        torch.testing.assert_close(swiglu_projection(x, gate_up, down), plain_swiglu_projection(x, gate_up, down))
 
 
 def test_a_state_dict_of_other_projections_is_refused_by_name() -> None:

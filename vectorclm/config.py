@@ -14,7 +14,7 @@ from vectorclm.decontamination import benchmark_sources
 from vectorclm.errors import ConfigError
 from vectorclm.evaluate import EvaluateConfig
 from vectorclm.finetune import FinetuneConfig
-from vectorclm.model import ModelConfig
+from vectorclm.model_config import ModelConfig
 from vectorclm.pretrain import PretrainConfig
 from vectorclm.settings import Settings, validate
 from vectorclm.shards import ShardsConfig

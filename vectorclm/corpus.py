@@ -12,20 +12,19 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from vectorclm.errors import ConfigError, DataError, VectorCLMError
-from vectorclm.filters import Filter
-from vectorclm.mirror import (
+from vectorclm.file_formats import (
+    FORMATS,
     Batch,
+    column_type,
     columns_of,
-    content_hash,
     filtered,
-    find_files,
     is_text,
-    parquet_type,
     read_file_batches,
     read_rows,
-    revision_of,
     row_batches,
 )
+from vectorclm.filters import Filter
+from vectorclm.mirror import content_hash, find_files, revision_of
 from vectorclm.settings import Settings
 from vectorclm.world import WorldConfig
 from vectorclm.world import rows as world_rows
@@ -33,8 +32,8 @@ from vectorclm.world import rows as world_rows
 if TYPE_CHECKING:  # `datasets` takes a second to import, and a process that trains reads no source
     from datasets import IterableDataset
 
-WORLD = "world"  # the `path` of the generated sources
-BUILDERS = ("parquet", "json")  # the `path` of sources that are plain local files
+GENERATED = {"world": world_rows}  # the `path` of generated sources, and what returns the rows of one by its name
+BUILDERS = tuple(known.name for known in FORMATS if known.in_folders)  # the `path` of plain local files
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 OPEN_FILES = 8  # of a hub repository that documents are drawn from by turns
 
@@ -57,7 +56,7 @@ class Source(Settings):
     @field_validator("path")
     @classmethod
     def _is_read(cls, path: str) -> str:
-        if "/" in path or path in (WORLD, *BUILDERS):
+        if "/" in path or path in (*GENERATED, *BUILDERS):
             return path
         from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
@@ -67,6 +66,11 @@ class Source(Settings):
                 f"Lines or Parquet (a folder of this name is ./{path})"
             )
         return path
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether its rows are generated here, from the experiment's [world], and not read."""
+        return self.path in GENERATED
 
 
 class TextSource(Source):
@@ -141,7 +145,7 @@ def local_place(source: Source, data: Path | None) -> str | None:
     A mirror's place is `mirror`, else the hub id's last part and the config: `cosmopedia/stories`. Raises DataError for
     a source that names no files, and for a path that is neither a folder here nor the id of a hub repository.
     """
-    if source.path == WORLD:
+    if source.is_generated:
         return None
     if data is not None and source.mirror is not None:
         return str(data / source.mirror)
@@ -209,12 +213,12 @@ def open_source(
     DataError, before a row is drawn, for a source that cannot be reached, is empty, lacks a column or
     has other content than it is pinned to. Iterate with `draw`, which explains what fails later.
     """
-    if source.path == WORLD:
+    if source.is_generated:
         from datasets import Dataset
 
         if world is None:
             raise ConfigError(f"{describe(source)} reads the generated world, but there is no [world]")
-        rows = world_rows(world, source.name or "")
+        rows = GENERATED[source.path](world, source.name or "")
         if not rows:
             raise DataError(f"{describe(source)} is empty")
         stream = Dataset.from_list(rows).to_iterable_dataset()
@@ -252,7 +256,7 @@ def _check_local(source: Source, data: Path | None, columns: Sequence[str]) -> l
     for path in files:
         if known := columns_of(path):
             _require(columns, known, f"{describe(source)}, {path}")
-            if isinstance(source, TextSource) and (kind := parquet_type(path, source.text_column)) is not None:
+            if isinstance(source, TextSource) and (kind := column_type(path, source.text_column)) is not None:
                 _require_text(source, kind, f"{describe(source)}, {path}")
             filled.append(path)
     if not filled:
@@ -317,21 +321,21 @@ def draw(source: Source, stream: "IterableDataset") -> Iterator[dict[str, Any]]:
     except VectorCLMError:
         raise
     except Exception as error:
-        if source.path == WORLD or (source.revision or "").startswith("sha256:"):
+        if source.is_generated or (source.revision or "").startswith("sha256:"):
             raise
         raise hub_error(source, error) from error
 
 
 def is_remote(source: Source, data: Path | None) -> bool:
     """Whether the source is read from the hub, where only as much is read as is needed."""
-    return source.path != WORLD and local_place(source, data) is None
+    return not source.is_generated and local_place(source, data) is None
 
 
 def read_source(
     source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """The rows that `open_source` and `draw` give, of local files several times as fast."""
-    if source.path == WORLD or is_remote(source, data):
+    if source.is_generated or is_remote(source, data):
         return draw(source, open_source(source, data, world, columns))
     return read_rows(_check_local(source, data, columns), tuple(columns))
 
@@ -343,12 +347,12 @@ def read_batches(source: TextSource, data: Path | None, world: WorldConfig | Non
     of which is opened where one ends. Raises DataError as `open_source` does, and where reading fails later.
     """
     condition = Filter(source.filter) if source.filter is not None else None
-    if not (source.path == WORLD or is_remote(source, data)):
+    if not (source.is_generated or is_remote(source, data)):
         for path in _check_local(source, data, source.columns()):
             yield from read_file_batches(path, source.text_column, condition)
         return
     stream = open_source(source, data, world, source.columns())
-    if source.path == WORLD:
+    if source.is_generated:
         yield from row_batches(iter(stream), source.text_column, condition, describe(source))
     else:
         try:

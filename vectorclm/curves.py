@@ -16,7 +16,7 @@ from vectorclm.config import ExperimentConfig
 from vectorclm.errors import DataError
 from vectorclm.export import write_model_files
 from vectorclm.measure import Limits, figures, measure
-from vectorclm.model import write_config
+from vectorclm.model_config import write_config
 from vectorclm.runtime import Runtime
 from vectorclm.stages import READS, plans
 from vectorclm.suite import Suite

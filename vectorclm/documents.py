@@ -88,6 +88,59 @@ def document_labels(input_ids: NDArray[np.integer[Any]], positions: NDArray[np.i
     return labels
 
 
+class Visibility(NamedTuple):
+    """Which keys a query sees: all up to its own position, or what one of these says.
+
+    Queries are the last of the positions that the keys have, so that they continue what a cache holds.
+    """
+
+    documents: Documents | None = None  # only keys of the query's own document
+    mask_B1TS: Tensor | None = None  # true where a key is seen; it decides alone
+
+
+def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Visibility, dropout: float) -> Tensor:
+    """Grouped-query attention [B, H, T, E] (Vaswani et al., arXiv 1706.03762; Ainslie et al., arXiv 2305.13245).
+
+    Each key head serves H / K query heads. `dropout` is the share of attention weights left out.
+    """
+    tokens, keys, mask = q_BHTE.shape[2], k_BKSE.shape[2], visible.mask_B1TS
+    if visible.documents is not None:
+        return document_attention(q_BHTE, k_BKSE, v_BKSE, visible.documents, dropout)
+    if mask is None and 1 < tokens == keys:
+        return causal_attention(q_BHTE, k_BKSE, v_BKSE, dropout)
+    if mask is None and tokens > 1:
+        mask = q_BHTE.new_ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
+    grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
+    return F.scaled_dot_product_attention(q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
+
+
+def plain_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Visibility) -> Tensor:
+    """`attention` without dropout, as it is written in the papers: softmax of masked products."""
+    tokens, keys = q_BHTE.shape[2], k_BKSE.shape[2]
+    key_S = torch.arange(keys, device=q_BHTE.device)
+    query_T = key_S[keys - tokens :]
+    mask = key_S <= query_T[:, None]
+    if visible.documents is not None:
+        document_BT = (visible.documents.position_ids == 0).cumsum(1)
+        mask = (mask & (document_BT[:, :, None] == document_BT[:, None])).unsqueeze(1)
+    if visible.mask_B1TS is not None:
+        mask = visible.mask_B1TS
+    groups = q_BHTE.shape[1] // k_BKSE.shape[1]
+    k_BHSE, v_BHSE = k_BKSE.repeat_interleave(groups, 1), v_BKSE.repeat_interleave(groups, 1)
+    scores_BHTS = q_BHTE @ k_BHSE.mT / q_BHTE.shape[-1] ** 0.5
+    out: Tensor = scores_BHTS.masked_fill(~mask, -torch.inf).softmax(-1) @ v_BHSE
+    return out
+
+
+def padded_visibility(padding_B: Tensor, tokens: int, keys: int) -> tuple[Tensor, Tensor]:
+    """Positions [B, T] and mask [B, T, S] of the last `tokens` of `keys`, where rows begin with so much padding."""
+    key_S = torch.arange(keys, device=padding_B.device)
+    query_T, is_text_BS = key_S[-tokens:], key_S >= padding_B[:, None]
+    mask_BTS = (query_T[:, None] >= key_S) & is_text_BS[:, None]
+    mask_BTS |= query_T[:, None] == key_S  # padding sees itself: a row that saw nothing would be no numbers
+    return (query_T - padding_B[:, None]).clamp(min=0), mask_BTS
+
+
 def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents: Documents, dropout: float) -> Tensor:
     """Causal attention [B, H, T, E] inside each document: no query meets a key of another one.
 

@@ -20,7 +20,8 @@ from vectorclm.databench import prepare
 from vectorclm.evaluate import drawn
 from vectorclm.export import write_model_files
 from vectorclm.generate import generate, generate_batch
-from vectorclm.model import CausalLM, ModelConfig
+from vectorclm.model import CausalLM
+from vectorclm.model_config import ModelConfig
 from vectorclm.multiple_choice import Item, accuracies, read_items
 from vectorclm.runtime import Runtime
 

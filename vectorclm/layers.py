@@ -126,6 +126,16 @@ def rotate(x_BTHE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, out: Tensor | None 
     return turned.to(x_BTHE.dtype)
 
 
+def rotary_heads(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the common product [B, T, H + 2K, E] into queries, keys and values, the first two with rotary positions.
+
+    `heads` counts the heads of each. Rotary embeddings: Su et al., arXiv 2104.09864, section 3.4.2.
+    """
+    split: tuple[Tensor, Tensor, Tensor]
+    split = (Rotated.apply if by_hand() else rotated)(qkv_BTNE, cos_T1E, sin_T1E, heads)
+    return split
+
+
 def rotated(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The heads of queries, keys and values in a product, the first two rotated."""
     queries_and_keys, values = torch.split(qkv_BTNE, [heads[0] + heads[1], heads[2]], dim=2)
@@ -154,6 +164,25 @@ class Rotated(torch.autograd.Function):
         rotate(grad_k_BTKE, cos_T1E, -sin_T1E, out=keys)
         values.copy_(grad_v_BTKE)
         return grad_BTNE, None, None, None
+
+
+def swiglu_projection(x_BTD: Tensor, gate_up: Linear, down: Linear) -> Tensor:
+    """`down(silu(gate(x)) * up(x))` [B, T, D], the feed-forward half of a block (Shazeer, arXiv 2002.05202)."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # As two products: the gradient of one is pieced together from its halves, and reads them twice over.
+        gate_BTF, up_BTF = (F.linear(x_BTD, weight) for weight in gate_up.weight.chunk(2))
+        return down(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
+    gate_up_BTF = gate_up(x_BTD)
+    if not by_hand():
+        return down(swiglu(gate_up_BTF))  # type: ignore[no-any-return]
+    out: Tensor = GatedProjection.apply(gate_up_BTF, down.weight.to(gate_up_BTF.dtype))  # type: ignore[no-untyped-call]
+    return out
+
+
+def plain_swiglu_projection(x_BTD: Tensor, gate_up: Linear, down: Linear) -> Tensor:
+    """`swiglu_projection` as it is written in the paper."""
+    gate_BTF, up_BTF = (F.linear(x_BTD, weight) for weight in gate_up.weight.chunk(2))
+    return F.linear(F.silu(gate_BTF) * up_BTF, down.weight)
 
 
 def swiglu(gate_up_BTF: Tensor) -> Tensor:

@@ -9,76 +9,30 @@ Shape letters, used in names and docstrings throughout:
 import json
 import math
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vectorclm.attention import causal_attention
-from vectorclm.documents import Documents, document_attention
+from vectorclm.documents import Documents, Visibility, attention, padded_visibility
 from vectorclm.errors import DataError
 from vectorclm.layers import (
-    GatedProjection,
     Linear,
     RMSNorm,
-    Rotated,
     StackedLinear,
     autocast_dtype,
-    by_hand,
-    rotated,
+    rotary_heads,
     stack,
-    swiglu,
+    swiglu_projection,
     unstack,
 )
 from vectorclm.loss import IGNORE_INDEX, chunked_cross_entropy
+from vectorclm.model_config import ModelConfig, model_config, write_config
 from vectorclm.products import project
-from vectorclm.settings import Settings, validate
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
 
-
-class ModelConfig(Settings):
-    """The decoder's shape, in the names of Hugging Face's LlamaConfig."""
-
-    vocab_size: int = Field(ge=300, description="Rows of the embedding; equals the tokenizer's")
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0, description="Width of SwiGLU")
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0, description="Key/value heads; each serves a group of query heads")
-    head_dim: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0, le=2**20, description="The longest sequence, in tokens")
-    rope_theta: float = Field(10_000.0, gt=0)
-    rms_norm_eps: float = Field(1e-5, gt=0)
-    initializer_range: float = Field(0.02, gt=0)
-    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights")
-    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what each block adds to the residual")
-
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> Self:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings turn pairs")
-        return self
-
-    @property
-    def parameters(self) -> int:
-        """Trainable parameters, the tied embedding counted once."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
-        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        return self.vocab_size * self.hidden_size + self.num_hidden_layers * block + self.hidden_size
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Training FLOPs a token: 6 a parameter, and causal attention (PaLM, arXiv 2204.02311, appendix B)."""
-        attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
-        return 6.0 * self.parameters + attention
+Angles = tuple[Tensor, Tensor]  # cosines and sines [T, 1, E] or [B, T, 1, E] of the tokens' positions
 
 
 class KVCache:
@@ -120,39 +74,19 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
         self.dropout = config.attention_dropout
         queries, keys, values = (heads * config.head_dim for heads in self.heads)
         self.qkv_proj = StackedLinear(config.hidden_size, {"q_proj": queries, "k_proj": keys, "v_proj": values})
         self.o_proj = Linear(queries, config.hidden_size)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        cos_T1E: Tensor,
-        sin_T1E: Tensor,
-        cache: KVCache | None,
-        mask_B1TS: Tensor | None,
-        documents: Documents | None,
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles: Angles, visible: Visibility, cache: KVCache | None) -> Tensor:
         batch, tokens, _ = x_BTD.shape
         qkv_BTNE = self.qkv_proj(x_BTD).view(batch, tokens, sum(self.heads), -1)
-        turn = Rotated.apply if by_hand() else rotated
-        q_BTHE, k_BTKE, v_BTKE = turn(qkv_BTNE, cos_T1E, sin_T1E, self.heads)
+        q_BTHE, k_BTKE, v_BTKE = rotary_heads(qkv_BTNE, *angles, self.heads)
         q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         if cache is not None:
             k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
-            if tokens > 1 and cache.seen > 0:  # a chunk that does not begin with the first key
-                mask_B1TS = x_BTD.new_ones(tokens, k_BKSE.shape[2], dtype=torch.bool).tril(cache.seen)
-        dropout = self.dropout if self.training else 0.0
-        if documents is not None:
-            y_BHTE = document_attention(q_BHTE, k_BKSE, v_BKSE, documents, dropout)
-        elif mask_B1TS is None and tokens > 1:
-            y_BHTE = causal_attention(q_BHTE, k_BKSE, v_BKSE, dropout)
-        else:
-            y_BHTE = F.scaled_dot_product_attention(
-                q_BHTE, k_BKSE, v_BKSE, attn_mask=mask_B1TS, dropout_p=dropout, enable_gqa=self.grouped
-            )
+        y_BHTE = attention(q_BHTE, k_BKSE, v_BKSE, visible, self.dropout if self.training else 0.0)
         out: Tensor = self.o_proj(y_BHTE.transpose(1, 2).reshape(batch, tokens, -1))
         return out
 
@@ -167,16 +101,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            # As two products: the gradient of one is pieced together from its halves, and reads them twice over.
-            gate_BTF, up_BTF = (F.linear(x_BTD, weight) for weight in self.gate_up_proj.weight.chunk(2))
-            return self.down_proj(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
-        gate_up_BTF = self.gate_up_proj(x_BTD)
-        if not by_hand():
-            return self.down_proj(swiglu(gate_up_BTF))  # type: ignore[no-any-return]
-        weight_DF = self.down_proj.weight.to(gate_up_BTF.dtype)
-        out: Tensor = GatedProjection.apply(gate_up_BTF, weight_DF)  # type: ignore[no-untyped-call]
-        return out
+        return swiglu_projection(x_BTD, self.gate_up_proj, self.down_proj)
 
 
 class DecoderLayer(nn.Module):
@@ -190,17 +115,8 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.hidden_dropout
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        cos_T1E: Tensor,
-        sin_T1E: Tensor,
-        cache: KVCache | None,
-        mask_B1TS: Tensor | None,
-        documents: Documents | None,
-    ) -> Tensor:
-        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_T1E, sin_T1E, cache, mask_B1TS, documents)
-        x_BTD = x_BTD + self._drop(attended_BTD)
+    def forward(self, x_BTD: Tensor, angles: Angles, visible: Visibility, cache: KVCache | None) -> Tensor:
+        x_BTD = x_BTD + self._drop(self.self_attn(self.input_layernorm(x_BTD), angles, visible, cache))
         return x_BTD + self._drop(self.mlp(self.post_attention_layernorm(x_BTD)))
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
@@ -227,12 +143,14 @@ class Decoder(nn.Module):
         input_ids_BT: Tensor,
         cache: KVCache | None = None,
         position_ids_BT: Tensor | None = None,
-        mask_BTT: Tensor | None = None,
+        mask_BTS: Tensor | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Normalised hidden states [B, T, D]; without positions and a mask (true: is seen), of texts from their start.
+        """Normalised hidden states [B, T, D] of the tokens [B, T].
 
-        With `documents`, each of a window is a text of its own. A cache has positions and a mask of its own.
+        Positions count on from what the cache holds, and each token sees those before it. `position_ids_BT` [B, T] and
+        `mask_BTS` [B, T, S] (true: the key is seen) say otherwise. With `documents`, each of a window is a text of its
+        own; a cache is not for those.
         """
         start = cache.seen if cache is not None else 0
         end = start + input_ids_BT.shape[1]
@@ -240,12 +158,12 @@ class Decoder(nn.Module):
         x_BTD = x_BTD.to(autocast_dtype(x_BTD))  # the residual stream is most of what a step reads and writes
         if documents is not None:
             position_ids_BT = documents.position_ids
-        places = slice(start, end) if position_ids_BT is None else position_ids_BT
-        angles = torch.promote_types(x_BTD.dtype, torch.float32)  # of half precision there are too few
-        cos_T1E, sin_T1E = (table[places].unsqueeze(-2).to(angles) for table in (self.cos_SE, self.sin_SE))
-        mask_B1TT = None if mask_BTT is None else mask_BTT.unsqueeze(1)
+        positions = slice(start, end) if position_ids_BT is None else position_ids_BT
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)  # half precision has too few digits for an angle
+        cos_T1E, sin_T1E = (table[positions].unsqueeze(-2).to(wide) for table in (self.cos_SE, self.sin_SE))
+        visible = Visibility(documents, None if mask_BTS is None else mask_BTS.unsqueeze(1))
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_T1E, sin_T1E, cache, mask_B1TT, documents)
+            x_BTD = layer(x_BTD, (cos_T1E, sin_T1E), visible, cache)
         if cache is not None:
             cache.seen = end
         out: Tensor = self.norm(x_BTD)
@@ -301,12 +219,8 @@ class CausalLM(nn.Module):
         if padding_B is None:
             hidden: Tensor = self.model(input_ids, cache)
             return hidden
-        places_S = torch.arange(tokens, device=input_ids.device)
-        places_T, text_BS = places_S[-input_ids.shape[1] :], places_S >= padding_B[:, None]
-        seen_BTS = (places_T[:, None] >= places_S) & text_BS[:, None]
-        seen_BTS |= places_T[:, None] == places_S  # padding sees itself: a row that saw nothing would be no numbers
-        positions_BT = (places_T - padding_B[:, None]).clamp(min=0)
-        padded: Tensor = self.model(input_ids, cache, position_ids_BT=positions_BT, mask_BTT=seen_BTS)
+        positions_BT, mask_BTS = padded_visibility(padding_B, input_ids.shape[1], tokens)
+        padded: Tensor = self.model(input_ids, cache, position_ids_BT=positions_BT, mask_BTS=mask_BTS)
         return padded
 
     def loss(self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None) -> Tensor:
@@ -323,16 +237,18 @@ class CausalLM(nn.Module):
         """An empty cache for up to `length` tokens."""
         return KVCache(self.config, batch_size, length, self.model.embed_tokens.weight)
 
-    def save_pretrained(self, directory: Path) -> None:
+    def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors` as transformers reads them."""
+        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_config(self.config, directory)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
-    def from_pretrained(cls, directory: Path) -> "CausalLM":
+    def from_pretrained(cls, directory: str | Path) -> "CausalLM":
         """The model in a Hugging Face directory. Raises DataError where it is none, or not a Llama of this kind."""
+        directory = Path(directory)
         weights = directory / "model.safetensors"
         try:
             raw = json.loads((directory / "config.json").read_text())
@@ -351,43 +267,3 @@ class CausalLM(nn.Module):
         except RuntimeError as error:
             raise DataError(f"{weights} does not fit its config.json: {error}") from error
         return model
-
-
-def write_config(config: ModelConfig, directory: Path) -> None:
-    """Write `config.json` as transformers reads it."""
-    (directory / "config.json").write_text(json.dumps(hugging_face_config(config), indent=2) + "\n")
-
-
-def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
-    """`config.json` for transformers' LlamaForCausalLM."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **config.model_dump(),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": PAD_ID,
-        "use_cache": True,
-    }
-
-
-def model_config(raw: Any, where: str) -> ModelConfig:
-    """Our part of a `config.json`. Raises DataError where the file describes another architecture."""
-    if not isinstance(raw, dict) or raw.get("model_type") != "llama" or not raw.get("tie_word_embeddings", False):
-        raise DataError(f"{where}: only Llama models with tied embeddings can be opened here")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    ours = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
-    other = [f"{key} = {raw[key]!r}" for key, value in ours.items() if raw.get(key, value) != value]
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        other.append(f"scaled positions ({kind})")
-    if other:
-        raise DataError(f"{where}: this model computes something else than we do: {', '.join(other)}")
-    known = {name: raw[name] for name in ModelConfig.model_fields if name in raw}
-    if "rope_theta" in rope:
-        known["rope_theta"] = rope["rope_theta"]
-    return validate(ModelConfig, known, where)

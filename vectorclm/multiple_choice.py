@@ -126,7 +126,7 @@ def _tree_scores(model: CausalLM, trees: Sequence[Tree], device: torch.device) -
     branches_BT = padded((tree.branches for tree in trees), -2)  # padding is a branch of its own
     seen_BTT = (branches_BT[:, None] == -1) | (branches_BT[:, None] == branches_BT[:, :, None])
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-        hidden_BTD = model.model(ids_BT, position_ids_BT=positions_BT, mask_BTT=seen_BTT.tril())
+        hidden_BTD = model.model(ids_BT, position_ids_BT=positions_BT, mask_BTS=seen_BTT.tril())
     scored = [
         (row, place, target)
         for row, tree in enumerate(trees)

@@ -14,7 +14,6 @@ from vectorclm.benchmarks import check_tasks
 from vectorclm.chat_shards import ChatSource
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus import (
-    WORLD,
     BenchmarkSource,
     Source,
     TextSource,
@@ -191,7 +190,7 @@ class _Pinner:
 
     def _revision(self, source: Source) -> str | None:
         """The revision of a source; None where the mirror lacks it."""
-        if source.path == WORLD:
+        if source.is_generated:
             if self.world is None:
                 raise ConfigError(f"{describe(source)} reads the generated world, but there is no [world]")
             found = f"sha256:{digest(world_rows(self.world, source.name or ''))}"

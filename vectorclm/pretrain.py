@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from vectorclm.artifact import Artifact
 from vectorclm.errors import ConfigError
-from vectorclm.model import CausalLM, ModelConfig
+from vectorclm.model import CausalLM
+from vectorclm.model_config import ModelConfig
 from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch, WhenExhausted, in_words, windows_per_block
 from vectorclm.settings import Settings
 from vectorclm.shard_reader import open_shards

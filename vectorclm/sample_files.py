@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vectorclm.artifact import Artifact
 from vectorclm.errors import DataError
-from vectorclm.mirror import read_parquet
+from vectorclm.file_formats import read_parquet
 
 
 class SampleFiles:

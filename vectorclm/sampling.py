@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from vectorclm.corpus import SampleConfig, TextSource, describe, is_remote, read_batches
 from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import DataError
-from vectorclm.mirror import Batch
+from vectorclm.file_formats import Batch
 from vectorclm.progress import Progress
 from vectorclm.world import WorldConfig
 

@@ -6,7 +6,6 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from vectorclm.config import EXPERIMENTS, ExperimentConfig, read_config
-from vectorclm.corpus import WORLD
 from vectorclm.errors import ConfigError
 from vectorclm.evaluate import Questions
 from vectorclm.settings import validate
@@ -28,7 +27,7 @@ class Suite(Questions):
     def _is_whole(self) -> Self:
         if not self.tasks and self.experiment is None:
             raise ValueError("a suite needs [[tasks]]")
-        if self.world is None and (lost := [task.label for task in self.tasks if task.path == WORLD]):
+        if self.world is None and (lost := [task.label for task in self.tasks if task.is_generated]):
             raise ValueError(f"{', '.join(lost)} read the generated world, which only an experiment has")
         return self
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vectorclm.bench import Row, Side, bounded, compared, in_turns, reached
 from vectorclm.config import load_experiment
-from vectorclm.model import CausalLM, ModelConfig, hugging_face_config
+from vectorclm.model import CausalLM
+from vectorclm.model_config import ModelConfig, hugging_face_config
 from vectorclm.muon import OptimizerConfig, build_optimizers
 from vectorclm.products import product
 from vectorclm.runtime import Runtime
