@@ -30,7 +30,7 @@ from flows.placement import run_in_pool
 from flows.report import report
 from flows.server import local_folder
 from flows.tracking import Tracker
-from vectorclm.artifact import Artifact, Store
+from vectorclm.artifact import Artifact, Store, rebuilt_because
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError, VectorCLMError
 from vectorclm.lineage import lineage
@@ -165,8 +165,8 @@ class Stages:
             logger.warning("no report: %s: %s", type(error).__name__, error)
 
     def _run(self, name: str) -> State[Handle]:
-        plan, began = self.plans[name], time.monotonic()
-        found = self.store.find_whole(plan)
+        began = time.monotonic()
+        found = self._found(name)
         if found is not None and name not in self.again:
             self.tracker.reused(name, found)
             logger.info("%s reused", name)
@@ -185,6 +185,16 @@ class Stages:
         for line in told(name, artifact.summary):
             logger.info("%s", line)
         return Completed(message=f"built {artifact.uri} in {duration(handle['seconds'])}", data=handle)
+
+    def _found(self, name: str) -> Artifact | None:
+        """The artifact of a stage, or None, also where it is damaged, so that it is made again."""
+        plan = self.plans[name]
+        try:
+            return self.store.find(plan.stage, plan.fingerprint)
+        except CorruptArtifactError as error:
+            if name in TORCH_STAGES or self.runtime.placement == "pools":  # the other process warns in its own log
+                logger.warning("%s", rebuilt_because(plan, error))
+            return None
 
     def _here(self, name: str) -> Artifact:
         """Make the artifact on this machine, seen in MLflow and Prefect."""

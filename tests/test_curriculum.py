@@ -285,6 +285,26 @@ def test_a_failing_stage_is_named_and_what_was_finished_is_kept(first: SimpleNam
     assert "sample reused" in done.stderr
 
 
+def test_what_is_damaged_is_made_again_with_one_warning_each(first: SimpleNamespace) -> None:
+    place = {name: Path(stage["uri"]) for name, stage in first.result["stages"].items()}
+    damaged = {
+        "sample": next(place["sample"].rglob("*.parquet")),
+        "tokenizer": place["tokenizer"] / "tokenizer.json",
+        "pretrain": place["pretrain"] / "model.safetensors",
+        "export": place["export"] / "chat" / "README.md",
+    }
+    before = {name: file.read_bytes() for name, file in damaged.items()}
+    damaged["export"].unlink()
+    for name in ("sample", "tokenizer", "pretrain"):
+        os.truncate(damaged[name], 100 if name == "pretrain" else 0)
+    done = first.run()
+    assert states(done) == {name: "built" if name in damaged else "reused" for name in STAGES}
+    assert {name: file.read_bytes() for name, file in damaged.items()} == before
+    for name, file in damaged.items():
+        (line,) = [line for line in done.stderr.splitlines() if f"{name} is built again now" in line]
+        assert file.name in line
+
+
 def test_an_unknown_key_names_its_neighbours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["run", "tiny", "--store", str(tmp_path), "--set", "finetune.epoch=1.0"]) == 2
     said = capsys.readouterr().err

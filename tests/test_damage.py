@@ -220,7 +220,7 @@ def test_a_model_with_a_wrong_bit_is_used_by_no_command(
     made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VECTORCLM_API_KEY", "key")
+    monkeypatch.setenv("VECTORCLM_API_KEY", "of-the-tests-0123456789")
     text, runtime = tmp_path / "text.txt", tmp_path / "runtime.json"
     text.write_text("The otter swims by the lake.")
     runtime.write_text('{"threads": 1}')

@@ -115,12 +115,16 @@ def test_a_foreign_store_cannot_borrow_the_scores_of_another_model(
     shutil.copyfile(Path(made.uris["pretrain"]) / "model.safetensors", tmp_path / key / "model.safetensors")
     done = evaluate(f"file://{tmp_path / key}", *options)
     assert done.code == 2 and "model.safetensors: SHA-256 is" in done.err and "reused" not in done.out
-    (tmp_path / key / "tokenizer_config.json").write_text('{"eos_token": "x"}')
-    with pytest.raises(CorruptArtifactError, match=r"tokenizer_config\.json is not what the manifest promises"):
-        find_model(f"file://{tmp_path / key}")
-    (tmp_path / key / "tokenizer_config.json").write_text('{"eos_token": {}}')
+    shutil.copyfile(Path(made.uris["finetune"]) / "model.safetensors", tmp_path / key / "model.safetensors")
+    config = (tmp_path / key / "tokenizer_config.json").read_text()
+    (tmp_path / key / "tokenizer_config.json").write_text(config.replace("im_end", "xx_end"))
+    for address in (f"file://{tmp_path / key}", str(tmp_path / key)):
+        with pytest.raises(CorruptArtifactError, match=r"tokenizer_config\.json is not what the manifest promises"):
+            find_model(address)
+    shutil.copytree(made.uris["finetune"], tmp_path / "plain")
+    (tmp_path / "plain" / "tokenizer_config.json").write_text('{"eos_token": {}}')
     with pytest.raises(DataError, match="names no eos_token"):
-        find_model(str(tmp_path / key))
+        find_model(str(tmp_path / "plain"))
 
 
 def test_held_out_text_is_scored_as_a_whole_with_its_error(made: SimpleNamespace, evaluate: Evaluate) -> None:

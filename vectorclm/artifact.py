@@ -256,6 +256,11 @@ class Store(Storage):
         return cache_folder() / "work" / digest(self.uri)[:12]  # each store its own, as their leases are apart, too
 
 
+def rebuilt_because(plan: Plan, error: CorruptArtifactError) -> str:
+    """The warning that an artifact which `find` refuses is built again."""
+    return f"{str(error).removesuffix(': run its stage again')}; {plan.stage} is built again now"
+
+
 def build(
     store: Store,
     plan: Plan,
@@ -277,7 +282,7 @@ def build(
             if (found := store.find(plan.stage, plan.fingerprint)) is not None:
                 return found, True
         except CorruptArtifactError as error:
-            logger.warning("%s; %s is built again now", str(error).removesuffix(": run its stage again"), plan.stage)
+            logger.warning("%s", rebuilt_because(plan, error))
             lease.check()
             store.discard(plan.stage, plan.fingerprint)
         with attempt_folder(store.work_folder(plan, work_dir)) as work:
