@@ -19,26 +19,30 @@ from typing import Annotated, Any, get_args
 from cyclopts import Parameter
 from rich.console import Console
 
-from flows import lineage, report
-from flows.benches import bench_app
+from flows.bench.cli import bench_app
 from flows.form import Name
-from flows.server import PrivateServer, has_own_server, local_folder, prefect_server
+from flows.net import has_own_server
+from flows.paths import local_folder
+from flows.platform.prefect_server import PrivateServer, prefect_server
+from flows.reports import lineage_cli, report
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
+from flows.tracking import lookup
 from vectorclm.__main__ import MODEL_COMMANDS
-from vectorclm.artifact import Artifact, Store, default_store
 from vectorclm.command_line import LOCAL_STORE, Json, Place, Setting, StoreUri, explain, new_app, parse, run
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import ConfigError, VectorCLMError
-from vectorclm.housekeeping import store_app
+from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.model_commands import MODELS, ServeOptions, evaluate, models, serve
-from vectorclm.pinning import check_sources, pin
-from vectorclm.progress import bars
-from vectorclm.runtime import Runtime
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.progress import bars
 from vectorclm.settings import validate
 from vectorclm.stage_commands import add_stages, chosen, load_runtime
-from vectorclm.stages import STAGES, StageName, plans
+from vectorclm.stages import plans
+from vectorclm.store.artifact import Artifact, Store, default_store
+from vectorclm.store.commands import store_app
+from vectorclm.store.layout import STAGES, StageName
 
-PROGRESS = {"vectorclm.progress": logging.INFO}
+PROGRESS = {"vectorclm.runtime.progress": logging.INFO}
 TOLD = {
     "flows": logging.INFO,
     "vectorclm": logging.WARNING,
@@ -67,7 +71,7 @@ class PlatformOptions:
 
     def config(self) -> Any:
         """The platform's settings: these options over the environment over the file."""
-        from flows.platform import read_platform
+        from flows.platform.config import read_platform
 
         ports = {"prefect_port": self.prefect_port, "mlflow_port": self.mlflow_port}
         return read_platform(self.env_file, vectorclm_store=self.store, **ports)
@@ -104,7 +108,7 @@ def run_experiment(
 @app.command(help_epilogue="Example: vectorclm up --store ./store")
 def up(*, platform: PlatformOptions = PlatformOptions()) -> None:
     """Start the platform: Prefect server, MLflow, workers, deployments with run forms."""
-    from flows import doctor as parts
+    from flows.platform import doctor as parts
 
     config, console = platform.config(), Console()
     with parts.alone(config, console, starts=True):
@@ -114,7 +118,7 @@ def up(*, platform: PlatformOptions = PlatformOptions()) -> None:
 @app.command(help_epilogue="Example: vectorclm down")
 def down(*, platform: PlatformOptions = PlatformOptions()) -> None:
     """Stop the platform; `vectorclm up` goes on from there."""
-    from flows import doctor as parts
+    from flows.platform import doctor as parts
 
     config, console = platform.config(), Console()
     with parts.alone(config, console, starts=False):
@@ -124,7 +128,7 @@ def down(*, platform: PlatformOptions = PlatformOptions()) -> None:
 @app.command(help_epilogue="Example: vectorclm doctor")
 def doctor(*, platform: PlatformOptions = PlatformOptions()) -> int:
     """Look at every part of the platform, and repair what can be repaired; exit code 1 where something is left."""
-    from flows import doctor as parts
+    from flows.platform import doctor as parts
 
     config, console = platform.config(), Console()
     with parts.alone(config, console, starts=False):
@@ -143,11 +147,11 @@ def retry(
     settings: Setting = (),
 ) -> None:
     """Run a curriculum once more with other settings, or build finished stages again and compare."""
-    from flows.doctor import point_at
+    from flows.platform.doctor import point_at
 
     config = platform.config()
     point_at(config)
-    from flows.retry import retry as start
+    from flows.platform.retry import retry as start
 
     run_id = start(run, again_from, list(settings))
     Console().print(f"{config.prefect_url}/runs/flow-run/{run_id}", highlight=False, soft_wrap=True)
@@ -168,7 +172,7 @@ def promote(
     ] = (),
 ) -> int:
     """Make a registered model the champion, where it beats the present one by more than the noise."""
-    from flows.promotion import promote as move_alias
+    from flows.tracking.promotion import promote as move_alias
 
     return move_alias(model, list(task), Store(store), Console())
 
@@ -184,7 +188,7 @@ def show_lineage(
     json: Json = False,
 ) -> int:
     """Print where a model comes from, back to the sources."""
-    return lineage.print_lineage(model, Store(store), verify=verify, diff=diff, as_json=json)
+    return lineage_cli.print_lineage(model, Store(store), verify=verify, diff=diff, as_json=json)
 
 
 @app.command(name="report", help_epilogue="Example: vectorclm report MODEL --out report.html")
@@ -252,16 +256,16 @@ def _registered(address: str, store: str) -> str:
     """Where the files of a registered model are; any other address as it stands."""
     if not address.startswith("models:/"):
         return address
-    from flows.registry import Registry
+    from flows.tracking.registry import Registry
 
     return Registry(Store(store)).find(address).address
 
 
 def _record(address: str, scores: Artifact, store: Store) -> None:
     """Tell MLflow, where there is one, what a model scored that it knows."""
-    if not lineage.has_record(store):
+    if not lookup.has_record(store):
         return
-    from flows.registry import Registry, RegistryError
+    from flows.tracking.registry import Registry, RegistryError
 
     try:
         page = Registry(store).record_by_hand(address, scores)
@@ -294,7 +298,7 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
         for note in notes:
             console.print(note, style="yellow", highlight=False)
         handles = _curriculum(experiment, runtime, store, options, console, server)
-    from flows.summary import Summary, as_line
+    from flows.reports.summary import Summary, as_line
 
     summary = Summary(experiment, store, handles)
     if options.json:
@@ -304,7 +308,7 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
 
 
 def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, options: RunOptions) -> None:
-    from flows.budget import budget, known_windows, show
+    from flows.reports.cost_estimate import budget, known_windows, show
 
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
     made = plans(pinned)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.stages import Handle, Stages
+from flows.execution.stage_tasks import Stages
+from flows.handle import Handle
 from vectorclm.config import ExperimentConfig
-from vectorclm.runtime import Runtime
+from vectorclm.runtime.devices import Runtime
 
 
 @flow(name="curriculum", flow_run_name="{experiment.name}", persist_result=False)

@@ -19,21 +19,23 @@ from prefect.states import Completed
 from pydantic import Field
 
 from flows.deployments import opened_store
+from flows.execution.launch import Launcher
+from flows.execution.progress import live, show_waiting
+from flows.execution.stage_tasks import RETRY_DELAY, may_help
+from flows.execution.watch import watched
 from flows.form import SuiteName
-from flows.launch import Launcher
-from flows.live import live, show_waiting
-from flows.provision import FELL
-from flows.registry import SHOWN, Registry, RegistryError, Result, Subject
-from flows.server import local_folder
-from flows.stages import RETRY_DELAY, may_help
-from flows.watch import watched
-from vectorclm.addresses import Model, find_model
-from vectorclm.artifact import Artifact, Plan, Store
+from flows.handle import FELL
+from flows.paths import local_folder
+from flows.tracking.registry import SHOWN, Registry, RegistryError, Result, Subject
+from vectorclm.comparison.measurement import Limits, left_out, measure_plan
+from vectorclm.config import load_suite
 from vectorclm.errors import StoreError
-from vectorclm.measure import STAGE, Change, Limits, changes, figures, left_out, measure_plan
-from vectorclm.pinning import pin_suite
-from vectorclm.runtime import Runtime
-from vectorclm.suite import load_suite
+from vectorclm.evaluation.statistics import Change, changes, figures
+from vectorclm.lineage.pinning import pin_suite
+from vectorclm.runtime.devices import Runtime
+from vectorclm.store.artifact import Artifact, Plan, Store
+from vectorclm.store.layout import STAGE
+from vectorclm.store.model_ref import Model, find_model
 
 Address = Annotated[str, Field(pattern=r"^(models:/[^/@:]+(@[^/@]+|/[0-9]+)|/.+|[a-z0-9]+://[^@]+)$")]
 

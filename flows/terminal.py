@@ -11,7 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from vectorclm.progress import Tick
+from vectorclm.runtime.progress import Tick
 
 REPORT_SECONDS = 30
 END_SECONDS = 25  # after Ctrl-C; a stage in the middle of a library's call cannot be asked to stop

@@ -31,14 +31,15 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import AwaitingRetry
 
 from flows.form import Changes, chosen
-from flows.platform import PlatformConfig, read_platform
-from flows.service import Service
-from vectorclm.artifact import Plan, Store
+from flows.platform.config import PlatformConfig, read_platform
+from flows.platform.process import Service
 from vectorclm.config import ExperimentConfig
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import validate
-from vectorclm.stages import STAGES, plans, run_stage
+from vectorclm.stages import plans, run_stage
+from vectorclm.store.artifact import Plan, Store
+from vectorclm.store.layout import STAGES
 
 PARTS = ("flow", "child", "worker", "worker and flow", "server", "database", "MLflow", "worker of the GPU")
 SETTINGS: dict[str, Any] = {

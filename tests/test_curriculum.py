@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import main
-from flows.launch import (
+from flows.execution.launch import (
     Launcher,
     StageCancelledError,
     StageFailedError,
@@ -30,15 +30,17 @@ from flows.launch import (
     device_names,
     dying_with_parent,
 )
-from flows.server import answers, prefect_server
+from flows.net import answers
+from flows.platform.prefect_server import prefect_server
 from tests.test_pages import README, fenced
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, DataError, StoreError
-from vectorclm.instructions import PARTS
-from vectorclm.lineage import TITLES
-from vectorclm.pinning import pin
-from vectorclm.plan import in_words
-from vectorclm.stages import STAGES, TRAININGS, plans
+from vectorclm.evaluation.instruction_checks import PARTS
+from vectorclm.lineage.chain import TITLES
+from vectorclm.lineage.pinning import pin
+from vectorclm.shards.order import in_words
+from vectorclm.stages import TRAININGS, plans
+from vectorclm.store.layout import STAGES
 
 SHRUNK = {
     "name": "mini",

@@ -10,12 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.conftest import PROCESSES, publish_shards
-from vectorclm.dataset import StreamingLanguageModelDataset
-from vectorclm.documents import document_labels, position_ids
-from vectorclm.loss import IGNORE_INDEX
-from vectorclm.plan import CurriculumPlan, Stretch
-from vectorclm.shard_reader import ShardReader, open_shards
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID
+from vectorclm.dataset import StreamingLanguageModelDataset, document_labels, position_ids
+from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.shards.order import CurriculumPlan, Stretch
+from vectorclm.shards.reader import ShardReader, open_shards
+from vectorclm.tokenizer import BOS_ID, EOS_ID
 
 SIZES = {"a": 3000, "b": 900}
 

@@ -16,38 +16,28 @@ import torch
 
 from flows.cli import main as vectorclm
 from flows.evaluations import table
-from flows.registry import Registry, Result
-from flows.report import report
+from flows.reports.report import report
+from flows.tracking.registry import Registry, Result
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
-from vectorclm.addresses import find_model, whole
-from vectorclm.artifact import Store
-from vectorclm.bits_per_byte import text_scores
-from vectorclm.compare import OWN_SUITE, common_results, compare
-from vectorclm.config import override
-from vectorclm.curves import curves_of
+from vectorclm.comparison.compare import OWN_SUITE, common_results, compare
+from vectorclm.comparison.curves import curves_of
+from vectorclm.comparison.measurement import Limits, left_out, measure_plan, training_text
+from vectorclm.config import Suite, override
+from vectorclm.corpus.sample_reader import read_texts
+from vectorclm.corpus.synthetic_world import rows as world_rows
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
-from vectorclm.items import ratio
-from vectorclm.lineage import lineage, trained_on
-from vectorclm.measure import (
-    Change,
-    Figure,
-    Limits,
-    changes,
-    figures,
-    left_out,
-    measure_plan,
-    training_text,
-)
+from vectorclm.evaluation.bits_per_byte import text_scores
+from vectorclm.evaluation.multiple_choice import read_items
+from vectorclm.evaluation.statistics import Change, Figure, changes, figures, ratio
+from vectorclm.lineage.chain import lineage, trained_on
+from vectorclm.lineage.pinning import pin
 from vectorclm.model import CausalLM
-from vectorclm.multiple_choice import read_items
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
-from vectorclm.sample_files import read_texts
+from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans, run_stage
-from vectorclm.suite import Suite
-from vectorclm.train_tokenizer import encode, load_tokenizer
-from vectorclm.world import rows as world_rows
+from vectorclm.store.artifact import Store
+from vectorclm.store.model_ref import find_model, whole
+from vectorclm.tokenizer import encode, load_tokenizer
 
 STAGES_OF_SCORES = ("evaluate_base", "evaluate")
 STAGES = ("sample", "tokenizer", "shards", "chat_shards", "pretrain", "finetune")
@@ -228,7 +218,7 @@ def test_what_training_repeats_is_counted_beside_the_score(
     assert set(read_texts(Path(made.uris["sample"]) / "stories", "train")) <= set(texts)
     assert sum("assistant\n" in text for text in texts) > 20  # the conversations, in windows
     question = read_items(made.suite.evaluate.tasks[0], world_rows(made.suite.world, "questions"), 1)[0]
-    monkeypatch.setattr("vectorclm.measure.training_text", lambda *_: iter([question.context.encode()]))
+    monkeypatch.setattr("vectorclm.comparison.measurement.training_text", lambda *_: iter([question.context.encode()]))
     again = evaluate.scores(made.uris["pretrain"], "--items", "400")
     task, rows = again["scores"]["tasks"]["world"], pq.read_table(Path(again["uri"]) / "items.parquet").to_pylist()
     assert task["contaminated"] == sum(bool(row["contaminated"]) for row in rows) > 0

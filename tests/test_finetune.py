@@ -15,17 +15,17 @@ from transformers import AutoTokenizer
 
 from tests.conftest import write_tokenizer
 from tests.test_model import CONFIG
-from vectorclm.chat_shards import ChatConfig, ChatSource, told, write_chat_shards
-from vectorclm.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
-from vectorclm.corpus import open_source
+from vectorclm.corpus.decontamination import Benchmarks
+from vectorclm.corpus.sources import open_source
 from vectorclm.dataset import Batch, to_batch
-from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import DataError
-from vectorclm.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
-from vectorclm.shards import read_windows
+from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.shards.chat_writer import ChatConfig, ChatSource, told, write_chat_shards
+from vectorclm.shards.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
+from vectorclm.shards.writer import read_windows
+from vectorclm.tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
 from vectorclm.train import train_step
-from vectorclm.train_tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
 
 CONVERSATION = [
     Turn("system", "Be kind."),

@@ -16,10 +16,10 @@ from flows.cli import main
 from tests.test_curriculum import SHRUNK, states
 from tests.test_pages import README, fenced
 from vectorclm.config import load_experiment
-from vectorclm.sample_files import read_texts
-from vectorclm.stages import STAGES
-from vectorclm.world import WorldConfig
-from vectorclm.world import rows as rows_of
+from vectorclm.corpus.sample_reader import read_texts
+from vectorclm.corpus.synthetic_world import WorldConfig
+from vectorclm.corpus.synthetic_world import rows as rows_of
+from vectorclm.store.layout import STAGES
 
 # Where the system lets users take the network away, all but the loopback's is.
 APART = ["unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]

@@ -23,13 +23,13 @@ from packaging.utils import canonicalize_name
 
 import tests.kill_matrix
 import vectorclm.__main__ as core
-from flows import cli, deployments, provision
-from vectorclm.block_sources import Patience
+from flows import cli, handle
+from flows.platform import provision
 from vectorclm.command_line import parse
-from vectorclm.config import EXPERIMENTS, load_experiment
+from vectorclm.config import EXPERIMENTS, load_experiment, load_suite
 from vectorclm.errors import ConfigError
-from vectorclm.items import DRAWS, LEAST
-from vectorclm.suite import load_suite
+from vectorclm.evaluation.statistics import DRAWS, LEAST
+from vectorclm.shards.block_readers import Patience
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -230,7 +230,7 @@ def test_numbers_in_the_text_are_those_of_the_code() -> None:
     small, _ = load_experiment("small")
     base, _ = load_experiment("base")
     text = " ".join(README.split())
-    rescues = {2: "twice"}[deployments.MAX_RESCUES]
+    rescues = {2: "twice"}[handle.MAX_RESCUES]
     for said in (
         f"{WORDS[len(load_suite('standard')[0].tasks)]} benchmarks",
         f"`small` and `base` are evaluated by {WORDS[len(small.evaluate.tasks)]} of them",

@@ -16,20 +16,20 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.summary import Summary
+from flows.reports.summary import Summary
 from tests.conftest import llama_cpp
 from tests.test_pages import README, fenced
-from vectorclm.addresses import find_model
-from vectorclm.artifact import Store
+from vectorclm.bench.gguf import greedy_differences
 from vectorclm.config import load_experiment
-from vectorclm.conversations import Turn, render_prompt
-from vectorclm.generate import answer, answer_text, generate
-from vectorclm.gguf_export import export_gguf
-from vectorclm.ggufbench import greedy_differences
+from vectorclm.corpus.synthetic_world import held_out_prompts, rows, texts, word_frequency_baseline
+from vectorclm.evaluation.multiple_choice import read_items, task_scores
+from vectorclm.export.gguf import export_gguf
+from vectorclm.inference.generate import answer, answer_text, generate
 from vectorclm.model import CausalLM
-from vectorclm.multiple_choice import read_items, task_scores
-from vectorclm.train_tokenizer import BOS_ID, encode, load_tokenizer
-from vectorclm.world import held_out_prompts, rows, texts, word_frequency_baseline
+from vectorclm.shards.conversations import Turn, render_prompt
+from vectorclm.store.artifact import Store
+from vectorclm.store.model_ref import find_model
+from vectorclm.tokenizer import BOS_ID, encode, load_tokenizer
 
 EXPERIMENT, _ = load_experiment("tiny")
 assert EXPERIMENT.world is not None

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 from tests.test_model import CONFIG
 from vectorclm.dataset import Batch
 from vectorclm.errors import DivergedError
-from vectorclm.loss import IGNORE_INDEX
-from vectorclm.metrics import DIVERGED_STEPS, SPIKE_STEPS, Metrics, is_divergence, is_spike
 from vectorclm.model import CausalLM
-from vectorclm.muon import OptimizerConfig, build_optimizers
+from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.train import train_step
+from vectorclm.training.metrics import DIVERGED_STEPS, SPIKE_STEPS, Metrics, is_divergence, is_spike
+from vectorclm.training.muon import OptimizerConfig, build_optimizers
 
 IDS = torch.randint(5, CONFIG.vocab_size, (6, 32), generator=torch.Generator().manual_seed(3))
 

@@ -15,30 +15,26 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
 from tests.conftest import write_sample_text
-from vectorclm.conversations import Turn, render, render_prompt
-from vectorclm.corpus import SampleConfig, TextSource
+from vectorclm.corpus.sampler import write_sample
+from vectorclm.corpus.sources import SampleConfig, TextSource
 from vectorclm.errors import ConfigError, DataError, PreemptedError
-from vectorclm.library_calls import ending, interruptibly
-from vectorclm.preemption import ENDED
-from vectorclm.sampling import write_sample
-from vectorclm.shards import ShardsConfig, write_shards
-from vectorclm.train_tokenizer import (
+from vectorclm.runtime.library_calls import ending, interruptibly
+from vectorclm.runtime.preemption import ENDED
+from vectorclm.shards.conversations import Turn, render, render_prompt
+from vectorclm.shards.writer import ShardsConfig, write_shards
+from vectorclm.tokenizer import (
     BOS,
     BOS_ID,
     IM_END,
     IM_END_ID,
     IM_START_ID,
     LONG_TEXT,
-    LONGEST,
     SPECIAL_TOKENS,
-    TokenizerConfig,
-    _kind,
     encode,
-    learn,
     load_tokenizer,
     token_lengths,
-    train_tokenizer,
 )
+from vectorclm.train_tokenizer import LONGEST, TokenizerConfig, _kind, learn, train_tokenizer
 
 STRINGS = [
     "",
@@ -212,8 +208,8 @@ LEARNS_FOR_LONG = """
 import random, signal, sys
 from pathlib import Path
 from tests.conftest import write_sample_text
-from vectorclm.preemption import preemption
-from vectorclm.progress import json_lines
+from vectorclm.runtime.preemption import preemption
+from vectorclm.runtime.progress import json_lines
 from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
 
 folder = Path(sys.argv[1])

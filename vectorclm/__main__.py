@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from vectorclm.command_line import explain, new_app, parse, run
 from vectorclm.errors import VectorCLMError
-from vectorclm.housekeeping import store_app
 from vectorclm.model_commands import chat, compare, evaluate, export, models, serve
-from vectorclm.preemption import ENDED
+from vectorclm.runtime.preemption import ENDED
 from vectorclm.stage_commands import add_stages
-from vectorclm.stages import STAGES
+from vectorclm.store.commands import store_app
+from vectorclm.store.layout import STAGES
 
 MODEL_COMMANDS = (evaluate, export, compare, chat, serve)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import Field
 
-from vectorclm.artifact import Artifact
 from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
-from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch
-from vectorclm.shard_reader import ShardReader, open_shards
+from vectorclm.shards.order import MIX_BLOCK, CurriculumPlan, Stretch
+from vectorclm.shards.reader import ShardReader, open_shards
+from vectorclm.store.artifact import Artifact
 from vectorclm.train import TrainConfig, Work, own_share, train
 
 logger = logging.getLogger(__name__)

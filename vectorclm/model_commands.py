@@ -11,24 +11,25 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import Field
 
-from vectorclm import progress
-from vectorclm.addresses import find_model
-from vectorclm.artifact import Artifact, Store
-from vectorclm.bits_per_byte import text_scores
-from vectorclm.chat import Conversation, open_chat_model, talk
 from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
-from vectorclm.compare import print_comparison
-from vectorclm.curves import measure_checkpoints, write_curves
+from vectorclm.comparison.compare import print_comparison
+from vectorclm.comparison.curves import measure_checkpoints, write_curves
+from vectorclm.comparison.measurement import Limits, left_out, measure, measure_plan, not_run
+from vectorclm.config import Suite, load_suite
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import open_model
-from vectorclm.generate import Sampling
-from vectorclm.gguf_export import export_gguf
-from vectorclm.llama_cpp import LlamaCpp
-from vectorclm.measure import Limits, figures, left_out, measure, measure_plan, not_run
-from vectorclm.pinning import pin, pin_suite
-from vectorclm.runtime import Runtime
+from vectorclm.evaluation.bits_per_byte import text_scores
+from vectorclm.evaluation.statistics import figures
+from vectorclm.export.gguf import export_gguf
+from vectorclm.export.llama_cpp import LlamaCpp
+from vectorclm.inference.chat import Conversation, open_chat_model, talk
+from vectorclm.inference.generate import Sampling
+from vectorclm.inference.load import open_model
+from vectorclm.lineage.pinning import pin, pin_suite
+from vectorclm.runtime import progress
+from vectorclm.runtime.devices import Runtime
 from vectorclm.stage_commands import StageOptions, build_stage, chosen, load_runtime
-from vectorclm.suite import Suite, load_suite
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.model_ref import find_model
 
 MODELS = "a folder, <store>/<stage>/<fingerprint>, or the beginning of one such as finetune/7fa0"
 models = new_app("models", "Models: score, export, compare, talk.")
@@ -189,7 +190,7 @@ def serve(
     model: Annotated[str, Parameter(help=f"A chat model: {MODELS}")], /, *, options: ServeOptions = ServeOptions()
 ) -> None:
     """Serve a model as OpenAI's API does, with a page that chats."""
-    from vectorclm.serve import serve as start_server
+    from vectorclm.inference.serve import serve as start_server
 
     start_server(model, load_runtime(options.runtime), options.host, options.port, options.name)
 

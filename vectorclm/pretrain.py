@@ -7,13 +7,13 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from vectorclm.artifact import Artifact
 from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
-from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch, WhenExhausted, in_words, windows_per_block
 from vectorclm.settings import Settings
-from vectorclm.shard_reader import open_shards
+from vectorclm.shards.order import MIX_BLOCK, CurriculumPlan, Stretch, WhenExhausted, in_words, windows_per_block
+from vectorclm.shards.reader import open_shards
+from vectorclm.store.artifact import Artifact
 from vectorclm.train import TrainConfig, Work, own_share, train
 
 logger = logging.getLogger(__name__)

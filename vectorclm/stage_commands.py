@@ -10,17 +10,17 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from vectorclm import progress
-from vectorclm.artifact import Store
 from vectorclm.command_line import Place, Setting, explain
 from vectorclm.config import ExperimentConfig, load_experiment, override, read_config
-from vectorclm.distributed import Group, end_together, joined, record
 from vectorclm.errors import ConfigError, PreemptedError
-from vectorclm.pinning import pin
-from vectorclm.preemption import PREEMPTED
-from vectorclm.runtime import Runtime
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime import progress
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.distributed import Group, end_together, joined, record
+from vectorclm.runtime.preemption import PREEMPTED
 from vectorclm.settings import validate
 from vectorclm.stages import TRAININGS, follow_stage, run_stage, told
+from vectorclm.store.artifact import Store
 
 ABOUT = {
     "sample": "draw the documents and write them as Parquet",

@@ -7,53 +7,43 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
-from vectorclm.benchmarks import score_tasks
-from vectorclm.bits_per_byte import windows_scores
-from vectorclm.blocks import ShardDescriber
-from vectorclm.chat_shards import read_prompts, write_chat_shards
-from vectorclm.chat_shards import told as conversations_told
-from vectorclm.checkpoint import Checkpoints
 from vectorclm.config import ExperimentConfig
-from vectorclm.corpus import draw, identity, open_source
-from vectorclm.decontamination import benchmark_sources, read_benchmarks
-from vectorclm.distributed import ALONE, Group
+from vectorclm.corpus.decontamination import benchmark_sources, read_benchmarks
+from vectorclm.corpus.sampler import told as documents_told
+from vectorclm.corpus.sampler import write_sample
+from vectorclm.corpus.sources import draw, identity, open_source
 from vectorclm.errors import ConfigError, DataError, ReproducibilityError
-from vectorclm.evaluate import open_model, write_scores
-from vectorclm.export import export, write_model_files
+from vectorclm.evaluation.bits_per_byte import windows_scores
+from vectorclm.evaluation.instruction_prompts import instructions
+from vectorclm.evaluation.instructions import instruction_scores
+from vectorclm.evaluation.item_scores import ItemScores, write_scores
+from vectorclm.evaluation.tasks import score_tasks
+from vectorclm.export.hugging_face import export, write_model_files
 from vectorclm.finetune import finetune
-from vectorclm.generate import Sampling, answer_text, continuation, template_scores
-from vectorclm.instruction_prompts import instructions
-from vectorclm.instructions import instruction_scores
-from vectorclm.items import ItemScores
+from vectorclm.inference.generate import Sampling, answer_text, continuation, template_scores
+from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
 from vectorclm.pretrain import pretrain
-from vectorclm.runtime import Runtime, memory_explained
-from vectorclm.sampling import told as documents_told
-from vectorclm.sampling import write_sample
-from vectorclm.sending import Sending
+from vectorclm.runtime.devices import Runtime, memory_explained
+from vectorclm.runtime.distributed import ALONE, Group
 from vectorclm.settings import digest, validate
-from vectorclm.shard_reader import open_shards
-from vectorclm.shards import write_shards
-from vectorclm.slices import SentSlices, Slices
+from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.chat_writer import read_prompts, write_chat_shards
+from vectorclm.shards.chat_writer import told as conversations_told
+from vectorclm.shards.reader import open_shards
+from vectorclm.shards.writer import write_shards
+from vectorclm.store.artifact import Artifact, Plan, Store, build, rebuild
+from vectorclm.store.layout import STAGES
+from vectorclm.store.resumable import SentSlices, Slices
+from vectorclm.store.uploads import Sending
+from vectorclm.store.work import attempt_folder
+from vectorclm.tokenizer import load_tokenizer, token_lengths
 from vectorclm.train import TrainConfig, Work
-from vectorclm.train_tokenizer import load_tokenizer, token_lengths, train_tokenizer
-from vectorclm.work import attempt_folder
+from vectorclm.train_tokenizer import train_tokenizer
+from vectorclm.training.checkpoint import Checkpoints
 
-StageName = Literal[
-    "sample",
-    "tokenizer",
-    "shards",
-    "chat_shards",
-    "pretrain",
-    "evaluate_base",
-    "finetune",
-    "evaluate",
-    "export",
-]
-STAGES: tuple[str, ...] = get_args(StageName)
 READS = {"pretrain": "shards", "finetune": "chat_shards"}  # the data set of a training, which it reads as it goes
 STREAMED = frozenset(READS.values())  # which are never copied as a whole
 TRAININGS = frozenset(READS)  # what several processes can make together

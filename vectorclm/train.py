@@ -12,22 +12,22 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vectorclm.bits_per_byte import windows_scores
-from vectorclm.checkpoint import Checkpoints, Snapshot, restore, snapshot
 from vectorclm.dataset import Batch, StreamingLanguageModelDataset
-from vectorclm.distributed import ALONE, Group, PeerLostError
-from vectorclm.documents import Documents, has_flash
 from vectorclm.errors import DataError, PreemptedError
-from vectorclm.loss import IGNORE_INDEX
-from vectorclm.metrics import Metrics
+from vectorclm.evaluation.bits_per_byte import windows_scores
 from vectorclm.model import CausalLM
-from vectorclm.muon import OptimizerConfig, ScheduleConfig, build_optimizers, schedule, set_learning_rates
-from vectorclm.plan import CurriculumPlan
-from vectorclm.preemption import FINISH, ignore_sigterm, preemption
-from vectorclm.progress import Progress
-from vectorclm.runtime import Runtime
+from vectorclm.nn.attention import Documents, has_flash
+from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.distributed import ALONE, Group, PeerLostError
+from vectorclm.runtime.preemption import FINISH, ignore_sigterm, preemption
+from vectorclm.runtime.progress import Progress
 from vectorclm.settings import Settings
-from vectorclm.shard_reader import ShardReader
+from vectorclm.shards.order import CurriculumPlan
+from vectorclm.shards.reader import ShardReader
+from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot
+from vectorclm.training.metrics import Metrics
+from vectorclm.training.muon import OptimizerConfig, ScheduleConfig, build_optimizers, schedule, set_learning_rates
 
 LossFunction = Callable[[Tensor, Tensor, Documents | None], Tensor]  # input_ids, labels, documents
 Scores = dict[str, dict[str, float]]

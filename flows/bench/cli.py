@@ -12,9 +12,9 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from vectorclm.artifact import Store
-from vectorclm.bench import Row, show
+from vectorclm.bench.table import Row, show
 from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
+from vectorclm.store.artifact import Store
 
 Rounds = Annotated[int, Parameter(help="How often each side is measured, in turn")]
 Mirror = Annotated[Path | None, Parameter(name="--data", help="A local mirror to read text and questions from")]
@@ -25,14 +25,14 @@ bench_app = new_app("bench", "Measure this program beside its peers, as ratios."
 
 def _show(rows: Iterable[Row], as_json: bool) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("vectorclm.qualitybench").setLevel(logging.INFO)  # each training takes its time
+    logging.getLogger("vectorclm.bench.quality").setLevel(logging.INFO)  # each training takes its time
     show(rows, Console(), as_json=as_json)
 
 
 @bench_app.command(help_epilogue="Example: vectorclm bench orchestration --rounds 3")
 def orchestration(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
     """What Prefect and MLflow cost."""
-    from flows.flowbench import orchestration as rows
+    from flows.bench.orchestration import orchestration as rows
 
     _show(rows(rounds, data), json)
 
@@ -40,7 +40,7 @@ def orchestration(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False
 @bench_app.command(help_epilogue="Example: vectorclm bench tracking --rounds 10")
 def tracking(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
     """What logging to MLflow takes of a training step."""
-    from flows.trackbench import tracking as rows
+    from flows.bench.tracking import tracking as rows
 
     _show(rows(rounds, data), json)
 
@@ -54,7 +54,7 @@ def data(
     json: Json = False,
 ) -> None:
     """Encoding, shards and the order of the data."""
-    from vectorclm.databench import data_layer
+    from vectorclm.bench.data import data_layer
 
     _show(data_layer(rounds, data, store), json)
 
@@ -67,15 +67,15 @@ def train(
     json: Json = False,
 ) -> None:
     """A training step beside transformers."""
-    from vectorclm import trainbench
+    from vectorclm.bench import training
 
-    _show(trainbench.training(rounds, trainbench.model_sizes(large=large)), json)
+    _show(training.training(rounds, training.model_sizes(large=large)), json)
 
 
 @bench_app.command(help_epilogue="Example: vectorclm bench optimizer")
 def optimizer(*, rounds: Rounds = 3, json: Json = False) -> None:
     """Muon's step beside torch's."""
-    from vectorclm.trainbench import optimizing
+    from vectorclm.bench.training import optimizing
 
     _show(optimizing(rounds), json)
 
@@ -83,7 +83,7 @@ def optimizer(*, rounds: Rounds = 3, json: Json = False) -> None:
 @bench_app.command(help_epilogue="Example: vectorclm bench generate")
 def generate(*, rounds: Rounds = 3, json: Json = False) -> None:
     """Tokens generated one after the other, beside transformers."""
-    from vectorclm.inferencebench import generating
+    from vectorclm.bench.inference import generating
 
     _show(generating(rounds), json)
 
@@ -91,7 +91,7 @@ def generate(*, rounds: Rounds = 3, json: Json = False) -> None:
 @bench_app.command(help_epilogue="Example: vectorclm bench evaluate --data DIR")
 def evaluate(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
     """Multiple choice by log-likelihood, beside the harness."""
-    from vectorclm.inferencebench import evaluating
+    from vectorclm.bench.inference import evaluating
 
     _show(evaluating(rounds, data), json)
 
@@ -104,7 +104,7 @@ def gguf(
     json: Json = False,
 ) -> None:
     """A model in llama.cpp, and whether it is the same."""
-    from vectorclm.ggufbench import same_model
+    from vectorclm.bench.gguf import same_model
 
     _show(same_model(model, data), json)
 
@@ -112,7 +112,7 @@ def gguf(
 @bench_app.command(help_epilogue="Example: vectorclm bench quality --data DIR")
 def quality(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
     """What is learned from the same tokens: Muon beside AdamW, and other decisions."""
-    from vectorclm.qualitybench import quality as rows
+    from vectorclm.bench.quality import quality as rows
 
     _show(rows(Store(store), data), json)
 
@@ -120,7 +120,7 @@ def quality(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) ->
 @bench_app.command(help_epilogue="Example: vectorclm bench rates --data DIR")
 def rates(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
     """The best learning rates of `base` in short trainings, and what follows for it; for a GPU."""
-    from vectorclm.qualitybench import rates as rows
+    from vectorclm.bench.quality import rates as rows
 
     _show(rows(Store(store), data), json)
 
@@ -128,6 +128,6 @@ def rates(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) -> N
 @bench_app.command(help_epilogue="Example: vectorclm bench gpu")
 def gpu(*, rounds: Rounds = 3, json: Json = False) -> None:
     """A step and decoding of `base` on a GPU, and where the time goes."""
-    from vectorclm.gpubench import gpu as rows
+    from vectorclm.bench.gpu import gpu as rows
 
     _show(rows(rounds), json)

@@ -13,12 +13,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vectorclm.artifact import Store
-from vectorclm.bench import Row, compared, could_not_run
+from vectorclm.bench.table import Row, compared, could_not_run
 from vectorclm.config import ExperimentConfig, changed, load_experiment
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
-from vectorclm.stages import STAGES, plans, run_stage
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
+from vectorclm.stages import plans, run_stage
+from vectorclm.store.artifact import Store
+from vectorclm.store.layout import STAGES
 
 START = 15  # seconds that a curriculum may cost once, for servers, imports and processes
 SHARE = 0.05  # and of its own time
@@ -82,12 +83,12 @@ def _core(experiment: ExperimentConfig, folder: Path, stages: tuple[str, ...], d
 
 def _orchestrated(experiment: ExperimentConfig, folder: Path, stages: tuple[str, ...], data: Path | None) -> None:
     """The same stages as tasks of a flow, seen by a Prefect server of our own and by MLflow."""
-    from flows.server import prefect_server
+    from flows.platform.prefect_server import prefect_server
 
     with prefect_server(folder / ".prefect") as server:
         from prefect import flow
 
-        from flows.stages import Stages
+        from flows.execution.stage_tasks import Stages
 
         if server is not None:
             server.wait()

@@ -31,18 +31,18 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from vectorclm.artifact import Store
-from vectorclm.bench import Row, bounded, compared
+from vectorclm.bench.table import Row, bounded, compared
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.dataset import Batch
 from vectorclm.errors import VectorCLMError
-from vectorclm.metrics import Metrics
+from vectorclm.lineage.pinning import pin
 from vectorclm.model import CausalLM
-from vectorclm.muon import build_optimizers
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
+from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans
+from vectorclm.store.artifact import Store
 from vectorclm.train import train_step
+from vectorclm.training.metrics import Metrics
+from vectorclm.training.muon import build_optimizers
 
 STEPS = 10  # in a turn; the first, in which who slept has to catch up, does not count
 WINDOWS = 4  # a small batch, whose steps are the hardest to keep pace with
@@ -116,7 +116,7 @@ def tracking(rounds: int, data: Path | None) -> Iterator[Row]:
 @contextmanager
 def _server(folder: Path) -> Iterator[str]:
     """A real MLflow server with a database of its own."""
-    from flows.server import answers
+    from flows.net import answers
 
     folder.mkdir()
     with socket.socket() as probe:
@@ -160,7 +160,7 @@ def _log(experiment: ExperimentConfig, folder: Path, address: str, opened: Event
     """As a curriculum does it, until this process is killed."""
     os.environ["MLFLOW_TRACKING_URI"] = address
     logging.getLogger("flows").setLevel(logging.ERROR)  # that its server is away is no news
-    from flows.tracking import Tracker
+    from flows.tracking.tracker import Tracker
 
     tracker = Tracker(Store(str(folder)), experiment, plans(experiment))
     with tracker, tracker.stage("pretrain", 1, folder):

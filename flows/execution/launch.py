@@ -23,10 +23,10 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from flows.service import neutral
+from flows.net import neutral
 from vectorclm import errors
 from vectorclm.errors import PreemptedError, VectorCLMError
-from vectorclm.progress import parse_tick, say
+from vectorclm.runtime.progress import parse_tick, say
 
 TURN_SECONDS = 1  # between two looks whether the devices are free
 KILL_AFTER = 6  # seconds between the second request to end, which asks for an end at once, and the kill
@@ -123,7 +123,7 @@ class Launcher:
         return True
 
     def run(self, command: Sequence[str], log: Callable[[str], None]) -> None:
-        """Run `command` to its end; progress goes to `vectorclm.progress`, every other line to `log`.
+        """Run `command` to its end; progress goes to `vectorclm.runtime.progress`, every other line to `log`.
 
         Raises the error the child reported, as the class it had there; StageInterruptedError where a signal
         ended it, also after a checkpoint; StageFailedError, with its last lines, where it ended otherwise.
@@ -204,7 +204,7 @@ def under_torchrun(command: Sequence[str], processes: int, threads: int) -> list
     settings = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", f"OMP_NUM_THREADS={threads}"]
     loopback = "lo" if platform.system() == "Linux" else "lo0"  # what they say reaches no other machine
     settings += [f"GLOO_SOCKET_IFNAME={loopback}", f"NCCL_SOCKET_IFNAME={loopback}"]
-    torchrun = [sys.executable, "-m", "flows.ranks", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [sys.executable, "-m", "flows.execution.ranks", "--standalone", f"--nproc-per-node={processes}"]
     return ["env", *settings, *torchrun, "--max-restarts=0", "--no-python", *dying_with_parent(command)]
 
 

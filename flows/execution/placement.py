@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling
 
-from flows.launch import StageCancelledError, StageFailedError, StageInterruptedError
+from flows.execution.launch import StageCancelledError, StageFailedError, StageInterruptedError
 from vectorclm.errors import ConfigError
 
 POLL_SECONDS = 2

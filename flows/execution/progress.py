@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Running
 
-from vectorclm.progress import Tick
+from vectorclm.runtime.progress import Tick
 
 CHIP_SECONDS = 5.0  # between two updates of the chip, where a percent or more was done
 LINE_SECONDS = 30.0  # between two lines in the log, and two updates where it goes slowly
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def live(stage: str, log: Callable[[str], None]) -> Iterator[None]:
     """Show the stage's ticks while the block runs, inside a Prefect task."""
     handler = _Live(stage, log)
-    ticks = logging.getLogger("vectorclm.progress")
+    ticks = logging.getLogger("vectorclm.runtime.progress")
     ticks.addHandler(handler)
     thread = threading.Thread(target=copy_context().run, args=(handler.work,), name=f"live {stage}", daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""torchrun that ends as its first failed rank did: `python -m flows.ranks OPTION … COMMAND …`.
+"""torchrun that ends as its first failed rank did: `python -m flows.execution.ranks OPTION … COMMAND …`.
 
 torchrun itself always ends with 1, and leaves the folder in which its ranks write their errors.
 """

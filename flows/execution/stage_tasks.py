@@ -12,7 +12,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 import prefect.runtime
 from prefect import Task, get_run_logger
@@ -25,20 +25,27 @@ from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.launch import Launcher, StageCancelledError, StageFailedError, StageInterruptedError, under_torchrun
-from flows.live import live, show_waiting
-from flows.placement import run_in_pool
-from flows.report import report
-from flows.server import local_folder
-from flows.tracking import Tracker
-from flows.watch import is_cancelled
-from vectorclm.artifact import Artifact, Store, rebuilt_because
+from flows.execution.launch import (
+    Launcher,
+    StageCancelledError,
+    StageFailedError,
+    StageInterruptedError,
+    under_torchrun,
+)
+from flows.execution.placement import run_in_pool
+from flows.execution.progress import live, show_waiting
+from flows.execution.watch import is_cancelled
+from flows.handle import Handle, _handle, duration
+from flows.paths import local_folder
+from flows.reports.report import report
+from flows.tracking.tracker import Tracker
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError, VectorCLMError
-from vectorclm.library_calls import ending
-from vectorclm.lineage import lineage
-from vectorclm.runtime import Runtime
+from vectorclm.lineage.chain import lineage
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.library_calls import ending
 from vectorclm.stages import TRAININGS, plans, run_stage, told
+from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 
 TORCH_STAGES = TRAININGS | {"evaluate", "evaluate_base"}  # each in a process of its own, or several
 RETRY_DELAY = 5  # seconds
@@ -47,16 +54,6 @@ CHAMPION_SECONDS = 30  # how long the name of the champion is waited for
 WAIT_SECONDS = 3  # between two looks at what another run makes
 
 logger = logging.getLogger(__name__)
-
-
-class Handle(TypedDict):
-    """What a stage leaves in Prefect: where its artifact is, and whether it was made now."""
-
-    stage: str
-    fingerprint: str
-    uri: str
-    state: str  # built, reused
-    seconds: float
 
 
 class Stages:
@@ -267,19 +264,6 @@ class Stages:
 def default_workers() -> int:
     """How many stages run side by side where the runtime leaves it open: one for each two cores."""
     return max(1, (os.cpu_count() or 1) // 2)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _handle(name: str, artifact: Artifact, state: str, began: float) -> Handle:
-    seconds = round(time.monotonic() - began, 2)
-    return Handle(stage=name, fingerprint=artifact.fingerprint, uri=artifact.uri, state=state, seconds=seconds)
 
 
 def may_help(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

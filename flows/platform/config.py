@@ -16,15 +16,16 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 
-from flows import password
-from flows.database import postgres
-from flows.objectstore import object_store
-from flows.server import HEARTBEAT_SECONDS, QUIET, answers, local_folder, past_proxies
-from flows.service import HOST, Service
-from vectorclm.artifact import Store
+from flows.net import HEARTBEAT_SECONDS, QUIET, answers, past_proxies
+from flows.paths import local_folder
+from flows.platform import password
+from flows.platform.database import postgres
+from flows.platform.objectstore import object_store
+from flows.platform.process import HOST, Service
 from vectorclm.errors import ConfigError
-from vectorclm.guard import ALLOWED, allowed_hosts
+from vectorclm.inference.guard import ALLOWED, allowed_hosts
 from vectorclm.settings import Settings, validate
+from vectorclm.store.artifact import Store
 
 POOLS = ("cpu", "gpu")
 EVENTS_KEPT = "P30D"  # ISO 8601
@@ -201,7 +202,16 @@ def read_platform(env_file: Path | None, **options: Any) -> PlatformConfig:
 
 
 def _prefect_server(config: PlatformConfig) -> Service:
-    command = [sys.executable, "-m", "flows.guard", "prefect", "--host", HOST, "--port", str(config.prefect_port)]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.platform.guard",
+        "prefect",
+        "--host",
+        HOST,
+        "--port",
+        str(config.prefect_port),
+    ]
     environment = {
         **QUIET,
         "PREFECT_HOME": str(config.home / ".prefect"),
@@ -225,7 +235,16 @@ def _prefect_server(config: PlatformConfig) -> Service:
 
 def _mlflow_server(config: PlatformConfig) -> Service:
     home = config.home
-    command = [sys.executable, "-m", "flows.guard", "mlflow", "--host", HOST, "--port", str(config.mlflow_port)]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.platform.guard",
+        "mlflow",
+        "--host",
+        HOST,
+        "--port",
+        str(config.mlflow_port),
+    ]
     command += ["--workers", "2"]
     destination = (home / "mlartifacts").as_uri() if not _is_remote(config) else f"{config.vectorclm_store}/mlflow"
     environment = {

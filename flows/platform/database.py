@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from flows.service import HOST, Service, ServiceError, run_tool
+from flows.platform.process import HOST, Service, ServiceError, run_tool
 
 INSTALLED = Path("/usr/lib/postgresql")  # a folder for each version
 USER = "vectorclm"

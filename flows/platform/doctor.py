@@ -16,12 +16,12 @@ from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from flows import password
-from flows.ownership import ran_here, reasons_to_leave_alone, remember
-from flows.platform import POOLS, PlatformConfig
-from flows.service import Service, ServiceError
-from vectorclm.artifact import Store
+from flows.platform import password
+from flows.platform.config import POOLS, PlatformConfig
+from flows.platform.ownership import ran_here, reasons_to_leave_alone, remember
+from flows.platform.process import Service, ServiceError
 from vectorclm.errors import VectorCLMError
+from vectorclm.store.artifact import Store
 
 FREE_GIGABYTES = 5
 OPEN = "none, so whoever works on this machine can run programs as you; without PREFECT_AUTH=none, `up` makes one"
@@ -108,7 +108,7 @@ def _password(config: PlatformConfig, *, shown: bool) -> str:
 def _provision(config: PlatformConfig, tell: Callable[[str], None]) -> str | None:
     from prefect.client.orchestration import get_client
 
-    from flows.provision import provision
+    from flows.platform.provision import provision
 
     with get_client(sync_client=True) as client:
         return provision(client, tell, config.vectorclm_notify)
@@ -307,7 +307,7 @@ def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
     """What the server's services do, while the deployments are made, which takes longer than to see it."""
     from prefect.client.orchestration import get_client
 
-    from flows import server_services
+    from flows.platform import server_services
 
     log = config.servers()[0].log
     with get_client(sync_client=True) as client, server_services.probe(client, log) as probe:
@@ -351,7 +351,7 @@ def _waiting(config: PlatformConfig) -> Iterator[Finding]:
     """Runs that are late though nothing runs before them; a worker that just started is given time to take them."""
     from prefect.client.orchestration import get_client
 
-    from flows.server_services import late_runs
+    from flows.platform.server_services import late_runs
 
     deadline = time.monotonic() + TAKE_SECONDS
     with get_client(sync_client=True) as client:

@@ -1,7 +1,8 @@
 """Prefect's and MLflow's servers, closed to web pages of other origins and to names that are not their own.
 
-`python -m flows.guard prefect --host HOST --port PORT` is `prefect server start`, and `python -m flows.guard mlflow …`
-is `mlflow server …`, each behind the same middleware. Passwords and databases come from the servers' own variables.
+`python -m flows.platform.guard prefect --host HOST --port PORT` is `prefect server start`, and `python -m
+flows.platform.guard mlflow …` is `mlflow server …`, each behind the same middleware. Passwords and databases come from
+the servers' own variables.
 """
 
 import argparse
@@ -13,9 +14,9 @@ from importlib.metadata import entry_points
 import uvicorn
 from starlette.types import ASGIApp
 
-from flows.password import is_complete
+from flows.platform.password import is_complete
 from vectorclm.errors import ConfigError
-from vectorclm.guard import LOOPBACK, Guard, allowed_hosts
+from vectorclm.inference.guard import LOOPBACK, Guard, allowed_hosts
 
 OPEN, WITH_USERS = "vectorclm", "vectorclm-basic-auth"  # the entry points by which `mlflow server` finds its apps
 

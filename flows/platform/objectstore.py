@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
-from flows.server import answers
-from flows.service import HOST, Service, ServiceError, listens, run_tool
+from flows.net import answers
+from flows.platform.process import HOST, Service, ServiceError, listens, run_tool
 
 PACKAGES = {"ceph-mon": "ceph-mon", "ceph-osd": "ceph-osd", "radosgw": "radosgw", "ceph": "ceph-common"}
 USER = "vectorclm"

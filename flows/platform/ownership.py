@@ -5,9 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flows.platform import PlatformConfig
-from flows.service import Service, holder
-from vectorclm.artifact import Store
+from flows.platform.config import PlatformConfig
+from flows.platform.process import Service, holder
+from vectorclm.store.artifact import Store
 
 ABOUT = "about.json"  # beside the records of the services
 

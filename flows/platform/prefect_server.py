@@ -5,36 +5,26 @@ one is told to end with its parent.
 """
 
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 from filelock import FileLock
 
-from flows import password
-from flows.launch import dying_with_parent
-from vectorclm.artifact import Store
+from flows.execution.launch import dying_with_parent
+from flows.net import HEARTBEAT_SECONDS, QUIET, answers, has_own_server, past_proxies
+from flows.platform import password
 from vectorclm.errors import ConfigError, VectorCLMError
-from vectorclm.guard import ALLOWED
+from vectorclm.inference.guard import ALLOWED
 
 START_SECONDS = 120  # a cold start migrates a new database
 STOP_SECONDS = 5
-HEARTBEAT_SECONDS = 30  # of a flow run, the least Prefect takes; the automation that finds dead runs counts on it
-QUIET = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
 
 
 # What a server of one command has no use for: nothing is scheduled, paused or deployed on it, and no automation waits.
@@ -44,23 +34,6 @@ YIELDS = 10  # its niceness once it is up: the training beside it goes first
 
 class ServerError(VectorCLMError):
     """The Prefect server did not start, or does not answer."""
-
-
-def local_folder(store: Store) -> Path:
-    """Where what belongs to a store but must be on this machine is kept: databases, logs, locks.
-
-    VECTORCLM_HOME, else a local store itself, else a folder of the user's; root's is one that services reach, too.
-    """
-    if named := os.environ.get("VECTORCLM_HOME"):
-        return Path(named).absolute()
-    if store.is_local:
-        return Path(store.root).absolute()
-    return Path("/var/lib/vectorclm") if os.getuid() == 0 else Path.home() / ".local" / "share" / "vectorclm"
-
-
-def has_own_server() -> bool:
-    """Whether the user named a Prefect server."""
-    return bool(os.environ.get("PREFECT_API_URL"))
 
 
 class PrivateServer:
@@ -91,7 +64,7 @@ class PrivateServer:
         settings |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_SERVER_UI_ENABLED": "false"}
         settings |= {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}"}
         settings |= {"PREFECT_SERVER_LOGGING_LEVEL": "ERROR", ALLOWED: ""}
-        command = [sys.executable, "-m", "flows.guard", "prefect", "--port", str(port)]
+        command = [sys.executable, "-m", "flows.platform.guard", "prefect", "--port", str(port)]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 dying_with_parent(command),
@@ -183,26 +156,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def past_proxies() -> dict[str, str]:
-    """The environment in which requests to this machine go to this machine, whatever proxy is set."""
-    known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
-    value = ",".join(dict.fromkeys([*filter(None, known.split(",")), "127.0.0.1", "localhost"]))
-    return {"NO_PROXY": value, "no_proxy": value}
-
-
-def without_password(text: str) -> str:
-    """`text` with the user and password of every address in it left out."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
-
-
-def answers(url: str) -> bool:
-    """Whether an HTTP server says 200 at `url`; one of this machine is asked directly, whatever proxy is set."""
-    try:
-        direct = urlsplit(url).hostname in ("127.0.0.1", "localhost")
-        opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if direct else []))
-        with opener.open(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except (OSError, HTTPException, ValueError):  # or what it says is no HTTP, or `url` is no address
-        return False

@@ -18,8 +18,9 @@ from typing import Any
 
 import psutil
 
+from flows.net import neutral
 from vectorclm.errors import VectorCLMError
-from vectorclm.lease import mark, marked, process_space
+from vectorclm.runtime.processes import mark, marked, process_space
 from vectorclm.settings import digest
 
 HOST = "127.0.0.1"
@@ -220,8 +221,3 @@ def _end(processes: Iterable[psutil.Process], first: signal.Signals = signal.SIG
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
         _, left = psutil.wait_procs(left, timeout=STOP_SECONDS)
-
-
-def neutral(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what points at other servers."""
-    return {key: value for key, value in environment.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}

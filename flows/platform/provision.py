@@ -20,20 +20,19 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
-from flows.deployments import MAX_RESCUES, RESCUED
-from flows.platform import POOLS
-from flows.server import HEARTBEAT_SECONDS, QUIET
+from flows.handle import FELL, MAX_RESCUES, RESCUED
+from flows.net import HEARTBEAT_SECONDS, QUIET
+from flows.platform.config import POOLS
 from vectorclm.errors import VectorCLMError
 
-POOL_FILE = Path(__file__).parent.parent / "infra" / "pools" / "process.json"
-PREFECT_FILE = Path(__file__).parent.parent / "infra" / "prefect.yaml"
+POOL_FILE = Path(__file__).parent / "pools" / "process.json"
+PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
 ZOMBIE_SECONDS = 5 * HEARTBEAT_SECONDS  # a server that is away for a moment must not look like a dead run
 CANCEL_SECONDS = 120  # longer than a worker gives a run to end
 RESCUE_SECONDS = 20  # a worker reports a crash twice, seconds apart, and the second would undo an earlier rescue
 RUNS = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
 ENDED = ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed")
 
-FELL = "vectorclm.score.fell"  # the event of an evaluation
 TOLD = "vectorclm: a score fell by more than its noise"
 NOBODY = "none"
 

@@ -13,7 +13,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
 from flows.form import Changes, chosen
-from flows.server import without_password
+from flows.net import without_password
 from vectorclm.config import assignments
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.settings import validate

@@ -25,8 +25,8 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Pending, Scheduled
 
-from flows.platform import POOLS
-from flows.server import without_password
+from flows.net import without_password
+from flows.platform.config import POOLS
 
 PROBE = "vectorclm-doctor"  # the flow, the deployment and the automation of the probe
 AGAIN_SECONDS = 10  # after which an automation is asked again

@@ -10,11 +10,11 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 
-from vectorclm.artifact import Plan, Store
 from vectorclm.config import ExperimentConfig
-from vectorclm.pinning import UNRESOLVED
-from vectorclm.plan import in_words
-from vectorclm.shards import token_dtype
+from vectorclm.lineage.pinning import UNRESOLVED
+from vectorclm.shards.order import in_words
+from vectorclm.shards.writer import token_dtype
+from vectorclm.store.artifact import Plan, Store
 
 # Training FLOP/s taken for the estimate: a fifth of the dense bf16 peak on GPUs, whose products a small model
 # keeps short, and 25 GFLOP/s a core in fp32 on CPUs with AVX2.

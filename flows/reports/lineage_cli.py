@@ -5,52 +5,23 @@ everything but the links is there.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
-from flows.server import local_folder
-from vectorclm.artifact import Store
+from flows.tracking.lookup import opened, recorded
 from vectorclm.errors import VectorCLMError
-from vectorclm.lineage import Change, Lineage, Node, as_object, changes, facts, lineage, score_facts, verify
+from vectorclm.lineage.chain import SHORT, Change, Lineage, Node, as_object, changes, in_words, score_facts, verify
+from vectorclm.store.artifact import Store
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
-    from flows.record import Record
+    from flows.tracking.recorded_lineage import Record
 
 FILE_WIDTH = 240  # columns, where nobody's terminal says how many
-SHORT = 12  # digits of a fingerprint that a person reads
-
-
-def opened(address: str, store: Store) -> Lineage:
-    """The lineage of an address, which may also be one of MLflow's registry."""
-    if address.startswith("models:/"):
-        from flows.registry import Registry
-
-        address = Registry(store).find(address).address
-    return lineage(address, store)
-
-
-def has_record(store: Store) -> bool:
-    """Whether there is an MLflow that may know of the models in a store."""
-    return "MLFLOW_TRACKING_URI" in os.environ or (local_folder(store) / "mlflow.db").is_file()
-
-
-def recorded(found: Lineage, store: Store) -> "tuple[Record | None, str]":
-    """MLflow's record of a chain; or None, and why."""
-    if not has_record(store):
-        return None, "no MLflow: set MLFLOW_TRACKING_URI for links to its runs"
-    from flows.record import record_of
-    from flows.registry import Registry, RegistryError
-
-    try:
-        return record_of(Registry(store), found), ""
-    except RegistryError as error:
-        return None, str(error)
 
 
 def run(address: str, store: Store, console: Console, *, check: bool, as_json: bool) -> int:
@@ -125,15 +96,6 @@ def _line(node: Node, record: "Record | None") -> str:
         lines += [f"[green]{escape(versions)}[/]"] if versions else []
         lines += [f"[dim]{escape(page)}[/]"] if page else []
     return "\n".join(lines)
-
-
-def in_words(node: Node) -> str:
-    """What a person asks of an artifact first."""
-    return ", ".join(f"{_figure(value)} {key.replace('_', ' ')}" for key, value in facts(node).items())
-
-
-def _figure(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def compare(before: str, after: str, store: Store, console: Console, *, as_json: bool) -> int:

@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flows.lineage import opened
-from flows.plots import COLOURS, Box, Interval, bars, curves, graph, intervals, short
-from vectorclm.artifact import Artifact, Store
-from vectorclm.compare import followed, has_items
-from vectorclm.curves import curves_of
-from vectorclm.durable import write_file
+from flows.reports.plots import COLOURS, Box, Interval, bars, curves, graph, intervals, short
+from flows.tracking.lookup import opened
+from vectorclm.comparison.compare import followed, has_items
+from vectorclm.comparison.curves import curves_of
+from vectorclm.corpus.sampler import losses
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.instructions import FOLLOWED
-from vectorclm.lineage import Lineage, Node, facts, lineage, tokens_by_source
-from vectorclm.measure import Change
+from vectorclm.evaluation.instruction_checks import FOLLOWED
+from vectorclm.evaluation.statistics import Change
+from vectorclm.lineage.chain import Lineage, Node, facts, lineage, tokens_by_source
 from vectorclm.model_config import ModelConfig
-from vectorclm.sampling import losses
 from vectorclm.settings import validate
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.durable import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def report(found: Lineage, store: Store, champion: Lineage | None = None, name: 
         "followed": FOLLOWED,
     }
     environment = Environment(
-        loader=PackageLoader("flows", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("flows.reports", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters.update(short=short, duration=lambda seconds: str(timedelta(seconds=round(seconds))))
     return environment.get_template("report.html.jinja").render(page)

@@ -17,14 +17,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from flows.server import without_password
-from flows.stages import Handle, duration
-from flows.tracking import tracking_uri
-from vectorclm.artifact import Artifact, Store
-from vectorclm.compare import followed
+from flows.handle import Handle, duration
+from flows.net import without_password
+from flows.tracking.client import tracking_uri
+from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
-from vectorclm.instructions import FOLLOWED
-from vectorclm.measure import Change
+from vectorclm.evaluation.instruction_checks import FOLLOWED
+from vectorclm.evaluation.statistics import Change
+from vectorclm.store.artifact import Artifact, Store
 
 ANSWERS = 3  # sample answers shown
 TITLES = {"base": "base model", "chat": "chat model"}

@@ -7,25 +7,19 @@ from typing import TYPE_CHECKING
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput
 
-from flows.figures import flatten, run_page
-from flows.lineage import SHORT, in_words
-from vectorclm.artifact import Artifact
-from vectorclm.corpus import Source
-from vectorclm.lineage import lineage, score_facts
+from flows.tracking.client import ALIAS, MODELS, NOTE, REGISTERED, flatten, run_page
+from vectorclm.corpus.sources import Source
+from vectorclm.lineage.chain import SHORT, in_words, lineage, score_facts
 from vectorclm.stages import EVALUATED
+from vectorclm.store.artifact import Artifact
 
 if TYPE_CHECKING:
-    from flows.tracking import Tracker
+    from flows.tracking.tracker import Tracker
 
 DIGEST_LENGTH = 36  # of a data set
 PROFILE_LENGTH = 16_000  # of a data set
 REVISION = 23  # characters of a source's revision that a person reads
-NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's or an experiment's description
-ALIAS = "candidate"
-CHAMPION = "champion"
 
-MODELS = {"tokenizer": "tokenizer", "pretrain": "base", "finetune": "chat"}  # stage -> model
-REGISTERED = {"tokenizer": "vectorclm-tokenizer", "pretrain": "vectorclm-base", "finetune": "vectorclm-chat"}
 ENDS = {"export": "finetune"}  # a copy of a model is described as the model
 DATASETS = ("sample", "shards", "chat_shards")
 COLUMNS = {

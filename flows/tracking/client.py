@@ -1,7 +1,27 @@
 """Settings, scores and lines of `metrics.jsonl` as MLflow takes them: flat keys, short texts, numbers; its pages."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
+
+from flows.paths import local_folder
+from vectorclm.store.artifact import Store
+
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's or an experiment's description
+ALIAS = "candidate"
+CHAMPION = "champion"
+MODELS = {"tokenizer": "tokenizer", "pretrain": "base", "finetune": "chat"}  # stage -> model
+REGISTERED = {"tokenizer": "vectorclm-tokenizer", "pretrain": "vectorclm-base", "finetune": "vectorclm-chat"}
+
+
+class NotOpenError(Exception):
+    """MLflow did not take the run that a job belongs to."""
+
+
+def tracking_uri(store: Store) -> str:
+    """MLFLOW_TRACKING_URI, else a database in the local store."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_folder(store) / 'mlflow.db'}"
+
 
 VALUE_LENGTH = 500  # of a parameter or tag, in every version of MLflow's servers
 EVENT_LENGTH = 5000  # of a tag, in every version of MLflow from 2.0 on

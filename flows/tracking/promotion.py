@@ -9,15 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.catalog import CHAMPION
-from flows.lineage import opened
-from flows.registry import Registry
-from vectorclm.artifact import Artifact, Store
-from vectorclm.compare import METHOD, OWN_SUITE, has_items, paired
+from flows.tracking.client import CHAMPION
+from flows.tracking.lookup import opened
+from flows.tracking.registry import Registry
+from vectorclm.comparison.compare import METHOD, OWN_SUITE, has_items, paired
 from vectorclm.errors import ConfigError
-from vectorclm.items import read_scored
-from vectorclm.lineage import Lineage
-from vectorclm.measure import NOISE, Change, Figure, changes, figures
+from vectorclm.evaluation.item_scores import read_scored
+from vectorclm.evaluation.statistics import NOISE, Change, Figure, changes, figures
+from vectorclm.lineage.chain import Lineage
+from vectorclm.store.artifact import Artifact, Store
 
 UNPAIRED = f"{NOISE:.0f} standard errors of the difference"
 

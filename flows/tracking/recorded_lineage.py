@@ -9,9 +9,9 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
-from flows.registry import Registry
-from vectorclm.addresses import ADDRESS
-from vectorclm.lineage import Lineage
+from flows.tracking.registry import Registry
+from vectorclm.lineage.chain import Lineage
+from vectorclm.store.model_ref import ADDRESS
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def record_of(registry: Registry, found: Lineage) -> Record:
 
 
 def registered_names(registry: Registry, address: str) -> Any:
-    """The chain of a registered model by MLflow alone, no store: nested names (see `vectorclm.lineage.Node.names`)."""
+    """The chain of a registered model by MLflow alone, no store: nested names (see `Node.names`)."""
     version = registry.version(address)
     match = re.fullmatch(r"models:/(m-[0-9a-f]+)", version.source or "")
     with registry.asked(address):

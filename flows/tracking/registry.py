@@ -14,15 +14,14 @@ from mlflow.entities import LoggedModelInput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from flows.catalog import ALIAS, CHAMPION
-from flows.figures import VALUE_LENGTH, run_page
-from flows.server import answers, local_folder, without_password
-from flows.tracking import tracking_uri
-from vectorclm.addresses import ADDRESS
-from vectorclm.artifact import Artifact, Store
+from flows.net import answers, without_password
+from flows.paths import local_folder
+from flows.tracking.client import ALIAS, CHAMPION, VALUE_LENGTH, run_page, tracking_uri
 from vectorclm.errors import ConfigError, VectorCLMError
-from vectorclm.measure import Figure, figures
+from vectorclm.evaluation.statistics import Figure, figures
 from vectorclm.settings import digest
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.model_ref import ADDRESS
 
 EVALUATIONS = "evaluations"  # MLflow's experiment
 STDERR = "stderr."  # before the name of a metric that is the standard error of another

@@ -9,22 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Dataset, LoggedModelOutput, Metric, RunTag
 
-from flows.catalog import MODELS
-from flows.figures import BATCH, EVENT_LENGTH, VALUE_LENGTH, numbers, readable
-from flows.load import Load
-from vectorclm.artifact import Artifact
+from flows.tracking.client import BATCH, EVENT_LENGTH, MODELS, VALUE_LENGTH, NotOpenError, numbers, readable
+from flows.tracking.system_metrics import Load
 from vectorclm.errors import StoreError
 from vectorclm.stages import EVALUATED, TRAININGS
+from vectorclm.store.artifact import Artifact
 
 if TYPE_CHECKING:
-    from flows.tracking import Tracker
+    from flows.tracking.tracker import Tracker
 
 METRICS = "metrics.jsonl"
 TAIL = 400  # bytes of a file by which it is known again
-
-
-class NotOpenError(Exception):
-    """MLflow did not take the run that a job belongs to."""
 
 
 class StageRun:

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from flows.figures import BATCH
+from flows.tracking.client import BATCH
 
 SAMPLE_SECONDS = 10
 

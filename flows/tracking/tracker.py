@@ -7,7 +7,6 @@ file that keeps them, and what is missing when a curriculum ends is told by the 
 
 import json
 import logging
-import os
 import queue
 import secrets
 import socket
@@ -27,17 +26,28 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from flows.catalog import CHAMPION, MODELS, NOTE, REGISTERED, Catalog
-from flows.figures import BATCH, flatten, run_page
-from flows.outbox import Outbox
-from flows.server import answers, local_folder, without_password
-from flows.stagerun import NotOpenError, StageRun
-from vectorclm.artifact import Artifact, Plan, Store
+from flows.net import answers, without_password
+from flows.paths import local_folder
+from flows.tracking.catalog import Catalog
+from flows.tracking.client import (
+    BATCH,
+    CHAMPION,
+    MODELS,
+    NOTE,
+    REGISTERED,
+    NotOpenError,
+    flatten,
+    run_page,
+    tracking_uri,
+)
+from flows.tracking.outbox import Outbox
+from flows.tracking.stage_run import StageRun
 from vectorclm.config import ExperimentConfig
-from vectorclm.lease import mark, marked, process_space
-from vectorclm.lineage import score_facts
-from vectorclm.runtime import git_revision
+from vectorclm.lineage.chain import score_facts
+from vectorclm.runtime.devices import git_revision
+from vectorclm.runtime.processes import mark, marked, process_space
 from vectorclm.stages import EVALUATED
+from vectorclm.store.artifact import Artifact, Plan, Store
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +61,6 @@ Each is a run that bears the fingerprint of all its settings and sources. The pl
 run for each attempt at one, with its curves. *Columns* adds scores to the table (`chat/acc…`), the chart view lays
 curves of several runs over one another (`train/loss`). A run's page begins with what it has made, and from what."""
 BEGUN = "A curriculum that has not come to its end. Its stages are its child runs, what they make is in `{store}`."
-
-
-def tracking_uri(store: Store) -> str:
-    """MLFLOW_TRACKING_URI, else a database in the local store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_folder(store) / 'mlflow.db'}"
 
 
 class Tracker:

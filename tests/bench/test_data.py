@@ -10,10 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from vectorclm.bench import Row, bounded, show
-from vectorclm.databench import data_layer, walked
-from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch
-from vectorclm.readbench import FAULTS, FETCHED, LITDATA, REMOTE
+from vectorclm.bench.data import data_layer, walked
+from vectorclm.bench.reading import FAULTS, FETCHED, LITDATA, REMOTE
+from vectorclm.bench.table import Row, bounded, show
+from vectorclm.shards.order import MIX_BLOCK, CurriculumPlan, Stretch
 
 
 def test_every_row_is_an_object_with_the_agreed_keys() -> None:

@@ -10,22 +10,13 @@ import torch
 
 from flows.cli import main
 from tests.test_model import CONFIG
-from vectorclm.artifact import Store
+from vectorclm.bench.quality import Arms, Tuned, _saved, quality, rates, rates_of, setting, short_arms
 from vectorclm.config import changed, load_experiment
 from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
-from vectorclm.muon import Muon, OptimizerConfig, build_optimizers
-from vectorclm.qualitybench import (
-    Arms,
-    Tuned,
-    _saved,
-    quality,
-    rates,
-    rates_of,
-    setting,
-    short_arms,
-)
 from vectorclm.stages import plans
+from vectorclm.store.artifact import Store
+from vectorclm.training.muon import Muon, OptimizerConfig, build_optimizers
 
 LITTLE: dict[str, Any] = {
     "sample.bytes": 200_000,

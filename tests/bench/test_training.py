@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import random_model
 from tests.test_model import CONFIG
-from vectorclm import products
-from vectorclm.attention import BLOCK, causal_attention
-from vectorclm.bench import Row, show
+from vectorclm.bench.inference import evaluating, generating
+from vectorclm.bench.table import Row, show
+from vectorclm.bench.training import Size, optimizing, training
 from vectorclm.config import load_experiment
-from vectorclm.documents import Documents, Visibility, attention, plain_attention
-from vectorclm.generate import generate, generate_batch
-from vectorclm.inferencebench import evaluating, generating
-from vectorclm.layers import (
+from vectorclm.inference.generate import generate, generate_batch
+from vectorclm.model import CausalLM, rotary_table
+from vectorclm.nn import matmul
+from vectorclm.nn.attention import BLOCK, Documents, Visibility, attention, causal_attention, plain_attention
+from vectorclm.nn.layers import (
     GatedProjection,
     Linear,
     RMSNorm,
@@ -34,9 +35,7 @@ from vectorclm.layers import (
     rotated,
     swiglu_projection,
 )
-from vectorclm.model import CausalLM, rotary_table
-from vectorclm.train_tokenizer import PAD_ID
-from vectorclm.trainbench import Size, optimizing, training
+from vectorclm.tokenizer import PAD_ID
 
 GENERATOR = torch.Generator().manual_seed(4)
 
@@ -165,19 +164,19 @@ def test_products_and_their_gradients_are_torchs_by_either_library(
 ) -> None:
     if onednn and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: onednn)
     weight = torch.randn(40, 24, generator=GENERATOR).requires_grad_()
     for rows in (1, 3, 8, 33, 100):  # each is multiplied in a way of its own
         x = torch.randn(2, rows, 24, generator=GENERATOR)[:, ::2].requires_grad_()  # with gaps
         expected = x.double() @ weight.double().T
         with torch.no_grad():
-            torch.testing.assert_close(products.product(x, weight), expected.float(), rtol=0, atol=1e-4)
-            one = products.product(x[:, -1], weight)
+            torch.testing.assert_close(matmul.product(x, weight), expected.float(), rtol=0, atol=1e-4)
+            one = matmul.product(x[:, -1], weight)
             torch.testing.assert_close(one, expected[:, -1].float(), rtol=0, atol=1e-4)
         slopes = torch.randn(expected.shape, generator=GENERATOR)
         theirs = torch.autograd.grad(expected, [x, weight], slopes.double())
         for mine, other in zip(
-            torch.autograd.grad(products.project(x, weight), [x, weight], slopes), theirs, strict=True
+            torch.autograd.grad(matmul.project(x, weight), [x, weight], slopes), theirs, strict=True
         ):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
 

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from vectorclm.compare import paired
+from vectorclm.comparison.compare import paired
 from vectorclm.errors import DataError
-from vectorclm.items import DRAWS, Scored, resampled
-from vectorclm.measure import Change
+from vectorclm.evaluation.statistics import DRAWS, Change, Scored, resampled
 
 
 def answers(right: str) -> Scored:

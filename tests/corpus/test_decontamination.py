@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from vectorclm.config import load_experiment
-from vectorclm.corpus import SampleConfig
-from vectorclm.decontamination import ANCHOR, GRAM, Benchmarks, benchmark_sources, contaminated, read_benchmarks
+from vectorclm.corpus.decontamination import ANCHOR, GRAM, Benchmarks, benchmark_sources, contaminated, read_benchmarks
+from vectorclm.corpus.sources import SampleConfig
+from vectorclm.corpus.synthetic_world import rows
 from vectorclm.errors import ConfigError
-from vectorclm.world import rows
 
 LONG = "The otter swims by the lake at night, and makes twelve small boats for the children of the village."
 SHORT = "Who sings in the forest when morning comes?"

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from vectorclm.corpus.file_formats import columns_of, read_rows
+from vectorclm.corpus.files import find_files, revision_of
 from vectorclm.errors import DataError
-from vectorclm.file_formats import columns_of, read_rows
-from vectorclm.mirror import find_files, revision_of
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "é\u2028"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from vectorclm.filters import Filter
+from vectorclm.corpus.filters import Filter
 
 TABLE = pa.table({
     "n": [1, 2, 3, None],

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub import Hub
-from vectorclm.sample_files import read_texts
+from tests.services.hub import Hub
+from vectorclm.corpus.sample_reader import read_texts
 
 COSMOPEDIA, FINEWEB = "HuggingFaceTB/cosmopedia", "HuggingFaceFW/fineweb-edu"
 SMOLTALK, SLIMORCA, TULU = "HuggingFaceTB/smoltalk", "Open-Orca/SlimOrca", "allenai/tulu-3-sft-personas-code"
@@ -25,10 +25,10 @@ from pathlib import Path
 import datasets
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # five seconds a source, against a fault of older pyarrow
 from vectorclm.config import load_experiment
-from vectorclm.corpus import draw, open_source
+from vectorclm.corpus.sources import draw, open_source
 from vectorclm.errors import VectorCLMError
-from vectorclm.pinning import check_sources, pin
-from vectorclm.sampling import write_sample
+from vectorclm.lineage.pinning import check_sources, pin
+from vectorclm.corpus.sampler import write_sample
 try:
     experiment, notes = pin(*load_experiment(sys.argv[1]), None, resolve=True)
     check_sources(experiment, None, hub=True)

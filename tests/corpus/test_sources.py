@@ -17,13 +17,13 @@ import xxhash
 import zstandard
 from pydantic import ValidationError
 
-from vectorclm import sampling
-from vectorclm.corpus import SampleConfig, TextSource, draw, identity, open_source, read_source
-from vectorclm.decontamination import Benchmarks
+from vectorclm.corpus import sampler
+from vectorclm.corpus.decontamination import Benchmarks
+from vectorclm.corpus.sample_reader import read_texts
+from vectorclm.corpus.sampler import told, write_sample
+from vectorclm.corpus.sources import SampleConfig, TextSource, draw, identity, open_source, read_source
+from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.sample_files import read_texts
-from vectorclm.sampling import told, write_sample
-from vectorclm.world import WorldConfig
 
 HUB = "owner/books"
 
@@ -257,8 +257,8 @@ def test_the_same_content_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) 
 def test_files_rotate_and_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "books" / "a.parquet", documents(400))
     sample(tmp_path / "one", tmp_path)
-    monkeypatch.setattr(sampling, "FILE_BYTES", 1500)
-    monkeypatch.setattr(sampling, "GROUP_DOCUMENTS", 20)
+    monkeypatch.setattr(sampler, "FILE_BYTES", 1500)
+    monkeypatch.setattr(sampler, "GROUP_DOCUMENTS", 20)
     sample(tmp_path / "many", tmp_path)
     files = sorted(path.name for path in (tmp_path / "many" / "books").glob("train-*"))
     assert files == [f"train-{number:05d}.parquet" for number in range(len(files))] and len(files) > 2
@@ -344,7 +344,7 @@ def test_what_is_forgotten_on_the_way_would_not_have_been_taken(
     write_parquet(tmp_path / "papers" / "a.parquet", [*texts, *texts[::2], *texts[::3]])
     both = {"sources": [source(), source(label="papers", path="owner/papers")], "bytes": 2000}
     first = sample(tmp_path / "first", tmp_path, **both)
-    monkeypatch.setattr(sampling._Reserve, "_forget", lambda self: None)
+    monkeypatch.setattr(sampler._Reserve, "_forget", lambda self: None)
     assert first == sample(tmp_path / "second", tmp_path, **both)
     assert tree(tmp_path / "first") == tree(tmp_path / "second")
     assert first["sources"]["papers"]["dropped"]["duplicate"] > 0

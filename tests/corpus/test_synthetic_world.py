@@ -8,9 +8,7 @@ import pytest
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
-from vectorclm.errors import ConfigError
-from vectorclm.settings import digest
-from vectorclm.world import (
+from vectorclm.corpus.synthetic_world import (
     ATTRIBUTES,
     KINDS,
     WORLD_SETS,
@@ -23,6 +21,8 @@ from vectorclm.world import (
     word_frequency_baseline,
     words,
 )
+from vectorclm.errors import ConfigError
+from vectorclm.settings import digest
 
 CONFIG = WorldConfig(documents=800, conversations=450)
 TRAINING = [name for name in WORLD_SETS if name != "questions"]

@@ -1,6 +1,6 @@
 """By hand: every task of the suites, item by item, beside the harness's own Hugging Face backend.
 
-python -m tests.harness_parity MODEL DATA [ITEMS]: a line for each task, with the largest difference of a
+python -m tests.evaluation.harness_parity MODEL DATA [ITEMS]: a line for each task, with the largest difference of a
 log-likelihood, the items that are right on one side only, and those of them that are near-ties: two choices within
 NEAR of each other.
 """
@@ -13,12 +13,12 @@ from typing import Any
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-from vectorclm.benchmarks import read_task
-from vectorclm.evaluate import TaskSource, drawn
-from vectorclm.harness import VectorCLM
-from vectorclm.harness_tasks import build_tasks
-from vectorclm.pinning import pin_suite
-from vectorclm.suite import load_suite
+from vectorclm.config import load_suite
+from vectorclm.corpus.sources import TaskSource, drawn
+from vectorclm.evaluation.harness import VectorCLM
+from vectorclm.evaluation.harness_tasks import build_tasks
+from vectorclm.evaluation.tasks import read_task
+from vectorclm.lineage.pinning import pin_suite
 
 NEAR = 1e-4
 NEW_TOKENS = 128

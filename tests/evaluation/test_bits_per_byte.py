@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import write_random_model
 from tests.test_model import CONFIG
-from vectorclm.artifact import Plan, Store, build
-from vectorclm.bits_per_byte import text_scores
-from vectorclm.chat_shards import read_prompts
-from vectorclm.conversations import Turn
+from vectorclm.corpus.sources import TaskSource
 from vectorclm.errors import DataError
-from vectorclm.evaluate import TaskSource
-from vectorclm.generate import Sampling, answer, continuation, generate
+from vectorclm.evaluation.bits_per_byte import text_scores
+from vectorclm.evaluation.multiple_choice import Item, pair_ids, read_items, task_scores
+from vectorclm.inference.generate import Sampling, answer, continuation, generate
 from vectorclm.model import CausalLM
-from vectorclm.multiple_choice import Item, pair_ids, read_items, task_scores
-from vectorclm.train_tokenizer import BOS_ID, encode, load_tokenizer
+from vectorclm.shards.chat_writer import read_prompts
+from vectorclm.shards.conversations import Turn
+from vectorclm.store.artifact import Plan, Store, build
+from vectorclm.tokenizer import BOS_ID, encode, load_tokenizer
 
 CPU = torch.device("cpu")
 

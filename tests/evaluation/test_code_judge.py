@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from vectorclm.code_judge import NotLiteral, TooLarge, decode, encode
 from vectorclm.errors import DataError
-from vectorclm.sandbox import Problem, passes
+from vectorclm.evaluation.code_judge import NotLiteral, TooLarge, decode, encode
+from vectorclm.evaluation.sandbox import Problem, passes
 
 pytestmark = pytest.mark.usefixtures("sandboxed")  # none of these programs runs without one
 

@@ -19,14 +19,14 @@ from pytest import CaptureFixture
 from tests.conftest import write_random_model
 from tests.test_model import CONFIG
 from vectorclm.__main__ import main
-from vectorclm.benchmarks import check_tasks, read_task
+from vectorclm.corpus.sources import TaskSource
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import TaskSource
-from vectorclm.harness import VectorCLM
-from vectorclm.harness_tasks import build_tasks, harness_scores
-from vectorclm.items import ItemScores
-from vectorclm.runtime import Runtime
-from vectorclm.sandbox import find_sandbox
+from vectorclm.evaluation.harness import VectorCLM
+from vectorclm.evaluation.harness_tasks import build_tasks, harness_scores
+from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.evaluation.sandbox import find_sandbox
+from vectorclm.evaluation.tasks import check_tasks, read_task
+from vectorclm.runtime.devices import Runtime
 
 NEAR = 1e-4  # nats: of choices as alike as this, either may come first
 WORDS = [
@@ -369,7 +369,7 @@ def test_a_model_with_anothers_tokenizer_is_refused(folder: Path, chat_folder: P
 
 
 def test_a_padded_batch_goes_on_as_each_prompt_alone(ours: VectorCLM) -> None:
-    from vectorclm.generate import generate, generate_batch
+    from vectorclm.inference.generate import generate, generate_batch
 
     prompts = [[0, *range(10, 10 + length)] for length in (1, 5, 9)]
     padded = torch.tensor([[4] * (10 - len(prompt)) + prompt for prompt in prompts])

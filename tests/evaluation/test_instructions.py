@@ -10,15 +10,15 @@ import torch
 from tests.conftest import ANSWERS, write_random_model
 from tests.test_model import CONFIG
 from vectorclm.errors import ConfigError
-from vectorclm.evaluate import EvaluateConfig
-from vectorclm.generate import Sampling
-from vectorclm.instruction_checks import CONTENT, Check, Instruction, holds
-from vectorclm.instruction_prompts import FORMS, MOST, SHOTS, instructions
-from vectorclm.instructions import PARTS, STOP, base_answer, chat_answer, few_shot, instruction_scores, judge
-from vectorclm.items import ItemScores, read_scored
+from vectorclm.evaluation.config import EvaluateConfig
+from vectorclm.evaluation.instruction_checks import CONTENT, PARTS, Check, Instruction, holds
+from vectorclm.evaluation.instruction_prompts import FORMS, MOST, SHOTS, instructions
+from vectorclm.evaluation.instructions import STOP, base_answer, chat_answer, few_shot, instruction_scores, judge
+from vectorclm.evaluation.item_scores import ItemScores, read_scored
+from vectorclm.inference.generate import Sampling
 from vectorclm.model import CausalLM
 from vectorclm.settings import validate
-from vectorclm.train_tokenizer import EOS_ID, encode, load_tokenizer
+from vectorclm.tokenizer import EOS_ID, encode, load_tokenizer
 
 # What is as asked, and what is not by little.
 EXAMPLES = [

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_code_judge import FAKES, HONEST, PROBLEM
-from vectorclm import sandbox
+from tests.evaluation.test_code_judge import FAKES, HONEST, PROBLEM
 from vectorclm.errors import ConfigError
-from vectorclm.sandbox import Problem, Sandbox, find_sandbox, passes
+from vectorclm.evaluation import sandbox
+from vectorclm.evaluation.sandbox import Problem, Sandbox, find_sandbox, passes
 
 pytestmark = pytest.mark.usefixtures("sandboxed")
 
@@ -168,7 +168,7 @@ def test_the_command_line_of_no_side_shows_the_tests() -> None:
     command = [
         sys.executable,
         "-c",
-        "import sys; from tests.test_code_judge import *; passes(PROBLEM, sys.argv[1])",
+        "import sys; from tests.evaluation.test_code_judge import *; passes(PROBLEM, sys.argv[1])",
         slow,
     ]
     with subprocess.Popen(command) as process:

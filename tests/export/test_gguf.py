@@ -15,24 +15,17 @@ from tokenizers import Tokenizer
 from flows.cli import main as vectorclm
 from tests.conftest import llama_cpp, write_random_model
 from vectorclm.__main__ import main
-from vectorclm.addresses import find_model
-from vectorclm.bits_per_byte import text_scores
-from vectorclm.conversations import Turn, render_prompt
+from vectorclm.bench.gguf import NEAR_TIE, differing, greedy_differences, hard_strings, spread
+from vectorclm.corpus.synthetic_world import WorldConfig, rows
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.gguf_export import GGUF_TYPES, export_gguf
-from vectorclm.ggufbench import NEAR_TIE, differing, greedy_differences, hard_strings, spread
-from vectorclm.llama_cpp import LlamaCpp
+from vectorclm.evaluation.bits_per_byte import text_scores
+from vectorclm.export.gguf import GGUF_TYPES, export_gguf
+from vectorclm.export.llama_cpp import LlamaCpp
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
-from vectorclm.train_tokenizer import (
-    BOS_ID,
-    IM_END,
-    IM_END_ID,
-    SPECIAL_TOKENS,
-    encode,
-    load_tokenizer,
-)
-from vectorclm.world import WorldConfig, rows
+from vectorclm.shards.conversations import Turn, render_prompt
+from vectorclm.store.model_ref import find_model
+from vectorclm.tokenizer import BOS_ID, IM_END, IM_END_ID, SPECIAL_TOKENS, encode, load_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=4096,

@@ -20,7 +20,9 @@ from transformers import (
 
 from tests.conftest import ANSWERS, write_random_model
 from tests.test_model import CONFIG
-from vectorclm.chat import (
+from vectorclm.errors import DataError
+from vectorclm.export.hugging_face import write_model_files
+from vectorclm.inference.chat import (
     ChatModel,
     Conversation,
     check_turns,
@@ -31,13 +33,11 @@ from vectorclm.chat import (
     reply,
     talk,
 )
-from vectorclm.conversations import Turn, render_prompt
-from vectorclm.errors import DataError
-from vectorclm.export import write_model_files
-from vectorclm.generate import Sampling, choose, generate, keep_min_p, keep_top_k, keep_top_p, penalized
+from vectorclm.inference.generate import Sampling, choose, generate, keep_min_p, keep_top_k, keep_top_p, penalized
 from vectorclm.model_commands import ChatOptions, chat
-from vectorclm.runtime import Runtime
-from vectorclm.train_tokenizer import SPECIAL_TOKENS
+from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.conversations import Turn, render_prompt
+from vectorclm.tokenizer import SPECIAL_TOKENS
 
 LOGITS = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 4
 SEEN = [17, 9, 17, 200, 44]

@@ -21,13 +21,13 @@ from prefect.client.orchestration import SyncPrefectClient
 from pydantic import SecretStr
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from flows import password
-from flows.platform import PlatformConfig
-from flows.server import PrivateServer
-from flows.service import Service
+from flows.platform import password
+from flows.platform.config import PlatformConfig
+from flows.platform.prefect_server import PrivateServer
+from flows.platform.process import Service
 from tests.conftest import chromium
-from tests.test_platform import free_port
-from vectorclm import serve
+from tests.platform.test_platform import free_port
+from vectorclm.inference import serve
 
 EVIL = "evil.test"  # a name that the browser takes for this machine, as after DNS rebinding
 KEY = "a-key-of-this-test-0123"

@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from vectorclm import http_limits, serve
-from vectorclm.http_limits import DESCRIPTORS, LimitedHTTP
+from vectorclm.inference import http_limits, serve
+from vectorclm.inference.http_limits import DESCRIPTORS, LimitedHTTP
 
 SECRET = "a-key-of-this-test-0123"
 HALF = b"GET /v1/models HTTP/1.1\r\nHost: loc"

@@ -28,14 +28,14 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from tests.conftest import ANSWERS, chromium
-from vectorclm import serve
-from vectorclm.chat import open_chat_model
-from vectorclm.completion import Completion, Refusal, read_completion
-from vectorclm.conversations import Turn, render_prompt
 from vectorclm.errors import ConfigError
-from vectorclm.generate import generate
-from vectorclm.http_limits import LimitedHTTP
-from vectorclm.runtime import Runtime
+from vectorclm.inference import serve
+from vectorclm.inference.chat import open_chat_model
+from vectorclm.inference.generate import generate
+from vectorclm.inference.http_limits import LimitedHTTP
+from vectorclm.inference.openai_api import Completion, Refusal, read_completion
+from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.conversations import Turn, render_prompt
 
 SECRET = "a-key-of-this-test-0123"
 QUESTION = [{"role": "user", "content": "Who swims?"}]

@@ -19,22 +19,23 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from flows.cli import main
-from flows.promotion import compared, decided
-from flows.record import registered_names
-from flows.registry import Registry
-from flows.server import answers
-from flows.tracking import Tracker
+from flows.net import answers
+from flows.tracking.promotion import compared, decided
+from flows.tracking.recorded_lineage import registered_names
+from flows.tracking.registry import Registry
+from flows.tracking.tracker import Tracker
 from tests.conftest import read_lines
+from tests.platform.test_platform import PICTURES, browser, picture, says, until
 from tests.test_curriculum import mini
-from tests.test_platform import PICTURES, browser, picture, says, until
-from vectorclm.artifact import Artifact, Store
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError
-from vectorclm.lineage import Lineage, Node, changes, lineage, verify
-from vectorclm.measure import Change, Figure
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
-from vectorclm.stages import STAGES, plans, run_stage
+from vectorclm.evaluation.statistics import Change, Figure
+from vectorclm.lineage.chain import Lineage, Node, changes, lineage, verify
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
+from vectorclm.stages import plans, run_stage
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.layout import STAGES
 
 __all__ = ["browser"]  # a fixture
 

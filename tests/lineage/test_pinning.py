@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.test_hub import minimal_experiment
+from tests.corpus.test_hub import minimal_experiment
 from vectorclm.config import ExperimentConfig
-from vectorclm.corpus import identity
+from vectorclm.corpus.sampler import write_sample
+from vectorclm.corpus.sources import identity
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.pinning import check_sources, pin
-from vectorclm.sampling import write_sample
+from vectorclm.lineage.pinning import check_sources, pin
 
 BOOKS, WEB, CHAT = "owner/books", "owner/web", "owner/chat"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

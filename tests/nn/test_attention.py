@@ -11,17 +11,17 @@ from tokenizers import Tokenizer
 
 from tests.conftest import publish_shards, write_sample_text, write_tokenizer
 from tests.test_model import CONFIG
-from vectorclm.bits_per_byte import token_losses, windows_scores
-from vectorclm.chat_shards import ChatConfig, ChatSource, write_chat_shards
-from vectorclm.conversations import Turn, render
-from vectorclm.dataset import Batch, to_batch
-from vectorclm.documents import Documents, document_attention, document_labels, position_ids
-from vectorclm.loss import IGNORE_INDEX as NO
+from vectorclm.dataset import Batch, document_labels, position_ids, to_batch
+from vectorclm.evaluation.bits_per_byte import token_losses, windows_scores
 from vectorclm.model import CausalLM
-from vectorclm.shard_reader import open_shards
-from vectorclm.shards import ShardsConfig, Windows, read_windows, write_shards
+from vectorclm.nn.attention import Documents, document_attention
+from vectorclm.nn.loss import IGNORE_INDEX as NO
+from vectorclm.shards.chat_writer import ChatConfig, ChatSource, write_chat_shards
+from vectorclm.shards.conversations import Turn, render
+from vectorclm.shards.reader import open_shards
+from vectorclm.shards.writer import ShardsConfig, Windows, read_windows, write_shards
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, load_tokenizer
 from vectorclm.train import train_step
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, load_tokenizer
 
 CPU = torch.device("cpu")
 LENGTH = 96

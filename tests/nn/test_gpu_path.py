@@ -10,15 +10,15 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.test_model import CONFIG
+from vectorclm.bench.gpu import NEAR, ROWS, Load, _gradients_apart, gpu, measured
 from vectorclm.config import changed, load_experiment
 from vectorclm.dataset import Batch
-from vectorclm.decode import SteadyDecoding, decoding
-from vectorclm.documents import Documents
-from vectorclm.gpubench import NEAR, ROWS, Load, _gradients_apart, gpu, measured
-from vectorclm.layers import StackedLinear
+from vectorclm.inference.decode import SteadyDecoding, decoding
 from vectorclm.model import CausalLM
-from vectorclm.muon import Muon
+from vectorclm.nn.attention import Documents
+from vectorclm.nn.layers import StackedLinear
 from vectorclm.train import loss_function, train_step
+from vectorclm.training.muon import Muon
 
 IDS = torch.randint(5, CONFIG.vocab_size, (4, 32), generator=torch.Generator().manual_seed(3))
 
@@ -52,7 +52,7 @@ def gradients(net: CausalLM, loss: torch.Tensor) -> list[torch.Tensor]:
 
 def test_the_loss_compiles_whole_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """`fullgraph` raises where anything would be left to Python; the figures are in full and in half precision."""
-    monkeypatch.setattr("vectorclm.loss.CHUNK", 50)  # several, the last one shorter
+    monkeypatch.setattr("vectorclm.nn.loss.CHUNK", 50)  # several, the last one shorter
     net = model()
     compiled = torch.compile(net.loss, fullgraph=True, backend="aot_eager")
     exact = net.loss(IDS, IDS)
@@ -72,7 +72,7 @@ def test_an_environment_variable_leaves_the_loss_as_it_is(monkeypatch: pytest.Mo
     net, device = model(), torch.device("cuda")
     assert loss_function(net, device) != net.loss
     source = (
-        "import torch; from vectorclm import train; from tests.test_gpu_path import IDS, model; "
+        "import torch; from vectorclm import train; from tests.nn.test_gpu_path import IDS, model; "
         "train.has_flash = lambda device: True; net = model(); "
         "loss_of = train.loss_function(net, torch.device('cuda')); "
         "print(loss_of == net.loss, torch.equal(loss_of(IDS, IDS, None), net.loss(IDS, IDS, None)))"
@@ -142,6 +142,6 @@ def test_documents_apart_compile_whole_and_once() -> None:
 @pytest.mark.parametrize("wrong", [torch.nan, 0.0])
 def test_gradients_that_are_wrong_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     tiny = changed(load_experiment("tiny")[0], {"pretrain.batch_size": 4, "model.num_hidden_layers": 1})
-    monkeypatch.setattr("vectorclm.gpubench.loss_function", lambda net, _: lambda *batch: net.loss(*batch) * wrong)
+    monkeypatch.setattr("vectorclm.bench.gpu.loss_function", lambda net, _: lambda *batch: net.loss(*batch) * wrong)
     distance = _gradients_apart(Load(tiny, torch.device("cpu"), 2, 1, 1e9))
     assert not distance <= NEAR

@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from flows import password
-from flows.platform import PlatformConfig, read_platform
-from flows.server import HEARTBEAT_SECONDS
+from flows.net import HEARTBEAT_SECONDS
+from flows.platform import password
+from flows.platform.config import PlatformConfig, read_platform
 from vectorclm.errors import ConfigError
 from vectorclm.settings import validate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 COMPOSE = ROOT / "docker" / "compose.yaml"
 EXAMPLE = ROOT / "docker" / "platform.env.example"
 POOLS = ("process", "docker", "kubernetes")
@@ -286,7 +286,7 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp
 OWN_SERVER = """
 import os, sys
 from pathlib import Path
-from flows.server import prefect_server
+from flows.platform.prefect_server import prefect_server
 
 with prefect_server(Path(sys.argv[1])) as server:
     print(server, os.environ["PREFECT_API_AUTH_STRING"])
@@ -374,9 +374,9 @@ def test_the_kubernetes_pool_makes_valid_jobs(prefect_api: dict[str, str], tmp_p
 CLUSTER = """
 import sys
 from prefect.client.orchestration import get_client
-from flows.doctor import process_workers
-from flows.platform import read_platform
-from flows.provision import provision
+from flows.platform.doctor import process_workers
+from flows.platform.config import read_platform
+from flows.platform.provision import provision
 
 with get_client(sync_client=True) as client:
     stored = client.read_work_pool("gpu")

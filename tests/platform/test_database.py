@@ -18,16 +18,16 @@ import pytest
 from mlflow import MlflowClient
 from prefect.exceptions import PrefectHTTPStatusError
 
-from flows.database import INSTALLED
-from flows.objectstore import PACKAGES
-from flows.record import registered_names
-from flows.registry import Registry
+from flows.platform.database import INSTALLED
+from flows.platform.objectstore import PACKAGES
+from flows.tracking.recorded_lineage import registered_names
+from flows.tracking.registry import Registry
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
-from tests.test_platform import REFUSED, Platform, free_port, platform_at
-from tests.test_schedules import listening
-from vectorclm.artifact import Store
-from vectorclm.lineage import lineage
-from vectorclm.stages import STAGES
+from tests.platform.test_platform import REFUSED, Platform, free_port, platform_at
+from tests.platform.test_provision import listening
+from vectorclm.lineage.chain import lineage
+from vectorclm.store.artifact import Store
+from vectorclm.store.layout import STAGES
 
 SECRETS = {
     "POSTGRES_PASSWORD": "of-postgres: 7c%1d@/",

@@ -19,10 +19,10 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Running, Scheduled
 
-from flows import server_services
-from flows.server_services import PROBE, RELIED, failing_loops, findings, loop_errors, probe, switched_off
-from flows.service import listens
-from tests.test_platform import WAIT, Platform, clean, free_port, platform_at, until
+from flows.platform import server_services
+from flows.platform.process import listens
+from flows.platform.server_services import PROBE, RELIED, failing_loops, findings, loop_errors, probe, switched_off
+from tests.platform.test_platform import WAIT, Platform, clean, free_port, platform_at, until
 
 
 @pytest.fixture(scope="module")

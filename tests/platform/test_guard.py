@@ -21,12 +21,12 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from flows import doctor, password
-from flows.launch import Launcher
-from flows.platform import PlatformConfig
-from vectorclm import serve
+from flows.execution.launch import Launcher
+from flows.platform import doctor, password
+from flows.platform.config import PlatformConfig
 from vectorclm.errors import ConfigError
-from vectorclm.guard import Guard, allowed_hosts
+from vectorclm.inference import serve
+from vectorclm.inference.guard import Guard, allowed_hosts
 
 EVIL = "evil.test"
 

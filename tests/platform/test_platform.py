@@ -33,14 +33,15 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
-from flows import doctor, live
-from flows.platform import PlatformConfig, read_platform
-from flows.server import answers
-from flows.server_services import loop_errors
+from flows.execution import progress
+from flows.net import answers
+from flows.platform import doctor
+from flows.platform.config import PlatformConfig, read_platform
+from flows.platform.server_services import loop_errors
 from tests.conftest import chromium
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
-from vectorclm.artifact import Store
-from vectorclm.progress import Tick, say
+from vectorclm.runtime.progress import Tick, say
+from vectorclm.store.artifact import Store
 
 WAIT = 400  # seconds; a bound for a machine under load, nothing is measured by it
 PICTURES = os.environ.get("VECTORCLM_PICTURES")  # a folder: the pictures of the README are taken anew
@@ -350,14 +351,14 @@ LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}
 
 
 def test_the_chip_follows_a_stage_to_its_end(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "CHIP_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "CHIP_SECONDS", 0.05)
 
     def shown() -> tuple[float, str]:
         key = ArtifactFilter.model_validate({"key": {"any_": ["of-a-test-progress"]}})
         chips = platform.client.read_artifacts(artifact_filter=key)
         return (float(str(chips[0].data)), str(chips[0].description)) if chips else (-1.0, "")
 
-    with platform.addressed(), live.live("of_a_test", print):
+    with platform.addressed(), progress.live("of_a_test", print):
         for done, percent in ((0, 0.0), (500, 50.0), (515, 51.5)):
             say(Tick("of_a_test", done, 1000, "tokens", "loss 2.5"))
             until(lambda percent=percent: shown()[0] == percent, f"the chip shows {percent}", 60)

@@ -38,17 +38,18 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import Select
 
-from flows import provision
-from flows.deployments import MAX_RESCUES, opened_store
+from flows.deployments import opened_store
+from flows.execution.launch import StageFailedError
 from flows.form import Changes, chosen
-from flows.launch import StageFailedError
-from flows.provision import FELL, PREFECT_FILE, TOLD, _notification
-from flows.registry import EVALUATIONS
+from flows.handle import FELL, MAX_RESCUES
+from flows.platform import provision
+from flows.platform.provision import PREFECT_FILE, TOLD, _notification
+from flows.tracking.registry import EVALUATIONS
 from tests.conftest import chromium
-from tests.test_platform import Platform, click, log_in, platform_at, says, until
+from tests.platform.test_platform import Platform, click, log_in, platform_at, says, until
 from vectorclm.model import CausalLM
 from vectorclm.model_config import model_config
-from vectorclm.runtime import Runtime
+from vectorclm.runtime.devices import Runtime
 
 CANDIDATE = "models:/vectorclm-chat@candidate"
 LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}
@@ -441,7 +442,7 @@ def test_the_dead_are_found_and_start_again_twice_at_most(platform: Platform, mo
 
 START = """
 import sys
-from flows.platform import read_platform
+from flows.platform.config import read_platform
 
 store, prefect_port, mlflow_port = sys.argv[1:]
 server, _ = read_platform(None, vectorclm_store=store, prefect_port=prefect_port, mlflow_port=mlflow_port).servers()

@@ -4,8 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from flows.plots import POINTS, Box, Interval, bars, curves, graph, intervals, short, thinned, ticks
-from flows.report import interval
+from flows.reports.plots import POINTS, Box, Interval, bars, curves, graph, intervals, short, thinned, ticks
+from flows.reports.report import interval
 
 EVIL = '</svg><script>alert(1)</script>"&'
 

@@ -16,15 +16,15 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.launch import Launcher, StageInterruptedError, under_torchrun
+from flows.execution.launch import Launcher, StageInterruptedError, under_torchrun
 from tests.conftest import read_lines
-from tests.test_resume import CHANGES, write_experiment
-from vectorclm.artifact import Store
+from tests.training.test_checkpoint import CHANGES, write_experiment
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.errors import InUseError, OutOfMemoryError
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans, run_stage
+from vectorclm.store.artifact import Store
 
 RUNTIME = Runtime(device="cpu", threads=1, checkpoint_interval=10)
 INPUTS = ("sample", "tokenizer", "shards", "chat_shards")
@@ -110,11 +110,11 @@ import hashlib
 import torch
 from tests.test_finetune import CONFIG
 from vectorclm.dataset import Batch
-from vectorclm.distributed import ALONE, joined
+from vectorclm.runtime.distributed import ALONE, joined
 from vectorclm.errors import DataError
-from vectorclm.loss import IGNORE_INDEX
+from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
-from vectorclm.muon import OptimizerConfig, build_optimizers
+from vectorclm.training.muon import OptimizerConfig, build_optimizers
 from vectorclm.train import train_step
 
 def steps(batch, group):
@@ -200,7 +200,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from vectorclm.distributed import joined
+from vectorclm.runtime.distributed import joined
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 with joined() as group:
@@ -213,7 +213,7 @@ def test_ranks_that_hang_in_a_collective_end_when_the_flow_is_killed(tmp_path: P
     ranks, locks = tmp_path / "ranks", tmp_path / "locks"
     ranks.mkdir()
     command = under_torchrun([sys.executable, "-c", STUCK, str(ranks)], 2, 1)
-    flow = "from flows.launch import Launcher; from pathlib import Path"
+    flow = "from flows.execution.launch import Launcher; from pathlib import Path"
     flow += f"; Launcher(Path({str(locks)!r})).run({command!r}, print)"
     child = subprocess.Popen([sys.executable, "-c", flow], stdout=subprocess.DEVNULL)
     until(lambda: len(list(ranks.iterdir())) == 2 or child.poll() is not None)

@@ -16,16 +16,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.launch import Launcher, StageCancelledError, StageInterruptedError, under_torchrun
+from flows.execution.launch import Launcher, StageCancelledError, StageInterruptedError, under_torchrun
 from tests.conftest import KILLS
 from tests.test_curriculum import mini
-from tests.test_resume import the_same, write_experiment
-from vectorclm.artifact import Store
+from tests.training.test_checkpoint import the_same, write_experiment
 from vectorclm.config import load_experiment, override
-from vectorclm.pinning import pin
-from vectorclm.preemption import ENDED, PREEMPTED, REPEATED
-from vectorclm.runtime import Runtime
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.preemption import ENDED, PREEMPTED, REPEATED
 from vectorclm.stages import plans, run_stage
+from vectorclm.store.artifact import Store
 
 INPUTS = ("sample", "tokenizer", "shards")
 RUNTIME = Runtime(device="cpu", threads=1, checkpoint_interval=1000)  # no checkpoint but those of a SIGTERM

@@ -19,20 +19,21 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.conftest import KILLS, PROCESSES, S3, files_below, publish_shards
-from tests.faulty_proxy import Proxy, faulty_proxy
-from vectorclm import plan as plan_module
-from vectorclm.artifact import Artifact, Store
-from vectorclm.block_sources import Patience
+from tests.services.faulty_proxy import Proxy, faulty_proxy
+from vectorclm.comparison.measurement import training_text
 from vectorclm.config import changed, load_experiment
 from vectorclm.dataset import AHEAD, StreamingLanguageModelDataset
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
-from vectorclm.measure import training_text
-from vectorclm.pinning import pin
-from vectorclm.plan import GROUP_BLOCKS, CurriculumPlan, Stretch
-from vectorclm.runtime import Runtime
-from vectorclm.shard_reader import ShardReader, open_shards
-from vectorclm.stages import EVALUATED, STAGES, TRAININGS, run_stage
-from vectorclm.train_tokenizer import load_tokenizer
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
+from vectorclm.shards import order as plan_module
+from vectorclm.shards.block_readers import Patience
+from vectorclm.shards.order import GROUP_BLOCKS, CurriculumPlan, Stretch
+from vectorclm.shards.reader import ShardReader, open_shards
+from vectorclm.stages import EVALUATED, TRAININGS, run_stage
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.layout import STAGES
+from vectorclm.tokenizer import load_tokenizer
 
 LENGTH, BATCH = 64, 50
 BLOCK_BYTES = 8192  # of 64 windows, so that few bytes make many blocks

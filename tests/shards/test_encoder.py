@@ -13,27 +13,18 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from tests.conftest import write_sample_text
-from vectorclm.artifact import MANIFEST, Plan, Store, build
-from vectorclm.audit import audit, check_round_trip
-from vectorclm.blocks import ShardDescriber
-from vectorclm.encoder import JUDGE_EVERY, Encoder, Gigatoken, adversarial, open_encoder
+from vectorclm.corpus.sample_reader import read_texts
+from vectorclm.corpus.synthetic_world import WorldConfig, rows
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.sample_files import read_texts
-from vectorclm.sending import Sending
-from vectorclm.shards import ShardsConfig, read_windows, write_shards
-from vectorclm.slices import SentSlices
-from vectorclm.train_tokenizer import (
-    BOS_ID,
-    EOS_ID,
-    PAD_ID,
-    SPECIAL_TOKENS,
-    TokenizerConfig,
-    encode,
-    load_tokenizer,
-    token_lengths,
-    train_tokenizer,
-)
-from vectorclm.world import WorldConfig, rows
+from vectorclm.shards.audit import audit, check_round_trip
+from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.encoder import JUDGE_EVERY, Encoder, Gigatoken, adversarial, open_encoder
+from vectorclm.shards.writer import ShardsConfig, read_windows, write_shards
+from vectorclm.store.artifact import MANIFEST, Plan, Store, build
+from vectorclm.store.resumable import SentSlices
+from vectorclm.store.uploads import Sending
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS, encode, load_tokenizer, token_lengths
+from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
 
 CONFIG = ShardsConfig(sequence_length=32, shard_bytes=4096)
 
@@ -222,7 +213,7 @@ def test_half_a_surrogate_pair_is_refused_as_without_a_fast_encoder(tokenizer: T
 def test_gigatoken_forgets_its_words(
     tokenizer: Tokenizer, documents: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vectorclm.encoder.REOPEN_CHARACTERS", 1000)
+    monkeypatch.setattr("vectorclm.shards.encoder.REOPEN_CHARACTERS", 1000)
     fast = Gigatoken(tokenizer)
     first = fast._tokenizer
     assert [fast.encode(text).tolist() for text in documents[:20]] == [encode(tokenizer, t) for t in documents[:20]]

@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 
 from tests.conftest import publish_shards
 from tests.test_model import CONFIG
-from vectorclm.artifact import Plan as ArtifactPlan
-from vectorclm.artifact import Store
-from vectorclm.checkpoint import Checkpoints
+from vectorclm.bench.data import walk
 from vectorclm.config import load_experiment
-from vectorclm.databench import walk
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.muon import OptimizerConfig
-from vectorclm.plan import (
+from vectorclm.pretrain import Phase, PretrainConfig, pretrain
+from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.order import (
     GROUP_BLOCKS,
     MIX_BLOCK,
     CurriculumPlan,
@@ -29,9 +27,11 @@ from vectorclm.plan import (
     permute,
     windows_per_block,
 )
-from vectorclm.pretrain import Phase, PretrainConfig, pretrain
-from vectorclm.runtime import Runtime
+from vectorclm.store.artifact import Plan as ArtifactPlan
+from vectorclm.store.artifact import Store
 from vectorclm.train import Work
+from vectorclm.training.checkpoint import Checkpoints
+from vectorclm.training.muon import OptimizerConfig
 
 SIZES = {"a": 3000, "b": 900}
 

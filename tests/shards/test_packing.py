@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vectorclm.audit import split_documents
-from vectorclm.packing import Packed, Packing, best_fit, pack
+from vectorclm.shards.audit import split_documents
+from vectorclm.shards.packing import Packed, Packing, best_fit, pack
 
 PAD = 4
 

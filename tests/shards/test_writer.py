@@ -11,16 +11,17 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from tests.conftest import write_sample_text
-from vectorclm import shards
-from vectorclm.artifact import MANIFEST, Artifact, Plan, Store, build
-from vectorclm.blocks import ShardDescriber
-from vectorclm.encoder import Encoder
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.packing import Packing
-from vectorclm.sending import Sending
-from vectorclm.shards import SPLITS, ShardsConfig, read_windows, write_shards
-from vectorclm.slices import SentSlices, Slices
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenizerConfig, encode, load_tokenizer, train_tokenizer
+from vectorclm.shards import writer
+from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.encoder import Encoder
+from vectorclm.shards.packing import Packing
+from vectorclm.shards.writer import SPLITS, ShardsConfig, read_windows, write_shards
+from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store, build
+from vectorclm.store.resumable import SentSlices, Slices
+from vectorclm.store.uploads import Sending
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, encode, load_tokenizer
+from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_work_goes_on_where_it_was_left(
         write_sample_text(folder, [f"{number} {text}" for text in tiny_text], "train")
         (folder / "train-00000.parquet").rename(folder / f"train-{number + 1:05d}.parquet")
     expected = write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "expected")
-    slices, made, write_slice = tmp_path / "slices", [], shards._write_slice
+    slices, made, write_slice = tmp_path / "slices", [], writer._write_slice
 
     def counted(*arguments: Any) -> dict[str, Any]:
         made.append(arguments[2])
@@ -121,7 +122,7 @@ def test_work_goes_on_where_it_was_left(
             raise KeyboardInterrupt
         return write_slice(*arguments)
 
-    monkeypatch.setattr(shards, "_write_slice", counted)
+    monkeypatch.setattr(writer, "_write_slice", counted)
     with pytest.raises(KeyboardInterrupt):
         write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "cut", slices=Slices(slices, tmp_path / "cut"))
     assert made == ["a/train-00001.parquet", "a/train-00002.parquet", "a/train-00003.parquet"]
@@ -144,7 +145,7 @@ def test_slices_that_were_sent_stand_wherever_the_work_goes_on(
         write_sample_text(folder, [f"{number} {text}" for text in tiny_text[number:]], "train")
         (folder / "train-00000.parquet").rename(folder / f"train-{number + 1:05d}.parquet")
     write_sample_text(folder, tiny_text[:7], "validation")
-    plan, made, write_slice = Plan("shards", 1, {}, {}), [], shards._write_slice
+    plan, made, write_slice = Plan("shards", 1, {}, {}), [], writer._write_slice
 
     def counted(*arguments: Any) -> dict[str, Any]:
         made.append(arguments[2])
@@ -162,7 +163,7 @@ def test_slices_that_were_sent_stand_wherever_the_work_goes_on(
 
         return build(store, plan, produce, str(tmp_path / work), ShardDescriber(), sending)[0]
 
-    monkeypatch.setattr(shards, "_write_slice", counted)
+    monkeypatch.setattr(writer, "_write_slice", counted)
     expected, uri = publish(str(tmp_path / "store"), "local"), f"memory://{tmp_path.name}"
     with pytest.raises(KeyboardInterrupt):
         publish(uri, "here")

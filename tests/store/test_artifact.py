@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from tests.test_model import CONFIG
-from vectorclm.artifact import MANIFEST, Plan, Store, build, rebuild
-from vectorclm.checkpoint import KEEP, Checkpoints, Snapshot, restore, snapshot
 from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError
-from vectorclm.lease import process_space
 from vectorclm.model import CausalLM
-from vectorclm.muon import OptimizerConfig, build_optimizers
+from vectorclm.runtime.processes import process_space
+from vectorclm.store.artifact import MANIFEST, Plan, Store, build, rebuild
+from vectorclm.training.checkpoint import KEEP, Checkpoints, Snapshot, restore, snapshot
+from vectorclm.training.muon import OptimizerConfig, build_optimizers
 
 PLAN = Plan("sample", 1, {"a": 1}, {})
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from vectorclm import garbage, lease
 from vectorclm.__main__ import main
-from vectorclm.artifact import MANIFEST, Plan, Store, build
-from vectorclm.garbage import find_garbage, remove_garbage, seconds
-from vectorclm.inventory import take_inventory
+from vectorclm.store import gc, lease
+from vectorclm.store.artifact import MANIFEST, Plan, Store, build
+from vectorclm.store.gc import find_garbage, remove_garbage, seconds
+from vectorclm.store.listing import take_inventory
 
 SAMPLE = Plan("sample", 1, {"a": 1}, {})
 TRAINED = Plan("pretrain", 1, {"a": 1}, {"sample": SAMPLE.fingerprint})
@@ -161,7 +161,7 @@ def test_gc_spares_what_is_young_or_held_or_written_to_meanwhile(store: Store) -
 
 def test_gc_of_a_remote_store_finds_this_machines_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(garbage, "YOUNG_SECONDS", 0)
+    monkeypatch.setattr(gc, "YOUNG_SECONDS", 0)
     store = Store(f"memory://{tmp_path.name}")
     build(store, SAMPLE, produce)
 

@@ -15,13 +15,14 @@ import torch
 from flows.cli import main as vectorclm
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
-from vectorclm.artifact import MANIFEST, Plan, Store, build
-from vectorclm.checkpoint import Checkpoints, Snapshot
 from vectorclm.errors import CorruptArtifactError
-from vectorclm.hash_memory import HashMemory, state_of
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
-from vectorclm.stages import STAGES, plans, run_stage
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
+from vectorclm.stages import plans, run_stage
+from vectorclm.store.artifact import MANIFEST, Plan, Store, build
+from vectorclm.store.hash_memory import HashMemory, state_of
+from vectorclm.store.layout import STAGES
+from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
 PLAN = Plan("sample", 1, {"a": 1}, {})
 RUNTIME = Runtime(threads=1)

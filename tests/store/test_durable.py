@@ -17,16 +17,16 @@ import pytest
 
 from tests.conftest import KILLS
 from vectorclm.__main__ import main
-from vectorclm.artifact import MANIFEST, Plan, Store, build
-from vectorclm.inventory import take_inventory, verify
+from vectorclm.store.artifact import MANIFEST, Plan, Store, build
+from vectorclm.store.listing import take_inventory, verify
 
 SHUTDOWN, WITHOUT_LOG = 0x8004587D, 2  # the ioctl of ext4 and XFS, and its flag: what is not on the disk is lost
 WRITER = """
 import sys
 from pathlib import Path
 import torch
-from vectorclm.artifact import Plan, Store, build
-from vectorclm.checkpoint import Checkpoints, Snapshot
+from vectorclm.store.artifact import Plan, Store, build
+from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
 store, count = Store(sys.argv[1]), int(sys.argv[2])
 plan = Plan("pretrain", 1, {}, {})

@@ -12,10 +12,12 @@ from typing import Any
 import psutil
 import pytest
 
-from vectorclm import lease as module
-from vectorclm.artifact import Plan, Store, build
 from vectorclm.errors import InUseError
-from vectorclm.lease import Lease, process_space
+from vectorclm.runtime import processes
+from vectorclm.runtime.processes import process_space
+from vectorclm.store import lease as module
+from vectorclm.store.artifact import Plan, Store, build
+from vectorclm.store.lease import Lease
 
 
 def dead(store: Store, name: str = "leases/k.json") -> None:
@@ -99,7 +101,7 @@ def test_what_is_given_back_in_between_is_asked_for_again_and_not_taken(
 def test_of_a_claim_only_what_was_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, third = Store(str(tmp_path)), list[Lease]()
     dead(store)
-    judge = module.marked
+    judge = processes.marked
 
     def late(holder: Mapping[str, Any]) -> psutil.Process | None:
         alive = judge(holder)

@@ -17,14 +17,15 @@ import s3fs
 import torch
 
 from tests.conftest import KILLS, PROCESSES, S3
-from vectorclm import durable, lease
-from vectorclm.artifact import Plan, Store, build
-from vectorclm.blocks import ShardDescriber
-from vectorclm.checkpoint import Checkpoints, Snapshot
 from vectorclm.errors import InUseError, StoreError, VectorCLMError
-from vectorclm.lease import Lease, mark, marked
-from vectorclm.sending import Sending
-from vectorclm.slices import SentSlices, Slices
+from vectorclm.runtime.processes import mark, marked
+from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.store import durable, lease
+from vectorclm.store.artifact import Plan, Store, build
+from vectorclm.store.lease import Lease
+from vectorclm.store.resumable import SentSlices, Slices
+from vectorclm.store.uploads import Sending
+from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
 PLAN = Plan("shards", 1, {"a": 1}, {})
 STEPS = 4

@@ -15,15 +15,15 @@ import s3fs
 import torch
 
 from tests.conftest import KILLS, PROCESSES, S3, files_below
-from tests.upload_proxy import Fault, Proxy
-from vectorclm import garbage
-from vectorclm import s3 as client
+from tests.services.upload_proxy import Fault, Proxy
 from vectorclm.__main__ import main
-from vectorclm.artifact import MANIFEST, Artifact, Plan, Store, build
-from vectorclm.checkpoint import Checkpoints, Snapshot
 from vectorclm.errors import CorruptArtifactError, StoreError
-from vectorclm.garbage import find_garbage, remove_garbage
-from vectorclm.storage import RACERS, sha256_of
+from vectorclm.store import gc
+from vectorclm.store import s3 as client
+from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store, build
+from vectorclm.store.gc import find_garbage, remove_garbage
+from vectorclm.store.storage import RACERS, sha256_of
+from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
 PLAN = Plan("sample", 1, {"a": 1}, {})
 DAY = timedelta(days=1)
@@ -282,7 +282,7 @@ def make(environment: Mapping[str, str], uri: str, work: str) -> None:
 def test_kills_at_any_request_change_no_byte_and_leave_nothing_that_gc_does_not_find(
     s3: S3, store: Store, network: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(garbage, "YOUNG_SECONDS", 0)
+    monkeypatch.setattr(gc, "YOUNG_SECONDS", 0)
     environment = {**environment_of(s3, tmp_path), "AWS_ENDPOINT_URL": f"http://127.0.0.1:{network.port}"}
     process = PROCESSES.Process(target=make, args=(environment, f"{store.uri}/whole", str(tmp_path / "work")))
     network.watch()
@@ -341,7 +341,7 @@ def test_a_training_resumes_from_the_newest_checkpoint_that_verifies(store: Stor
 def test_gc_and_verify_know_what_only_a_remote_store_has(
     store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(garbage, "YOUNG_SECONDS", 0)
+    monkeypatch.setattr(gc, "YOUNG_SECONDS", 0)
     artifact, _ = build(store, PLAN, produce)
     bucket, _, prefix = store.root.partition("/")
     for place in (f"{prefix}/sample/{PLAN.fingerprint}/0.bin", f"{prefix}-of-others/0.bin"):

@@ -12,15 +12,15 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from flows.figures import flatten, numbers, readable
-from flows.tracking import StageRun, Tracker
-from tests.test_platform import until
-from vectorclm.artifact import Store
+from flows.tracking.client import flatten, numbers, readable
+from flows.tracking.tracker import StageRun, Tracker
+from tests.platform.test_platform import until
 from vectorclm.config import ExperimentConfig, load_experiment
-from vectorclm.lease import mark
-from vectorclm.metrics import Metrics
-from vectorclm.pinning import pin
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.processes import mark
 from vectorclm.stages import plans
+from vectorclm.store.artifact import Store
+from vectorclm.training.metrics import Metrics
 
 DEAD = 2**22 + 1  # above the largest process id of Linux
 
@@ -215,12 +215,12 @@ def test_an_unreachable_server_is_warned_of_once(
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{probe.getsockname()[1]}")
     with (
-        caplog.at_level(logging.WARNING, "flows.tracking"),
+        caplog.at_level(logging.WARNING, "flows.tracking.tracker"),
         tracker(store, experiment, "nowhere") as told,
         told.stage("pretrain", 1, tmp_path),
     ):
         (tmp_path / "metrics.jsonl").write_text(step(1, 3.0))
-    said = [record.getMessage() for record in caplog.records if record.name == "flows.tracking"]
+    said = [record.getMessage() for record in caplog.records if record.name == "flows.tracking.tracker"]
     assert len(said) == 1 and "goes on without it" in said[0]
 
 

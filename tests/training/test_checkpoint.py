@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from vectorclm.artifact import Store
 from vectorclm.config import load_experiment
-from vectorclm.pinning import pin
+from vectorclm.lineage.pinning import pin
 from vectorclm.stages import plans
+from vectorclm.store.artifact import Store
 
 CHANGES = {
     "world": {"documents": 300, "conversations": 60},

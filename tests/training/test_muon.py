@@ -7,7 +7,7 @@ import torch
 
 from tests.test_model import CONFIG
 from vectorclm.model import CausalLM
-from vectorclm.muon import Muon, OptimizerConfig, ScheduleConfig, build_optimizers, orthogonalise, schedule
+from vectorclm.training.muon import Muon, OptimizerConfig, ScheduleConfig, build_optimizers, orthogonalise, schedule
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 64), (64, 24)])

@@ -22,17 +22,18 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vectorclm.artifact import Store
-from vectorclm.bench import Row, bounded, compared, could_not_run
+from vectorclm.bench.reading import reading
+from vectorclm.bench.table import Row, bounded, compared, could_not_run
 from vectorclm.config import ExperimentConfig, changed, load_experiment
-from vectorclm.encoder import Gigatoken
-from vectorclm.pinning import pin
-from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch, windows_per_block
-from vectorclm.readbench import reading
-from vectorclm.runtime import Runtime
-from vectorclm.sample_files import read_texts
+from vectorclm.corpus.sample_reader import read_texts
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.encoder import Gigatoken
+from vectorclm.shards.order import MIX_BLOCK, CurriculumPlan, Stretch, windows_per_block
 from vectorclm.stages import plans, run_stage
-from vectorclm.train_tokenizer import SPECIAL_TOKENS, learn, load_tokenizer
+from vectorclm.store.artifact import Store
+from vectorclm.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from vectorclm.train_tokenizer import learn
 
 TEXT_BYTES = 110_000_000  # of a mirror, as `small` draws, or what the generated world has
 PLANNED_TOKENS = 3_500_000_000

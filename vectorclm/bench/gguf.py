@@ -11,22 +11,22 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from vectorclm.addresses import find_model
-from vectorclm.artifact import Store
-from vectorclm.bench import Row, bounded, compared
-from vectorclm.bits_per_byte import text_scores
+from vectorclm.bench.table import Row, bounded, compared
 from vectorclm.config import changed, load_experiment
-from vectorclm.encoder import SPACES, adversarial
-from vectorclm.generate import generate
-from vectorclm.gguf_export import GGUF_TYPES, export_gguf
-from vectorclm.llama_cpp import LlamaCpp
+from vectorclm.corpus.sample_reader import read_texts
+from vectorclm.evaluation.bits_per_byte import text_scores
+from vectorclm.export.gguf import GGUF_TYPES, export_gguf
+from vectorclm.export.llama_cpp import LlamaCpp
+from vectorclm.inference.generate import generate
+from vectorclm.lineage.pinning import pin
 from vectorclm.model import CausalLM
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
-from vectorclm.sample_files import read_texts
-from vectorclm.shards import SPLITS
+from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.encoder import SPACES, adversarial
+from vectorclm.shards.writer import SPLITS
 from vectorclm.stages import plans, run_stage
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode, load_tokenizer
+from vectorclm.store.artifact import Store
+from vectorclm.store.model_ref import find_model
+from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode, load_tokenizer
 
 NEAR_TIE = 1e-4  # two logits this close may change places with the order of a sum
 DOCUMENTS, TEXT_BYTES = 10_000, 60_000_000  # tokenized by both, out of a sample of this size

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vectorclm.bench import Row, bounded, compared, could_not_run, reached
+from vectorclm.bench.table import Row, bounded, compared, could_not_run, reached
 from vectorclm.config import ExperimentConfig, load_experiment
-from vectorclm.dataset import Batch
-from vectorclm.decode import SteadyDecoding
-from vectorclm.documents import Documents, document_labels, position_ids
+from vectorclm.dataset import Batch, document_labels, position_ids
+from vectorclm.inference.decode import SteadyDecoding
 from vectorclm.model import CausalLM
-from vectorclm.muon import build_optimizers, set_learning_rates
-from vectorclm.runtime import Runtime
+from vectorclm.nn.attention import Documents
+from vectorclm.runtime.devices import Runtime
+from vectorclm.tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS
 from vectorclm.train import loss_function, train_step
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS
+from vectorclm.training.muon import build_optimizers, set_learning_rates
 
 # Dense bf16 FLOP/s with fp32 sums, of the makers' data sheets; the first name that is in the device's counts.
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -77,7 +77,7 @@ def gpu(rounds: int, experiment: str = "base") -> Iterator[Row]:
     name = torch.cuda.get_device_name() if why is None else ""
     peak = next((peak for part, peak in PEAKS.items() if part in name), 0.0)
     if why is None and not peak:
-        why = f"the peak of a {name} is not known here: add it to PEAKS in vectorclm/gpubench.py"
+        why = f"the peak of a {name} is not known here: add it to PEAKS in vectorclm/bench/gpu.py"
     if why is not None:
         for row, (unit, ask) in ROWS.items():
             yield could_not_run(f"{experiment}: {row}", unit, ask, why)

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from vectorclm.bench import Row, compared, could_not_run, in_turns
-from vectorclm.benchmarks import read_task
+from vectorclm.bench.data import prepare
+from vectorclm.bench.table import Row, compared, could_not_run, in_turns
 from vectorclm.config import load_experiment
-from vectorclm.databench import prepare
-from vectorclm.evaluate import drawn
-from vectorclm.export import write_model_files
-from vectorclm.generate import generate, generate_batch
+from vectorclm.corpus.sources import drawn
+from vectorclm.evaluation.multiple_choice import Item, accuracies, read_items
+from vectorclm.evaluation.tasks import read_task
+from vectorclm.export.hugging_face import write_model_files
+from vectorclm.inference.generate import generate, generate_batch
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
-from vectorclm.multiple_choice import Item, accuracies, read_items
-from vectorclm.runtime import Runtime
+from vectorclm.runtime.devices import Runtime
 
 PROMPT, NEW = 64, 64  # tokens
 FASTER = {1: 1.4, 16: 1.3}  # than transformers, by prompts in the batch
@@ -109,7 +109,7 @@ def evaluating(rounds: int, data: Path | None, experiment: str = "base") -> Iter
 
 def _questions(folder: Path, data: Path | None, experiment: str) -> list[Item]:
     """The questions; and in the folder, a model with the tokenizer of a little text."""
-    from vectorclm.harness_tasks import build_tasks
+    from vectorclm.evaluation.harness_tasks import build_tasks
 
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as work:
         text = prepare(Path(work), data, TEXT_BYTES)
@@ -133,7 +133,7 @@ def _item(task: Any, doc: Any) -> Item:
 
 
 def _ours(folder: Path, items: Sequence[Item]) -> Callable[[], tuple[float, Any]]:
-    from vectorclm.harness import VectorCLM
+    from vectorclm.evaluation.harness import VectorCLM
 
     return _asked(VectorCLM(folder, MICRO_BATCH), items)
 

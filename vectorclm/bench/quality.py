@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vectorclm.artifact import Store
-from vectorclm.bench import Row, could_not_run
+from vectorclm.bench.table import Row, could_not_run
 from vectorclm.config import ExperimentConfig, changed, load_experiment
 from vectorclm.errors import DivergedError
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import run_stage
+from vectorclm.store.artifact import Store
 
 logger = logging.getLogger(__name__)
 

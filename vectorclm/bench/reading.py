@@ -15,14 +15,14 @@ import numpy as np
 import psutil
 import torch
 
-from vectorclm.artifact import Artifact, Plan, Store, build
-from vectorclm.bench import Row, bounded, compared, could_not_run
-from vectorclm.block_sources import Fetched, Patience, open_client
-from vectorclm.blocks import ShardDescriber
+from vectorclm.bench.table import Row, bounded, compared, could_not_run
 from vectorclm.dataset import StreamingLanguageModelDataset
-from vectorclm.plan import CurriculumPlan, Stretch
-from vectorclm.shard_reader import ShardReader, open_shards
-from vectorclm.shards import ShardWriter
+from vectorclm.shards.block_readers import Fetched, Patience, open_client
+from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.order import CurriculumPlan, Stretch
+from vectorclm.shards.reader import ShardReader, open_shards
+from vectorclm.shards.writer import ShardWriter
+from vectorclm.store.artifact import Artifact, Plan, Store, build
 
 BATCH, LENGTH = 12, 1024  # what a batch is in nanoGPT
 WINDOWS = 16_384  # of LENGTH tokens

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vectorclm.bench import Row, Side, bounded, compared, in_turns, reached
+from vectorclm.bench.table import Row, Side, bounded, compared, in_turns, reached
 from vectorclm.config import load_experiment
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig, hugging_face_config
-from vectorclm.muon import OptimizerConfig, build_optimizers
-from vectorclm.products import product
-from vectorclm.runtime import Runtime
+from vectorclm.nn.matmul import product
+from vectorclm.runtime.devices import Runtime
+from vectorclm.training.muon import OptimizerConfig, build_optimizers
 
 Parts = tuple[float, float]  # seconds of one micro-batch, and of one update
 

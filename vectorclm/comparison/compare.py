@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from vectorclm.addresses import content_of, find_model
-from vectorclm.artifact import Artifact, Store
 from vectorclm.errors import DataError
-from vectorclm.instructions import PARTS
-from vectorclm.items import DRAWS, ITEMS, SEED, TEXTS, Scored, interval, ratio, read_scored, resampled
-from vectorclm.measure import STAGE, Change, Figure
+from vectorclm.evaluation.instruction_checks import PARTS
+from vectorclm.evaluation.item_scores import ITEMS, TEXTS, read_scored
+from vectorclm.evaluation.statistics import DRAWS, SEED, Change, Figure, Scored, interval, ratio, resampled
 from vectorclm.stages import EVALUATED
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.layout import STAGE
+from vectorclm.store.model_ref import content_of, find_model
 
 OWN_SUITE = "its own evaluation"
 METHOD = f"paired bootstrap over items, {DRAWS:,} resamples, 95 % percentile interval, seed {SEED}"

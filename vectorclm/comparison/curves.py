@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vectorclm.addresses import content_of, find_model
-from vectorclm.artifact import Artifact, Store
-from vectorclm.checkpoint import STEP
-from vectorclm.config import ExperimentConfig
+from vectorclm.comparison.measurement import Limits, measure
+from vectorclm.config import ExperimentConfig, Suite
 from vectorclm.errors import DataError
-from vectorclm.export import write_model_files
-from vectorclm.measure import Limits, figures, measure
+from vectorclm.evaluation.statistics import figures
+from vectorclm.export.hugging_face import write_model_files
 from vectorclm.model_config import write_config
-from vectorclm.runtime import Runtime
+from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import READS, plans
-from vectorclm.suite import Suite
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.layout import FOLDER
+from vectorclm.store.model_ref import content_of, find_model
+from vectorclm.training.checkpoint import STEP
 
-FOLDER = "curves"
 SCHEMA = pa.schema(
     [
         ("stage", pa.string()),

@@ -12,9 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vectorclm.corpus import BenchmarkSource, SampleConfig, Source, check_labels, in_groups, read_source
-from vectorclm.evaluate import TaskSource
-from vectorclm.world import WorldConfig
+from vectorclm.corpus.sources import (
+    BenchmarkSource,
+    SampleConfig,
+    Source,
+    TaskSource,
+    check_labels,
+    in_groups,
+    read_source,
+)
+from vectorclm.corpus.synthetic_world import WorldConfig
 
 GRAM = 13  # words
 ANCHOR = 8  # words of the shortest text that is looked for, and what every run is first recognised by

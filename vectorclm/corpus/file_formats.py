@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_core import from_json
 
+from vectorclm.corpus.filters import Filter
 from vectorclm.errors import DataError
-from vectorclm.filters import Filter
 
 LONGEST = 2**26  # characters of a line, or of a file that is one array: all of it is in memory at once
 BATCH_ROWS = 1000

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from vectorclm.corpus.file_formats import FORMATS, labels_of
 from vectorclm.errors import DataError
-from vectorclm.file_formats import FORMATS, labels_of
 
 FOLDER_SUFFIXES = tuple(suffix for known in FORMATS if known.in_folders for suffix in known.suffixes)
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from vectorclm.artifact import Artifact
+from vectorclm.corpus.file_formats import read_parquet
 from vectorclm.errors import DataError
-from vectorclm.file_formats import read_parquet
+from vectorclm.store.artifact import Artifact
 
 
 class SampleFiles:

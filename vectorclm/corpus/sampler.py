@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from vectorclm.corpus import SampleConfig, TextSource, describe, is_remote, read_batches
-from vectorclm.decontamination import Benchmarks
+from vectorclm.corpus.decontamination import Benchmarks
+from vectorclm.corpus.file_formats import Batch
+from vectorclm.corpus.sources import SampleConfig, TextSource, describe, is_remote, read_batches
+from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import DataError
-from vectorclm.file_formats import Batch
-from vectorclm.progress import Progress
-from vectorclm.world import WorldConfig
+from vectorclm.runtime.progress import Progress
 
 FILE_BYTES = 256 * 1024 * 1024  # text in one file of the sample
 GROUP_BYTES = 16 * 1024 * 1024  # text in one row group at the most: what the writer holds in memory

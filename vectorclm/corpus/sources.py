@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, AnyStr, Self
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from vectorclm.errors import ConfigError, DataError, VectorCLMError
-from vectorclm.file_formats import (
+from vectorclm.corpus.file_formats import (
     FORMATS,
     Batch,
     column_type,
@@ -23,14 +22,19 @@ from vectorclm.file_formats import (
     read_rows,
     row_batches,
 )
-from vectorclm.filters import Filter
-from vectorclm.mirror import content_hash, find_files, revision_of
+from vectorclm.corpus.files import content_hash, find_files, revision_of
+from vectorclm.corpus.filters import Filter
+from vectorclm.corpus.synthetic_world import WorldConfig
+from vectorclm.corpus.synthetic_world import rows as world_rows
+from vectorclm.errors import ConfigError, DataError, VectorCLMError
 from vectorclm.settings import Settings
-from vectorclm.world import WorldConfig
-from vectorclm.world import rows as world_rows
 
 if TYPE_CHECKING:  # `datasets` takes a second to import, and a process that trains reads no source
     from datasets import IterableDataset
+
+
+CHOICE_COLUMNS = ("context", "choices", "answer")  # of a benchmark that the harness does not define
+
 
 GENERATED = {"world": world_rows}  # the `path` of generated sources, and what returns the rows of one by its name
 BUILDERS = tuple(known.name for known in FORMATS if known.in_folders)  # the `path` of plain local files
@@ -390,3 +394,29 @@ def in_groups(texts: Iterable[AnyStr], length: int, count: int | None = None) ->
             group, total = [], 0
     if group:
         yield group
+
+
+class TaskSource(Source):
+    """A benchmark: a task as EleutherAI's lm-evaluation-harness defines it, or rows of context, choices and answer."""
+
+    task: str | None = Field(None, description="Name of the harness's task or group; without, rows as they are")
+    columns: dict[str, str] = Field(
+        {}, description="Columns that the task reads and a mirror's files lack: Jinja expressions over theirs"
+    )
+    subset: str | None = Field(None, description="Of a group: the column that says which task's data a row is")
+    shots: int | None = Field(None, ge=0, description="Worked examples before each item; without, the task's number")
+    runs_code: bool = Field(False, description="Runs the programs that the model writes, and only if that is allowed")
+    texts: list[str] = Field([], description="Columns that no document for training may repeat; none = all")
+    limit: int = Field(0, ge=0, description="Items to score, a seeded draw; 0 = all")
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns with the benchmark's texts; none = all."""
+        return tuple(self.texts) if self.task is not None else CHOICE_COLUMNS
+
+
+def drawn(task: TaskSource, count: int, seed: int) -> list[int]:
+    """Which of a task's `count` items are scored, in their order: all, or a seeded draw of `task.limit`."""
+    if not task.limit or task.limit >= count:
+        return list(range(count))
+    return sorted(random.Random(f"{seed} {task.label}").sample(range(count), task.limit))

@@ -22,9 +22,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from vectorclm.errors import ConfigError
-from vectorclm.settings import Settings
-from vectorclm.world_phrases import (
+from vectorclm.corpus.world_phrases import (
     ANSWER,
     ATTRIBUTES,
     ENDINGS,
@@ -45,6 +43,8 @@ from vectorclm.world_phrases import (
     WEATHER,
     Attribute,
 )
+from vectorclm.errors import ConfigError
+from vectorclm.settings import Settings
 
 WORLD_SETS = ("stories", "lessons", "smoltalk", "slimorca", "tulu3-code", "questions")
 

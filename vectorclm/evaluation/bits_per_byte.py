@@ -9,14 +9,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from vectorclm.dataset import to_batch
-from vectorclm.documents import Documents
 from vectorclm.errors import DataError
-from vectorclm.evaluate import logits
-from vectorclm.items import ItemScores
-from vectorclm.loss import IGNORE_INDEX
+from vectorclm.evaluation.item_scores import ItemScores
 from vectorclm.model import CausalLM
-from vectorclm.shard_reader import ShardReader
-from vectorclm.train_tokenizer import BOS_ID, encode
+from vectorclm.nn.attention import Documents
+from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.nn.matmul import product
+from vectorclm.shards.reader import ShardReader
+from vectorclm.tokenizer import BOS_ID, encode
+
+
+def logits(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of hidden states and their targets, a few thousand rows at a time."""
+    weight_VD = model.model.embed_tokens.weight
+    for hidden_CD, targets_C in zip(torch.split(hidden_ND, 2048), torch.split(targets_N, 2048), strict=True):
+        yield product(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C
 
 
 @torch.inference_mode()

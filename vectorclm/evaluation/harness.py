@@ -12,27 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vectorclm.addresses import find_model
-from vectorclm.bits_per_byte import text_scores
-from vectorclm.conversations import read_conversation, render_prompt
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import open_model
-from vectorclm.generate import Sampling, generate, generate_batch
-from vectorclm.multiple_choice import Likelihood, Pair, log_likelihoods, pair_ids
-from vectorclm.progress import Progress
-from vectorclm.runtime import Runtime
+from vectorclm.evaluation.bits_per_byte import text_scores
+from vectorclm.evaluation.multiple_choice import Likelihood, Pair, log_likelihoods, pair_ids
+from vectorclm.inference.generate import Sampling, generate, generate_batch
+from vectorclm.inference.load import open_model
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.progress import Progress
 from vectorclm.settings import digest
-from vectorclm.train_tokenizer import (
-    BOS,
-    BOS_ID,
-    CHAT_TEMPLATE,
-    EOS_ID,
-    IM_END,
-    IM_END_ID,
-    IM_START,
-    PAD_ID,
-    encode,
-)
+from vectorclm.shards.conversations import read_conversation, render_prompt
+from vectorclm.store.model_ref import find_model
+from vectorclm.tokenizer import BOS, BOS_ID, CHAT_TEMPLATE, EOS_ID, IM_END, IM_END_ID, IM_START, PAD_ID, encode
 
 try:
     from lm_eval.api.instance import Instance

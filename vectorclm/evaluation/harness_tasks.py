@@ -24,13 +24,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
-from vectorclm.decontamination import strings
+from vectorclm.corpus.decontamination import strings
+from vectorclm.corpus.sources import TaskSource, drawn
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import TaskSource, drawn
-from vectorclm.harness import VectorCLM
-from vectorclm.items import ItemScores
-from vectorclm.runtime import Runtime
-from vectorclm.sandbox import Problem, check_sandbox, passes
+from vectorclm.evaluation.harness import VectorCLM
+from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.evaluation.sandbox import Problem, check_sandbox, passes
+from vectorclm.runtime.devices import Runtime
 
 FOLDER = Path(lm_eval.tasks.__file__).parent
 METRICS = ("acc", "exact_match", "pass@1")  # 1 of an item that is right, 0 of others

@@ -4,6 +4,13 @@ import json
 import re
 from typing import Any, Literal, NamedTuple
 
+# What a score looks at: checks of the content, of the form, or both.
+PARTS = {"followed_content": (True,), "followed_form": (False,), "followed": (True, False)}
+
+
+FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}  # in words
+
+
 Kind = Literal[
     "word",
     "avoid",

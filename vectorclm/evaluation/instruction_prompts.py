@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from vectorclm.instruction_checks import Check, Instruction, Kind
+from vectorclm.evaluation.instruction_checks import Check, Instruction, Kind
 
 MOST = 200  # prompts there are: 25 of each family; fewer are the first of them
 SEED = 20_231_114  # of the prompts, whatever the experiment's is: all models are asked the same

@@ -11,20 +11,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from vectorclm.conversations import Turn
-from vectorclm.generate import GREEDY, Sampling, answer, generate, plain_text
-from vectorclm.instruction_checks import Instruction, holds
-from vectorclm.instruction_prompts import SHOTS
-from vectorclm.items import ItemScores
+from vectorclm.evaluation.instruction_checks import PARTS, Instruction, holds
+from vectorclm.evaluation.instruction_prompts import SHOTS
+from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.inference.generate import GREEDY, Sampling, answer, generate, plain_text
 from vectorclm.model import CausalLM
-from vectorclm.progress import Progress
+from vectorclm.runtime.progress import Progress
 from vectorclm.settings import canonical_json
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode
+from vectorclm.shards.conversations import Turn
+from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode
 
 ANSWERS = "instructions.jsonl"
-# What a score looks at: checks of the content, of the form, or both.
-PARTS = {"followed_content": (True,), "followed_form": (False,), "followed": (True, False)}
-FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}  # in words
 STOP = "\n\nInstruction:"  # where a base model begins another one
 
 

@@ -1,16 +1,18 @@
 """What each item of an evaluation scored: kept beside its scores, so that two models compare on the same items."""
 
 import hashlib
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+
+from vectorclm.evaluation.statistics import Scored, ratio
 
 ITEMS, TEXTS = "items.parquet", "texts.parquet"
 ITEMS_SCHEMA = pa.schema(
@@ -35,10 +37,6 @@ TEXTS_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
     ]
 )
-SEED = 20_240_229
-DRAWS = 10_000
-CHUNK = 4_000_000  # counts held at a time
-LEAST = 6  # items that differ; of fewer, even if all speak for one model, a sign test says 2 / 2**5 > 5 %
 
 
 class ItemScores:
@@ -115,14 +113,6 @@ def item_id(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-class Scored(NamedTuple):
-    """One score, item by item: it is the sum of `parts` over the sum of `sizes`."""
-
-    ids: list[str]
-    parts: NDArray[np.float64]  # [N]: 1 where the answer is right; of text, bits
-    sizes: NDArray[np.float64]  # [N]: 1; of text, bytes
-
-
 def read_scored(folder: Path) -> dict[str, Scored]:
     """The scores in an evaluation's files: `acc.<task>`, `acc_norm.<task>`, `bits_per_byte.<source>`.
 
@@ -150,54 +140,7 @@ def _groups(path: Path, column: str) -> dict[str, dict[str, list[Any]]]:
     return {name: table.filter(pa.array(names == name)).to_pydict() for name in dict.fromkeys(names)}
 
 
-def ratio(parts: Sequence[float], sizes: Sequence[float]) -> tuple[float, float]:
-    """Sum of `parts` over sum of `sizes`, and the standard error of that ratio (Cochran, Sampling Techniques, 6.4).
-
-    One document says nothing of how much documents differ: its error is the ratio itself.
-    """
-    total, count = max(1, sum(sizes)), len(sizes)
-    value = sum(parts) / total
-    if count < 2:
-        return value, value
-    squares = sum((part - value * size) ** 2 for part, size in zip(parts, sizes, strict=True))
-    return value, math.sqrt(squares * count / (count - 1)) / total
-
-
-class Interval(NamedTuple):
-    """Where a paired difference lies, at 95 %."""
-
-    low: float
-    high: float
-    items: int
-    differing: int  # items that the two models do not score alike
-
-    @property
-    def beyond_noise(self) -> bool:
-        """Whether the interval leaves out 0, and enough items differ to say so."""
-        return self.differing >= LEAST and not self.low <= 0 <= self.high
-
-
-def resampled(name: str, before: Scored, after: Scored) -> NDArray[np.float64]:
-    """By how much the score rises on each of DRAWS draws, with replacement, from the items: the paired bootstrap.
-
-    Both models are scored on the same draw (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13;
-    for models of language, Koehn, "Statistical Significance Tests for Machine Translation Evaluation", 2004). How
-    often each distinct outcome is drawn is multinomial, so that thousands of questions cost what three outcomes do.
-    `name` seeds the draws with SEED: they do not depend on which other scores there are.
-    """
-    pairs = np.stack([after.parts - before.parts, before.sizes], 1)
-    outcomes_K2, counts_K = np.unique(pairs, axis=0, return_counts=True)
-    random = np.random.default_rng([SEED, *name.encode()])
-    rows = max(1, CHUNK // len(outcomes_K2))
-    parts = []
-    for start in range(0, DRAWS, rows):
-        drawn_RK = random.multinomial(len(pairs), counts_K / len(pairs), size=min(rows, DRAWS - start))
-        sums_R2 = drawn_RK @ outcomes_K2
-        parts.append(sums_R2[:, 0] / sums_R2[:, 1])
-    return np.concatenate(parts)
-
-
-def interval(draws: NDArray[np.float64], items: int, differing: int) -> Interval:
-    """The middle 95 % of resampled differences."""
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Interval(float(low), float(high), items, differing)
+def write_scores(out: Path, scores: Mapping[str, Any], found: ItemScores) -> None:
+    """Write `scores.json`, and what each item scored as Parquet."""
+    found.write(out)
+    (out / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from vectorclm.corpus.sources import TaskSource, drawn
 from vectorclm.errors import DataError
-from vectorclm.evaluate import TaskSource, drawn, logits
-from vectorclm.items import ItemScores
+from vectorclm.evaluation.bits_per_byte import logits
+from vectorclm.evaluation.item_scores import ItemScores
 from vectorclm.model import CausalLM
-from vectorclm.progress import Progress
-from vectorclm.train_tokenizer import BOS_ID, PAD_ID, encode
+from vectorclm.runtime.progress import Progress
+from vectorclm.tokenizer import BOS_ID, PAD_ID, encode
 
 
 class Item(NamedTuple):

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from vectorclm import code_judge
-from vectorclm.code_judge import PASSED, UNSUITABLE, has_more
 from vectorclm.errors import ConfigError, DataError
+from vectorclm.evaluation import code_judge
+from vectorclm.evaluation.code_judge import PASSED, UNSUITABLE, has_more
 
 SECONDS = 10.0
 JUDGE = Path(code_judge.__file__).resolve()

@@ -8,14 +8,13 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from vectorclm.corpus import is_remote, read_source
+from vectorclm.corpus.sources import CHOICE_COLUMNS, TaskSource, is_remote, read_source
+from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import CHOICE_COLUMNS, TaskSource
-from vectorclm.items import ItemScores
+from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.evaluation.multiple_choice import read_items, task_scores
 from vectorclm.model import CausalLM
-from vectorclm.multiple_choice import read_items, task_scores
-from vectorclm.runtime import Runtime
-from vectorclm.world import WorldConfig
+from vectorclm.runtime.devices import Runtime
 
 
 def check_tasks(tasks: Sequence[TaskSource]) -> None:
@@ -32,7 +31,7 @@ def _harness() -> tuple[Any, Any]:
 
     Raises ConfigError where it is not installed.
     """
-    from vectorclm import harness, harness_tasks
+    from vectorclm.evaluation import harness, harness_tasks
 
     return harness, harness_tasks
 

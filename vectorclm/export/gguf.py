@@ -10,12 +10,12 @@ from gguf import GGMLQuantizationType as Encoding
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vectorclm.addresses import Model
-from vectorclm.durable import move_file, sync_folder, temporary_beside
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, load_tokenizer
+from vectorclm.store.durable import move_file, sync_folder, temporary_beside
+from vectorclm.store.model_ref import Model
+from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, load_tokenizer
 
 GgufType = Literal["f32", "f16", "q8_0"]
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)

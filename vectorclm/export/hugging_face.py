@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vectorclm.artifact import Artifact
-from vectorclm.instructions import FOLLOWED, PARTS
-from vectorclm.sampling import losses
-from vectorclm.train_tokenizer import BOS_ID, EOS, EOS_ID, IM_END, IM_END_ID, PAD_ID, write_tokenizer_config
+from vectorclm.corpus.sampler import losses
+from vectorclm.evaluation.instruction_checks import FOLLOWED, PARTS
+from vectorclm.store.artifact import Artifact
+from vectorclm.tokenizer import BOS_ID, EOS, EOS_ID, IM_END, IM_END_ID, PAD_ID, write_tokenizer_config
 
 MODEL_FILES = (
     "config.json",

@@ -8,8 +8,8 @@ from typing import Any
 import gguf
 import httpx
 
-from vectorclm.bits_per_byte import rates, scoring_windows
 from vectorclm.errors import ConfigError, DataError
+from vectorclm.evaluation.bits_per_byte import rates, scoring_windows
 
 INSTALL = "pip install 'vectorclm[llama]'"
 SURE = 1000.0  # a bias on a logit that makes a token certain

@@ -7,14 +7,14 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from vectorclm.addresses import find_model
-from vectorclm.conversations import Turn, read_conversation, render_prompt
 from vectorclm.errors import DataError
-from vectorclm.evaluate import open_model
-from vectorclm.generate import GREEDY, Sampling, generate
+from vectorclm.inference.generate import GREEDY, Sampling, generate
+from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
-from vectorclm.runtime import Runtime
-from vectorclm.train_tokenizer import SPECIAL_TOKENS
+from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.conversations import Turn, read_conversation, render_prompt
+from vectorclm.store.model_ref import find_model
+from vectorclm.tokenizer import SPECIAL_TOKENS
 
 HELP = """/reset          forget what was said, all but the system prompt
 /system TEXT    forget what was said, and begin anew with this system prompt (without TEXT, with none)

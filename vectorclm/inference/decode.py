@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vectorclm.model import CausalLM, KVCache
-from vectorclm.products import project
+from vectorclm.nn.matmul import project
 
 WARM_UP = 3  # steps before a capture, in which libraries allocate what they need
 

@@ -7,12 +7,12 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vectorclm.conversations import Turn, render_prompt
-from vectorclm.decode import decoding
+from vectorclm.inference.decode import decoding
 from vectorclm.model import CausalLM
-from vectorclm.progress import Progress
+from vectorclm.runtime.progress import Progress
 from vectorclm.settings import Settings
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, encode
+from vectorclm.shards.conversations import Turn, render_prompt
+from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, encode
 
 
 class Sampling(Settings):

@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from vectorclm.chat import ChatModel, Piece, check_turns
-from vectorclm.conversations import Turn, read_conversation, render_prompt
 from vectorclm.errors import DataError
-from vectorclm.generate import Sampling
+from vectorclm.inference.chat import ChatModel, Piece, check_turns
+from vectorclm.inference.generate import Sampling
 from vectorclm.settings import Settings
+from vectorclm.shards.conversations import Turn, read_conversation, render_prompt
 
 # What is not done here is taken only where it asks for nothing.
 NEUTRAL: Mapping[str, Sequence[Any]] = {

@@ -30,12 +30,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vectorclm.chat import ChatModel, Piece, open_chat_model, reply
-from vectorclm.completion import Completion, Refusal, check_name, read_completion
 from vectorclm.errors import ConfigError
-from vectorclm.guard import ALLOWED, Guard, allowed_hosts
-from vectorclm.http_limits import BACKLOG, LimitedHTTP
-from vectorclm.runtime import Runtime
+from vectorclm.inference.chat import ChatModel, Piece, open_chat_model, reply
+from vectorclm.inference.guard import ALLOWED, Guard, allowed_hosts
+from vectorclm.inference.http_limits import BACKLOG, LimitedHTTP
+from vectorclm.inference.openai_api import Completion, Refusal, check_name, read_completion
+from vectorclm.runtime.devices import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class Gate(Guard):
 def make_app(chat_model: ChatModel, name: str, key: str, hosts: Sequence[str] | None) -> ASGIApp:
     """The application; it answers to these host names, or to any."""
     engine, started = Engine(chat_model), int(time.time())
-    page = files("vectorclm").joinpath("chat.html").read_text(encoding="utf-8")
+    page = files("vectorclm.inference").joinpath("chat.html").read_text(encoding="utf-8")
     model = {"id": name, "object": "model", "created": started, "owned_by": "vectorclm"}
     model["max_model_len"] = chat_model.context  # as vLLM says it
 

@@ -9,10 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vectorclm.addresses import ADDRESS, Model, content_of, find_model, whole
-from vectorclm.artifact import MANIFEST, Artifact, Plan, Store, mend
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.stages import EVALUATED, STAGES
+from vectorclm.stages import EVALUATED
+from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store, mend
+from vectorclm.store.layout import STAGES
+from vectorclm.store.model_ref import ADDRESS, Model, content_of, find_model, whole
+
+SHORT = 12  # digits of a fingerprint that a person reads
+
+
+def _figure(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
 
 TITLES = {"finetune": "chat model", "pretrain": "base model", "chat_shards": "chat shards"}
 EXPORTED = {"chat": "finetune", "base": "pretrain"}  # folder of an export -> the stage that it copies
@@ -324,3 +332,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
+
+
+def in_words(node: Node) -> str:
+    """What a person asks of an artifact first."""
+    return ", ".join(f"{_figure(value)} {key.replace('_', ' ')}" for key, value in facts(node).items())

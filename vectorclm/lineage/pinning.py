@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from vectorclm.benchmarks import check_tasks
-from vectorclm.chat_shards import ChatSource
-from vectorclm.config import ExperimentConfig
-from vectorclm.corpus import (
+from vectorclm.config import ExperimentConfig, Suite
+from vectorclm.corpus.files import revision_of
+from vectorclm.corpus.sources import (
     BenchmarkSource,
     Source,
+    TaskSource,
     TextSource,
     describe,
     hub_error,
@@ -23,15 +23,14 @@ from vectorclm.corpus import (
     local_place,
     open_source,
 )
-from vectorclm.durable import write_file
+from vectorclm.corpus.synthetic_world import WorldConfig
+from vectorclm.corpus.synthetic_world import rows as world_rows
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluate import TaskSource
-from vectorclm.mirror import revision_of
+from vectorclm.evaluation.tasks import check_tasks
 from vectorclm.pretrain import Phase
 from vectorclm.settings import digest
-from vectorclm.suite import Suite
-from vectorclm.world import WorldConfig
-from vectorclm.world import rows as world_rows
+from vectorclm.shards.chat_writer import ChatSource
+from vectorclm.store.durable import write_file
 
 UNRESOLVED = "unresolved"  # the revision of a hub repository that a dry run may not ask for
 COMMIT = re.compile(r"[0-9a-f]{40}")

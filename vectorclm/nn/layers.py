@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vectorclm.products import outer_product, product, project
+from vectorclm.nn.matmul import outer_product, product, project
 
 
 def by_hand() -> bool:

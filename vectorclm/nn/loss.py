@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vectorclm.products import outer_product, product, takes_onednn
+from vectorclm.nn.matmul import outer_product, product, takes_onednn
 
 IGNORE_INDEX = -100  # the label of a token that carries no loss
 CHUNK = 256  # tokens whose logits exist at one time on a CPU: few enough for its cache

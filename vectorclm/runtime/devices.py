@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from vectorclm.distributed import ALONE, Group
 from vectorclm.errors import ConfigError, OutOfMemoryError
+from vectorclm.runtime.distributed import ALONE, Group
 from vectorclm.settings import Settings
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from vectorclm.errors import VectorCLMError
-from vectorclm.preemption import ENDED, GRACE, preemption
+from vectorclm.runtime.preemption import ENDED, GRACE, preemption
 
 TIMEOUT = timedelta(
     hours=6

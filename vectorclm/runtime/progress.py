@@ -1,6 +1,6 @@
 """Progress as log records: the core says how far it is, whoever runs it decides how that looks.
 
-`Progress` logs to the logger `vectorclm.progress`. A terminal turns the records into bars (`bars()`), a parent
+`Progress` logs to the logger `vectorclm.runtime.progress`. A terminal turns the records into bars (`bars()`), a parent
 process reads them as JSON lines (`json_lines()`), and without a handler they cost nothing.
 """
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-logger = logging.getLogger("vectorclm.progress")
+logger = logging.getLogger("vectorclm.runtime.progress")
 logger.setLevel(logging.INFO)
 logger.propagate = False
 

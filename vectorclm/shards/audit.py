@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS
 
 PART = 1 << 20  # tokens counted at a time
 _MEND = "run the stage again, and where it stays so, check this machine's memory and disk"

@@ -22,11 +22,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vectorclm.artifact import Store
-from vectorclm.blocks import Column, Shard
-from vectorclm.durable import temporary_beside
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
-from vectorclm.shards import Windows
+from vectorclm.shards.blocks import Column, Shard
+from vectorclm.shards.writer import Windows
+from vectorclm.store.artifact import Store
+from vectorclm.store.durable import temporary_beside
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from vectorclm.artifact import Artifact, mend
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError
-from vectorclm.plan import windows_per_block
+from vectorclm.shards.order import windows_per_block
+from vectorclm.store.artifact import Artifact, mend
 
 
 @dataclass(frozen=True)

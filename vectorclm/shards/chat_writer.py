@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from vectorclm.artifact import Artifact
-from vectorclm.conversations import Turn, find_fault, fit, read_conversation
-from vectorclm.corpus import Source, check_labels
-from vectorclm.decontamination import Benchmarks
+from vectorclm.corpus.decontamination import Benchmarks
+from vectorclm.corpus.sampler import losses
+from vectorclm.corpus.sources import Source, check_labels
 from vectorclm.errors import DataError
-from vectorclm.packing import Packing, pack
-from vectorclm.progress import Progress
-from vectorclm.sampling import losses
+from vectorclm.runtime.progress import Progress
 from vectorclm.settings import Settings, canonical_json
-from vectorclm.shards import SPLITS, ShardWriter, token_dtype
-from vectorclm.train_tokenizer import PAD_ID
+from vectorclm.shards.conversations import Turn, find_fault, fit, read_conversation
+from vectorclm.shards.packing import Packing, pack
+from vectorclm.shards.writer import SPLITS, ShardWriter, token_dtype
+from vectorclm.store.artifact import Artifact
+from vectorclm.tokenizer import PAD_ID
 
 BATCH = 256  # conversations that are looked up in the benchmarks at a time
 

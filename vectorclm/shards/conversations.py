@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
-from vectorclm.train_tokenizer import BOS_ID, IM_END_ID, IM_START_ID, encode
+from vectorclm.tokenizer import BOS_ID, IM_END_ID, IM_START_ID, encode
 
 
 class Turn(NamedTuple):

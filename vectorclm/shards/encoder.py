@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from vectorclm.train_tokenizer import SPECIAL_TOKENS
+from vectorclm.tokenizer import SPECIAL_TOKENS
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vectorclm.artifact import Artifact
-from vectorclm.block_sources import Blocks, Fetched, Mapped, Patience
-from vectorclm.blocks import Shard, read_shard
 from vectorclm.errors import CorruptBlockError
-from vectorclm.plan import GROUP_BLOCKS
-from vectorclm.shards import Windows
+from vectorclm.shards.block_readers import Blocks, Fetched, Mapped, Patience
+from vectorclm.shards.blocks import Shard, read_shard
+from vectorclm.shards.order import GROUP_BLOCKS
+from vectorclm.shards.writer import Windows
+from vectorclm.store.artifact import Artifact
 
 
 class ShardReader:

@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from vectorclm.artifact import Artifact
-from vectorclm.audit import audit, check_round_trip, split_documents
-from vectorclm.corpus import in_groups
-from vectorclm.durable import TEMPORARY
-from vectorclm.encoder import JUDGE_EVERY, Disproved, Encoder, open_encoder
+from vectorclm.corpus.sample_reader import SampleFiles
+from vectorclm.corpus.sources import in_groups
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.library_calls import interruptibly
-from vectorclm.packing import Packing, pack
-from vectorclm.progress import Progress
-from vectorclm.sample_files import SampleFiles
+from vectorclm.runtime.library_calls import interruptibly
+from vectorclm.runtime.progress import Progress
 from vectorclm.settings import Settings
-from vectorclm.slices import Slices
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID, token_lengths
+from vectorclm.shards.audit import audit, check_round_trip, split_documents
+from vectorclm.shards.encoder import JUDGE_EVERY, Disproved, Encoder, open_encoder
+from vectorclm.shards.packing import Packing, pack
+from vectorclm.store.artifact import Artifact
+from vectorclm.store.durable import TEMPORARY
+from vectorclm.store.resumable import Slices
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, token_lengths
 
 SPLITS = ("train", "validation")
 GROUP_DOCUMENTS = 512  # encoded at a time, or as many as have
@@ -147,17 +147,17 @@ def write_shards(
 ) -> dict[str, Any]:
     """Tokenize every source of `sample` and write `{label}/{split}-00000.arrow`, and which documents stand where.
 
-    A document is BOS, its tokens, EOS; `vectorclm.packing` puts them into windows of `sequence_length`, padded where
-    nothing stands. Each file of the sample is a slice of the work, packed for itself. `slices` says where a later call
-    finds those that are finished, and whether their files come to `out`: give some of these settings and this sample
-    alone.
+    A document is BOS, its tokens, EOS; `vectorclm.shards.packing` puts them into windows of `sequence_length`, padded
+    where nothing stands. Each file of the sample is a slice of the work, packed for itself. `slices` says where a later
+    call finds those that are finished, and whether their files come to `out`: give some of these settings and this
+    sample alone.
     `encoder` is, where none is given, the fastest that proves identical to `tokenizer`; where it is disproved on the
     way, everything is written again without it, so the files are the same by whichever encoder.
 
     Returns the counts of each source and split, and beside them its `audit` by split: the encoder, documents judged
-    and differing, documents decoded again, and what `vectorclm.audit` counts in the files. Raises DataError where a
-    source does not fill one window of each split or a document does not decode to itself, and CorruptArtifactError
-    where the files do not hold the documents.
+    and differing, documents decoded again, and what `vectorclm.shards.audit` counts in the files. Raises DataError
+    where a source does not fill one window of each split or a document does not decode to itself, and
+    CorruptArtifactError where the files do not hold the documents.
     """
     encoder = encoder or open_encoder(tokenizer)
     out.mkdir(parents=True, exist_ok=True)

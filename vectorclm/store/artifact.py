@@ -15,24 +15,24 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from vectorclm.durable import temporary_beside
 from vectorclm.errors import CorruptArtifactError, StoreError
-from vectorclm.hash_memory import HashMemory, cache_folder
-from vectorclm.lease import Lease, check_held, is_alive
-from vectorclm.manifest import MANIFEST as MANIFEST
-from vectorclm.manifest import Describe, read_manifest, said_of, sealed
-from vectorclm.publication import commit, publish_locally
-from vectorclm.result import Artifact as Artifact
-from vectorclm.result import Plan as Plan
-from vectorclm.result import corrupt
-from vectorclm.result import mend as mend
-from vectorclm.runtime import environment
+from vectorclm.runtime.devices import environment
 from vectorclm.settings import digest
-from vectorclm.storage import TRIES, Storage, explained, sha256_of
-from vectorclm.work import attempt_folder
+from vectorclm.store.durable import temporary_beside
+from vectorclm.store.hash_memory import HashMemory, cache_folder
+from vectorclm.store.lease import Lease, check_held, is_alive
+from vectorclm.store.manifest import MANIFEST as MANIFEST
+from vectorclm.store.manifest import Describe, read_manifest, said_of, sealed
+from vectorclm.store.publication import commit, publish_locally
+from vectorclm.store.result import Artifact as Artifact
+from vectorclm.store.result import Plan as Plan
+from vectorclm.store.result import corrupt
+from vectorclm.store.result import mend as mend
+from vectorclm.store.storage import TRIES, Storage, explained, sha256_of
+from vectorclm.store.work import attempt_folder
 
 if TYPE_CHECKING:
-    from vectorclm.sending import Sending
+    from vectorclm.store.uploads import Sending
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vectorclm.artifact import Store
 from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
-from vectorclm.garbage import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
-from vectorclm.inventory import take_inventory, verify
+from vectorclm.store.artifact import Store
+from vectorclm.store.gc import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
+from vectorclm.store.listing import take_inventory, verify
 
 store_app = new_app("store", "Look into the store, verify it, remove what nothing needs.")
 

@@ -19,16 +19,16 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vectorclm import s3
-from vectorclm.artifact import Artifact, Store
-from vectorclm.curves import FOLDER as CURVES
-from vectorclm.durable import OWN, is_temporary
 from vectorclm.errors import ConfigError, InUseError, StoreError
-from vectorclm.inventory import FINGERPRINT, LEASE, STAGE_FOLDERS, Folder, Inventory, read_folder, take_inventory
-from vectorclm.lease import LEASE_SECONDS
-from vectorclm.sending import superseded
-from vectorclm.storage import StoredFile
-from vectorclm.work import is_in_use
+from vectorclm.store import s3
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.durable import OWN, is_temporary
+from vectorclm.store.layout import FOLDER as CURVES
+from vectorclm.store.lease import LEASE_SECONDS
+from vectorclm.store.listing import FINGERPRINT, LEASE, STAGE_FOLDERS, Folder, Inventory, read_folder, take_inventory
+from vectorclm.store.storage import StoredFile
+from vectorclm.store.uploads import superseded
+from vectorclm.store.work import is_in_use
 
 logger = logging.getLogger(__name__)
 OLDER_THAN = "7d"

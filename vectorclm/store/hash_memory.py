@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vectorclm.durable import temporary_beside
+from vectorclm.store.durable import temporary_beside
 
 UNSETTLED_SECONDS = 2.0  # a file that changed so lately may change again without another time stamp
 ENTRIES = 4096  # folders that are remembered; the oldest go

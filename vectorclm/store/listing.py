@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from vectorclm.artifact import MANIFEST, Artifact, Plan, Store
 from vectorclm.errors import ConfigError, CorruptArtifactError
-from vectorclm.lease import is_alive, read_claim
-from vectorclm.measure import STAGE as MEASURE
-from vectorclm.stages import STAGES
-from vectorclm.storage import StoredFile
+from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store
+from vectorclm.store.layout import STAGE as MEASURE
+from vectorclm.store.layout import STAGES
+from vectorclm.store.lease import is_alive, read_claim
+from vectorclm.store.storage import StoredFile
 
 STAGE_FOLDERS = (*STAGES, MEASURE)  # of a store, those whose folders are artifacts
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")

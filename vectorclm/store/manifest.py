@@ -7,7 +7,7 @@ from typing import Any
 
 from vectorclm.errors import CorruptArtifactError
 from vectorclm.settings import digest
-from vectorclm.storage import sha256_of
+from vectorclm.store.storage import sha256_of
 
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"  # over all else in it

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vectorclm.artifact import MANIFEST, Artifact, Store, default_store, mend
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
 from vectorclm.settings import digest
-from vectorclm.train_tokenizer import IM_END
+from vectorclm.store.artifact import MANIFEST, Artifact, Store, default_store, mend
+from vectorclm.tokenizer import IM_END
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what scores depend on
 MODEL_STAGES = ("pretrain", "finetune", "export")  # whose artifacts are, or hold, models

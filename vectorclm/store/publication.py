@@ -20,10 +20,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from vectorclm.durable import make_folder, move_file, sync_folder, sync_folders, temporary_beside, write_file
 from vectorclm.errors import StoreError
-from vectorclm.manifest import MANIFEST
-from vectorclm.storage import GARBLED, TRIES, Storage
+from vectorclm.store.durable import make_folder, move_file, sync_folder, sync_folders, temporary_beside, write_file
+from vectorclm.store.manifest import MANIFEST
+from vectorclm.store.storage import GARBLED, TRIES, Storage
 
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 

@@ -9,15 +9,15 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from vectorclm.durable import temporary_beside
 from vectorclm.errors import CorruptArtifactError
-from vectorclm.hash_memory import HashMemory
-from vectorclm.manifest import MANIFEST, place_of
 from vectorclm.settings import digest
-from vectorclm.storage import TRIES, StoredFile
+from vectorclm.store.durable import temporary_beside
+from vectorclm.store.hash_memory import HashMemory
+from vectorclm.store.manifest import MANIFEST, place_of
+from vectorclm.store.storage import TRIES, StoredFile
 
 if TYPE_CHECKING:
-    from vectorclm.artifact import Store
+    from vectorclm.store.artifact import Store
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import xxhash
 
-from vectorclm.durable import TEMPORARY, sync_folder, sync_tree, temporary_beside
-from vectorclm.sending import Sending
+from vectorclm.store.durable import TEMPORARY, sync_folder, sync_tree, temporary_beside
+from vectorclm.store.uploads import Sending
 
 RECORD = "slice.json"
 

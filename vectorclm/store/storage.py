@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 import fsspec
 from safetensors import SafetensorError
 
-from vectorclm import s3
-from vectorclm.durable import OWN, TEMPORARY, exclusive, make_folder, sync_folder, temporary_beside, write_file
 from vectorclm.errors import StoreError
-from vectorclm.hash_memory import State, state_of
-from vectorclm.s3 import GARBLED as GARBLED
-from vectorclm.s3 import TRIES as TRIES
+from vectorclm.store import s3
+from vectorclm.store.durable import OWN, TEMPORARY, exclusive, make_folder, sync_folder, temporary_beside, write_file
+from vectorclm.store.hash_memory import State, state_of
+from vectorclm.store.s3 import GARBLED as GARBLED
+from vectorclm.store.s3 import TRIES as TRIES
 
 logger = logging.getLogger(__name__)
 PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "memory")  # what keeps a store

@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from vectorclm.artifact import Artifact, Plan, Store
-from vectorclm.durable import OWN
-from vectorclm.manifest import SEAL, place_of, said_of, sealed
 from vectorclm.settings import digest
-from vectorclm.storage import ATTEMPT, StoredFile, explained
+from vectorclm.store.artifact import Artifact, Plan, Store
+from vectorclm.store.durable import OWN
+from vectorclm.store.manifest import SEAL, place_of, said_of, sealed
+from vectorclm.store.storage import ATTEMPT, StoredFile, explained
 
 NOTE = f"{OWN}note-"
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from vectorclm.durable import temporary_beside
-from vectorclm.lease import is_here, mark, marked, read_claim
+from vectorclm.runtime.processes import mark, marked
+from vectorclm.store.durable import temporary_beside
+from vectorclm.store.lease import is_here, read_claim
 
 HOLDER = "holder.json"  # whose attempt it is, until it ends
 ATTEMPT = re.compile(r"[0-9a-f]{16}")

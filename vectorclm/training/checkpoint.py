@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vectorclm.artifact import Artifact, Plan, Store
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.storage import explained
+from vectorclm.store.artifact import Artifact, Plan, Store
+from vectorclm.store.storage import explained
 
 KEEP = 2  # older checkpoints are removed
 STEP = re.compile(r"step-([0-9]+)(-[0-9a-f]{8})?")  # and the attempt that wrote it

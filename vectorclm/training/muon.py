@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vectorclm.distributed import ALONE, Group
-from vectorclm.layers import StackedLinear
-from vectorclm.products import product, takes_onednn
+from vectorclm.nn.layers import StackedLinear
+from vectorclm.nn.matmul import product, takes_onednn
+from vectorclm.runtime.distributed import ALONE, Group
 from vectorclm.settings import Settings
 
 # Coefficients of the quintic iteration: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024
