@@ -34,7 +34,7 @@ from vectorclm.evaluation.statistics import Change, changes, figures
 from vectorclm.lineage.pinning import pin_suite
 from vectorclm.runtime.devices import Runtime
 from vectorclm.store.artifact import Artifact, Plan, Store
-from vectorclm.store.layout import STAGE
+from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model, find_model
 
 Address = Annotated[str, Field(pattern=r"^(models:/[^/@:]+(@[^/@]+|/[0-9]+)|/.+|[a-z0-9]+://[^@]+)$")]
@@ -96,7 +96,7 @@ def _measured(plan: Plan, model: Model, arguments: Sequence[str], store: Store, 
             return Completed(name="Reused", message=f"measured already: {found.uri}")
         command = [sys.executable, "-m", "vectorclm", "evaluate", *arguments, "--relay"]
         log = get_run_logger().info
-        with Launcher(local_folder(store) / "locks") as launcher, live(STAGE, log):
+        with Launcher(local_folder(store) / "locks") as launcher, live(MEASURE, log):
             launcher.take_turn(show_waiting)
             launcher.run(command, log)
         if (made := store.find(plan.stage, plan.fingerprint)) is None:
@@ -105,8 +105,8 @@ def _measured(plan: Plan, model: Model, arguments: Sequence[str], store: Store, 
 
     task: Task[[], Any] = Task(
         measure,
-        name=STAGE,
-        task_run_name=STAGE,
+        name=MEASURE,
+        task_run_name=MEASURE,
         retries=runtime.retries,
         retry_delay_seconds=RETRY_DELAY,
         retry_condition_fn=may_help,

@@ -28,6 +28,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _handle(name: str, artifact: Artifact, state: str, began: float) -> Handle:
+def stage_handle(name: str, artifact: Artifact, state: str, began: float) -> Handle:
     seconds = round(time.monotonic() - began, 2)
     return Handle(stage=name, fingerprint=artifact.fingerprint, uri=artifact.uri, state=state, seconds=seconds)

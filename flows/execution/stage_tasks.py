@@ -35,7 +35,7 @@ from flows.execution.launch import (
 from flows.execution.placement import run_in_pool
 from flows.execution.progress import live, show_waiting
 from flows.execution.watch import is_cancelled
-from flows.handle import Handle, _handle, duration
+from flows.handle import Handle, duration, stage_handle
 from flows.paths import local_folder
 from flows.reports.report import report
 from flows.tracking.tracker import Tracker
@@ -177,7 +177,7 @@ class Stages:
         if found is not None and name not in self.again:
             self.tracker.reused(name, found)
             logger.info("%s reused", name)
-            handle = _handle(name, found, "reused", began)
+            handle = stage_handle(name, found, "reused", began)
             return Completed(name="Reused", message=f"{found.uri} was there already", data=handle)
         artifact = self._in_pool(name) if self.runtime.placement == "pools" else self._here(name)
         if found is not None:
@@ -185,9 +185,9 @@ class Stages:
             return Completed(
                 name="Reproduced",
                 message=f"made again, the same to the byte: {found.uri}",
-                data=_handle(name, found, "reused", began),
+                data=stage_handle(name, found, "reused", began),
             )
-        handle = _handle(name, artifact, "built", began)
+        handle = stage_handle(name, artifact, "built", began)
         logger.info("%s built in %s", name, duration(handle["seconds"]))
         for line in told(name, artifact.summary):
             logger.info("%s", line)

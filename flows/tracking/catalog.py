@@ -2,19 +2,16 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput
 
 from flows.tracking.client import ALIAS, MODELS, NOTE, REGISTERED, flatten, run_page
+from flows.tracking.session import Session
 from vectorclm.corpus.sources import Source
 from vectorclm.lineage.chain import SHORT, in_words, lineage, score_facts
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact
-
-if TYPE_CHECKING:
-    from flows.tracking.tracker import Tracker
 
 DIGEST_LENGTH = 36  # of a data set
 PROFILE_LENGTH = 16_000  # of a data set
@@ -32,27 +29,27 @@ COLUMNS = {
 class Catalog:
     """The data sets and models of one curriculum; everything here happens in the tracker's thread."""
 
-    def __init__(self, tracker: "Tracker") -> None:
-        self.tracker, self.store, self.plans = tracker, tracker.store, tracker.plans
+    def __init__(self, session: Session) -> None:
+        self.session, self.store, self.plans = session, session.store, session.plans
         self.model_ids: dict[str, str] = {}  # fingerprint -> id
 
     def model_id(self, name: str, artifact: Artifact | None = None) -> str | None:
         """The logged model of a stage's artifact, made where there is none; None without the artifact."""
         plan = self.plans[name]
         if plan.fingerprint not in self.model_ids:
-            known = self.tracker.client.search_logged_models(
-                [self.tracker.experiment_id], f"tags.fingerprint = '{plan.fingerprint}'", max_results=1
+            known = self.session.client.search_logged_models(
+                [self.session.experiment_id], f"tags.fingerprint = '{plan.fingerprint}'", max_results=1
             )
             if known:
                 self.model_ids[plan.fingerprint] = known[0].model_id
             elif (made := artifact or self.store.look_up(plan.stage, plan.fingerprint)) is not None:
                 model = mlflow.create_external_model(
                     MODELS[name],
-                    source_run_id=self.tracker.run_of(name),
+                    source_run_id=self.session.run_of(name),
                     tags={"fingerprint": plan.fingerprint, "uri": made.uri, "stage": name},
                     params=flatten({"config": plan.config, "summary": made.summary}),
                     model_type="tokenizer" if name == "tokenizer" else "llama",
-                    experiment_id=self.tracker.experiment_id,
+                    experiment_id=self.session.experiment_id,
                 )
                 self.model_ids[plan.fingerprint] = model.model_id
         return self.model_ids.get(plan.fingerprint)
@@ -64,7 +61,7 @@ class Catalog:
         if made is None:
             return None
         return Dataset(
-            f"{self.tracker.experiment.name} {name}",
+            f"{self.session.experiment.name} {name}",
             plan.fingerprint[:DIGEST_LENGTH],
             "local" if self.store.is_local else self.store.uri.partition(":")[0],
             json.dumps({"uri": made.uri, "sha256": made.identity}),
@@ -78,13 +75,13 @@ class Catalog:
         data = [self.dataset(part) for part in inputs if part in DATASETS]
         sets = [DatasetInput(entity, context) for entity in [*data, *self.sources(name)] if entity is not None]
         models = [self.model_id(part) for part in inputs if part in MODELS]
-        self.tracker.client.log_inputs(
-            self.tracker.opened(name), sets, [LoggedModelInput(model) for model in models if model]
+        self.session.client.log_inputs(
+            self.session.opened(name), sets, [LoggedModelInput(model) for model in models if model]
         )
 
     def sources(self, name: str) -> list[Dataset]:
         """The documents, conversations or questions that the stage `name` reads, at their revisions."""
-        experiment = self.tracker.experiment
+        experiment = self.session.experiment
         groups: dict[str, Sequence[Source]] = {
             "sample": experiment.sample.sources,
             "chat_shards": experiment.chat.sources,
@@ -108,29 +105,29 @@ class Catalog:
 
     def show(self, name: str, artifact: Artifact) -> None:
         """What a stage has made, on the curriculum's own run, so that the table of runs has its data and models."""
-        parent = self.tracker.parent_id
+        parent = self.session.parent_id
         if name in DATASETS and (data := self.dataset(name)) is not None:
-            self.tracker.client.log_inputs(parent, [DatasetInput(data, [InputTag("mlflow.data.context", name)])])
+            self.session.client.log_inputs(parent, [DatasetInput(data, [InputTag("mlflow.data.context", name)])])
         elif name in MODELS and (model_id := self.model_id(name, artifact)) is not None:
-            self.tracker.client.log_outputs(parent, [LoggedModelOutput(model_id, step=0)])
+            self.session.client.log_outputs(parent, [LoggedModelOutput(model_id, step=0)])
 
     def register_models(self) -> None:
         """A new version of each model where the registry has none of this fingerprint; the chain on the curriculum."""
-        self.describe(self.tracker.parent_id, "export")
+        self.describe(self.session.parent_id, "export")
         for stage, name in REGISTERED.items():
             plan = self.plans[stage]
             query = f"name = '{name}' and tags.fingerprint = '{plan.fingerprint}'"
-            if self.tracker.client.search_model_versions(query, max_results=1):
+            if self.session.client.search_model_versions(query, max_results=1):
                 continue
             if (model_id := self.model_id(stage)) is None:
                 continue
-            if not self.tracker.client.search_registered_models(f"name = '{name}'", max_results=1):
+            if not self.session.client.search_registered_models(f"name = '{name}'", max_results=1):
                 about = f"The {MODELS[stage]} of each curriculum, the newest as `{ALIAS}`."
-                self.tracker.client.create_registered_model(name, description=about)
-            version = self.tracker.client.create_model_version(
+                self.session.client.create_registered_model(name, description=about)
+            version = self.session.client.create_model_version(
                 name,
                 f"models:/{model_id}",
-                run_id=self.tracker.run_of(stage),
+                run_id=self.session.run_of(stage),
                 tags={
                     "fingerprint": plan.fingerprint,
                     "uri": self.store.uri_of(f"{stage}/{plan.fingerprint}"),
@@ -139,11 +136,11 @@ class Catalog:
                 await_creation_for=0,
                 model_id=model_id,
             )
-            self.tracker.client.set_registered_model_alias(name, ALIAS, version.version)
+            self.session.client.set_registered_model_alias(name, ALIAS, version.version)
 
     def describe(self, run_id: str, stage: str) -> None:
         """Have a run's page begin with what the stage has made, and from what."""
-        self.tracker.client.set_tag(run_id, NOTE, self._chain(EVALUATED.get(stage, ENDS.get(stage, stage))))
+        self.session.client.set_tag(run_id, NOTE, self._chain(EVALUATED.get(stage, ENDS.get(stage, stage))))
 
     def _chain(self, stage: str) -> str:
         """What a stage has made and all that is behind it, as a markdown table with links into MLflow."""
@@ -165,6 +162,6 @@ class Catalog:
         return "\n".join(lines)
 
     def _link(self, stage: str, title: str) -> str:
-        if stage not in self.plans or (run_id := self.tracker.run_of(stage)) is None:
+        if stage not in self.plans or (run_id := self.session.run_of(stage)) is None:
             return title
-        return f"[{title}]({run_page(self.tracker.experiment_id, run_id)})"
+        return f"[{title}]({run_page(self.session.experiment_id, run_id)})"

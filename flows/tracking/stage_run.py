@@ -5,18 +5,17 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow.entities import Dataset, LoggedModelOutput, Metric, RunTag
 
+from flows.tracking.catalog import Catalog
 from flows.tracking.client import BATCH, EVENT_LENGTH, MODELS, VALUE_LENGTH, NotOpenError, numbers, readable
+from flows.tracking.session import Session
 from flows.tracking.system_metrics import Load
 from vectorclm.errors import StoreError
 from vectorclm.stages import EVALUATED, TRAININGS
 from vectorclm.store.artifact import Artifact
-
-if TYPE_CHECKING:
-    from flows.tracking.tracker import Tracker
 
 METRICS = "metrics.jsonl"
 TAIL = 400  # bytes of a file by which it is known again
@@ -25,10 +24,15 @@ TAIL = 400  # bytes of a file by which it is known again
 class StageRun:
     """The nested run of a stage in the making. All but `finished` happens in the tracker's thread."""
 
-    def __init__(self, tracker: "Tracker", name: str, folder: Path | None) -> None:
-        self.tracker, self.name, self.folder = tracker, name, folder  # of its work; without one it was made before
+    def __init__(self, session: Session, catalog: Catalog, name: str, folder: Path | None) -> None:
+        self.session, self.catalog, self.name, self.folder = (
+            session,
+            catalog,
+            name,
+            folder,
+        )  # of its work; without one it was made before
         self.artifact: Artifact | None = None
-        self._key, self._run_id = tracker.new_key(), ""
+        self._key, self._run_id = session.new_key(), ""
         self._found = self._checkpoint()  # now, as MLflow may come back when there is another
         self._begun = False  # here, and nowhere else
         self._sent: set[tuple[str, int]] = set()
@@ -44,18 +48,17 @@ class StageRun:
 
     def open(self, attempt: int) -> None:
         """Create the run, with its settings and what it is made from."""
-        tracker = self.tracker
+        session = self.session
         if not self._run_id:  # else MLflow went away half-way through this
-            tags = {"state": "building", "attempt": str(max(attempt, 1 + tracker.attempts(self.name)))}
+            tags = {"state": "building", "attempt": str(max(attempt, 1 + session.attempts(self.name)))}
             if self._found:
                 tags["resumed_step"] = str(int(self._found.split("-")[1]))
-            self._run_id = tracker.create_run(self._key, self.name, tags)
-        tracker.log_params(self._run_id, tracker.plans[self.name].config)
-        tracker.catalog.log_inputs(self.name)
+            self._run_id = session.create_run(self._key, self.name, tags)
+        session.log_params(self._run_id, session.plans[self.name].config)
+        self.catalog.log_inputs(self.name)
         if self.folder is not None:
-            self._load = Load(self._run_id, tracker.uri)
+            self._load = Load(self._run_id, session.uri)
             self._load.start()
-            tracker.active.append(self)
 
     def relay(self) -> None:
         """Send what was not sent yet: the machine's load, and the work folder's metrics.
@@ -63,8 +66,8 @@ class StageRun:
         Their file may be missing, or cut back.
         """
         if self._load is not None:
-            self._load.send(self.tracker.client)
-        self._begun = self._begun or self.tracker.begins(self.name, self._run_id)
+            self._load.send(self.session.client)
+        self._begun = self._begun or self.session.begins(self.name, self._run_id)
         if (metrics := self._newest()) is None:
             return
         with metrics.open("rb") as file:
@@ -103,25 +106,23 @@ class StageRun:
 
     def _tell(self, line: Mapping[str, Any]) -> None:
         """Tag this run and the curriculum's with a step that went wrong, and keep all such steps as a file."""
-        tracker, event, step = self.tracker, line["event"], line["step"]
+        session, event, step = self.session, line["event"], line["step"]
         self._events[step] = line
         said = f"{event['kind'].replace('_', ' ')}: {event['told']}; windows {event['windows']}"[:EVENT_LENGTH]
-        tracker.client.set_tag(self._run_id, f"event.step {step}", said)
-        tracker.client.set_tag(tracker.parent_id, f"event.{self.name} step {step}", said)
+        session.client.set_tag(self._run_id, f"event.step {step}", said)
+        session.client.set_tag(session.parent_id, f"event.{self.name} step {step}", said)
         lines = "".join(json.dumps(line) + "\n" for line in self._events.values())
-        tracker.client.log_text(self._run_id, lines, "events.jsonl")
+        session.client.log_text(self._run_id, lines, "events.jsonl")
 
     def _flush(self, batch: list[Metric], kinds: set[tuple[str, int]]) -> None:
         if batch:
-            self.tracker.client.log_batch(self._run_id, metrics=batch)
+            self.session.client.log_batch(self._run_id, metrics=batch)
             self._sent |= kinds
             batch.clear()
             kinds.clear()
 
     def close(self, status: str, tags: Mapping[str, str]) -> None:
         """Complete the run from the artifact, and end it."""
-        if self in self.tracker.active:
-            self.tracker.active.remove(self)
         self._ended = self._ended or int(time.time() * 1000)
         if self._load is not None:
             self._load.finish()
@@ -129,48 +130,48 @@ class StageRun:
             raise NotOpenError(self.name)
         try:
             if self._load is not None:
-                self._load.send(self.tracker.client)
+                self._load.send(self.session.client)
             if self.artifact is not None:
                 self._complete(self.artifact)
             else:
                 self.relay()
                 if kept := self._checkpoint():
-                    tags = {**tags, "last_checkpoint": self.tracker.store.uri_of(f"{self._checkpoints}/{kept}")}
+                    tags = {**tags, "last_checkpoint": self.session.store.uri_of(f"{self._checkpoints}/{kept}")}
             tags = {"state": "built" if self.artifact is not None else "failed", **tags}
-            self.tracker.client.log_batch(
+            self.session.client.log_batch(
                 self._run_id, tags=[RunTag(key, value[:VALUE_LENGTH]) for key, value in tags.items()]
             )
         finally:
-            self.tracker.client.set_terminated(self._run_id, status)
+            self.session.client.set_terminated(self._run_id, status)
         if self.artifact is not None:
-            self.tracker.end_attempts(self.name, self._run_id)
+            self.session.end_attempts(self.name, self._run_id)
 
     def _checkpoint(self) -> str:
         """The name of the newest checkpoint of a training; empty without one."""
         if self.name not in TRAININGS or self.folder is None:
             return ""
         with suppress(StoreError):  # which the training will tell of
-            return next(reversed(self.tracker.store.list(self._checkpoints)), "")
+            return next(reversed(self.session.store.list(self._checkpoints)), "")
         return ""
 
     @property
     def _checkpoints(self) -> str:
-        return f"checkpoints/{self.tracker.plans[self.name].fingerprint}"
+        return f"checkpoints/{self.session.plans[self.name].fingerprint}"
 
     def _complete(self, artifact: Artifact) -> None:
-        tracker, name = self.tracker, self.name
-        client = tracker.client
-        model_id = tracker.catalog.model_id(name, artifact) if name in MODELS else None
+        session, name = self.session, self.name
+        client = session.client
+        model_id = self.catalog.model_id(name, artifact) if name in MODELS else None
         if model_id is not None:
             client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step=artifact.summary.get("steps", 0))])
         made_on = artifact.manifest["environment"]
         about = {"uri": artifact.uri, **{key: str(made_on.get(key)) for key in ("device", "world_size")}}
         client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in about.items()])
         if "metrics.jsonl" in artifact.manifest["files"]:
-            kept = tracker.store.read(artifact.key("metrics.jsonl")) or b""
+            kept = session.store.read(artifact.key("metrics.jsonl")) or b""
             self._send(kept.decode())
         if "samples.jsonl" in artifact.manifest["files"]:
-            said = tracker.store.read(artifact.key("samples.jsonl")) or b""
+            said = session.store.read(artifact.key("samples.jsonl")) or b""
             client.log_text(self._run_id, said.decode(), "samples.jsonl")
         client.log_dict(self._run_id, dict(artifact.manifest), "manifest.json")
         if name in EVALUATED:
@@ -178,22 +179,22 @@ class StageRun:
         elif name not in TRAININGS:
             self._log(numbers(artifact.summary))
         else:
-            dataset = tracker.catalog.dataset("chat_shards" if name == "finetune" else "shards")
+            dataset = self.catalog.dataset("chat_shards" if name == "finetune" else "shards")
             figures = readable({"validation": artifact.summary["validation"], "step": 0})
             self._log({f"final_{key}": value for key, value in figures.items()}, model_id, dataset)
-        tracker.catalog.describe(self._run_id, name)
-        tracker.catalog.show(name, artifact)
+        self.catalog.describe(self._run_id, name)
+        self.catalog.show(name, artifact)
         if name == "export":
-            tracker.catalog.register_models()
+            self.catalog.register_models()
 
     def _scores(self, artifact: Artifact) -> None:
         """The scores, on this run, on the model they are of, and at a glance on the curriculum's run."""
-        tracker = self.tracker
-        model_id = tracker.catalog.model_id(EVALUATED[self.name])
-        self._log(numbers(artifact.summary), model_id, tracker.catalog.dataset("shards"))
-        tracker.glance(self.name, artifact)
+        session = self.session
+        model_id = self.catalog.model_id(EVALUATED[self.name])
+        self._log(numbers(artifact.summary), model_id, self.catalog.dataset("shards"))
+        session.glance(self.name, artifact)
 
     def _log(self, figures: Mapping[str, float], model_id: str | None = None, dataset: Dataset | None = None) -> None:
         linked = (model_id, dataset.name, dataset.digest) if dataset is not None else (model_id, None, None)
         batch = [Metric(key, value, self._ended, 0, *linked) for key, value in figures.items()]
-        self.tracker.client.log_batch(self._run_id, metrics=batch[:BATCH])
+        self.session.client.log_batch(self._run_id, metrics=batch[:BATCH])

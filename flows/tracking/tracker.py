@@ -8,51 +8,34 @@ file that keeps them, and what is missing when a curriculum ends is told by the 
 import json
 import logging
 import queue
-import secrets
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import mlflow
-import psutil
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from flows.net import answers, without_password
 from flows.paths import local_folder
 from flows.tracking.catalog import Catalog
-from flows.tracking.client import (
-    BATCH,
-    CHAMPION,
-    MODELS,
-    NOTE,
-    REGISTERED,
-    NotOpenError,
-    flatten,
-    run_page,
-    tracking_uri,
-)
+from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, run_page
 from flows.tracking.outbox import Outbox
+from flows.tracking.session import Session
 from flows.tracking.stage_run import StageRun
 from vectorclm.config import ExperimentConfig
-from vectorclm.lineage.chain import score_facts
-from vectorclm.runtime.devices import git_revision
-from vectorclm.runtime.processes import mark, marked, process_space
+from vectorclm.runtime.processes import marked, process_space
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Plan, Store
 
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60  # how long the end of a curriculum waits for MLflow
-PARAM_BATCH = 90  # parameters in one request; MLflow takes 100
 PROBE = "vectorclm.written"  # a tag of the experiment: when it was last looked whether MLflow takes what is written
 
 ABOUT = """Curricula of the experiment `{name}`: text in, an evaluated chat model out.
@@ -63,7 +46,7 @@ curves of several runs over one another (`train/loss`). A run's page begins with
 BEGUN = "A curriculum that has not come to its end. Its stages are its child runs, what they make is in `{store}`."
 
 
-class Tracker:
+class Tracker(Session):
     """The MLflow run of one curriculum; a block that opens it and closes it with the right status."""
 
     def __init__(
@@ -74,27 +57,9 @@ class Tracker:
         flow_run_id: str | None = None,
         root_flow_run_id: str | None = None,
     ) -> None:
-        self.store, self.experiment, self.plans = store, experiment, plans
-        git = git_revision() or "none"
-        self.common = {
-            "experiment": experiment.name,
-            "git": git,
-            **({"mlflow.source.git.commit": git.removesuffix("-dirty")} if git != "none" else {}),
-            "mlflow.source.name": "vectorclm",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": psutil.Process().username(),
-            "dirty": str(git.endswith("-dirty")).lower(),
-            "host": socket.gethostname(),
-            "process": json.dumps(mark(psutil.Process())),
-            **({"prefect.flow_run_id": flow_run_id} if flow_run_id else {}),
-        }
+        super().__init__(store, experiment, plans, flow_run_id)
         self.root_flow_run_id = root_flow_run_id  # of the curriculum that this is a part of, on another machine
         self._part_of_another = False
-        self.client: MlflowClient  # once it is open, as is the next
-        self.experiment_id = ""
-        self.run_ids: dict[str, str] = {}
-        self._session = secrets.token_hex(8)
-        self._created: dict[str, str] = {}  # by a key of each run -> its id
         self.active: list[StageRun] = []
         self.catalog = Catalog(self)
         self._warned = False
@@ -155,21 +120,30 @@ class Tracker:
     @contextmanager
     def stage(self, name: str, attempt: int, folder: Path) -> Iterator["StageRun"]:
         """A nested run around the making of a stage; `folder` is where its metrics appear."""
-        run = StageRun(self, name, folder)
-        self.do(lambda: run.open(attempt))
+        run = StageRun(self, self.catalog, name, folder)
+        self.do(lambda: self._begin(run, attempt))
         try:
             yield run
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            self.do(lambda: run.close(status, {"error": message}))
+            self.do(lambda: self._finish(run, status, {"error": message}))
             raise
-        self.do(lambda: run.close("FINISHED", {}))
+        self.do(lambda: self._finish(run, "FINISHED", {}))
+
+    def _begin(self, run: StageRun, attempt: int) -> None:
+        run.open(attempt)
+        self.active.append(run)
+
+    def _finish(self, run: StageRun, status: str, tags: Mapping[str, str]) -> None:
+        if run in self.active:
+            self.active.remove(run)
+        run.close(status, tags)
 
     def reused(self, name: str, artifact: Artifact) -> None:
         """A nested run for a stage that was there already."""
 
-        late = StageRun(self, name, None)
+        late = StageRun(self, self.catalog, name, None)
         late.finished(artifact)
         key = self.new_key()
 
@@ -196,12 +170,6 @@ class Tracker:
         query += " and tags.state = 'built' and attributes.status = 'FINISHED'"
         return bool(self.client.search_runs([self.experiment_id], query, max_results=1))
 
-    def glance(self, name: str, scores: Artifact) -> None:
-        """The scores that the stage `name` gave, on the curriculum's own run: those that are asked first."""
-        now, model = int(time.time() * 1000), MODELS[EVALUATED[name]]
-        metrics = [Metric(f"{model}/{key}", value, now, 0) for key, value in score_facts(scores).items()]
-        self.client.log_batch(self.parent_id, metrics=metrics[:BATCH])
-
     def _relay(self) -> None:
         for run in self.active:
             run.relay()
@@ -226,22 +194,6 @@ class Tracker:
         level = logging.DEBUG if self._warned else logging.WARNING
         logger.log(level, "MLflow at %s: %s; the run goes on without it", without_password(self.uri), first[:160])
         self._warned = True
-
-    @property
-    def uri(self) -> str:
-        """The address of MLflow."""
-        return tracking_uri(self.store)
-
-    @property
-    def parent_id(self) -> str:
-        """The curriculum's run."""
-        return self.opened("curriculum")
-
-    def opened(self, name: str) -> str:
-        """The run of a stage; raises NotOpenError before there is one."""
-        if name not in self.run_ids:
-            raise NotOpenError(name)
-        return self.run_ids[name]
 
     def _open(self) -> None:
         for noisy in ("mlflow", "alembic"):
@@ -278,14 +230,6 @@ class Tracker:
         )
         return str(found[0].info.run_id) if found else None
 
-    def run_of(self, name: str) -> str | None:
-        """The run in which a stage was made, or was found made, here or on another machine."""
-        if name not in self.run_ids:
-            query = f"tags.stage = '{name}' and tags.fingerprint = '{self.plans[name].fingerprint}'"
-            for run in self.client.search_runs([self.experiment_id], query, max_results=1):
-                self.run_ids[name] = str(run.info.run_id)
-        return self.run_ids.get(name)
-
     def _close(self, status: str) -> None:
         """End the curriculum's run, and remove what the server made twice as its answers came too late."""
         for run in self.client.search_runs([self.experiment_id], f"tags.key LIKE '{self._session}-%'"):
@@ -306,59 +250,3 @@ class Tracker:
             alive = here and marked(process) is not None
             if (here or tags.get("prefect.flow_run_id") == flow_run) and not alive:
                 self.client.set_terminated(run.info.run_id, "KILLED")
-
-    def begins(self, name: str, run_id: str) -> bool:
-        """Whether the stage `name` is being made on this machine; what was left RUNNING elsewhere is closed then."""
-        holder = self.store.lease_holder(self.plans[name].lease)
-        if holder is None or holder["host"] != self.common["host"]:
-            return False
-        self._end(name, self.plans[name].fingerprint, run_id, but=self.common["host"])
-        return True
-
-    def end_attempts(self, name: str, run_id: str) -> None:
-        """Close what earlier attempts at a stage, on whichever machine, left RUNNING; this one has made it.
-
-        One that only waits for this one's result ends itself, and says so then.
-        """
-        self._end(name, self.plans[name].fingerprint, run_id)
-
-    def _end(self, stage: str, fingerprint: str, run_id: str, but: str = "") -> None:
-        """Close the runs that are RUNNING at the same as `run_id`, save those of the host `but`."""
-        query = f"tags.stage = '{stage}' and tags.fingerprint = '{fingerprint}' and attributes.status = 'RUNNING'"
-        for run in self.client.search_runs([self.experiment_id], query):
-            if run.info.run_id != run_id and run.data.tags.get("host") != but:
-                self.client.set_terminated(run.info.run_id, "KILLED")
-
-    def attempts(self, name: str) -> int:
-        """How often MLflow saw the stage `name` tried by the same settings and inputs."""
-        query = f"tags.stage = '{name}' and tags.fingerprint = '{self.plans[name].fingerprint}'"
-        return len(self.client.search_runs([self.experiment_id], f"{query} and tags.state != 'reused'"))
-
-    def new_key(self) -> str:
-        """What finds a run again that the server made, but did not tell of."""
-        return f"{self._session}-{secrets.token_hex(4)}"
-
-    def create_run(self, key: str, name: str, tags: Mapping[str, str]) -> str:
-        """A nested run of the stage `name`, or the one that was made by this key; its id."""
-        plan = self.plans[name]
-        own = {"mlflow.parentRunId": self.parent_id, "stage": name, "fingerprint": plan.fingerprint}
-        self.run_ids[name] = self._create(key, name, {**self.common, **own, **tags})
-        return self.run_ids[name]
-
-    def _create(self, key: str, name: str, tags: Mapping[str, str]) -> str:
-        if key not in self._created:
-            query = f"tags.key = '{key}'"
-            found = self.client.search_runs([self.experiment_id], query, max_results=1)
-            run = (
-                found[0]
-                if found
-                else self.client.create_run(self.experiment_id, tags={**tags, "key": key}, run_name=name)
-            )
-            self._created[key] = str(run.info.run_id)
-        return self._created[key]
-
-    def log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Settings as parameters, nested keys joined by dots."""
-        params = [Param(key, value) for key, value in flatten(values).items()]
-        for start in range(0, len(params), PARAM_BATCH):
-            self.client.log_batch(run_id, params=params[start : start + PARAM_BATCH])

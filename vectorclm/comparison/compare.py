@@ -13,7 +13,7 @@ from vectorclm.evaluation.item_scores import ITEMS, TEXTS, read_scored
 from vectorclm.evaluation.statistics import DRAWS, SEED, Change, Figure, Scored, interval, ratio, resampled
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
-from vectorclm.store.layout import STAGE
+from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import content_of, find_model
 
 OWN_SUITE = "its own evaluation"
@@ -28,7 +28,7 @@ def results_of(address: str, store: Store) -> list[Artifact]:
     model = find_model(address)
     model.verify(store)
     content = model.content
-    found = [item for item in store.finished(STAGE) if item.manifest["inputs"].get("model") == content]
+    found = [item for item in store.finished(MEASURE) if item.manifest["inputs"].get("model") == content]
     for stage, source in EVALUATED.items():
         same = {model.fingerprint for model in store.finished(source) if content_of(model) == content}
         found += [item for item in store.finished(stage) if item.manifest["inputs"].get(source) in same]
@@ -56,7 +56,7 @@ def suite_of(scores: Artifact) -> str:
 def _asked(scores: Artifact) -> tuple[bool, Any, Any]:
     """By what was measured: equal where items are the same ones, be the models base or chat."""
     config, inputs = scores.manifest["config"], scores.manifest["inputs"]
-    if scores.stage == STAGE:
+    if scores.stage == MEASURE:
         return True, {key: value for key, value in config.items() if key != "data"}, inputs.get("sample")
     return False, config, inputs["shards"]
 
@@ -77,7 +77,7 @@ def common_results(before: str, after: str, store: Store, suite: str | None = No
             f"{before} has {have[0]}; {after} has {have[1]}. Run `{_command(before, name, store)}` and "
             f"`{_command(after, name, store)}`"
         )
-    return max(pairs, key=lambda pair: (pair[0].stage == STAGE, _questions(pair[0]), pair[0].fingerprint))
+    return max(pairs, key=lambda pair: (pair[0].stage == MEASURE, _questions(pair[0]), pair[0].fingerprint))
 
 
 def _questions(scores: Artifact) -> int:

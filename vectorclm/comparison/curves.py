@@ -18,8 +18,9 @@ from vectorclm.model_config import write_config
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import READS, plans
 from vectorclm.store.artifact import Artifact, Store
-from vectorclm.store.layout import FOLDER
+from vectorclm.store.layout import CURVES
 from vectorclm.store.model_ref import content_of, find_model
+from vectorclm.store.storage import Storage
 from vectorclm.training.checkpoint import STEP
 
 SCHEMA = pa.schema(
@@ -96,7 +97,7 @@ def write_curves(measured: list[tuple[Point, Artifact]], suite: Suite, store: St
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
-    key = f"{FOLDER}/{suite.name}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
+    key = f"{CURVES}/{suite.name}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
     store.write(key, content)
     return store.uri_of(key)
 
@@ -109,8 +110,8 @@ def curves_of(training: Artifact) -> dict[str, dict[str, list[tuple[int, float]]
     """
     store, content = training.store, content_of(training)
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for name in store.list(FOLDER):
-        rows = [row for row in _rows(store, f"{FOLDER}/{name}") if row["stage"] == training.stage]
+    for name in store.list(CURVES):
+        rows = [row for row in _rows(store, f"{CURVES}/{name}") if row["stage"] == training.stage]
         if not rows:
             continue
         last = max(rows, key=lambda row: int(row["step"]))
@@ -125,7 +126,7 @@ def curves_of(training: Artifact) -> dict[str, dict[str, list[tuple[int, float]]
     return found
 
 
-def _rows(store: Store, key: str) -> list[dict[str, Any]]:
+def _rows(store: Storage, key: str) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(store.read(key) or b""), schema=SCHEMA).to_pylist()
         return rows

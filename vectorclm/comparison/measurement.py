@@ -5,6 +5,7 @@ content, so a model that was measured is found again, however it is called and w
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from vectorclm.config import Suite
 from vectorclm.corpus.sample_reader import SampleFiles
 from vectorclm.corpus.sources import TaskSource, identity
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluation.item_scores import ItemScores, write_scores
-from vectorclm.evaluation.run import _scores
+from vectorclm.evaluation.run import ScoringData, score_model
 from vectorclm.evaluation.sandbox import find_sandbox
 from vectorclm.evaluation.tasks import check_tasks
 from vectorclm.lineage.chain import trained_on
@@ -25,7 +25,7 @@ from vectorclm.settings import Settings, digest
 from vectorclm.shards.reader import open_shards
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Artifact, Plan, Store, build
-from vectorclm.store.layout import STAGE
+from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model
 
 WINDOWS = 256  # of conversations, that are decoded at a time
@@ -77,7 +77,7 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runti
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
     read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
     inputs = {"model": model.content, **finished, **({"training": digest(read)} if read else {})}
-    return Plan(STAGE, VERSION, config, inputs)
+    return Plan(MEASURE, VERSION, config, inputs)
 
 
 def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterator[bytes]:
@@ -146,9 +146,15 @@ def measure(
         )
 
     def produce(out: Path) -> Mapping[str, Any]:
-        found = ItemScores()
-        scores = _scores(suite, tasks, plan, model, store, runtime, data, out, found)
-        write_scores(out, scores, found)
-        return scores
+        return score_model(model, tasks, plan.config, _scoring_data(suite, plan, model, store, data), runtime, out)
 
     return build(store, plan, produce, runtime.work_dir)
+
+
+def _scoring_data(suite: Suite, plan: Plan, model: Model, store: Store, mirror: Path | None) -> ScoringData:
+    """What the store has finished of a suite's text and conversations, and of the model's training text."""
+    finished = {name: store.find(name, plan.inputs[name]) for name in plan.config["data"] if name in plan.inputs}
+    labels = [source.label for source in suite.experiment.sample.sources] if suite.experiment is not None else []
+    read = trained_on(model, store)
+    text = partial(training_text, read) if read else None
+    return ScoringData(finished.get("sample"), labels, finished.get("chat_shards"), suite.world, mirror, text)

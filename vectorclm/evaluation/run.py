@@ -1,78 +1,79 @@
-"""Any model on any suite: its benchmarks, bits per byte of held-out text, and for a chat model the template.
-
-A suite is a file of benchmarks, or the evaluation of an experiment. The result is an artifact addressed by the model's
-content, so a model that was measured is found again, however it is called and wherever it lies.
-"""
+"""Score a model: benchmarks, bits per byte of held-out text, answers in the chat template, instructions followed."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
-from vectorclm.comparison.measurement import training_text
-from vectorclm.config import Suite
 from vectorclm.corpus.decontamination import contaminated
 from vectorclm.corpus.sample_reader import SampleFiles
 from vectorclm.corpus.sources import TaskSource
+from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.evaluation.bits_per_byte import text_scores
 from vectorclm.evaluation.instruction_prompts import instructions
 from vectorclm.evaluation.instructions import instruction_scores
-from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.evaluation.item_scores import ItemScores, write_scores
 from vectorclm.evaluation.tasks import score_tasks
 from vectorclm.inference.generate import Sampling, answer_text, continuation, template_scores
 from vectorclm.inference.load import open_model
-from vectorclm.lineage.chain import trained_on
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import Progress
 from vectorclm.shards.chat_writer import read_prompts
-from vectorclm.store.artifact import Artifact, Plan, Store
-from vectorclm.store.layout import STAGE
+from vectorclm.store.artifact import Artifact
+from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model
 
 
-def _scores(
-    suite: Suite,
-    tasks: Sequence[TaskSource],
-    plan: Plan,
+class ScoringData(NamedTuple):
+    """What a model is scored on beside its tasks; what is None is not scored."""
+
+    sample: Artifact | None  # with held-out documents
+    labels: Sequence[str]  # of the sample's sources that are scored
+    conversations: Artifact | None  # with held-out prompts
+    world: WorldConfig | None  # that tasks may read
+    mirror: Path | None  # a local folder that tasks may be read from
+    training_text: Callable[[Tokenizer], Iterator[bytes]] | None  # of the model, in which items are looked for
+
+
+def score_model(
     model: Model,
-    store: Store,
+    tasks: Sequence[TaskSource],
+    config: Mapping[str, Any],
+    data: ScoringData,
     runtime: Runtime,
-    data: Path | None,
     out: Path,
-    found: ItemScores,
 ) -> dict[str, Any]:
-    config, device = plan.config, runtime.configure_torch()
-    folder = model.local()
+    """Score a model on tasks, held-out text, conversations and instructions, and write its scores into `out`.
+
+    `config` is the measurement's, with the number of each that are read.
+    """
+    found, device = ItemScores(), runtime.configure_torch()
+    folder, seed = model.local(), config["seed"]
     loaded, tokenizer = open_model(folder, model.address)
     loaded = loaded.to(device)
-    inputs = {name: store.find(name, plan.inputs[name]) for name in config["data"] if name in plan.inputs}
-    sample, conversations = inputs.get("sample"), inputs.get("chat_shards")
-    drawn_from = suite.experiment.sample.sources if sample is not None and suite.experiment is not None else []
-    labels = [source.label for source in drawn_from]
+    labels = data.labels if data.sample is not None else ()
     scores: dict[str, Any] = {"text": {}, "tasks": {}}
-    if "not_run" in config:
-        scores["not_run"] = config["not_run"]
-    with Progress(STAGE, len(labels) + len(tasks) + 1, "parts") as progress:
+    with Progress(MEASURE, len(labels) + len(tasks) + 1, "parts") as progress:
         for label in labels:
-            assert sample is not None
-            texts = _documents(sample, label, config["documents"], suite.seed)
+            assert data.sample is not None
+            texts = _documents(data.sample, label, config["documents"], seed)
             scores["text"][label] = documents_scores(loaded, tokenizer, label, texts, device, found)
             progress.advance(1, label)
-        where, template = (suite.seed, runtime, data, suite.world), "template" in config
+        where, template = (seed, runtime, data.mirror, data.world), "template" in config
         for kind, label, scored in score_tasks(tasks, folder, loaded, tokenizer, *where, found, template=template):
             scores[kind][label] = scored
             progress.advance(1, label)
-        if read := trained_on(model, store):
-            repeated = contaminated(found.contents, training_text(read, tokenizer))
+        if data.training_text is not None:
+            repeated = contaminated(found.contents, data.training_text(tokenizer))
             for label, marks in found.mark(repeated.tolist()).items():
                 scores["tasks"][label] |= marks
         how = config["max_new_tokens"], Sampling(repetition_penalty=config.get("repetition_penalty", 1))
-        if conversations is not None:
-            prompts = read_prompts(conversations, config["chat_prompts"], suite.seed)
+        if data.conversations is not None:
+            prompts = read_prompts(data.conversations, config["chat_prompts"], seed)
             scores["chat"] = template_scores(loaded, tokenizer, prompts, *how)
         if count := config.get("instructions", 0):
             scores["instructions"] = instruction_scores(
@@ -83,6 +84,7 @@ def _scores(
             {"prompt": prompt, "answer": respond(loaded, tokenizer, prompt, *how)} for prompt in config["prompts"]
         ]
         progress.advance(1, "answers")
+    write_scores(out, scores, found)
     return scores
 
 

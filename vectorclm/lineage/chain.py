@@ -14,6 +14,7 @@ from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store, mend
 from vectorclm.store.layout import STAGES
 from vectorclm.store.model_ref import ADDRESS, Model, content_of, find_model, whole
+from vectorclm.store.result import ArtifactStorage
 
 SHORT = 12  # digits of a fingerprint that a person reads
 
@@ -153,7 +154,7 @@ def _chain(artifact: Artifact) -> dict[str, Node]:
     return nodes
 
 
-def _node(store: Store, stage: str, fingerprint: str, known: dict[str, Node]) -> Node:
+def _node(store: ArtifactStorage, stage: str, fingerprint: str, known: dict[str, Node]) -> Node:
     """The node of an artifact; raises CorruptArtifactError where a manifest is not one of a stage."""
     if fingerprint in known:
         return known[fingerprint]

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
 from vectorclm.shards.blocks import Column, Shard
 from vectorclm.shards.writer import Windows
-from vectorclm.store.artifact import Store
 from vectorclm.store.durable import temporary_beside
+from vectorclm.store.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Fetched:
     that reads, as no client outlives a fork, and opened again where it is read after it was closed.
     """
 
-    def __init__(self, store: Store, patience: Patience = Patience(), cache: Path | None = None) -> None:
+    def __init__(self, store: Storage, patience: Patience = Patience(), cache: Path | None = None) -> None:
         self.store = store
         self.patience = patience
         self.cache = cache

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from vectorclm.errors import CorruptArtifactError, StoreError
 from vectorclm.runtime.devices import environment
@@ -25,14 +25,11 @@ from vectorclm.store.manifest import MANIFEST as MANIFEST
 from vectorclm.store.manifest import Describe, read_manifest, said_of, sealed
 from vectorclm.store.publication import commit, publish_locally
 from vectorclm.store.result import Artifact as Artifact
+from vectorclm.store.result import ArtifactStorage, corrupt
 from vectorclm.store.result import Plan as Plan
-from vectorclm.store.result import corrupt
 from vectorclm.store.result import mend as mend
-from vectorclm.store.storage import TRIES, Storage, explained, sha256_of
+from vectorclm.store.storage import TRIES, explained, sha256_of
 from vectorclm.store.work import attempt_folder
-
-if TYPE_CHECKING:
-    from vectorclm.store.uploads import Sending
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ def default_store() -> str:
     return os.environ.get("VECTORCLM_STORE") or "./store"
 
 
-class Store(Storage):
+class Store(ArtifactStorage):
     """A root for artifacts: a local folder, or an object store that fsspec opens, such as `s3://bucket/prefix`."""
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
@@ -261,13 +258,22 @@ def rebuilt_because(plan: Plan, error: CorruptArtifactError) -> str:
     return f"{str(error).removesuffix(': run its stage again')}; {plan.stage} is built again now"
 
 
+class SentFiles(Protocol):
+    """Files of an artifact that went to the store while it was built."""
+
+    files: dict[str, Mapping[str, Any]]  # as the manifest has them
+
+    def forget_notes(self, artifact: Artifact) -> None:
+        """Remove what says how far the work was: the manifest is there."""
+
+
 def build(
     store: Store,
     plan: Plan,
     produce: Callable[[Path], Mapping[str, Any]],
     work_dir: str | None = None,
     describe: Describe | None = None,
-    sending: "Sending | None" = None,
+    sending: "SentFiles | None" = None,
 ) -> tuple[Artifact, bool]:
     """The artifact of `plan`, and whether it was there already.
 

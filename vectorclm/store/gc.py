@@ -23,7 +23,7 @@ from vectorclm.errors import ConfigError, InUseError, StoreError
 from vectorclm.store import s3
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.durable import OWN, is_temporary
-from vectorclm.store.layout import FOLDER as CURVES
+from vectorclm.store.layout import CURVES
 from vectorclm.store.lease import LEASE_SECONDS
 from vectorclm.store.listing import FINGERPRINT, LEASE, STAGE_FOLDERS, Folder, Inventory, read_folder, take_inventory
 from vectorclm.store.storage import StoredFile

@@ -2,8 +2,8 @@
 
 from typing import Literal, get_args
 
-FOLDER = "curves"
-STAGE = "measure"
+CURVES = "curves"
+MEASURE = "measure"
 
 
 StageName = Literal[

@@ -13,15 +13,13 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from vectorclm.errors import InUseError, StoreError
 from vectorclm.runtime.processes import mark, marked, process_space
-
-if TYPE_CHECKING:
-    from vectorclm.store.artifact import Store
+from vectorclm.store.storage import Storage
 
 logger = logging.getLogger(__name__)
 LEASE_SECONDS = 30  # a lease not renewed for this long belongs to a dead process
@@ -33,7 +31,7 @@ _held: dict[tuple[str, str], "Lease"] = {}  # by this process, by store and name
 class Lease:
     """A claim on a key, kept alive by a thread; the token tells whose it is."""
 
-    def __init__(self, store: "Store", name: str) -> None:
+    def __init__(self, store: Storage, name: str) -> None:
         self.store, self.name = store, name
         self._token = secrets.token_hex(8)
         self._last = b""  # as it was written last
@@ -132,7 +130,7 @@ def is_alive(holder: Mapping[str, Any]) -> bool:
     return bool(time.time() - holder.get("renewed", 0) < LEASE_SECONDS)
 
 
-def check_held(store: "Store", name: str) -> None:
+def check_held(store: Storage, name: str) -> None:
     """Raise InUseError where this process took that claim and has lost it since."""
     if (lease := _held.get((store.uri, name))) is not None:
         lease.check()

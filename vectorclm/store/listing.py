@@ -8,8 +8,7 @@ from typing import Any
 
 from vectorclm.errors import ConfigError, CorruptArtifactError
 from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store
-from vectorclm.store.layout import STAGE as MEASURE
-from vectorclm.store.layout import STAGES
+from vectorclm.store.layout import MEASURE, STAGES
 from vectorclm.store.lease import is_alive, read_claim
 from vectorclm.store.storage import StoredFile
 

@@ -1,23 +1,21 @@
 """What a stage is asked to make, and the finished result in a store with its files, read and verified."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vectorclm.errors import CorruptArtifactError
 from vectorclm.settings import digest
 from vectorclm.store.durable import temporary_beside
 from vectorclm.store.hash_memory import HashMemory
 from vectorclm.store.manifest import MANIFEST, place_of
-from vectorclm.store.storage import TRIES, StoredFile
-
-if TYPE_CHECKING:
-    from vectorclm.store.artifact import Store
+from vectorclm.store.storage import TRIES, Storage, StoredFile
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,42 @@ class Plan:
         return f"{self.stage}-{self.fingerprint[:16]}"
 
 
+class ArtifactStorage(Storage, ABC):
+    """What an artifact asks of its store: itself and its neighbours by fingerprint, and its files on this machine."""
+
+    @abstractmethod
+    def find(self, stage: str, fingerprint: str) -> "Artifact | None":
+        """The finished artifact at this address, or None.
+
+        Raises CorruptArtifactError for a broken manifest, and where a file is missing, of another size than the
+        manifest says, or known to have another hash. No file is read.
+        """
+
+    @abstractmethod
+    def look_up(self, stage: str, fingerprint: str) -> "Artifact | None":
+        """What a manifest says of the artifact at this address, whatever its files are; None where there is none.
+
+        Raises CorruptArtifactError for a broken manifest.
+        """
+
+    @abstractmethod
+    def finished(self, stage: str) -> Iterator["Artifact"]:
+        """All finished artifacts of a stage, by fingerprint, as their manifests say; their files are not looked at."""
+
+    @abstractmethod
+    def download(self, artifact: "Artifact", only: str = "*", *, remembered: bool = False) -> Path:
+        """See `Artifact.local`."""
+
+    @abstractmethod
+    def fetch(self, artifact: "Artifact", name: str, target: Path) -> None:
+        """Copy one of its files from the store to `target`. Raises CorruptArtifactError where it is another one."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished result in a store."""
 
-    store: "Store"
+    store: "ArtifactStorage"
     stage: str
     fingerprint: str
     manifest: Mapping[str, Any]
