@@ -36,7 +36,7 @@ PAGES = {
     name: (ROOT / name).read_text() for name in ("README.md", "BENCHMARKS.md", "infra/README.md", "docker/README.md")
 }
 README = PAGES["README.md"]
-SOURCES = [*ROOT.glob("vectorclm/*.py"), *ROOT.glob("flows/*.py"), *ROOT.glob("docker/*")]
+SOURCES = [*ROOT.glob("vectorclm/**/*.py"), *ROOT.glob("flows/**/*.py"), *ROOT.glob("docker/*")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FOREIGN = (
     "docker ",
@@ -201,19 +201,19 @@ def test_every_file_of_a_page_exists(page: str) -> None:
     assert (ROOT / "docker" / "platform.env.example").is_file()
 
 
-def test_every_module_that_the_map_names_exists() -> None:
+def test_the_map_names_every_module_and_no_other() -> None:
     (block,) = (block for block in fenced(README) if block.startswith("vectorclm/ "))
-    folder, missing, found = "", [], 0
+    named, top, folder = set(), "", ""
     for line in block.splitlines():
-        folder = re.match(r"(\w+)/ ", line)[1] if re.match(r"(\w+)/ ", line) else folder  # type: ignore[index]
-        if folder not in ("vectorclm", "flows") or line.startswith(("infra", "tests")):
+        if not line.startswith(" "):
+            top = line.split()[0].rstrip("/")
             continue
-        for part in re.sub(r"^\w+/", "", line).split(";"):
-            for name in re.sub(r"\(.*?\)|:.*", "", part).replace(",", " ").split():
-                if re.fullmatch(r"\w+", name) and name not in ("with",):
-                    found += 1
-                    missing += [] if (ROOT / folder / f"{name}.py").is_file() else [f"{folder}/{name}"]
-    assert missing == [] and found > 90
+        if found := re.match(r"  (\w+)(/|\.py) +(.*)", line):
+            folder, line = found[1], found[3] if found[2] == "/" else ""
+            named |= {f"{top}/{folder}.py"} if found[2] == ".py" else set()
+        named |= {f"{top}/{folder}/{name}.py" for name in re.findall(r"\w+", line)}
+    files = [path for place in ("vectorclm", "flows") for path in (ROOT / place).glob("**/*.py")]
+    assert named == {path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"}
 
 
 def test_the_table_of_experiments_is_that_of_their_files() -> None:
