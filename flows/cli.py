@@ -268,7 +268,7 @@ def _record(address: str, scores: Artifact, store: Store) -> None:
     from flows.tracking.registry import Registry, RegistryError
 
     try:
-        page = Registry(store).record_by_hand(address, scores)
+        page = Registry(store).record_cli_evaluation(address, scores)
     except RegistryError as error:
         print(f"warning: {error}; the result is in the store and not in MLflow", file=sys.stderr)
     else:

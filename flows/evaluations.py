@@ -33,7 +33,7 @@ from vectorclm.errors import StoreError
 from vectorclm.evaluation.statistics import Change, changes, figures
 from vectorclm.lineage.pinning import pin_suite
 from vectorclm.runtime.devices import Runtime
-from vectorclm.store.artifact import Artifact, Plan, Store
+from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model, find_model
 
@@ -87,7 +87,7 @@ def evaluate_run(
     return Completed(name=state.name, message=state.message, data={"uri": artifact.uri, "scores": artifact.summary})
 
 
-def _measured(plan: Plan, model: Model, arguments: Sequence[str], store: Store, runtime: Runtime) -> State[Any]:
+def _measured(plan: StageSpec, model: Model, arguments: Sequence[str], store: Store, runtime: Runtime) -> State[Any]:
     """The state of the task that makes the plan's artifact in a process of its own, or finds it."""
 
     def measure() -> State[Any]:

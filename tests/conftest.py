@@ -25,7 +25,7 @@ from flows.platform.prefect_server import PrivateServer
 from vectorclm.evaluation.sandbox import Sandbox, find_sandbox
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.writer import ShardWriter
-from vectorclm.store.artifact import Artifact, Plan, Store, build
+from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
     from tests.kill_matrix import Reference
@@ -233,7 +233,7 @@ def publish_shards(store: str, work: Path, sources: Mapping[str, Mapping[str, An
             writer.close()
         return {}
 
-    return build(Store(store), Plan("shards", 1, {}, {}), produce, str(work), ShardDescriber())[0]
+    return build(Store(store), StageSpec("shards", 1, {}, {}), produce, str(work), ShardDescriber())[0]
 
 
 def llama_cpp(file: Path) -> "LlamaCpp":

@@ -38,7 +38,7 @@ from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import validate
 from vectorclm.stages import plans, run_stage
-from vectorclm.store.artifact import Plan, Store
+from vectorclm.store.artifact import StageSpec, Store
 from vectorclm.store.layout import STAGES
 
 PARTS = ("flow", "child", "worker", "worker and flow", "server", "database", "MLflow", "worker of the GPU")
@@ -106,7 +106,7 @@ class Reference:
         experiment, path = chosen("tiny", Changes.model_validate(CHANGES))
         folder.mkdir(parents=True, exist_ok=True)
         pinned, _ = pin(experiment, folder / path.name, None, resolve=True)
-        self.plans: dict[str, Plan] = plans(pinned)
+        self.plans: dict[str, StageSpec] = plans(pinned)
         self.store = Store(str(folder / "reference"))
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             pool.submit(_make_all, pinned, self.store.uri).result()
@@ -165,7 +165,7 @@ class Killer:
         for name in (*STAGES, "checkpoints", "leases", "work"):
             self.store.remove(name)
 
-    def _wait_for_stage(self, stage: str, plan: Plan) -> None:
+    def _wait_for_stage(self, stage: str, plan: StageSpec) -> None:
         """Until the stage is at work; a training, until it has a checkpoint to go on from."""
         lease = f"leases/{stage}-{plan.fingerprint[:16]}.json"
         steps = f"checkpoints/{plan.fingerprint}"

@@ -38,7 +38,7 @@ from vectorclm.errors import ConfigError, DataError, StoreError
 from vectorclm.evaluation.instruction_checks import PARTS
 from vectorclm.lineage.chain import TITLES
 from vectorclm.lineage.pinning import pin
-from vectorclm.shards.order import in_words
+from vectorclm.shards.order import format_epochs
 from vectorclm.stages import TRAININGS, plans
 from vectorclm.store.layout import STAGES
 
@@ -424,7 +424,7 @@ def test_a_dry_run_says_how_often_sources_are_read_that_are_in_the_store(
     manifest = json.loads((first.store / "pretrain" / costs["stages"]["pretrain"] / "manifest.json").read_text())
     summary = manifest["summary"]
     assert {label: round(epochs, 3) for label, epochs in costs["epochs"].items()} == summary["epochs"]
-    assert summary["read"] == in_words(costs["epochs"])
+    assert summary["read"] == format_epochs(costs["epochs"])
     assert main(dry) == 0
     assert summary["read"] in capsys.readouterr().out
     changes = ['pretrain.phases.0.when_exhausted="stop"', "pretrain.phases.0.tokens=9_000_000"]

@@ -36,7 +36,7 @@ from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
-from vectorclm.store.model_ref import find_model, whole
+from vectorclm.store.model_ref import expand_prefix, find_model
 from vectorclm.tokenizer import encode, load_tokenizer
 
 STAGES_OF_SCORES = ("evaluate_base", "evaluate")
@@ -353,7 +353,7 @@ def test_the_beginning_of_a_fingerprint_is_enough(made: SimpleNamespace, monkeyp
         remote.write(f"finetune/abc{end * 61}/x", b"")
     with pytest.raises(ConfigError, match="abc begins 2 artifacts of memory://beginnings: write more digits"):
         find_model("memory://beginnings/finetune/abc")
-    assert whole("memory://beginnings/finetune/abc1/chat") == f"memory://beginnings/finetune/abc{'1' * 61}/chat"
+    assert expand_prefix("memory://beginnings/finetune/abc1/chat") == f"memory://beginnings/finetune/abc{'1' * 61}/chat"
     with pytest.raises(DataError, match="beginnings has no finished finetune/abd"):
         find_model("memory://beginnings/finetune/abd")
 

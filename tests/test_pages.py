@@ -29,7 +29,7 @@ from vectorclm.command_line import parse
 from vectorclm.config import EXPERIMENTS, load_experiment, load_suite
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.statistics import DRAWS, LEAST
-from vectorclm.shards.block_readers import Patience
+from vectorclm.shards.block_readers import RetryPolicy
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -238,7 +238,7 @@ def test_numbers_in_the_text_are_those_of_the_code() -> None:
         f"leaves out 0 and {WORDS[LEAST]} items or more differ",
         f"started again {provision.RESCUE_SECONDS} seconds after its end, {rescues} at most",
         f"a run without a heartbeat for {provision.ZOMBIE_SECONDS} seconds counts as crashed",
-        f"by ranged requests, {Patience().requests} in flight",
+        f"by ranged requests, {RetryPolicy().requests} in flight",
         f"`evaluate.repetition_penalty` ({small.evaluate.repetition_penalty} in `small`)",
         f"`max_bytes` ({small.sample.sources[0].max_bytes / 1e6:.0f} MB)",
         f"{base.pretrain.tokens / 1e9}B tokens",

@@ -98,7 +98,7 @@ def test_a_divergence_is_told_with_the_windows_of_where_it_began(tmp_path: Path)
         for step in range(1, 100):
             metrics.add(step, 10 * step, torch.tensor(4.0 if step <= 20 else 80.0), torch.tensor(1.0), 0.1)
             metrics.flush()
-            strays.append(metrics.stray)
+            strays.append(metrics.is_diverging)
     assert strays.index(True) + 1 == 21  # from here on no checkpoint is written
     event = json.loads(metrics.text().splitlines()[-1])
     assert (event["step"], event["tokens"], event["event"]["kind"]) == (21, 210, "divergence")

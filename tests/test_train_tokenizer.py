@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from tests.conftest import write_sample_text
 from vectorclm.corpus.sampler import write_sample
-from vectorclm.corpus.sources import SampleConfig, TextSource
+from vectorclm.corpus.sources import CorpusConfig, TextSource
 from vectorclm.errors import ConfigError, DataError, PreemptedError
 from vectorclm.runtime.library_calls import ending, interruptibly
 from vectorclm.runtime.preemption import ENDED
@@ -193,7 +193,7 @@ def test_a_run_of_a_million_characters_becomes_shards_in_seconds(tiny_text: list
     texts = [*tiny_text, *("x" + run * 1_000_000 + "y" for run in "a =")]
     (tmp_path / "source.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = TextSource(label="a", path="json", data_files=str(tmp_path / "source.jsonl"), weight=1)
-    asked = SampleConfig(sources=[source], bytes=4_000_000, validation_share=0.1)
+    asked = CorpusConfig(sources=[source], bytes=4_000_000, validation_share=0.1)
     sample = tmp_path / "sample"
     drawn = write_sample(asked, 0, sample, data=None, world=None)["sources"]["a"]
     assert drawn["documents"] + drawn["validation_documents"] == len(set(texts))

@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from vectorclm.corpus.decontamination import benchmark_sources
-from vectorclm.corpus.sources import SampleConfig
+from vectorclm.corpus.sources import CorpusConfig
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.config import EvaluateConfig, Questions
@@ -30,7 +30,7 @@ class ExperimentConfig(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     seed: int = Field(ge=0, lt=2**32, description="The one seed that every random choice derives from")
     world: WorldConfig | None = None
-    sample: SampleConfig
+    sample: CorpusConfig
     tokenizer: TokenizerConfig
     shards: ShardsConfig
     model: ModelConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vectorclm.nn.loss import IGNORE_INDEX
-from vectorclm.shards.order import CurriculumPlan
+from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
 from vectorclm.shards.writer import Windows
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -29,7 +29,7 @@ def position_ids(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     return np.subtract(places, np.maximum.accumulate(places * begins, axis=1), dtype=np.int64)
 
 
-def unlearnt(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+def ignore_mask(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """Which tokens of windows of text [B, T] are never labels.
 
     That is padding, and the rest of a long document after another's EOS, which nothing announces.
@@ -48,10 +48,10 @@ def unlearnt(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
 def document_labels(input_ids: NDArray[np.integer[Any]], positions: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """Labels [B, T], as transformers has them, for windows of text; IGNORE_INDEX where nothing is to be learnt.
 
-    That is what is `unlearnt`, and where documents are apart (`positions`) the first token of each of them; where they
-    are not, EOS predicts the next BOS, as in GPT.
+    Nothing is learnt from what `ignore_mask` names, nor from the first token of each document where documents are
+    apart (`positions`). Where they are not, EOS predicts the next BOS, as in GPT.
     """
-    ignored = unlearnt(input_ids)
+    ignored = ignore_mask(input_ids)
     if positions is not None:
         ignored |= positions == 0
     labels = input_ids.astype(np.int64)
@@ -106,7 +106,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
     def __init__(
         self,
         readers: Mapping[str, ShardReader],
-        plan: CurriculumPlan,
+        plan: TrainingOrder,
         batch_size: int,
         *,
         start_step: int = 0,
@@ -181,7 +181,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
 class _Ahead:
     """What is fetched before it is needed: of each source the groups of blocks after the one in use."""
 
-    def __init__(self, plan: CurriculumPlan, readers: list[ShardReader], place: int) -> None:
+    def __init__(self, plan: TrainingOrder, readers: list[ShardReader], place: int) -> None:
         for reader in readers:
             reader.close()  # what another process, or an earlier pass, held
         self.plan = plan
@@ -192,10 +192,10 @@ class _Ahead:
     def reach(self, places: NDArray[np.int64]) -> None:
         """Hold what these places need and what comes after it, and nothing else."""
         for reader in self.readers:
-            reader.forget(int(places[0]))
+            reader.evict(int(places[0]))
         while (group := self.next) is not None:
             reader = self.readers[group.source]
             if group.place > places[-1] and len(reader.held) > AHEAD:
                 break
-            reader.want(group.place, (self.plan.block_windows(group.source, int(b)) for b in group.blocks))
+            reader.prefetch(group.place, (self.plan.block_windows(group.source, int(b)) for b in group.blocks))
             self.next = next(self.groups, None)

@@ -22,7 +22,7 @@ from vectorclm.evaluation.statistics import figures
 from vectorclm.export.gguf import export_gguf
 from vectorclm.export.llama_cpp import LlamaCpp
 from vectorclm.inference.chat import Conversation, open_chat_model, talk
-from vectorclm.inference.generate import Sampling
+from vectorclm.inference.generate import SamplingParams
 from vectorclm.inference.load import open_model
 from vectorclm.lineage.pinning import pin, pin_suite
 from vectorclm.runtime import progress
@@ -65,7 +65,7 @@ class FileOptions:
     out: Annotated[Path | None, Parameter(help="The file [default: vectorclm-SIZE-KIND-TYPE.gguf]")] = None
 
 
-class ChatSampling(Sampling):
+class ChatSampling(SamplingParams):
     """How answers are drawn in a chat, unless options say otherwise."""
 
     temperature: float = Field(0.7, ge=0, le=100, description="0 takes the likeliest token each time")
@@ -174,7 +174,7 @@ def chat(
     /,
     *,
     options: ChatOptions = ChatOptions(),
-    sampling: Annotated[ChatSampling, Parameter(name="*", group="Sampling")] = ChatSampling(),
+    sampling: Annotated[ChatSampling, Parameter(name="*", group="SamplingParams")] = ChatSampling(),
 ) -> None:
     """Talk to a model in the terminal."""
     if options.max_new_tokens < 1:

@@ -19,7 +19,7 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.distributed import Group, end_together, joined, record
 from vectorclm.runtime.preemption import PREEMPTED
 from vectorclm.settings import validate
-from vectorclm.stages import TRAININGS, follow_stage, run_stage, told
+from vectorclm.stages import TRAININGS, follow_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Store
 
 ABOUT = {
@@ -126,5 +126,5 @@ def _lead_stage(stage: str, named: str, options: StageOptions, runtime: Runtime,
     if not relay:
         state = "made again, the same to the byte" if reused and again else "reused" if reused else "built"
         print(f"{stage} {state}: {artifact.uri}")
-        for line in told(stage, artifact.summary):
+        for line in summary_lines(stage, artifact.summary):
             print(line)

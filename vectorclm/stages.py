@@ -11,7 +11,7 @@ from typing import Any
 
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus.decontamination import benchmark_sources, read_benchmarks
-from vectorclm.corpus.sampler import told as documents_told
+from vectorclm.corpus.sampler import summary_lines as document_summary_lines
 from vectorclm.corpus.sampler import write_sample
 from vectorclm.corpus.sources import draw, identity, open_source
 from vectorclm.errors import ConfigError, DataError, ReproducibilityError
@@ -22,7 +22,7 @@ from vectorclm.evaluation.item_scores import ItemScores, write_scores
 from vectorclm.evaluation.tasks import score_tasks
 from vectorclm.export.hugging_face import export, write_model_files
 from vectorclm.finetune import finetune
-from vectorclm.inference.generate import Sampling, answer_text, continuation, template_scores
+from vectorclm.inference.generate import SamplingParams, answer_text, continuation, template_scores
 from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
 from vectorclm.pretrain import pretrain
@@ -31,16 +31,16 @@ from vectorclm.runtime.distributed import ALONE, Group
 from vectorclm.settings import digest, validate
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.chat_writer import read_prompts, write_chat_shards
-from vectorclm.shards.chat_writer import told as conversations_told
+from vectorclm.shards.chat_writer import summary_lines as conversation_summary_lines
 from vectorclm.shards.reader import open_shards
 from vectorclm.shards.writer import write_shards
-from vectorclm.store.artifact import Artifact, Plan, Store, build, rebuild
+from vectorclm.store.artifact import Artifact, StageSpec, Store, build, rebuild
 from vectorclm.store.layout import STAGES
-from vectorclm.store.resumable import SentSlices, Slices
+from vectorclm.store.resumable import ResumableUpload, Slices
 from vectorclm.store.uploads import Sending
 from vectorclm.store.work import attempt_folder
 from vectorclm.tokenizer import load_tokenizer, token_lengths
-from vectorclm.train import TrainConfig, Work
+from vectorclm.train import TrainConfig, TrainingRun
 from vectorclm.train_tokenizer import train_tokenizer
 from vectorclm.training.checkpoint import Checkpoints
 
@@ -52,14 +52,14 @@ EVALUATED = {"evaluate_base": "pretrain", "evaluate": "finetune"}  # the trainin
 VERSIONS = {"sample": 2, "shards": 3, "chat_shards": 5, "pretrain": 5, "evaluate_base": 6, "finetune": 5, "evaluate": 6}
 
 
-def plans(experiment: ExperimentConfig) -> dict[str, Plan]:
+def plans(experiment: ExperimentConfig) -> dict[str, StageSpec]:
     """What every stage is asked to make, in an order in which inputs come first. The experiment must be pinned."""
     seed = experiment.seed
-    made: dict[str, Plan] = {}
+    made: dict[str, StageSpec] = {}
 
     def plan(stage: str, config: Mapping[str, Any], *inputs: str) -> None:
         prints = {name: made[name].fingerprint for name in inputs}
-        made[stage] = Plan(stage, VERSIONS.get(stage, 1), {**config, "seed": seed}, prints)
+        made[stage] = StageSpec(stage, VERSIONS.get(stage, 1), {**config, "seed": seed}, prints)
 
     def sources(config: Any, field: str) -> dict[str, Any]:
         return {**config.model_dump(), field: [identity(source) for source in getattr(config, field)]}
@@ -124,7 +124,7 @@ def run_stage(
             slices = Slices(out.parent.parent / "slices", out)
             kept.append(slices)
         else:
-            slices = SentSlices(out.parent, sending)
+            slices = ResumableUpload(out.parent, sending)
         return write_shards(experiment.shards, inputs["sample"], encoder, out, seed=seed, slices=slices)
 
     def chat_shards(out: Path) -> Mapping[str, Any]:
@@ -144,7 +144,7 @@ def run_stage(
         data = {stage: inputs[stage] for stage in plan.inputs if stage in STREAMED}
         keep = runtime.keep_checkpoints
         with Checkpoints(store, plan, out.parent, _identity(data), keep_all=keep, again=again) as checkpoints:
-            work = Work(name, out.parent, checkpoints, runtime, group)
+            work = TrainingRun(name, out.parent, checkpoints, runtime, group)
             model, summary = _train(experiment, folders, data, work)
         if again or not keep:
             kept.append(checkpoints)
@@ -194,13 +194,13 @@ def run_stage(
     return artifact, reused
 
 
-def told(name: str, summary: Mapping[str, Any]) -> list[str]:
+def summary_lines(name: str, summary: Mapping[str, Any]) -> list[str]:
     """What a stage that draws data kept and dropped, a line for each source; nothing for the others."""
     match name:
         case "sample":
-            return documents_told(summary)
+            return document_summary_lines(summary)
         case "chat_shards":
-            return conversations_told(summary)
+            return conversation_summary_lines(summary)
     return []
 
 
@@ -218,17 +218,17 @@ def follow_stage(name: str, store: Store, runtime: Runtime, group: Group) -> Non
         attempt_folder(store.work_folder(stages[name], runtime.work_dir)) as folder,
         Checkpoints(store, stages[name], folder, _identity(data), again=again) as checkpoints,
     ):
-        _train(experiment, folders, data, Work(name, folder, checkpoints, runtime, group))
+        _train(experiment, folders, data, TrainingRun(name, folder, checkpoints, runtime, group))
 
 
-def _training_inputs(name: str, store: Store, stages: Mapping[str, Plan]) -> dict[str, Path]:
+def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -> dict[str, Path]:
     """Local folders of the tokenizer and of what else a training reads, but for the windows that it streams."""
     wanted = {"tokenizer", *stages[name].inputs} - STREAMED
     return {stage: _input(store, stages[stage]).local() for stage in sorted(wanted)}
 
 
 def _train(
-    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], work: Work
+    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], work: TrainingRun
 ) -> tuple[CausalLM, dict[str, Any]]:
     tokenizer, seed = load_tokenizer(folders["tokenizer"]), experiment.seed
     say = answer_text if work.stage == "finetune" else continuation
@@ -251,7 +251,7 @@ def _identity(data: Mapping[str, Artifact]) -> str:
     return prints[0] if len(prints) == 1 else digest(prints)
 
 
-def _input(store: Store, plan: Plan) -> Artifact:
+def _input(store: Store, plan: StageSpec) -> Artifact:
     found = store.find(plan.stage, plan.fingerprint)
     if found is None:
         raise DataError(
@@ -287,7 +287,7 @@ def _evaluate(
     where = (experiment.seed, runtime, data, experiment.world)
     for kind, label, scored in score_tasks(config.tasks, folder, model, tokenizer, *where, found):
         scores[kind][label] = scored
-    how = config.max_new_tokens, Sampling(repetition_penalty=config.repetition_penalty)
+    how = config.max_new_tokens, SamplingParams(repetition_penalty=config.repetition_penalty)
     if chat:
         prompts = read_prompts(inputs["chat_shards"], config.chat_prompts, experiment.seed)
         scores["chat"] = template_scores(model, tokenizer, prompts, *how)

@@ -23,7 +23,7 @@ from vectorclm.runtime.distributed import ALONE, Group, PeerLostError
 from vectorclm.runtime.preemption import FINISH, ignore_sigterm, preemption
 from vectorclm.runtime.progress import Progress
 from vectorclm.settings import Settings
-from vectorclm.shards.order import CurriculumPlan
+from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
 from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot
 from vectorclm.training.metrics import Metrics
@@ -35,7 +35,7 @@ FLUSH_STEPS = 10  # metrics are read back from the device this many steps at a t
 RANK_SEED = 0x9E3779B1  # parts the ranks' seeds in their low 32 bits, which are all that the CPU's generator takes
 
 
-class SamplesConfig(Settings):
+class GenerationSamplesConfig(Settings):
     """What a model in training says, every so often, to the same prompts."""
 
     prompts: list[str] = Field(min_length=1, description="Begun texts in pretraining, questions in tuning")
@@ -53,13 +53,13 @@ class TrainConfig(Settings):
     validation_interval: int = Field(gt=0, description="Steps between validations")
     validation_windows: int = Field(64, gt=0, description="Held-out windows a source in each of them")
     document_mask: bool = Field(True, description="No attention from one document in a window to another")
-    samples: SamplesConfig | None = Field(
+    samples: GenerationSamplesConfig | None = Field(
         None, exclude_if=lambda samples: samples is None, description="What it says meanwhile; left out, nothing"
     )
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingRun:
     """Where a run leaves its traces."""
 
     stage: str
@@ -69,7 +69,7 @@ class Work:
     group: Group = ALONE
     respond: Callable[[CausalLM, str, int], str] | None = None  # to a prompt, in so many tokens at the most
 
-    def samples(self, model: CausalLM, asked: SamplesConfig) -> list[dict[str, str]]:
+    def samples(self, model: CausalLM, asked: GenerationSamplesConfig) -> list[dict[str, str]]:
         """The likeliest answer to each prompt."""
         assert self.respond is not None
         return [
@@ -87,7 +87,7 @@ class Record:
         config: TrainConfig,
         dataset: StreamingLanguageModelDataset,
         validate: Callable[[], Scores],
-        work: Work,
+        work: TrainingRun,
     ) -> None:
         self.model, self.optimizers, self.config, self.work = model, optimizers, config, work
         self.validate = validate
@@ -143,7 +143,7 @@ class Record:
     def keep(self, step: int) -> None:
         """Have a checkpoint of the steps done, but for one that is there, or where the loss has gone astray."""
         self.metrics.flush()
-        if step > self._kept and not self.metrics.stray:
+        if step > self._kept and not self.metrics.is_diverging:
             saved = snapshot(step, self.model, self.optimizers, self.metrics.text(), self.order)
             self.work.checkpoints.save(saved)
             self._kept = step
@@ -161,7 +161,7 @@ class Record:
 
 
 def own_share(
-    readers: Mapping[str, ShardReader], plan: CurriculumPlan, config: TrainConfig, group: Group
+    readers: Mapping[str, ShardReader], plan: TrainingOrder, config: TrainConfig, group: Group
 ) -> StreamingLanguageModelDataset:
     """This rank's rows of every batch of the plan."""
     return StreamingLanguageModelDataset(
@@ -181,7 +181,7 @@ def train(
     validation: Mapping[str, ShardReader],
     token_lengths: Sequence[int],
     seed: int,
-    work: Work,
+    work: TrainingRun,
 ) -> dict[str, Any]:
     """Train `model` in place over the whole `dataset`, from the newest checkpoint if there is one.
 

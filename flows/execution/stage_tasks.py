@@ -44,7 +44,7 @@ from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreE
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
-from vectorclm.stages import TRAININGS, plans, run_stage, told
+from vectorclm.stages import TRAININGS, plans, run_stage, summary_lines
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 
 TORCH_STAGES = TRAININGS | {"evaluate", "evaluate_base"}  # each in a process of its own, or several
@@ -189,7 +189,7 @@ class Stages:
             )
         handle = stage_handle(name, artifact, "built", began)
         logger.info("%s built in %s", name, duration(handle["seconds"]))
-        for line in told(name, artifact.summary):
+        for line in summary_lines(name, artifact.summary):
             logger.info("%s", line)
         return Completed(message=f"built {artifact.uri} in {duration(handle['seconds'])}", data=handle)
 

@@ -20,7 +20,7 @@ import psutil
 
 from flows.net import neutral
 from vectorclm.errors import VectorCLMError
-from vectorclm.runtime.processes import mark, marked, process_space
+from vectorclm.runtime.processes import find_process, process_identity, process_space
 from vectorclm.settings import digest
 
 HOST = "127.0.0.1"
@@ -61,7 +61,7 @@ class Service:
         """The running process, or None."""
         known, deadline = self._known(), time.monotonic() + STOP_SECONDS
         with suppress(psutil.Error):
-            while (process := marked(known)) is not None and time.monotonic() < deadline:
+            while (process := find_process(known)) is not None and time.monotonic() < deadline:
                 if process.cmdline():
                     return process
                 time.sleep(0.01)  # just starting; or killed, and still writing: what comes after it needs its files
@@ -114,7 +114,7 @@ class Service:
                 umask=self.umask,
             )
         salt = secrets.token_hex(16)
-        record = {**mark(psutil.Process(child.pid)), "salt": salt, "settings": self._settings(salt)}
+        record = {**process_identity(psutil.Process(child.pid)), "salt": salt, "settings": self._settings(salt)}
         self.record.touch(mode=0o600)
         self.record.write_text(json.dumps(record), encoding="utf-8")
         return True
@@ -196,7 +196,7 @@ def _service_of(processes: Iterable[psutil.Process]) -> str | None:
             folder = Path(process.cwd())
             for record in folder.glob("*.json") if folder.name == "platform" else ():
                 with suppress(ValueError, TypeError):
-                    if marked(json.loads(record.read_text(encoding="utf-8"))) == process:
+                    if find_process(json.loads(record.read_text(encoding="utf-8"))) == process:
                         return f"{record.stem} of the platform of {folder.parent} (process {process.pid})"
     return None
 

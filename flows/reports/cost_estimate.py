@@ -12,9 +12,9 @@ from rich.table import Table
 
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.pinning import UNRESOLVED
-from vectorclm.shards.order import in_words
+from vectorclm.shards.order import format_epochs
 from vectorclm.shards.writer import token_dtype
-from vectorclm.store.artifact import Plan, Store
+from vectorclm.store.artifact import StageSpec, Store
 
 # Training FLOP/s taken for the estimate: a fifth of the dense bf16 peak on GPUs, whose products a small model
 # keeps short, and 25 GFLOP/s a core in fp32 on CPUs with AVX2.
@@ -27,7 +27,7 @@ DEVICES: Mapping[str, float] = {
 }
 
 
-def known_windows(store: Store, shards: Plan) -> dict[str, int] | None:
+def known_windows(store: Store, shards: StageSpec) -> dict[str, int] | None:
     """Windows for training of each source, where the shards are made and no network is needed to know."""
     if not store.is_local or (found := store.find_whole(shards)) is None:
         return None
@@ -35,7 +35,7 @@ def known_windows(store: Store, shards: Plan) -> dict[str, int] | None:
 
 
 def budget(
-    experiment: ExperimentConfig, plans: Mapping[str, Plan], windows: Mapping[str, int] | None = None
+    experiment: ExperimentConfig, plans: Mapping[str, StageSpec], windows: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """Tokens, parameters, FLOPs, bytes, hours, and fingerprints: `unresolved` while a source has no commit.
 
@@ -90,7 +90,7 @@ def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[st
     return plan.epochs(plan.windows // experiment.pretrain.batch_size * experiment.pretrain.batch_size)
 
 
-def _fingerprint(name: str, experiment: ExperimentConfig, plans: Mapping[str, Plan]) -> str:
+def _fingerprint(name: str, experiment: ExperimentConfig, plans: Mapping[str, StageSpec]) -> str:
     """The stage's fingerprint, unless it or something before it reads a source whose commit is not known."""
     reads: dict[str, Any] = {
         "sample": experiment.sample.sources,
@@ -120,7 +120,7 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
         f"{costs['pretrain_tokens']:,} tokens in {costs['steps']:,} steps of {costs['tokens_per_step']:,}",
     )
     if costs["epochs"] is not None:
-        facts.add_row("", f"of the shards in the store: {in_words(costs['epochs'])}")
+        facts.add_row("", f"of the shards in the store: {format_epochs(costs['epochs'])}")
     facts.add_row("sample", f"{costs['sample_bytes']:,} bytes of text")
     facts.add_row(
         "tuning", f"up to {costs['conversations']:,} conversations, read {experiment.finetune.epochs:g} times"

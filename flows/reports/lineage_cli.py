@@ -15,7 +15,7 @@ from rich.tree import Tree
 
 from flows.tracking.lookup import opened, recorded
 from vectorclm.errors import VectorCLMError
-from vectorclm.lineage.chain import SHORT, Change, Lineage, Node, as_object, changes, in_words, score_facts, verify
+from vectorclm.lineage.chain import SHORT, Change, Lineage, Node, as_object, changes, describe_node, score_facts, verify
 from vectorclm.store.artifact import Store
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
@@ -89,7 +89,10 @@ def _line(node: Node, record: "Record | None") -> str:
     manifest = node.artifact.manifest
     git = str(manifest["environment"].get("git"))
     revision = git[:SHORT] + (" with uncommitted changes" if git.endswith("-dirty") else "")
-    lines = [f"{head}  {escape(in_words(node))}", f"[dim]{escape(manifest['created'])}, code {escape(revision)}[/]"]
+    lines = [
+        f"{head}  {escape(describe_node(node))}",
+        f"[dim]{escape(manifest['created'])}, code {escape(revision)}[/]",
+    ]
     if record is not None:
         versions = ", ".join(record.versions.get(node.fingerprint, ()))
         page = record.runs.get(node.fingerprint, "")
@@ -98,7 +101,7 @@ def _line(node: Node, record: "Record | None") -> str:
     return "\n".join(lines)
 
 
-def compare(before: str, after: str, store: Store, console: Console, *, as_json: bool) -> int:
+def print_differences(before: str, after: str, store: Store, console: Console, *, as_json: bool) -> int:
     """Print what differs between two models."""
     found = changes(opened(before, store), opened(after, store))
     if as_json:
@@ -122,5 +125,5 @@ def print_lineage(model: str, store: Store, *, verify: bool, diff: str | None, a
     if diff is not None:
         if verify:
             raise VectorCLMError("--diff and --verify ask for two things: give one of them")
-        return compare(diff, model, store, console, as_json=as_json)
+        return print_differences(diff, model, store, console, as_json=as_json)
     return run(model, store, console, check=verify, as_json=as_json)

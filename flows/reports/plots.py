@@ -94,7 +94,7 @@ def curves(
 
 
 @dataclass(frozen=True)
-class Interval:
+class IntervalBar:
     """One score: its interval of confidence and who got it."""
 
     who: str
@@ -103,7 +103,7 @@ class Interval:
     high: float
 
 
-def intervals(title: str, rows: Mapping[str, tuple[float, Sequence[Interval]]]) -> Markup:
+def intervals(title: str, rows: Mapping[str, tuple[float, Sequence[IntervalBar]]]) -> Markup:
     """A row for each task: its chance as a line, the scores as points with their intervals, all from 0 to 100 %."""
     parts: list[str] = []
     top = TOP

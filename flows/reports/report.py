@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flows.reports.plots import COLOURS, Box, Interval, bars, curves, graph, intervals, short
+from flows.reports.plots import COLOURS, Box, IntervalBar, bars, curves, graph, intervals, short
 from flows.tracking.lookup import opened
 from vectorclm.comparison.compare import followed, has_items
 from vectorclm.comparison.curves import curves_of
-from vectorclm.corpus.sampler import losses
+from vectorclm.corpus.sampler import drop_counts
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change
@@ -207,7 +207,7 @@ def _sources(found: Lineage) -> list[tuple[str, list[str], list[list[str]]]]:
         for label, source in sample["sources"].items():
             train, validation = (shards[label].get(split, {}).get("tokens", 0) for split in ("train", "validation"))
             counts = [source["read"], source["documents"], train, source["validation_documents"], validation]
-            lost = losses(source["dropped"], source["contaminated"])
+            lost = drop_counts(source["dropped"], source["contaminated"])
             rows.append([label, *(f"{count:,}" for count in counts), lost])
         tables.append(("documents", ["read", "training", "tokens", "validation", "tokens", "dropped"], rows))
     if chat is not None:
@@ -215,7 +215,7 @@ def _sources(found: Lineage) -> list[tuple[str, list[str], list[list[str]]]]:
             [
                 label,
                 *(f"{source[key]:,}" for key in ("read", "train", "validation", "shortened")),
-                losses(source["dropped"], source["contaminated"]),
+                drop_counts(source["dropped"], source["contaminated"]),
             ]
             for label, source in chat["sources"].items()
         ]
@@ -239,7 +239,7 @@ def _tasks(models: Sequence[Measured]) -> dict[str, dict[str, Any]]:
     for model in models:
         for label, task in model.scores["tasks"].items():
             row = found.setdefault(label, {"chance": task["chance"], "items": task["items"], "scores": {}})
-            row["scores"][model.who] = Interval(model.who, task["acc"], *interval(task["acc"], task["items"]))
+            row["scores"][model.who] = IntervalBar(model.who, task["acc"], *interval(task["acc"], task["items"]))
     return found
 
 

@@ -9,7 +9,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, L
 from flows.tracking.client import ALIAS, MODELS, NOTE, REGISTERED, flatten, run_page
 from flows.tracking.session import Session
 from vectorclm.corpus.sources import Source
-from vectorclm.lineage.chain import SHORT, in_words, lineage, score_facts
+from vectorclm.lineage.chain import SHORT, describe_node, lineage, score_facts
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact
 
@@ -148,7 +148,7 @@ class Catalog:
         lines = ["| | what it holds | fingerprint, revision |", "|---|---|---|"]
         for node in reversed(list(found.nodes.values())):
             link = self._link(node.stage, node.title)
-            lines.append(f"| {link} | {in_words(node)} | `{node.fingerprint[:SHORT]}` |")
+            lines.append(f"| {link} | {describe_node(node)} | `{node.fingerprint[:SHORT]}` |")
             for source in node.sources:
                 lines.append(f"| source {source.label} | {source.path} | `{source.revision[:REVISION]}` |")
         for item in found.scores:

@@ -153,7 +153,7 @@ class Registry:
             self.client.set_terminated(run_id)
         return self.page(experiment_id, run_id)
 
-    def record_by_hand(self, address: str, artifact: Artifact) -> str | None:
+    def record_cli_evaluation(self, address: str, artifact: Artifact) -> str | None:
         """Record the scores in `artifact` of the registered model in the store at `address`, where none has done so.
 
         The address of the run's page; None where no version is of that model, or the scores are there. The run is not

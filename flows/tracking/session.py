@@ -15,9 +15,9 @@ from flows.tracking.client import BATCH, MODELS, NotOpenError, flatten, tracking
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.chain import score_facts
 from vectorclm.runtime.devices import git_revision
-from vectorclm.runtime.processes import mark
+from vectorclm.runtime.processes import process_identity
 from vectorclm.stages import EVALUATED
-from vectorclm.store.artifact import Artifact, Plan, Store
+from vectorclm.store.artifact import Artifact, StageSpec, Store
 
 PARAM_BATCH = 90  # parameters in one request; MLflow takes 100
 
@@ -29,7 +29,7 @@ class Session:
         self,
         store: Store,
         experiment: ExperimentConfig,
-        plans: Mapping[str, Plan],
+        plans: Mapping[str, StageSpec],
         flow_run_id: str | None = None,
     ) -> None:
         self.store, self.experiment, self.plans = store, experiment, plans
@@ -43,7 +43,7 @@ class Session:
             "mlflow.user": psutil.Process().username(),
             "dirty": str(git.endswith("-dirty")).lower(),
             "host": socket.gethostname(),
-            "process": json.dumps(mark(psutil.Process())),
+            "process": json.dumps(process_identity(psutil.Process())),
             **({"prefect.flow_run_id": flow_run_id} if flow_run_id else {}),
         }
         self.client: MlflowClient  # once it is open, as is the next
@@ -132,7 +132,7 @@ class Session:
         """
         self._end(name, self.plans[name].fingerprint, run_id)
 
-    def glance(self, name: str, scores: Artifact) -> None:
+    def log_headline_metrics(self, name: str, scores: Artifact) -> None:
         """The scores that the stage `name` gave, on the curriculum's own run: those that are asked first."""
         now, model = int(time.time() * 1000), MODELS[EVALUATED[name]]
         metrics = [Metric(f"{model}/{key}", value, now, 0) for key, value in score_facts(scores).items()]

@@ -12,7 +12,7 @@ from mlflow.entities import Dataset, LoggedModelOutput, Metric, RunTag
 from flows.tracking.catalog import Catalog
 from flows.tracking.client import BATCH, EVENT_LENGTH, MODELS, VALUE_LENGTH, NotOpenError, numbers, readable
 from flows.tracking.session import Session
-from flows.tracking.system_metrics import Load
+from flows.tracking.system_metrics import SystemMetrics
 from vectorclm.errors import StoreError
 from vectorclm.stages import EVALUATED, TRAININGS
 from vectorclm.store.artifact import Artifact
@@ -39,7 +39,7 @@ class StageRun:
         self._seen: dict[tuple[str, int], int] = {}  # when, so that what is sent again is the same
         self._read, self._tail = 0, b""  # how far the file was read, and what it ended with there
         self._ended = 0
-        self._load: Load | None = None
+        self._load: SystemMetrics | None = None
         self._events: dict[int, Mapping[str, Any]] = {}  # step -> its line in the metrics
 
     def finished(self, artifact: Artifact) -> None:
@@ -57,7 +57,7 @@ class StageRun:
         session.log_params(self._run_id, session.plans[self.name].config)
         self.catalog.log_inputs(self.name)
         if self.folder is not None:
-            self._load = Load(self._run_id, session.uri)
+            self._load = SystemMetrics(self._run_id, session.uri)
             self._load.start()
 
     def relay(self) -> None:
@@ -192,7 +192,7 @@ class StageRun:
         session = self.session
         model_id = self.catalog.model_id(EVALUATED[self.name])
         self._log(numbers(artifact.summary), model_id, self.catalog.dataset("shards"))
-        session.glance(self.name, artifact)
+        session.log_headline_metrics(self.name, artifact)
 
     def _log(self, figures: Mapping[str, float], model_id: str | None = None, dataset: Dataset | None = None) -> None:
         linked = (model_id, dataset.name, dataset.digest) if dataset is not None else (model_id, None, None)

@@ -15,7 +15,7 @@ from flows.tracking.client import BATCH
 SAMPLE_SECONDS = 10
 
 
-class Load(SystemMetricsMonitor):
+class SystemMetrics(SystemMetricsMonitor):
     """The load of this machine as metrics `system/…` of a run; `start`, `send` now and then, `finish`."""
 
     def __init__(self, run_id: str, tracking_uri: str) -> None:

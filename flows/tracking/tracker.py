@@ -29,9 +29,9 @@ from flows.tracking.outbox import Outbox
 from flows.tracking.session import Session
 from flows.tracking.stage_run import StageRun
 from vectorclm.config import ExperimentConfig
-from vectorclm.runtime.processes import marked, process_space
+from vectorclm.runtime.processes import find_process, process_space
 from vectorclm.stages import EVALUATED
-from vectorclm.store.artifact import Artifact, Plan, Store
+from vectorclm.store.artifact import Artifact, StageSpec, Store
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Tracker(Session):
         self,
         store: Store,
         experiment: ExperimentConfig,
-        plans: Mapping[str, Plan],
+        plans: Mapping[str, StageSpec],
         flow_run_id: str | None = None,
         root_flow_run_id: str | None = None,
     ) -> None:
@@ -157,7 +157,7 @@ class Tracker(Session):
             self.catalog.describe(run_id, name)
             self.catalog.show(name, artifact)
             if name in EVALUATED:
-                self.glance(name, artifact)
+                self.log_headline_metrics(name, artifact)
             self.client.set_terminated(run_id)
             if name == "export":
                 self.catalog.register_models()
@@ -247,6 +247,6 @@ class Tracker(Session):
             tags = run.data.tags
             process = json.loads(tags.get("process", "{}"))
             here = (tags.get("host"), process.get("pids")) == (self.common["host"], process_space())
-            alive = here and marked(process) is not None
+            alive = here and find_process(process) is not None
             if (here or tags.get("prefect.flow_run_id") == flow_run) and not alive:
                 self.client.set_terminated(run.info.run_id, "KILLED")

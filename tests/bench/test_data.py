@@ -13,7 +13,7 @@ from rich.console import Console
 from vectorclm.bench.data import data_layer, walked
 from vectorclm.bench.reading import FAULTS, FETCHED, LITDATA, REMOTE
 from vectorclm.bench.table import Row, bounded, show
-from vectorclm.shards.order import MIX_BLOCK, CurriculumPlan, Stretch
+from vectorclm.shards.order import MIX_BLOCK, MixturePhase, TrainingOrder
 
 
 def test_every_row_is_an_object_with_the_agreed_keys() -> None:
@@ -39,16 +39,16 @@ def test_every_row_is_an_object_with_the_agreed_keys() -> None:
 
 
 def test_a_plan_is_walked_to_its_end() -> None:
-    even = [Stretch(3 * MIX_BLOCK, {"a": 0.75, "b": 0.25}), Stretch(2 * MIX_BLOCK, {"a": 0.5, "b": 0.5})]
-    mixture, repeats = walked(CurriculumPlan(even, {"a": 900, "b": 5000}, seed=1, windows_per_block=8))
+    even = [MixturePhase(3 * MIX_BLOCK, {"a": 0.75, "b": 0.25}), MixturePhase(2 * MIX_BLOCK, {"a": 0.5, "b": 0.5})]
+    mixture, repeats = walked(TrainingOrder(even, {"a": 900, "b": 5000}, seed=1, windows_per_block=8))
     assert mixture.ours == 0 and mixture.met and repeats.ours == 0 and repeats.met
     assert "sources are read up to 3.70 times" in repeats.why
-    thirds = [Stretch(30 * MIX_BLOCK, {"a": 1.0, "b": 2.0})]  # a third of a mix block is no whole number
-    mixture, _ = walked(CurriculumPlan(thirds, {"a": 9000, "b": 9000}, seed=1, windows_per_block=8))
+    thirds = [MixturePhase(30 * MIX_BLOCK, {"a": 1.0, "b": 2.0})]  # a third of a mix block is no whole number
+    mixture, _ = walked(TrainingOrder(thirds, {"a": 9000, "b": 9000}, seed=1, windows_per_block=8))
     assert mixture.ours == pytest.approx(1 / 3, abs=1e-3) and mixture.met
 
 
-class Careless(CurriculumPlan):
+class Careless(TrainingOrder):
     """Draws its sources by chance, and a window whenever it comes."""
 
     def locate(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -57,7 +57,7 @@ class Careless(CurriculumPlan):
 
 
 def test_a_plan_that_strays_is_found_out() -> None:
-    even = [Stretch(8 * MIX_BLOCK, {"a": 0.5, "b": 0.5})]
+    even = [MixturePhase(8 * MIX_BLOCK, {"a": 0.5, "b": 0.5})]
     mixture, repeats = walked(Careless(even, {"a": 900, "b": 900}, seed=1, windows_per_block=8))
     assert mixture.ours is not None and mixture.ours > 1 and mixture.met is False
     assert repeats.ours is not None and repeats.ours > 1000 and repeats.met is False

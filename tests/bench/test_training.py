@@ -28,7 +28,7 @@ from vectorclm.nn.layers import (
     GatedProjection,
     Linear,
     RMSNorm,
-    Rotated,
+    RotaryQKV,
     StackedLinear,
     plain_swiglu_projection,
     rotary_heads,
@@ -56,7 +56,7 @@ def test_the_norm_and_its_gradients_are_torchs() -> None:
 def test_gradients_of_fused_operations_are_those_of_finite_differences() -> None:
     cos, sin = (table[:5, None].double() for table in rotary_table(CONFIG))
     assert torch.autograd.gradcheck(GatedProjection.apply, (doubles(2, 3, 8), doubles(5, 4)))
-    assert torch.autograd.gradcheck(lambda x: Rotated.apply(x, cos, sin, (6, 2, 2)), doubles(2, 5, 10, 16))
+    assert torch.autograd.gradcheck(lambda x: RotaryQKV.apply(x, cos, sin, (6, 2, 2)), doubles(2, 5, 10, 16))
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor, inputs: list[torch.Tensor]) -> None:

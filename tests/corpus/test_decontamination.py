@@ -8,7 +8,7 @@ import pytest
 
 from vectorclm.config import load_experiment
 from vectorclm.corpus.decontamination import ANCHOR, GRAM, Benchmarks, benchmark_sources, contaminated, read_benchmarks
-from vectorclm.corpus.sources import SampleConfig
+from vectorclm.corpus.sources import CorpusConfig
 from vectorclm.corpus.synthetic_world import rows
 from vectorclm.errors import ConfigError
 
@@ -81,10 +81,10 @@ def test_further_benchmarks_and_none(tmp_path: Path) -> None:
     tiny, _ = load_experiment("tiny")
     quiz = {"label": "quiz", "path": "json", "data_files": str(tmp_path / "quiz.jsonl"), "columns": ["q"]}
     values = {**tiny.sample.model_dump(), "decontaminate_with": [quiz]}
-    sources = benchmark_sources(SampleConfig.model_validate(values), tiny.evaluate.tasks)
+    sources = benchmark_sources(CorpusConfig.model_validate(values), tiny.evaluate.tasks)
     assert [source.label for source in sources] == ["world", "quiz"]
     assert read_benchmarks(sources[1:], None, None).found([SHORT.encode()]) == {0: {"quiz"}}
-    assert benchmark_sources(SampleConfig.model_validate({**values, "decontaminate": False}), []) == []
+    assert benchmark_sources(CorpusConfig.model_validate({**values, "decontaminate": False}), []) == []
     twice = tiny.model_dump() | {"sample": {**values, "decontaminate_with": [{**quiz, "label": "world"}]}}
     (tmp_path / "twice.json").write_text(type(tiny).model_construct(**twice).model_dump_json(warnings=False))
     with pytest.raises(ConfigError, match="two sources share a label: world"):

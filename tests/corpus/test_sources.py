@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from vectorclm.corpus import sampler
 from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.sample_reader import read_texts
-from vectorclm.corpus.sampler import told, write_sample
-from vectorclm.corpus.sources import SampleConfig, TextSource, draw, identity, open_source, read_source
+from vectorclm.corpus.sampler import summary_lines, write_sample
+from vectorclm.corpus.sources import CorpusConfig, TextSource, draw, identity, open_source, read_source
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError, DataError
 
@@ -45,7 +45,7 @@ def documents(count: int, word: str = "page") -> list[str]:
 def sample(out: Path, data: Path | None, seed: int = 1, **values: Any) -> dict[str, Any]:
     """The summary of a sample of one source, `books`, written to `out`."""
     settings = {"sources": [source()], "bytes": 10**6, "validation_share": 0.2, **values}
-    return write_sample(SampleConfig.model_validate(settings), seed, out, data=data, world=None)
+    return write_sample(CorpusConfig.model_validate(settings), seed, out, data=data, world=None)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -410,12 +410,12 @@ def test_documents_of_a_benchmark_are_dropped_and_others_take_their_place(tmp_pa
     texts = documents(300)
     spoilt = [f"{text}. {question.upper()} Nobody knows." if n % 10 == 0 else text for n, text in enumerate(texts)]
     write_parquet(tmp_path / "books" / "a.parquet", spoilt)
-    config = SampleConfig.model_validate({"sources": [source()], "bytes": 10**6, "validation_share": 0.2})
+    config = CorpusConfig.model_validate({"sources": [source()], "bytes": 10**6, "validation_share": 0.2})
     marks = Benchmarks({"quiz": [question], "other": ["something of eight words or more stands in here"]})
     made = write_sample(config, 1, tmp_path / "out", data=tmp_path, world=None, benchmarks=marks)["sources"]["books"]
     assert made["dropped"] == {"contaminated": 30} and made["contaminated"] == {"quiz": 30}
     assert made["documents"] + made["validation_documents"] == 270
-    assert told({"sources": {"books": made}}) == [
+    assert summary_lines({"sources": {"books": made}}) == [
         "sample books: 270 of 300 documents drawn; dropped: 30 contaminated (quiz 30)"
     ]
     less = config.model_copy(update={"bytes": 2000})

@@ -17,11 +17,11 @@ from vectorclm.corpus.sources import TaskSource
 from vectorclm.errors import DataError
 from vectorclm.evaluation.bits_per_byte import text_scores
 from vectorclm.evaluation.multiple_choice import Item, pair_ids, read_items, task_scores
-from vectorclm.inference.generate import Sampling, answer, continuation, generate
+from vectorclm.inference.generate import SamplingParams, answer, continuation, generate
 from vectorclm.model import CausalLM
 from vectorclm.shards.chat_writer import read_prompts
 from vectorclm.shards.conversations import Turn
-from vectorclm.store.artifact import Plan, Store, build
+from vectorclm.store.artifact import StageSpec, Store, build
 from vectorclm.tokenizer import BOS_ID, encode, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -93,7 +93,8 @@ def test_generation_ends_where_the_context_is_full_and_repeats_with_its_seed(fol
     model = CausalLM.from_pretrained(folder)
     assert len(list(generate(model, [5] * 60, 30, stop_ids=()))) == 4
     drawn = [
-        list(generate(model, [5], 30, sampling=Sampling(temperature=1.0, top_p=0.9, seed=seed))) for seed in (1, 1, 2)
+        list(generate(model, [5], 30, sampling=SamplingParams(temperature=1.0, top_p=0.9, seed=seed)))
+        for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -161,7 +162,7 @@ def test_prompts_are_drawn_over_all_sources(tmp_path: Path) -> None:
         (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return {}
 
-    artifact, _ = build(Store(str(tmp_path)), Plan("chat_shards", 1, {}, {}), produce)
+    artifact, _ = build(Store(str(tmp_path)), StageSpec("chat_shards", 1, {}, {}), produce)
     drawn = read_prompts(artifact, 60, 1)
     assert drawn == read_prompts(artifact, 60, 1)
     assert {turns[0].content[0] for turns, _ in drawn} == set("abc")
@@ -175,8 +176,8 @@ def test_a_long_conversation_forgets_its_oldest_turns_and_is_answered(folder: Pa
         ids = list(answer(model, tokenizer, conversation, 64))
         assert ids and len(ids) <= 32
     assert continuation(model, tokenizer, "otter " * 90, 10)
-    varied = Sampling(repetition_penalty=100.0)
+    varied = SamplingParams(repetition_penalty=100.0)
     said = list(answer(model, tokenizer, [Turn("user", "Otter?")], 40, varied))
     assert len(said) == len(set(said)) > 20  # no token twice
     assert continuation(model, tokenizer, "otter", 40, varied) != continuation(model, tokenizer, "otter", 40)
-    assert list(answer(model, tokenizer, turns[:1], 4, sampling=Sampling(temperature=1.0, top_p=1e-9)))
+    assert list(answer(model, tokenizer, turns[:1], 4, sampling=SamplingParams(temperature=1.0, top_p=1e-9)))

@@ -15,7 +15,7 @@ from vectorclm.evaluation.instruction_checks import CONTENT, PARTS, Check, Instr
 from vectorclm.evaluation.instruction_prompts import FORMS, MOST, SHOTS, instructions
 from vectorclm.evaluation.instructions import STOP, base_answer, chat_answer, few_shot, instruction_scores, judge
 from vectorclm.evaluation.item_scores import ItemScores, read_scored
-from vectorclm.inference.generate import Sampling
+from vectorclm.inference.generate import SamplingParams
 from vectorclm.model import CausalLM
 from vectorclm.settings import validate
 from vectorclm.tokenizer import EOS_ID, encode, load_tokenizer
@@ -145,9 +145,9 @@ def test_a_chat_model_answers_in_its_template_and_a_base_model_after_examples(
             assert line["answer"] == respond(model, tokenizer, prompt, 12)[0]
             assert [one["holds"] for one in line["checks"]] == [holds(check, line["answer"]) for check in checks]
         again = {"chat": chat, "out": out, "found": ItemScores()}
-        instruction_scores(model, tokenizer, asked[:1], 12, Sampling(repetition_penalty=50.0), **again)
+        instruction_scores(model, tokenizer, asked[:1], 12, SamplingParams(repetition_penalty=50.0), **again)
         (line,) = map(json.loads, (out / "instructions.jsonl").read_text().splitlines())
-        once = respond(model, tokenizer, asked[0].prompt, 12, Sampling(repetition_penalty=50.0))[0]
+        once = respond(model, tokenizer, asked[0].prompt, 12, SamplingParams(repetition_penalty=50.0))[0]
         assert line["answer"] == once != lines[0]["answer"]
         held = Counter(one["kind"] for line in lines for one in line["checks"] if one["holds"])
         assert {kind: count["held"] for kind, count in scores["checks"].items() if count["held"]} == held

@@ -33,7 +33,7 @@ from vectorclm.inference.chat import (
     reply,
     talk,
 )
-from vectorclm.inference.generate import Sampling, choose, generate, keep_min_p, keep_top_k, keep_top_p, penalized
+from vectorclm.inference.generate import SamplingParams, choose, generate, keep_min_p, keep_top_k, keep_top_p, penalized
 from vectorclm.model_commands import ChatOptions, chat
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, render_prompt
@@ -66,7 +66,7 @@ def test_each_option_is_that_of_transformers(ours: Callable[[torch.Tensor], torc
 
 
 def test_all_options_together_draw_from_the_probabilities_of_transformers() -> None:
-    sampling = Sampling(temperature=1.5, top_k=12, top_p=0.9, min_p=0.03, repetition_penalty=1.3)
+    sampling = SamplingParams(temperature=1.5, top_k=12, top_p=0.9, min_p=0.03, repetition_penalty=1.3)
     chain = LogitsProcessorList(
         [
             RepetitionPenaltyLogitsProcessor(1.3),
@@ -88,14 +88,15 @@ def test_all_options_together_draw_from_the_probabilities_of_transformers() -> N
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-30, 1e-6])
 def test_the_coldest_draws_take_the_likeliest(temperature: float) -> None:
-    sampling = Sampling(temperature=temperature, min_p=1.0, top_p=1e-12, repetition_penalty=0.01)
+    sampling = SamplingParams(temperature=temperature, min_p=1.0, top_p=1e-12, repetition_penalty=0.01)
     assert choose(LOGITS, [17], sampling, torch.Generator()) == int(penalized(LOGITS, [17], 0.01).argmax())
 
 
 def test_special_tokens_are_spared_the_penalty() -> None:
     assert torch.equal(penalized(LOGITS, [0, 1, 2, 3, 4], 2.0), LOGITS)
     assert (
-        choose(LOGITS, [int(LOGITS.argmax())], Sampling(repetition_penalty=50.0), torch.Generator()) != LOGITS.argmax()
+        choose(LOGITS, [int(LOGITS.argmax())], SamplingParams(repetition_penalty=50.0), torch.Generator())
+        != LOGITS.argmax()
     )
 
 
@@ -128,7 +129,7 @@ def test_an_answer_comes_in_whole_characters_and_ends_its_turn(chat_model: ChatM
 
 def test_the_pieces_of_any_answer_are_the_text_of_its_tokens(chat_model: ChatModel) -> None:
     """Hot, so that most of the bytes are no whole characters."""
-    sampling = Sampling(temperature=60.0, seed=5)
+    sampling = SamplingParams(temperature=60.0, seed=5)
     prompt = prompt_of(chat_model, "Who swims?")
     ids = list(generate(chat_model.model, prompt, 120, stop_ids=range(5), sampling=sampling))
     pieces = list(reply(chat_model, prompt, 120, sampling=sampling))
@@ -181,7 +182,7 @@ def test_roles_out_of_order_are_refused(roles: str, message: str) -> None:
 def test_a_stopped_answer_is_remembered_as_far_as_it_came(chat_model: ChatModel) -> None:
     conversation = Conversation(chat_model, 100, "Be kind.")
     assert conversation.ask("Who swims?") == 0
-    pieces = conversation.answer(Sampling(), [])
+    pieces = conversation.answer(SamplingParams(), [])
     text = next(pieces).text + next(pieces).text
     pieces.close()
     assert conversation.turns[1:] == [Turn("user", "Who swims?"), Turn("assistant", text)]
@@ -205,7 +206,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
     monkeypatch.setattr(chat_model.model, "next_logits", interrupted)
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     conversation = Conversation(chat_model, 100)
-    talk(conversation, Sampling(), [])
+    talk(conversation, SamplingParams(), [])
     said = [turn.content for turn in conversation.turns]
     assert said[1] and ANSWERS["Who swims?"].startswith(said[1]) and len(said) == 4
     assert capsys.readouterr().out.startswith(f"model> {said[1]} (stopped)\nmodel> ")
@@ -218,7 +219,7 @@ def test_reset_forgets_what_was_said_and_keeps_the_system_prompt(
     typed = iter(["Who swims?", "/reset", "Who sings?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     conversation = Conversation(chat_model, 60, system)
-    talk(conversation, Sampling(), [])
+    talk(conversation, SamplingParams(), [])
     begun = [Turn("system", system)] if system else []
     assert conversation.turns[:-1] == [*begun, Turn("user", "Who sings?")]
 

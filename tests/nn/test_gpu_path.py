@@ -10,7 +10,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.test_model import CONFIG
-from vectorclm.bench.gpu import NEAR, ROWS, Load, _gradients_apart, gpu, measured
+from vectorclm.bench.gpu import NEAR, ROWS, DeviceLoad, _gradients_apart, gpu, measured
 from vectorclm.config import changed, load_experiment
 from vectorclm.dataset import Batch
 from vectorclm.inference.decode import SteadyDecoding, decoding
@@ -107,7 +107,10 @@ def test_bench_gpu_says_that_there_is_none() -> None:
 
 def test_its_rows_and_profile_on_a_cpu() -> None:
     tiny = changed(load_experiment("tiny")[0], {"pretrain.batch_size": 4, "model.num_hidden_layers": 1})
-    rows = {row.name.removeprefix("tiny: "): row for row in measured(Load(tiny, torch.device("cpu"), 2, 1, 1e9), 1, "")}
+    rows = {
+        row.name.removeprefix("tiny: "): row
+        for row in measured(DeviceLoad(tiny, torch.device("cpu"), 2, 1, 1e9), 1, "")
+    }
     assert list(rows)[: len(ROWS)] == list(ROWS)
     whole = rows["tokens a second, whole windows"]
     cost = tiny.model.flops_per_token(tiny.shards.sequence_length)
@@ -143,5 +146,5 @@ def test_documents_apart_compile_whole_and_once() -> None:
 def test_gradients_that_are_wrong_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     tiny = changed(load_experiment("tiny")[0], {"pretrain.batch_size": 4, "model.num_hidden_layers": 1})
     monkeypatch.setattr("vectorclm.bench.gpu.loss_function", lambda net, _: lambda *batch: net.loss(*batch) * wrong)
-    distance = _gradients_apart(Load(tiny, torch.device("cpu"), 2, 1, 1e9))
+    distance = _gradients_apart(DeviceLoad(tiny, torch.device("cpu"), 2, 1, 1e9))
     assert not distance <= NEAR

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from flows.reports.plots import POINTS, Box, Interval, bars, curves, graph, intervals, short, thinned, ticks
+from flows.reports.plots import POINTS, Box, IntervalBar, bars, curves, graph, intervals, short, thinned, ticks
 from flows.reports.report import interval
 
 EVIL = '</svg><script>alert(1)</script>"&'
@@ -35,7 +35,7 @@ def test_intervals_hold_at_the_ends() -> None:
     [
         curves(EVIL, {EVIL: [(1.0, 2.0), (2.0, float(3))]}, EVIL, {EVIL: 1.5}),
         curves("one point", {"a": [(1.0, 2.0)]}),
-        intervals(EVIL, {EVIL: (0.25, [Interval(EVIL, 0.5, 0.4, 0.6)])}),
+        intervals(EVIL, {EVIL: (0.25, [IntervalBar(EVIL, 0.5, 0.4, 0.6)])}),
         bars(EVIL, {EVIL: 1.0}, {EVIL: EVIL}),
         graph(EVIL, [Box("a", 0, 0, [EVIL], []), Box("b", 1, 1, [EVIL], ["a"])]),
     ],

@@ -27,8 +27,8 @@ from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards import order as plan_module
-from vectorclm.shards.block_readers import Patience
-from vectorclm.shards.order import GROUP_BLOCKS, CurriculumPlan, Stretch
+from vectorclm.shards.block_readers import RetryPolicy
+from vectorclm.shards.order import GROUP_BLOCKS, MixturePhase, TrainingOrder
 from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.stages import EVALUATED, TRAININGS, run_stage
 from vectorclm.store.artifact import Artifact, Store
@@ -87,8 +87,8 @@ def publish(uri: str, work: Path) -> Artifact:
 
 def stream(readers: Mapping[str, ShardReader], **options: int) -> StreamingLanguageModelDataset:
     """A bit more than one epoch of both sources."""
-    phase = Stretch(9000, {"a": 0.7, "b": 0.3})
-    plan = CurriculumPlan([phase], WINDOWS, 1, windows_per_block=readers["a"].block_windows)
+    phase = MixturePhase(9000, {"a": 0.7, "b": 0.3})
+    plan = TrainingOrder([phase], WINDOWS, 1, windows_per_block=readers["a"].block_windows)
     return StreamingLanguageModelDataset(readers, plan, BATCH, **options)
 
 
@@ -166,7 +166,7 @@ def test_s3_gives_the_same_batches_and_fetches_what_it_uses_once(
         assert found == expected and source.fetched <= 1.02 * used
     assert held <= (1 + AHEAD) * GROUP_BLOCKS + 6  # those that lie in two of the seven shards are held in two parts
     with open_shards(remote, "train") as readers:
-        plan = CurriculumPlan([Stretch(WINDOWS["a"], {"a": 1.0})], {"a": WINDOWS["a"]}, 1, windows_per_block=64)
+        plan = TrainingOrder([MixturePhase(WINDOWS["a"], {"a": 1.0})], {"a": WINDOWS["a"]}, 1, windows_per_block=64)
         for _ in StreamingLanguageModelDataset(readers, plan, 64):
             pass
         assert readers["a"].source.fetched == WINDOWS["a"] * LENGTH * 3
@@ -186,7 +186,7 @@ def _ends(name: str) -> bool:
 def test_ranks_and_loader_workers_only_slice_the_same_batches(local: Artifact, remote: Artifact, proxy: Proxy) -> None:
     """Of a batch of 25, which few of these numbers divide."""
     proxy.reset(lambda number: "")
-    plan = CurriculumPlan([Stretch(SOME, {"b": 1.0})], {"b": SOME}, 1, windows_per_block=64)
+    plan = TrainingOrder([MixturePhase(SOME, {"b": 1.0})], {"b": SOME}, 1, windows_per_block=64)
 
     def hashes_of(artifact: Artifact, world_size: int, workers: int) -> list[str]:
         whole = torch.zeros((plan.windows // 25, 2, 25, LENGTH), dtype=torch.int64)
@@ -210,7 +210,7 @@ def test_ranks_and_loader_workers_only_slice_the_same_batches(local: Artifact, r
 def test_a_fault_that_passes_is_recovered(remote: Artifact, proxy: Proxy, expected: list[str], fault: str) -> None:
     often = 60 if fault == "stall" else 7
     proxy.reset(every(often, fault))
-    with open_shards(remote, "train", patience=Patience(deadline=2.0, total=60, refetches=9)) as readers:
+    with open_shards(remote, "train", patience=RetryPolicy(deadline=2.0, total=60, refetches=9)) as readers:
         assert hashes(readers) == expected
     assert proxy.faults > 4
 
@@ -239,7 +239,7 @@ def test_a_fault_that_stays_is_told(
     remote: Artifact, proxy: Proxy, fault: str, error: type[StoreError], told: str
 ) -> None:
     proxy.reset(lambda number: fault)
-    patience = Patience(deadline=0.7 if fault == "stall" else 20, total=1.0, refused=0.5, refetches=2)
+    patience = RetryPolicy(deadline=0.7 if fault == "stall" else 20, total=1.0, refused=0.5, refetches=2)
     with open_shards(remote, "train", patience=patience) as readers, pytest.raises(error, match=told) as caught:
         for _ in readers["a"].in_order(64):
             pass

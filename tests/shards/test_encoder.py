@@ -20,8 +20,8 @@ from vectorclm.shards.audit import audit, check_round_trip
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.encoder import JUDGE_EVERY, Encoder, Gigatoken, adversarial, open_encoder
 from vectorclm.shards.writer import ShardsConfig, read_windows, write_shards
-from vectorclm.store.artifact import MANIFEST, Plan, Store, build
-from vectorclm.store.resumable import SentSlices
+from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
+from vectorclm.store.resumable import ResumableUpload
 from vectorclm.store.uploads import Sending
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS, encode, load_tokenizer, token_lengths
 from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
@@ -169,13 +169,13 @@ def test_a_difference_late_in_the_data_leaves_nothing_of_what_was_written_before
     assert found["a"]["train"] == expected["a"]["train"]
     assert shard_bytes(tmp_path / "found") == shard_bytes(tmp_path / "expected")
 
-    plan, made = Plan("shards", 1, {}, {}), []
+    plan, made = StageSpec("shards", 1, {}, {}), []
     for store in (Store(str(tmp_path / "store")), Store(f"memory://{tmp_path.name}")):
         encoder = Encoder(judge, opened_before)
         sending = Sending(store, plan, ShardDescriber)
 
         def produce(out: Path, encoder: Encoder = encoder, store: Store = store, sending: Sending = sending) -> Any:
-            slices = None if store.is_local else SentSlices(out.parent, sending)
+            slices = None if store.is_local else ResumableUpload(out.parent, sending)
             return write_shards(CONFIG, tmp_path / "sample", judge, out, encoder, slices=slices)
 
         made.append(build(store, plan, produce, str(tmp_path / "work"), ShardDescriber(), sending)[0])

@@ -19,28 +19,28 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.order import (
     GROUP_BLOCKS,
     MIX_BLOCK,
-    CurriculumPlan,
-    Stretch,
+    MixturePhase,
+    TrainingOrder,
     WhenExhausted,
-    in_words,
+    format_epochs,
     key_of,
     permute,
     windows_per_block,
 )
-from vectorclm.store.artifact import Plan as ArtifactPlan
+from vectorclm.store.artifact import StageSpec as ArtifactPlan
 from vectorclm.store.artifact import Store
-from vectorclm.train import Work
+from vectorclm.train import TrainingRun
 from vectorclm.training.checkpoint import Checkpoints
 from vectorclm.training.muon import OptimizerConfig
 
 SIZES = {"a": 3000, "b": 900}
 
 
-def plan_of(*phases: Stretch, sizes: dict[str, int] = SIZES, seed: int = 7, per_block: int = 8) -> CurriculumPlan:
-    return CurriculumPlan(phases, sizes, seed, windows_per_block=per_block)
+def plan_of(*phases: MixturePhase, sizes: dict[str, int] = SIZES, seed: int = 7, per_block: int = 8) -> TrainingOrder:
+    return TrainingOrder(phases, sizes, seed, windows_per_block=per_block)
 
 
-def mixture_error(plan: CurriculumPlan, sources: NDArray[np.int8]) -> tuple[float, float]:
+def mixture_error(plan: TrainingOrder, sources: NDArray[np.int8]) -> tuple[float, float]:
     """How far counts stray from exact shares at any boundary: within a phase's segment, and since the beginning."""
     within = since = 0.0
     counts, wanted, first = np.zeros(len(plan.labels)), np.zeros(len(plan.labels)), 0
@@ -57,7 +57,7 @@ def mixture_error(plan: CurriculumPlan, sources: NDArray[np.int8]) -> tuple[floa
     return within, since
 
 
-def early_repeats(plan: CurriculumPlan, sources: NDArray[np.int8], windows: NDArray[np.int32]) -> int:
+def early_repeats(plan: TrainingOrder, sources: NDArray[np.int8], windows: NDArray[np.int32]) -> int:
     """Windows that come again before their source was read to its end."""
     repeats = 0
     for number, size in enumerate(plan.sizes):
@@ -96,13 +96,13 @@ def test_a_permutation_has_no_pattern() -> None:
 
 
 def test_the_mix_is_exact_and_counters_go_on_across_phases() -> None:
-    plan = plan_of(Stretch(2 * MIX_BLOCK, {"a": 0.75, "b": 0.25}), Stretch(MIX_BLOCK, {"a": 0.5, "b": 0.5}))
+    plan = plan_of(MixturePhase(2 * MIX_BLOCK, {"a": 0.75, "b": 0.25}), MixturePhase(MIX_BLOCK, {"a": 0.5, "b": 0.5}))
     source, window = plan.locate(np.arange(plan.windows))
     for block, share in enumerate([0.75, 0.75, 0.5]):
         assert (source[block * MIX_BLOCK : (block + 1) * MIX_BLOCK] == 0).sum() == share * MIX_BLOCK
     assert plan.read_before(plan.windows) == {"a": 2048, "b": 1024}
     assert plan.epochs() == {"a": 2048 / 3000, "b": 1024 / 900}
-    assert in_words(plan.epochs()) == "a 0.68 epochs, b 1.14"
+    assert format_epochs(plan.epochs()) == "a 0.68 epochs, b 1.14"
     seen = Counter(zip(source.tolist(), window.tolist(), strict=True))
     assert max(seen[0, i] for i in range(3000)) == 1  # not exhausted: nothing twice
     assert Counter(seen[1, i] for i in range(900)) == {1: 776, 2: 124}  # all of it before any of it again
@@ -112,13 +112,13 @@ def test_the_mix_is_exact_and_counters_go_on_across_phases() -> None:
 
 
 def test_another_epoch_has_another_order() -> None:
-    _, window = plan_of(Stretch(1800, {"b": 1.0})).locate(np.arange(1800))
+    _, window = plan_of(MixturePhase(1800, {"b": 1.0})).locate(np.arange(1800))
     assert sorted(window[:900]) == sorted(window[900:])
     assert (window[:900] != window[900:]).mean() > 0.9
 
 
 def test_any_place_is_the_same_alone_as_in_a_range() -> None:
-    plan = plan_of(Stretch(1500, {"a": 0.9, "b": 0.1}), Stretch(1500, {"a": 0.2, "b": 0.8}), seed=3)
+    plan = plan_of(MixturePhase(1500, {"a": 0.9, "b": 0.1}), MixturePhase(1500, {"a": 0.2, "b": 0.8}), seed=3)
     together = np.stack(plan.locate(np.arange(3000)))
     for place in (0, 475, 476, 1023, 1499, 1500, 2523, 2999):
         assert np.array_equal(np.stack(plan.locate(np.array([place])))[:, 0], together[:, place])
@@ -136,7 +136,7 @@ def test_the_mix_of_any_plan_is_exact(when: WhenExhausted, seed: int) -> None:
         weights = {label: float(generator.exponential() + 0.02) for label in labels if generator.random() < 0.8}
         weights = weights or {labels[0]: 1.0}
         most = sum(sizes[label] for label in weights) // 4 if when == "renormalise" else 6000
-        phases.append(Stretch(int(generator.integers(1, max(2, most))), weights, when))
+        phases.append(MixturePhase(int(generator.integers(1, max(2, most))), weights, when))
     try:
         plan = plan_of(*phases, sizes=sizes)
     except ConfigError as error:
@@ -174,7 +174,7 @@ def test_a_plan_of_billions_of_tokens_is_walked_to_its_end() -> None:
 @pytest.mark.parametrize("size", [1, 7, 8, 127, 128, 129, 900, 1024])
 def test_a_reader_of_blocks_uses_every_window_once(size: int) -> None:
     """Group by group, the blocks fetched hold just the windows that are read meanwhile; short ends included."""
-    plan = plan_of(Stretch(3 * size, {"x": 1.0}), sizes={"x": size})
+    plan = plan_of(MixturePhase(3 * size, {"x": 1.0}), sizes={"x": size})
     _, window = plan.locate(np.arange(3 * size))
     groups = -(-size // (8 * GROUP_BLOCKS))
     read, orders = 0, []
@@ -193,7 +193,11 @@ def test_a_reader_of_blocks_uses_every_window_once(size: int) -> None:
 
 @pytest.mark.parametrize("start", [0, 1, 1000, 2500, 4999])
 def test_groups_come_in_the_order_in_which_they_are_needed(start: int) -> None:
-    plan = plan_of(Stretch(2000, {"a": 0.5, "b": 0.5}), Stretch(1000, {"a": 1.0}), Stretch(2000, {"a": 0.1, "b": 0.9}))
+    plan = plan_of(
+        MixturePhase(2000, {"a": 0.5, "b": 0.5}),
+        MixturePhase(1000, {"a": 1.0}),
+        MixturePhase(2000, {"a": 0.1, "b": 0.9}),
+    )
     source, window = plan.locate(np.arange(start, plan.windows))
     groups = list(plan.groups(start))
     assert [group.place for group in groups] == sorted({group.place for group in groups})
@@ -211,20 +215,20 @@ def test_groups_come_in_the_order_in_which_they_are_needed(start: int) -> None:
 
 def test_a_source_that_runs_out_stops_the_plan() -> None:
     half = {"a": 0.5, "b": 0.5}
-    plan_of(Stretch(1800, half, "stop"))
+    plan_of(MixturePhase(1800, half, "stop"))
     with pytest.raises(ConfigError, match=r"phase 1 takes 901 windows of b, which has 900 left of 900: sample more"):
-        plan_of(Stretch(1802, half, "stop"))
+        plan_of(MixturePhase(1802, half, "stop"))
     with pytest.raises(ConfigError, match=r"phase 2 takes 300 windows of b, which has 100 left of 900"):
-        plan_of(Stretch(1600, half), Stretch(600, half, "stop"))
+        plan_of(MixturePhase(1600, half), MixturePhase(600, half, "stop"))
     with pytest.raises(ConfigError, match=r"2,000 windows of b, which has 0 left of 900"):
-        plan_of(Stretch(2000, half, "repeat"), Stretch(2000, {"b": 1}, "stop"))
+        plan_of(MixturePhase(2000, half, "repeat"), MixturePhase(2000, {"b": 1}, "stop"))
     with pytest.raises(ConfigError, match=r"phase 1 takes 4,000 windows of a, .* and 4,000 windows of b"):
-        plan_of(Stretch(8000, half, "stop"))
+        plan_of(MixturePhase(8000, half, "stop"))
 
 
 def test_the_share_of_an_exhausted_source_goes_to_the_others_by_weight() -> None:
     sizes = {"a": 3000, "b": 900, "c": 3000}
-    phase = Stretch(5000, {"a": 0.4, "b": 0.4, "c": 0.2}, "renormalise")
+    phase = MixturePhase(5000, {"a": 0.4, "b": 0.4, "c": 0.2}, "renormalise")
     plan = plan_of(phase, sizes=sizes)
     source, window = plan.locate(np.arange(5000))
     last = int(np.flatnonzero(source == 1)[-1])
@@ -232,12 +236,12 @@ def test_the_share_of_an_exhausted_source_goes_to_the_others_by_weight() -> None
     assert sorted(window[source == 1]) == list(range(900))
     rest = np.bincount(source[2300:5000], minlength=3)
     assert rest[0] / rest[2] == pytest.approx(2, abs=0.03)
-    assert in_words(plan.epochs()) == "a 0.91 epochs, b 1.00, c 0.46"
+    assert format_epochs(plan.epochs()) == "a 0.91 epochs, b 1.00, c 0.46"
     exact = {"a": 900 + 2750 * 2 / 3, "b": 900.0, "c": 450 + 2750 / 3}
     for label, count in plan.read_before(5000).items():
         assert abs(count - exact[label]) <= 1
     with pytest.raises(ConfigError, match=r"phase 2 takes 2,000 windows, but its sources have only 1,900 left"):
-        plan_of(phase, Stretch(2000, phase.weights, "renormalise"), sizes=sizes)
+        plan_of(phase, MixturePhase(2000, phase.weights, "renormalise"), sizes=sizes)
 
 
 def test_the_config_of_a_phase_says_what_to_do() -> None:
@@ -255,7 +259,7 @@ def test_the_config_of_a_phase_says_what_to_do() -> None:
 
 def test_a_digest_is_of_all_that_orders_the_windows() -> None:
     def digest(
-        phases: tuple[Stretch, ...] = (Stretch(100, {"a": 1, "b": 2}),),
+        phases: tuple[MixturePhase, ...] = (MixturePhase(100, {"a": 1, "b": 2}),),
         sizes: dict[str, int] = SIZES,
         seed: int = 7,
         per_block: int = 8,
@@ -264,20 +268,20 @@ def test_a_digest_is_of_all_that_orders_the_windows() -> None:
         return plan_of(*phases, sizes=sizes, seed=seed, per_block=per_block).digest(batch_size)
 
     others = [
-        digest(phases=(Stretch(101, {"a": 1, "b": 2}),)),
-        digest(phases=(Stretch(100, {"a": 2, "b": 2}),)),
-        digest(phases=(Stretch(100, {"a": 1, "b": 2}, "stop"),)),
+        digest(phases=(MixturePhase(101, {"a": 1, "b": 2}),)),
+        digest(phases=(MixturePhase(100, {"a": 2, "b": 2}),)),
+        digest(phases=(MixturePhase(100, {"a": 1, "b": 2}, "stop"),)),
         digest(sizes={"a": 3000, "b": 901}),
         digest(seed=8),
         digest(per_block=9),
         digest(batch_size=5),
     ]
-    assert digest() == digest(phases=(Stretch(100, {"b": 2, "a": 1}),)) and len({digest(), *others}) == 8
+    assert digest() == digest(phases=(MixturePhase(100, {"b": 2, "a": 1}),)) and len({digest(), *others}) == 8
 
 
 def test_the_order_is_pinned() -> None:
     """Where this fails, raise ORDER, and VERSIONS of both trainings: a resume must not go on in another order."""
-    plan = plan_of(Stretch(1500, {"a": 0.9, "b": 0.1}), Stretch(1500, {"a": 0.2, "b": 0.8}))
+    plan = plan_of(MixturePhase(1500, {"a": 0.9, "b": 0.1}), MixturePhase(1500, {"a": 0.2, "b": 0.8}))
     source, window = plan.locate(np.array([0, 1, 2, 1499, 1500, 2999]))
     assert (source.tolist(), window.tolist()) == ([0, 0, 1, 0, 0, 1], [444, 1046, 505, 522, 726, 13])
 
@@ -298,7 +302,7 @@ def test_a_training_resumes_on_no_other_order_and_no_other_data(tmp_path: Path) 
     def losses(changes: Mapping[str, object] = {}, data: str = "shards of today", seed: int = 1) -> list[float]:
         runtime = Runtime(device="cpu", threads=1, checkpoint_interval=2)
         with Checkpoints(store, fingerprint, tmp_path / "work", data) as checkpoints:
-            work = Work("pretrain", tmp_path, checkpoints, runtime)
+            work = TrainingRun("pretrain", tmp_path, checkpoints, runtime)
             changed = PretrainConfig.model_validate(config.model_dump() | changes)
             pretrain(CONFIG, changed, {"a": 1.0}, shards, [1] * CONFIG.vocab_size, seed, work)
         lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -318,9 +322,9 @@ def test_a_training_resumes_on_no_other_order_and_no_other_data(tmp_path: Path) 
 
 def test_a_weight_of_no_source_or_too_small_is_named() -> None:
     with pytest.raises(ConfigError, match="phase 1 weighs c, but the sources are a, b"):
-        plan_of(Stretch(10, {"c": 1.0}))
+        plan_of(MixturePhase(10, {"c": 1.0}))
     with pytest.raises(ConfigError, match="phase 1: b has less than 1/1024 of it"):
-        plan_of(Stretch(10, {"a": 1.0, "b": 0.0009}))
+        plan_of(MixturePhase(10, {"a": 1.0, "b": 0.0009}))
 
 
 def test_a_block_is_a_mebibyte() -> None:

@@ -17,8 +17,8 @@ from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.encoder import Encoder
 from vectorclm.shards.packing import Packing
 from vectorclm.shards.writer import SPLITS, ShardsConfig, read_windows, write_shards
-from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store, build
-from vectorclm.store.resumable import SentSlices, Slices
+from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, build
+from vectorclm.store.resumable import ResumableUpload, Slices
 from vectorclm.store.uploads import Sending
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, encode, load_tokenizer
 from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
@@ -145,7 +145,7 @@ def test_slices_that_were_sent_stand_wherever_the_work_goes_on(
         write_sample_text(folder, [f"{number} {text}" for text in tiny_text[number:]], "train")
         (folder / "train-00000.parquet").rename(folder / f"train-{number + 1:05d}.parquet")
     write_sample_text(folder, tiny_text[:7], "validation")
-    plan, made, write_slice = Plan("shards", 1, {}, {}), [], writer._write_slice
+    plan, made, write_slice = StageSpec("shards", 1, {}, {}), [], writer._write_slice
 
     def counted(*arguments: Any) -> dict[str, Any]:
         made.append(arguments[2])
@@ -158,7 +158,7 @@ def test_slices_that_were_sent_stand_wherever_the_work_goes_on(
         sending = Sending(store, plan, ShardDescriber)
 
         def produce(out: Path) -> dict[str, Any]:
-            slices = Slices(tmp_path / "slices", out) if store.is_local else SentSlices(out.parent, sending)
+            slices = Slices(tmp_path / "slices", out) if store.is_local else ResumableUpload(out.parent, sending)
             return write_shards(config, tmp_path / "sample", tokenizer, out, slices=slices)
 
         return build(store, plan, produce, str(tmp_path / work), ShardDescriber(), sending)[0]

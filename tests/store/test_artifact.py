@@ -19,11 +19,11 @@ from tests.test_model import CONFIG
 from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError
 from vectorclm.model import CausalLM
 from vectorclm.runtime.processes import process_space
-from vectorclm.store.artifact import MANIFEST, Plan, Store, build, rebuild
+from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build, rebuild
 from vectorclm.training.checkpoint import KEEP, Checkpoints, Snapshot, restore, snapshot
 from vectorclm.training.muon import OptimizerConfig, build_optimizers
 
-PLAN = Plan("sample", 1, {"a": 1}, {})
+PLAN = StageSpec("sample", 1, {"a": 1}, {})
 
 
 def produce(out: Path) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def test_a_second_writer_is_told_and_a_dead_ones_lease_is_taken_over(tmp_path: P
     ended = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
     ended.start()
     ended.join()
-    other = Plan("sample", 1, {"a": 2}, {})
+    other = StageSpec("sample", 1, {"a": 2}, {})
     lease = {
         "host": os.uname().nodename,
         "pid": ended.pid,
@@ -149,9 +149,9 @@ def test_a_store_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_fingerprints_follow_content_not_order() -> None:
-    assert Plan("s", 1, {"a": 1, "b": 2}, {}).fingerprint == Plan("s", 1, {"b": 2, "a": 1}, {}).fingerprint
-    others = [Plan("t", 1, {"a": 1}, {}), Plan("s", 2, {"a": 1}, {}), Plan("s", 1, {"a": 1}, {"x": "y"})]
-    assert len({plan.fingerprint for plan in [Plan("s", 1, {"a": 1}, {}), *others]}) == 4
+    assert StageSpec("s", 1, {"a": 1, "b": 2}, {}).fingerprint == StageSpec("s", 1, {"b": 2, "a": 1}, {}).fingerprint
+    others = [StageSpec("t", 1, {"a": 1}, {}), StageSpec("s", 2, {"a": 1}, {}), StageSpec("s", 1, {"a": 1}, {"x": "y"})]
+    assert len({plan.fingerprint for plan in [StageSpec("s", 1, {"a": 1}, {}), *others]}) == 4
 
 
 def test_a_remote_store_works_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

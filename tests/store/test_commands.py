@@ -11,13 +11,13 @@ import pytest
 
 from vectorclm.__main__ import main
 from vectorclm.store import gc, lease
-from vectorclm.store.artifact import MANIFEST, Plan, Store, build
+from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.gc import find_garbage, remove_garbage, seconds
 from vectorclm.store.listing import take_inventory
 
-SAMPLE = Plan("sample", 1, {"a": 1}, {})
-TRAINED = Plan("pretrain", 1, {"a": 1}, {"sample": SAMPLE.fingerprint})
-EXPORT = Plan("export", 1, {"name": "tiny"}, {"pretrain": TRAINED.fingerprint})
+SAMPLE = StageSpec("sample", 1, {"a": 1}, {})
+TRAINED = StageSpec("pretrain", 1, {"a": 1}, {"sample": SAMPLE.fingerprint})
+EXPORT = StageSpec("export", 1, {"name": "tiny"}, {"pretrain": TRAINED.fingerprint})
 OLD = time.time() - 30 * 86400
 
 
@@ -52,7 +52,7 @@ def store(tmp_path: Path) -> Store:
 def test_the_listing_tells_sizes_users_checkpoints_and_leases(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other, unfinished = Plan("sample", 1, {"a": 2}, {}), Plan("finetune", 1, {}, {})
+    other, unfinished = StageSpec("sample", 1, {"a": 2}, {}), StageSpec("finetune", 1, {}, {})
     build(store, other, produce)
     store.write(f"checkpoints/{unfinished.fingerprint}/step-00000012/model.safetensors", b"1234")
     with store.lease("sample-0123456789abcdef"):
@@ -94,7 +94,7 @@ def test_verify_names_every_difference_and_ends_in_1(store: Store, capsys: pytes
 def leave_behind(store: Store) -> set[str]:
     """What processes that were killed leave, a month old; and what has to stay. Returns the keys of the former."""
     root = Path(store.uri)
-    half, training = Plan("sample", 1, {"a": 3}, {}), Plan("finetune", 1, {"a": 3}, {})
+    half, training = StageSpec("sample", 1, {"a": 3}, {}), StageSpec("finetune", 1, {"a": 3}, {})
     for key in (
         f"sample/{half.fingerprint}/part/x.txt",
         f"sample/{SAMPLE.fingerprint}/part/.x.txt.0a1b2c3d",
@@ -145,7 +145,7 @@ def test_gc_tells_what_can_go_and_removes_it_only_when_told_to(
 
 
 def test_gc_spares_what_is_young_or_held_or_written_to_meanwhile(store: Store) -> None:
-    young, held, resumed = (Plan("sample", 1, {"a": a}, {}) for a in (4, 5, 6))
+    young, held, resumed = (StageSpec("sample", 1, {"a": a}, {}) for a in (4, 5, 6))
     for plan in (young, held, resumed):
         store.write(f"sample/{plan.fingerprint}/x.txt", b"half")
         age(Path(store.uri) / "sample" / plan.fingerprint) if plan is not young else None
@@ -169,7 +169,7 @@ def test_gc_of_a_remote_store_finds_this_machines_work(tmp_path: Path, monkeypat
         produce(out)
         raise SystemExit
 
-    other = Plan("sample", 1, {"a": 7}, {})
+    other = StageSpec("sample", 1, {"a": 7}, {})
     with pytest.raises(SystemExit):
         build(store, other, killed)
     store.write(f"sample/{other.fingerprint}/part/x.txt", b"half")
@@ -270,8 +270,8 @@ def test_gc_beside_writers_disturbs_none_and_stumbles_over_nothing(store: Store)
     try:
         for number in range(10):
             store.check_writable()
-            assert not build(store, Plan("sample", 1, {"beside": number}, {}), produce)[1]
-            store.remove(f"sample/{Plan('sample', 1, {'beside': number}, {}).fingerprint}")
+            assert not build(store, StageSpec("sample", 1, {"beside": number}, {}), produce)[1]
+            store.remove(f"sample/{StageSpec('sample', 1, {'beside': number}, {}).fingerprint}")
     finally:
         ended.set()
         collector.join()

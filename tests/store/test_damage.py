@@ -19,12 +19,12 @@ from vectorclm.errors import CorruptArtifactError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans, run_stage
-from vectorclm.store.artifact import MANIFEST, Plan, Store, build
+from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.hash_memory import HashMemory, state_of
 from vectorclm.store.layout import STAGES
 from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
-PLAN = Plan("sample", 1, {"a": 1}, {})
+PLAN = StageSpec("sample", 1, {"a": 1}, {})
 RUNTIME = Runtime(threads=1)
 READER = {  # a stage that reads the first one's files
     "sample": "tokenizer",

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import KILLS
 from vectorclm.__main__ import main
-from vectorclm.store.artifact import MANIFEST, Plan, Store, build
+from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.listing import take_inventory, verify
 
 SHUTDOWN, WITHOUT_LOG = 0x8004587D, 2  # the ioctl of ext4 and XFS, and its flag: what is not on the disk is lost
@@ -25,11 +25,11 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from vectorclm.store.artifact import Plan, Store, build
+from vectorclm.store.artifact import StageSpec, Store, build
 from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
 store, count = Store(sys.argv[1]), int(sys.argv[2])
-plan = Plan("pretrain", 1, {}, {})
+plan = StageSpec("pretrain", 1, {}, {})
 
 def produce(out):
     (out / "part").mkdir()
@@ -39,7 +39,7 @@ def produce(out):
 
 with Checkpoints(store, plan, Path(sys.argv[1]) / "work", "data") as checkpoints:
     for number in range(count):
-        build(store, Plan("sample", 1, {"number": number}, {}), produce)
+        build(store, StageSpec("sample", 1, {"number": number}, {}), produce)
         checkpoints.save(Snapshot(number, {"w": torch.ones(2000)}, {"0.0.m": torch.ones(2000)}, "1\\n", "order"))
         checkpoints.wait()
         print(number, flush=True)
@@ -102,7 +102,7 @@ def test_a_power_loss_leaves_no_manifest_without_its_files(tmp_path: Path, image
     with mounted(left, folder):
         folders = take_inventory(store).artifacts
         assert {row.key for row in folders if row.state == "finished"} >= {
-            f"sample/{Plan('sample', 1, {'number': number}, {}).fingerprint}" for number in done
+            f"sample/{StageSpec('sample', 1, {'number': number}, {}).fingerprint}" for number in done
         }
         assert not [difference for _, differences in verify(store, []) for difference in differences]
         steps = [row.artifact.manifest["step"] for row in take_inventory(store).checkpoints if row.artifact]
@@ -114,7 +114,7 @@ def test_a_power_loss_leaves_no_manifest_without_its_files(tmp_path: Path, image
 def test_a_read_only_store_is_read_and_verified(
     tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, plan = tmp_path / "disk", Plan("sample", 1, {}, {})
+    folder, plan = tmp_path / "disk", StageSpec("sample", 1, {}, {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder.mkdir()
 

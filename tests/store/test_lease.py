@@ -16,7 +16,7 @@ from vectorclm.errors import InUseError
 from vectorclm.runtime import processes
 from vectorclm.runtime.processes import process_space
 from vectorclm.store import lease as module
-from vectorclm.store.artifact import Plan, Store, build
+from vectorclm.store.artifact import StageSpec, Store, build
 from vectorclm.store.lease import Lease
 
 
@@ -52,10 +52,10 @@ def test_of_two_that_find_a_dead_claim_one_gets_it(tmp_path: Path, monkeypatch: 
     def contend() -> None:
         claim = Lease(store, "leases/k.json")
         try:
-            claim.take()
+            claim.acquire()
             got.append("in")
             done.wait(30)
-            claim.give_back()
+            claim.release()
         except InUseError:
             got.append("out")
             done.set()
@@ -72,15 +72,15 @@ def test_what_is_given_back_in_between_is_asked_for_again_and_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, former, third = Store(str(tmp_path)), Lease(Store(str(tmp_path)), "leases/k.json"), list[Lease]()
-    former.take()
+    former.acquire()
     read = store.read
 
     def late(key: str) -> bytes | None:
         if not third:  # between the refusal and the look, the holder leaves and another comes
-            former.give_back()
+            former.release()
             found = read(key)
             third.append(Lease(Store(str(tmp_path)), "leases/k.json"))
-            third[0].take()
+            third[0].acquire()
             return found
         return read(key)
 
@@ -95,7 +95,7 @@ def test_what_is_given_back_in_between_is_asked_for_again_and_not_taken(
     with pytest.raises(InUseError, match="wait for it"), store.lease("k"):
         pass
     third[0].check()
-    third[0].give_back()
+    third[0].release()
 
 
 def test_of_a_claim_only_what_was_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,14 +107,14 @@ def test_of_a_claim_only_what_was_read_is_taken(tmp_path: Path, monkeypatch: pyt
         alive = judge(holder)
         if not third:
             third.append(Lease(Store(str(tmp_path)), "leases/k.json"))
-            third[0].take()  # another has judged it, too, and was faster
+            third[0].acquire()  # another has judged it, too, and was faster
         return alive
 
     monkeypatch.setattr(module, "marked", late)
     with pytest.raises(InUseError, match="wait for it"), store.lease("k"):
         pass
     third[0].check()
-    third[0].give_back()
+    third[0].release()
 
 
 def test_a_holder_elsewhere_is_judged_by_its_renewals_whatever_its_clock_says(
@@ -130,11 +130,11 @@ def test_a_holder_elsewhere_is_judged_by_its_renewals_whatever_its_clock_says(
         return json.dumps({**claim, "host": "elsewhere", "renewed": claim["renewed"] - behind}).encode()
 
     monkeypatch.setattr(holder, "_claim", lambda: elsewhere(3600))
-    holder.take()
+    holder.acquire()
     with pytest.raises(InUseError, match="on elsewhere: wait for it"), store.lease("k"):
         pass
     holder.check()
-    holder.give_back()
+    holder.release()
     store.write(holder.name, elsewhere(-3600))  # of a dead one whose clock was fast
     with store.lease("k") as taken:
         taken.check()
@@ -172,7 +172,7 @@ def test_a_store_that_is_away_for_a_moment_does_not_end_the_claim(
 
 
 def test_who_lost_the_claim_publishes_nothing(tmp_path: Path) -> None:
-    store, plan = Store(str(tmp_path)), Plan("sample", 1, {}, {})
+    store, plan = Store(str(tmp_path)), StageSpec("sample", 1, {}, {})
 
     def robbed(out: Path) -> dict[str, object]:
         (name,) = (tmp_path / "leases").iterdir()

@@ -18,16 +18,16 @@ import torch
 
 from tests.conftest import KILLS, PROCESSES, S3
 from vectorclm.errors import InUseError, StoreError, VectorCLMError
-from vectorclm.runtime.processes import mark, marked
+from vectorclm.runtime.processes import find_process, process_identity
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.store import durable, lease
-from vectorclm.store.artifact import Plan, Store, build
+from vectorclm.store.artifact import StageSpec, Store, build
 from vectorclm.store.lease import Lease
-from vectorclm.store.resumable import SentSlices, Slices
+from vectorclm.store.resumable import ResumableUpload, Slices
 from vectorclm.store.uploads import Sending
 from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
-PLAN = Plan("shards", 1, {"a": 1}, {})
+PLAN = StageSpec("shards", 1, {"a": 1}, {})
 STEPS = 4
 CHANGES = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir")  # of a disk, as Python's audit names them
 REQUESTS = ("put_object", "delete_object", "delete_objects")
@@ -40,7 +40,7 @@ def make(store: Store, work: Path, name: str, meanwhile: Callable[[Path], None] 
 
     def produce(out: Path) -> Mapping[str, Any]:
         local = Slices(store.work_folder(PLAN, str(work)) / "slices", out)
-        slices = local if sending is None else SentSlices(out.parent, sending)
+        slices = local if sending is None else ResumableUpload(out.parent, sending)
         for number in range(2):
             slices.finish("a/train", number, lambda part: {"bytes": (part / "shard-00000.txt").write_text(name)})
         metrics = out.parent / "metrics.jsonl"
@@ -237,7 +237,7 @@ def test_a_take_over_is_conditional_on_what_was_read(place: str, monkeypatch: py
     other.check()
     assert not store.replace(name, late[0], b"theirs") and not Store(place).withdraw(name, late[0])
     other.check()
-    other.give_back()
+    other.release()
     assert not store.read(name)
     with Store(place).lease("k") as taken:  # at once
         taken.check()
@@ -267,10 +267,10 @@ def test_a_zombie_is_dead(tmp_path: Path) -> None:
     if child == 0:
         os.read(ready[0], 1)
         os._exit(0)
-    known = mark(psutil.Process(child))
+    known = process_identity(psutil.Process(child))
     claim = {"host": os.uname().nodename, **known, "token": "zombie", "renewed": time.time()}
     store.write("leases/k.json", json.dumps(claim).encode())
-    assert marked(known) is not None
+    assert find_process(known) is not None
     with pytest.raises(InUseError, match=f"held by process {child}"), store.lease("k"):
         pass
     os.write(ready[1], b"x")

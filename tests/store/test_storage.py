@@ -20,12 +20,12 @@ from vectorclm.__main__ import main
 from vectorclm.errors import CorruptArtifactError, StoreError
 from vectorclm.store import gc
 from vectorclm.store import s3 as client
-from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store, build
+from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, build
 from vectorclm.store.gc import find_garbage, remove_garbage
 from vectorclm.store.storage import RACERS, sha256_of
 from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
-PLAN = Plan("sample", 1, {"a": 1}, {})
+PLAN = StageSpec("sample", 1, {"a": 1}, {})
 DAY = timedelta(days=1)
 PUBLISHERS = 16
 

@@ -17,7 +17,7 @@ from flows.tracking.tracker import StageRun, Tracker
 from tests.platform.test_platform import until
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.lineage.pinning import pin
-from vectorclm.runtime.processes import mark
+from vectorclm.runtime.processes import process_identity
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
 from vectorclm.training.metrics import Metrics
@@ -142,7 +142,7 @@ def test_runs_of_dead_processes_are_closed_and_those_of_the_living_are_not(
     found, here = client(store), socket.gethostname()
     place = found.get_run(told.run_ids["curriculum"]).info.experiment_id
     ours = told.plans["pretrain"].fingerprint
-    alive = mark(psutil.Process())
+    alive = process_identity(psutil.Process())
     dead, later = {**alive, "pid": DEAD}, {**alive, "started": alive["started"] - 1}
     left = {
         "dead here": {"host": here, "process": json.dumps(dead), "fingerprint": "another"},

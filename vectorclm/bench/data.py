@@ -29,7 +29,7 @@ from vectorclm.corpus.sample_reader import read_texts
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.encoder import Gigatoken
-from vectorclm.shards.order import MIX_BLOCK, CurriculumPlan, Stretch, windows_per_block
+from vectorclm.shards.order import MIX_BLOCK, MixturePhase, TrainingOrder, windows_per_block
 from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
 from vectorclm.tokenizer import SPECIAL_TOKENS, load_tokenizer
@@ -206,22 +206,22 @@ def _planning(rounds: int) -> Iterator[Row]:
     length, total = experiment.shards.sequence_length, PLANNED_TOKENS // experiment.shards.sequence_length
     weights = {source.label: source.weight for source in experiment.sample.sources}
     sizes = {label: round(total * weight / sum(weights.values())) for label, weight in weights.items()}
-    phases = [Stretch(phase.tokens // length, phase.weights or weights) for phase in experiment.pretrain.phases]
+    phases = [MixturePhase(phase.tokens // length, phase.weights or weights) for phase in experiment.pretrain.phases]
     per_block = windows_per_block(length, 2)
     for share in (0.01, 0.5, 0.99):
         spent = []
         for _ in range(10 * rounds):
             began = time.perf_counter()
-            plan = CurriculumPlan(phases, sizes, experiment.seed, windows_per_block=per_block)
+            plan = TrainingOrder(phases, sizes, experiment.seed, windows_per_block=per_block)
             step = int(share * plan.windows) // PLANNED_BATCH
             plan.locate(np.arange(PLANNED_BATCH) + step * PLANNED_BATCH)
             spent.append(1000 * (time.perf_counter() - began))
         note = f"the plan is made, and the {PLANNED_BATCH} windows of the next step are located"
         yield bounded(f"resume at {100 * share:.0f} % of {PLANNED_TOKENS / 1e9} billion tokens", spent, "ms", 5, note)
-    yield from walked(CurriculumPlan(phases, sizes, experiment.seed, windows_per_block=per_block))
+    yield from walked(TrainingOrder(phases, sizes, experiment.seed, windows_per_block=per_block))
 
 
-def walked(plan: CurriculumPlan) -> Iterator[Row]:
+def walked(plan: TrainingOrder) -> Iterator[Row]:
     """Walk a whole plan: how far the mix strays at the end of any mix block, and windows seen twice too early.
 
     Exact shares are those of the phases, or, where an exhausted source's goes to the others, of their segments.
@@ -249,7 +249,7 @@ def walked(plan: CurriculumPlan) -> Iterator[Row]:
     yield bounded("repeats before exhaustion", [repeats], "windows", 0, f"sources are read up to {most:.2f} times")
 
 
-def walk(plan: CurriculumPlan) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
+def walk(plan: TrainingOrder) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
     """Source and window at every place of a plan, located some ten thousand at a time."""
     sources, windows = np.empty(plan.windows, np.int8), np.empty(plan.windows, np.int32)
     for start in range(0, plan.windows, 16 * MIX_BLOCK):

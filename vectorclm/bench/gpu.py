@@ -55,7 +55,7 @@ FUSED = ("flash", "fmha", "cudnn")  # in the names of the kernels that never hol
 
 
 @dataclass(frozen=True)
-class Load:
+class DeviceLoad:
     """What is measured."""
 
     experiment: ExperimentConfig
@@ -85,10 +85,10 @@ def gpu(rounds: int, experiment: str = "base") -> Iterator[Row]:
     found = load_experiment(experiment)[0]
     device = torch.device("cuda")
     micro_batch = min(Runtime().windows_at_once(found.shards.sequence_length, device), found.pretrain.batch_size)
-    yield from measured(Load(found, device, micro_batch, 5, peak), rounds, name)
+    yield from measured(DeviceLoad(found, device, micro_batch, 5, peak), rounds, name)
 
 
-def measured(load: Load, rounds: int, where: str) -> Iterator[Row]:
+def measured(load: DeviceLoad, rounds: int, where: str) -> Iterator[Row]:
     """The rows of a device. On a CPU, which is for the tests alone, nothing is compiled and no graph is captured."""
     Runtime(device=load.device.type).configure_torch()
     torch.manual_seed(load.experiment.seed)
@@ -124,7 +124,7 @@ def measured(load: Load, rounds: int, where: str) -> Iterator[Row]:
     yield from _where(name, times)
 
 
-def _batch(load: Load, *, apart: bool) -> Batch:
+def _batch(load: DeviceLoad, *, apart: bool) -> Batch:
     """Random tokens, in host memory as the loader leaves them; with `apart`, in documents of geometric lengths."""
     length, windows = load.experiment.shards.sequence_length, load.windows or load.experiment.pretrain.batch_size
     random = np.random.default_rng(1)
@@ -164,7 +164,7 @@ def _update(model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> Non
         optimizer.step()
 
 
-def _gradients_apart(load: Load) -> float:
+def _gradients_apart(load: DeviceLoad) -> float:
     """How far a parameter's gradient at the most is from the CPU's, over its norm: a step that is fast can be wrong."""
     model = load.experiment.model.model_copy(update={"num_hidden_layers": 2})
     small = replace(

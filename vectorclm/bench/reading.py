@@ -17,12 +17,12 @@ import torch
 
 from vectorclm.bench.table import Row, bounded, compared, could_not_run
 from vectorclm.dataset import StreamingLanguageModelDataset
-from vectorclm.shards.block_readers import Fetched, Patience, open_client
+from vectorclm.shards.block_readers import RemoteBlockReader, RetryPolicy, open_client
 from vectorclm.shards.blocks import ShardDescriber
-from vectorclm.shards.order import CurriculumPlan, Stretch
+from vectorclm.shards.order import MixturePhase, TrainingOrder
 from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.shards.writer import ShardWriter
-from vectorclm.store.artifact import Artifact, Plan, Store, build
+from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 BATCH, LENGTH = 12, 1024  # what a batch is in nanoGPT
 WINDOWS = 16_384  # of LENGTH tokens
@@ -82,7 +82,7 @@ def _remote(folder: Path, rounds: int, pool: Executor, store: str) -> Iterator[R
                 shares.append(fetched)
     finally:
         Store(store).remove(f"{artifact.stage}/{artifact.fingerprint}")
-    what = f"an epoch of {REMOTE_WINDOWS * LENGTH:,} tokens, {Patience().requests} requests in flight, wall time"
+    what = f"an epoch of {REMOTE_WINDOWS * LENGTH:,} tokens, {RetryPolicy().requests} requests in flight, wall time"
     row = compared(REMOTE, ours, raw, "MB/s", ask=0.85, most=False)
     yield replace(row, why=f"{what}; the peer has the same client and ranges, in order; {row.why}")
     row = compared(FAULTS, faulty, ours, "MB/s", ask=0.9, most=False)
@@ -101,16 +101,16 @@ def _publish(store: str, windows: int, folder: Path) -> Artifact:
         writer.write(input_ids=_tokens(windows))
         return {"windows": writer.close()}
 
-    plan = Plan("shards", 1, {"bench": windows}, {})
+    plan = StageSpec("shards", 1, {"bench": windows}, {})
     return build(Store(store), plan, produce, str(folder / "work"), ShardDescriber())[0]
 
 
 def _epoch(readers: Mapping[str, ShardReader]) -> StreamingLanguageModelDataset:
     """All windows once."""
     sizes = {label: len(reader) for label, reader in readers.items()}
-    phase = Stretch(sum(sizes.values()), {label: float(size) for label, size in sizes.items()})
+    phase = MixturePhase(sum(sizes.values()), {label: float(size) for label, size in sizes.items()})
     return StreamingLanguageModelDataset(
-        readers, CurriculumPlan([phase], sizes, 1, windows_per_block=readers["a"].block_windows), BATCH
+        readers, TrainingOrder([phase], sizes, 1, windows_per_block=readers["a"].block_windows), BATCH
     )
 
 
@@ -191,7 +191,7 @@ def _growth(artifact: Artifact) -> float:
 
 def _raw_gets(artifact: Artifact) -> float:
     """Megabytes a second: the same ranges with the same client, as many in flight, and nothing done with them."""
-    limits = Patience()
+    limits = RetryPolicy()
     with open_shards(artifact, "train") as readers:
         shards = readers["a"].shards
     ranges = [(shard.path, *shard.span(shard.columns[0], block)) for shard in shards for block in range(shard.blocks)]
@@ -202,7 +202,7 @@ def _raw_gets(artifact: Artifact) -> float:
     return size / 1e6 / (time.perf_counter() - began)
 
 
-class _Faulty(Fetched):
+class _Faulty(RemoteBlockReader):
     """A share of its requests fails, or comes with a flipped bit."""
 
     share = FAULTY
@@ -225,6 +225,6 @@ def _remote_batches(artifact: Artifact, share: float) -> tuple[float, float]:
             readers = {label: ShardReader(reader.shards, _Faulty(artifact.store)) for label, reader in readers.items()}
         tokens = sum(batch.input_ids.numel() for batch in _epoch(readers))
         source = readers["a"].source
-    assert isinstance(source, Fetched)
+    assert isinstance(source, RemoteBlockReader)
     seconds = time.perf_counter() - began
     return 2 * tokens / 1e6 / seconds, source.fetched / (2 * len(readers["a"]) * LENGTH)

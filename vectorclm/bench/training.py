@@ -17,7 +17,7 @@ from vectorclm.bench.table import Row, Side, bounded, compared, in_turns, reache
 from vectorclm.config import load_experiment
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig, hugging_face_config
-from vectorclm.nn.matmul import product
+from vectorclm.nn.matmul import matmul
 from vectorclm.runtime.devices import Runtime
 from vectorclm.training.muon import OptimizerConfig, build_optimizers
 
@@ -98,7 +98,7 @@ def _products() -> Callable[[], float]:
         multiply(a, b)
         return 2 * 2048**3 / (time.perf_counter() - began)
 
-    return lambda: max(once(multiply) for multiply in (torch.mm, product) * 8)
+    return lambda: max(once(multiply) for multiply in (torch.mm, matmul) * 8)
 
 
 def _ours(size: Size) -> Callable[[], Parts]:

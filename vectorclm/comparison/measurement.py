@@ -24,7 +24,7 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import Settings, digest
 from vectorclm.shards.reader import open_shards
 from vectorclm.stages import plans
-from vectorclm.store.artifact import Artifact, Plan, Store, build
+from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model
 
@@ -49,7 +49,7 @@ class Limits(Settings):
     )
 
 
-def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime = Runtime()) -> Plan:
+def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime = Runtime()) -> StageSpec:
     """What is to be measured. `suite` must be pinned; of its data, what the store has finished is measured on.
 
     A task that cannot run here is named in `not_run`, so that its absence is another result than its scores.
@@ -77,7 +77,7 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runti
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
     read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
     inputs = {"model": model.content, **finished, **({"training": digest(read)} if read else {})}
-    return Plan(MEASURE, VERSION, config, inputs)
+    return StageSpec(MEASURE, VERSION, config, inputs)
 
 
 def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterator[bytes]:
@@ -115,7 +115,7 @@ def tasks_within(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> 
     return [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in allowed]
 
 
-def left_out(plan: Plan, suite: Suite, limits: Limits = Limits(), runtime: Runtime = Runtime()) -> list[str]:
+def left_out(plan: StageSpec, suite: Suite, limits: Limits = Limits(), runtime: Runtime = Runtime()) -> list[str]:
     """What of a suite cannot be measured, in a sentence each: data that the store lacks, programs that may not run."""
     missing = [name for name in plan.config["data"] if name not in plan.inputs]
     what = {"sample": "bits per byte", "chat_shards": "answers in the template"}
@@ -151,7 +151,7 @@ def measure(
     return build(store, plan, produce, runtime.work_dir)
 
 
-def _scoring_data(suite: Suite, plan: Plan, model: Model, store: Store, mirror: Path | None) -> ScoringData:
+def _scoring_data(suite: Suite, plan: StageSpec, model: Model, store: Store, mirror: Path | None) -> ScoringData:
     """What the store has finished of a suite's text and conversations, and of the model's training text."""
     finished = {name: store.find(name, plan.inputs[name]) for name in plan.config["data"] if name in plan.inputs}
     labels = [source.label for source in suite.experiment.sample.sources] if suite.experiment is not None else []

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vectorclm.corpus.sources import (
     BenchmarkSource,
-    SampleConfig,
+    CorpusConfig,
     Source,
     TaskSource,
     check_labels,
@@ -35,7 +35,7 @@ FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 Hashes = NDArray[np.uint64]
 
 
-def benchmark_sources(config: SampleConfig, tasks: Sequence[TaskSource]) -> list[BenchmarkSource]:
+def benchmark_sources(config: CorpusConfig, tasks: Sequence[TaskSource]) -> list[BenchmarkSource]:
     """The benchmarks that the sample must not repeat: all items of `tasks`, whatever their limit, and further ones.
 
     Raises ValueError where two share a label.

@@ -23,7 +23,7 @@ BATCH_ROWS = 1000
 BATCH_BYTES = 16 * 1024 * 1024  # of Parquet in memory at once, or one row where that has more
 
 
-class Batch(NamedTuple):
+class RowBatch(NamedTuple):
     """Some rows of a source: how many were read, and the texts of those for which the filter holds.
 
     A text is bytes as a Parquet file has them, a string, or what else stands in its place.
@@ -42,7 +42,7 @@ class FileFormat:
     columns: Callable[[Path], list[str]]  # its columns; none where it has no rows
     column_type: Callable[[Path, str], pa.DataType | None]  # of one column; None where the format has no types
     rows: Callable[[Path, tuple[str, ...]], Iterator[dict[str, Any]]]  # those columns, or all where none is named
-    batches: Callable[[Path, str, Filter | None], Iterator[Batch]]  # the texts of one column
+    batches: Callable[[Path, str, Filter | None], Iterator[RowBatch]]  # the texts of one column
     in_folders: bool = True  # whether a folder's files are taken, not only those that a source names
 
 
@@ -70,7 +70,7 @@ def is_text(kind: pa.DataType) -> bool:
     return True
 
 
-def read_file_batches(path: Path, column: str, condition: Filter | None) -> Iterator[Batch]:
+def read_file_batches(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
     """The texts in `column` of one file, some megabytes at a time, of the rows for which `condition` holds.
 
     In JSON, bytes that are not UTF-8 become halves of surrogate pairs. Raises DataError naming the file that cannot be
@@ -79,7 +79,9 @@ def read_file_batches(path: Path, column: str, condition: Filter | None) -> Iter
     yield from format_of(path).batches(path, column, condition)
 
 
-def row_batches(rows: Iterator[dict[str, Any]], column: str, condition: Filter | None, where: str) -> Iterator[Batch]:
+def row_batches(
+    rows: Iterator[dict[str, Any]], column: str, condition: Filter | None, where: str
+) -> Iterator[RowBatch]:
     """The texts in `column` of rows from JSON or the like; see `read_file_batches`."""
     while part := list(itertools.islice(rows, BATCH_ROWS)):
         kept = part
@@ -89,10 +91,10 @@ def row_batches(rows: Iterator[dict[str, Any]], column: str, condition: Filter |
                 kept = [part[number] for number in condition.holds(table)]
             except pa.ArrowException as error:
                 raise _no_filter(condition, where, error) from error
-        yield Batch(len(part), [row.get(column) for row in kept])
+        yield RowBatch(len(part), [row.get(column) for row in kept])
 
 
-def filtered(table: pa.Table, column: str, condition: Filter | None, where: str) -> Batch:
+def filtered(table: pa.Table, column: str, condition: Filter | None, where: str) -> RowBatch:
     """The texts in `column` of the table's rows for which `condition` holds, as bytes. Raises DataError as above."""
     texts = table[column]
     if condition is not None:
@@ -100,7 +102,7 @@ def filtered(table: pa.Table, column: str, condition: Filter | None, where: str)
             texts = texts.take(condition.holds(table.select(condition.columns)))
         except pa.ArrowException as error:
             raise _no_filter(condition, where, error) from error
-    return Batch(len(table), texts.cast(pa.large_binary()).to_pylist())
+    return RowBatch(len(table), texts.cast(pa.large_binary()).to_pylist())
 
 
 def _no_filter(condition: Filter, where: str, error: pa.ArrowException) -> DataError:
@@ -164,7 +166,7 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, An
     return read_parquet(path, columns, str(path))
 
 
-def _parquet_texts(path: Path, column: str, condition: Filter | None) -> Iterator[Batch]:
+def _parquet_texts(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
     columns = tuple(dict.fromkeys([column, *(condition.columns if condition else [])]))
     for batch in _parquet_batches(path, columns, str(path)):
         yield filtered(pa.Table.from_batches([batch]), column, condition, str(path))
@@ -184,7 +186,7 @@ def _json_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]
         yield {name: row.get(name) for name in columns} if columns else row
 
 
-def _json_texts(path: Path, column: str, condition: Filter | None) -> Iterator[Batch]:
+def _json_texts(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
     yield from row_batches(_read_json(path, errors="surrogateescape"), column, condition, str(path))
 
 
@@ -234,7 +236,7 @@ def _page_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]
         yield {name: page if name == "page" else None for name in columns or ("page",)}
 
 
-def _page_texts(path: Path, column: str, condition: Filter | None) -> Iterator[Batch]:
+def _page_texts(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
     rows = ({"page": page} for page in _pages(path, "surrogateescape"))
     yield from row_batches(rows, column, condition, str(path))
 

@@ -21,8 +21,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.file_formats import Batch
-from vectorclm.corpus.sources import SampleConfig, TextSource, describe, is_remote, read_batches
+from vectorclm.corpus.file_formats import RowBatch
+from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote, read_batches
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Progress
@@ -58,7 +58,7 @@ class _Drawn:
 
 
 def write_sample(
-    config: SampleConfig,
+    config: CorpusConfig,
     seed: int,
     out: Path,
     *,
@@ -111,17 +111,17 @@ def write_sample(
     }
 
 
-def told(summary: Mapping[str, Any]) -> list[str]:
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """What `write_sample` drew and dropped, a line for each source."""
     lines = []
     for label, source in summary["sources"].items():
         drawn = source["documents"] + source["validation_documents"]
-        lost = losses(source["dropped"], source["contaminated"])
+        lost = drop_counts(source["dropped"], source["contaminated"])
         lines.append(f"sample {label}: {drawn:,} of {source['read']:,} documents drawn; dropped: {lost}")
     return lines
 
 
-def losses(dropped: Mapping[str, int], contaminated: Mapping[str, int]) -> str:
+def drop_counts(dropped: Mapping[str, int], contaminated: Mapping[str, int]) -> str:
     """The counts by reason in words, and in brackets the benchmarks that were found."""
     counts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in sorted(dropped.items()) if count]
     tasks = ", ".join(f"{label} {count:,}" for label, count in sorted(contaminated.items()))
@@ -206,7 +206,7 @@ class _Reserve:
 
 def _choose(
     source: TextSource,
-    batches: Iterator[Batch],
+    batches: Iterator[RowBatch],
     remote: bool,
     reserve: _Reserve,
     benchmarks: Benchmarks | None,
@@ -255,7 +255,7 @@ def _first(source: TextSource, reserve: _Reserve, benchmarks: Benchmarks | None,
         if missing <= 0:
             break
     if missing > 0 and spare <= len(first):
-        lost = losses(found.dropped, found.contaminated)
+        lost = drop_counts(found.dropped, found.contaminated)
         raise DataError(
             f"{describe(source)}: most of it is in the benchmarks ({lost}), so it is nothing to train on. "
             "Take the source out, or set sample.decontaminate to false"
@@ -320,7 +320,7 @@ def _check_split(source: TextSource, found: _Drawn, share: float) -> None:
     side = "validation" if found.documents else "training"
     raise DataError(
         f"{describe(source)} gave {found.documents} documents for training and {found.validation_documents} "
-        f"for validation (dropped: {losses(found.dropped, found.contaminated)}); {side} needs at least one. "
+        f"for validation (dropped: {drop_counts(found.dropped, found.contaminated)}); {side} needs at least one. "
         f"Raise sample.bytes, or change sample.validation_share ({share})"
     )
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vectorclm.corpus.file_formats import (
     FORMATS,
-    Batch,
+    RowBatch,
     column_type,
     columns_of,
     filtered,
@@ -105,7 +105,7 @@ class BenchmarkSource(Source):
     columns: list[str] = Field(description="Columns with the texts, lists and tables included; none = all")
 
 
-class SampleConfig(Settings):
+class CorpusConfig(Settings):
     """How many documents are drawn, and from where."""
 
     sources: list[TextSource] = Field(min_length=1)
@@ -344,7 +344,7 @@ def read_source(
     return read_rows(_check_local(source, data, columns), tuple(columns))
 
 
-def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[Batch]:
+def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[RowBatch]:
     """The texts of a source where its filter holds, some megabytes at a time.
 
     Of a repository of the hub, batches come by turns from OPEN_FILES of its files, which `seed` chooses and the next

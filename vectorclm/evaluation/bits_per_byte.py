@@ -14,7 +14,7 @@ from vectorclm.evaluation.item_scores import ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.nn.loss import IGNORE_INDEX
-from vectorclm.nn.matmul import product
+from vectorclm.nn.matmul import matmul
 from vectorclm.shards.reader import ShardReader
 from vectorclm.tokenizer import BOS_ID, encode
 
@@ -23,7 +23,7 @@ def logits(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tu
     """Logits of hidden states and their targets, a few thousand rows at a time."""
     weight_VD = model.model.embed_tokens.weight
     for hidden_CD, targets_C in zip(torch.split(hidden_ND, 2048), torch.split(targets_N, 2048), strict=True):
-        yield product(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C
+        yield matmul(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C
 
 
 @torch.inference_mode()

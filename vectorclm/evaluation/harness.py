@@ -15,7 +15,7 @@ import torch
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.bits_per_byte import text_scores
 from vectorclm.evaluation.multiple_choice import Likelihood, Pair, log_likelihoods, pair_ids
-from vectorclm.inference.generate import Sampling, generate, generate_batch
+from vectorclm.inference.generate import SamplingParams, generate, generate_batch
 from vectorclm.inference.load import open_model
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import Progress
@@ -192,7 +192,7 @@ class Generation(NamedTuple):
 
     until: list[str]
     new_tokens: int
-    sampling: Sampling | None  # None: the likeliest tokens
+    sampling: SamplingParams | None  # None: the likeliest tokens
 
     @classmethod
     def of(cls, asked: Mapping[str, Any], context: int) -> "Generation":
@@ -202,7 +202,7 @@ class Generation(NamedTuple):
         if unknown := sorted(known.keys() - set(SAMPLED)):
             raise ConfigError(f"generation here has no {', '.join(unknown)}: it knows {', '.join(SAMPLED)}")
         new_tokens = new_tokens if new_tokens < context else context // 2
-        return cls([stop for stop in until if stop], new_tokens, Sampling(**known) if sampled else None)
+        return cls([stop for stop in until if stop], new_tokens, SamplingParams(**known) if sampled else None)
 
 
 def _seed(context: str, number: int) -> int:

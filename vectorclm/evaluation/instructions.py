@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from vectorclm.evaluation.instruction_checks import PARTS, Instruction, holds
 from vectorclm.evaluation.instruction_prompts import SHOTS
 from vectorclm.evaluation.item_scores import ItemScores
-from vectorclm.inference.generate import GREEDY, Sampling, answer, generate, plain_text
+from vectorclm.inference.generate import GREEDY, SamplingParams, answer, generate, plain_text
 from vectorclm.model import CausalLM
 from vectorclm.runtime.progress import Progress
 from vectorclm.settings import canonical_json
@@ -36,7 +36,7 @@ def few_shot(tokenizer: Tokenizer, prompt: str, room: int) -> list[int]:
 
 
 def chat_answer(
-    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
 ) -> tuple[str, bool]:
     """A chat model's likeliest answer to an instruction, and whether it ended its turn."""
     ids = list(answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
@@ -44,7 +44,7 @@ def chat_answer(
 
 
 def base_answer(
-    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
 ) -> tuple[str, bool]:
     """A base model's likeliest answer to an instruction in plain text, and whether it ended the text or began another.
 
@@ -69,7 +69,7 @@ def instruction_scores(
     tokenizer: Tokenizer,
     asked: Sequence[Instruction],
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     *,
     chat: bool,
     out: Path,

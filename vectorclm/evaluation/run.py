@@ -17,7 +17,7 @@ from vectorclm.evaluation.instruction_prompts import instructions
 from vectorclm.evaluation.instructions import instruction_scores
 from vectorclm.evaluation.item_scores import ItemScores, write_scores
 from vectorclm.evaluation.tasks import score_tasks
-from vectorclm.inference.generate import Sampling, answer_text, continuation, template_scores
+from vectorclm.inference.generate import SamplingParams, answer_text, continuation, template_scores
 from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
@@ -71,7 +71,7 @@ def score_model(
             repeated = contaminated(found.contents, data.training_text(tokenizer))
             for label, marks in found.mark(repeated.tolist()).items():
                 scores["tasks"][label] |= marks
-        how = config["max_new_tokens"], Sampling(repetition_penalty=config.get("repetition_penalty", 1))
+        how = config["max_new_tokens"], SamplingParams(repetition_penalty=config.get("repetition_penalty", 1))
         if data.conversations is not None:
             prompts = read_prompts(data.conversations, config["chat_prompts"], seed)
             scores["chat"] = template_scores(loaded, tokenizer, prompts, *how)

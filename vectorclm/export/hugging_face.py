@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vectorclm.corpus.sampler import losses
+from vectorclm.corpus.sampler import drop_counts
 from vectorclm.evaluation.instruction_checks import FOLLOWED, PARTS
 from vectorclm.store.artifact import Artifact
 from vectorclm.tokenizer import BOS_ID, EOS, EOS_ID, IM_END, IM_END_ID, PAD_ID, write_tokenizer_config
@@ -97,7 +97,7 @@ def _data_section(kind: str, lineage: Mapping[str, Artifact]) -> list[str]:
             "|---|---:|---:|---|",
         ]
         for label, counts in lineage["chat_shards"].summary["sources"].items():
-            lost = losses(counts["dropped"], counts["contaminated"])
+            lost = drop_counts(counts["dropped"], counts["contaminated"])
             lines.append(f"| {label} | {counts['train']:,} | {counts['shortened']:,} | {lost} |")
     return lines
 

@@ -8,7 +8,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
-from vectorclm.inference.generate import GREEDY, Sampling, generate
+from vectorclm.inference.generate import GREEDY, SamplingParams, generate
 from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
@@ -37,7 +37,7 @@ class ChatModel:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextDelta:
     """What an answer has become longer by: text of whole characters, and the number of tokens made for it."""
 
     text: str
@@ -98,9 +98,9 @@ def reply(
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     stop: Sequence[str] = (),
-) -> Iterator[Piece]:
+) -> Iterator[TextDelta]:
     """The answer to a prompt of token ids, as it is made: a piece for each token, whose text may still be held.
 
     It ends with the end of the turn (or any other special token), before the first of the `stop` strings, after
@@ -112,21 +112,21 @@ def reply(
     special = range(len(SPECIAL_TOKENS))
     for token in generate(chat_model.model, prompt, max_new_tokens, stop_ids=special, sampling=sampling):
         if token in special:
-            yield Piece(held + _text(chat_model, pending), 1, "stop")
+            yield TextDelta(held + _text(chat_model, pending), 1, "stop")
             return
         pending.append(token)
         fresh = _text(chat_model, pending)
         if fresh.endswith("\ufffd"):  # the other bytes of a character may be on their way
-            yield Piece("", 1)
+            yield TextDelta("", 1)
             continue
         pending, held = [], held + fresh
         if (end := find_stop(held, stop)) is not None:
-            yield Piece(held[:end], 1, "stop")
+            yield TextDelta(held[:end], 1, "stop")
             return
         safe = len(held) - overlap(held, stop)
-        yield Piece(held[:safe], 1)
+        yield TextDelta(held[:safe], 1)
         held = held[safe:]
-    yield Piece(held + _text(chat_model, pending), 0, "length")
+    yield TextDelta(held + _text(chat_model, pending), 0, "length")
 
 
 def _text(chat_model: ChatModel, ids: Sequence[int]) -> str:
@@ -170,7 +170,7 @@ class Conversation:
         self.turns = fit_turns(self.chat_model.tokenizer, turns, self._room)
         return len(turns) - len(self.turns)
 
-    def answer(self, sampling: Sampling, stop: Sequence[str]) -> Generator[Piece, None, None]:
+    def answer(self, sampling: SamplingParams, stop: Sequence[str]) -> Generator[TextDelta, None, None]:
         """The answer, which is remembered as far as it is made."""
         prompt, text = render_prompt(self.chat_model.tokenizer, self.turns), ""
         try:
@@ -185,7 +185,7 @@ class Conversation:
         return self.chat_model.context - self.max_new_tokens
 
 
-def talk(conversation: Conversation, sampling: Sampling, stop: Sequence[str]) -> None:
+def talk(conversation: Conversation, sampling: SamplingParams, stop: Sequence[str]) -> None:
     """Talk in the terminal until an empty line or end of input; each answer appears as it is made."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() then edits lines and remembers them)

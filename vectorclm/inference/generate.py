@@ -15,7 +15,7 @@ from vectorclm.shards.conversations import Turn, render_prompt
 from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, encode
 
 
-class Sampling(Settings):
+class SamplingParams(Settings):
     """How the next token is drawn; each setting's default leaves the model's probabilities as they are."""
 
     temperature: float = Field(0.0, ge=0, le=100, description="Divides the logits; 0 takes the likeliest token")
@@ -32,7 +32,7 @@ class Sampling(Settings):
     )
 
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 LOOK = 8  # tokens between two looks for the text that ends an answer
 COLDEST = 1e-6  # a lower temperature takes the likeliest token too: logits divided by it could be no numbers
 
@@ -43,7 +43,7 @@ def generate(
     max_new_tokens: int,
     *,
     stop_ids: Sequence[int] = (EOS_ID,),
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
 ) -> Iterator[int]:
     """New token ids after `input_ids`, one at a time, the stopping one included; ends where the context is full."""
     generator = torch.Generator()  # on the CPU, so that a seed draws alike whatever the model's device
@@ -102,7 +102,7 @@ def generate_batch(
     return made
 
 
-def choose(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
+def choose(logits_V: Tensor, seen: Sequence[int], sampling: SamplingParams, generator: torch.Generator) -> int:
     """The next token after `seen`, of these logits [V]; the order of the steps is that of transformers."""
     if sampling.repetition_penalty != 1:
         logits_V = penalized(logits_V, seen, sampling.repetition_penalty)
@@ -153,7 +153,7 @@ def answer(
     tokenizer: Tokenizer,
     conversation: Sequence[Turn],
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
 ) -> Iterator[int]:
     """Token ids of the assistant's next turn, its end-of-turn token included.
 
@@ -178,14 +178,14 @@ def plain_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 
 def answer_text(
-    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
 ) -> str:
     """The likeliest answer to one question, without the end-of-turn token."""
     return plain_text(tokenizer, answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
 
 
 def continuation(
-    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling = GREEDY
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
 ) -> str:
     """The likeliest continuation of a text, or of its end where it is long; at most half the model's context."""
     context = model.config.max_position_embeddings
@@ -199,7 +199,7 @@ def template_scores(
     tokenizer: Tokenizer,
     prompts: Sequence[tuple[Sequence[Turn], str]],
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
 ) -> dict[str, int]:
     """Of held-out prompts, how many answers end in the end-of-turn token, and how many of them stay in the template.
 

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from vectorclm.errors import DataError
-from vectorclm.inference.chat import ChatModel, Piece, check_turns
-from vectorclm.inference.generate import Sampling
+from vectorclm.inference.chat import ChatModel, TextDelta, check_turns
+from vectorclm.inference.generate import SamplingParams
 from vectorclm.settings import Settings
 from vectorclm.shards.conversations import Turn, read_conversation, render_prompt
 
@@ -81,7 +81,7 @@ class Completion:
     fingerprint: str  # of the model's content
     prompt: Sequence[int]  # token ids
     max_new_tokens: int
-    sampling: Sampling
+    sampling: SamplingParams
     stop: Sequence[str]
     stream: bool
     include_usage: bool
@@ -97,7 +97,7 @@ class Completion:
         """The event of a stream that says what was used."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(tokens)}
 
-    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[TextDelta]) -> dict[str, Any]:
         """The answer that is no stream."""
         text = "".join(piece.text for piece in pieces)
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -130,13 +130,13 @@ def read_completion(body: bytes, chat_model: ChatModel, name: str) -> Completion
     except DataError as error:
         raise Refusal(str(error), param="messages", code="invalid_value") from error
     prompt = render_prompt(chat_model.tokenizer, turns)
-    sampling = {key: getattr(asked, key) for key in Sampling.model_fields}
+    sampling = {key: getattr(asked, key) for key in SamplingParams.model_fields}
     return Completion(
         name,
         f"vc_{chat_model.content[:12]}",
         prompt,
         _room(asked, len(prompt), chat_model.context),
-        Sampling.model_validate(sampling),
+        SamplingParams.model_validate(sampling),
         stop,
         asked.stream,
         asked.stream_options is not None and asked.stream_options.include_usage,

@@ -31,7 +31,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vectorclm.errors import ConfigError
-from vectorclm.inference.chat import ChatModel, Piece, open_chat_model, reply
+from vectorclm.inference.chat import ChatModel, TextDelta, open_chat_model, reply
 from vectorclm.inference.guard import ALLOWED, Guard, allowed_hosts
 from vectorclm.inference.http_limits import BACKLOG, LimitedHTTP
 from vectorclm.inference.openai_api import Completion, Refusal, check_name, read_completion
@@ -60,7 +60,7 @@ class Engine:
         if self._waiting >= WAITING:
             raise Refusal(f"{WAITING} requests wait already: try again later", 429, code="rate_limit_exceeded")
 
-    async def answer(self, completion: Completion) -> AsyncGenerator[Piece, None]:
+    async def answer(self, completion: Completion) -> AsyncGenerator[TextDelta, None]:
         """The pieces of an answer. Where the caller closes this, the answer ends, and the next one's turn begins.
 
         Raises Refusal where too many wait. A caller that reads slowly keeps nobody waiting.
@@ -71,7 +71,7 @@ class Engine:
             await self._turn.acquire()
         finally:
             self._waiting -= 1
-        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        pieces: asyncio.Queue[TextDelta | None] = asyncio.Queue()
         gone, loop = threading.Event(), asyncio.get_running_loop()
         work = asyncio.ensure_future(asyncio.to_thread(self._make, completion, pieces, gone, loop))
         work.add_done_callback(lambda _: self._turn.release())
@@ -85,7 +85,7 @@ class Engine:
     def _make(
         self,
         completion: Completion,
-        pieces: "asyncio.Queue[Piece | None]",
+        pieces: "asyncio.Queue[TextDelta | None]",
         gone: threading.Event,
         loop: asyncio.AbstractEventLoop,
     ) -> None:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.stages import EVALUATED
-from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store, mend
+from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, mend
 from vectorclm.store.layout import STAGES
-from vectorclm.store.model_ref import ADDRESS, Model, content_of, find_model, whole
+from vectorclm.store.model_ref import ADDRESS, Model, content_of, expand_prefix, find_model
 from vectorclm.store.result import ArtifactStorage
 
 SHORT = 12  # digits of a fingerprint that a person reads
@@ -131,7 +131,7 @@ def _training(model: Model, store: Store) -> Artifact | None:
 
 def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
     """The artifact at an address, the place inside it, and the folder where it is but a copy."""
-    address = whole(address, store)
+    address = expand_prefix(address, store)
     place = address if "://" in address else str(Path(address).absolute())
     match = ADDRESS.fullmatch(place)
     if match is not None:
@@ -207,7 +207,7 @@ def verify(found: Lineage) -> Iterator[str]:
     chain = [node.artifact for node in found.nodes.values() if node.artifact is not None]
     for artifact in (*chain, *found.scores, *([found.copy] if found.copy is not None else [])):
         manifest = artifact.manifest
-        plan = Plan(artifact.stage, manifest["format_version"], manifest["config"], manifest["inputs"])
+        plan = StageSpec(artifact.stage, manifest["format_version"], manifest["config"], manifest["inputs"])
         if plan.fingerprint != artifact.fingerprint:
             yield (
                 f"{artifact.uri}/{MANIFEST}: its settings and inputs give the fingerprint {plan.fingerprint[:12]}…, "
@@ -335,6 +335,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def in_words(node: Node) -> str:
+def describe_node(node: Node) -> str:
     """What a person asks of an artifact first."""
     return ", ".join(f"{_figure(value)} {key.replace('_', ' ')}" for key, value in facts(node).items())

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vectorclm.nn.matmul import outer_product, product, project
+from vectorclm.nn.matmul import matmul, matmul_tn, project
 
 
-def by_hand() -> bool:
+def use_custom_backward() -> bool:
     """Whether the gradients are our functions': where there are any, and no compiler that fuses operations itself."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -132,7 +132,7 @@ def rotary_heads(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list
     `heads` counts the heads of each. Rotary embeddings: Su et al., arXiv 2104.09864, section 3.4.2.
     """
     split: tuple[Tensor, Tensor, Tensor]
-    split = (Rotated.apply if by_hand() else rotated)(qkv_BTNE, cos_T1E, sin_T1E, heads)
+    split = (RotaryQKV.apply if use_custom_backward() else rotated)(qkv_BTNE, cos_T1E, sin_T1E, heads)
     return split
 
 
@@ -143,7 +143,7 @@ def rotated(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]
     return queries, keys, values
 
 
-class Rotated(torch.autograd.Function):
+class RotaryQKV(torch.autograd.Function):
     """`rotated`, with the gradients turned back straight into their places in the one gradient of the product."""
 
     @staticmethod
@@ -173,7 +173,7 @@ def swiglu_projection(x_BTD: Tensor, gate_up: Linear, down: Linear) -> Tensor:
         gate_BTF, up_BTF = (F.linear(x_BTD, weight) for weight in gate_up.weight.chunk(2))
         return down(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
     gate_up_BTF = gate_up(x_BTD)
-    if not by_hand():
+    if not use_custom_backward():
         return down(swiglu(gate_up_BTF))  # type: ignore[no-any-return]
     out: Tensor = GatedProjection.apply(gate_up_BTF, down.weight.to(gate_up_BTF.dtype))  # type: ignore[no-untyped-call]
     return out
@@ -200,7 +200,7 @@ class GatedProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_BTF: Tensor, weight_DF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up_BTF, weight_DF)
-        return product(swiglu(gate_up_BTF), weight_DF)
+        return matmul(swiglu(gate_up_BTF), weight_DF)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
@@ -208,8 +208,8 @@ class GatedProjection(torch.autograd.Function):
         (grad_BTD,) = grads
         gate, up = gate_up_BTF.chunk(2, dim=-1)
         active = F.silu(gate)
-        grad_weight_DF = outer_product(grad_BTD.flatten(0, -2), (active * up).flatten(0, -2))
-        grad = product(grad_BTD, weight_DF.T)
+        grad_weight_DF = matmul_tn(grad_BTD.flatten(0, -2), (active * up).flatten(0, -2))
+        grad = matmul(grad_BTD, weight_DF.T)
         grad_gate_up_BTF = torch.empty_like(gate_up_BTF)
         grad_gate, grad_up = grad_gate_up_BTF.chunk(2, dim=-1)
         torch.mul(active, grad, out=grad_up)

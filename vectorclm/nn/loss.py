@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vectorclm.nn.matmul import outer_product, product, takes_onednn
+from vectorclm.nn.matmul import matmul, matmul_tn, takes_onednn
 
 IGNORE_INDEX = -100  # the label of a token that carries no loss
 CHUNK = 256  # tokens whose logits exist at one time on a CPU: few enough for its cache
@@ -34,14 +34,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_CD, targets_C1 = hidden_ND[rows], targets_N[rows, None]
             kept_C1 = targets_C1 != IGNORE_INDEX
             index_C1 = targets_C1.where(kept_C1, 0)
-            losses_C1, grad_CV = _scored(product(hidden_CD, weight_cast_VD), index_C1, total.dtype)
+            losses_C1, grad_CV = _scored(matmul(hidden_CD, weight_cast_VD), index_C1, total.dtype)
             # Not in place: of a tensor that was changed, torch 2.11's compiler passes no gradient on.
             total = total + (losses_C1 * kept_C1).sum()
             if grad_hidden_ND is None:
                 continue
             grad_CV = grad_CV.to(hidden_CD.dtype)
-            torch.mul(product(grad_CV, weight_cast_DV), kept_C1, out=grad_hidden_ND[rows])
-            grad_here_VD = outer_product(grad_CV, hidden_CD * kept_C1)  # in half precision; their sum in full
+            torch.mul(matmul(grad_CV, weight_cast_DV), kept_C1, out=grad_hidden_ND[rows])
+            grad_here_VD = matmul_tn(grad_CV, hidden_CD * kept_C1)  # in half precision; their sum in full
             grad_weight_VD = (
                 grad_here_VD.to(weight_VD.dtype) if grad_weight_VD is None else grad_weight_VD.add_(grad_here_VD)
             )

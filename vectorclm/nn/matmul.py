@@ -20,13 +20,13 @@ def onednn_is_faster() -> bool:
 
 
 def takes_onednn(x: Tensor) -> bool:
-    """Whether `product` of this tensor is oneDNN's, for which autograd and torch's compiler know no gradient."""
+    """Whether `matmul` of this tensor is oneDNN's, for which autograd and torch's compiler know no gradient."""
     return (
         x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling() and onednn_is_faster()
     )
 
 
-def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+def matmul(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     """`a @ b.T` [M, N], without a gradient; `a` may have more dimensions before its last, `b` may be a transposed view.
 
     A few rows, which read `b` for little, are turned: both libraries are then faster, MKL for the fewest.
@@ -47,35 +47,35 @@ def _onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     return out
 
 
-def outer_product(a_NM: Tensor, b_NK: Tensor) -> Tensor:
+def matmul_tn(a_NM: Tensor, b_NK: Tensor) -> Tensor:
     """`a.T @ b` [M, K], without a gradient: the sum over N of a weight's gradient."""
     if not takes_onednn(a_NM):
         return a_NM.T @ b_NK
     # oneDNN wants the first operand's N side by side: the smaller one is copied so.
     if a_NM.shape[1] <= b_NK.shape[1]:
-        return product(a_NM.T, b_NK.T)
-    return product(b_NK.T, a_NM.T).T
+        return matmul(a_NM.T, b_NK.T)
+    return matmul(b_NK.T, a_NM.T).T
 
 
 class _Projection(torch.autograd.Function):
-    """`product`, with its gradients."""
+    """`matmul`, with its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_ND, weight_ED)
-        return product(x_ND, weight_ED)
+        return matmul(x_ND, weight_ED)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
         x_ND, weight_ED = ctx.saved_tensors
         (grad_NE,) = grads
-        return product(grad_NE, weight_ED.T), outer_product(grad_NE.flatten(0, -2), x_ND.flatten(0, -2))
+        return matmul(grad_NE, weight_ED.T), matmul_tn(grad_NE.flatten(0, -2), x_ND.flatten(0, -2))
 
 
 def project(x_BTD: Tensor, weight_ED: Tensor) -> Tensor:
     """`x @ weight.T`, with a gradient where one is recorded."""
     if not torch.is_grad_enabled():
-        return product(x_BTD, weight_ED)
+        return matmul(x_BTD, weight_ED)
     if not takes_onednn(x_BTD):
         return F.linear(x_BTD, weight_ED)
     out: Tensor = _Projection.apply(x_BTD, weight_ED)  # type: ignore[no-untyped-call]

@@ -8,12 +8,12 @@ from typing import Any
 import psutil
 
 
-def mark(process: psutil.Process) -> dict[str, Any]:
+def process_identity(process: psutil.Process) -> dict[str, Any]:
     """What finds a process again, and no other that gets its number later, however the clock is set meanwhile."""
     return {"pid": process.pid, "started": _started(process), "pids": process_space()}
 
 
-def marked(known: Mapping[str, Any]) -> psutil.Process | None:
+def find_process(known: Mapping[str, Any]) -> psutil.Process | None:
     """The process with this mark, or None where it is gone, or of another machine or container.
 
     A zombie is gone: it has ended, and only waits for a parent that may never ask.

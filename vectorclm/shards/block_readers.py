@@ -44,16 +44,16 @@ class Blocks(Protocol):
         """Nothing is needed any more."""
 
 
-class Mapped:
+class MmapBlockReader:
     """Blocks of local files, mapped into memory; each is verified when it is touched first."""
 
     def __init__(self) -> None:
         self.maps: dict[str, mmap.mmap] = {}
         self.seen: dict[str, NDArray[np.bool_]] = {}
 
-    def __reduce__(self) -> tuple[type["Mapped"], tuple[()]]:
+    def __reduce__(self) -> tuple[type["MmapBlockReader"], tuple[()]]:
         """Another process maps the files itself."""
-        return (Mapped, ())
+        return (MmapBlockReader, ())
 
     def begin(self, shard: Shard, block: int) -> Callable[[], Windows]:
         """Nothing is read before it is asked for."""
@@ -95,7 +95,7 @@ class Mapped:
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How a remote store is asked, and asked again."""
 
     requests: int = 16  # in flight
@@ -105,14 +105,14 @@ class Patience:
     refetches: int = 5  # of a block that came spoiled
 
 
-class Fetched:
+class RemoteBlockReader:
     """Blocks of a remote store: ranged GETs, each with a deadline, tried again at once, then after growing pauses.
 
     `cache` is a local folder that keeps them, or None; what comes from there is verified, too. Opened by the process
     that reads, as no client outlives a fork, and opened again where it is read after it was closed.
     """
 
-    def __init__(self, store: Storage, patience: Patience = Patience(), cache: Path | None = None) -> None:
+    def __init__(self, store: Storage, patience: RetryPolicy = RetryPolicy(), cache: Path | None = None) -> None:
         self.store = store
         self.patience = patience
         self.cache = cache
@@ -120,9 +120,9 @@ class Fetched:
         self.lock = threading.Lock()
         self.opened: _Opened | None = None
 
-    def __reduce__(self) -> tuple[type["Fetched"], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type["RemoteBlockReader"], tuple[Any, ...]]:
         """Another process opens a client of its own."""
-        return (Fetched, (self.store, self.patience, self.cache))
+        return (RemoteBlockReader, (self.store, self.patience, self.cache))
 
     def begin(self, shard: Shard, block: int) -> Callable[[], Windows]:
         """Have it fetched behind the caller's back; the errors come when it is asked for."""
@@ -217,7 +217,7 @@ class _Opened:
         self.closed = threading.Event()
 
 
-def open_client(fs: Any, patience: Patience) -> Any:
+def open_client(fs: Any, patience: RetryPolicy) -> Any:
     """A client of its own: of S3 one with as many connections as requests, that leaves the trying again to us."""
     options = dict(fs.storage_options)
     is_s3 = "s3" in fs.protocol

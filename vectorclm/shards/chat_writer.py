@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.sampler import losses
+from vectorclm.corpus.sampler import drop_counts
 from vectorclm.corpus.sources import Source, check_labels
 from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Progress
@@ -146,7 +146,7 @@ def write_chat_shards(
             if left is not None:
                 summary["sources"][source.label]["tokens"] = {"budget": left, **found.tokens}
             if not found.splits["train"]:
-                lost = losses(found.dropped, found.contaminated) if found.read else "the source is empty"
+                lost = drop_counts(found.dropped, found.contaminated) if found.read else "the source is empty"
                 raise DataError(f"{source.label}: no usable conversation for training; left out: {lost}")
     parts = [(folder, split, items) for folder, splits in kept.items() for split, items in splits.items()]
     for number, (folder, split, items) in enumerate(parts):
@@ -156,12 +156,12 @@ def write_chat_shards(
     return summary
 
 
-def told(summary: Mapping[str, Any]) -> list[str]:
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """What `write_chat_shards` kept and dropped, a line for each source."""
     lines = []
     for label, source in summary["sources"].items():
         kept = sum(source[split] for split in SPLITS)
-        lost = losses(source["dropped"], source["contaminated"])
+        lost = drop_counts(source["dropped"], source["contaminated"])
         read, short = f"{kept:,} of {source['read']:,} conversations kept", f"{source['shortened']:,} shortened"
         of = f", {source['tokens']['train']:,} of {source['tokens']['budget']:,} tokens" if "tokens" in source else ""
         lines.append(f"chat_shards {label}: {read}{of}, {short}; dropped: {lost}")

@@ -42,7 +42,7 @@ HARD = (
 SPACES = (" ", "\t", "\n", "\r\n", "\v", "\f", "\x1c", "\x85", "\u00a0", "\u2003", "\u2028", "\u3000")
 
 
-class Disproved(Exception):
+class EncoderMismatch(Exception):
     """The fast encoder does not encode as `tokenizers` does."""
 
 
@@ -79,10 +79,10 @@ class Gigatoken:
 
 
 class Encoder:
-    """Ids of texts, by `fast` where it agrees with `judge` on all that is judged, else by `judge` alone."""
+    """Ids of texts, by `fast` where it agrees with `reference` on all that is judged, else by `reference` alone."""
 
-    def __init__(self, judge: Tokenizer, fast: Gigatoken | None = None) -> None:
-        self.judge, self.fast = judge, fast
+    def __init__(self, reference: Tokenizer, fast: Gigatoken | None = None) -> None:
+        self.reference, self.fast = reference, fast
         self.judged = self.differed = 0  # texts, since the beginning
         self.rejected: str | None = None  # why `fast` was given up
 
@@ -92,7 +92,7 @@ class Encoder:
         return f"tokenizers {version('tokenizers')}" if self.fast is None else self.fast.name
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """The ids of each text, without BOS and EOS. Raises Disproved where the encoders differ on a judged one."""
+        """Encode texts without BOS and EOS. Raises EncoderMismatch where the encoders differ on a judged text."""
         if self.fast is None:
             return self._by_judge(texts)
         try:
@@ -100,25 +100,25 @@ class Encoder:
         except Exception as error:  # what a judge refuses too, it refuses as it does without a fast encoder
             self._by_judge(texts)
             self.differed += 1
-            raise Disproved(f"{self.name} refuses a text that tokenizers encodes ({error})") from error
+            raise EncoderMismatch(f"{self.name} refuses a text that tokenizers encodes ({error})") from error
         self._compare(texts[::JUDGE_EVERY], found[::JUDGE_EVERY])
         return found
 
     def prove(self) -> None:
-        """Compare both encoders on strings made to part them. Raises Disproved."""
+        """Compare both encoders on strings made to part them. Raises EncoderMismatch."""
         if self.fast is None:
             return
-        texts = list(adversarial(self.judge))
+        texts = list(adversarial(self.reference))
         self._compare(texts, [self.fast.encode(text) for text in texts])
         self.judged = 0
 
-    def give_up(self, why: object) -> None:
+    def fall_back(self, why: object) -> None:
         """From now on `tokenizers` encodes."""
         logger.warning("%s: tokenizers encodes everything", why)
         self.fast, self.rejected = None, str(why)
 
     def _by_judge(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        found = self.judge.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = self.reference.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(item.ids, np.uint32) for item in found]
 
     def _compare(self, texts: Sequence[str], found: Sequence[NDArray[np.uint32]]) -> None:
@@ -130,7 +130,7 @@ class Encoder:
         ]
         if different:
             self.differed += len(different)
-            raise Disproved(
+            raise EncoderMismatch(
                 f"{self.name} encodes {len(different)} of {len(texts)} texts otherwise than tokenizers, "
                 f"the first of them {different[0][:60]!r}"
             )
@@ -143,11 +143,11 @@ def open_encoder(tokenizer: Tokenizer) -> Encoder:
         encoder.fast = Gigatoken(tokenizer)
         encoder.prove()
     except ImportError as error:
-        encoder.give_up(f"gigatoken cannot be imported ({error}; pip install gigatoken)")
-    except Disproved as difference:
-        encoder.give_up(difference)
+        encoder.fall_back(f"gigatoken cannot be imported ({error}; pip install gigatoken)")
+    except EncoderMismatch as difference:
+        encoder.fall_back(difference)
     except Exception as error:  # the library says in many ways that it does not know a tokenizer
-        encoder.give_up(f"gigatoken refuses this tokenizer ({error})")
+        encoder.fall_back(f"gigatoken refuses this tokenizer ({error})")
     return encoder
 
 

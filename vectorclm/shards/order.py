@@ -12,7 +12,7 @@ loader workers only take their share of the same order. It is made so that an ob
 - Sources are mixed *mix blocks* of MIX_BLOCK windows at a time, in each of which their places are random. At the end
   of every mix block each source stands less than one window from its exact share of the phase.
 
-A reader asks `CurriculumPlan.groups(place)` for what will be needed from a place on, in that order.
+A reader asks `TrainingOrder.groups(place)` for what will be needed from a place on, in that order.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ def windows_per_block(sequence_length: int, itemsize: int) -> int:
     return max(1, BLOCK_BYTES // (itemsize * sequence_length))
 
 
-def in_words(epochs: Mapping[str, float]) -> str:
+def format_epochs(epochs: Mapping[str, float]) -> str:
     """How often each source is read, as a person says it: "fineweb-edu 1.00 epochs, cosmopedia 0.83"."""
     first, *others = (f"{label} {value:.2f}" for label, value in epochs.items())
     return ", ".join([f"{first} epochs", *others])
@@ -99,7 +99,7 @@ def _feistel(value: NDArray[np.uint32], bits: NDArray[np.uint32], keys: NDArray[
     return left << low | right
 
 
-class Stretch(NamedTuple):
+class MixturePhase(NamedTuple):
     """A phase of the curriculum, in windows: its length, its mix, and what to do where a source has no more."""
 
     windows: int
@@ -107,7 +107,7 @@ class Stretch(NamedTuple):
     when_exhausted: WhenExhausted = "repeat"
 
 
-class Group(NamedTuple):
+class BlockGroup(NamedTuple):
     """Blocks of one source whose windows are read, and shuffled, together."""
 
     source: int  # index into the plan's labels
@@ -125,23 +125,23 @@ class Segment:
     windows: int
     shares: NDArray[np.float64]  # [sources], their sum is 1
     used: NDArray[np.int64]  # [sources], windows read before
-    owed: NDArray[np.float64]  # [sources], what the exact shares of all before exceed `used` by
+    deficit: NDArray[np.float64]  # [sources], what the exact shares of all before exceed `used` by
 
     def counts(self, windows: int) -> NDArray[np.int64]:
         """Windows [sources] of each source among the first of this segment: the exact shares, rounded to fit.
 
-        Each count is its share rounded down or up. Up go those to which most is owed. As a share is at least one
+        Each count is its share rounded down or up. Up go those to which most is deficit. As a share is at least one
         window of a mix block, counts never fall from the end of one to the next.
         """
         exact = self.shares * windows
         counts = np.floor(exact + 1e-9).astype(np.int64)
         fraction = exact - counts
-        owed = np.where(fraction > 1e-9, self.owed + fraction, -np.inf)
-        counts[np.argsort(-owed, kind="stable")[: windows - counts.sum()]] += 1
+        deficit = np.where(fraction > 1e-9, self.deficit + fraction, -np.inf)
+        counts[np.argsort(-deficit, kind="stable")[: windows - counts.sum()]] += 1
         return counts
 
 
-class CurriculumPlan:
+class TrainingOrder:
     """Which window of which source stands at each place of the training order.
 
     `phases` follow each other; `sizes` are the windows that each source has. Counters go on across phases: no source
@@ -150,7 +150,7 @@ class CurriculumPlan:
     """
 
     def __init__(
-        self, phases: Sequence[Stretch], sizes: Mapping[str, int], seed: int, *, windows_per_block: int
+        self, phases: Sequence[MixturePhase], sizes: Mapping[str, int], seed: int, *, windows_per_block: int
     ) -> None:
         self.phases = phases
         self.labels = sorted(sizes)
@@ -165,7 +165,7 @@ class CurriculumPlan:
             self._add_phase(f"phase {number}", phase)
         self._ends = np.array([segment.first + segment.windows for segment in self.segments])
 
-    def _add_phase(self, name: str, phase: Stretch) -> None:
+    def _add_phase(self, name: str, phase: MixturePhase) -> None:
         """Add the segments of a phase: one, or where the others take over from exhausted sources, one after another."""
         sizes, weights = np.array(self.sizes), self._weights(name, phase)
         before, left = self._used, phase.windows
@@ -198,7 +198,7 @@ class CurriculumPlan:
                 'set its when_exhausted to "repeat" or "renormalise"'
             )
 
-    def _weights(self, name: str, phase: Stretch) -> NDArray[np.float64]:
+    def _weights(self, name: str, phase: MixturePhase) -> NDArray[np.float64]:
         """The phase's weight of each source, checked."""
         if unknown := set(phase.weights) - set(self.labels):
             raise ConfigError(
@@ -237,7 +237,7 @@ class CurriculumPlan:
         first = block * self.windows_per_block
         return range(first, min(first + self.windows_per_block, self.sizes[source]))
 
-    def groups(self, place: int = 0) -> Iterator[Group]:
+    def groups(self, place: int = 0) -> Iterator[BlockGroup]:
         """Every group that the places from `place` on need, in the order in which they need it first.
 
         What a reader fetches ahead. A group of a source is needed no more once the next one of that source is; the
@@ -260,7 +260,7 @@ class CurriculumPlan:
                     s, e, g = int(source[at]), int(epoch[at]), int(index[at] // in_group)
                     if number[at] > last[s]:
                         last[s] = number[at]
-                        yield Group(s, e, g, place + int(at), self.blocks(s, e, g))
+                        yield BlockGroup(s, e, g, place + int(at), self.blocks(s, e, g))
             place = end
 
     def boundaries(self) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ PADDING = -1  # the number of the document that padding is
 Cuts = NDArray[np.int64]  # [P, 3]: pieces of what the buffer holds, as its index there (or PADDING), start and stop
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """A document, or a part of it."""
 
     document: int
@@ -53,16 +53,16 @@ def pack(
     arrange = _fitted if how == "best_fit" else _joined
     pad = np.repeat(np.array(padding)[:, None], length, axis=1)
     most = max(buffer_tokens, CARRIED * length)
-    buffer: list[Piece] = []
+    buffer: list[Segment] = []
     size = 0
     for document, columns in enumerate(documents):
-        buffer.append(Piece(document, columns))
+        buffer.append(Segment(document, columns))
         size += columns.shape[1]
         if size >= most:
             windows, rest = arrange(buffer, length, generator, most // CARRIED)
             yield _laid(buffer, windows, length, pad)
             parts = zip(rest[:, 0].tolist(), _parts(buffer, rest, pad), strict=True)
-            buffer = [Piece(buffer[i].document, part.copy()) for i, part in parts]  # a view would keep a buffer alive
+            buffer = [Segment(buffer[i].document, part.copy()) for i, part in parts]  # a view would keep a buffer alive
             size = sum(piece.columns.shape[1] for piece in buffer)
     if buffer:
         yield _laid(buffer, arrange(buffer, length, generator, 0)[0], length, pad)
@@ -94,7 +94,7 @@ def best_fit(sizes: NDArray[Any], capacity: int) -> list[list[int]]:
     return windows
 
 
-def _fitted(buffer: list[Piece], length: int, generator: np.random.Generator, carried: int) -> tuple[Cuts, Cuts]:
+def _fitted(buffer: list[Segment], length: int, generator: np.random.Generator, carried: int) -> tuple[Cuts, Cuts]:
     """The pieces of all windows in their order, padding included; and up to `carried` tokens that fill none."""
     sizes = np.array([piece.columns.shape[1] for piece in buffer])
     full = np.where(sizes > length, sizes // length * length, 0)
@@ -148,7 +148,7 @@ def _end_of(long: list[list[int]], room: int) -> list[list[int]]:
     return [[number, end - size, end], *_padding(room - size)]
 
 
-def _joined(buffer: list[Piece], length: int, generator: np.random.Generator, carried: int) -> tuple[Cuts, Cuts]:
+def _joined(buffer: list[Segment], length: int, generator: np.random.Generator, carried: int) -> tuple[Cuts, Cuts]:
     """The documents one after the other; the end that fills no window, padded where nothing may be `carried`."""
     # The first may be the end of a document whose beginning is written already.
     order = [0, *(1 + generator.permutation(len(buffer) - 1)).tolist()]
@@ -175,14 +175,14 @@ def _cuts(pieces: list[list[int]]) -> Cuts:
     return np.array(pieces, np.int64).reshape(-1, 3)
 
 
-def _parts(buffer: list[Piece], cuts: Cuts, pad: NDArray[Any]) -> list[NDArray[Any]]:
+def _parts(buffer: list[Segment], cuts: Cuts, pad: NDArray[Any]) -> list[NDArray[Any]]:
     """The columns of each piece."""
     whole = [piece.columns for piece in buffer]
     ranges = zip(*cuts.T.tolist(), strict=True)  # without a list for each, which Python would search for cycles
     return [pad[:, :stop] if i == PADDING else whole[i][:, start:stop] for i, start, stop in ranges]
 
 
-def _laid(buffer: list[Piece], cuts: Cuts, length: int, pad: NDArray[Any]) -> Packed:
+def _laid(buffer: list[Segment], cuts: Cuts, length: int, pad: NDArray[Any]) -> Packed:
     """The pieces, which fill whole windows, as windows; cut where a window ends."""
     dtype = buffer[0].columns.dtype
     columns = np.concatenate(_parts(buffer, cuts, pad.astype(dtype)), axis=1)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vectorclm.errors import CorruptBlockError
-from vectorclm.shards.block_readers import Blocks, Fetched, Mapped, Patience
+from vectorclm.shards.block_readers import Blocks, MmapBlockReader, RemoteBlockReader, RetryPolicy
 from vectorclm.shards.blocks import Shard, read_shard
 from vectorclm.shards.order import GROUP_BLOCKS
 from vectorclm.shards.writer import Windows
@@ -66,7 +66,7 @@ class ShardReader:
         shape = (windows, self.sequence_length)
         return Windows(**{column.name: np.empty(shape, column.dtype) for column in self.shards[0].columns})
 
-    def want(self, place: int, windows: Iterable[range]) -> None:
+    def prefetch(self, place: int, windows: Iterable[range]) -> None:
         """Begin to read the blocks of `windows`, which are needed from `place` on."""
         blocks: dict[int, Callable[[], Windows]] = {}
         for some in windows:
@@ -75,7 +75,7 @@ class ShardReader:
                 blocks[block] = self._held(block) or self.source.begin(*self._shard(block))
         self.held.append((place, blocks))
 
-    def forget(self, place: int) -> None:
+    def evict(self, place: int) -> None:
         """Let go what was wanted before that which is needed at `place`."""
         while len(self.held) > 1 and self.held[1][0] <= place:
             for block in self.held.popleft()[1]:
@@ -83,7 +83,7 @@ class ShardReader:
                     self.source.drop(*self._shard(block))
 
     def gather(self, windows: NDArray[np.int64], into: Windows, rows: NDArray[np.int64]) -> None:
-        """Copy `windows` [n] to the `rows` [n] of `into`. Raises what `Fetched` and `Mapped` raise."""
+        """Copy `windows` [n] to the `rows` [n] of `into`. Raises what the block readers raise."""
         blocks, places = self._where(windows)
         order = np.argsort(blocks, kind="stable")
         for here in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1):
@@ -99,9 +99,9 @@ class ShardReader:
         limit, wanted = min(limit or len(self), len(self)), 0
         group = GROUP_BLOCKS * self.block_windows
         for start in range(0, limit, count):
-            self.forget(start)
+            self.evict(start)
             while wanted < min(limit, start + group):
-                self.want(wanted, [range(wanted, min(limit, wanted + group))])
+                self.prefetch(wanted, [range(wanted, min(limit, wanted + group))])
                 wanted += group
             rows = np.arange(min(count, limit - start))
             found = self.empty(len(rows))
@@ -135,16 +135,16 @@ class ShardReader:
 
 @contextmanager
 def open_shards(
-    artifact: Artifact, split: str, *, cache: str | None = None, patience: Patience = Patience()
+    artifact: Artifact, split: str, *, cache: str | None = None, patience: RetryPolicy = RetryPolicy()
 ) -> Iterator[dict[str, ShardReader]]:
     """Readers of each source's windows of a split, while the block runs; nothing is read yet but the manifest.
 
     `cache` is a local folder that keeps blocks of a remote store. Raises CorruptArtifactError where the manifest is
     not whole.
     """
-    blocks: Blocks = Mapped()
+    blocks: Blocks = MmapBlockReader()
     if not artifact.store.is_local:
-        blocks = Fetched(artifact.store, patience, None if cache is None else Path(cache))
+        blocks = RemoteBlockReader(artifact.store, patience, None if cache is None else Path(cache))
     shards: dict[str, list[Shard]] = {}
     for name in sorted(artifact.manifest["files"]):
         if fnmatchcase(name, f"*/{split}-*.arrow"):

@@ -23,7 +23,7 @@ from vectorclm.runtime.library_calls import interruptibly
 from vectorclm.runtime.progress import Progress
 from vectorclm.settings import Settings
 from vectorclm.shards.audit import audit, check_round_trip, split_documents
-from vectorclm.shards.encoder import JUDGE_EVERY, Disproved, Encoder, open_encoder
+from vectorclm.shards.encoder import JUDGE_EVERY, Encoder, EncoderMismatch, open_encoder
 from vectorclm.shards.packing import Packing, pack
 from vectorclm.store.artifact import Artifact
 from vectorclm.store.durable import TEMPORARY
@@ -166,8 +166,8 @@ def write_shards(
         files = SampleFiles(sample)
         try:
             return _write_sources(config, files, encoder, seed, slices)
-        except Disproved as difference:
-            encoder.give_up(difference)
+        except EncoderMismatch as difference:
+            encoder.fall_back(difference)
         slices.start_again()
         return _write_sources(config, files, encoder, seed, slices)
 
@@ -175,7 +175,7 @@ def write_shards(
 def _write_sources(
     config: ShardsConfig, sample: SampleFiles, encoder: Encoder, seed: int, slices: Slices
 ) -> dict[str, Any]:
-    lengths = token_lengths(encoder.judge)
+    lengths = token_lengths(encoder.reference)
     summary: dict[str, Any] = {}
     with Progress("shards", sum(sample.bytes.values()), "compressed bytes") as progress:
         for label in sample.labels:
@@ -264,12 +264,12 @@ def _encoded(
     encoded = encoder.encode(group)
     if left.is_set():
         return [], 0
-    return encoded, check_round_trip(encoder.judge, group[::JUDGE_EVERY], encoded[::JUDGE_EVERY], where)
+    return encoded, check_round_trip(encoder.reference, group[::JUDGE_EVERY], encoded[::JUDGE_EVERY], where)
 
 
 def _documents(texts: Iterable[str], encoder: Encoder, found: _Found, where: str) -> Iterator[NDArray[Any]]:
     """The ids [1, n] of each document with its BOS and EOS."""
-    vocab_size = encoder.judge.get_vocab_size()
+    vocab_size = encoder.reference.get_vocab_size()
     dtype = token_dtype(vocab_size)
     bos, eos = np.array([BOS_ID], np.uint32), np.array([EOS_ID], np.uint32)
     for group in in_groups(texts, GROUP_CHARACTERS, GROUP_DOCUMENTS):

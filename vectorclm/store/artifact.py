@@ -22,11 +22,11 @@ from vectorclm.store.durable import temporary_beside
 from vectorclm.store.hash_memory import HashMemory, cache_folder
 from vectorclm.store.lease import Lease, check_held, is_alive
 from vectorclm.store.manifest import MANIFEST as MANIFEST
-from vectorclm.store.manifest import Describe, read_manifest, said_of, sealed
+from vectorclm.store.manifest import Describe, file_entry, read_manifest, sealed
 from vectorclm.store.publication import commit, publish_locally
 from vectorclm.store.result import Artifact as Artifact
 from vectorclm.store.result import ArtifactStorage, corrupt
-from vectorclm.store.result import Plan as Plan
+from vectorclm.store.result import StageSpec as StageSpec
 from vectorclm.store.result import mend as mend
 from vectorclm.store.storage import TRIES, explained, sha256_of
 from vectorclm.store.work import attempt_folder
@@ -70,7 +70,7 @@ class Store(ArtifactStorage):
                     raise
         return None
 
-    def find_whole(self, plan: Plan) -> Artifact | None:
+    def find_whole(self, plan: StageSpec) -> Artifact | None:
         """The finished artifact of a plan, or None, also where it is damaged, so that its stage makes it again."""
         try:
             return self.find(plan.stage, plan.fingerprint)
@@ -99,7 +99,7 @@ class Store(ArtifactStorage):
 
     def publish(
         self,
-        plan: Plan,
+        plan: StageSpec,
         directory: Path,
         summary: Mapping[str, Any],
         describe: Describe | None = None,
@@ -115,7 +115,7 @@ class Store(ArtifactStorage):
 
     def publish_first(
         self,
-        plan: Plan,
+        plan: StageSpec,
         directory: Path,
         summary: Mapping[str, Any],
         describe: Describe | None,
@@ -152,7 +152,7 @@ class Store(ArtifactStorage):
         """
         files = {}
         for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-            files[path.relative_to(directory).as_posix()] = said_of(path, describe)
+            files[path.relative_to(directory).as_posix()] = file_entry(path, describe)
         created = datetime.now(UTC).isoformat(timespec="seconds")
         with explained(self.uri_of(key)):
             if not self.is_local:
@@ -219,7 +219,7 @@ class Store(ArtifactStorage):
         for whatever goes wrong after another process has taken it over.
         """
         lease = Lease(self, f"leases/{key}.json")
-        lease.take()
+        lease.acquire()
         try:
             yield lease
         except Exception:
@@ -227,7 +227,7 @@ class Store(ArtifactStorage):
                 lease.check()
             raise
         finally:
-            lease.give_back()
+            lease.release()
 
     def lease_holder(self, key: str) -> dict[str, Any] | None:
         """Who writes `key` at this moment (`host`, `pid`, …); None where nobody alive does."""
@@ -238,7 +238,7 @@ class Store(ArtifactStorage):
         """Raise InUseError where this process was the writer of `key`, and another has taken it over."""
         check_held(self, f"leases/{key}.json")
 
-    def work_folder(self, plan: Plan, work_dir: str | None) -> Path:
+    def work_folder(self, plan: StageSpec, work_dir: str | None) -> Path:
         """The local folder of this plan's work in progress, in which each attempt at it has a folder of its own."""
         folder = self.work_root(work_dir) / f"{plan.stage}-{plan.fingerprint[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ class Store(ArtifactStorage):
         return cache_folder() / "work" / digest(self.uri)[:12]  # each store its own, as their leases are apart, too
 
 
-def rebuilt_because(plan: Plan, error: CorruptArtifactError) -> str:
+def rebuilt_because(plan: StageSpec, error: CorruptArtifactError) -> str:
     """The warning that an artifact which `find` refuses is built again."""
     return f"{str(error).removesuffix(': run its stage again')}; {plan.stage} is built again now"
 
@@ -263,13 +263,13 @@ class SentFiles(Protocol):
 
     files: dict[str, Mapping[str, Any]]  # as the manifest has them
 
-    def forget_notes(self, artifact: Artifact) -> None:
+    def clear_markers(self, artifact: Artifact) -> None:
         """Remove what says how far the work was: the manifest is there."""
 
 
 def build(
     store: Store,
-    plan: Plan,
+    plan: StageSpec,
     produce: Callable[[Path], Mapping[str, Any]],
     work_dir: str | None = None,
     describe: Describe | None = None,
@@ -302,12 +302,16 @@ def build(
             if not first:  # another was faster, as this process stood still
                 lease.check()
             if sending is not None:
-                sending.forget_notes(artifact)
+                sending.clear_markers(artifact)
         return artifact, not first
 
 
 def rebuild(
-    store: Store, artifact: Artifact, plan: Plan, produce: Callable[[Path], Mapping[str, Any]], work_dir: str | None
+    store: Store,
+    artifact: Artifact,
+    plan: StageSpec,
+    produce: Callable[[Path], Mapping[str, Any]],
+    work_dir: str | None,
 ) -> list[str]:
     """Make a finished artifact again, beside it, and return the files that came out otherwise; the artifact stays.
 

@@ -231,7 +231,7 @@ def _uploads(store: Store) -> Iterator[Garbage]:
         return
     bucket = store.root.partition("/")[0]
     try:
-        with s3.told(f"unfinished uploads to {store.uri} cannot be listed, and stay"):
+        with s3.translate_errors(f"unfinished uploads to {store.uri} cannot be listed, and stay"):
             listed = store.fs.list_multipart_uploads(bucket)
     except StoreError as error:  # not every server knows them, nor may every key see them
         logger.warning("%s", error)

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from vectorclm.errors import InUseError, StoreError
-from vectorclm.runtime.processes import mark, marked, process_space
+from vectorclm.runtime.processes import find_process, process_identity, process_space
 from vectorclm.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Lease:
         self._ended = threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True, name=name)
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Claim the key. Raises InUseError while another live process holds it.
 
         Of a holder on another machine it is waited for a renewal, PATIENCE times LEASE_SECONDS at most.
@@ -63,7 +63,7 @@ class Lease:
     def _lives(self, claim: bytes, holder: Mapping[str, Any]) -> bool:
         """Whether the holder lives: here its process says so, elsewhere its claim changes. No clocks are compared."""
         if is_here(holder):
-            return marked(holder) is not None
+            return find_process(holder) is not None
         logger.info("%s is of %s: waiting to see whether it is renewed", self.name, holder.get("host", "nobody known"))
         began = time.monotonic()
         while time.monotonic() - began < PATIENCE * LEASE_SECONDS:
@@ -79,7 +79,7 @@ class Lease:
             by = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "one that has ended since"
             raise InUseError(f"{self.name} was taken over by {by}: this process stood still for too long")
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """End the claim; what another has taken over stays theirs."""
         _held.pop((self.store.uri, self.name), None)
         self._ended.set()
@@ -109,7 +109,12 @@ class Lease:
         return self._last
 
     def _claim(self) -> bytes:
-        claim = {"host": socket.gethostname(), **mark(psutil.Process()), "token": self._token, "renewed": time.time()}
+        claim = {
+            "host": socket.gethostname(),
+            **process_identity(psutil.Process()),
+            "token": self._token,
+            "renewed": time.time(),
+        }
         return json.dumps(claim).encode()
 
 
@@ -123,10 +128,10 @@ def read_claim(claim: bytes) -> dict[str, Any]:
 def is_alive(holder: Mapping[str, Any]) -> bool:
     """Whether a lease's holder seems to live, at a glance: elsewhere by its last renewal, if the clocks agree.
 
-    It is enough to tell a person; before anything is taken from a holder, `Lease.take` looks longer.
+    It is enough to tell a person; before anything is taken from a holder, `Lease.acquire` looks longer.
     """
     if is_here(holder):
-        return marked(holder) is not None
+        return find_process(holder) is not None
     return bool(time.time() - holder.get("renewed", 0) < LEASE_SECONDS)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vectorclm.errors import ConfigError, CorruptArtifactError
-from vectorclm.store.artifact import MANIFEST, Artifact, Plan, Store
+from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store
 from vectorclm.store.layout import MEASURE, STAGES
 from vectorclm.store.lease import is_alive, read_claim
 from vectorclm.store.storage import StoredFile
@@ -179,6 +179,6 @@ def _differences(folder: Folder) -> Iterator[str]:
     manifest = artifact.manifest
     if "format_version" not in manifest:  # a checkpoint, which is named by its step
         return
-    told = Plan(manifest["stage"], manifest["format_version"], manifest["config"], manifest["inputs"]).fingerprint
+    told = StageSpec(manifest["stage"], manifest["format_version"], manifest["config"], manifest["inputs"]).fingerprint
     if told != artifact.fingerprint:
         yield f"{artifact.uri}: the settings and inputs in its manifest are those of {told[:12]}…"

@@ -14,7 +14,7 @@ SEAL = "manifest_sha256"  # over all else in it
 Describe = Callable[[Path], Mapping[str, Any]]  # what a manifest says of a file beside its size and SHA-256
 
 
-def said_of(path: Path, describe: Describe | None) -> dict[str, Any]:
+def file_entry(path: Path, describe: Describe | None) -> dict[str, Any]:
     """What a manifest says of a file."""
     more = {} if describe is None else describe(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path), **more}

@@ -50,12 +50,12 @@ class Model:
 def find_model(address: str) -> Model:
     """The model in a local folder, or at `<store>/<stage>/<fingerprint>` of any store; nothing is loaded.
 
-    Of a fingerprint its beginning is enough, and without a store it is the default one (see `whole`). Raises DataError
-    where no model is there, StoreError where the store cannot be read, and ConfigError for an address of another kind.
+    Of a fingerprint its beginning is enough, and without a store it is the default one (see `expand_prefix`).
+    Raises DataError where no model is there, StoreError where the store cannot be read, and ConfigError for an address of another kind.
     """
     if address.startswith("models:/"):
         raise ConfigError(f"{address} is known to MLflow only: give it to the `vectorclm` command or to the platform")
-    address = whole(address)
+    address = expand_prefix(address)
     if "://" in address:
         return _find_in_store(address)
     folder = Path(address).absolute()
@@ -72,7 +72,7 @@ def find_model(address: str) -> Model:
     return Model(str(folder), digest(prints), _is_chat((folder / "tokenizer_config.json").read_bytes(), address))
 
 
-def whole(address: str, store: Store | None = None) -> str:
+def expand_prefix(address: str, store: Store | None = None) -> str:
     """An address with all digits of its fingerprint, where it has the first of them; any other as it is.
 
     Without a store in it, as in `finetune/7fa0`, it is of `store`, or else of the default one. Raises ConfigError where

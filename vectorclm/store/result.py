@@ -19,7 +19,7 @@ from vectorclm.store.storage import TRIES, Storage, StoredFile
 
 
 @dataclass(frozen=True)
-class Plan:
+class StageSpec:
     """What one stage is asked to make: its settings and the fingerprints of its inputs, before anything runs."""
 
     stage: str

@@ -68,7 +68,7 @@ class Slices:
         self.shards[source] += len(shards)
 
 
-class SentSlices(Slices):
+class ResumableUpload(Slices):
     """Slices whose files go to a remote store, and the note of each: `folder` holds one at a time.
 
     So a later process goes on wherever it runs.

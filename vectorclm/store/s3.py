@@ -76,7 +76,7 @@ def options(protocol: str, attempts: int) -> dict[str, Any]:
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
+def translate_errors(where: str) -> Iterator[None]:
     """Raise StoreError with what to change, in a line, for whatever a remote store's client raises in this block.
 
     An object that is missing, or there already, stays a FileNotFoundError or FileExistsError.

@@ -84,7 +84,7 @@ class Storage:
         """Ask a remote store for an object. Raises StoreError, with what to change, without much waiting."""
         if self.is_local:
             return
-        with suppress(FileNotFoundError), self._told(f"store {self.uri}"):
+        with suppress(FileNotFoundError), self._translate_errors(f"store {self.uri}"):
             quick, _ = fsspec.core.url_to_fs(self.uri, use_listings_cache=False, **s3.options(self._protocol, s3.QUICK))
             quick.retries = 1  # s3fs repeats what botocore has already repeated
             quick.cat_file(self.path(f"{TEMPORARY}none"), **self._in_one)
@@ -133,7 +133,7 @@ class Storage:
         if self.is_local:
             Path(self.root).mkdir(parents=True, exist_ok=True)
         else:
-            with self._told(f"store {self.uri}"):
+            with self._translate_errors(f"store {self.uri}"):
                 self.fs.makedirs(self.root.lstrip("/").partition("/")[0], exist_ok=True)
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
@@ -142,7 +142,7 @@ class Storage:
         if self.is_local:
             make_folder(Path(path).parent)
             return write_file(Path(path), data, only_if_absent=only_if_absent)
-        with self._told(f"cannot write {self.uri_of(key)}"):
+        with self._translate_errors(f"cannot write {self.uri_of(key)}"):
             try:
                 self.fs.pipe_file(path, data, mode="create" if only_if_absent else "overwrite")
             except OSError as error:
@@ -173,7 +173,7 @@ class Storage:
             return True
         if not self.is_s3:
             return self.read(key) == before and self.write(key, after)
-        with self._told(f"cannot write {self.uri_of(key)}"):
+        with self._translate_errors(f"cannot write {self.uri_of(key)}"):
             found, tag = s3.read_tagged(self.fs, self.path(key))
             if found != before:
                 return False
@@ -215,7 +215,9 @@ class Storage:
     def read(self, key: str) -> bytes | None:
         """The object's bytes, or None where there is none."""
         try:
-            with self._told(f"cannot read {self.uri_of(key)}"):  # in one request, without asking for the size first
+            with self._translate_errors(
+                f"cannot read {self.uri_of(key)}"
+            ):  # in one request, without asking for the size first
                 return bytes(self.fs.cat_file(self.path(key), **self._in_one))
         except FileNotFoundError:
             return None
@@ -223,7 +225,7 @@ class Storage:
     def list(self, key: str) -> list[str]:
         """Names directly below `key`, sorted; empty where there is nothing."""
         try:
-            with self._told(f"cannot list {self.uri_of(key)}"):
+            with self._translate_errors(f"cannot list {self.uri_of(key)}"):
                 names = self.fs.ls(self.path(key).rstrip("/"), detail=False)
         except FileNotFoundError:
             return []
@@ -237,7 +239,7 @@ class Storage:
         if self.is_local:
             found = dict(_local_files(Path(self.path(key))))
         else:
-            with self._told(f"cannot list {self.uri_of(key)}"):
+            with self._translate_errors(f"cannot list {self.uri_of(key)}"):
                 listed = self.fs.find(self.path(key).rstrip("/"), detail=True)
             found = {path: _stored(info) for path, info in listed.items()}
         return {path.removeprefix(f"{self.root}/"): found[path] for path in sorted(found)}
@@ -245,27 +247,30 @@ class Storage:
     def sha256(self, key: str) -> str | None:
         """The hash of a file's bytes as they are read from the store, or None where there is no such file."""
         try:
-            with self._told(f"cannot read {self.uri_of(key)}"), self.fs.open(self.path(key), "rb", READ_BYTES) as file:
+            with (
+                self._translate_errors(f"cannot read {self.uri_of(key)}"),
+                self.fs.open(self.path(key), "rb", READ_BYTES) as file,
+            ):
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             return None
 
     def delete(self, key: str) -> None:
         """Remove one object, if it is there."""
-        with suppress(FileNotFoundError), self._told(f"cannot remove {self.uri_of(key)}"):
+        with suppress(FileNotFoundError), self._translate_errors(f"cannot remove {self.uri_of(key)}"):
             self.fs.rm_file(self.path(key))
 
     def remove(self, key: str) -> None:
         """Remove `key` and all below it, if it is there."""
-        with suppress(FileNotFoundError), self._told(f"cannot remove {self.uri_of(key)}"):
+        with suppress(FileNotFoundError), self._translate_errors(f"cannot remove {self.uri_of(key)}"):
             self.fs.rm(self.path(key), recursive=True)
         # Of many objects at once, s3fs does not say which it could not remove.
         if not self.is_local and self.files(key):
             raise StoreError(f"{self.uri_of(key)} was removed, but some of it is still there: see who may delete in it")
 
-    def _told(self, where: str) -> AbstractContextManager[None]:
+    def _translate_errors(self, where: str) -> AbstractContextManager[None]:
         """Have the block's errors say what to change, where they are those of a remote store's client."""
-        return nullcontext() if self.is_local else s3.told(where)
+        return nullcontext() if self.is_local else s3.translate_errors(where)
 
     def put(self, source: Path, folder: str, name: str, sha256: str) -> str:
         """Copy a file into a folder of a remote store, until what is read back has this hash; returns its name there.
@@ -276,7 +281,7 @@ class Storage:
         place = name
         for _ in range(TRIES):
             key = f"{folder}/{place}"
-            with self._told(f"cannot write {self.uri_of(key)}"):
+            with self._translate_errors(f"cannot write {self.uri_of(key)}"):
                 if self.is_s3 and source.stat().st_size > s3.LARGEST_PUT and place == name:
                     place = _own(name)  # uploads in parts replace what is there, at too many servers
                     continue
@@ -303,7 +308,7 @@ class Storage:
     def get(self, key: str, target: Path, sha256: str) -> str:
         """Fetch a file until it has this hash; returns the hash that it has. Raises FileNotFoundError."""
         for _ in range(TRIES):
-            with self._told(f"cannot read {self.uri_of(key)}"), explained(str(target)):
+            with self._translate_errors(f"cannot read {self.uri_of(key)}"), explained(str(target)):
                 self.fs.get_file(self.path(key), str(target), **self._in_parts)
             if (found := sha256_of(target)) == sha256:
                 break

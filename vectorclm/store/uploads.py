@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vectorclm.settings import digest
-from vectorclm.store.artifact import Artifact, Plan, Store
+from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.durable import OWN
-from vectorclm.store.manifest import SEAL, place_of, said_of, sealed
+from vectorclm.store.manifest import SEAL, file_entry, place_of, sealed
 from vectorclm.store.storage import ATTEMPT, StoredFile, explained
 
 NOTE = f"{OWN}note-"
@@ -33,7 +33,7 @@ class Sending:
     A note is never changed: each has a name of its own, and of several about the same work any that holds is right.
     """
 
-    def __init__(self, store: Store, plan: Plan, describer: Callable[[], Describer]) -> None:
+    def __init__(self, store: Store, plan: StageSpec, describer: Callable[[], Describer]) -> None:
         self.store = store
         self.key, self.lease = f"{plan.stage}/{plan.fingerprint}", plan.lease
         self.describer = describer
@@ -50,7 +50,7 @@ class Sending:
     def send(self, path: Path, name: str) -> None:
         """Move a finished file to the store. Raises InUseError where another process took the stage over."""
         self.store.check_lease(self.lease)
-        said = said_of(path, self.describe)
+        said = file_entry(path, self.describe)
         with explained(self.store.uri_of(f"{self.key}/{name}")):
             said |= self.store.send(path, self.key, name, said["sha256"])
         path.unlink(missing_ok=True)
@@ -97,7 +97,7 @@ class Sending:
         self.abandoned |= {f"{self.key}/{place_of(said, name)}" for name, said in self.files.items()}
         self.files, self.describe, self.round = {}, self.describer(), "second"
 
-    def forget_notes(self, artifact: Artifact) -> None:
+    def clear_markers(self, artifact: Artifact) -> None:
         """Remove the notes, as with the manifest all is said, and the files of attempts that it does not name."""
         if artifact.store.is_local:
             return

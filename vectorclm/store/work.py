@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from vectorclm.runtime.processes import mark, marked
+from vectorclm.runtime.processes import find_process, process_identity
 from vectorclm.store.durable import temporary_beside
 from vectorclm.store.lease import is_here, read_claim
 
@@ -33,7 +33,9 @@ def attempt_folder(plan_folder: Path) -> Iterator[Path]:
     folder = plan_folder / secrets.token_hex(8)
     part = temporary_beside(folder)
     part.mkdir(parents=True)
-    (part / HOLDER).write_text(json.dumps({"host": socket.gethostname(), **mark(psutil.Process())}), encoding="utf-8")
+    (part / HOLDER).write_text(
+        json.dumps({"host": socket.gethostname(), **process_identity(psutil.Process())}), encoding="utf-8"
+    )
     part.rename(folder)
     try:
         yield folder
@@ -51,11 +53,11 @@ def is_abandoned(folder: Path) -> bool:
         holder = read_claim((folder / HOLDER).read_bytes())
     except FileNotFoundError:
         return True
-    return is_here(holder) and marked(holder) is None
+    return is_here(holder) and find_process(holder) is None
 
 
 def is_in_use(plan_folder: Path) -> bool:
     """Whether a live process of this machine has an attempt in a plan's folder, even one that lost its lease."""
     attempts = [path for path in plan_folder.iterdir() if ATTEMPT.fullmatch(path.name)]
     holders = [read_claim((path / HOLDER).read_bytes()) for path in attempts if (path / HOLDER).is_file()]
-    return any(is_here(holder) and marked(holder) is not None for holder in holders)
+    return any(is_here(holder) and find_process(holder) is not None for holder in holders)

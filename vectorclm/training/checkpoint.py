@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.store.artifact import Artifact, Plan, Store
+from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.storage import explained
 
 KEEP = 2  # older checkpoints are removed
@@ -73,7 +73,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, store: Store, plan: Plan, work: Path, data: str, *, keep_all: bool = False, again: bool = False
+        self, store: Store, plan: StageSpec, work: Path, data: str, *, keep_all: bool = False, again: bool = False
     ) -> None:
         self.store = store
         self.plan = plan

@@ -75,7 +75,7 @@ class Metrics:
         self.note = f"loss {self.losses[-1]:.3f}  {speed:,.0f} tokens/s"
 
     @property
-    def stray(self) -> bool:
+    def is_diverging(self) -> bool:
         """Whether the last steps look like the beginning of a divergence: no checkpoint of them is worth keeping."""
         return self._strayed(len(self.losses))
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vectorclm.nn.layers import StackedLinear
-from vectorclm.nn.matmul import product, takes_onednn
+from vectorclm.nn.matmul import matmul, takes_onednn
 from vectorclm.runtime.distributed import ALONE, Group
 from vectorclm.settings import Settings
 
@@ -100,7 +100,7 @@ def _newton_schulz(x_RC: Tensor, steps: int) -> Tensor:
         x_RC = x_RC.mT
     x_RC = (x_RC / (x_RC.norm(dim=(-2, -1), keepdim=True) + 1e-7)).contiguous()
     for _ in range(steps):
-        gram_RR = product(x_RC, x_RC) if takes_onednn(x_RC) else x_RC @ x_RC.mT
+        gram_RR = matmul(x_RC, x_RC) if takes_onednn(x_RC) else x_RC @ x_RC.mT
         poly_RR = _plus_product(gram_RR, B, gram_RR, gram_RR, C)  # a Gram matrix is its own transpose
         x_RC = _plus_product(x_RC, A, poly_RR, x_RC.mT, 1.0)
     return x_RC.mT if tall else x_RC
@@ -109,7 +109,7 @@ def _newton_schulz(x_RC: Tensor, steps: int) -> Tensor:
 def _plus_product(x: Tensor, beta: float, a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """`beta * x + alpha * a @ b.T`."""
     if takes_onednn(a):
-        return product(a, b).mul_(alpha).add_(x, alpha=beta)
+        return matmul(a, b).mul_(alpha).add_(x, alpha=beta)
     fused = torch.addmm if a.ndim == 2 else torch.baddbmm  # which round once, a bf16 result too
     return fused(x, a, b.mT, beta=beta, alpha=alpha)
 
