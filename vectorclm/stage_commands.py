@@ -19,21 +19,8 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.distributed import Group, end_together, joined, record
 from vectorclm.runtime.preemption import PREEMPTED
 from vectorclm.settings import validate
-from vectorclm.stages import TRAININGS, follow_stage, run_stage, summary_lines
+from vectorclm.stages import BY_NAME, TRAININGS, follow_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Store
-
-ABOUT = {
-    "sample": "draw the documents and write them as Parquet",
-    "tokenizer": "learn the byte-level BPE",
-    "shards": "tokenize the documents into windows",
-    "chat_shards": "render and pack the conversations",
-    "pretrain": "train the base model over the curriculum",
-    "evaluate_base": "score the base model",
-    "finetune": "tune the base model on the conversations",
-    "evaluate": "score the chat model",
-    "export": "write the models as Hugging Face directories with their cards",
-}
-
 
 STOPPING = f"""
 
@@ -64,7 +51,7 @@ def stage_command(stage: str) -> Callable[..., None]:
     ) -> None:
         build_stage(stage, experiment, options)
 
-    command.__doc__ = f"{ABOUT[stage][0].upper()}{ABOUT[stage][1:]}."
+    command.__doc__ = f"{BY_NAME[stage].about[0].upper()}{BY_NAME[stage].about[1:]}."
     if stage in TRAININGS:
         command.__doc__ += STOPPING
     return command

@@ -44,10 +44,9 @@ from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreE
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
-from vectorclm.stages import TRAININGS, plans, run_stage, summary_lines
+from vectorclm.stages import BY_NAME, plans, run_stage, summary_lines
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 
-TORCH_STAGES = TRAININGS | {"evaluate", "evaluate_base"}  # each in a process of its own, or several
 RETRY_DELAY = 5  # seconds
 LINK_SECONDS = 15  # how long the link to MLflow is waited for, while the stages run
 CHAMPION_SECONDS = 30  # how long the name of the champion is waited for
@@ -199,7 +198,7 @@ class Stages:
         try:
             return self.store.find(plan.stage, plan.fingerprint)
         except CorruptArtifactError as error:
-            if name in TORCH_STAGES or self.runtime.placement == "pools":  # the other process warns in its own log
+            if BY_NAME[name].own_process or self.runtime.placement == "pools":  # the other process warns in its own log
                 logger.warning("%s", rebuilt_because(plan, error))
             return None
 
@@ -240,11 +239,11 @@ class Stages:
                 raise StageCancelledError("ended with the curriculum")
 
     def _make(self, name: str) -> Artifact:
-        if name not in TORCH_STAGES:
+        if not BY_NAME[name].own_process:
             again = name in self.again
             return run_stage(name, self.experiment, self.store, self.runtime, self.data, again=again)[0]
         self.launcher.take_turn(show_waiting)
-        processes = self.runtime.training_processes() if name in TRAININGS else 1
+        processes = self.runtime.training_processes() if BY_NAME[name].trains else 1
         command = [sys.executable, "-m", "vectorclm", name, str(self.folder / "experiment.json"), "--relay"]
         command += ["--store", self.store.uri, "--runtime", str(self.folder / "runtime.json")]
         command += ["--data", str(self.data)] if self.data is not None else []

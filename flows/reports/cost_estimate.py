@@ -92,13 +92,7 @@ def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[st
 
 def _fingerprint(name: str, experiment: ExperimentConfig, plans: Mapping[str, StageSpec]) -> str:
     """The stage's fingerprint, unless it or something before it reads a source whose commit is not known."""
-    reads: dict[str, Any] = {
-        "sample": experiment.sample.sources,
-        "chat_shards": experiment.chat.sources,
-        "evaluate_base": experiment.evaluate.tasks,
-        "evaluate": experiment.evaluate.tasks,
-    }
-    own = any(source.revision == UNRESOLVED for source in reads.get(name, []))
+    own = any(source.revision == UNRESOLVED for source in BY_NAME[name].sources(experiment))
     before = any(_fingerprint(stage, experiment, plans) == UNRESOLVED for stage in plans[name].inputs)
     return UNRESOLVED if own or before else plans[name].fingerprint
 

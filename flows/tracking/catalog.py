@@ -1,16 +1,14 @@
 """Data sets and models in MLflow: what a run was made from, and the registered versions with their chains."""
 
 import json
-from collections.abc import Sequence
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput
 
 from flows.tracking.client import ALIAS, MODELS, NOTE, REGISTERED, flatten, run_page
 from flows.tracking.session import Session
-from vectorclm.corpus.sources import Source
 from vectorclm.lineage.chain import SHORT, describe_node, lineage, score_facts
-from vectorclm.stages import EVALUATED
+from vectorclm.stages import BY_NAME, EVALUATED, TABLE
 from vectorclm.store.artifact import Artifact
 
 DIGEST_LENGTH = 36  # of a data set
@@ -18,12 +16,7 @@ PROFILE_LENGTH = 16_000  # of a data set
 REVISION = 23  # characters of a source's revision that a person reads
 
 ENDS = {"export": "finetune"}  # a copy of a model is described as the model
-DATASETS = ("sample", "shards", "chat_shards")
-COLUMNS = {
-    "sample": {"text": "string", "id": "string"},
-    "shards": {"input_ids": "integer"},
-    "chat_shards": {"input_ids": "integer", "supervised": "integer"},
-}
+COLUMNS = {stage.name: stage.columns for stage in TABLE if stage.columns is not None}  # of data sets
 
 
 class Catalog:
@@ -82,14 +75,8 @@ class Catalog:
     def sources(self, name: str) -> list[Dataset]:
         """The documents, conversations or questions that the stage `name` reads, at their revisions."""
         experiment = self.session.experiment
-        groups: dict[str, Sequence[Source]] = {
-            "sample": experiment.sample.sources,
-            "chat_shards": experiment.chat.sources,
-            "evaluate_base": experiment.evaluate.tasks,
-            "evaluate": experiment.evaluate.tasks,
-        }
         found = []
-        for source in groups.get(name, ()):
+        for source in BY_NAME[name].sources(experiment):
             revision = source.revision or "none"
             place = {
                 "path": source.path,
@@ -106,7 +93,7 @@ class Catalog:
     def show(self, name: str, artifact: Artifact) -> None:
         """What a stage has made, on the curriculum's own run, so that the table of runs has its data and models."""
         parent = self.session.parent_id
-        if name in DATASETS and (data := self.dataset(name)) is not None:
+        if name in COLUMNS and (data := self.dataset(name)) is not None:
             self.session.client.log_inputs(parent, [DatasetInput(data, [InputTag("mlflow.data.context", name)])])
         elif name in MODELS and (model_id := self.model_id(name, artifact)) is not None:
             self.session.client.log_outputs(parent, [LoggedModelOutput(model_id, step=0)])

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.paths import local_folder
+from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Store
 
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's or an experiment's description
 ALIAS = "candidate"
 CHAMPION = "champion"
-MODELS = {"tokenizer": "tokenizer", "pretrain": "base", "finetune": "chat"}  # stage -> model
-REGISTERED = {"tokenizer": "vectorclm-tokenizer", "pretrain": "vectorclm-base", "finetune": "vectorclm-chat"}
+MODELS = {stage.name: stage.model for stage in TABLE if stage.model is not None}
+REGISTERED = {stage: f"vectorclm-{model}" for stage, model in MODELS.items()}
 
 
 class NotOpenError(Exception):
