@@ -14,6 +14,7 @@ from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.pinning import UNRESOLVED
 from vectorclm.shards.order import format_epochs
 from vectorclm.shards.writer import token_dtype
+from vectorclm.stages import BY_NAME
 from vectorclm.store.artifact import StageSpec, Store
 
 # Training FLOP/s taken for the estimate: a fifth of the dense bf16 peak on GPUs, whose products a small model

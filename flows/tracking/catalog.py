@@ -65,7 +65,7 @@ class Catalog:
     def log_inputs(self, name: str) -> None:
         """What the stage `name` is made from, on its run: data sets, models, and sources at their revisions."""
         context, inputs = [InputTag("mlflow.data.context", name)], self.plans[name].inputs
-        data = [self.dataset(part) for part in inputs if part in DATASETS]
+        data = [self.dataset(part) for part in inputs if part in COLUMNS]
         sets = [DatasetInput(entity, context) for entity in [*data, *self.sources(name)] if entity is not None]
         models = [self.model_id(part) for part in inputs if part in MODELS]
         self.session.client.log_inputs(
