@@ -51,7 +51,8 @@ def find_model(address: str) -> Model:
     """The model in a local folder, or at `<store>/<stage>/<fingerprint>` of any store; nothing is loaded.
 
     Of a fingerprint its beginning is enough, and without a store it is the default one (see `expand_prefix`).
-    Raises DataError where no model is there, StoreError where the store cannot be read, and ConfigError for an address of another kind.
+    Raises DataError where no model is there, StoreError where the store cannot be read, and ConfigError for an
+    address of another kind.
     """
     if address.startswith("models:/"):
         raise ConfigError(f"{address} is known to MLflow only: give it to the `vectorclm` command or to the platform")
