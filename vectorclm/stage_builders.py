@@ -1,4 +1,4 @@
-"""How each stage builds its artifact: one function a stage, which writes files into a folder and returns a summary."""
+"""The builders of the stages: one function for each, which writes files into a folder and returns a summary."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,12 +37,12 @@ from vectorclm.train import TrainConfig, TrainingRun
 from vectorclm.train_tokenizer import train_tokenizer
 from vectorclm.training.checkpoint import Checkpoints
 
-STREAMED = frozenset({"shards", "chat_shards"})  # what trainings read as they go, and never copy as a whole
+STREAMED = frozenset({"shards", "chat_shards"})  # data sets that trainings stream, and never copy as a whole
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage at work: what it is asked for, what it reads, and where it runs."""
+    """One run of a stage: the experiment, the input artifacts, and the place where the stage runs."""
 
     name: str
     experiment: ExperimentConfig
@@ -52,9 +52,9 @@ class StageJob:
     group: Group
     specs: Mapping[str, StageSpec]  # of all stages
     inputs: Mapping[str, Artifact]
-    upload: Sending | None  # takes large files to a remote store one by one
-    again: bool  # the artifact is there, and is built once more to be compared
-    kept: list[Checkpoints | Slices] = field(default_factory=list)  # what to clear once the artifact is there
+    upload: Sending | None = None  # sends large files to a remote store one by one
+    again: bool = False  # the artifact exists, and is built once more for a comparison
+    kept: list[Checkpoints | Slices] = field(default_factory=list)  # removed once the artifact exists
 
     @property
     def seed(self) -> int:
@@ -66,13 +66,18 @@ class StageJob:
         sources = benchmark_sources(self.experiment.sample, self.experiment.evaluate.tasks)
         return read_benchmarks(sources, self.data, self.experiment.world)
 
+    def clear_kept(self) -> None:
+        """Remove checkpoints and slices that the finished artifact replaces."""
+        for leftover in self.kept:
+            leftover.clear()
+
 
 def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw the documents of all text sources."""
     upload = job.upload
     sent = None if upload is None else lambda path: upload.send(path, path.relative_to(out).as_posix())
-    asked, world = job.experiment.sample, job.experiment.world
-    return write_sample(asked, job.seed, out, data=job.data, world=world, benchmarks=job.benchmarks(), finished=sent)
+    config, world = job.experiment.sample, job.experiment.world
+    return write_sample(config, job.seed, out, data=job.data, world=world, benchmarks=job.benchmarks(), finished=sent)
 
 
 def build_tokenizer(job: StageJob, out: Path) -> Mapping[str, Any]:
@@ -105,9 +110,9 @@ def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 
 def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
-    """Train the base model, or fine-tune it, with all ranks of the group; the others `follow`."""
+    """Train or fine-tune the base model with all ranks of the group; the other ranks run `follow`."""
     folders = _training_inputs(job.name, job.store, job.specs)
-    # Called now that all inputs are on this machine.
+    # The other ranks start only now, when all inputs are on this machine.
     job.group.call(json.dumps([job.experiment.model_dump(mode="json"), job.again]))
     data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
     spec, keep = job.specs[job.name], job.runtime.keep_checkpoints
@@ -125,7 +130,7 @@ def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 
 def follow(job: StageJob) -> None:
-    """Train beside the first rank."""
+    """Train as a rank other than the first."""
     folders = _training_inputs(job.name, job.store, job.specs)
     data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
     spec = job.specs[job.name]
@@ -149,7 +154,7 @@ def build_export(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 
 def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -> dict[str, Path]:
-    """Local folders of the tokenizer and of what else a training reads, but for the windows that it streams."""
+    """Local folders of the tokenizer and the other inputs of a training, without the streamed windows."""
     wanted = {"tokenizer", *stages[name].inputs} - STREAMED
     return {stage: find_input(store, stages[stage]).local() for stage in sorted(wanted)}
 
@@ -173,17 +178,17 @@ def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
 
 
 def _identity(data: Mapping[str, Artifact]) -> str:
-    """What tells one training's data from another's, for its checkpoints."""
+    """The identity of a training's data: checkpoints of other data are not resumed."""
     prints = [artifact.identity for artifact in data.values()]
     return prints[0] if len(prints) == 1 else digest(prints)
 
 
-def find_input(store: Store, plan: StageSpec) -> Artifact:
+def find_input(store: Store, spec: StageSpec) -> Artifact:
     """The finished artifact that a stage reads. Raises DataError where it is not in the store yet."""
-    found = store.find(plan.stage, plan.fingerprint)
+    found = store.find(spec.stage, spec.fingerprint)
     if found is None:
         raise DataError(
-            f"{store.uri} has no {plan.stage}/{plan.fingerprint[:12]}…, which this stage reads: run {plan.stage} first"
+            f"{store.uri} has no {spec.stage}/{spec.fingerprint[:12]}…, which this stage reads: run {spec.stage} first"
         )
     return found
 
@@ -203,7 +208,7 @@ def _evaluate(
     model, tokenizer = open_model(folder)
     model = model.to(device)
     micro_batch = runtime.micro_batch_size or 16
-    apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as the model was trained
+    apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as in the training
     with open_shards(inputs["shards"], "validation", cache=runtime.block_cache) as texts:
         by_source = windows_scores(model, texts, token_lengths(tokenizer), 0, micro_batch, device, apart, found)
     scores: dict[str, Any] = {
