@@ -138,5 +138,5 @@ def test_text_is_replayed_in_windows_as_long_as_the_conversations() -> None:
         changed(experiment, {"finetune.replay": 0.1})
     longer = changed(experiment, {"finetune.replay": 0.1, "shards.sequence_length": 256})
     assert set(plans(longer)["finetune"].inputs) == {"pretrain", "chat_shards", "shards"}
-    with pytest.raises(ConfigError, match=r"stories must be called otherwise in sample\.sources"):
+    with pytest.raises(ConfigError, match=r"stories need other labels in sample\.sources"):
         changed(longer, {"chat.sources.0.label": "stories"})

@@ -107,9 +107,7 @@ def _lead_stage(stage: str, named: str, options: StageOptions, runtime: Runtime,
             print(note, file=sys.stderr)
     show: AbstractContextManager[None] = progress.json_lines() if relay else progress.bars()
     with show:
-        logging.basicConfig(
-            format="%(message)s", stream=sys.stderr
-        )  # inside the block, so that log lines stand above the bars
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)  # log lines then stand above the bars
         logging.getLogger("vectorclm").setLevel(logging.INFO)
         artifact, reused = (rebuild_stage if again else run_stage)(stage, experiment, store, runtime, data, group)
     if not relay:

@@ -211,7 +211,7 @@ def test_a_training_that_was_taken_over_ends_at_its_next_checkpoint(tmp_path: Pa
     saved = Snapshot(1, {"w": torch.ones(3)}, {"0.0.m": torch.ones(3)}, "1\n", "order")
     with (
         store.lease(PLAN.lease) as lease,
-        pytest.raises(InUseError, match="was taken over by process 7 on elsewhere: this process stood still"),
+        pytest.raises(InUseError, match="was taken over by process 7 on elsewhere: this process was suspended"),
         Checkpoints(store, PLAN, tmp_path / "work", "data") as checkpoints,
     ):
         checkpoints.save(saved)
@@ -272,7 +272,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> No
 def test_a_broken_manifest_is_named(tmp_path: Path, data: bytes) -> None:
     store = Store(str(tmp_path))
     store.write(f"sample/x/{MANIFEST}", data)
-    with pytest.raises(CorruptArtifactError, match=r"sample/x/manifest\.json is no manifest"):
+    with pytest.raises(CorruptArtifactError, match=r"sample/x/manifest\.json is not a valid manifest"):
         store.find("sample", "x")
 
 
@@ -379,7 +379,7 @@ def test_a_store_that_lets_every_writer_win_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     try:
-        with pytest.raises(StoreError, match="overwrites an object that was to be created only if absent"):
+        with pytest.raises(StoreError, match="overwrites an object despite If-None-Match"):
             Store("s3://careless/store").check_writable()
     finally:
         server.shutdown()

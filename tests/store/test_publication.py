@@ -200,7 +200,7 @@ def succeed(store: Store, work: Path, process: Any, results: Any, *, midway: boo
     try:
         artifact, reused = make(store, work, "second", meanwhile)
     except StoreError as error:  # it stands still within a comparison: nobody else can write, and nothing is lost
-        assert "is held by a process that stands still: let it continue, or end it" in str(error)
+        assert "a suspended process holds the lock" in str(error)
         go_on()
         assert said == ["built"]
         artifact, reused = make(store, work, "second")
