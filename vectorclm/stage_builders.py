@@ -149,8 +149,15 @@ def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_export(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Write both models as Hugging Face directories with their cards."""
-    lineage = {stage: find_input(job.store, spec) for stage, spec in job.specs.items() if stage != job.name}
+    ancestors = _ancestors(job.name, job.specs)
+    lineage = {stage: find_input(job.store, spec) for stage, spec in job.specs.items() if stage in ancestors}
     return export(job.experiment.name, job.inputs, lineage, out)
+
+
+def _ancestors(name: str, specs: Mapping[str, StageSpec]) -> set[str]:
+    """The stages whose artifacts a stage depends on, directly or through others."""
+    direct = set(specs[name].inputs)
+    return direct.union(*(_ancestors(stage, specs) for stage in direct))
 
 
 def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -> dict[str, Path]:

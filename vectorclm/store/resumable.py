@@ -104,9 +104,9 @@ class ResumableUpload(Slices):
 def finish(folder: Path, make: Callable[[Path], Mapping[str, Any]], work: Path) -> tuple[Path, dict[str, Any]]:
     """Compute a slice, or reuse an intact one of an earlier process; return its folder and the result of `make(out)`.
 
-    A slice is built in a folder of its own in `work`, and renamed at the end to `folder` with a random suffix. So a process
-    finds a slice complete or not at all, and replaces no other slice. A slice that differs from its record is
-    built again beside the damaged one.
+    A slice is built in a folder of its own in `work`, and renamed at the end to `folder` with a random suffix. A
+    process therefore finds a slice complete or not at all, and replaces no other slice. A slice that differs from its
+    record is built again beside the damaged one.
     """
     for found in sorted(folder.parent.glob(f"{folder.name}.*")):
         if (result := _read(found)) is not None:
@@ -116,9 +116,9 @@ def finish(folder: Path, make: Callable[[Path], Mapping[str, Any]], work: Path) 
     part.mkdir(parents=True)
     own.parent.mkdir(parents=True, exist_ok=True)
     try:
-        result = make(part)
+        made = make(part)
         files = {path.name: _hash(path) for path in sorted(part.iterdir())}
-        (part / RECORD).write_text(json.dumps({"files": files, "result": result}))
+        (part / RECORD).write_text(json.dumps({"files": files, "result": made}))
         sync_tree(part)  # a finished slice survives a power loss
         part.rename(own)
         sync_folder(own.parent)
