@@ -172,7 +172,6 @@ def test_a_writer_that_stood_still_at_any_write_touches_nothing_of_its_successor
 
 def succeed(store: Store, work: Path, process: Any, results: Any, *, midway: bool) -> str:
     """Take over from a process that stands still; what that process says in the end, once it continues."""
-    held = store.lease_holder(PLAN.lease) is not None
     kept = f"checkpoints/{PLAN.fingerprint}"
     earlier = set(store.files(kept))
     said: list[str] = []
