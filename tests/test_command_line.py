@@ -1,0 +1,122 @@
+"""The command lines: the help of every command, found from the applications themselves, and what is refused."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from cyclopts import App
+
+from flows import cli
+from vectorclm import __main__ as core
+
+FRONT_ENDS: dict[str, tuple[Callable[[Sequence[str]], int], App]] = {
+    "vectorclm": (cli.main, cli.app),
+    "python -m vectorclm": (core.main, core.app),
+}
+
+
+def below(app: App) -> list[str]:
+    return [name for name in app if not name.startswith("-")]
+
+
+def commands(app: App, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of a front end's commands and sub-commands, itself first."""
+    yield path
+    for name in below(app):
+        yield from commands(app[name], (*path, name))
+
+
+def app_of(app: App, path: Sequence[str]) -> App:
+    for name in path:
+        app = app[name]
+    return app
+
+
+ALL = [(front, path) for front, (_, app) in FRONT_ENDS.items() for path in commands(app)]
+
+
+def test_the_commands_are_found() -> None:
+    assert {("vectorclm", ()), ("vectorclm", ("up",)), ("vectorclm", ("store", "gc"))} < set(ALL)
+    assert ("python -m vectorclm", ("evaluate",)) in ALL and len(ALL) > 35
+
+
+@pytest.mark.parametrize(("front", "path"), ALL, ids=[" ".join([front, *path]) for front, path in ALL])
+def test_help_is_printed(front: str, path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    main, app = FRONT_ENDS[front]
+    assert main([*path, "--help"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.startswith(f"Usage: {' '.join([front, *path])} ")
+    inside = app_of(app, path)
+    assert [name for name in below(inside) if f"│ {name} " not in shown.out] == []
+    if not below(inside):
+        assert f"vectorclm {' '.join(path)}" in shown.out.partition("Example: ")[2]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "flows.cli", "--help"],
+        ["-m", "vectorclm", "--help"],
+        ["-m", "flows.cli", "compare", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_help_of_a_process(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "two models on the same items: differences" in " ".join(done.stdout.split())
+
+
+def test_the_installed_program_is_the_same() -> None:
+    program = Path(sys.executable).with_name("vectorclm")
+    done = subprocess.run([program, "store", "gc", "--help"], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: vectorclm store gc ")
+
+
+OPTIONS = [
+    (front, path, name)
+    for front, path in ALL
+    if not below(app_of(FRONT_ENDS[front][1], path)) and path
+    for argument in app_of(FRONT_ENDS[front][1], path).assemble_argument_collection()
+    for name in argument.names
+    if name.startswith("--")
+]
+
+
+@pytest.mark.parametrize(("front", "path"), sorted({(front, path) for front, path, _ in OPTIONS}))
+def test_the_beginning_of_an_option_is_not_the_option(
+    front: str, path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = [name for other, command, name in OPTIONS if (other, command) == (front, path)]
+    for short in {name[:-1] for name in known} - set(known) - {"-"}:
+        assert FRONT_ENDS[front][0]([*path, "x", short, "1"]) == 2
+        assert "Traceback" not in (said := capsys.readouterr().err) and said.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "tiny"], "vectorclm stage pretrain tiny"),
+        (["run", "--threads", "many"], "--threads many: Input should be a valid integer"),
+        (["evaluate", "M", "--suite", "standard", "--items", "-3"], "--items -3: Input should be greater than or"),
+        (["evaluate", "M", "--items", "3"], "--items need --suite NAME"),
+        (["evaluate", "M", "--text", "f", "--set", "a=1"], "--set changes an experiment, and M is a model here"),
+        (["evalute", "M"], 'Did you mean "evaluate"'),
+        (["retry", "x", "--from", "nowhere"], 'Invalid value "nowhere" for --from'),
+        (["chat"], "MODEL requires an argument"),
+        (["chat", "M", "--temperature", "-1"], "--temperature -1: Input should be greater than or equal to 0"),
+        (["chat", "M", "--stop", ""], "--stop must not be empty"),
+        (["chat", "M", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
+        (["export", "M", "--type", "f16"], "--type and --out need --format gguf"),
+        (["bench", "quality"], "--data"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err and said.err.count("\n") == 1
