@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -63,12 +64,18 @@ def serve_prefect(arguments: Sequence[str]) -> None:
 
 
 def serve_mlflow(arguments: Sequence[str]) -> None:
-    """Run `mlflow server` with these options until told to end; `--app-name basic-auth` has it ask for passwords."""
+    """Run `mlflow server` with these options until told to end; `--app-name basic-auth` has it ask for passwords.
+
+    Raises ConfigError where MLflow does not find the applications of this module.
+    """
     from mlflow.cli import cli
 
     parser = argparse.ArgumentParser("mlflow", allow_abbrev=False)
     parser.add_argument("--app-name", choices=["basic-auth"])
     args, rest = parser.parse_known_args(arguments)
+    app = OPEN if args.app_name is None else WITH_USERS
+    if not entry_points(group="mlflow.app", name=app):
+        raise ConfigError("VectorCLM is installed in an earlier version: run `make install`, or pip install it again")
     if args.app_name is not None:
         from mlflow.server.auth import bootstrap_admin_user, get_flask_server_secret_key
 
@@ -79,7 +86,6 @@ def serve_mlflow(arguments: Sequence[str]) -> None:
     further = names[len(LOOPBACK) :]
     hosts = [pattern for name in names for pattern in (name.replace("[", "[[]"), f"{name.replace('[', '[[]')}:*")]
     origins = [f"{scheme}://{name}{port}" for name in further for scheme in ("http", "https") for port in ("", ":*")]
-    app = OPEN if args.app_name is None else WITH_USERS
     options = ["--app-name", app, "--allowed-hosts", ",".join(hosts)]
     options += ["--cors-allowed-origins", ",".join(origins)] if origins else []
     cli(["server", *rest, *options])

@@ -297,19 +297,22 @@ def test_the_page_switches_a_schedule_on_and_off(platform: Platform, page: WebDr
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
     page.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
 
-    def switches() -> list[WebElement]:
-        return page.find_elements(By.CSS_SELECTOR, "[role='switch']")
+    def switches(*, on: bool) -> list[WebElement]:
+        return page.find_elements(By.CSS_SELECTOR, f"[role='switch'][aria-checked='{str(on).lower()}']")
 
-    def active() -> list[bool]:
-        return [schedule.active for schedule in platform.client.read_deployment(deployment.id).schedules]
+    def active() -> bool:
+        return any(schedule.active for schedule in platform.client.read_deployment(deployment.id).schedules)
 
-    until(lambda: switches() or page.find_elements(By.CSS_SELECTOR, "input[type='password']"), "the page is there", 60)
-    if not switches():  # this test runs alone
+    asked = "input[type='password']"
+    until(lambda: switches(on=False) or page.find_elements(By.CSS_SELECTOR, asked), "the page is there", 60)
+    if not switches(on=False):  # this test runs alone
         log_in(page, platform)
-    for wanted in (True, False):
-        shown = until(switches, "a schedule's switch", 60)
-        page.execute_script("arguments[0].click()", shown[-1])
-        until(lambda wanted=wanted: any(active()) is wanted, f"a schedule is on: {wanted}", 60)
+    shown, others = until(lambda: switches(on=False), "the schedules' switches", 60), len(switches(on=True))
+    page.execute_script("arguments[0].click()", shown[-1])
+    until(active, "a schedule is on", 60)
+    until(lambda: len(switches(on=True)) > others, "the page shows it", 60)
+    page.execute_script("arguments[0].click()", switches(on=True)[-1])
+    until(lambda: not active(), "the schedule is off", 60)
 
 
 def test_retry_from_the_command_line(platform: Platform) -> None:
