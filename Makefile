@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 EXPERIMENT ?= tiny
 
-.PHONY: install run test check format
+.PHONY: install run test check format bench
 
 install: .venv/installed
 
@@ -24,6 +24,13 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install # each a ratio to a peer measured in the same run
+	$(BIN)/vectorclm bench train
+	$(BIN)/vectorclm bench generate
+	$(BIN)/vectorclm bench evaluate
+	$(BIN)/vectorclm bench data
 
 format: install
 	$(BIN)/ruff check --fix .

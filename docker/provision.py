@@ -4,9 +4,9 @@ import sys
 
 from prefect.client.orchestration import get_client
 
-from flows.platform import read_platform
-from flows.provision import provision
-from vectorclm.artifact import Store
+from flows.platform.config import read_platform
+from flows.platform.provision import provision
+from vectorclm.store.artifact import Store
 
 config = read_platform(None)
 store = Store(config.vectorclm_store)

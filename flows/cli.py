@@ -3,213 +3,272 @@
 Prefect and MLflow take seconds to import, so only a command that needs them does.
 """
 
-import argparse
 import gc
 import json
 import logging
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from inspect import BoundArguments
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args
 
+from cyclopts import Parameter
 from rich.console import Console
 
-from flows import benches, lineage, report
+from flows.bench.cli import bench_app
 from flows.form import Name
-from flows.server import PrivateServer, has_own_server, local_folder, prefect_server
-from vectorclm import __main__ as core
-from vectorclm.artifact import Artifact, Store, default_store
-from vectorclm.command_line import CommandParser
-from vectorclm.config import ExperimentConfig, load_experiment, override
+from flows.net import has_own_server
+from flows.paths import local_folder
+from flows.platform.prefect_server import PrivateServer, prefect_server
+from flows.reports import lineage_cli, report
+from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
+from flows.tracking import lookup
+from vectorclm.__main__ import MODEL_COMMANDS
+from vectorclm.command_line import LOCAL_STORE, Json, Place, Setting, StoreUri, explain, new_app, parse, run
+from vectorclm.config import ExperimentConfig
 from vectorclm.errors import ConfigError, VectorCLMError
-from vectorclm.pinning import check_sources, pin
-from vectorclm.progress import Tick, bars
-from vectorclm.runtime import Runtime
+from vectorclm.lineage.pinning import check_sources, pin
+from vectorclm.model_commands import MODELS, ServeOptions, evaluate, models, serve
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.progress import bars
 from vectorclm.settings import validate
-from vectorclm.stages import STAGES, plans
+from vectorclm.stage_commands import add_stages, chosen, load_runtime
+from vectorclm.stages import plans
+from vectorclm.store.artifact import Artifact, Store, default_store
+from vectorclm.store.commands import store_app
+from vectorclm.store.layout import STAGES, StageName
 
-PLATFORM = {
-    "up": "start the platform: Prefect server, MLflow, workers, deployments with run forms",
-    "down": "stop the platform; `up` goes on from there",
-    "retry": "run a curriculum once more with other settings, or make finished stages again and compare",
-    "doctor": "look at every part of the platform and mend what can be mended",
-}
-OWN_COMMANDS = {"bench": benches, "lineage": lineage, "report": report}
-PROGRESS = {"vectorclm.progress": logging.INFO}
+PROGRESS = {"vectorclm.runtime.progress": logging.INFO}
 TOLD = {
     "flows": logging.INFO,
     "vectorclm": logging.WARNING,
 }  # what a person sees of the log without --verbose
-REPORT_SECONDS = 30
-END_SECONDS = 25  # after Ctrl-C; a stage in the middle of a library's call cannot be asked to stop
 
 
-def command_line() -> CommandParser:
-    """The parser of `vectorclm`, with all its commands."""
-    parser = CommandParser("vectorclm", description="From raw text to an instruction-tuned language model.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run(commands)
-    _add_platform(commands)
-    _add_promote(commands)
-    for made in OWN_COMMANDS.values():
-        made.add_command(commands, default_store())
-    core.add_commands(commands, "a folder, <store>/<stage>/<fingerprint>, models:/NAME@ALIAS or models:/NAME/VERSION")
-    return parser
+app = new_app("vectorclm", "From raw text to an evaluated, instruction-tuned language model.")
+stages = new_app("stage", "Build one stage of an experiment alone, without Prefect and MLflow.")
+add_stages(stages, STAGES, "vectorclm stage")
+app.command(stages)
+app.command(store_app)
+app.command(bench_app)
+app.update(models)
+app.register_install_completion_command()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class PlatformOptions:
+    """Which platform is meant."""
+
+    store: Annotated[str | None, Parameter(help="Where artifacts are kept [default: ./store]")] = None
+    env_file: Annotated[Path | None, Parameter(help="Settings, as in docker/platform.env.example")] = None
+    prefect_port: Annotated[int | None, Parameter(help="Port of Prefect's server [default: 4200]")] = None
+    mlflow_port: Annotated[int | None, Parameter(help="Port of MLflow's server [default: 5000]")] = None
+
+    def config(self) -> Any:
+        """The platform's settings: these options over the environment over the file."""
+        from flows.platform.config import read_platform
+
+        ports = {"prefect_port": self.prefect_port, "mlflow_port": self.mlflow_port}
+        return read_platform(self.env_file, vectorclm_store=self.store, **ports)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RunOptions:
+    """How a curriculum is run and reported."""
+
+    place: Place = Place()
+    settings: Setting = ()
+    json: Annotated[bool, Parameter(help="Print the results as one JSON object, and nothing else")] = False
+    dry_run: Annotated[bool, Parameter(help="Print fingerprints and costs, and do nothing")] = False
+    verbose: Annotated[bool, Parameter(help="Show every log line")] = False
+
+
+@app.command(name="run", help_epilogue="Example: vectorclm run tiny --set finetune.epochs=2.0")
+def run_experiment(
+    experiment: Annotated[str, Parameter(help="tiny, small, base, or a TOML file")] = "tiny",
+    /,
+    *,
+    options: RunOptions = RunOptions(),
+    machine: Annotated[
+        Runtime, Parameter(name="*", group="This machine (never part of a result's fingerprint)")
+    ] = Runtime(),
+) -> None:
+    """Run a whole experiment: text in, an evaluated chat model out."""
+    known = load_runtime(options.place.runtime).model_dump()
+    given = machine.model_dump(include=machine.model_fields_set)
+    _run(experiment, validate(Runtime, {**known, **given}, "options"), options)
+
+
+@app.command(help_epilogue="Example: vectorclm up --store ./store")
+def up(*, platform: PlatformOptions = PlatformOptions()) -> None:
+    """Start the platform: Prefect server, MLflow, workers, deployments with run forms."""
+    from flows.platform import doctor as parts
+
+    config, console = platform.config(), Console()
+    with parts.alone(config, console, starts=True):
+        parts.up(config, console)
+
+
+@app.command(help_epilogue="Example: vectorclm down")
+def down(*, platform: PlatformOptions = PlatformOptions()) -> None:
+    """Stop the platform; `vectorclm up` goes on from there."""
+    from flows.platform import doctor as parts
+
+    config, console = platform.config(), Console()
+    with parts.alone(config, console, starts=False):
+        parts.down(config, console)
+
+
+@app.command(help_epilogue="Example: vectorclm doctor")
+def doctor(*, platform: PlatformOptions = PlatformOptions()) -> int:
+    """Look at every part of the platform, and repair what can be repaired; exit code 1 where something is left."""
+    from flows.platform import doctor as parts
+
+    config, console = platform.config(), Console()
+    with parts.alone(config, console, starts=False):
+        return 0 if parts.doctor(config, console) else 1
+
+
+@app.command(help_epilogue="Example: vectorclm retry RUN --set finetune.epochs=2.0")
+def retry(
+    run: Annotated[str, Parameter(help="The run's id, or its name for the newest of that name")],
+    /,
+    *,
+    platform: PlatformOptions = PlatformOptions(),
+    again_from: Annotated[
+        StageName | None, Parameter(name="--from", help="Build this stage and what follows again, and compare")
+    ] = None,
+    settings: Setting = (),
+) -> None:
+    """Run a curriculum once more with other settings, or build finished stages again and compare."""
+    from flows.platform.doctor import point_at
+
+    config = platform.config()
+    point_at(config)
+    from flows.platform.retry import retry as start
+
+    run_id = start(run, again_from, list(settings))
+    Console().print(f"{config.prefect_url}/runs/flow-run/{run_id}", highlight=False, soft_wrap=True)
+
+
+@app.command(help_epilogue="Example: vectorclm promote --task hellaswag")
+def promote(
+    model: str = "models:/vectorclm-chat@candidate",
+    /,
+    *,
+    store: StoreUri = LOCAL_STORE,
+    task: Annotated[
+        tuple[str, ...],
+        Parameter(
+            show_default=False,
+            help="A score that must be better, such as hellaswag or bits_per_byte.stories; may be repeated",
+        ),
+    ] = (),
+) -> int:
+    """Make a registered model the champion, where it beats the present one by more than the noise."""
+    from flows.tracking.promotion import promote as move_alias
+
+    return move_alias(model, list(task), Store(store), Console())
+
+
+@app.command(name="lineage", help_epilogue="Example: vectorclm lineage MODEL --verify")
+def show_lineage(
+    model: Annotated[str, Parameter(help=f"{MODELS}, models:/NAME@ALIAS")],
+    /,
+    *,
+    store: StoreUri = LOCAL_STORE,
+    verify: Annotated[bool, Parameter(help="Read every byte again; exit code 1 where one differs")] = False,
+    diff: Annotated[str | None, Parameter(help="Print what changed from this model, setting by setting")] = None,
+    json: Json = False,
+) -> int:
+    """Print where a model comes from, back to the sources."""
+    return lineage_cli.print_lineage(model, Store(store), verify=verify, diff=diff, as_json=json)
+
+
+@app.command(name="report", help_epilogue="Example: vectorclm report MODEL --out report.html")
+def show_report(
+    model: Annotated[str, Parameter(help="As `vectorclm lineage` takes it")],
+    /,
+    *,
+    store: StoreUri = LOCAL_STORE,
+    against: Annotated[str | None, Parameter(help="A model to compare with, such as the champion")] = None,
+    out: Annotated[Path, Parameter(help="The file to write")] = Path("report.html"),
+) -> None:
+    """Write a model's curriculum on one HTML page: curves, scores, samples, data, lineage, costs."""
+    report.write_report(model, Store(store), against, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 where all went well, 2 for an error that its message explains, 130 after Ctrl-C."""
+    """The command line; its exit codes are those of `vectorclm.command_line`."""
     gc.freeze()  # what is imported stays, so no collection of garbage need look at it
-    args = command_line().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     try:
-        if args.command == "run":
-            _run(args)
-        elif args.command in PLATFORM:
-            return _platform(args)
-        elif args.command == "promote":
-            from flows.promotion import promote
-
-            return promote(args.target, args.task, Store(args.store), Console())
-        elif args.command in OWN_COMMANDS:
-            return int(OWN_COMMANDS[args.command].command(args))
-        else:
-            if args.command == "compare":
-                sides = (args.before, args.after)
-                args.before, args.after = (_registered(side, args.store) for side in sides)
-            elif _takes_registered(args):
-                if args.command == "serve" and args.target.startswith("models:/"):
-                    args.name = args.name or args.target.removeprefix("models:/")
-                args.target = _registered(args.target, args.store)
-            if args.command == "evaluate" and args.suite is not None and not args.every_checkpoint:
-                _record(args.target.rstrip("/"), core.measure_model(args), Store(args.store))
-                return 0
-            return core.run_command(args)
+        if arguments and arguments[0] in STAGES and arguments[0] not in ("evaluate", "export"):
+            raise ConfigError(f"stages are below `vectorclm stage` now: vectorclm stage {' '.join(arguments)}")
+        command, bound = parse(app, arguments)
     except VectorCLMError as error:
-        print(f"error: {error}", file=sys.stderr)
+        explain(error)
         return 2
-    except KeyboardInterrupt:
-        if args.command == "run":
-            print("stopped: what is finished is kept, and the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    code = run(lambda: _called(command, bound))
+    if code == 130 and command is run_experiment:
+        print("stopped: what is finished is kept, and the same command goes on from here", file=sys.stderr)
+    return code
 
 
-def _add_run(commands: Any) -> None:
-    parser = commands.add_parser("run", help="run a whole experiment: text in, an evaluated chat model out")
-    parser.add_argument(
-        "target",
-        nargs="?",
-        default="tiny",
-        metavar="EXPERIMENT",
-        help="tiny, small, base, or a file (%(default)s)",
-    )
-    core.add_place(parser)
-    parser.add_argument("--json", action="store_true", help="print the results as one JSON object, and nothing else")
-    parser.add_argument("--dry-run", action="store_true", help="print fingerprints and costs, and do nothing")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a setting of the experiment, such as finetune.optimizer.learning_rate=0.001; may be repeated",
-    )
-    parser.add_argument("--verbose", action="store_true", help="show every log line")
-    machine = parser.add_argument_group("this machine (never part of a result's fingerprint)")
-    for name, field in Runtime.model_fields.items():
-        kind, about = field.annotation, field.description
-        options: dict[str, Any] = {"type": int if kind is int else str}
-        if get_origin(kind) is Literal:
-            options = {"choices": get_args(kind)}
-        elif kind is bool:
-            options = {"action": "store_true", "default": None}
-        machine.add_argument(f"--{name.replace('_', '-')}", dest=f"runtime_{name}", help=about, **options)
+def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:
+    """Call a command; one about models with the folder of a registered model in place of its name."""
+    if command not in MODEL_COMMANDS:
+        return command(*bound.args, **bound.kwargs)
+    store = _store_of(bound)
+    if command is evaluate and not _takes_model(bound):
+        return command(*bound.args, **bound.kwargs)
+    for name, value in bound.arguments.items():
+        if isinstance(value, str) and value.startswith("models:/"):
+            if command is serve:
+                options = bound.arguments.get("options", ServeOptions())
+                bound.arguments["options"] = replace(options, name=options.name or value.removeprefix("models:/"))
+            bound.arguments[name] = _registered(value, store)
+    found = command(*bound.args, **bound.kwargs)
+    if isinstance(found, Artifact):
+        _record(bound.args[0].rstrip("/"), found, Store(store))
+    return None
 
 
-def _add_platform(commands: Any) -> None:
-    for name, about in PLATFORM.items():
-        parser = commands.add_parser(name, help=about, description=about)
-        default = default_store()
-        parser.add_argument("--store", metavar="URI", help=f"where artifacts are kept ({default})")
-        parser.add_argument("--env-file", type=Path, metavar="FILE", help="settings, as in docker/platform.env.example")
-        parser.add_argument("--prefect-port", type=int, metavar="N", help="(4200)")
-        parser.add_argument("--mlflow-port", type=int, metavar="N", help="(5000)")
-        if name == "retry":
-            parser.add_argument("target", metavar="RUN", help="the run's id, or its name for the newest of that name")
-            parser.add_argument(
-                "--from", dest="again_from", choices=STAGES, help="make this stage and what follows again, and compare"
-            )
-            parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+def _store_of(bound: BoundArguments) -> str:
+    options = bound.arguments.get("options")
+    place = getattr(options, "place", options)
+    return str(bound.arguments.get("store") or getattr(place, "store", None) or default_store())
 
 
-def _add_promote(commands: Any) -> None:
-    about = "make a registered model the champion, where it beats the present one by more than the noise"
-    parser = commands.add_parser("promote", help=about, description=about)
-    default = "models:/vectorclm-chat@candidate"
-    parser.add_argument("target", nargs="?", default=default, metavar="MODEL", help="(%(default)s)")
-    place = default_store()
-    parser.add_argument("--store", default=place, metavar="URI", help="where artifacts are kept (%(default)s)")
-    parser.add_argument(
-        "--task",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a score that must be better, such as hellaswag or bits_per_byte.stories; may be repeated (every task)",
-    )
-
-
-def _platform(args: argparse.Namespace) -> int:
-    """Start, stop or mend the platform; 1 where the doctor found what it could not mend."""
-    from flows import doctor
-    from flows.platform import read_platform
-
-    ports = {"prefect_port": args.prefect_port, "mlflow_port": args.mlflow_port}
-    config, console = read_platform(args.env_file, vectorclm_store=args.store, **ports), Console()
-    if args.command == "retry":
-        doctor.point_at(config)
-        return _retry(args, config, console)
-    with doctor.alone(config, console, starts=args.command == "up"):
-        if args.command == "doctor":
-            return 0 if doctor.doctor(config, console) else 1
-        (doctor.up if args.command == "up" else doctor.down)(config, console)
-    return 0
-
-
-def _retry(args: argparse.Namespace, config: Any, console: Console) -> int:
-    from flows.retry import retry
-
-    run_id = retry(args.target, args.again_from, args.set)
-    console.print(f"{config.prefect_url}/runs/flow-run/{run_id}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def _takes_registered(args: argparse.Namespace) -> bool:
-    return args.command in ("chat", "serve") or any(getattr(args, name, None) for name in ("suite", "format", "text"))
+def _takes_model(bound: BoundArguments) -> bool:
+    scored = bound.arguments.get("scored")
+    return scored is not None and bool(scored.suite or scored.text)
 
 
 def _registered(address: str, store: str) -> str:
     """Where the files of a registered model are; any other address as it stands."""
     if not address.startswith("models:/"):
         return address
-    from flows.registry import Registry
+    from flows.tracking.registry import Registry
 
     return Registry(Store(store)).find(address).address
 
 
 def _record(address: str, scores: Artifact, store: Store) -> None:
     """Tell MLflow, where there is one, what a model scored that it knows."""
-    if not lineage.has_record(store):
+    if not lookup.has_record(store):
         return
-    from flows.registry import Registry, RegistryError
+    from flows.tracking.registry import Registry, RegistryError
 
     try:
-        page = Registry(store).record_by_hand(address, scores)
+        page = Registry(store).record_cli_evaluation(address, scores)
     except RegistryError as error:
         print(f"warning: {error}; the result is in the store and not in MLflow", file=sys.stderr)
     else:
@@ -217,17 +276,11 @@ def _record(address: str, scores: Artifact, store: Store) -> None:
             print(f"recorded in MLflow: {page}", file=sys.stderr)
 
 
-def _runtime(args: argparse.Namespace) -> Runtime:
-    chosen = core.load_runtime(args.runtime).model_dump()
-    given = {name: getattr(args, f"runtime_{name}") for name in Runtime.model_fields}
-    return validate(Runtime, {**chosen, **{key: value for key, value in given.items() if value is not None}}, "options")
-
-
-def _run(args: argparse.Namespace) -> None:
-    experiment, path = load_experiment(args.target)
-    experiment, runtime, store = override(experiment, args.set), _runtime(args), Store(args.store)
-    if args.dry_run:
-        _dry_run(experiment, path, store, args)
+def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
+    (experiment, path), place = chosen(named, options.settings), options.place
+    store = Store(place.store)
+    if options.dry_run:
+        _dry_run(experiment, path, store, options)
         return
     runtime.check()
     if runtime.placement == "pools" and not has_own_server():
@@ -237,30 +290,30 @@ def _run(args: argparse.Namespace) -> None:
             f"placement pools knows {', '.join(get_args(Name))}, not {experiment.name}: run that one inline"
         )
     store.check_writable()
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if args.verbose else "CRITICAL")
-    with _interruptible(), prefect_server(local_folder(store) / ".prefect") as server:  # which starts up meanwhile
-        experiment, notes = pin(experiment, path, args.data, resolve=True)
-        check_sources(experiment, args.data, hub=True)
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if options.verbose else "CRITICAL")
+    with interruptible(), prefect_server(local_folder(store) / ".prefect") as server:  # which starts up meanwhile
+        experiment, notes = pin(experiment, path, place.data, resolve=True)
+        check_sources(experiment, place.data, hub=True)
         console = Console(stderr=True)
         for note in notes:
             console.print(note, style="yellow", highlight=False)
-        handles = _curriculum(experiment, runtime, store, args, console, server)
-    from flows.summary import Summary, as_line
+        handles = _curriculum(experiment, runtime, store, options, console, server)
+    from flows.reports.summary import Summary, as_line
 
     summary = Summary(experiment, store, handles)
-    if args.json:
+    if options.json:
         print(as_line(summary))
     else:
         summary.show(Console())
 
 
-def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, args: argparse.Namespace) -> None:
-    from flows.budget import budget, known_windows, show
+def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, options: RunOptions) -> None:
+    from flows.reports.cost_estimate import budget, known_windows, show
 
-    pinned, notes = pin(experiment, path, args.data, resolve=False)
+    pinned, notes = pin(experiment, path, options.place.data, resolve=False)
     made = plans(pinned)
     costs = budget(pinned, made, known_windows(store, made["shards"]))
-    if args.json:
+    if options.json:
         print(json.dumps(costs))
         return
     for note in notes:
@@ -272,7 +325,7 @@ def _curriculum(
     experiment: ExperimentConfig,
     runtime: Runtime,
     store: Store,
-    args: argparse.Namespace,
+    options: RunOptions,
     console: Console,
     server: PrivateServer | None,
 ) -> dict[str, Any]:
@@ -282,79 +335,12 @@ def _curriculum(
     if server is not None:
         server.wait()
     with ExitStack() as stack:
-        stack.callback(_flush_logs)  # before the server goes
-        stack.enter_context(bars(console) if console.is_terminal else _attached(_Reports(console), PROGRESS))
-        if not args.verbose:
-            stack.enter_context(_attached(_Lines(console), TOLD))
-        data = str(args.data.absolute()) if args.data is not None else None
-        return curriculum(experiment, runtime, store.uri, data)
-
-
-def _flush_logs() -> None:
-    """Have Prefect's server store the last log lines."""
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        for handler in logging.getLogger(name).handlers:
-            handler.flush()
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the block in good order, in END_SECONDS at the most; a second one ends it at once."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # children end with this process
-        timer = threading.Timer(END_SECONDS, os._exit, [130])
-        timer.daemon = True
-        timer.start()
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class _Lines(logging.Handler):
-    """Log records as lines, above the progress bars where there are any."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self.console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno >= logging.WARNING else "green"
-        self.console.print(record.getMessage(), style=style, highlight=False, markup=False, soft_wrap=True)
-
-
-class _Reports(logging.Handler):
-    """Progress for a log file: a line a stage, and no more than one in REPORT_SECONDS."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self.console = console
-        self._last: dict[str, float] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tick = getattr(record, "tick", None)
-        now = time.monotonic()
-        if isinstance(tick, Tick) and now - self._last.setdefault(tick.stage, now) > REPORT_SECONDS:
-            self._last[tick.stage] = now
-            line = f"{tick.stage} {tick.done:,} of {tick.total:,} {tick.unit}  {tick.note}"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _attached(handler: logging.Handler, names: Mapping[str, int]) -> Iterator[None]:
-    """Have the handler hear these loggers, from these levels up, while the block runs."""
-    for name, level in names.items():
-        logging.getLogger(name).setLevel(level)
-        logging.getLogger(name).addHandler(handler)
-    try:
-        yield
-    finally:
-        for name in names:
-            logging.getLogger(name).removeHandler(handler)
+        stack.callback(flush_logs)  # before the server goes
+        stack.enter_context(bars(console) if console.is_terminal else attached(ProgressLines(console), PROGRESS))
+        if not options.verbose:
+            stack.enter_context(attached(LogLines(console), TOLD))
+        place = str(data.absolute()) if (data := options.place.data) is not None else None
+        return curriculum(experiment, runtime, store.uri, place)
 
 
 if __name__ == "__main__":

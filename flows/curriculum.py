@@ -1,12 +1,16 @@
 """The whole mission: raw text becomes an evaluated, instruction-tuned model."""
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
+from prefect.futures import PrefectFuture
 
-from flows.stages import Handle, Stages
+from flows.execution.stage_tasks import Stages
+from flows.handle import Handle
 from vectorclm.config import ExperimentConfig
-from vectorclm.runtime import Runtime
+from vectorclm.runtime.devices import Runtime
+from vectorclm.stages import TABLE
 
 
 @flow(name="curriculum", flow_run_name="{experiment.name}", persist_result=False)
@@ -20,13 +24,8 @@ def curriculum(
     are made again beside their artifacts, and must come out the same.
     """
     with Stages(experiment, runtime, store, Path(data) if data else None, again_from) as stage:
-        sample = stage("sample")
-        tokenizer = stage("tokenizer", sample)
-        shards = stage("shards", sample, tokenizer)
-        chat_shards = stage("chat_shards", tokenizer)
-        pretrain = stage("pretrain", shards)
-        finetune = stage("finetune", pretrain, chat_shards)
-        evaluate_base = stage("evaluate_base", pretrain, shards)
-        evaluate = stage("evaluate", finetune, chat_shards, shards)
-        stage("export", pretrain, finetune, evaluate_base, evaluate)
+        submitted: dict[str, PrefectFuture[Any]] = {}
+        for row in TABLE:  # inputs come before what reads them
+            inputs = (*row.inputs, *row.optional_inputs(experiment))
+            submitted[row.name] = stage(row.name, *(submitted[name] for name in inputs))
         return stage.handles()

@@ -14,21 +14,19 @@ from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 from flows.curriculum import curriculum
+from flows.execution.launch import StageFailedError
+from flows.execution.stage_tasks import Stages
+from flows.execution.watch import watched
 from flows.form import Again, Changes, Name, chosen
-from flows.launch import StageFailedError
-from flows.server import local_folder
-from flows.stages import Handle, Stages
-from flows.summary import Summary
-from flows.watch import watched
-from vectorclm.artifact import Store
+from flows.handle import MAX_RESCUES, RESCUED, Handle
+from flows.paths import local_folder
+from flows.reports.summary import Summary
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import ConfigError
-from vectorclm.pinning import check_sources, pin
-from vectorclm.runtime import Runtime
-from vectorclm.stages import StageName
-
-RESCUED = "Rescued"  # the state that the automation gives to a crashed run
-MAX_RESCUES = 2
+from vectorclm.lineage.pinning import check_sources, pin
+from vectorclm.runtime.devices import Runtime
+from vectorclm.store.artifact import Store
+from vectorclm.store.layout import StageName
 
 
 @flow(name="curriculum", flow_run_name="{experiment}", persist_result=False)

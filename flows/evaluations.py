@@ -19,21 +19,23 @@ from prefect.states import Completed
 from pydantic import Field
 
 from flows.deployments import opened_store
+from flows.execution.launch import Launcher
+from flows.execution.progress import live, show_waiting
+from flows.execution.stage_tasks import RETRY_DELAY, may_help
+from flows.execution.watch import watched
 from flows.form import SuiteName
-from flows.launch import Launcher
-from flows.live import live, show_waiting
-from flows.provision import FELL
-from flows.registry import SHOWN, Registry, RegistryError, Result, Subject
-from flows.server import local_folder
-from flows.stages import RETRY_DELAY, may_help
-from flows.watch import watched
-from vectorclm.addresses import Model, find_model
-from vectorclm.artifact import Artifact, Plan, Store
+from flows.handle import FELL
+from flows.paths import local_folder
+from flows.tracking.registry import SHOWN, Registry, RegistryError, Result, Subject
+from vectorclm.comparison.measurement import Limits, left_out, measure_plan
+from vectorclm.config import load_suite
 from vectorclm.errors import StoreError
-from vectorclm.measure import STAGE, Change, Limits, changes, figures, left_out, measure_plan
-from vectorclm.pinning import pin_suite
-from vectorclm.runtime import Runtime
-from vectorclm.suite import load_suite
+from vectorclm.evaluation.statistics import Change, changes, figures
+from vectorclm.lineage.pinning import pin_suite
+from vectorclm.runtime.devices import Runtime
+from vectorclm.store.artifact import Artifact, StageSpec, Store
+from vectorclm.store.layout import MEASURE
+from vectorclm.store.model_ref import Model, find_model
 
 Address = Annotated[str, Field(pattern=r"^(models:/[^/@:]+(@[^/@]+|/[0-9]+)|/.+|[a-z0-9]+://[^@]+)$")]
 
@@ -66,8 +68,8 @@ def evaluate_run(
     locks = local_folder(store) / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     pinned, notes = pin_suite(asked, locks / path.name, mirror)
-    plan = measure_plan(pinned, limits, found, store)
-    for line in [*notes, *left_out(plan, pinned)]:
+    plan = measure_plan(pinned, limits, found, store, runtime)
+    for line in [*notes, *left_out(plan, pinned, limits, runtime)]:
         get_run_logger().warning(line)
     with tempfile.TemporaryDirectory(prefix="vectorclm-") as name:
         folder = Path(name)
@@ -85,16 +87,16 @@ def evaluate_run(
     return Completed(name=state.name, message=state.message, data={"uri": artifact.uri, "scores": artifact.summary})
 
 
-def _measured(plan: Plan, model: Model, arguments: Sequence[str], store: Store, runtime: Runtime) -> State[Any]:
+def _measured(plan: StageSpec, model: Model, arguments: Sequence[str], store: Store, runtime: Runtime) -> State[Any]:
     """The state of the task that makes the plan's artifact in a process of its own, or finds it."""
 
     def measure() -> State[Any]:
-        if (found := store.find(plan.stage, plan.fingerprint)) is not None:
+        if (found := store.find_whole(plan)) is not None:
             model.verify(store)
             return Completed(name="Reused", message=f"measured already: {found.uri}")
         command = [sys.executable, "-m", "vectorclm", "evaluate", *arguments, "--relay"]
         log = get_run_logger().info
-        with Launcher(local_folder(store) / "locks") as launcher, live(STAGE, log):
+        with Launcher(local_folder(store) / "locks") as launcher, live(MEASURE, log):
             launcher.take_turn(show_waiting)
             launcher.run(command, log)
         if (made := store.find(plan.stage, plan.fingerprint)) is None:
@@ -103,8 +105,8 @@ def _measured(plan: Plan, model: Model, arguments: Sequence[str], store: Store, 
 
     task: Task[[], Any] = Task(
         measure,
-        name=STAGE,
-        task_run_name=STAGE,
+        name=MEASURE,
+        task_run_name=MEASURE,
         retries=runtime.retries,
         retry_delay_seconds=RETRY_DELAY,
         retry_condition_fn=may_help,
@@ -140,11 +142,15 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
         get_run_logger().warning("%s; the result is in the store and not in MLflow, and is compared with none", error)
         results = [this]
     about = f"`{subject.title}` on `{settings['suite']}`, newest first; each score ± its standard error"
-    create_table_artifact(table(results), key=_key(subject.name, settings["suite"]), description=about)
+    rows = table(results, artifact.summary.get("not_run", ()))
+    create_table_artifact(rows, key=_key(subject.name, settings["suite"]), description=about)
 
 
-def table(results: Sequence[Result]) -> list[dict[str, str]]:
-    """A row for each result, newest first: every score, and by how much it differs from the one before."""
+def table(results: Sequence[Result], not_run: Sequence[str] = ()) -> list[dict[str, str]]:
+    """A row for each result, newest first: every score, and by how much it differs from the one before.
+
+    Results of one table are by the same settings, so what one lacks for want of a sandbox, all lack.
+    """
     rows = []
     for number, result in enumerate(results):
         row = {"model": result.title, "measured": f"{result.when:%Y-%m-%d %H:%M} UTC"}
@@ -154,7 +160,7 @@ def table(results: Sequence[Result]) -> list[dict[str, str]]:
             row[name] = f"{figure.value:.4f} ± {figure.stderr:.4f}"
             if (change := found.get(name)) is not None:
                 row[name] += f" ({change.difference:+.4f}, {_verdict(change)})"
-        rows.append(row)
+        rows.append(row | {f"acc.{label}": "not run" for label in not_run})
     return rows
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from vectorclm.config import ExperimentConfig, changed, load_experiment
 from vectorclm.settings import Settings
-from vectorclm.stages import StageName
+from vectorclm.store.layout import StageName
 
 Name = Literal["tiny", "small", "base"]
 SuiteName = Literal["tiny", "small", "base", "standard", "generation"]

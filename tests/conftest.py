@@ -20,22 +20,25 @@ from filelock import FileLock
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 
-from flows.objectstore import PACKAGES, object_store
-from flows.server import PrivateServer
-from vectorclm.artifact import Artifact, Plan, Store, build
-from vectorclm.blocks import ShardDescriber
-from vectorclm.shards import ShardWriter
+from flows.platform.objectstore import PACKAGES, object_store
+from flows.platform.prefect_server import PrivateServer
+from vectorclm.evaluation.sandbox import Sandbox, find_sandbox
+from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.writer import ShardWriter
+from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
     from tests.kill_matrix import Reference
-    from vectorclm.llama_cpp import LlamaCpp
+    from vectorclm.export.llama_cpp import LlamaCpp
     from vectorclm.model import CausalLM
     from vectorclm.model_config import ModelConfig
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from one without the threads of other tests
-PROCESSES.set_forkserver_preload(["tests.test_store", "tests.test_blocks"])
+PROCESSES.set_forkserver_preload(
+    ["tests.store.test_storage", "tests.shards.test_block_readers", "tests.store.test_publication"]
+)
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 
 
@@ -132,7 +135,7 @@ def chromium(width: int, height: int, arguments: Sequence[str] = (), **capabilit
 
 def write_random_model(root: Path, texts: list[str], config: "ModelConfig", text_bytes: int, *, chat: bool) -> Path:
     """A model directory with weights larger than at the start of training, so that differences would show."""
-    from vectorclm.export import write_model_files
+    from vectorclm.export.hugging_face import write_model_files
 
     length = config.max_position_embeddings
     tokenizer = write_tokenizer(root, texts, config.vocab_size, text_bytes, length)
@@ -183,11 +186,12 @@ ANSWERS = {  # what the chat model was taught to say, whatever else it says
 @pytest.fixture(scope="session")
 def chat_folder(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny chat model that knows ANSWERS by heart and ends its turns."""
-    from vectorclm.conversations import Turn, render
-    from vectorclm.export import write_model_files
+    from vectorclm.export.hugging_face import write_model_files
     from vectorclm.model import CausalLM
     from vectorclm.model_config import ModelConfig
-    from vectorclm.train_tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+    from vectorclm.shards.conversations import Turn, render
+    from vectorclm.tokenizer import load_tokenizer
+    from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
 
     root = tmp_path_factory.mktemp("chat")
     write_sample_text(root / "sample" / "a", [*tiny_text, "<b>makes</b>"], "train")
@@ -229,12 +233,12 @@ def publish_shards(store: str, work: Path, sources: Mapping[str, Mapping[str, An
             writer.close()
         return {}
 
-    return build(Store(store), Plan("shards", 1, {}, {}), produce, str(work), ShardDescriber())[0]
+    return build(Store(store), StageSpec("shards", 1, {}, {}), produce, str(work), ShardDescriber())[0]
 
 
 def llama_cpp(file: Path) -> "LlamaCpp":
     """A GGUF file in llama.cpp, where that is installed."""
-    from vectorclm.llama_cpp import INSTALL, LlamaCpp
+    from vectorclm.export.llama_cpp import INSTALL, LlamaCpp
 
     if find_spec("xllamacpp") is None:
         told = f"llama.cpp is not installed: {INSTALL}"
@@ -262,8 +266,8 @@ def write_mirror(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from vectorclm.harness_tasks import definitions
-    from vectorclm.world import WorldConfig, rows
+    from vectorclm.corpus.synthetic_world import WorldConfig, rows
+    from vectorclm.evaluation.harness_tasks import definitions
 
     world, other = (WorldConfig(seed=seed, documents=600, conversations=120) for seed in (1, 2))
     for place, name in {
@@ -296,6 +300,15 @@ def write_mirror(folder: Path) -> None:
     for name, made in lines.items():
         packed = zstandard.ZstdCompressor().compress("".join(json.dumps(line) + "\n" for line in made).encode())
         (folder / f"eval/{name}.jsonl.zst").write_bytes(packed)
+
+
+@pytest.fixture
+def sandboxed() -> Sandbox:
+    """The sandbox of this system, for programs that must not run without one."""
+    if (found := find_sandbox()).problem:
+        told = f"no sandbox here ({found.problem}): apt-get install bubblewrap libseccomp2"
+        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -31,15 +31,15 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import AwaitingRetry
 
 from flows.form import Changes, chosen
-from flows.platform import PlatformConfig, read_platform
-from flows.service import Service
-from vectorclm.artifact import Plan, Store
-from vectorclm.command_line import CommandParser
+from flows.platform.config import PlatformConfig, read_platform
+from flows.platform.process import Service
 from vectorclm.config import ExperimentConfig
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import validate
-from vectorclm.stages import STAGES, plans, run_stage
+from vectorclm.stages import plans, run_stage
+from vectorclm.store.artifact import StageSpec, Store
+from vectorclm.store.layout import STAGES
 
 PARTS = ("flow", "child", "worker", "worker and flow", "server", "database", "MLflow", "worker of the GPU")
 SETTINGS: dict[str, Any] = {
@@ -106,7 +106,7 @@ class Reference:
         experiment, path = chosen("tiny", Changes.model_validate(CHANGES))
         folder.mkdir(parents=True, exist_ok=True)
         pinned, _ = pin(experiment, folder / path.name, None, resolve=True)
-        self.plans: dict[str, Plan] = plans(pinned)
+        self.plans: dict[str, StageSpec] = plans(pinned)
         self.store = Store(str(folder / "reference"))
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             pool.submit(_make_all, pinned, self.store.uri).result()
@@ -165,7 +165,7 @@ class Killer:
         for name in (*STAGES, "checkpoints", "leases", "work"):
             self.store.remove(name)
 
-    def _wait_for_stage(self, stage: str, plan: Plan) -> None:
+    def _wait_for_stage(self, stage: str, plan: StageSpec) -> None:
         """Until the stage is at work; a training, until it has a checkpoint to go on from."""
         lease = f"leases/{stage}-{plan.fingerprint[:16]}.json"
         steps = f"checkpoints/{plan.fingerprint}"
@@ -307,7 +307,9 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main() -> None:
     """Run the cells that are not there yet, or print the table of those that are."""
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--env-file", type=Path, help="settings of the platform, Postgres among them")
     parser.add_argument("--only", action="append", metavar="CELL", help='such as "flow in pretrain"; may be repeated')

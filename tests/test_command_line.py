@@ -1,40 +1,40 @@
-"""The command lines: the help of every command, found from the parsers themselves, and options by their whole names."""
+"""The command lines: the help of every command, found from the applications themselves, and what is refused."""
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from cyclopts import App
 
 from flows import cli
 from vectorclm import __main__ as core
-from vectorclm.command_line import CommandParser
 
-FRONT_ENDS: dict[str, tuple[Callable[[Sequence[str]], int], argparse.ArgumentParser]] = {
-    "vectorclm": (cli.main, cli.command_line()),
-    "python -m vectorclm": (core.main, core.command_line()),
+FRONT_ENDS: dict[str, tuple[Callable[[Sequence[str]], int], App]] = {
+    "vectorclm": (cli.main, cli.app),
+    "python -m vectorclm": (core.main, core.app),
 }
 
 
-def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def below(app: App) -> list[str]:
+    return [name for name in app if not name.startswith("-")]
+
+
+def commands(app: App, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The words of a front end's commands and sub-commands, itself first."""
     yield path
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, below in action.choices.items():
-                yield from commands(below, (*path, name))
+    for name in below(app):
+        yield from commands(app[name], (*path, name))
 
 
-def parser_of(parser: argparse.ArgumentParser, path: Sequence[str]) -> argparse.ArgumentParser:
+def app_of(app: App, path: Sequence[str]) -> App:
     for name in path:
-        (below,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-        parser = below.choices[name]
-    return parser
+        app = app[name]
+    return app
 
 
-ALL = [(front, path) for front, (_, parser) in FRONT_ENDS.items() for path in commands(parser)]
+ALL = [(front, path) for front, (_, app) in FRONT_ENDS.items() for path in commands(app)]
 
 
 def test_the_commands_are_found() -> None:
@@ -44,15 +44,14 @@ def test_the_commands_are_found() -> None:
 
 @pytest.mark.parametrize(("front", "path"), ALL, ids=[" ".join([front, *path]) for front, path in ALL])
 def test_help_is_printed(front: str, path: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    main, parser = FRONT_ENDS[front]
-    with pytest.raises(SystemExit) as ended:
-        main([*path, "--help"])
+    main, app = FRONT_ENDS[front]
+    assert main([*path, "--help"]) == 0
     shown = capsys.readouterr()
-    assert (ended.value.code, shown.err) == (0, "")
-    assert shown.out.startswith(f"usage: {' '.join([front, *path])} ")
-    assert "%%" not in shown.out and "%(" not in shown.out
-    below = {path[-1] for path in commands(parser_of(parser, path)) if len(path) == 1}
-    assert [name for name in below if f"\n    {name}" not in shown.out] == []
+    assert shown.err == "" and shown.out.startswith(f"Usage: {' '.join([front, *path])} ")
+    inside = app_of(app, path)
+    assert [name for name in below(inside) if f"│ {name} " not in shown.out] == []
+    if not below(inside):
+        assert f"vectorclm {' '.join(path)}" in shown.out.partition("Example: ")[2]
 
 
 @pytest.mark.parametrize(
@@ -67,58 +66,57 @@ def test_help_is_printed(front: str, path: tuple[str, ...], capsys: pytest.Captu
 def test_help_of_a_process(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "two models on the same items: differences, their 95 % intervals" in " ".join(done.stdout.split())
+    assert "two models on the same items: differences" in " ".join(done.stdout.split())
 
 
 def test_the_installed_program_is_the_same() -> None:
     program = Path(sys.executable).with_name("vectorclm")
     done = subprocess.run([program, "store", "gc", "--help"], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: vectorclm store gc ")
+    assert done.stdout.startswith("Usage: vectorclm store gc ")
 
 
-def test_a_store_whose_address_has_a_percent_sign(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VECTORCLM_STORE", "s3://bucket/a%20store%s")
-    for main, parser in ((cli.main, cli.command_line()), (core.main, core.command_line())):
-        for path in commands(parser):
-            with pytest.raises(SystemExit, match=r"^0$"):
-                main([*path, "--help"])
-    assert "s3://bucket/a%20store%s" in capsys.readouterr().out
-
-
-def test_percent_signs_of_help_texts(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = CommandParser("program")
-    parser.add_argument("--rate", default=7, help="95 % of %(default)s in %(prog)s, 100%% or %(other)s, 5%")
-    parser.print_help()
-    assert "95 % of 7 in program, 100% or %(other)s, 5%" in capsys.readouterr().out
-
-
-LONG = [
-    (front, path, option)
+OPTIONS = [
+    (front, path, name)
     for front, path in ALL
-    for action in parser_of(FRONT_ENDS[front][1], path)._actions
-    for option in action.option_strings
-    if option.startswith("--")
+    if not below(app_of(FRONT_ENDS[front][1], path)) and path
+    for argument in app_of(FRONT_ENDS[front][1], path).assemble_argument_collection()
+    for name in argument.names
+    if name.startswith("--")
 ]
 
 
-@pytest.mark.parametrize(("front", "path", "option"), LONG, ids=[" ".join([a, *b, c]) for a, b, c in LONG])
+@pytest.mark.parametrize(("front", "path"), sorted({(front, path) for front, path, _ in OPTIONS}))
 def test_the_beginning_of_an_option_is_not_the_option(
-    front: str, path: tuple[str, ...], option: str, capsys: pytest.CaptureFixture[str]
+    front: str, path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = FRONT_ENDS[front][1]
-    if any(isinstance(action, argparse._SubParsersAction) for action in parser_of(parser, path)._actions):
-        path = next(longer for longer in commands(parser) if longer[: len(path)] == path and len(longer) > len(path))
-    needed = [
-        str(next(iter(action.choices))) if action.choices else "x"
-        for action in parser_of(parser, path)._actions
-        if not action.option_strings and not isinstance(action, argparse._SubParsersAction)
-    ]
-    known = {name for action in parser_of(parser, path)._actions for name in action.option_strings}
-    if option[:-1] in known:
-        pytest.skip(f"{option[:-1]} is an option itself")
-    with pytest.raises(SystemExit, match=r"^2$"):
-        parser.parse_args([*path, *needed, option[:-1]])
-    assert f"unrecognized arguments: {option[:-1]}" in capsys.readouterr().err
+    known = [name for other, command, name in OPTIONS if (other, command) == (front, path)]
+    for short in {name[:-1] for name in known} - set(known) - {"-"}:
+        assert FRONT_ENDS[front][0]([*path, "x", short, "1"]) == 2
+        assert "Traceback" not in (said := capsys.readouterr().err) and said.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "tiny"], "vectorclm stage pretrain tiny"),
+        (["run", "--threads", "many"], "--threads many: Input should be a valid integer"),
+        (["evaluate", "M", "--suite", "standard", "--items", "-3"], "--items -3: Input should be greater than or"),
+        (["evaluate", "M", "--items", "3"], "--items need --suite NAME"),
+        (["evaluate", "M", "--text", "f", "--set", "a=1"], "--set changes an experiment, and M is a model here"),
+        (["evalute", "M"], 'Did you mean "evaluate"'),
+        (["retry", "x", "--from", "nowhere"], 'Invalid value "nowhere" for --from'),
+        (["chat"], "MODEL requires an argument"),
+        (["chat", "M", "--temperature", "-1"], "--temperature -1: Input should be greater than or equal to 0"),
+        (["chat", "M", "--stop", ""], "--stop must not be empty"),
+        (["chat", "M", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
+        (["export", "M", "--type", "f16"], "--type and --out need --format gguf"),
+        (["bench", "quality"], "--data"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err and said.err.count("\n") == 1

@@ -8,8 +8,9 @@ import pytest
 
 from vectorclm.config import EXPERIMENTS, ExperimentConfig, changed, load_experiment
 from vectorclm.errors import ConfigError
-from vectorclm.pinning import pin
-from vectorclm.stages import STAGES, plans
+from vectorclm.lineage.pinning import pin
+from vectorclm.stages import plans
+from vectorclm.store.layout import STAGES
 
 
 def write(folder: Path, **changes: Any) -> str:

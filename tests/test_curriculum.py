@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import psutil
@@ -21,7 +22,7 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import main
-from flows.launch import (
+from flows.execution.launch import (
     Launcher,
     StageCancelledError,
     StageFailedError,
@@ -29,14 +30,17 @@ from flows.launch import (
     device_names,
     dying_with_parent,
 )
-from flows.server import answers, prefect_server
+from flows.net import answers
+from flows.platform.prefect_server import prefect_server
+from tests.test_pages import README, fenced
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, DataError, StoreError
-from vectorclm.instructions import PARTS
-from vectorclm.lineage import TITLES
-from vectorclm.pinning import pin
-from vectorclm.plan import in_words
-from vectorclm.stages import STAGES, TRAININGS, plans
+from vectorclm.evaluation.instruction_checks import PARTS
+from vectorclm.lineage.chain import TITLES
+from vectorclm.lineage.pinning import pin
+from vectorclm.shards.order import format_epochs
+from vectorclm.stages import TRAININGS, plans
+from vectorclm.store.layout import STAGES
 
 SHRUNK = {
     "name": "mini",
@@ -137,6 +141,22 @@ def test_a_finished_run_leaves_no_traceback_and_no_work_behind(first: SimpleName
     assert [line.split()[0] for line in first.done.stderr.splitlines() if " built in " in line] != []
     assert list((first.store / "work").iterdir()) == []
     assert list((first.store / "leases").iterdir()) == []
+
+
+def test_the_store_holds_what_the_page_draws_of_it(first: SimpleNamespace) -> None:
+    """Every folder of the run stands there, and each that is made always is in the run."""
+    (tree,) = (block for block in fenced(README) if block.startswith("store/"))
+    drawn = {
+        name for line in tree.splitlines() for name in re.findall(r"(?:[├└]── |, | )([.\w]+)(?:/|(?=\.db))", line[:38])
+    }
+    made = {path.stem for path in first.store.iterdir()}  # a database and its lock are one
+    assert (
+        made <= drawn and {*STAGES, "reports", "leases", "work", "locks", ".prefect", "mlflow", "mlartifacts"} <= drawn
+    )
+    assert set(STAGES) | {"reports", ".prefect", "mlflow"} <= made
+    for stage, files in re.findall(r"(\w+)/… +([\w., ]+)$|\Z", tree, re.MULTILINE):
+        for name in re.findall(r"\w+\.\w+", files) if stage in STAGES else ():
+            assert (Path(first.result["stages"][stage]["uri"]) / name).is_file(), name
 
 
 def test_the_models_open_with_transformers(first: SimpleNamespace) -> None:
@@ -254,10 +274,32 @@ def test_a_second_run_reuses_every_stage_and_registers_nothing(first: SimpleName
     assert {run.data.tags["stage"]: run.data.tags["state"] for run in nested} == dict.fromkeys(STAGES, "reused")
 
 
+def kill_training(store: Path, stage: str, ended: Event) -> bool:
+    """Kill the process that makes a stage for this store with -9, as soon as there is one; False where none came."""
+    while not ended.is_set():
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or []
+            if stage in line and "--relay" in line and str(store) in line and "setpriv" not in line[0]:
+                process.kill()
+                return True
+        time.sleep(0.01)
+    return False
+
+
 def test_a_changed_setting_reruns_its_stage_and_what_follows(first: SimpleNamespace) -> None:
-    done = first.run("--set", "finetune.epochs=0.5")
+    """Its process is killed once, and the stage is retried by itself."""
+    ended = Event()
+    with ThreadPoolExecutor(1) as other:
+        killed = other.submit(kill_training, first.store, "finetune", ended)
+        done = first.run("--set", "finetune.epochs=0.5")
+        ended.set()
+        assert killed.result()
     rerun = {"finetune", "evaluate", "export"}
     assert states(done) == {name: "built" if name in rerun else "reused" for name in STAGES}
+    assert done.stderr.count("its process was ended by SIGKILL") == 1
+    newest = max(first.runs("tags.stage = 'curriculum'"), key=lambda run: run.info.start_time)
+    tuning = first.runs(f"tags.mlflow.parentRunId = '{newest.info.run_id}' and tags.stage = 'finetune'")
+    assert sorted(run.info.status for run in tuning) == ["FAILED", "FINISHED"]
     versions = first.client.search_model_versions("name = 'vectorclm-chat'")
     assert {version.tags["fingerprint"] for version in versions} == {
         first.result["stages"]["finetune"]["fingerprint"],
@@ -283,6 +325,41 @@ def test_a_failing_stage_is_named_and_what_was_finished_is_kept(first: SimpleNam
     assert "error: stage tokenizer failed: " in done.stderr and "Traceback" not in done.stderr
     assert "Finished stages are kept" in done.stderr
     assert "sample reused" in done.stderr
+    newest = max(first.runs("tags.stage = 'curriculum'"), key=lambda run: run.info.start_time)
+    nested = first.runs(f"tags.mlflow.parentRunId = '{newest.info.run_id}' and tags.stage = 'tokenizer'")
+    assert [run.info.status for run in nested] == ["FAILED"]  # a setting is not mended by a retry
+
+
+def test_pools_refuse_an_experiment_of_ones_own_and_need_a_server(
+    first: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["run", str(first.experiment), "--store", str(first.store), "--placement", "pools"]
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert main(command) == 2
+    assert "placement pools needs a Prefect server with workers: set PREFECT_API_URL" in capsys.readouterr().err
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert main(command) == 2
+    assert "placement pools knows tiny, small, base, not mini: run that one inline" in capsys.readouterr().err
+
+
+def test_what_is_damaged_is_made_again_with_one_warning_each(first: SimpleNamespace) -> None:
+    place = {name: Path(stage["uri"]) for name, stage in first.result["stages"].items()}
+    damaged = {
+        "sample": next(place["sample"].rglob("*.parquet")),
+        "tokenizer": place["tokenizer"] / "tokenizer.json",
+        "pretrain": place["pretrain"] / "model.safetensors",
+        "export": place["export"] / "chat" / "README.md",
+    }
+    before = {name: file.read_bytes() for name, file in damaged.items()}
+    damaged["export"].unlink()
+    for name in ("sample", "tokenizer", "pretrain"):
+        os.truncate(damaged[name], 100 if name == "pretrain" else 0)
+    done = first.run()
+    assert states(done) == {name: "built" if name in damaged else "reused" for name in STAGES}
+    assert {name: file.read_bytes() for name, file in damaged.items()} == before
+    for name, file in damaged.items():
+        (line,) = [line for line in done.stderr.splitlines() if f"{name} is built again now" in line]
+        assert file.name in line
 
 
 def test_an_unknown_key_names_its_neighbours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -347,7 +424,7 @@ def test_a_dry_run_says_how_often_sources_are_read_that_are_in_the_store(
     manifest = json.loads((first.store / "pretrain" / costs["stages"]["pretrain"] / "manifest.json").read_text())
     summary = manifest["summary"]
     assert {label: round(epochs, 3) for label, epochs in costs["epochs"].items()} == summary["epochs"]
-    assert summary["read"] == in_words(costs["epochs"])
+    assert summary["read"] == format_epochs(costs["epochs"])
     assert main(dry) == 0
     assert summary["read"] in capsys.readouterr().out
     changes = ['pretrain.phases.0.when_exhausted="stop"', "pretrain.phases.0.tokens=9_000_000"]

@@ -10,12 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.conftest import PROCESSES, publish_shards
-from vectorclm.dataset import StreamingLanguageModelDataset
-from vectorclm.documents import document_labels, position_ids
-from vectorclm.loss import IGNORE_INDEX
-from vectorclm.plan import CurriculumPlan, Stretch
-from vectorclm.shard_reader import ShardReader, open_shards
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID
+from vectorclm.dataset import StreamingLanguageModelDataset, document_labels, position_ids
+from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.shards.order import MixturePhase, TrainingOrder
+from vectorclm.shards.reader import ShardReader, open_shards
+from vectorclm.tokenizer import BOS_ID, EOS_ID
 
 SIZES = {"a": 3000, "b": 900}
 
@@ -31,7 +30,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Shar
         yield opened
 
 
-PLAN = CurriculumPlan([Stretch(300, {"a": 0.5, "b": 0.5})], SIZES, seed=1, windows_per_block=8)
+PLAN = TrainingOrder([MixturePhase(300, {"a": 0.5, "b": 0.5})], SIZES, seed=1, windows_per_block=8)
 
 
 def hashes(readers: dict[str, ShardReader], world_size: int, workers: int) -> list[str]:
@@ -90,7 +89,7 @@ def test_labels_follow_the_supervision(tmp_path: Path) -> None:
     supervised = np.array([[0, 0, 1, 1], [0, 1, 0, 0]], np.uint8)
     sources = {"chat": {"input_ids": np.arange(8, dtype=np.uint16).reshape(2, 4), "supervised": supervised}}
     artifact = publish_shards(str(tmp_path / "store"), tmp_path / "work", sources, 4096)
-    plan = CurriculumPlan([Stretch(2, {"chat": 1.0})], {"chat": 2}, seed=0, windows_per_block=1)
+    plan = TrainingOrder([MixturePhase(2, {"chat": 1.0})], {"chat": 2}, seed=0, windows_per_block=1)
     with open_shards(artifact, "train") as readers:
         (batch,) = StreamingLanguageModelDataset(readers, plan, 2)
     for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
@@ -107,7 +106,7 @@ def test_text_beside_conversations_has_the_labels_of_pretraining(tmp_path: Path,
     one = publish_shards(str(tmp_path / "a"), tmp_path / "work", {"a": {"input_ids": text}}, 4096)
     columns = {"chat": {"input_ids": talk, "supervised": marked}}
     two = publish_shards(str(tmp_path / "b"), tmp_path / "work", columns, 4096)
-    plan = CurriculumPlan([Stretch(10, {"a": 0.4, "chat": 0.6})], {"a": 2, "chat": 3}, seed=0, windows_per_block=1)
+    plan = TrainingOrder([MixturePhase(10, {"a": 0.4, "chat": 0.6})], {"a": 2, "chat": 3}, seed=0, windows_per_block=1)
     with open_shards(one, "train") as texts, open_shards(two, "train") as talks:
         (batch,) = StreamingLanguageModelDataset({**texts, **talks}, plan, 10, document_mask=apart)
     expected = document_labels(text.astype(np.int64), position_ids(text.astype(np.int64)) if apart else None)

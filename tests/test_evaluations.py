@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import pstdev
 from types import SimpleNamespace
@@ -14,38 +15,29 @@ import pytest
 import torch
 
 from flows.cli import main as vectorclm
-from flows.registry import Registry
-from flows.report import report
+from flows.evaluations import table
+from flows.reports.report import report
+from flows.tracking.registry import Registry, Result
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
-from vectorclm.addresses import find_model, whole
-from vectorclm.artifact import Store
-from vectorclm.bits_per_byte import text_scores
-from vectorclm.compare import OWN_SUITE, common_results, compare
-from vectorclm.config import override
-from vectorclm.curves import curves_of
+from vectorclm.comparison.compare import OWN_SUITE, common_results, compare
+from vectorclm.comparison.curves import curves_of
+from vectorclm.comparison.measurement import Limits, left_out, measure_plan, training_text
+from vectorclm.config import Suite, override
+from vectorclm.corpus.sample_reader import read_texts
+from vectorclm.corpus.synthetic_world import rows as world_rows
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
-from vectorclm.items import ratio
-from vectorclm.lineage import lineage, trained_on
-from vectorclm.measure import (
-    Change,
-    Figure,
-    Limits,
-    changes,
-    figures,
-    left_out,
-    measure_plan,
-    training_text,
-)
+from vectorclm.evaluation.bits_per_byte import text_scores
+from vectorclm.evaluation.multiple_choice import read_items
+from vectorclm.evaluation.statistics import Change, Figure, changes, figures, ratio
+from vectorclm.lineage.chain import lineage, trained_on
+from vectorclm.lineage.pinning import pin
 from vectorclm.model import CausalLM
-from vectorclm.multiple_choice import read_items
-from vectorclm.pinning import pin
-from vectorclm.runtime import Runtime
-from vectorclm.sample_files import read_texts
+from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans, run_stage
-from vectorclm.suite import Suite
-from vectorclm.train_tokenizer import load_tokenizer
-from vectorclm.world import rows as world_rows
+from vectorclm.store.artifact import Store
+from vectorclm.store.model_ref import expand_prefix, find_model
+from vectorclm.tokenizer import encode, load_tokenizer
 
 STAGES_OF_SCORES = ("evaluate_base", "evaluate")
 STAGES = ("sample", "tokenizer", "shards", "chat_shards", "pretrain", "finetune")
@@ -115,12 +107,16 @@ def test_a_foreign_store_cannot_borrow_the_scores_of_another_model(
     shutil.copyfile(Path(made.uris["pretrain"]) / "model.safetensors", tmp_path / key / "model.safetensors")
     done = evaluate(f"file://{tmp_path / key}", *options)
     assert done.code == 2 and "model.safetensors: SHA-256 is" in done.err and "reused" not in done.out
-    (tmp_path / key / "tokenizer_config.json").write_text('{"eos_token": "x"}')
-    with pytest.raises(CorruptArtifactError, match=r"tokenizer_config\.json is not what the manifest promises"):
-        find_model(f"file://{tmp_path / key}")
-    (tmp_path / key / "tokenizer_config.json").write_text('{"eos_token": {}}')
+    shutil.copyfile(Path(made.uris["finetune"]) / "model.safetensors", tmp_path / key / "model.safetensors")
+    config = (tmp_path / key / "tokenizer_config.json").read_text()
+    (tmp_path / key / "tokenizer_config.json").write_text(config.replace("im_end", "xx_end"))
+    for address in (f"file://{tmp_path / key}", str(tmp_path / key)):
+        with pytest.raises(CorruptArtifactError, match=r"tokenizer_config\.json is not what the manifest promises"):
+            find_model(address)
+    shutil.copytree(made.uris["finetune"], tmp_path / "plain")
+    (tmp_path / "plain" / "tokenizer_config.json").write_text('{"eos_token": {}}')
     with pytest.raises(DataError, match="names no eos_token"):
-        find_model(str(tmp_path / key))
+        find_model(str(tmp_path / "plain"))
 
 
 def test_held_out_text_is_scored_as_a_whole_with_its_error(made: SimpleNamespace, evaluate: Evaluate) -> None:
@@ -195,6 +191,21 @@ def test_the_stages_keep_their_items_with_every_error(made: SimpleNamespace) -> 
     assert found["bits_per_byte.stories"].difference == pytest.approx(bits[1] - bits[0])
 
 
+def test_the_penalty_is_of_all_answers_of_both_models(made: SimpleNamespace) -> None:
+    tokenizer = load_tokenizer(Path(made.uris["finetune"]))
+    for stage in STAGES_OF_SCORES:
+        repeated: dict[tuple[str, float], int] = {}
+        for penalty in (1.0, 100.0):
+            suite = override(made.suite, [f"evaluate.repetition_penalty={penalty}"])
+            scores, _ = run_stage(stage, suite, made.store, Runtime(threads=1), None)
+            instructions = (scores.local() / "instructions.jsonl").read_text().splitlines()
+            answers = {"samples": scores.summary["samples"], "instructions": map(json.loads, instructions)}
+            for kind, rows in answers.items():
+                ids = [encode(tokenizer, row["answer"]) for row in rows]
+                repeated[kind, penalty] = sum(len(answer) - len(set(answer)) for answer in ids)
+        assert all(repeated[kind, 100.0] < repeated[kind, 1.0] / 4 for kind in ("samples", "instructions")), repeated
+
+
 def test_what_training_repeats_is_counted_beside_the_score(
     made: SimpleNamespace, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +218,7 @@ def test_what_training_repeats_is_counted_beside_the_score(
     assert set(read_texts(Path(made.uris["sample"]) / "stories", "train")) <= set(texts)
     assert sum("assistant\n" in text for text in texts) > 20  # the conversations, in windows
     question = read_items(made.suite.evaluate.tasks[0], world_rows(made.suite.world, "questions"), 1)[0]
-    monkeypatch.setattr("vectorclm.measure.training_text", lambda *_: iter([question.context.encode()]))
+    monkeypatch.setattr("vectorclm.comparison.measurement.training_text", lambda *_: iter([question.context.encode()]))
     again = evaluate.scores(made.uris["pretrain"], "--items", "400")
     task, rows = again["scores"]["tasks"]["world"], pq.read_table(Path(again["uri"]) / "items.parquet").to_pylist()
     assert task["contaminated"] == sum(bool(row["contaminated"]) for row in rows) > 0
@@ -342,7 +353,7 @@ def test_the_beginning_of_a_fingerprint_is_enough(made: SimpleNamespace, monkeyp
         remote.write(f"finetune/abc{end * 61}/x", b"")
     with pytest.raises(ConfigError, match="abc begins 2 artifacts of memory://beginnings: write more digits"):
         find_model("memory://beginnings/finetune/abc")
-    assert whole("memory://beginnings/finetune/abc1/chat") == f"memory://beginnings/finetune/abc{'1' * 61}/chat"
+    assert expand_prefix("memory://beginnings/finetune/abc1/chat") == f"memory://beginnings/finetune/abc{'1' * 61}/chat"
     with pytest.raises(DataError, match="beginnings has no finished finetune/abd"):
         find_model("memory://beginnings/finetune/abd")
 
@@ -375,3 +386,10 @@ def test_a_fall_is_what_noise_does_not_explain() -> None:
         "in_template": Figure(0.8, pytest.approx(0.2)),
     }
     assert [item.name for item in changes({"acc.world": Figure(0.4, 0.1)}, found)] == ["acc.world"]
+
+
+def test_a_task_that_could_not_run_stands_in_the_table_as_such() -> None:
+    scores = {"acc.world": Figure(0.5, 0.1)}
+    result = Result("m", datetime(2026, 1, 2, tzinfo=UTC), "f", scores)
+    (row,) = table([result], ["code"])
+    assert row["acc.code"] == "not run" and row["acc.world"] == "0.5000 ± 0.1000"

@@ -15,17 +15,17 @@ from transformers import AutoTokenizer
 
 from tests.conftest import write_tokenizer
 from tests.test_model import CONFIG
-from vectorclm.chat_shards import ChatConfig, ChatSource, told, write_chat_shards
-from vectorclm.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
-from vectorclm.corpus import open_source
+from vectorclm.corpus.decontamination import Benchmarks
+from vectorclm.corpus.sources import open_source
 from vectorclm.dataset import Batch, to_batch
-from vectorclm.decontamination import Benchmarks
 from vectorclm.errors import DataError
-from vectorclm.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
-from vectorclm.shards import read_windows
+from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.shards.chat_writer import ChatConfig, ChatSource, summary_lines, write_chat_shards
+from vectorclm.shards.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
+from vectorclm.shards.writer import read_windows
+from vectorclm.tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
 from vectorclm.train import train_step
-from vectorclm.train_tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
 
 CONVERSATION = [
     Turn("system", "Be kind."),
@@ -290,7 +290,7 @@ def test_a_budget_is_shared_by_weight_and_each_source_has_windows_of_its_own(
             assert tokens[label][split] > 0
         assert summary[split]["windows"] == windows
         assert summary[split]["tokens"] == sum(count[split] for count in tokens.values())
-    assert "445 of 4,000 tokens" in told(summary)[2]
+    assert "445 of 4,000 tokens" in summary_lines(summary)[2]
     for source in summary["sources"].values():
         assert source["train"] + source["validation"] + source["dropped"].get("over_budget", 0) == source["read"]
 
@@ -373,7 +373,7 @@ def test_each_conversation_is_learnt_once_over_all_sources_and_none_of_a_benchma
     assert a["dropped"] == {"contaminated": 1, "duplicate": 5} and a["contaminated"] == {"quiz": 1}
     assert b["dropped"] == {"duplicate": 10} and b["contaminated"] == {}
     assert a["train"] + a["validation"] == b["train"] + b["validation"] == 40
-    assert told(summary) == [
+    assert summary_lines(summary) == [
         "chat_shards a: 40 of 46 conversations kept, 0 shortened; dropped: 1 contaminated, 5 duplicate (quiz 1)",
         "chat_shards b: 40 of 50 conversations kept, 0 shortened; dropped: 10 duplicate",
     ]

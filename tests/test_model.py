@@ -12,13 +12,13 @@ from tests.conftest import random_model
 from vectorclm.config import load_experiment
 from vectorclm.dataset import Batch
 from vectorclm.errors import DataError, VectorCLMError
-from vectorclm.generate import generate
-from vectorclm.loss import CHUNK, IGNORE_INDEX, chunked_cross_entropy
+from vectorclm.inference.generate import generate
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
-from vectorclm.muon import OptimizerConfig, build_optimizers
+from vectorclm.nn.loss import CHUNK, IGNORE_INDEX, chunked_cross_entropy
+from vectorclm.tokenizer import PAD_ID
 from vectorclm.train import train_step
-from vectorclm.train_tokenizer import PAD_ID
+from vectorclm.training.muon import OptimizerConfig, build_optimizers
 
 CONFIG = ModelConfig(
     vocab_size=307,

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vectorclm.artifact import Store
-from vectorclm.benchmarks import read_task
 from vectorclm.config import ExperimentConfig, load_experiment
-from vectorclm.documents import position_ids
-from vectorclm.harness_tasks import build_tasks
-from vectorclm.pinning import check_sources, pin
-from vectorclm.runtime import Runtime
-from vectorclm.sample_files import read_texts
+from vectorclm.corpus.sample_reader import read_texts
+from vectorclm.dataset import position_ids
+from vectorclm.evaluation.harness_tasks import build_tasks
+from vectorclm.evaluation.tasks import read_task
+from vectorclm.lineage.pinning import check_sources, pin
+from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import validate
-from vectorclm.shards import SPLITS, read_windows
+from vectorclm.shards.writer import SPLITS, read_windows
 from vectorclm.stages import run_stage
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, IM_END_ID, IM_START_ID, PAD_ID, load_tokenizer
+from vectorclm.store.artifact import Store
+from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, IM_START_ID, PAD_ID, load_tokenizer
 
 Made = dict[str, Path]
 

@@ -1,31 +1,40 @@
 """`tiny` as a newcomer runs it: one command, and the model answers questions whose answers it never read."""
 
+import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flows.reports.summary import Summary
 from tests.conftest import llama_cpp
-from vectorclm.addresses import find_model
+from tests.test_pages import README, fenced
+from vectorclm.bench.gguf import greedy_differences
 from vectorclm.config import load_experiment
-from vectorclm.conversations import Turn, render_prompt
-from vectorclm.generate import answer, answer_text, generate
-from vectorclm.gguf_export import export_gguf
-from vectorclm.ggufbench import greedy_differences
+from vectorclm.corpus.synthetic_world import held_out_prompts, rows, texts, word_frequency_baseline
+from vectorclm.evaluation.multiple_choice import read_items, task_scores
+from vectorclm.export.gguf import export_gguf
+from vectorclm.inference.generate import answer, answer_text, generate
 from vectorclm.model import CausalLM
-from vectorclm.multiple_choice import read_items, task_scores
-from vectorclm.train_tokenizer import BOS_ID, encode, load_tokenizer
-from vectorclm.world import held_out_prompts, rows, texts, word_frequency_baseline
+from vectorclm.shards.conversations import Turn, render_prompt
+from vectorclm.store.artifact import Store
+from vectorclm.store.model_ref import find_model
+from vectorclm.tokenizer import BOS_ID, encode, load_tokenizer
 
 EXPERIMENT, _ = load_experiment("tiny")
 assert EXPERIMENT.world is not None
 QUESTIONS = rows(EXPERIMENT.world, "questions")
+ASKED = "What does Xena the mole eat?"  # on the page
 PROMPT = "Question: Pim is an otter. Where does Pim live?\nAnswer:"
 
 
@@ -112,6 +121,64 @@ def test_llama_cpp_gives_the_same_answers(result: dict[str, Any], tmp_path: Path
     answers = [tokenizer.decode(rounded.greedy(prompt, 40), skip_special_tokens=True) for prompt in prompts]
     right = sum(found == item["answer"] for found, item in zip(answers, items, strict=True))
     assert right >= 0.75 * len(items), f"{right} of {len(items)}"
+
+
+def test_the_summary_has_the_lines_of_the_page(result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the time, and what another CPU rounds otherwise; the command below it opens a chat."""
+    monkeypatch.setenv("COLUMNS", "100")
+    store = Store(str(Path(result["stages"]["export"]["uri"]).parents[1]))
+    console = Console(record=True, file=io.StringIO(), width=100)
+    Summary(EXPERIMENT, store, {name: {**handle, "stage": name} for name, handle in result["stages"].items()}).show(
+        console
+    )
+    shown = console.export_text()
+    (page,) = (block for block in fenced(README) if "─ tiny ─" in block)
+    exact = {
+        name: [" ".join(line.split()) for line in text.splitlines()]
+        for name, text in (("shown", shown), ("page", page))
+    }
+    for pattern in (
+        r"pretrain [\d,]+ [\d,]+",
+        r"finetune [\d,]+ [\d,]+",
+        r"world [\d.]+%",
+        r"(?:training|held-out|multiple) .*",
+    ):
+        found = {name: [part for line in lines for part in re.findall(pattern, line)] for name, lines in exact.items()}
+        assert found["page"] and set(found["page"]) <= set(found["shown"])
+    assert shown.count("model  ") >= 3 and "mlflow ui --backend-store-uri" in shown
+    (line,) = re.findall(r"^talk to it +(.*)$", shown, re.MULTILINE)
+    talk = subprocess.run(shlex.split(line), input=f"{ASKED}\n", capture_output=True, text=True, check=False)
+    assert talk.returncode == 0 and talk.stdout.startswith("you  > model> "), talk.stderr
+
+
+def test_the_snippet_for_transformers_answers(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """As it stands on the page."""
+    (snippet,) = (block for block in fenced(README, "python") if "AutoModelForCausalLM" in block)
+    folder = Path(result["models"]["chat"])
+    exec(snippet, {"folder": str(folder)})
+    said = answer_text(CausalLM.from_pretrained(folder), load_tokenizer(folder), ASKED, 40)
+    assert ASKED in snippet and said and said in capsys.readouterr().out
+
+
+def test_the_snippet_for_openai_asks_the_command_above_it(result: dict[str, Any]) -> None:
+    """As both stand on the page, but for the port and the model's folder."""
+    (command,) = (block for block in fenced(README) if "vectorclm serve MODEL" in block and "API_KEY" in block)
+    (snippet,) = (block for block in fenced(README, "python") if "openai.OpenAI" in block)
+    key, folder = "a-key-of-this-test-0123", result["models"]["chat"]
+    words = [sys.executable, "-m", "flows.cli", *command.partition(" vectorclm ")[2].partition("#")[0].split()]
+    words = [folder if word == "MODEL" else word for word in words]
+    environment = {**os.environ, command.partition("=")[0]: key}
+    with subprocess.Popen([*words, "--port", "0"], env=environment, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = re.findall(r"http://\S+/v1", server.stdout.readline())[0]
+            known = {"openai": openai, "key": key}
+            assert "http://127.0.0.1:8000/v1" in snippet and "http://127.0.0.1:8000/" in command
+            asked = snippet.replace("http://127.0.0.1:8000/v1", url).replace("\nclient.chat", "\nanswer = client.chat")
+            exec(asked, known)
+        finally:
+            server.terminate()
+    assert known["answer"].choices[0].message.content  # type: ignore[attr-defined]
 
 
 def test_the_card_states_data_scores_and_lineage(result: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 from tests.test_model import CONFIG
 from vectorclm.dataset import Batch
 from vectorclm.errors import DivergedError
-from vectorclm.loss import IGNORE_INDEX
-from vectorclm.metrics import DIVERGED_STEPS, SPIKE_STEPS, Metrics, is_divergence, is_spike
 from vectorclm.model import CausalLM
-from vectorclm.muon import OptimizerConfig, build_optimizers
+from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.train import train_step
+from vectorclm.training.metrics import DIVERGED_STEPS, SPIKE_STEPS, Metrics, is_divergence, is_spike
+from vectorclm.training.muon import OptimizerConfig, build_optimizers
 
 IDS = torch.randint(5, CONFIG.vocab_size, (6, 32), generator=torch.Generator().manual_seed(3))
 
@@ -98,7 +98,7 @@ def test_a_divergence_is_told_with_the_windows_of_where_it_began(tmp_path: Path)
         for step in range(1, 100):
             metrics.add(step, 10 * step, torch.tensor(4.0 if step <= 20 else 80.0), torch.tensor(1.0), 0.1)
             metrics.flush()
-            strays.append(metrics.stray)
+            strays.append(metrics.is_diverging)
     assert strays.index(True) + 1 == 21  # from here on no checkpoint is written
     event = json.loads(metrics.text().splitlines()[-1])
     assert (event["step"], event["tokens"], event["event"]["kind"]) == (21, 210, "divergence")

@@ -1,21 +1,102 @@
-"""The parser of all command lines: options by their whole names, and help texts that may hold a percent sign."""
+"""Command lines on cyclopts: options that several commands share, parsing, exit codes, and errors in one line.
 
-import argparse
-import re
-from typing import Any
+Exit codes: 0 success; 1 a check found a difference; 2 an error that the message explains; 75 a
+training that SIGTERM ended after a checkpoint; 130 Ctrl-C; 143 SIGTERM.
+"""
 
-PLACEHOLDER = re.compile(r"(%\((?:default|prog)\)s|%%)|%")
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from cyclopts import App, Parameter
+from cyclopts.exceptions import CycloptsError
+
+from vectorclm.errors import ConfigError, VectorCLMError
+
+StoreUri = Annotated[
+    str, Parameter(name="--store", env_var="VECTORCLM_STORE", help="Where artifacts are kept: a folder or s3://…")
+]
+Json = Annotated[bool, Parameter(name="--json", help="Print JSON")]
+Setting = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", show_default=False, help="Change a setting, as in finetune.epochs=2.0; may be repeated"),
+]
+LOCAL_STORE = "./store"
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Fills in `%(default)s` and `%(prog)s`, and prints any other percent sign as it stands, such as of an address."""
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Place:
+    """Where artifacts and sources are, and the settings of this machine."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return PLACEHOLDER.sub(lambda found: found[1] or "%%", action.help) if action.help else action.help
+    store: StoreUri = LOCAL_STORE
+    data: Annotated[Path | None, Parameter(help="Read every source from this local mirror")] = None
+    runtime: Annotated[Path | None, Parameter(help="TOML or JSON file with settings of this machine")] = None
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser that takes no beginning of an option for the option; its sub-commands are parsed by the same class."""
+def new_app(name: str, about: str) -> App:
+    """A command line whose commands return their exit code, and whose flags have no --no-… twin."""
+    return App(
+        name=name,
+        help=about,
+        default_parameter=Parameter(negative=(), show_default=_shown),
+        result_action="return_value",
+        help_format="plaintext",
+        version_flags=(),
+    )
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
+
+def _shown(default: object) -> object:
+    """A default as help texts show it: nothing for an option that is left out."""
+    return default if default not in (False, "", ()) or (default == 0 and default is not False) else None
+
+
+def parse(app: App, arguments: Sequence[str] | None) -> tuple[Callable[..., Any], inspect.BoundArguments]:
+    """The command that the arguments name, and its own arguments. Raises ConfigError, in a line, for a wrong one."""
+    if os.environ.get("VECTORCLM_STORE") == "":
+        del os.environ["VECTORCLM_STORE"]  # as a shell leaves it that means none
+    try:
+        command, bound, _ = app.parse_args(
+            list(sys.argv[1:] if arguments is None else arguments), exit_on_error=False, print_error=False
+        )
+    except CycloptsError as error:
+        raise ConfigError(f"{_explain(error)}; --help lists what there is") from error
+    return command, bound
+
+
+def _explain(error: CycloptsError) -> str:
+    cause = error.__cause__
+    if not isinstance(cause, pydantic.ValidationError):
+        return str(error).strip().rstrip(".")
+    lines = []
+    for item in cause.errors(include_url=False):
+        option = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-")
+        lines.append(f"{option} {item['input']}: {item['msg']}")
+    return "; ".join(lines)
+
+
+def explain(error: VectorCLMError, *, relay: bool = False) -> None:
+    """Print an error for the person at the terminal; with `relay`, as a line of JSON for the parent process."""
+    if relay:
+        line = json.dumps({"error": {"type": type(error).__name__, "message": str(error)}})
+        print(line + "\n", end="", flush=True)  # in one write, as ranks share the pipe
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def run(command: Callable[[], Any], *, relay: bool = False) -> int:
+    """Run a parsed command; its exit code. With `relay`, an error goes to the parent process as a line of JSON."""
+    try:
+        code = command()
+    except VectorCLMError as error:
+        explain(error, relay=relay)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code if isinstance(code, int) else 0

@@ -8,20 +8,20 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from vectorclm.chat_shards import ChatConfig
-from vectorclm.corpus import SampleConfig
-from vectorclm.decontamination import benchmark_sources
+from vectorclm.corpus.decontamination import benchmark_sources
+from vectorclm.corpus.sources import CorpusConfig
+from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError
-from vectorclm.evaluate import EvaluateConfig
+from vectorclm.evaluation.config import EvaluateConfig, Questions
 from vectorclm.finetune import FinetuneConfig
 from vectorclm.model_config import ModelConfig
 from vectorclm.pretrain import PretrainConfig
 from vectorclm.settings import Settings, validate
-from vectorclm.shards import ShardsConfig
+from vectorclm.shards.chat_writer import ChatConfig
+from vectorclm.shards.writer import ShardsConfig
 from vectorclm.train_tokenizer import TokenizerConfig
-from vectorclm.world import WorldConfig
 
-EXPERIMENTS = Path(__file__).parent.parent / "flows" / "experiments"
+EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
 class ExperimentConfig(Settings):
@@ -30,7 +30,7 @@ class ExperimentConfig(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     seed: int = Field(ge=0, lt=2**32, description="The one seed that every random choice derives from")
     world: WorldConfig | None = None
-    sample: SampleConfig
+    sample: CorpusConfig
     tokenizer: TokenizerConfig
     shards: ShardsConfig
     model: ModelConfig
@@ -161,3 +161,56 @@ def _member(inside: Any, part: str, key: str, value: Any = _ABSENT) -> Any:
     elif inside.get(part) is None:
         inside[part] = {}  # an unknown key is then named by the experiment itself, with its neighbours
     return inside[part]
+
+
+SUITES = EXPERIMENTS / "suites"
+
+
+class Suite(Questions):
+    """Benchmarks, and what else a model is asked."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    seed: int = Field(1, ge=0, lt=2**32, description="By which items are drawn")
+    experiment: ExperimentConfig | None = Field(
+        None, description="Whose evaluation it is: its held-out text and conversations are scored, too"
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if not self.tasks and self.experiment is None:
+            raise ValueError("a suite needs [[tasks]]")
+        if self.world is None and (lost := [task.label for task in self.tasks if task.is_generated]):
+            raise ValueError(f"{', '.join(lost)} read the generated world, which only an experiment has")
+        return self
+
+    @property
+    def world(self) -> WorldConfig | None:
+        """The generated world that sources read."""
+        return self.experiment.world if self.experiment is not None else None
+
+    @classmethod
+    def of(cls, experiment: ExperimentConfig) -> Self:
+        """The evaluation of an experiment."""
+        return cls(name=experiment.name, seed=experiment.seed, experiment=experiment, **dict(experiment.evaluate))
+
+
+def load_suite(name_or_path: str) -> tuple[Suite, Path]:
+    """The suite of that name, or the evaluation of the experiment of that name, or those of a file; and its path.
+
+    Raises ConfigError that names the file, every bad key and what would be right.
+    """
+    path = Path(name_or_path)
+    if not path.suffix:
+        places = (SUITES / f"{name_or_path}.toml", EXPERIMENTS / f"{name_or_path}.toml")
+        path = next((place for place in places if place.is_file()), path)
+    if not path.is_file():
+        suites, experiments = (
+            ", ".join(sorted(file.stem for file in folder.glob("*.toml"))) for folder in (SUITES, EXPERIMENTS)
+        )
+        raise ConfigError(
+            f"no suite {name_or_path!r}: use {suites}, an experiment ({experiments}), or the path of a TOML file"
+        )
+    values = read_config(path)
+    if "sample" in values:
+        return Suite.of(validate(ExperimentConfig, values, str(path))), path
+    return validate(Suite, values, str(path)), path

@@ -4,7 +4,7 @@ No state needs saving but the step, and ranks and loader workers only take their
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,11 +12,52 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vectorclm.documents import document_labels, position_ids
-from vectorclm.loss import IGNORE_INDEX
-from vectorclm.plan import CurriculumPlan
-from vectorclm.shard_reader import ShardReader
-from vectorclm.shards import Windows
+from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.shards.order import TrainingOrder
+from vectorclm.shards.reader import ShardReader
+from vectorclm.shards.writer import Windows
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
+
+
+def position_ids(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """The place of each token of the windows [B, T] in its document, or in the part of it that the window holds."""
+    begins = input_ids == BOS_ID
+    begins[:, 0] = True
+    before, here = input_ids[:, :-1], input_ids[:, 1:]
+    begins[:, 1:] |= (before == EOS_ID) | ((here == PAD_ID) & (before != PAD_ID))
+    places = np.broadcast_to(np.arange(input_ids.shape[1], dtype=np.int32), input_ids.shape)
+    return np.subtract(places, np.maximum.accumulate(places * begins, axis=1), dtype=np.int64)
+
+
+def ignore_mask(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Which tokens of windows of text [B, T] are never labels.
+
+    That is padding, and the rest of a long document after another's EOS, which nothing announces.
+    """
+    tokens, length = input_ids.reshape(-1), input_ids.shape[1]  # flat: row after row takes twice as long
+    found, other = np.empty((2, len(tokens)), np.bool_)
+    np.equal(tokens[:-1], EOS_ID, out=found[1:])
+    np.not_equal(tokens, BOS_ID, out=other)
+    found &= other
+    found[::length] = False  # before the first token of a window there is none
+    np.equal(tokens, PAD_ID, out=other)
+    found |= other
+    return found.reshape(input_ids.shape)
+
+
+def document_labels(input_ids: NDArray[np.integer[Any]], positions: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Labels [B, T], as transformers has them, for windows of text; IGNORE_INDEX where nothing is to be learnt.
+
+    Nothing is learnt from what `ignore_mask` names, nor from the first token of each document where documents are
+    apart (`positions`). Where they are not, EOS predicts the next BOS, as in GPT.
+    """
+    ignored = ignore_mask(input_ids)
+    if positions is not None:
+        ignored |= positions == 0
+    labels = input_ids.astype(np.int64)
+    labels[ignored] = IGNORE_INDEX
+    return labels
+
 
 AHEAD = 2  # groups of each source on their way beside the one in use, so that requests never wait for each other
 TEXT = 2  # marks each token of a window of text that is mixed with conversations: labels as in pretraining
@@ -65,7 +106,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
     def __init__(
         self,
         readers: Mapping[str, ShardReader],
-        plan: CurriculumPlan,
+        plan: TrainingOrder,
         batch_size: int,
         *,
         start_step: int = 0,
@@ -140,7 +181,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
 class _Ahead:
     """What is fetched before it is needed: of each source the groups of blocks after the one in use."""
 
-    def __init__(self, plan: CurriculumPlan, readers: list[ShardReader], place: int) -> None:
+    def __init__(self, plan: TrainingOrder, readers: list[ShardReader], place: int) -> None:
         for reader in readers:
             reader.close()  # what another process, or an earlier pass, held
         self.plan = plan
@@ -151,10 +192,10 @@ class _Ahead:
     def reach(self, places: NDArray[np.int64]) -> None:
         """Hold what these places need and what comes after it, and nothing else."""
         for reader in self.readers:
-            reader.forget(int(places[0]))
+            reader.evict(int(places[0]))
         while (group := self.next) is not None:
             reader = self.readers[group.source]
             if group.place > places[-1] and len(reader.held) > AHEAD:
                 break
-            reader.want(group.place, (self.plan.block_windows(group.source, int(b)) for b in group.blocks))
+            reader.prefetch(group.place, (self.plan.block_windows(group.source, int(b)) for b in group.blocks))
             self.next = next(self.groups, None)

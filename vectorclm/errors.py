@@ -8,6 +8,7 @@ VectorCLMError
 │       └── CorruptBlockError  those of one block of a shard, and stayed so when it was read again
 ├── InUseError       another process is building the same artifact
 ├── OutOfMemoryError the tensors do not fit: lower micro_batch_size, a retry at the same size cannot help
+├── PreemptedError   SIGTERM ended a training, which has kept a checkpoint: run the same again
 ├── ReproducibilityError   what was made again is not the same: compare the versions and machines, a retry cannot help
 └── DivergedError    the loss left the finite numbers: change the settings, a retry cannot help
 """
@@ -43,6 +44,10 @@ class InUseError(VectorCLMError):
 
 class OutOfMemoryError(VectorCLMError):
     """The device's memory, or the machine's, does not hold what a step needs."""
+
+
+class PreemptedError(VectorCLMError):
+    """A training was asked to end by SIGTERM; it goes on from its checkpoint where the same is run again."""
 
 
 class ReproducibilityError(VectorCLMError):

@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import Field
 
-from vectorclm.artifact import Artifact
 from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
-from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch
-from vectorclm.shard_reader import ShardReader, open_shards
-from vectorclm.train import TrainConfig, Work, own_share, train
+from vectorclm.shards.order import MIX_BLOCK, MixturePhase, TrainingOrder
+from vectorclm.shards.reader import ShardReader, open_shards
+from vectorclm.store.artifact import Artifact
+from vectorclm.train import TrainConfig, TrainingRun, own_share, train
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def finetune(
     chat_shards: Artifact,
     token_lengths: Sequence[int],
     seed: int,
-    work: Work,
+    work: TrainingRun,
     texts: tuple[Artifact, Mapping[str, float]] | None = None,
 ) -> tuple[CausalLM, dict[str, Any]]:
     """Train the base model on the packed conversations; the loop is pretraining's.
@@ -59,9 +59,9 @@ def finetune(
         windows, share = sum(chats.values()), 1 - config.replay
         weights = {**{label: share * size / windows for label, size in chats.items()}, **replayed}
         sizes = {label: len(training[label]) for label in weights}
-        phase = Stretch(round(config.epochs * windows / share), weights)
+        phase = MixturePhase(round(config.epochs * windows / share), weights)
         per_block = next(iter(training.values())).block_windows
-        plan = CurriculumPlan([phase], sizes, seed, windows_per_block=per_block)
+        plan = TrainingOrder([phase], sizes, seed, windows_per_block=per_block)
         dataset = own_share(training, plan, config, work.group)
         if dataset.steps == 0:
             raise ConfigError(

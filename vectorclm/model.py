@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vectorclm.documents import Documents, Visibility, attention, padded_visibility
 from vectorclm.errors import DataError
-from vectorclm.layers import (
+from vectorclm.model_config import ModelConfig, model_config, write_config
+from vectorclm.nn.attention import Documents, Visibility, attention, padded_visibility
+from vectorclm.nn.layers import (
     Linear,
     RMSNorm,
     StackedLinear,
@@ -28,9 +29,8 @@ from vectorclm.layers import (
     swiglu_projection,
     unstack,
 )
-from vectorclm.loss import IGNORE_INDEX, chunked_cross_entropy
-from vectorclm.model_config import ModelConfig, model_config, write_config
-from vectorclm.products import project
+from vectorclm.nn.loss import IGNORE_INDEX, chunked_cross_entropy
+from vectorclm.nn.matmul import project
 
 Angles = tuple[Tensor, Tensor]  # cosines and sines [T, 1, E] or [B, T, 1, E] of the tokens' positions
 

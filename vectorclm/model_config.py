@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from vectorclm.errors import DataError
 from vectorclm.settings import Settings, validate
-from vectorclm.train_tokenizer import BOS_ID, EOS_ID, PAD_ID
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 
 class ModelConfig(Settings):

@@ -7,14 +7,21 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from vectorclm.artifact import Artifact
 from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
-from vectorclm.plan import MIX_BLOCK, CurriculumPlan, Stretch, WhenExhausted, in_words, windows_per_block
 from vectorclm.settings import Settings
-from vectorclm.shard_reader import open_shards
-from vectorclm.train import TrainConfig, Work, own_share, train
+from vectorclm.shards.order import (
+    MIX_BLOCK,
+    MixturePhase,
+    TrainingOrder,
+    WhenExhausted,
+    format_epochs,
+    windows_per_block,
+)
+from vectorclm.shards.reader import open_shards
+from vectorclm.store.artifact import Artifact
+from vectorclm.train import TrainConfig, TrainingRun, own_share, train
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +65,17 @@ class PretrainConfig(TrainConfig):
 
     def plan(
         self, sample_weights: Mapping[str, float], sizes: Mapping[str, int], length: int, itemsize: int, seed: int
-    ) -> CurriculumPlan:
+    ) -> TrainingOrder:
         """The training order over sources of these `sizes`, in windows of `length` tokens, `itemsize` bytes each.
 
         `sample_weights` is the mix of a phase that names none. Raises ConfigError where a source runs out in a phase
         that forbids it.
         """
         phases = [
-            Stretch(phase.tokens // length, phase.weights or sample_weights, phase.when_exhausted)
+            MixturePhase(phase.tokens // length, phase.weights or sample_weights, phase.when_exhausted)
             for phase in self.phases
         ]
-        return CurriculumPlan(phases, sizes, seed, windows_per_block=windows_per_block(length, itemsize))
+        return TrainingOrder(phases, sizes, seed, windows_per_block=windows_per_block(length, itemsize))
 
 
 def pretrain(
@@ -78,7 +85,7 @@ def pretrain(
     shards: Artifact,
     token_lengths: Sequence[int],
     seed: int,
-    work: Work,
+    work: TrainingRun,
 ) -> tuple[CausalLM, dict[str, Any]]:
     """Train a new model over the curriculum. `sample_weights` is the mix of a phase that names none.
 
@@ -97,12 +104,12 @@ def pretrain(
             step = config.batch_size * any_source.sequence_length
             raise ConfigError(f"pretrain.phases hold {config.tokens} tokens, one step takes {step}: raise them")
         epochs = plan.epochs(dataset.steps * config.batch_size)
-        logger.info("pretrain reads %s", in_words(epochs))
+        logger.info("pretrain reads %s", format_epochs(epochs))
         torch.manual_seed(seed)
         model = CausalLM(model_config)
         if config.zero_output_projections:
             model.zero_output_projections()
         summary = train(model, config, dataset, validation, token_lengths, seed, work)
     rounded = {label: round(value, 3) for label, value in epochs.items()}
-    read = {"epochs": rounded, "read": in_words(epochs)}
+    read = {"epochs": rounded, "read": format_epochs(epochs)}
     return model, {**summary, **read, "parameters": model_config.parameters}

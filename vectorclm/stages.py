@@ -1,91 +1,189 @@
-"""The stages in the order of the data: what each is made from, and how to make it.
+"""The stages of the pipeline as one table: what each is for, reads and builds; adding a stage is adding a row.
 
-`plans` knows every fingerprint before anything runs; `run_stage` makes one artifact, or finds it made.
+`plans` knows every fingerprint before anything runs; `run_stage` builds one artifact, or finds it built.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from vectorclm.artifact import Artifact, Plan, Store, build, rebuild
-from vectorclm.benchmarks import score_tasks
-from vectorclm.bits_per_byte import windows_scores
-from vectorclm.blocks import ShardDescriber
-from vectorclm.chat_shards import read_prompts, write_chat_shards
-from vectorclm.chat_shards import told as conversations_told
-from vectorclm.checkpoint import AGAIN, Checkpoints
 from vectorclm.config import ExperimentConfig
-from vectorclm.corpus import draw, identity, open_source
-from vectorclm.decontamination import benchmark_sources, read_benchmarks
-from vectorclm.distributed import ALONE, Group
-from vectorclm.errors import ConfigError, DataError, ReproducibilityError
-from vectorclm.evaluate import open_model, write_scores
-from vectorclm.export import export, write_model_files
-from vectorclm.finetune import finetune
-from vectorclm.generate import Sampling, answer_text, continuation, template_scores
-from vectorclm.instruction_prompts import instructions
-from vectorclm.instructions import instruction_scores
-from vectorclm.items import ItemScores
-from vectorclm.model import CausalLM
-from vectorclm.pretrain import pretrain
-from vectorclm.runtime import Runtime, memory_explained
-from vectorclm.sampling import told as documents_told
-from vectorclm.sampling import write_sample
-from vectorclm.sending import Sending
-from vectorclm.settings import digest, validate
-from vectorclm.shard_reader import open_shards
-from vectorclm.shards import write_shards
-from vectorclm.slices import SentSlices, Slices
-from vectorclm.train import TrainConfig, Work
-from vectorclm.train_tokenizer import load_tokenizer, token_lengths, train_tokenizer
-
-StageName = Literal[
-    "sample",
-    "tokenizer",
-    "shards",
-    "chat_shards",
-    "pretrain",
-    "evaluate_base",
-    "finetune",
-    "evaluate",
-    "export",
-]
-STAGES: tuple[str, ...] = get_args(StageName)
-READS = {"pretrain": "shards", "finetune": "chat_shards"}  # the data set of a training, which it reads as it goes
-STREAMED = frozenset(READS.values())  # which are never copied as a whole
-TRAININGS = frozenset(READS)  # what several processes can make together
-EVALUATED = {"evaluate_base": "pretrain", "evaluate": "finetune"}  # the training whose model an evaluation scores
-# Raised where new code makes something else of equal settings; all others are 1.
-VERSIONS = {"sample": 2, "shards": 3, "chat_shards": 5, "pretrain": 5, "evaluate_base": 6, "finetune": 5, "evaluate": 6}
+from vectorclm.corpus.decontamination import benchmark_sources
+from vectorclm.corpus.sampler import summary_lines as document_summary_lines
+from vectorclm.corpus.sources import Source, identity
+from vectorclm.errors import ConfigError, ReproducibilityError
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.distributed import ALONE, Group
+from vectorclm.settings import validate
+from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.chat_writer import summary_lines as conversation_summary_lines
+from vectorclm.stage_builders import (
+    StageJob,
+    build_chat_shards,
+    build_export,
+    build_model,
+    build_sample,
+    build_scores,
+    build_shards,
+    build_tokenizer,
+    find_input,
+    follow,
+)
+from vectorclm.store.artifact import Artifact, StageSpec, Store, build, rebuild
+from vectorclm.store.layout import STAGES
+from vectorclm.store.uploads import Sending
 
 
-def plans(experiment: ExperimentConfig) -> dict[str, Plan]:
-    """What every stage is asked to make, in an order in which inputs come first. The experiment must be pinned."""
-    seed = experiment.seed
-    made: dict[str, Plan] = {}
+def _no_sources(experiment: ExperimentConfig) -> Sequence[Source]:
+    return ()
 
-    def plan(stage: str, config: Mapping[str, Any], *inputs: str) -> None:
-        prints = {name: made[name].fingerprint for name in inputs}
-        made[stage] = Plan(stage, VERSIONS.get(stage, 1), {**config, "seed": seed}, prints)
 
-    def sources(config: Any, field: str) -> dict[str, Any]:
-        return {**config.model_dump(), field: [identity(source) for source in getattr(config, field)]}
+def _no_lines(summary: Mapping[str, Any]) -> list[str]:
+    return []
 
-    evaluation = sources(experiment.evaluate, "tasks")
-    benchmarks = [identity(source) for source in benchmark_sources(experiment.sample, experiment.evaluate.tasks)]
-    plan("sample", {**sources(experiment.sample, "sources"), "decontaminate_with": benchmarks})
-    plan("tokenizer", experiment.tokenizer.model_dump(), "sample")
-    plan("shards", experiment.shards.model_dump(), "sample", "tokenizer")
-    plan("chat_shards", {**sources(experiment.chat, "sources"), "decontaminate_with": benchmarks}, "tokenizer")
-    plan("pretrain", {"model": experiment.model.model_dump(), **experiment.pretrain.model_dump()}, "shards")
-    plan("evaluate_base", evaluation, "pretrain", "shards")
-    replayed = ["shards"] if experiment.finetune.replay else []
-    plan("finetune", experiment.finetune.model_dump(), "pretrain", "chat_shards", *replayed)
-    plan("evaluate", evaluation, "finetune", "chat_shards", "shards")
-    plan("export", {"name": experiment.name}, "pretrain", "evaluate_base", "finetune", "evaluate")
-    return made
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: all that the rest of the product asks about a stage."""
+
+    name: str
+    about: str  # what it does, for help texts and forms
+    inputs: tuple[str, ...]  # the stages whose artifacts it reads
+    settings: Callable[[ExperimentConfig], Mapping[str, Any]]  # what of an experiment enters its fingerprint
+    build: Callable[[StageJob, Path], Mapping[str, Any]]
+    version: int = 1  # raised where new code builds something else from equal settings
+    reads: str | None = None  # of a training: the data set that it reads as it goes
+    scores: str | None = None  # of an evaluation: the training whose model it scores
+    model: str | None = None  # what its artifact is called where models are: tokenizer, base, chat
+    columns: Mapping[str, str] | None = None  # of a data set: its columns and their types
+    sources: Callable[[ExperimentConfig], Sequence[Source]] = _no_sources  # what it draws from
+    summary_lines: Callable[[Mapping[str, Any]], list[str]] = _no_lines  # what it kept and dropped
+    optional_inputs: Callable[[ExperimentConfig], tuple[str, ...]] = lambda experiment: ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether several processes can build it together."""
+        return self.reads is not None
+
+    @property
+    def own_process(self) -> bool:
+        """Whether it runs torch, and so in a process of its own, or in several."""
+        return self.trains or self.scores is not None
+
+
+def _with_identities(config: Any, name: str) -> dict[str, Any]:
+    return {**config.model_dump(), name: [identity(source) for source in getattr(config, name)]}
+
+
+def _benchmarks(experiment: ExperimentConfig) -> list[dict[str, Any]]:
+    return [identity(source) for source in benchmark_sources(experiment.sample, experiment.evaluate.tasks)]
+
+
+TABLE = (
+    Stage(
+        "sample",
+        about="draw the documents and write them as Parquet",
+        inputs=(),
+        settings=lambda e: {**_with_identities(e.sample, "sources"), "decontaminate_with": _benchmarks(e)},
+        build=build_sample,
+        version=2,
+        columns={"text": "string", "id": "string"},
+        sources=lambda e: e.sample.sources,
+        summary_lines=document_summary_lines,
+    ),
+    Stage(
+        "tokenizer",
+        about="learn the byte-level BPE",
+        inputs=("sample",),
+        settings=lambda e: e.tokenizer.model_dump(),
+        build=build_tokenizer,
+        model="tokenizer",
+    ),
+    Stage(
+        "shards",
+        about="tokenize the documents into windows",
+        inputs=("sample", "tokenizer"),
+        settings=lambda e: e.shards.model_dump(),
+        build=build_shards,
+        version=3,
+        columns={"input_ids": "integer"},
+    ),
+    Stage(
+        "chat_shards",
+        about="render and pack the conversations",
+        inputs=("tokenizer",),
+        settings=lambda e: {**_with_identities(e.chat, "sources"), "decontaminate_with": _benchmarks(e)},
+        build=build_chat_shards,
+        version=5,
+        columns={"input_ids": "integer", "supervised": "integer"},
+        sources=lambda e: e.chat.sources,
+        summary_lines=conversation_summary_lines,
+    ),
+    Stage(
+        "pretrain",
+        about="train the base model over the curriculum",
+        inputs=("shards",),
+        settings=lambda e: {"model": e.model.model_dump(), **e.pretrain.model_dump()},
+        build=build_model,
+        version=5,
+        reads="shards",
+        model="base",
+    ),
+    Stage(
+        "evaluate_base",
+        about="score the base model",
+        inputs=("pretrain", "shards"),
+        settings=lambda e: _with_identities(e.evaluate, "tasks"),
+        build=build_scores,
+        version=6,
+        scores="pretrain",
+        sources=lambda e: e.evaluate.tasks,
+    ),
+    Stage(
+        "finetune",
+        about="fine-tune the base model on the conversations",
+        inputs=("pretrain", "chat_shards"),
+        settings=lambda e: e.finetune.model_dump(),
+        build=build_model,
+        version=5,
+        reads="chat_shards",
+        model="chat",
+        optional_inputs=lambda e: ("shards",) if e.finetune.replay else (),
+    ),
+    Stage(
+        "evaluate",
+        about="score the chat model",
+        inputs=("finetune", "chat_shards", "shards"),
+        settings=lambda e: _with_identities(e.evaluate, "tasks"),
+        build=build_scores,
+        version=6,
+        scores="finetune",
+        sources=lambda e: e.evaluate.tasks,
+    ),
+    Stage(
+        "export",
+        about="write the models as Hugging Face directories with their cards",
+        inputs=("pretrain", "evaluate_base", "finetune", "evaluate"),
+        settings=lambda e: {"name": e.name},
+        build=build_export,
+    ),
+)
+BY_NAME = {stage.name: stage for stage in TABLE}
+READS = {stage.name: stage.reads for stage in TABLE if stage.reads is not None}
+TRAININGS = frozenset(READS)
+EVALUATED = {stage.name: stage.scores for stage in TABLE if stage.scores is not None}
+
+
+def plans(experiment: ExperimentConfig) -> dict[str, StageSpec]:
+    """What every stage is asked to build, in an order in which inputs come first. The experiment must be pinned."""
+    specs: dict[str, StageSpec] = {}
+    for stage in TABLE:
+        inputs = {name: specs[name].fingerprint for name in (*stage.inputs, *stage.optional_inputs(experiment))}
+        config = {**stage.settings(experiment), "seed": experiment.seed}
+        specs[stage.name] = StageSpec(stage.name, stage.version, config, inputs)
+    return specs
 
 
 def run_stage(
@@ -98,112 +196,46 @@ def run_stage(
     again: bool = False,
     group: Group = ALONE,
 ) -> tuple[Artifact, bool]:
-    """Make the artifact of one stage, or find it; and whether it was there already.
+    """Build the artifact of one stage, or find it; and whether it was there already.
 
-    `data` is a local mirror to read sources from. With `again`, a finished stage is made once more beside its
+    `data` is a local mirror to read sources from. With `again`, a finished stage is built once more beside its
     artifact. The first rank of `group` runs this, the others `follow_stage`. Raises DataError where an input
-    is not in the store yet, and ReproducibilityError where what was made again is not the same to the byte.
+    is not in the store yet, and ReproducibilityError where what was built again is not the same to the byte.
     """
-    stages = plans(experiment)
-    if name not in stages:
+    specs = plans(experiment)
+    if name not in specs:
         raise ConfigError(f"no stage {name!r}: there are {', '.join(STAGES)}")
-    plan = stages[name]
-    found = store.find(plan.stage, plan.fingerprint)
+    spec = specs[name]
+    found = store.find_whole(spec)
     if found is not None and not again:
         return found, True
-    inputs = {stage: _input(store, stages[stage]) for stage in plan.inputs}
-    seed = experiment.seed
-    work_folder = store.work_folder(plan, runtime.work_dir)
-    # What is large goes to a remote store file by file; what is only made again stays here to be compared.
-    sending = Sending(store, plan, ShardDescriber) if found is None and not store.is_local else None
+    inputs = {stage: find_input(store, specs[stage]) for stage in spec.inputs}
+    # What is large goes to a remote store file by file; what is only built again stays here to be compared.
+    upload = Sending(store, spec, ShardDescriber) if found is None and not store.is_local else None
+    job = StageJob(name, experiment, store, runtime, data, group, specs, inputs, upload, again=found is not None)
 
-    def sample(out: Path) -> Mapping[str, Any]:
-        asked, world = experiment.sample, experiment.world
-        benchmarks = read_benchmarks(benchmark_sources(asked, experiment.evaluate.tasks), data, world)
-        sent = None if sending is None else lambda path: sending.send(path, path.relative_to(out).as_posix())
-        return write_sample(asked, seed, out, data=data, world=world, benchmarks=benchmarks, finished=sent)
+    def produce(out: Path) -> Mapping[str, Any]:
+        return BY_NAME[name].build(job, out)
 
-    def tokenizer(out: Path) -> Mapping[str, Any]:
-        length = experiment.model.max_position_embeddings
-        return train_tokenizer(experiment.tokenizer, inputs["sample"], length, out)
-
-    def shards(out: Path) -> Mapping[str, Any]:
-        encoder = load_tokenizer(inputs["tokenizer"].local())
-        slices = Slices(work_folder / "slices", out) if sending is None else SentSlices(work_folder, sending)
-        return write_shards(experiment.shards, inputs["sample"], encoder, out, seed=seed, slices=slices)
-
-    def chat_shards(out: Path) -> Mapping[str, Any]:
-        rows = {}
-        for source in experiment.chat.sources:
-            opened = open_source(source, data, experiment.world, [source.column])
-            shuffled = opened.shuffle(seed=seed, buffer_size=experiment.chat.shuffle_buffer)
-            rows[source.label] = _column(draw(source, shuffled), source.column)
-        asked, world, encoder = experiment.sample, experiment.world, load_tokenizer(inputs["tokenizer"].local())
-        benchmarks = read_benchmarks(benchmark_sources(asked, experiment.evaluate.tasks), data, world)
-        return write_chat_shards(experiment.chat, rows, encoder, seed, out, benchmarks)
-
-    def trained(out: Path) -> Mapping[str, Any]:
-        folders = _training_inputs(name, store, stages)
-        again = found is not None
-        group.call(json.dumps([experiment.model_dump(mode="json"), again]))  # now that all inputs are on this machine
-        data = {stage: inputs[stage] for stage in plan.inputs if stage in STREAMED}
-        keep = runtime.keep_checkpoints
-        with Checkpoints(store, plan, work_folder, _identity(data), keep_all=keep, again=again) as checkpoints:
-            work = Work(name, work_folder, checkpoints, runtime, group)
-            model, summary = _train(experiment, folders, data, work)
-        model.save_pretrained(out)
-        length = experiment.model.max_position_embeddings
-        write_model_files(folders["tokenizer"], length, chat=name == "finetune", out=out)
-        for made in ("metrics.jsonl", *(["samples.jsonl"] if _training_of(experiment, name).samples else [])):
-            (work_folder / made).rename(out / made)
-        return summary
-
-    def evaluated(out: Path) -> Mapping[str, Any]:
-        with memory_explained(runtime.micro_batch_size):
-            return _evaluate(experiment, inputs, runtime, data, out)
-
-    def exported(out: Path) -> Mapping[str, Any]:
-        lineage = {stage: _input(store, stages[stage]) for stage in STAGES if stage != "export"}
-        return export(experiment.name, inputs, lineage, out)
-
-    match name:
-        case "sample":
-            produce = sample
-        case "tokenizer":
-            produce = tokenizer
-        case "shards":
-            produce = shards
-        case "chat_shards":
-            produce = chat_shards
-        case "pretrain" | "finetune":
-            produce = trained
-        case "evaluate_base" | "evaluate":
-            produce = evaluated
-        case _:
-            produce = exported
     if found is not None:
-        different = rebuild(store, found, plan, produce, runtime.work_dir)
-        store.remove(f"checkpoints/{plan.fingerprint}/{AGAIN}")
-        if different:
-            raise ReproducibilityError(
-                f"{name} made again differs from {found.uri} in {', '.join(different)}; the artifact stays as it is. "
-                f"It was made with {found.manifest['environment']}; on GPUs, deterministic has to be set in the runtime"
-            )
-        return found, True
-    artifact, reused = build(store, plan, produce, runtime.work_dir, ShardDescriber(), sending)
-    if not runtime.keep_checkpoints:
-        store.remove(f"checkpoints/{plan.fingerprint}")
+        different = rebuild(store, found, spec, produce, runtime.work_dir)
+        artifact, reused = found, True
+    else:
+        different = []
+        artifact, reused = build(store, spec, produce, runtime.work_dir, ShardDescriber(), upload)
+    for left in job.kept:
+        left.clear()
+    if different:
+        raise ReproducibilityError(
+            f"{name} made again differs from {artifact.uri} in {', '.join(different)}; the artifact stays as it is. "
+            f"It was made with {artifact.manifest['environment']}; on GPUs, deterministic has to be set in the runtime"
+        )
     return artifact, reused
 
 
-def told(name: str, summary: Mapping[str, Any]) -> list[str]:
+def summary_lines(name: str, summary: Mapping[str, Any]) -> list[str]:
     """What a stage that draws data kept and dropped, a line for each source; nothing for the others."""
-    match name:
-        case "sample":
-            return documents_told(summary)
-        case "chat_shards":
-            return conversations_told(summary)
-    return []
+    return BY_NAME[name].summary_lines(summary)
 
 
 def follow_stage(name: str, store: Store, runtime: Runtime, group: Group) -> None:
@@ -213,95 +245,6 @@ def follow_stage(name: str, store: Store, runtime: Runtime, group: Group) -> Non
         return
     values, again = json.loads(task)
     experiment = validate(ExperimentConfig, values, "the first rank's experiment")
-    stages = plans(experiment)
-    folder = store.work_folder(stages[name], runtime.work_dir)
-    folders = _training_inputs(name, store, stages)
-    data = {stage: _input(store, stages[stage]) for stage in stages[name].inputs if stage in STREAMED}
-    with Checkpoints(store, stages[name], folder, _identity(data), again=again) as checkpoints:
-        _train(experiment, folders, data, Work(name, folder, checkpoints, runtime, group))
-
-
-def _training_inputs(name: str, store: Store, stages: Mapping[str, Plan]) -> dict[str, Path]:
-    """Local folders of the tokenizer and of what else a training reads, but for the windows that it streams."""
-    wanted = {"tokenizer", *stages[name].inputs} - STREAMED
-    return {stage: _input(store, stages[stage]).local() for stage in sorted(wanted)}
-
-
-def _train(
-    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], work: Work
-) -> tuple[CausalLM, dict[str, Any]]:
-    tokenizer, seed = load_tokenizer(folders["tokenizer"]), experiment.seed
-    say = answer_text if work.stage == "finetune" else continuation
-    work = replace(work, respond=lambda model, prompt, longest: say(model, tokenizer, prompt, longest))
-    lengths, weights = token_lengths(tokenizer), {source.label: source.weight for source in experiment.sample.sources}
-    with memory_explained(work.runtime.micro_batch_size):
-        if work.stage == "finetune":
-            texts = (data["shards"], weights) if "shards" in data else None
-            return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, seed, work, texts)
-        return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, seed, work)
-
-
-def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
-    return experiment.finetune if name == "finetune" else experiment.pretrain
-
-
-def _identity(data: Mapping[str, Artifact]) -> str:
-    """What tells one training's data from another's, for its checkpoints."""
-    prints = [artifact.identity for artifact in data.values()]
-    return prints[0] if len(prints) == 1 else digest(prints)
-
-
-def _input(store: Store, plan: Plan) -> Artifact:
-    found = store.find(plan.stage, plan.fingerprint)
-    if found is None:
-        raise DataError(
-            f"{store.uri} has no {plan.stage}/{plan.fingerprint[:12]}…, which this stage reads: run {plan.stage} first"
-        )
-    return found
-
-
-def _evaluate(
-    experiment: ExperimentConfig,
-    inputs: Mapping[str, Artifact],
-    runtime: Runtime,
-    data: Path | None,
-    out: Path,
-) -> dict[str, Any]:
-    """Score the base or the chat model; the summary is `scores.json`."""
-    chat = "finetune" in inputs
-    config, found = experiment.evaluate, ItemScores()
-    folder = inputs["finetune" if chat else "pretrain"].local()
-    device = runtime.configure_torch()
-    model, tokenizer = open_model(folder)
-    model = model.to(device)
-    micro_batch = runtime.micro_batch_size or 16
-    apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as the model was trained
-    with open_shards(inputs["shards"], "validation", cache=runtime.block_cache) as texts:
-        by_source = windows_scores(model, texts, token_lengths(tokenizer), 0, micro_batch, device, apart, found)
-    scores: dict[str, Any] = {
-        "bits_per_byte": {label: score["bits_per_byte"] for label, score in by_source.items()},
-        "loss": {label: score["loss"] for label, score in by_source.items()},
-        "text": {label: found.text_scores(label, "windows") for label in by_source},
-        "tasks": {},
-    }
-    where = (experiment.seed, runtime, data, experiment.world)
-    for kind, label, scored in score_tasks(config.tasks, folder, model, tokenizer, *where, found):
-        scores[kind][label] = scored
-    how = config.max_new_tokens, Sampling(repetition_penalty=config.repetition_penalty)
-    if chat:
-        prompts = read_prompts(inputs["chat_shards"], config.chat_prompts, experiment.seed)
-        scores["chat"] = template_scores(model, tokenizer, prompts, *how)
-    if config.instructions:
-        asked = instructions(config.instructions)
-        scores["instructions"] = instruction_scores(model, tokenizer, asked, *how, chat=chat, out=out, found=found)
-    respond = answer_text if chat else continuation
-    scores["samples"] = [
-        {"prompt": prompt, "answer": respond(model, tokenizer, prompt, *how)} for prompt in config.prompts
-    ]
-    write_scores(out, scores, found)
-    return scores
-
-
-def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[Any]:
-    for row in rows:
-        yield row[column]
+    specs = plans(experiment)
+    inputs = {stage: find_input(store, specs[stage]) for stage in specs[name].inputs}
+    follow(StageJob(name, experiment, store, runtime, None, group, specs, inputs, upload=None, again=again))

@@ -1,34 +1,28 @@
 """Byte-level BPE: lossless on every string, with a pre-tokenizer that llama.cpp knows, and the chat template."""
 
-import json
+import re
+import threading
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from vectorclm.artifact import Artifact
-from vectorclm.errors import ConfigError, DataError
-from vectorclm.progress import Progress
-from vectorclm.sample_files import SampleFiles
+from vectorclm.corpus.sample_reader import SampleFiles
+from vectorclm.errors import ConfigError, PreemptedError
+from vectorclm.runtime.library_calls import interruptibly
+from vectorclm.runtime.progress import Progress
 from vectorclm.settings import Settings
+from vectorclm.store.artifact import Artifact
+from vectorclm.tokenizer import BOS, BOS_ID, EOS, SPECIAL_TOKENS, load_tokenizer, write_tokenizer_config
 
-BOS, EOS, IM_START, IM_END, PAD = SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|pad|>",
-)
-BOS_ID, EOS_ID, IM_START_ID, IM_END_ID, PAD_ID = range(len(SPECIAL_TOKENS))
-
-# ChatML after a BOS. Each turn is `<|im_start|>role\ncontent<|im_end|>\n`; conversations.py builds the same of tokens.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+LONGEST = 1000  # characters of a word that merges are learned from
+SPACE, NO_SPACE = re.compile(r"[^\S\x1c-\x1f]"), re.compile(r"[\S\x1c-\x1f]")  # for the pre-tokenizer, no space: \x1c
 
 
 class TokenizerConfig(Settings):
@@ -43,13 +37,23 @@ def train_tokenizer(
 ) -> dict[str, Any]:
     """Learn the merges from the training text in `sample` and write `tokenizer.json` and `tokenizer_config.json`.
 
-    Every source gives the same number of bytes, or all it has. Returns counts, and bytes per token on that text.
-    Raises ConfigError where the text does not yield `vocab_size` tokens.
+    Every source gives the same number of bytes, or all it has. Words longer than LONGEST are cut, as learning takes
+    time by the square of their length. Returns counts, and bytes per token on that text. Raises ConfigError where the
+    text does not yield `vocab_size` tokens.
     """
-    texts = list(balanced_texts(SampleFiles(sample), config.bytes))
+    cut: Counter[str] = Counter()
+    texts = list(balanced_texts(SampleFiles(sample), config.bytes, cut))
     size = sum(len(text.encode()) for text in texts)
     with Progress("tokenizer", size, "bytes") as progress:
-        tokenizer = learn(_reported(texts, progress), config.vocab_size)
+
+        def work(left: threading.Event) -> Tokenizer:
+            return learn(_reported(texts, progress, left), config.vocab_size)
+
+        def meanwhile(seconds: float) -> None:
+            if progress.tick.done == size:
+                progress.at(size, f"merging for {seconds:.0f} s")
+
+        tokenizer = interruptibly(work, meanwhile)
     if tokenizer.get_vocab_size() < config.vocab_size:
         raise ConfigError(
             f"tokenizer.vocab_size is {config.vocab_size}, but {size:,} bytes of text yield only "
@@ -67,6 +71,7 @@ def train_tokenizer(
         "trained_on_bytes": size,
         "trained_on_documents": len(texts),
         "bytes_per_token": round(sum(len(text.encode()) for text in texts[:1000]) / tokens, 4),
+        **({"long_words": dict(cut)} if cut else {}),
     }
 
 
@@ -86,66 +91,56 @@ def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def balanced_texts(sample: SampleFiles, total_bytes: int) -> Iterator[str]:
-    """Training documents, the same number of bytes from every source."""
+def balanced_texts(sample: SampleFiles, total_bytes: int, cut: "Counter[str]") -> Iterator[str]:
+    """Training documents without long words, the same number of bytes from every source; `cut` counts these."""
     for label in sample.labels:
         left = total_bytes // len(sample.labels)
-        for text in sample.texts(label, "train"):
+        for document in sample.texts(label, "train"):
+            text = cut_long_words(document, cut) if may_have_long_words(document) else document
             yield text
             left -= len(text.encode())
             if left <= 0:
                 break
 
 
-def _reported(texts: Iterable[str], progress: Progress) -> Iterator[str]:
+def may_have_long_words(text: str) -> bool:
+    """Whether there may be a word of more than LONGEST characters; soon answered, and seldom yes where there is none.
+
+    Such a word fills one of the pieces of half its length, with spaces alone or with none.
+    """
+    half = LONGEST // 2
+    return any(
+        not SPACE.search(text, start, start + half) or not NO_SPACE.search(text, start, start + half)
+        for start in range(0, len(text) - half + 1, half)
+    )
+
+
+def cut_long_words(text: str, cut: "Counter[str]") -> str:
+    """The text, of each word the first LONGEST characters; `cut` counts the words that were longer, and their rest.
+
+    A word is what the pre-tokenizer leaves whole: letters, numbers, spaces, or none of these, one after another.
+    """
+    kept = []
+    for _, characters in groupby(text, key=_kind):
+        word = "".join(characters)
+        if len(word) > LONGEST:
+            cut.update({"cut": 1, "bytes_left_out": len(word[LONGEST:].encode())})
+        kept.append(word[:LONGEST])
+    return "".join(kept)
+
+
+@cache
+def _kind(character: str) -> str:
+    """What of the pre-tokenizer's four kinds a character is: L, N, Z, or none of them."""
+    if SPACE.match(character):
+        return "Z"
+    category = unicodedata.category(character)[0]
+    return category if category in "LN" else ""
+
+
+def _reported(texts: Iterable[str], progress: Progress, left: threading.Event) -> Iterator[str]:
     for text in texts:
+        if left.is_set():
+            raise PreemptedError("nobody waits for the tokenizer any more")
         yield text
         progress.advance(len(text.encode()))
-
-
-def write_tokenizer_config(directory: Path, model_max_length: int, eos_token: str) -> None:
-    """`tokenizer_config.json` as transformers reads it. `eos_token` ends a document, or for a chat model a turn."""
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": eos_token,
-        "pad_token": PAD,
-        "additional_special_tokens": [IM_START, IM_END],
-        "model_max_length": model_max_length,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a directory, set so that special tokens written in a text stay text.
-
-    Raises DataError where there is none, or one whose special tokens are not ours.
-    """
-    path = directory / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} is not a tokenizer: {error}") from error
-    found = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
-    if found != list(range(len(SPECIAL_TOKENS))):
-        raise DataError(f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}")
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()  # transformers saves what was last used, and a text cut short would score far too well
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of `text` alone: no BOS, and special tokens written in it stay text."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def token_lengths(tokenizer: Tokenizer) -> list[int]:
-    """UTF-8 bytes that each token stands for [V]; special tokens stand for none. Makes bits per byte out of nats."""
-    special = set(range(len(SPECIAL_TOKENS)))
-    # A byte-level token is written with one character for each byte.
-    lengths = {i: len(token) for token, i in tokenizer.get_vocab().items()}
-    return [0 if i in special else lengths[i] for i in range(len(lengths))]

@@ -1,0 +1,250 @@
+"""What the platform needs inside Prefect: pools, automations that mend runs and tell of falls, deployments.
+
+Everything here may be done again at any time: what is as it should be stays untouched.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.actions import CallWebhook, ChangeFlowRunState, SendNotification
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectNotFound
+
+from flows.handle import FELL, MAX_RESCUES, RESCUED
+from flows.net import HEARTBEAT_SECONDS, QUIET
+from flows.platform.config import POOLS
+from vectorclm.errors import VectorCLMError
+
+POOL_FILE = Path(__file__).parent / "pools" / "process.json"
+PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
+ZOMBIE_SECONDS = 5 * HEARTBEAT_SECONDS  # a server that is away for a moment must not look like a dead run
+CANCEL_SECONDS = 120  # longer than a worker gives a run to end
+RESCUE_SECONDS = 20  # a worker reports a crash twice, seconds apart, and the second would undo an earlier rescue
+RUNS = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
+ENDED = ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed")
+
+TOLD = "vectorclm: a score fell by more than its noise"
+NOBODY = "none"
+
+Tell = Callable[[str], None]
+
+
+class ProvisionError(VectorCLMError):
+    """Prefect did not take what the platform needs."""
+
+
+def provision(client: SyncPrefectClient, tell: Tell, notify: str) -> str | None:
+    """Make what is missing and mend what differs; every change is told in a line.
+
+    `notify` is the block that a fallen score is told to, as `type/name`, or `none`. Returns what is wrong with it, if
+    anything is: at the first start there cannot be a block yet.
+    """
+    for pool in POOLS:
+        _pool(client, pool, tell)
+    for automation in automations():
+        _automation(client, automation, tell)
+    _deploy(client, tell)
+    return _notification(client, notify, tell)
+
+
+def automations() -> list[AutomationCore]:
+    """Those that mend runs of the pools: they find the dead, start the crashed again, and end what nobody else ends."""
+    of_pools = ResourceSpecification({"prefect.resource.role": "work-pool", "prefect.resource.name": list(POOLS)})
+    zombies = AutomationCore(
+        name="vectorclm: a run without a heartbeat has crashed",
+        description="Its machine or its worker is gone; nobody else would ever say so.",
+        trigger=EventTrigger(
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
+            match=RUNS,
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            within=timedelta(seconds=ZOMBIE_SECONDS),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"No heartbeat for {ZOMBIE_SECONDS} seconds: its worker or machine is gone.",
+            )
+        ],
+    )
+    rescue = AutomationCore(
+        name="vectorclm: a crashed run starts again",
+        description=f"What is finished is reused. At most {MAX_RESCUES} times; then the run fails and says so.",
+        trigger=_silence("prefect.flow-run.Crashed", RESCUE_SECONDS, of_pools),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.SCHEDULED,
+                name=RESCUED,
+                message="It crashed, and starts again: finished stages are reused.",
+            )
+        ],
+    )
+    hopeless = AutomationCore(
+        name="vectorclm: a run that crashes again and again has failed",
+        description="Even where it crashes before the flow, which counts its rescues, has begun.",
+        trigger=EventTrigger(
+            posture=Posture.Reactive,
+            expect={f"prefect.flow-run.{RESCUED}"},
+            match=RUNS,
+            for_each={"prefect.resource.id"},
+            threshold=MAX_RESCUES + 1,
+            within=timedelta(hours=1),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.FAILED,
+                message=f"It crashed {MAX_RESCUES + 1} times within an hour: read the worker's log, look at the machine"
+                " (memory, disk, `make install`), then press Retry; what is finished is kept.",
+            )
+        ],
+    )
+    cancelled = AutomationCore(
+        name="vectorclm: a run without a process is cancelled",
+        description="Its machine or its worker is gone, so there is nothing to end.",
+        trigger=_silence("prefect.flow-run.Cancelling", CANCEL_SECONDS),
+        actions=[ChangeFlowRunState(state=StateType.CANCELLED, message="Nothing of it was left to end.")],
+    )
+    return [zombies, rescue, hopeless, cancelled]
+
+
+def _silence(after: str, seconds: int, related: ResourceSpecification | None = None) -> EventTrigger:
+    """Fires where nothing is heard of a run, not even a heartbeat, for so long after the event `after`."""
+    return EventTrigger(
+        posture=Posture.Proactive,
+        after={after},
+        expect={"prefect.flow-run.*"},
+        match=RUNS,
+        match_related=related or ResourceSpecification({}),
+        for_each={"prefect.resource.id"},
+        threshold=1,
+        within=timedelta(seconds=seconds),
+    )
+
+
+def _notification(client: SyncPrefectClient, notify: str, tell: Tell) -> str | None:
+    """The automation that tells of a fallen score by the operator's block; or why there can be none."""
+    if notify == NOBODY:
+        for extra in client.read_automations_by_name(TOLD):
+            client.delete_automation(extra.id)
+            tell(f"automation removed, as VECTORCLM_NOTIFY names no block: {TOLD}")
+        return None
+    kind, _, name = notify.partition("/")
+    try:
+        block = client.read_block_document_by_name(name, kind, include_secrets=False)
+    except ObjectNotFound:
+        return (
+            f"nobody is told when a score falls: Prefect has no block {notify}, which VECTORCLM_NOTIFY names. "
+            "Make it in the UI under Blocks, then run `vectorclm doctor`"
+        )
+    action: CallWebhook | SendNotification
+    if kind == "webhook":
+        action = CallWebhook(block_document_id=block.id, payload="{{ event.payload | tojson }}")
+    elif block.block_schema is not None and "notify" in block.block_schema.capabilities:
+        subject, body = "{{ event.payload.title }}", "{{ event.payload.text }}"
+        action = SendNotification(block_document_id=block.id, subject=subject, body=body)
+    else:
+        return (
+            f"nobody is told when a score falls: the block {notify}, which VECTORCLM_NOTIFY names, sends no messages. "
+            "Name a webhook, or a block for notifications such as slack-webhook/NAME or sendgrid-email/NAME"
+        )
+    trigger = EventTrigger(
+        posture=Posture.Reactive,
+        expect={FELL},
+        match=ResourceSpecification({"prefect.resource.id": ["vectorclm.evaluation-*"]}),
+        threshold=1,
+        within=timedelta(0),
+    )
+    about = f"Against the result before, by more than chance explains. Told by the block {notify}."
+    _automation(client, AutomationCore(name=TOLD, description=about, trigger=trigger, actions=[action]), tell)
+    return None
+
+
+def _pool(client: SyncPrefectClient, name: str, tell: Tell) -> None:
+    template = json.loads(POOL_FILE.read_text(encoding="utf-8"))
+    try:
+        found = client.read_work_pool(name)
+    except ObjectNotFound:
+        about = {"cpu": "Curricula, and stages without torch.", "gpu": "Stages that train or score a model."}
+        client.create_work_pool(
+            WorkPoolCreate(
+                name=name,
+                type="process",
+                description=about[name],
+                base_job_template=template,
+            )
+        )
+        tell(f"work pool {name} created")
+        return
+    if found.type != "process":
+        return  # somebody made it for a cluster: its template and its workers are theirs
+    changes = []
+    if found.is_paused:
+        changes.append("was paused, and is no longer")
+    if found.concurrency_limit == 0:
+        changes.append("took no runs, and does again")
+    if found.base_job_template != template:
+        changes.append("has the job template of this version again")
+    if changes:
+        limit = found.concurrency_limit or None
+        wanted = WorkPoolUpdate(is_paused=False, concurrency_limit=limit, base_job_template=template)
+        client.update_work_pool(name, wanted)
+        tell(f"work pool {name} {', '.join(changes)}")
+
+
+def _automation(client: SyncPrefectClient, wanted: AutomationCore, tell: Tell) -> None:
+    found = client.read_automations_by_name(wanted.name)
+    for extra in found[1:]:
+        client.delete_automation(extra.id)
+    if not found:
+        client.create_automation(wanted)
+        tell(f"automation created: {wanted.name}")
+        return
+    current = AutomationCore.model_validate(found[0].model_dump(include=set(AutomationCore.model_fields)))
+    if _essence(current) != _essence(wanted):
+        client.update_automation(found[0].id, wanted)
+        tell(f"automation mended: {wanted.name}")
+
+
+def _essence(automation: AutomationCore) -> object:
+    """What counts of an automation: whether it is on, when it fires and what it does; sets stay sets."""
+    return automation.model_dump(include={"enabled", "trigger", "actions"})
+
+
+def _deploy(client: SyncPrefectClient, tell: Tell) -> None:
+    """Deploy `infra/prefect.yaml` by Prefect's own command. Raises ProvisionError with its last words.
+
+    A schedule that was switched on or off in the UI stays so.
+    """
+    before = {deployment.id: _switches(deployment) for deployment in client.read_deployments()}
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
+    environment = {**os.environ, **QUIET}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise ProvisionError(f"the deployments of {PREFECT_FILE} were not taken:\n{words}")
+    deployments = client.read_deployments()
+    for deployment in deployments:
+        for schedule in deployment.schedules:
+            switch = before.get(deployment.id, {}).get(schedule.slug)
+            if switch is not None and switch != schedule.active:
+                client.update_deployment_schedule(deployment.id, schedule.id, active=switch)
+    made = [deployment for deployment in deployments if deployment.id not in before]
+    if made:
+        tell(f"{len(made)} deployments created: {', '.join(sorted(deployment.name for deployment in made))}")
+
+
+def _switches(deployment: DeploymentResponse) -> dict[str | None, bool]:
+    """Which of its schedules are on."""
+    return {schedule.slug: schedule.active for schedule in deployment.schedules}

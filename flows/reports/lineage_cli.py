@@ -1,0 +1,129 @@
+"""`vectorclm lineage`: the chain of a model, told for a person or a program, with MLflow's record of it beside.
+
+MLflow is asked where a server is named or the store has a record of its own; without it, or where it does not answer,
+everything but the links is there.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+
+from flows.tracking.lookup import opened, recorded
+from vectorclm.errors import VectorCLMError
+from vectorclm.lineage.chain import SHORT, Change, Lineage, Node, as_object, changes, describe_node, score_facts, verify
+from vectorclm.store.artifact import Store
+
+if TYPE_CHECKING:  # MLflow takes seconds to import
+    from flows.tracking.recorded_lineage import Record
+
+FILE_WIDTH = 240  # columns, where nobody's terminal says how many
+
+
+def run(address: str, store: Store, console: Console, *, check: bool, as_json: bool) -> int:
+    """Print a lineage; with `check`, read all of its bytes. 1 where something differs."""
+    found = opened(address, store)
+    record, why = recorded(found, store)
+    differences = list(_differences(found, record)) if check else []
+    if as_json:
+        said = as_object(found)
+        if record is not None:
+            said["mlflow"] = {"runs": dict(record.runs), "versions": dict(record.versions)}
+        if check:
+            said["differences"] = differences
+        print(json.dumps(said, ensure_ascii=False))
+        return 1 if differences else 0
+    show(found, record, console)
+    if record is None:
+        console.print(why, style="dim", highlight=False, markup=False, soft_wrap=True)
+    for difference in differences:
+        console.print(difference, style="red", highlight=False, markup=False, soft_wrap=True)
+    if check and not differences:
+        console.print("verified: every file and fingerprint is what its manifest says", style="green")
+    return 1 if differences else 0
+
+
+def _differences(found: Lineage, record: "Record | None") -> Iterator[str]:
+    yield from verify(found)
+    if record is not None and record.names is not None and record.names != found.root.names:
+        yield f"MLflow's record of this model is of another chain: {json.dumps(record.names)}"
+
+
+def show(found: Lineage, record: "Record | None", console: Console) -> None:
+    """Print the chain as a tree; what several were made from is told once."""
+    if found.copy is not None or found.folder is not None:
+        copy = found.folder or (found.copy and found.copy.uri)
+        console.print(f"{copy} is a copy of", highlight=False, markup=False, soft_wrap=True)
+    told: set[str] = set()
+    tree = Tree(_line(found.root, record), guide_style="dim")
+    _grow(tree, found.root, record, told)
+    for item in found.scores:
+        suite = item.manifest["config"].get("suite", "its own suite")
+        figures = "  ".join(f"{key} {value:.4f}" for key, value in score_facts(item).items())
+        place = f"{item.stage}/{item.fingerprint[:SHORT]}"
+        tree.add(f"[bold]scores[/] on {escape(str(suite))}  {escape(figures)}  [dim]{place}[/]")
+    console.print(tree, highlight=False)
+
+
+def _grow(tree: Tree, node: Node, record: "Record | None", told: set[str]) -> None:
+    told.add(node.fingerprint)
+    for source in node.sources:
+        where = f" ({source.path})" if source.path else ""
+        tree.add(f"source [bold]{escape(source.label)}[/]{escape(where)} at {escape(source.revision)}")
+    for part in sorted(node.inputs, key=lambda part: len(part.inputs)):
+        if part.fingerprint in told:
+            tree.add(f"{part.title} [cyan]{part.fingerprint[:SHORT]}[/] [dim](above)[/]")
+        else:
+            _grow(tree.add(_line(part, record)), part, record, told)
+
+
+def _line(node: Node, record: "Record | None") -> str:
+    """An artifact in a line or two."""
+    head = f"[bold]{node.title}[/] [cyan]{node.fingerprint[:SHORT]}[/]"
+    if node.artifact is None:
+        return f"{head} [red]gone from the store[/]"
+    manifest = node.artifact.manifest
+    git = str(manifest["environment"].get("git"))
+    revision = git[:SHORT] + (" with uncommitted changes" if git.endswith("-dirty") else "")
+    lines = [
+        f"{head}  {escape(describe_node(node))}",
+        f"[dim]{escape(manifest['created'])}, code {escape(revision)}[/]",
+    ]
+    if record is not None:
+        versions = ", ".join(record.versions.get(node.fingerprint, ()))
+        page = record.runs.get(node.fingerprint, "")
+        lines += [f"[green]{escape(versions)}[/]"] if versions else []
+        lines += [f"[dim]{escape(page)}[/]"] if page else []
+    return "\n".join(lines)
+
+
+def print_differences(before: str, after: str, store: Store, console: Console, *, as_json: bool) -> int:
+    """Print what differs between two models."""
+    found = changes(opened(before, store), opened(after, store))
+    if as_json:
+        print(json.dumps([change._asdict() for change in found], ensure_ascii=False))
+        return 0
+    for change in found:
+        console.print(_change(change), highlight=False, soft_wrap=True)
+    if not found:
+        console.print("the same artifacts, settings and scores")
+    return 0
+
+
+def _change(change: Change) -> str:
+    sides = [escape(str(value)[:64]) if value is not None else "-" for value in change[1:]]
+    return f"[bold]{escape(change.place)}[/]  {sides[0]} [dim]→[/] {sides[1]}"
+
+
+def print_lineage(model: str, store: Store, *, verify: bool, diff: str | None, as_json: bool) -> int:
+    """Print where a model comes from, or what differs from the model `diff`; 1 where a byte differs."""
+    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    if diff is not None:
+        if verify:
+            raise VectorCLMError("--diff and --verify ask for two things: give one of them")
+        return print_differences(diff, model, store, console, as_json=as_json)
+    return run(model, store, console, check=verify, as_json=as_json)

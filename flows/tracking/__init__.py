@@ -1,0 +1,5 @@
+"""MLflow's record of curricula.
+
+In: artifacts, metrics and their lineage.
+Out: runs, data sets, models and versions in the registry.
+"""

@@ -1,0 +1,430 @@
+"""The server as its users meet it: OpenAI's own client and a browser, at a process of its own."""
+
+import asyncio
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+import uvicorn
+from openai import OpenAI
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from tests.conftest import ANSWERS, chromium
+from vectorclm.errors import ConfigError
+from vectorclm.inference import serve
+from vectorclm.inference.chat import open_chat_model
+from vectorclm.inference.generate import generate
+from vectorclm.inference.http_limits import LimitedHTTP
+from vectorclm.inference.openai_api import Completion, Refusal, read_completion
+from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.conversations import Turn, render_prompt
+
+SECRET = "a-key-of-this-test-0123"
+QUESTION = [{"role": "user", "content": "Who swims?"}]
+ANSWER = ANSWERS["Who swims?"]
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    process: "subprocess.Popen[str]"
+    output: Path  # what it printed
+
+    def client(self, key: str = SECRET) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def ask(self, **options: Any) -> Any:
+        return self.client().chat.completions.create(**{"model": "otter", "messages": QUESTION, **options})
+
+
+@pytest.fixture(scope="module")
+def served(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    output = tmp_path_factory.mktemp("serve") / "output"
+    (output.parent / "runtime.toml").write_text("threads = 1")
+    command = [sys.executable, "-m", "flows.cli", "serve", str(chat_folder), "--port", "0"]
+    command += ["--runtime", str(output.parent / "runtime.toml")]
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            command, env={**os.environ, serve.KEY: SECRET}, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("otter at http://127.0.0.1:"), line + output.read_text()
+    yield Served(line.split()[2].rstrip("/"), process, output)
+    process.terminate()
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert rest == "" and output.read_text() == ""  # nothing failed, and no key was told
+    assert SECRET not in line
+
+
+def test_a_greedy_answer_is_our_own_whole_or_as_a_stream(served: Served, chat_folder: Path) -> None:
+    chat_model = open_chat_model(str(chat_folder), Runtime(threads=1))
+    prompt = render_prompt(chat_model.tokenizer, [Turn("user", "Who swims?")])
+    ids = list(generate(chat_model.model, prompt, 400, stop_ids=range(5)))
+    whole = served.ask(temperature=0)
+    assert whole.choices[0].message.content == ANSWER == chat_model.tokenizer.decode(ids[:-1])
+    assert whole.choices[0].finish_reason == "stop" and whole.system_fingerprint == f"vc_{chat_model.content[:12]}"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(prompt), len(ids))
+    chunks = list(served.ask(temperature=0, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == whole.usage
+    text = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
+    assert "".join(text) == ANSWER and len([one for one in text if one]) > 5
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-3:-1]] == [None, "stop"]
+    assert {chunk.id for chunk in chunks} == {chunks[0].id} != {whole.id}
+
+
+def test_options_do_what_they_say(served: Served) -> None:
+    cut = served.ask(temperature=0, max_completion_tokens=5)
+    assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 5
+    assert ANSWER.startswith(cut.choices[0].message.content)
+    stopped = served.ask(temperature=0, stop=["at night", "boats"])
+    assert stopped.choices[0].message.content == ANSWER.partition("at night")[0]
+    assert stopped.choices[0].finish_reason == "stop"
+    hot = {"temperature": 2.0, "max_tokens": 40}
+    drawn = [served.ask(**hot, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for likeliest in ({"top_p": 1e-6}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 1.0}}):
+        assert served.ask(temperature=2.0, **likeliest).choices[0].message.content == ANSWER
+    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "swims?"}]
+    assert served.ask(temperature=0, messages=[{"role": "user", "content": parts}]).choices[0].message.content == ANSWER
+
+
+def test_the_models_are_listed(served: Served) -> None:
+    assert [model.id for model in served.client().models.list()] == ["otter"]
+    assert served.client().models.retrieve("otter").owned_by == "vectorclm"
+    with pytest.raises(openai.NotFoundError):
+        served.client().models.retrieve("badger")
+
+
+REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({"model": "gpt-4"}, 404, "model", "model_not_found"),
+    ({"n": 2}, 400, "n", "unsupported_parameter"),
+    ({"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+    ({"extra_body": {"colour": "blue"}}, 400, "colour", "unknown_parameter"),
+    ({"temperature": 3}, 400, "temperature", "invalid_value"),
+    ({"temperature": "hot"}, 400, "temperature", "invalid_value"),
+    ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+    ({"stop": [""]}, 400, "stop", "invalid_value"),
+    ({"messages": []}, 400, "messages", "invalid_value"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages", "invalid_value"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role", "invalid_value"),
+    ({"messages": [{"role": "user", "content": " "}]}, 400, "messages", "invalid_value"),
+    ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "messages", "context_length_exceeded"),
+    ({"max_completion_tokens": 500}, 400, "messages", "context_length_exceeded"),
+    ({"messages": [{"role": "user", "content": "x" * 2_000_000}]}, 413, None, "request_too_large"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400,
+        "messages[0].content",
+        "unsupported_value",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "status", "param", "code"), REFUSED)
+def test_what_cannot_be_done_is_refused(
+    served: Served, options: dict[str, Any], status: int, param: str | None, code: str
+) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.APIStatusError) as caught:
+            served.ask(**options, stream=stream)
+        error = caught.value
+        assert (error.status_code, error.param, error.code) == (status, param, code)
+        assert isinstance(error.body, dict) and error.body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"[" * 100_000, b'{"model": "otter", "messages": [{}]}', b"\xff"])
+def test_a_body_that_is_none_is_refused(served: Served, body: bytes) -> None:
+    headers = {"Authorization": f"Bearer {SECRET}"}
+    response = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=headers)
+    assert response.status_code == 400 and set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_nothing_is_told_without_the_key_or_under_another_name(served: Served) -> None:
+    for key in ("wrong", SECRET[:-1], SECRET + "x"):
+        with pytest.raises(openai.AuthenticationError) as caught:
+            served.client(key).models.list()
+        assert caught.value.code == "invalid_api_key"
+    headers = {"Authorization": f"Bearer {SECRET}"}
+    assert httpx.get(f"{served.url}/v1/models").status_code == 401
+    assert httpx.get(f"{served.url}/anything").status_code == 401
+    assert httpx.get(f"{served.url}/v1/models", headers={**headers, "Host": "evil.example"}).status_code == 403
+    assert httpx.get(served.url, headers={"Host": "evil.example:80"}).status_code == 403
+    foreign = httpx.get(f"{served.url}/v1/models", headers={**headers, "Origin": "http://evil.example"})
+    assert foreign.status_code == 403 and foreign.json()["error"]["code"] == "forbidden"
+    assert httpx.get(f"{served.url}/v1/models", headers={**headers, "Origin": served.url}).status_code == 200
+    wrong = httpx.get(f"{served.url}/v1/embeddings", headers=headers)
+    assert wrong.status_code == 404 and wrong.json()["error"]["code"] == "unknown_url"
+    assert httpx.get(f"{served.url}/v1/chat/completions", headers=headers).status_code == 405
+    allowed = httpx.options(f"{served.url}/v1/models", headers={"Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in allowed.headers
+    process = psutil.Process(served.process.pid)
+    assert SECRET not in " ".join(process.cmdline())
+
+
+def test_a_key_is_made_only_where_a_person_reads_it() -> None:
+    key, made = serve.find_key({}, "127.0.0.1", terminal=True)
+    assert made and len(key) >= 32 and key != serve.find_key({}, "::1", terminal=True)[0]
+    assert serve.find_key({serve.KEY: SECRET}, "0.0.0.0", terminal=False) == (SECRET, False)
+    for host, terminal in (("127.0.0.1", False), ("0.0.0.0", True), ("example.org", True)):
+        with pytest.raises(ConfigError, match=f"set {serve.KEY}"):
+            serve.find_key({}, host, terminal=terminal)
+    with pytest.raises(ConfigError, match="16 or more"):
+        serve.find_key({serve.KEY: "short"}, "127.0.0.1", terminal=True)
+    with serve.listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="another --host or --port"):
+        serve.listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_without_a_key_it_starts_where_a_person_reads_its_own_and_not_elsewhere(chat_folder: Path) -> None:
+    """The terminal is a real one, and the key that is printed there opens the door."""
+    clean = {name: value for name, value in os.environ.items() if name != serve.KEY}
+    command = [sys.executable, "-m", "vectorclm", "serve", str(chat_folder), "--port", "0"]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"set {serve.KEY} to the key that clients send: nobody reads" in done.stderr
+    screen, terminal = os.openpty()
+    with os.fdopen(screen) as shown, os.fdopen(terminal, "w") as held:
+        options = {"env": clean, "stdin": held, "stdout": held, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run([*command, "--host", "0.0.0.0"], **options, check=False)  # type: ignore[call-overload]
+        assert done.returncode == 2 and "others can reach 0.0.0.0" in done.stderr
+        with subprocess.Popen(command, **options) as server:  # type: ignore[call-overload]
+            try:
+                url = shown.readline().split()[-1]
+                key = shown.readline().removeprefix("the key of this run is ").partition(";")[0]
+                assert httpx.get(f"{url}/models").status_code == 401
+                assert httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+            finally:
+                server.terminate()
+
+
+def long_completion(engine: serve.Engine) -> Completion:
+    asked = {"model": "otter", "messages": QUESTION, "temperature": 2, "seed": 1, "stream": True}
+    return read_completion(json.dumps(asked).encode(), engine.chat_model, "otter")
+
+
+def test_http_is_read_by_what_limits_headers(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setenv(serve.KEY, SECRET)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    serve.serve(str(chat_folder), Runtime(threads=1), "127.0.0.1", 0, None)
+    assert [config.http for config in configs] == [LimitedHTTP]  # also where httptools, without limits, is installed
+
+
+def test_answers_are_made_in_turn_and_end_with_their_client(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat_model = open_chat_model(str(chat_folder), Runtime(threads=1))
+    made: list[str] = []
+    ended: list[str] = []
+
+    async def client(engine: serve.Engine, name: str, pieces: int | None) -> None:
+        answer = engine.answer(long_completion(engine))
+        async for piece in answer:
+            made.append(name)
+            if piece.finish:
+                ended.append(name)
+            if pieces is not None and made.count(name) == pieces:
+                break
+        await answer.aclose()
+
+    async def meeting() -> None:
+        engine = serve.Engine(chat_model)
+        clients = [asyncio.create_task(client(engine, name, 3 if name == "b" else None)) for name in "abc"]
+        waits = asyncio.create_task(client(engine, "d", None))
+        await asyncio.sleep(0)
+        monkeypatch.setattr(serve, "WAITING", 3)
+        with pytest.raises(Refusal, match="3 requests wait already"):
+            await client(engine, "e", None)
+        waits.cancel()
+        await asyncio.gather(*clients)
+        assert made == sorted(made) and set(made) == set("abc") and made.count("b") == 3
+        assert ended == ["a", "c"] and made.count("a") == made.count("c") > 3
+        assert not engine._turn.locked() and engine._waiting == 0
+
+    asyncio.run(meeting())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_is_given_up_when_its_client_leaves(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """The model waits in its fifth step until the server has heard that the client left, and makes no seventh."""
+    chat_model = open_chat_model(str(chat_folder), Runtime(threads=1))
+    step, steps, goes_on = chat_model.model.next_logits, 0, threading.Event()
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            assert goes_on.wait(60)
+        return step(*arguments)
+
+    monkeypatch.setattr(chat_model.model, "next_logits", counted)
+
+    async def meeting() -> None:
+        engine, sent = serve.Engine(chat_model), asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await sent.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if steps and b'"content": "' in message.get("body", b""):  # the role comes before any step
+                sent.set()
+
+        completion, scope = long_completion(engine), {"type": "http", "asgi": {"spec_version": "2.3"}, "headers": []}
+        if stream:
+            await serve.EventStream(serve.events(engine, completion))(scope, receive, send)
+        else:
+            asyncio.get_running_loop().call_later(0.1, sent.set)
+            await serve.while_connected(Request(scope, receive), serve.answer_whole(engine, completion))
+        await asyncio.sleep(0)
+        goes_on.set()
+        async with asyncio.timeout(60), engine._turn:
+            assert 0 < steps <= 6
+
+    asyncio.run(meeting())
+
+
+def test_a_client_that_left_is_written_to_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    """It leaves while the server is busy, and then many pieces are ready at once."""
+    left, taken = threading.Event(), 0
+
+    async def made() -> AsyncGenerator[str, None]:
+        nonlocal taken
+        yield serve.event({"first": True})
+        assert left.wait(60)  # holds up the whole server
+        for taken in range(1, 101):
+            yield serve.event({"piece": taken})
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await serve.EventStream(made())(scope, receive, send)
+
+    def client(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = b""
+            while b"first" not in received:
+                received += connection.recv(4096)
+        left.set()
+
+    async def meeting(listening: socket.socket) -> None:
+        server = uvicorn.Server(uvicorn.Config(application, log_config=None, lifespan="off", ws="none"))
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        await asyncio.to_thread(client, listening.getsockname())
+        server.should_exit = True
+        async with asyncio.timeout(60):
+            await serving
+
+    with serve.listen("127.0.0.1", 0) as listening:
+        asyncio.run(meeting(listening))
+    assert 0 < taken < 4 and "socket.send()" not in caplog.text
+
+
+def test_a_stream_that_fails_says_so_and_makes_room(chat_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chat_model = open_chat_model(str(chat_folder), Runtime(threads=1))
+    with torch.no_grad():
+        chat_model.model.model.norm.weight.fill_(float("nan"))
+
+    async def meeting() -> list[str]:
+        engine = serve.Engine(chat_model)
+        told = [event async for event in serve.events(engine, long_completion(engine))]
+        assert not engine._turn.locked()
+        return told
+
+    told = asyncio.run(meeting())
+    assert json.loads(told[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "an answer failed" in caplog.text and SECRET not in caplog.text
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[WebDriver]:
+    window = chromium(900, 900, loggingPrefs={"browser": "ALL"})
+    yield window
+    window.quit()
+
+
+def test_a_person_chats_in_a_browser_by_keyboard_alone(served: Served, browser: WebDriver) -> None:
+    def active() -> Any:
+        return browser.switch_to.active_element
+
+    def said(kind: str) -> list[str]:
+        return [box.text for box in browser.find_elements(By.CSS_SELECTOR, f"#turns > .{kind}")]
+
+    wait = WebDriverWait(browser, 60)
+    browser.get(served.url)
+    assert active().get_attribute("id") == "key"
+    active().send_keys("not the key", Keys.TAB)
+    wait.until(lambda _: "the key is missing or wrong" in " ".join(said("notice")))
+    active().clear()
+    active().send_keys(SECRET, Keys.TAB)
+    wait.until(lambda _: browser.title == "otter" and active().get_attribute("id") == "message")
+    browser.find_element(By.ID, "temperature").clear()
+    browser.find_element(By.ID, "temperature").send_keys("0")
+    message = browser.find_element(By.ID, "message")
+    message.send_keys("Who swims?", Keys.ENTER)
+    wait.until(lambda _: said("assistant") == [ANSWER])  # its <b> is text
+    wait.until(lambda _: browser.find_element(By.ID, "send").is_enabled())
+    message.send_keys("<img src=x onerror=alert(1)>", Keys.SHIFT, Keys.ENTER, Keys.NULL, "Who sings?", Keys.ENTER)
+    wait.until(lambda _: len(said("assistant")) == 2)
+    assert said("user") == ["Who swims?", "<img src=x onerror=alert(1)>\nWho sings?"]
+    assert not browser.find_elements(By.CSS_SELECTOR, "#turns b, #turns img")
+    wait.until(lambda _: browser.find_element(By.ID, "send").is_enabled())
+    message.send_keys("Who? " * 80, Keys.ENTER)
+    wait.until(lambda _: "oldest question and answer are forgotten" in " ".join(said("notice")))
+    wait.until(lambda _: len(said("assistant")) == 3)
+    wait.until(lambda _: browser.find_element(By.ID, "send").is_enabled())
+    client, long = served.client(), {"model": "otter", "messages": QUESTION, "temperature": 2, "stream": True}
+    before = [client.chat.completions.create(**long) for _ in range(50)]  # whose answers come first
+    message.send_keys("Who swims?", Keys.ENTER)
+    wait.until(lambda _: browser.find_element(By.ID, "stop").is_displayed())
+    message.send_keys(Keys.ESCAPE)
+    wait.until(lambda _: said("notice")[-1] == "Stopped.")
+    for stream in before:
+        stream.close()
+    wait.until(lambda _: not browser.find_element(By.ID, "stop").is_displayed())
+    requested = browser.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
+    assert all(one.startswith(served.url) for one in requested)
+    browser.find_element(By.ID, "reset").send_keys(Keys.ENTER)
+    assert said("user") == said("assistant") == []
+    message.send_keys("Who? " * 300, Keys.ENTER)
+    wait.until(lambda _: "maximum context length is 512 tokens" in " ".join(said("notice")))
+    assert message.get_attribute("value").startswith("Who?")  # to be made shorter
+    told = [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
+    assert told and all("status of 40" in one for one in told)  # refusals of keys and of what is too long
+
+
+def test_the_page_takes_the_key_from_behind_its_address_and_follows_the_scheme(
+    served: Served, browser: WebDriver
+) -> None:
+    def prefer(scheme: str) -> str:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        return str(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+
+    browser.get("about:blank")
+    browser.get(f"{served.url}/#key={SECRET}")
+    WebDriverWait(browser, 60).until(lambda _: browser.title == "otter")
+    assert SECRET not in browser.current_url
+    assert prefer("light") == "rgb(255, 255, 255)" != prefer("dark")

@@ -1,0 +1,196 @@
+"""The platform on Postgres and S3, which `up` starts from one settings file: the same form, the same runs.
+
+Passwords show nowhere, and what is killed with -9 comes back with its data.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from mlflow import MlflowClient
+from prefect.exceptions import PrefectHTTPStatusError
+
+from flows.platform.database import INSTALLED
+from flows.platform.objectstore import PACKAGES
+from flows.tracking.recorded_lineage import registered_names
+from flows.tracking.registry import Registry
+from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
+from tests.platform.test_platform import REFUSED, Platform, free_port, platform_at
+from tests.platform.test_provision import listening
+from vectorclm.lineage.chain import lineage
+from vectorclm.store.artifact import Store
+from vectorclm.store.layout import STAGES
+
+SECRETS = {
+    "POSTGRES_PASSWORD": "of-postgres: 7c%1d@/",
+    "PREFECT_AUTH": "admin:of-prefect-7c1d",
+    "MLFLOW_ADMIN_PASSWORD": "of-mlflow-7c1d",
+    "MLFLOW_SECRET_KEY": "of-cookies-7c1d",
+    "S3_ACCESS_KEY": "of-s3-access-7c1d",
+    "S3_SECRET_KEY": "of-s3-secret-7c1d",
+}
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def platform(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[Platform]:
+    missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
+    missing += [] if list(INSTALLED.glob("*/bin")) else ["postgresql"]
+    if missing:
+        told = f"no Postgres or no S3 store here: apt-get install --no-install-recommends {' '.join(missing)}"
+        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+    home = Path(tempfile.mkdtemp(prefix="vectorclm-"))
+    home.chmod(0o711)  # where root runs the tests, Postgres is another user
+    settings = {
+        "VECTORCLM_STORE": "s3://vectorclm/store",
+        "VECTORCLM_HOME": str(home),
+        **{f"{name}_PORT": str(free_port()) for name in ("PREFECT", "MLFLOW", "POSTGRES", "S3")},
+        **SECRETS,
+    }
+    file = home / "platform.env"
+    file.write_text("".join(f"{name}={value}\n" for name, value in settings.items()), encoding="utf-8")
+    file.chmod(0o600)
+    monkeypatch_module.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    with platform_at(file) as made:
+        for name, value in made.config.client_environment().items():
+            monkeypatch_module.setenv(name, value)
+        yield made
+    shutil.rmtree(home)
+
+
+def kill(platform: Platform, *names: str) -> None:
+    platform.broken = True
+    for name in names:
+        record = platform.config.home / "platform" / f"{name}.json"
+        process = psutil.Process(json.loads(record.read_text(encoding="utf-8"))["pid"])
+        process.kill()
+        process.wait(60)
+
+
+def test_the_form_keeps_its_order_and_its_bounds(platform: Platform) -> None:
+    """Postgres sorts the keys of nested objects by their length; the positions put them back."""
+    schema = platform.client.read_deployment_by_name("curriculum/curriculum").parameter_openapi_schema
+    sections = schema["definitions"]["Changes"]["properties"]
+    wanted = ["seed", "sample", "tokenizer", "model", "pretrain", "finetune", "evaluate", "settings"]
+    assert sorted(sections, key=lambda name: sections[name]["position"]) == wanted
+    assert list(sections) != wanted  # else the positions would prove nothing
+    for parameters, message in REFUSED:
+        with pytest.raises(PrefectHTTPStatusError) as refused:
+            platform.start(**parameters)
+        assert message in refused.value.response.text
+
+
+def test_a_curriculum_runs_from_the_form_to_models_in_the_bucket(platform: Platform) -> None:
+    run_id = platform.start(experiment="tiny", changes=CHANGES, runtime=RUNTIME)
+    assert platform.ended(run_id) == "Completed"
+    store = Store(platform.config.vectorclm_store)
+    for stage in STAGES:
+        (fingerprint,) = store.list(stage)
+        artifact = store.find(stage, fingerprint)
+        assert artifact is not None
+        artifact.verify()
+    assert store.list("leases") == [] and store.list("checkpoints") == []
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    for name in ("vectorclm-base", "vectorclm-chat"):
+        version = client.get_model_version_by_alias(name, "candidate")
+        assert str(client.get_run(version.run_id or "").info.status) == "FINISHED"
+        chain = lineage(version.tags["uri"], store)
+        assert registered_names(Registry(store), f"models:/{name}@candidate") == chain.root.names
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"} and len(runs) == 1 + len(STAGES)
+    assert any(client.list_artifacts(run.info.run_id) for run in runs)
+    assert store.list("mlflow")  # where MLflow keeps its artifacts
+    files = [path.name for path in platform.config.home.rglob("*.db") if path.is_file()]
+    assert files == []  # nothing fell back to SQLite
+
+
+def test_a_stage_finds_what_the_curriculum_made(platform: Platform) -> None:
+    deployment = platform.client.read_deployment_by_name("stage/sample")
+    parameters = {"stage": "sample", "changes": CHANGES}
+    run = platform.client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+    assert platform.ended(run.id) == "Completed"
+    assert platform.tasks(run.id)["sample"] == ["Reused"]
+
+
+def test_no_other_machine_is_listened_to(platform: Platform) -> None:
+    found = listening(platform)
+    assert {"postgres", "s3-gateway", "prefect-server", "mlflow"} <= set(found)
+    assert set.union(*found.values()) == {"127.0.0.1"}
+
+
+def test_a_retry_takes_the_settings_file_as_up_did(platform: Platform) -> None:
+    found = platform.command("retry", "nowhere")
+    assert found.returncode == 2 and "no run 'nowhere': give the id or the name" in found.stderr
+    command = [sys.executable, "-m", "flows.cli", "retry", "nowhere"]
+    command += ["--prefect-port", str(platform.config.prefect_port)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    refused = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    assert (
+        refused.returncode == 2 and "Prefect wants a password: give PREFECT_AUTH, or the --env-file" in refused.stderr
+    )
+
+
+@pytest.mark.parametrize("names", [("postgres", "s3-disk"), ("s3-monitor", "s3-disk", "s3-gateway")])
+def test_what_is_killed_starts_again_with_its_data(platform: Platform, names: tuple[str, ...]) -> None:
+    runs = {run.id for run in platform.client.read_flow_runs()}
+    kill(platform, *names)
+    done = platform.command("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = [line.split()[1] for line in done.stdout.splitlines() if line.endswith("started again")]
+    assert again == list(names)
+    assert {run.id for run in platform.client.read_flow_runs()} == runs
+    assert MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_model_version_by_alias("vectorclm-chat", "candidate")
+    store = Store(platform.config.vectorclm_store)
+    artifact = store.find("export", store.list("export")[0])
+    assert artifact is not None
+    artifact.verify()
+
+
+@pytest.mark.parametrize("cell", [Cell("database", "pretrain"), Cell("worker", "finetune")], ids=str)
+def test_a_run_outlives_what_is_killed_beside_it(platform: Platform, reference: Reference, cell: Cell) -> None:
+    Killer(platform.config, lambda: platform.command("doctor"), platform.client).run(cell, reference)
+
+
+def test_the_secrets_show_nowhere(platform: Platform) -> None:
+    secrets = [value.removeprefix("admin:") for value in SECRETS.values()]
+    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert any(str(platform.config.prefect_port) in line for line in lines)
+    told = [run.model_dump_json() for run in platform.client.read_flow_runs()]
+    files = [path for path in (platform.config.home / "platform").rglob("*") if path.is_file()]
+    assert {"postgres.log", "s3-gateway.log", "mlflow-auth.ini", "worker-cpu.json"} <= {path.name for path in files}
+    for secret in secrets:
+        assert not any(secret in text for text in [*lines, *told])
+        assert [path.name for path in files if secret in path.read_text(errors="replace")] == []
+    for name in ("postgres", "s3"):
+        assert (platform.config.home / name).stat().st_mode & 0o077 == 0
+
+
+def test_new_keys_are_taken_by_a_new_up(platform: Platform) -> None:
+    file = Path(platform.options[-1])
+    before = file.read_text(encoding="utf-8")
+    assert platform.command("down").returncode == 0
+    another = {"S3_SECRET_KEY": "of-s3-another-7c1d", "PREFECT_AUTH": "admin:of-prefect-another-7c1d"}
+    settings = before
+    for name, value in another.items():
+        settings = settings.replace(f"{name}={SECRETS[name]}", f"{name}={value}")
+    file.write_text(settings, encoding="utf-8")
+    done = platform.command("up")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for password, status in ((SECRETS["PREFECT_AUTH"], 401), (another["PREFECT_AUTH"], 200)):
+        user = httpx.BasicAuth(*password.split(":"))
+        assert httpx.get(f"{platform.config.prefect_url}/api/version", auth=user).status_code == status

@@ -1,0 +1,462 @@
+"""The platform, for real: `vectorclm up`, a browser at the run form, a broken stage, Retry, a cancelled training.
+
+Servers, workers and browser are the real ones, on ports of their own and in a temporary store.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelling, Crashed
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.remote.webelement import WebElement
+
+from flows.execution import progress
+from flows.net import answers
+from flows.platform import doctor
+from flows.platform.config import PlatformConfig, read_platform
+from flows.platform.server_services import loop_errors
+from tests.conftest import chromium
+from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
+from vectorclm.runtime.progress import Tick, say
+from vectorclm.store.artifact import Store
+
+WAIT = 400  # seconds; a bound for a machine under load, nothing is measured by it
+PICTURES = os.environ.get("VECTORCLM_PICTURES")  # a folder: the pictures of the README are taken anew
+
+T = TypeVar("T")
+
+
+def until(found: Callable[[], T], what: str, seconds: float = WAIT) -> T:
+    """The first true value of `found`, asked twice a second."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.5)
+    return value
+
+
+def clean() -> dict[str, str]:
+    """The environment without what names a platform."""
+    named = ("PREFECT_", "MLFLOW_", "VECTORCLM_STORE", "VECTORCLM_HOME")
+    return {key: value for key, value in os.environ.items() if not key.startswith(named)}
+
+
+@dataclass
+class Platform:
+    """A running platform and how to talk to it."""
+
+    config: PlatformConfig
+    options: list[str]
+    client: SyncPrefectClient = dataclasses.field(init=False)  # once it is up
+    broken: bool = False  # a test broke what the server's loops need, so they may well log errors
+
+    @property
+    def server_log(self) -> Path:
+        return self.config.home / "platform" / "prefect-server.log"
+
+    @contextmanager
+    def addressed(self) -> Iterator[None]:
+        """Have Prefect's functions talk to it while the block runs."""
+        environment = self.config.client_environment()
+        settings = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
+        with temporary_settings({**settings, PREFECT_API_AUTH_STRING: environment["PREFECT_API_AUTH_STRING"]}):
+            yield
+
+    def command(
+        self, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "flows.cli", *arguments, *self.options]
+        known = clean() | dict(environment or {})
+        return subprocess.run(command, env=known, capture_output=True, text=True, timeout=280, check=False)
+
+    def start(self, **parameters: Any) -> UUID:
+        deployment = self.client.read_deployment_by_name("curriculum/curriculum")
+        return self.client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+
+    def run(self, run_id: UUID) -> FlowRun:
+        return self.client.read_flow_run(run_id)
+
+    def ended(self, run_id: UUID) -> str:
+        """The name of the state that the run ends in."""
+
+        def final() -> str:
+            state = self.run(run_id).state
+            return state.name if state is not None and state.is_final() else ""
+
+        return until(final, f"run {run_id} ends")
+
+    def tasks(self, run_id: UUID) -> dict[str, list[str]]:
+        """State names of each stage's task runs, oldest first."""
+        found: dict[str, list[str]] = {}
+        runs = self.client.read_task_runs(flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run_id]}}))
+        for task in sorted(runs, key=lambda run: run.created or run.expected_start_time):
+            found.setdefault(task.name, []).append(task.state_name or "")
+        return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def platform_at(place: Path) -> Iterator[Platform]:
+    """A platform, up while the block runs; then nothing of it is left. `place`: its settings file, or its store."""
+    if place.suffix == ".env":
+        config, options = read_platform(place), ["--env-file", str(place)]
+    else:
+        config = PlatformConfig(vectorclm_store=str(place), prefect_port=free_port(), mlflow_port=free_port())
+        options = ["--store", str(place), "--prefect-port", str(config.prefect_port)]
+        options += ["--mlflow-port", str(config.mlflow_port)]
+    made = Platform(config, options)
+    try:
+        done = made.command("up")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{config.prefect_url}/deployments/deployment/" in done.stdout
+        assert config.prefect_password is not None and config.prefect_password not in done.stdout  # a log, as here
+        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as client:
+            made.client = client
+            yield made
+        if not made.broken:
+            assert loop_errors(made.server_log.read_text()) == []
+    finally:
+        made.command("down")
+    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert [line for line in lines if str(config.home) in line] == []
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    with platform_at(tmp_path_factory.mktemp("platform") / "store") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[WebDriver]:
+    window = chromium(1400, 1500)
+    yield window
+    window.quit()
+
+
+@pytest.fixture
+def page(browser: WebDriver) -> Iterator[WebDriver]:
+    """The browser, which leaves its page in the end: a drawn graph keeps a core busy."""
+    yield browser
+    browser.get("about:blank")
+
+
+def picture(window: WebDriver, name: str) -> None:
+    if PICTURES:
+        time.sleep(3)  # a graph's bars glide to their places
+        window.save_screenshot(str(Path(PICTURES) / f"{name}.png"))
+
+
+def by_text(window: WebDriver, tag: str, text: str) -> list[WebElement]:
+    return window.find_elements(By.XPATH, f"//{tag}[normalize-space(.)='{text}']")
+
+
+def click(window: WebDriver, tag: str, text: str) -> None:
+    """Press what bears this text, once it is there."""
+
+    def pressed() -> bool:
+        for element in by_text(window, tag, text):
+            if element.is_displayed():
+                window.execute_script("arguments[0].click()", element)
+                return True
+        return False
+
+    until(pressed, f"something to press that says {text!r}", 60)
+
+
+def fill(window: WebDriver, section: str, label: str, value: str) -> None:
+    """Write into the field `label` of the form's section."""
+    named = "//span[contains(@class, 'schema-form-property__label') and normalize-space(.)='{} (Optional)']"
+    place = f"{named.format(section)}/following::{named.format(label)[2:]}[1]/following::input[1]"
+    field = until(lambda: window.find_elements(By.XPATH, place), f"{section} {label}", 60)[0]
+    window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
+    field.clear()
+    field.send_keys(value)
+
+
+def log_in(window: WebDriver, platform: Platform) -> None:
+    """Give the page the password that it asks for, once; then it shows what was asked for."""
+    (asked,) = until(lambda: window.find_elements(By.CSS_SELECTOR, "input[type='password']"), "it asks", 60)
+    asked.send_keys(platform.config.prefect_password or "", Keys.ENTER)
+    until(lambda: "/login" not in window.current_url, "the password is taken", 60)
+
+
+def says(window: WebDriver, text: str) -> bool:
+    return text in window.find_element(By.TAG_NAME, "body").text
+
+
+def test_the_form_shows_the_pipeline_in_its_order(platform: Platform) -> None:
+    schema = platform.client.read_deployment_by_name("curriculum/curriculum").parameter_openapi_schema
+    assert list(schema["properties"]) == ["experiment", "changes", "data", "runtime", "again_from"]
+    definitions = schema["definitions"]
+    sections = definitions["Changes"]["properties"]
+    assert sorted(sections, key=lambda name: sections[name]["position"]) == [
+        "seed", "sample", "tokenizer", "model", "pretrain", "finetune", "evaluate", "settings"
+    ]  # fmt: skip
+    for name in ("SampleChanges", "TokenizerChanges", "PretrainChanges", "FinetuneChanges", "Runtime"):
+        for shown in definitions[name]["properties"].values():
+            assert shown["description"] and "anyOf" not in shown
+            assert shown["type"] not in ("integer", "number") or {"minimum", "exclusiveMinimum"} & set(shown)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"experiment": "tinny"}, "experiment"),
+    ({"changes": {"finetune": {"epochs": -1}}}, "changes.finetune.epochs"),
+    ({"changes": {"tokenizer": {"vocab_size": 5}}}, "changes.tokenizer.vocab_size"),
+    ({"runtime": {"threads": "many"}}, "runtime.threads"),
+    ({"changes": {"pretrian": {}}}, "pretrian"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "message"), REFUSED)
+def test_bad_values_are_refused_with_their_path(platform: Platform, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(PrefectHTTPStatusError) as refused:
+        platform.start(**parameters)
+    assert message in refused.value.response.text
+
+
+def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, page: WebDriver) -> None:
+    """A person opens the form, is refused, mends it, and starts; the disk breaks a stage, Retry goes on."""
+    store = Path(platform.config.vectorclm_store)
+    (store / "shards").write_text("a file where a folder must be: the stage cannot write its artifact")
+    deployment = platform.client.read_deployment_by_name("curriculum/curriculum")
+    page.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}/run")
+    log_in(page, platform)
+    fill(page, "Pretrain", "Tokens", "5")
+    fill(page, "Finetune", "Epochs", "0.02")
+    fill(page, "Evaluate", "Chat Prompts", "3")
+    click(page, "button", "Submit")
+    until(lambda: says(page, "5 is less than the minimum of 1000"), "the form refuses", 60)
+    assert "changes.pretrain.tokens" in page.find_element(By.TAG_NAME, "body").text
+    fill(page, "Pretrain", "Tokens", "16384")
+    page.execute_script("window.scrollTo(0, 0)")
+    picture(page, "form")
+    click(page, "button", "Submit")
+
+    def started() -> list[FlowRun]:
+        return platform.client.read_flow_runs()
+
+    (run,) = until(started, "the run is there")
+    assert run.parameters["changes"]["pretrain"]["tokens"] == 16384
+    assert platform.ended(run.id) == "Failed"
+    state = platform.run(run.id).state
+    assert state is not None and "stage shards failed" in (state.message or "")
+    assert platform.tasks(run.id)["tokenizer"] == ["Completed"]
+
+    (store / "shards").unlink()
+    page.get(f"{platform.config.prefect_url}/runs/flow-run/{run.id}")
+    click(page, "button", "Retry")
+    until(lambda: len(by_text(page, "button", "Retry")) > 1, "it asks whether to retry", 60)
+    page.execute_script("arguments[0].click()", by_text(page, "button", "Retry")[-1])
+    until(lambda: platform.run(run.id).run_count == 2, "the run starts again")
+    assert platform.ended(run.id) == "Completed"
+    tasks = platform.tasks(run.id)
+    assert [tasks[name][-1] for name in ("sample", "tokenizer", "shards", "pretrain", "export")] == [
+        "Reused", "Reused", "Completed", "Completed", "Completed"
+    ]  # fmt: skip
+    page.get(f"{platform.config.prefect_url}/runs/flow-run/{run.id}")
+    until(lambda: says(page, "Completed"), "the page shows the end", 60)
+    for name in ("pretrain", "finetune", "export"):
+        until(lambda name=name: says(page, name), f"the graph shows {name}", 60)
+    picture(page, "retried")
+    shown = {str(found.key): found for found in platform.client.read_artifacts()}
+    assert {"pretrain-progress", "finetune-progress", "mlflow", "report"} <= set(shown)
+    assert platform.config.mlflow_url in str(shown["mlflow"].data)
+    assert "| world | 25.0% |" in str(shown["report"].data)
+
+
+def test_the_page_switches_a_schedule_on_and_off(platform: Platform, page: WebDriver) -> None:
+    """With the password that it asked for once, as every other page."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    page.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
+
+    def switches(*, on: bool) -> list[WebElement]:
+        return page.find_elements(By.CSS_SELECTOR, f"[role='switch'][aria-checked='{str(on).lower()}']")
+
+    def active() -> bool:
+        return any(schedule.active for schedule in platform.client.read_deployment(deployment.id).schedules)
+
+    asked = "input[type='password']"
+    until(lambda: switches(on=False) or page.find_elements(By.CSS_SELECTOR, asked), "the page is there", 60)
+    if not switches(on=False):  # this test runs alone
+        log_in(page, platform)
+    shown, others = until(lambda: switches(on=False), "the schedules' switches", 60), len(switches(on=True))
+    page.execute_script("arguments[0].click()", shown[-1])
+    until(active, "a schedule is on", 60)
+    until(lambda: len(switches(on=True)) > others, "the page shows it", 60)
+    page.execute_script("arguments[0].click()", switches(on=True)[-1])
+    until(lambda: not active(), "the schedule is off", 60)
+
+
+def test_retry_from_the_command_line(platform: Platform) -> None:
+    """With another setting what depends on it is made anew; with none, stages are made again and compared."""
+    before = platform.client.read_flow_runs()[0]
+    changed = platform.command("retry", str(before.id), "--set", "finetune.epochs=0.03")
+    assert changed.returncode == 0, changed.stderr
+    run_id = UUID(changed.stdout.strip().rpartition("/")[2])
+    assert platform.ended(run_id) == "Completed"
+    tasks = platform.tasks(run_id)
+    assert [tasks[name] for name in ("pretrain", "evaluate_base", "finetune", "export")] == [
+        ["Reused"], ["Reused"], ["Completed"], ["Completed"]
+    ]  # fmt: skip
+    again = platform.command("retry", str(run_id), "--from", "finetune")
+    again_id = UUID(again.stdout.strip().rpartition("/")[2])
+    assert platform.ended(again_id) == "Completed"
+    tasks = platform.tasks(again_id)
+    assert [tasks[name] for name in ("pretrain", "evaluate_base", "finetune", "evaluate", "export")] == [
+        ["Reused"], ["Reused"], ["Reproduced"], ["Reproduced"], ["Reproduced"]
+    ]  # fmt: skip
+    assert platform.command("retry", "no such run").returncode == 2
+
+
+def torch_processes(platform: Platform) -> list[psutil.Process]:
+    """Processes that train or score for this platform's store."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "vectorclm" in line and "--relay" in line and platform.config.vectorclm_store in line:
+            found.append(process)
+    return found
+
+
+LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}
+
+
+def test_the_chip_follows_a_stage_to_its_end(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "CHIP_SECONDS", 0.05)
+
+    def shown() -> tuple[float, str]:
+        key = ArtifactFilter.model_validate({"key": {"any_": ["of-a-test-progress"]}})
+        chips = platform.client.read_artifacts(artifact_filter=key)
+        return (float(str(chips[0].data)), str(chips[0].description)) if chips else (-1.0, "")
+
+    with platform.addressed(), progress.live("of_a_test", print):
+        for done, percent in ((0, 0.0), (500, 50.0), (515, 51.5)):
+            say(Tick("of_a_test", done, 1000, "tokens", "loss 2.5"))
+            until(lambda percent=percent: shown()[0] == percent, f"the chip shows {percent}", 60)
+        assert "515 of 1,000 tokens, loss 2.5" in shown()[1]
+        say(Tick("of_a_test", 516, 1000, "tokens"))  # less than a percent: told by the end, if not by then
+    assert shown()[0] == 51.6
+
+
+def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDriver) -> None:
+    """Another run waits for the devices meanwhile, shows so, and gets its turn."""
+    run_id = platform.start(experiment="tiny", changes=LONG, runtime={"threads": 1})
+    until(lambda: torch_processes(platform), "a training runs")
+    second = platform.start(experiment="tiny", changes=LONG, runtime={"threads": 1})
+    until(lambda: platform.run(second).state_name == "Queued", "the second run waits")
+    page.get(f"{platform.config.prefect_url}/runs/flow-run/{run_id}")
+    until(lambda: says(page, "Running"), "the page shows it", 60)
+    picture(page, "graph")
+    click(page, "button", "Cancel")
+    click(page, "button", "Confirm")
+    assert platform.ended(run_id) == "Cancelled"
+    until(lambda: platform.run(second).state_name == "Running" and torch_processes(platform), "the second has its turn")
+    platform.client.set_flow_run_state(second, Cancelling())
+    assert platform.ended(second) == "Cancelled"
+    until(lambda: not torch_processes(platform), "no process is left", 15)
+
+
+def test_a_killed_run_starts_again_by_itself_and_ends_in_the_same_model(
+    platform: Platform, reference: Reference
+) -> None:
+    """kill -9 of the flow's process in pretraining: no child survives, and the automation starts the run again."""
+    killer = Killer(platform.config, lambda: platform.command("doctor"), platform.client)
+    outcome = killer.run(Cell("flow", "pretrain"), reference)
+    assert outcome.end == "by itself" and outcome.states.count("Rescued") == 1
+
+
+def test_stages_are_placed_on_workers_of_the_pools_and_train_on_two_ranks(platform: Platform) -> None:
+    """Of the curriculum before, tuning is changed: what follows are runs of their own, under one run in MLflow."""
+    settings = {**CHANGES["settings"], "finetune.epochs": 1.0}
+    runtime = {**RUNTIME, "placement": "pools", "processes": 2}
+    run_id = platform.start(experiment="tiny", changes={**CHANGES, "settings": settings}, runtime=runtime)
+    assert platform.ended(run_id) == "Completed"
+    parts = {run.name: run for run in platform.client.read_flow_runs() if f"part of {run_id}" in run.tags}
+    pools = {"finetune of tiny": "gpu", "evaluate of tiny": "gpu", "export of tiny": "cpu"}
+    assert {name: run.work_pool_name for name, run in parts.items()} == pools
+    store, client = Store(platform.config.vectorclm_store), MlflowClient(platform.config.mlflow_url)
+    (chat,) = [one for found in store.list("finetune") if (one := store.find("finetune", found)).summary["steps"] < 60]
+    assert chat.manifest["environment"]["world_size"] == 2
+    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+    query = f"tags.`prefect.flow_run_id` = '{run_id}' and tags.stage = 'curriculum'"
+    (curriculum,) = client.search_runs([experiment.experiment_id], query)
+    query = f"tags.`mlflow.parentRunId` = '{curriculum.info.run_id}' and tags.state = 'built'"
+    made = {run.info.run_name for run in client.search_runs([experiment.experiment_id], query)}
+    assert made == {"finetune", "evaluate", "export"}
+
+
+def test_the_doctor_starts_a_dead_worker_and_mends_what_was_removed(platform: Platform) -> None:
+    """A run that outlives its worker goes on, also where it counts as crashed, and can still be cancelled."""
+    run_id = platform.start(experiment="tiny", changes=LONG, runtime={"threads": 1})
+    until(lambda: torch_processes(platform), "a training runs")
+    (record,) = (Path(platform.config.vectorclm_store) / "platform").glob("worker-cpu.json")
+    os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
+    for automation in platform.client.read_automations():
+        platform.client.delete_automation(automation.id)
+    done = platform.command("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "worker(s) online, started again" in done.stdout
+    assert done.stdout.count("automation created") == 4
+    again = platform.command("doctor")
+    assert again.returncode == 0 and "started again" not in again.stdout and "created" not in again.stdout
+    assert "job template" not in again.stdout
+    assert torch_processes(platform)
+    platform.client.set_flow_run_state(run_id, Crashed(message="as the automation does it"), force=True)
+    until(lambda: platform.run(run_id).state_name == "Running", "it was only not heard, and puts itself right")
+    platform.client.set_flow_run_state(run_id, Cancelling())
+    assert platform.ended(run_id) == "Cancelled"
+    until(lambda: not torch_processes(platform), "no process is left", 30)
+
+
+def test_a_locked_database_is_noticed(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's server stays healthy while nothing can be written."""
+    monkeypatch.setattr(doctor, "WRITE_SECONDS", 2)
+    database = sqlite3.connect(platform.config.home / ".prefect" / "prefect.db", isolation_level=None, timeout=60)
+    database.execute("BEGIN IMMEDIATE")
+    assert answers(f"{platform.config.prefect_url}/api/health")
+    assert not doctor._writes(platform.config)
+    database.execute("ROLLBACK")
+    until(lambda: doctor._writes(platform.config), "it is written again")
+
+
+def test_up_with_other_settings_asks_for_down_first(platform: Platform) -> None:
+    done = platform.command("up", environment={"PREFECT_AUTH": "admin:another"})
+    assert done.returncode == 2
+    assert "prefect-server runs with other settings: `vectorclm down`" in done.stderr
+
+
+def test_up_is_told_when_a_port_is_taken(platform: Platform, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flows.cli", "up", "--store", str(tmp_path)]
+    command += ["--prefect-port", str(platform.config.prefect_port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert f"port {platform.config.prefect_port} is taken" in done.stderr

@@ -1,0 +1,476 @@
+"""Evaluations on the platform, for real: the form, the table, MLflow, and a fall that reaches a web server."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import psutil
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.blocks.webhook import Webhook
+from prefect.client.schemas.actions import WorkPoolUpdate
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.events import Event, Resource
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import Select
+
+from flows.deployments import opened_store
+from flows.execution.launch import StageFailedError
+from flows.form import Changes, chosen
+from flows.handle import FELL, MAX_RESCUES
+from flows.platform import provision
+from flows.platform.provision import PREFECT_FILE, TOLD, _notification
+from flows.tracking.registry import EVALUATIONS
+from tests.conftest import chromium
+from tests.platform.test_platform import Platform, click, log_in, platform_at, says, until
+from vectorclm.model import CausalLM
+from vectorclm.model_config import model_config
+from vectorclm.runtime.devices import Runtime
+
+CANDIDATE = "models:/vectorclm-chat@candidate"
+LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}
+SMALL = {
+    "pretrain": {"tokens": 32_768},
+    "finetune": {"epochs": 0.02},
+    "evaluate": {"chat_prompts": 3},
+    "settings": {"evaluate.tasks.0.limit": 8},  # of its own evaluation; the suite is that of the file
+}
+RUNTIME = {"threads": 1}
+QUICK = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}  # of a scheduled evaluation
+
+
+@dataclass
+class Inbox:
+    """A web server that keeps what it is sent."""
+
+    url: str
+    messages: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def inbox() -> Iterator[Inbox]:
+    messages: list[dict[str, Any]] = []
+
+    class Keep(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Keep)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Inbox(f"http://127.0.0.1:{server.server_port}", messages)
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A platform on which a very small curriculum has ended."""
+    with platform_at(tmp_path_factory.mktemp("schedules") / "store") as made:
+        run_id = made.start(experiment="tiny", changes=SMALL, runtime=RUNTIME)
+        assert made.ended(run_id) == "Completed"
+        yield made
+
+
+def start(platform: Platform, **parameters: Any) -> UUID:
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    values = {"limits": LIMITS, "runtime": RUNTIME, **parameters}
+    return platform.client.create_flow_run_from_deployment(deployment.id, parameters=values).id
+
+
+def rows(platform: Platform) -> list[dict[str, str]]:
+    """The newest table of the chat model's results."""
+    key = ArtifactFilter.model_validate({"key": {"any_": ["evaluation-vectorclm-chat-tiny"]}})
+    tables = sorted(platform.client.read_artifacts(artifact_filter=key), key=lambda found: str(found.created))
+    return list(json.loads(str(tables[-1].data)))
+
+
+def register_untrained(platform: Platform, mlflow: MlflowClient, folder: Path) -> None:
+    """The candidate's twin with random weights, as the new candidate."""
+    version = mlflow.get_model_version_by_alias("vectorclm-chat", "candidate")
+    shutil.copytree(version.tags["uri"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(0)
+    CausalLM(model_config(config, "config.json")).save_pretrained(folder)
+    experiment = mlflow.get_experiment_by_name("tiny")
+    model = mlflow.create_logged_model(experiment.experiment_id, name="untrained")
+    made = mlflow.create_model_version(
+        "vectorclm-chat", f"models:/{model.model_id}", model_id=model.model_id, tags={"uri": str(folder)}
+    )
+    mlflow.set_registered_model_alias("vectorclm-chat", "candidate", made.version)
+
+
+def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: Platform, inbox: Inbox) -> None:
+    file = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
+    (wanted,) = (item["schedules"] for item in file["deployments"] if item["name"] == "evaluate")
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    found = {schedule.slug: schedule for schedule in deployment.schedules}
+    assert set(found) == {item["slug"] for item in wanted} == {"nightly-chat", "weekly-base"}
+    for item in wanted:
+        schedule = found[item["slug"]]
+        assert (schedule.schedule.cron, schedule.schedule.timezone) == (item["cron"], item["timezone"])
+        assert (schedule.active, schedule.parameters) == (item["active"], item["parameters"])
+
+    platform.client.update_deployment_schedule(deployment.id, found["weekly-base"].id, active=True)
+    nobody = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
+    assert nobody.returncode == 1 and "Prefect has no block webhook/team" in nobody.stdout
+    with platform.addressed():
+        Webhook(url=inbox.url).save("team")
+    done = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
+    assert done.returncode == 0 and f"automation created: {TOLD}" in done.stdout
+    assert "a fallen score is told by the block webhook/team" in done.stdout
+    again = platform.client.read_deployment_by_name("evaluate/evaluate").schedules
+    assert {schedule.slug: schedule.active for schedule in again} == {"nightly-chat": False, "weekly-base": True}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"model": "models:/vectorclm-chat"}, "model"),
+        ({"model": "a/relative/path"}, "model"),
+        ({"suite": "huge"}, "suite"),
+        ({"limits": {"documents": 1}}, "limits.documents"),
+        ({"limits": {"item": 3}}, "item"),
+    ],
+)
+def test_bad_values_are_refused_at_the_form(platform: Platform, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(PrefectHTTPStatusError) as refused:
+        start(platform, **parameters)
+    assert message in refused.value.response.text
+
+
+def test_a_wrong_address_fails_and_says_why(platform: Platform) -> None:
+    runs = {
+        "models:/vectorclm-chat@champion": "has no models:/vectorclm-chat@champion",
+        "/nowhere/at/all": "there is no folder /nowhere/at/all",
+    }
+    ids = {start(platform, model=model): message for model, message in runs.items()}
+    for run_id, message in ids.items():
+        assert platform.ended(run_id) == "Failed"
+        state = platform.run(run_id).state
+        assert state is not None and message in (state.message or "")
+
+
+def test_a_model_is_measured_once_shown_recorded_and_its_fall_is_told(
+    platform: Platform, inbox: Inbox, tmp_path: Path
+) -> None:
+    assert platform.ended(start(platform, model=CANDIDATE)) == "Completed"
+    (first,) = rows(platform)
+    assert first["model"] == "vectorclm-chat 1"
+    names = {"acc.world", "bits_per_byte.stories", "bits_per_byte.lessons", "in_template"}
+    names |= {"followed", "followed_content", "followed_form"}
+    assert set(first) == {"model", "measured", *names}
+    again = start(platform, model=CANDIDATE)
+    assert platform.ended(again) == "Reused"
+    assert platform.tasks(again) == {"measure": ["Reused"]}
+    assert rows(platform) == [first]
+
+    mlflow = MlflowClient(platform.config.mlflow_url)
+    version = mlflow.get_model_version_by_alias("vectorclm-chat", "candidate")
+    tiny = mlflow.get_experiment_by_name("tiny").experiment_id
+    (chat,) = mlflow.search_logged_models([tiny], f"tags.fingerprint = '{version.tags['fingerprint']}'")
+    model = mlflow.get_logged_model(chat.model_id)
+    on_model = {metric.key: metric.value for metric in model.metrics}
+    assert first["acc.world"].startswith(f"{on_model['acc.world']:.4f} ± {on_model['stderr.acc.world']:.4f}")
+    experiment = mlflow.get_experiment_by_name(EVALUATIONS)
+    (run,) = mlflow.search_runs([experiment.experiment_id])  # a reused result is not recorded again
+    assert names <= set(run.data.metrics)
+    assert [item.model_id for item in mlflow.get_run(run.info.run_id).inputs.model_inputs] == [chat.model_id]
+
+    register_untrained(platform, mlflow, tmp_path / "untrained")
+    assert inbox.messages == []
+    assert platform.ended(start(platform, model=CANDIDATE)) == "Completed"
+    (message,) = until(lambda: inbox.messages, "the fall is told")
+    assert message["title"] == "vectorclm-chat 2 scores worse than vectorclm-chat 1 on tiny"
+    falls = {fall["task"]: fall for fall in message["falls"]}
+    assert {"bits_per_byte.stories", "bits_per_byte.lessons"} <= set(falls)
+    for fall in falls.values():
+        assert abs(fall["after"] - fall["before"]) > fall["noise"] >= 0
+    assert platform.config.prefect_url in message["links"][0]
+    newest, oldest = rows(platform)
+    assert oldest == first and newest["model"] == "vectorclm-chat 2"
+    assert "worse, beyond noise" in newest["bits_per_byte.stories"]
+
+
+def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: Inbox) -> None:
+    """Prefect sends to each of its kinds, e-mail among them, a subject and a text; this one posts them as they are."""
+    told: list[str] = []
+    texts = {"subject": "{{subject}}", "text": "{{body}}"}
+    with platform.addressed():
+        CustomWebhookNotificationBlock(name="team", url=inbox.url, json_data=texts).save("words")
+    assert _notification(platform.client, "secret/words", told.append) is not None  # no such block: nothing changes
+    assert _notification(platform.client, "custom-webhook/words", told.append) is None
+    assert told == [f"automation mended: {TOLD}"]
+    inbox.messages.clear()
+    payload = {"title": "this scores worse", "text": "this scores worse\nacc.world: 0.9 -> 0.4"}
+    event = Event(
+        occurred=datetime.now(UTC),
+        event=FELL,
+        resource=Resource({"prefect.resource.id": "vectorclm.evaluation-of-a-test"}),
+        payload=payload,
+    )
+    platform.client.request("POST", "/events", json=[event.model_dump(mode="json")])
+    (message,) = until(lambda: inbox.messages, "the fall is told")
+    assert message["subject"] == payload["title"] and payload["text"] in message["text"]
+
+
+def scheduled(platform: Platform, slug: str) -> list[FlowRun]:
+    """The runs of the deployment that the scheduler made for a schedule and that ended well."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
+    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["COMPLETED"]}}}
+    runs = platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
+    assert all(run.created_by is not None for run in runs if run.auto_scheduled)
+    return [run for run in runs if run.created_by is not None and run.created_by.id == mine]
+
+
+@contextmanager
+def schedule_ends(platform: Platform, slug: str) -> Iterator[None]:
+    """A schedule that is set in the block, removed after it with the runs that are still to come."""
+    try:
+        yield
+    finally:
+        deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+        for schedule in deployment.schedules:
+            if schedule.slug == slug:
+                platform.client.delete_deployment_schedule(deployment.id, schedule.id)
+        running = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["PENDING", "RUNNING"]}}}
+        of_it = FlowRunFilter.model_validate(running)
+        until(lambda: not platform.client.read_flow_runs(flow_run_filter=of_it), "its last run ends")
+
+
+def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platform) -> None:
+    """Two runs that the scheduler made, on the interval of the schedule, each an evaluation that ends well."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    schedule = {"active": True, "slug": "by-request", "schedule": {"interval": 10}, "parameters": QUICK}
+    with schedule_ends(platform, "by-request"):
+        made = platform.client.request(
+            "POST", "/deployments/{id}/schedules", path_params={"id": deployment.id}, json=[schedule]
+        )
+        assert made.status_code == 201
+        until(lambda: len(scheduled(platform, "by-request")) >= 2, "two runs of the schedule end")
+        runs = scheduled(platform, "by-request")
+    assert all(run.auto_scheduled and run.parameters == QUICK for run in runs)
+    starts = sorted(run.expected_start_time.timestamp() for run in runs if run.expected_start_time is not None)
+    assert all(round(later - earlier) % 10 == 0 for earlier, later in pairwise(starts))
+
+
+def set_schedule(platform: Platform, window: WebDriver, slug: str) -> None:
+    """Add a schedule of 10 seconds to the deployment `evaluate`, in its page."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    window.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
+    log_in(window, platform)
+    click(window, "button", "Schedule")
+    place = "//input[@placeholder='Enter a unique identifier for this schedule']"
+    until(lambda: window.find_elements(By.XPATH, place), "the form of a schedule", 60)[0].send_keys(slug)
+    (value,) = window.find_elements(By.XPATH, "//div[contains(@class, 'p-modal')]//input[@type='number']")
+    value.send_keys(Keys.CONTROL, "a")
+    value.send_keys("10")
+    place = "//div[contains(@class, 'p-modal')]//select[option[normalize-space(.)='Seconds']]"
+    Select(window.find_element(By.XPATH, place)).select_by_visible_text("Seconds")
+    click(window, "button", "Save")
+
+
+@pytest.fixture
+def window() -> Iterator[WebDriver]:
+    made = chromium(1400, 1500)
+    yield made
+    made.quit()
+
+
+def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebDriver) -> None:
+    """A person adds a schedule to the deployment; the page says so, and two runs of it end well."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    place = {"id": deployment.id}
+    platform.client.request("PATCH", "/deployments/{id}", path_params=place, json={"parameters": QUICK})
+    try:
+        with schedule_ends(platform, "by-page"):
+            set_schedule(platform, window, "by-page")
+            until(lambda: says(window, "by-page"), "the page shows the schedule", 60)
+            until(lambda: len(scheduled(platform, "by-page")) >= 2, "two runs of the schedule end")
+    finally:
+        before = {"parameters": deployment.parameters}
+        platform.client.request("PATCH", "/deployments/{id}", path_params=place, json=before)
+
+
+def listening(platform: Platform) -> dict[str, set[str]]:
+    """The addresses on which each service and its processes wait for others."""
+    found: dict[str, set[str]] = {}
+    for service in [*platform.config.stores(), *platform.config.servers(), *platform.config.workers()]:
+        main = service.process()
+        assert main is not None
+        for process in (main, *main.children(recursive=True)):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.setdefault(service.name, set()).add(connection.laddr.ip)
+    return found
+
+
+def test_no_other_machine_is_listened_to(platform: Platform) -> None:
+    found = listening(platform)
+    assert {"prefect-server", "mlflow"} <= set(found) and set.union(*found.values()) == {"127.0.0.1"}
+
+
+def test_a_stage_is_a_deployment_of_its_own_in_the_store_of_the_commands(platform: Platform) -> None:
+    """What a form made is found by a command to which the environment names the store."""
+    deployment = platform.client.read_deployment_by_name("stage/sample")
+    settings = {"sample.bytes": 300_000, "world.documents": 300, "seed": 9}
+    parameters = {"changes": {"seed": settings.pop("seed"), "settings": settings}}
+    run = platform.client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+    assert platform.ended(run.id) == "Completed"
+    assert platform.tasks(run.id) == {"sample": ["Completed"]}
+    changes = [part for key, value in {**settings, "seed": 9}.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "vectorclm", "sample", "tiny", *changes]
+    environment = {**os.environ, "VECTORCLM_STORE": platform.config.vectorclm_store}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"sample reused: {platform.config.vectorclm_store}/sample/"), done.stderr
+
+
+def test_an_experiment_of_ones_own_shows_on_the_platform_and_reuses_what_was_finished_there(
+    platform: Platform, tmp_path: Path
+) -> None:
+    """Started from the command line, with the platform's addresses."""
+    own = chosen("tiny", Changes.model_validate(SMALL))[0].model_copy(update={"name": "own"})
+    (tmp_path / "own.json").write_text(own.model_dump_json())
+    command = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "own.json"), "--threads", "1", "--json"]
+    command += ["--store", platform.config.vectorclm_store]
+    environment = {**os.environ, **platform.config.client_environment()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    states = {name: stage["state"] for name, stage in json.loads(done.stdout)["stages"].items()}
+    assert states.pop("export") == "built" and set(states.values()) == {"reused"}  # the card bears the name
+    (run,) = platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"any_": ["own"]}}))
+    assert run.state_name == "Completed" and platform.tasks(run.id)["pretrain"] == ["Reused"]
+    assert MlflowClient(platform.config.mlflow_url).get_experiment_by_name("own") is not None
+
+
+def test_a_run_has_its_processes_lines_and_links_its_report(platform: Platform) -> None:
+    key = ArtifactFilter.model_validate({"key": {"any_": ["page"]}})
+    page = min(platform.client.read_artifacts(artifact_filter=key), key=lambda found: str(found.created))
+    logs = LogFilter.model_validate({"flow_run_id": {"any_": [page.flow_run_id]}})
+    lines = [line.message for line in platform.client.read_logs(log_filter=logs, limit=200)]
+    assert any(line.startswith("pretrain reads lessons ") for line in lines)  # as torch's process says it
+    (link,) = re.findall(r"\]\((\S+)\)", str(page.data))
+    mlflow, place = MlflowClient(platform.config.mlflow_url), re.search(r"/runs/(\w+)/artifacts/(\S+)\?", link)
+    assert place is not None
+    report = Path(mlflow.download_artifacts(place[1], place[2])).read_text()
+    assert report in [file.read_text() for file in Path(platform.config.vectorclm_store).glob("reports/*.html")]
+    assert httpx.get(link.partition("#")[0]).status_code == 200
+
+
+@pytest.fixture
+def impatient(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The platform's automations wait ten seconds, the least that Prefect takes, and no worker starts a run."""
+    told: list[str] = []
+
+    def automate() -> None:
+        for automation in provision.automations():
+            provision._automation(platform.client, automation, told.append)
+
+    for name in ("ZOMBIE_SECONDS", "RESCUE_SECONDS", "CANCEL_SECONDS"):
+        monkeypatch.setattr(provision, name, 10)
+    automate()
+    assert len(told) == 3  # the fourth waits for nothing
+    platform.client.update_work_pool("cpu", WorkPoolUpdate(is_paused=True))
+    yield
+    platform.client.update_work_pool("cpu", WorkPoolUpdate(is_paused=False))
+    monkeypatch.undo()
+    automate()
+
+
+def running(platform: Platform) -> UUID:
+    """A run whose process is gone, as when its machine was switched off."""
+    run_id = platform.start(experiment="tiny")
+    platform.client.set_flow_run_state(run_id, Running(), force=True)
+    beat = Event(
+        occurred=datetime.now(UTC),
+        event="prefect.flow-run.heartbeat",
+        resource=Resource({"prefect.resource.id": f"prefect.flow-run.{run_id}"}),
+    )
+    platform.client._client.post("/events", json=[beat.model_dump(mode="json")]).raise_for_status()
+    return run_id
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_dead_are_found_and_start_again_twice_at_most(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    def becomes(run_id: UUID, name: str) -> State[Any]:
+        until(lambda: platform.run(run_id).state_name == name, f"a run is {name}", 90)
+        state = platform.run(run_id).state
+        assert state is not None
+        return state
+
+    run_id, unwanted = running(platform), running(platform)
+    platform.client.set_flow_run_state(unwanted, Cancelling())
+    assert becomes(run_id, "Crashed").message == "No heartbeat for 10 seconds: its worker or machine is gone."
+    assert becomes(unwanted, "Cancelled").message == "Nothing of it was left to end."
+    again = becomes(run_id, "Rescued")
+    assert again.is_scheduled() and again.message == "It crashed, and starts again: finished stages are reused."
+    for _ in range(MAX_RESCUES):  # as if its process had been killed each time
+        platform.client.set_flow_run_state(run_id, Crashed(), force=True)
+        platform.client.set_flow_run_state(run_id, again.model_copy(update={"id": uuid4()}), force=True)
+    assert "It crashed 3 times within an hour" in str(becomes(run_id, "Failed").message)
+
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run_id))
+    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+        with pytest.raises(StageFailedError, match="this run crashed 3 times and was started again each time"):
+            opened_store(Runtime())  # where the crashes lie further apart, the run itself says so
+        platform.client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+        monkeypatch.setenv("VECTORCLM_STORE", platform.config.vectorclm_store)
+        assert opened_store(Runtime()).uri == platform.config.vectorclm_store  # by Retry it begins again
+    platform.client.delete_flow_run(run_id)
+
+
+START = """
+import sys
+from flows.platform.config import read_platform
+
+store, prefect_port, mlflow_port = sys.argv[1:]
+server, _ = read_platform(None, vectorclm_store=store, prefect_port=prefect_port, mlflow_port=mlflow_port).servers()
+server.start()
+server.wait()
+"""
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_fell_due_while_the_server_was_away_is_done_when_it_is_back(platform: Platform) -> None:
+    run_id, due = running(platform), time.monotonic() + provision.ZOMBIE_SECONDS
+    heard = {"event": {"name": ["prefect.flow-run.heartbeat"]}, "resource": {"id": [f"prefect.flow-run.{run_id}"]}}
+    asked = {"filter": heard}
+    until(lambda: platform.client._client.post("/events/filter", json=asked).json()["events"], "a heartbeat is kept")
+    (server, _) = platform.config.servers()
+    process = server.process()
+    assert process is not None
+    process.kill()
+    process.wait(60)
+    time.sleep(max(0.0, due - time.monotonic()))  # it is away for as long as that
+    ports = [str(port) for port in (platform.config.prefect_port, platform.config.mlflow_port)]
+    subprocess.run([sys.executable, "-c", START, platform.config.vectorclm_store, *ports], check=True)
+    until(lambda: platform.run(run_id).state_name == "Crashed", "the run without a heartbeat has crashed", 90)
+    platform.client.delete_flow_run(run_id)

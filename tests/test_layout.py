@@ -1,0 +1,46 @@
+"""Limits that keep the code readable: functions of a screen, short files, packages that say what they are for."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FUNCTION_LINES, FILE_LINES = 60, 400
+FILES = sorted(path for folder in ("vectorclm", "flows", "tests", "docker") for path in (ROOT / folder).rglob("*.py"))
+
+
+def too_long(path: Path) -> Iterator[str]:
+    """What in a file is longer than the limits, a line each."""
+    text = path.read_text(encoding="utf-8")
+    if (lines := text.count("\n")) > FILE_LINES:
+        yield f"{path}: {lines} lines, {FILE_LINES} at most: move its second idea to a module of its own"
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > FUNCTION_LINES:
+            yield f"{path}:{node.lineno}: {node.name} has {lines} lines, {FUNCTION_LINES} at most"
+
+
+def test_functions_and_files_are_short() -> None:
+    assert [line for path in FILES for line in too_long(path)] == []
+
+
+def test_what_is_too_long_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "long.py"
+    file.write_text("def f():\n" + "    x = 1\n" * FUNCTION_LINES)
+    assert len(list(too_long(file))) == 1
+    file.write_text("x = 1\n" * (FILE_LINES + 1))
+    assert len(list(too_long(file))) == 1
+    file.write_text("def f():\n" + "    x = 1\n" * (FUNCTION_LINES - 1))
+    assert list(too_long(file)) == []
+
+
+PACKAGES = [path.parent for path in FILES if path.name == "__init__.py" and "tests" not in path.relative_to(ROOT).parts]
+
+
+@pytest.mark.parametrize("package", [str(path.relative_to(ROOT)) for path in PACKAGES])
+def test_a_package_says_what_it_is_for(package: str) -> None:
+    parsed = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(parsed), f"{package}/__init__.py has no docstring"

@@ -1,0 +1,5 @@
+"""Benchmarks of each layer against its peers.
+
+In: a machine.
+Out: rows of a table, with bounds.
+"""

@@ -1,0 +1,144 @@
+"""Statistics of scores: standard errors, bootstrap intervals, and what is beyond noise."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vectorclm.evaluation.instruction_checks import PARTS
+
+SEED = 20_240_229
+DRAWS = 10_000
+CHUNK = 4_000_000  # counts held at a time
+LEAST = 6  # items that differ; of fewer, even if all speak for one model, a sign test says 2 / 2**5 > 5 %
+
+
+class Scored(NamedTuple):
+    """One score, item by item: it is the sum of `parts` over the sum of `sizes`."""
+
+    ids: list[str]
+    parts: NDArray[np.float64]  # [N]: 1 where the answer is right; of text, bits
+    sizes: NDArray[np.float64]  # [N]: 1; of text, bytes
+
+
+def ratio(parts: Sequence[float], sizes: Sequence[float]) -> tuple[float, float]:
+    """Sum of `parts` over sum of `sizes`, and the standard error of that ratio (Cochran, Sampling Techniques, 6.4).
+
+    One document says nothing of how much documents differ: its error is the ratio itself.
+    """
+    total, count = max(1, sum(sizes)), len(sizes)
+    value = sum(parts) / total
+    if count < 2:
+        return value, value
+    squares = sum((part - value * size) ** 2 for part, size in zip(parts, sizes, strict=True))
+    return value, math.sqrt(squares * count / (count - 1)) / total
+
+
+class Interval(NamedTuple):
+    """Where a paired difference lies, at 95 %."""
+
+    low: float
+    high: float
+    items: int
+    differing: int  # items that the two models do not score alike
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the interval leaves out 0, and enough items differ to say so."""
+        return self.differing >= LEAST and not self.low <= 0 <= self.high
+
+
+def resampled(name: str, before: Scored, after: Scored) -> NDArray[np.float64]:
+    """By how much the score rises on each of DRAWS draws, with replacement, from the items: the paired bootstrap.
+
+    Both models are scored on the same draw (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13;
+    for models of language, Koehn, "Statistical Significance Tests for Machine Translation Evaluation", 2004). How
+    often each distinct outcome is drawn is multinomial, so that thousands of questions cost what three outcomes do.
+    `name` seeds the draws with SEED: they do not depend on which other scores there are.
+    """
+    pairs = np.stack([after.parts - before.parts, before.sizes], 1)
+    outcomes_K2, counts_K = np.unique(pairs, axis=0, return_counts=True)
+    random = np.random.default_rng([SEED, *name.encode()])
+    rows = max(1, CHUNK // len(outcomes_K2))
+    parts = []
+    for start in range(0, DRAWS, rows):
+        drawn_RK = random.multinomial(len(pairs), counts_K / len(pairs), size=min(rows, DRAWS - start))
+        sums_R2 = drawn_RK @ outcomes_K2
+        parts.append(sums_R2[:, 0] / sums_R2[:, 1])
+    return np.concatenate(parts)
+
+
+def interval(draws: NDArray[np.float64], items: int, differing: int) -> Interval:
+    """The middle 95 % of resampled differences."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Interval(float(low), float(high), items, differing)
+
+
+NOISE = 2.0  # standard errors of a difference; what is more is no accident, 19 times in 20
+
+
+class Figure(NamedTuple):
+    """A score and its standard error."""
+
+    value: float
+    stderr: float
+
+
+class Change(NamedTuple):
+    """One score of two results of the same suite."""
+
+    name: str
+    before: Figure
+    after: Figure
+    paired: Interval | None = None  # where both were scored on the same items, of which it is known what each scored
+
+    @property
+    def difference(self) -> float:
+        """By how much it rose."""
+        return self.after.value - self.before.value
+
+    @property
+    def noise(self) -> float:
+        """The difference that chance may make where both results are independent; a paired one makes less."""
+        return NOISE * math.hypot(self.before.stderr, self.after.stderr)
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the models differ: by the pairs, where there are any."""
+        if self.paired is not None:
+            return self.paired.beyond_noise
+        return abs(self.difference) > self.noise
+
+    @property
+    def fell(self) -> bool:
+        """Whether the later model is worse; of bits per byte, more are worse."""
+        return self.beyond_noise and (self.difference > 0) == self.name.startswith("bits_per_byte")
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of the later model."""
+        return "within noise" if not self.beyond_noise else "worse" if self.fell else "better"
+
+
+def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
+    """What of the scores compares: `acc.<task>`, `bits_per_byte.<source>`, `in_template` (share of the prompts),
+    `followed_content`, `followed_form` and `followed`.
+    """
+    found = {f"acc.{label}": Figure(task["acc"], task["stderr"]) for label, task in scores["tasks"].items()}
+    for label, text in scores["text"].items():
+        found[f"bits_per_byte.{label}"] = Figure(text["bits_per_byte"], text["stderr"])
+    if "chat" in scores:
+        count = scores["chat"]["prompts"]
+        share = scores["chat"]["answered_in_template"] / count
+        found["in_template"] = Figure(share, math.sqrt(share * (1 - share) / max(1, count - 1)))
+    for name in PARTS:
+        if followed := scores.get("instructions", {}).get(name):
+            found[name] = Figure(followed["share"], followed["stderr"])
+    return found
+
+
+def changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> list[Change]:
+    """Every score that both results have."""
+    return [Change(name, before[name], figure) for name, figure in after.items() if name in before]

@@ -1,0 +1,235 @@
+"""How each stage builds its artifact: one function a stage, which writes files into a folder and returns a summary."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vectorclm.config import ExperimentConfig
+from vectorclm.corpus.decontamination import Benchmarks, benchmark_sources, read_benchmarks
+from vectorclm.corpus.sampler import write_sample
+from vectorclm.corpus.sources import draw, open_source
+from vectorclm.errors import DataError
+from vectorclm.evaluation.bits_per_byte import windows_scores
+from vectorclm.evaluation.instruction_prompts import instructions
+from vectorclm.evaluation.instructions import instruction_scores
+from vectorclm.evaluation.item_scores import ItemScores, write_scores
+from vectorclm.evaluation.tasks import score_tasks
+from vectorclm.export.hugging_face import export, write_model_files
+from vectorclm.finetune import finetune
+from vectorclm.inference.generate import SamplingParams, answer_text, continuation, template_scores
+from vectorclm.inference.load import open_model
+from vectorclm.model import CausalLM
+from vectorclm.pretrain import pretrain
+from vectorclm.runtime.devices import Runtime, memory_explained
+from vectorclm.runtime.distributed import Group
+from vectorclm.settings import digest
+from vectorclm.shards.chat_writer import read_prompts, write_chat_shards
+from vectorclm.shards.reader import open_shards
+from vectorclm.shards.writer import write_shards
+from vectorclm.store.artifact import Artifact, StageSpec, Store
+from vectorclm.store.resumable import ResumableUpload, Slices
+from vectorclm.store.uploads import Sending
+from vectorclm.store.work import attempt_folder
+from vectorclm.tokenizer import load_tokenizer, token_lengths
+from vectorclm.train import TrainConfig, TrainingRun
+from vectorclm.train_tokenizer import train_tokenizer
+from vectorclm.training.checkpoint import Checkpoints
+
+STREAMED = frozenset({"shards", "chat_shards"})  # what trainings read as they go, and never copy as a whole
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage at work: what it is asked for, what it reads, and where it runs."""
+
+    name: str
+    experiment: ExperimentConfig
+    store: Store
+    runtime: Runtime
+    data: Path | None  # a local mirror to read sources from
+    group: Group
+    specs: Mapping[str, StageSpec]  # of all stages
+    inputs: Mapping[str, Artifact]
+    upload: Sending | None  # takes large files to a remote store one by one
+    again: bool  # the artifact is there, and is built once more to be compared
+    kept: list[Checkpoints | Slices] = field(default_factory=list)  # what to clear once the artifact is there
+
+    @property
+    def seed(self) -> int:
+        """The experiment's seed."""
+        return self.experiment.seed
+
+    def benchmarks(self) -> Benchmarks | None:
+        """The texts that no document or conversation for training may repeat."""
+        sources = benchmark_sources(self.experiment.sample, self.experiment.evaluate.tasks)
+        return read_benchmarks(sources, self.data, self.experiment.world)
+
+
+def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Draw the documents of all text sources."""
+    upload = job.upload
+    sent = None if upload is None else lambda path: upload.send(path, path.relative_to(out).as_posix())
+    asked, world = job.experiment.sample, job.experiment.world
+    return write_sample(asked, job.seed, out, data=job.data, world=world, benchmarks=job.benchmarks(), finished=sent)
+
+
+def build_tokenizer(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Learn the vocabulary from the sample."""
+    length = job.experiment.model.max_position_embeddings
+    return train_tokenizer(job.experiment.tokenizer, job.inputs["sample"], length, out)
+
+
+def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Encode and pack the documents of the sample."""
+    encoder = load_tokenizer(job.inputs["tokenizer"].local())
+    slices: Slices
+    if job.upload is None:
+        slices = Slices(out.parent.parent / "slices", out)
+        job.kept.append(slices)
+    else:
+        slices = ResumableUpload(out.parent, job.upload)
+    return write_shards(job.experiment.shards, job.inputs["sample"], encoder, out, seed=job.seed, slices=slices)
+
+
+def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Draw, render and pack the conversations of all chat sources."""
+    config, rows = job.experiment.chat, {}
+    for source in config.sources:
+        opened = open_source(source, job.data, job.experiment.world, [source.column])
+        shuffled = opened.shuffle(seed=job.seed, buffer_size=config.shuffle_buffer)
+        rows[source.label] = _column(draw(source, shuffled), source.column)
+    encoder = load_tokenizer(job.inputs["tokenizer"].local())
+    return write_chat_shards(config, rows, encoder, job.seed, out, job.benchmarks())
+
+
+def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Train the base model, or fine-tune it, with all ranks of the group; the others `follow`."""
+    folders = _training_inputs(job.name, job.store, job.specs)
+    # Called now that all inputs are on this machine.
+    job.group.call(json.dumps([job.experiment.model_dump(mode="json"), job.again]))
+    data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
+    spec, keep = job.specs[job.name], job.runtime.keep_checkpoints
+    with Checkpoints(job.store, spec, out.parent, _identity(data), keep_all=keep, again=job.again) as checkpoints:
+        run = TrainingRun(job.name, out.parent, checkpoints, job.runtime, job.group)
+        model, summary = _train(job.experiment, folders, data, run)
+    if job.again or not keep:
+        job.kept.append(checkpoints)
+    model.save_pretrained(out)
+    length = job.experiment.model.max_position_embeddings
+    write_model_files(folders["tokenizer"], length, chat=job.name == "finetune", out=out)
+    for written in ("metrics.jsonl", *(["samples.jsonl"] if _training_of(job.experiment, job.name).samples else [])):
+        (out.parent / written).rename(out / written)
+    return summary
+
+
+def follow(job: StageJob) -> None:
+    """Train beside the first rank."""
+    folders = _training_inputs(job.name, job.store, job.specs)
+    data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
+    spec = job.specs[job.name]
+    with (
+        attempt_folder(job.store.work_folder(spec, job.runtime.work_dir)) as folder,
+        Checkpoints(job.store, spec, folder, _identity(data), again=job.again) as checkpoints,
+    ):
+        _train(job.experiment, folders, data, TrainingRun(job.name, folder, checkpoints, job.runtime, job.group))
+
+
+def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Score the base or the chat model."""
+    with memory_explained(job.runtime.micro_batch_size):
+        return _evaluate(job.experiment, job.inputs, job.runtime, job.data, out)
+
+
+def build_export(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Write both models as Hugging Face directories with their cards."""
+    lineage = {stage: find_input(job.store, spec) for stage, spec in job.specs.items() if stage != job.name}
+    return export(job.experiment.name, job.inputs, lineage, out)
+
+
+def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -> dict[str, Path]:
+    """Local folders of the tokenizer and of what else a training reads, but for the windows that it streams."""
+    wanted = {"tokenizer", *stages[name].inputs} - STREAMED
+    return {stage: find_input(store, stages[stage]).local() for stage in sorted(wanted)}
+
+
+def _train(
+    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], run: TrainingRun
+) -> tuple[CausalLM, dict[str, Any]]:
+    tokenizer, seed = load_tokenizer(folders["tokenizer"]), experiment.seed
+    say = answer_text if run.stage == "finetune" else continuation
+    run = replace(run, respond=lambda model, prompt, longest: say(model, tokenizer, prompt, longest))
+    lengths, weights = token_lengths(tokenizer), {source.label: source.weight for source in experiment.sample.sources}
+    with memory_explained(run.runtime.micro_batch_size):
+        if run.stage == "finetune":
+            texts = (data["shards"], weights) if "shards" in data else None
+            return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, seed, run, texts)
+        return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, seed, run)
+
+
+def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
+    return experiment.finetune if name == "finetune" else experiment.pretrain
+
+
+def _identity(data: Mapping[str, Artifact]) -> str:
+    """What tells one training's data from another's, for its checkpoints."""
+    prints = [artifact.identity for artifact in data.values()]
+    return prints[0] if len(prints) == 1 else digest(prints)
+
+
+def find_input(store: Store, plan: StageSpec) -> Artifact:
+    """The finished artifact that a stage reads. Raises DataError where it is not in the store yet."""
+    found = store.find(plan.stage, plan.fingerprint)
+    if found is None:
+        raise DataError(
+            f"{store.uri} has no {plan.stage}/{plan.fingerprint[:12]}…, which this stage reads: run {plan.stage} first"
+        )
+    return found
+
+
+def _evaluate(
+    experiment: ExperimentConfig,
+    inputs: Mapping[str, Artifact],
+    runtime: Runtime,
+    data: Path | None,
+    out: Path,
+) -> dict[str, Any]:
+    """Score the base or the chat model; the summary is `scores.json`."""
+    chat = "finetune" in inputs
+    config, found = experiment.evaluate, ItemScores()
+    folder = inputs["finetune" if chat else "pretrain"].local()
+    device = runtime.configure_torch()
+    model, tokenizer = open_model(folder)
+    model = model.to(device)
+    micro_batch = runtime.micro_batch_size or 16
+    apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as the model was trained
+    with open_shards(inputs["shards"], "validation", cache=runtime.block_cache) as texts:
+        by_source = windows_scores(model, texts, token_lengths(tokenizer), 0, micro_batch, device, apart, found)
+    scores: dict[str, Any] = {
+        "bits_per_byte": {label: score["bits_per_byte"] for label, score in by_source.items()},
+        "loss": {label: score["loss"] for label, score in by_source.items()},
+        "text": {label: found.text_scores(label, "windows") for label in by_source},
+        "tasks": {},
+    }
+    where = (experiment.seed, runtime, data, experiment.world)
+    for kind, label, scored in score_tasks(config.tasks, folder, model, tokenizer, *where, found):
+        scores[kind][label] = scored
+    how = config.max_new_tokens, SamplingParams(repetition_penalty=config.repetition_penalty)
+    if chat:
+        prompts = read_prompts(inputs["chat_shards"], config.chat_prompts, experiment.seed)
+        scores["chat"] = template_scores(model, tokenizer, prompts, *how)
+    if config.instructions:
+        asked = instructions(config.instructions)
+        scores["instructions"] = instruction_scores(model, tokenizer, asked, *how, chat=chat, out=out, found=found)
+    respond = answer_text if chat else continuation
+    scores["samples"] = [
+        {"prompt": prompt, "answer": respond(model, tokenizer, prompt, *how)} for prompt in config.prompts
+    ]
+    write_scores(out, scores, found)
+    return scores
+
+
+def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[Any]:
+    for row in rows:
+        yield row[column]
