@@ -30,7 +30,7 @@ from vectorclm.shards.reader import open_shards
 from vectorclm.shards.writer import write_shards
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.resumable import ResumableUpload, Slices
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 from vectorclm.store.work import attempt_folder
 from vectorclm.tokenizer import load_tokenizer, token_lengths
 from vectorclm.train import TrainConfig, TrainingRun
@@ -52,7 +52,7 @@ class StageJob:
     group: Group
     specs: Mapping[str, StageSpec]  # of all stages
     inputs: Mapping[str, Artifact]
-    upload: Sending | None = None  # sends large files to a remote store one by one
+    upload: EarlyUpload | None = None  # sends large files to a remote store one by one
     again: bool = False  # the artifact exists, and is built once more for a comparison
     kept: list[Checkpoints | Slices] = field(default_factory=list)  # removed once the artifact exists
 

@@ -35,7 +35,7 @@ from vectorclm.stage_builders import (
 )
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build, rebuild
 from vectorclm.store.layout import STAGES
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 
 
 def _no_sources(experiment: ExperimentConfig) -> Sequence[Source]:
@@ -202,7 +202,7 @@ def run_stage(
         return found, True
     job = _new_job(name, experiment, store, runtime, data, group)
     if not store.is_local:  # a remote store gets large files one by one, while the stage still runs
-        job = replace(job, upload=Sending(store, spec, ShardDescriber))
+        job = replace(job, upload=EarlyUpload(store, spec, ShardDescriber))
     produce = partial(BY_NAME[name].build, job)
     artifact, reused = build(store, spec, produce, runtime.work_dir, ShardDescriber(), job.upload)
     job.clear_kept()

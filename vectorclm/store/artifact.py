@@ -273,13 +273,13 @@ def build(
     produce: Callable[[Path], Mapping[str, Any]],
     work_dir: str | None = None,
     describe: Describe | None = None,
-    sending: "SentFiles | None" = None,
+    upload: "SentFiles | None" = None,
 ) -> tuple[Artifact, bool]:
     """Build the artifact of `spec`, or find it in the store; return it and whether it was there already.
 
     `produce(out)` writes the files into the empty local folder `out` and returns the summary. It runs only where the
     store has no such artifact, in one process at a time. `describe(file)` adds fields to a file's entry in the
-    manifest. With `sending`, `produce` may send files to the store early.
+    manifest. With `upload`, `produce` may send files to the store early.
     """
     if (found := store.find_whole(spec)) is not None:
         return found, True
@@ -297,12 +297,12 @@ def build(
                 out.mkdir()
                 summary = produce(out)
                 lease.check()
-                sent = {} if sending is None else sending.files
+                sent = {} if upload is None else upload.files
                 artifact, first = store.publish_first(spec, out, summary, describe, sent)
             if not first:  # another process was faster, while this one was suspended
                 lease.check()
-            if sending is not None:
-                sending.clear_markers(artifact)
+            if upload is not None:
+                upload.clear_markers(artifact)
         return artifact, not first
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from vectorclm.store.durable import TEMPORARY, sync_folder, sync_tree, temporary_beside
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 
 RECORD = "slice.json"
 
@@ -74,30 +74,30 @@ class ResumableUpload(Slices):
     A later process can therefore resume on any machine.
     """
 
-    def __init__(self, folder: Path, sending: Sending) -> None:
+    def __init__(self, folder: Path, upload: EarlyUpload) -> None:
         super().__init__(folder, folder)
-        self.sending = sending
+        self.upload = upload
 
     def finish(self, source: str, number: int, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """What `make` returned of the source's next slice, now or in an earlier process."""
         work = f"{source}-{number:05d}"
-        done = self.sending.noted(work)
+        done = self.upload.noted(work)
         if done is None:
             with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as part:
                 result, names = make(Path(part)), []
                 for path, name in list(self._numbered(Path(part), source)):
                     named = Path(part) / name
                     named.parent.mkdir(parents=True, exist_ok=True)
-                    self.sending.send(path.rename(named), name)
+                    self.upload.send(path.rename(named), name)
                     names.append(name)
             done = {"result": result, "shards": self.shards[source]}
-            self.sending.note(work, done, names)
+            self.upload.note(work, done, names)
         self.shards[source] = done["shards"]
         return dict(done["result"])
 
     def start_again(self) -> None:
         """Count no slice as finished."""
-        self.sending.start_again()
+        self.upload.start_again()
         self.shards.clear()
 
 
@@ -116,9 +116,9 @@ def finish(folder: Path, make: Callable[[Path], Mapping[str, Any]], work: Path) 
     part.mkdir(parents=True)
     own.parent.mkdir(parents=True, exist_ok=True)
     try:
-        made = make(part)
+        produced = make(part)
         files = {path.name: _hash(path) for path in sorted(part.iterdir())}
-        (part / RECORD).write_text(json.dumps({"files": files, "result": made}))
+        (part / RECORD).write_text(json.dumps({"files": files, "result": produced}))
         sync_tree(part)  # a finished slice survives a power loss
         part.rename(own)
         sync_folder(own.parent)

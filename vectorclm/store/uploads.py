@@ -26,7 +26,7 @@ class Describer(Protocol):
         """Continue after a file that has this manifest entry already."""
 
 
-class Sending:
+class EarlyUpload:
     """Upload of an artifact's files to a remote store one by one, so that no disk must hold all of them.
 
     No reader takes the files for the artifact before the manifest exists. Notes beside the files record the progress.
