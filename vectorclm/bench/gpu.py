@@ -1,6 +1,6 @@
 """`vectorclm bench gpu`: what one GPU makes of an experiment's training step and of its decoding, and where time goes.
 
-The step is the training's own, `train_step` with the loss that `train` compiles, over batches of the experiment's size.
+The step is the training loop's own: `TrainStep` with the compiled loss, over batches of the experiment's size.
 All but the last rows ask for something; those say where a step goes.
 """
 
@@ -22,8 +22,9 @@ from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.runtime.devices import Runtime
 from vectorclm.tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS
-from vectorclm.train import loss_function, train_step
-from vectorclm.training.muon import build_optimizers, set_learning_rates
+from vectorclm.train import TrainStep, loss_function
+from vectorclm.training.optimizers import build_optimizers
+from vectorclm.training.schedule import set_learning_rates
 
 # Dense bf16 FLOP/s with fp32 sums, of the makers' data sheets; the first name that is in the device's counts.
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -95,14 +96,14 @@ def measured(load: DeviceLoad, rounds: int, where: str) -> Iterator[Row]:
     model, device, name = CausalLM(load.experiment.model).to(load.device), load.device, load.experiment.name
     optimizers = build_optimizers(model, load.experiment.pretrain.optimizer)
     set_learning_rates(optimizers, 1e-3)  # random tokens: nothing to learn
-    loss_of = loss_function(model, device)
+    train_step = TrainStep(model, optimizers, 1.0, load.micro_batch, loss_of=loss_function(model, device))
     names = iter(f"{name}: {row}" for row in ROWS)
     seconds: dict[bool, list[float]] = {}
     for apart in (True, False):
         batch = _batch(load, apart=apart)
 
         def step(batch: Batch = batch) -> None:
-            train_step(model, optimizers, batch, 1.0, load.micro_batch, device, loss_of=loss_of)
+            train_step(batch)
 
         step()  # compiles
         seconds[apart] = [_timed(device, step, load.steps) for _ in range(rounds)]
@@ -155,7 +156,7 @@ def _timed(device: torch.device, work: Callable[[], Any], times: int) -> float:
 
 
 def _update(model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """What `train_step` does with the gradients, here those of nothing."""
+    """The update of a training step, with constant gradients."""
     for p in model.parameters():
         if p.grad is None:
             p.grad = torch.full_like(p, 1e-3)
