@@ -315,7 +315,7 @@ def test_a_training_resumes_on_no_other_order_and_no_other_data(tmp_path: Path) 
             losses(changes)
     with pytest.raises(DataError, match="the training order"):
         losses(seed=2)
-    with pytest.raises(DataError, match=r"the data set shards of to…, which is now shards of ye…: bring back what"):
+    with pytest.raises(DataError, match=r"the data set shards of to…, which is now shards of ye…: restore the old"):
         losses(data="shards of yesterday")
     assert losses() == whole
 

@@ -77,7 +77,7 @@ class Metrics:
 
     @property
     def is_diverging(self) -> bool:
-        """Whether the last ten losses are far above the first ten, so that a checkpoint would keep a diverging model."""
+        """Whether the last ten losses are far above the first ten: a checkpoint would keep a diverging model."""
         return self._is_diverging_at(len(self.losses))
 
     def _is_diverging_at(self, steps: int) -> bool:
@@ -104,7 +104,7 @@ class Metrics:
             logger.warning("%s; its windows are %s", headline, windows)
             return
         raise DivergedError(
-            f"{headline}. Lower the learning rate, or check the windows of this step, {windows}. The last checkpoints "
+            f"{headline}. Lower the learning rate, or check this step's windows: {windows}. The last checkpoints "
             "before it are kept"
         )
 
@@ -131,7 +131,7 @@ def is_spike(before: Sequence[float], loss: float) -> bool:
 
 
 def is_divergence(losses: Sequence[float]) -> bool:
-    """Whether the mean of the last DIVERGED_STEPS is more than 1 nat above, and more than twice, that of the first ten."""
+    """Whether the mean of the last DIVERGED_STEPS is 1 nat above and twice that of the first ten."""
     return len(losses) >= DIVERGED_STEPS + 10 and _is_far_above(losses[-DIVERGED_STEPS:], losses[:10])
 
 
