@@ -117,7 +117,7 @@ def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
     data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
     spec, keep = job.specs[job.name], job.runtime.keep_checkpoints
     with Checkpoints(job.store, spec, out.parent, _identity(data), keep_all=keep, again=job.again) as checkpoints:
-        run = TrainingRun(job.name, out.parent, checkpoints, job.runtime, job.group)
+        run = TrainingRun(job.name, job.seed, out.parent, checkpoints, job.runtime, job.group)
         model, summary = _train(job.experiment, folders, data, run)
     if job.again or not keep:
         job.kept.append(checkpoints)
@@ -138,7 +138,8 @@ def follow(job: StageJob) -> None:
         attempt_folder(job.store.work_folder(spec, job.runtime.work_dir)) as folder,
         Checkpoints(job.store, spec, folder, _identity(data), again=job.again) as checkpoints,
     ):
-        _train(job.experiment, folders, data, TrainingRun(job.name, folder, checkpoints, job.runtime, job.group))
+        run = TrainingRun(job.name, job.seed, folder, checkpoints, job.runtime, job.group)
+        _train(job.experiment, folders, data, run)
 
 
 def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
@@ -169,15 +170,15 @@ def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -
 def _train(
     experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], run: TrainingRun
 ) -> tuple[CausalLM, dict[str, Any]]:
-    tokenizer, seed = load_tokenizer(folders["tokenizer"]), experiment.seed
+    tokenizer = load_tokenizer(folders["tokenizer"])
     say = answer_text if run.stage == "finetune" else continuation
     run = replace(run, respond=lambda model, prompt, longest: say(model, tokenizer, prompt, longest))
     lengths, weights = token_lengths(tokenizer), {source.label: source.weight for source in experiment.sample.sources}
     with memory_explained(run.runtime.micro_batch_size):
         if run.stage == "finetune":
             texts = (data["shards"], weights) if "shards" in data else None
-            return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, seed, run, texts)
-        return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, seed, run)
+            return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, run, texts)
+        return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, run)
 
 
 def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:

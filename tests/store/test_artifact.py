@@ -21,7 +21,7 @@ from vectorclm.model import CausalLM
 from vectorclm.runtime.processes import process_space
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build, rebuild
 from vectorclm.training.checkpoint import KEEP, Checkpoints, Snapshot, restore, snapshot
-from vectorclm.training.muon import OptimizerConfig, build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 PLAN = StageSpec("sample", 1, {"a": 1}, {})
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_restores_model_and_optimizers_and_a_corrupt_one_is_passed_
             checkpoints.latest("another")
     with (
         Checkpoints(store, PLAN, tmp_path / "work", "others") as checkpoints,
-        pytest.raises(DataError, match=r"the data set data…, which is now others…: bring back what it was, or delete"),
+        pytest.raises(DataError, match=r"data set data…, which is now others…: restore the old data set, or delete"),
     ):
         checkpoints.latest("order")
     assert steps(path.name for path in folder.iterdir()) == ["step-00000002"]  # nothing is lost by the refusal
