@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from tests.conftest import write_tokenizer
 from tests.test_model import CONFIG
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.sources import open_source
+from vectorclm.corpus.source_reader import open_source
 from vectorclm.dataset import Batch, to_batch
 from vectorclm.errors import DataError
 from vectorclm.model import CausalLM

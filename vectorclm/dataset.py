@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.runtime.distributed import Group
 from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
 from vectorclm.shards.writer import Windows
@@ -108,10 +109,9 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         readers: Mapping[str, ShardReader],
         plan: TrainingOrder,
         batch_size: int,
+        group: Group | None = None,
         *,
         start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
         document_mask: bool = False,
     ) -> None:
         super().__init__()
@@ -119,8 +119,8 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         self.plan = plan
         self.batch_size = batch_size
         self.start_step = start_step
-        self.rank = rank
-        self.world_size = world_size
+        group = group or Group()
+        self.rank, self.world_size = group.rank, group.world_size
         self.document_mask = document_mask
 
     @property

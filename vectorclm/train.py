@@ -164,14 +164,7 @@ def own_share(
     readers: Mapping[str, ShardReader], plan: TrainingOrder, config: TrainConfig, group: Group
 ) -> StreamingLanguageModelDataset:
     """This rank's rows of every batch of the plan."""
-    return StreamingLanguageModelDataset(
-        readers,
-        plan,
-        config.batch_size,
-        rank=group.rank,
-        world_size=group.world_size,
-        document_mask=config.document_mask,
-    )
+    return StreamingLanguageModelDataset(readers, plan, config.batch_size, group, document_mask=config.document_mask)
 
 
 def train(

@@ -11,6 +11,7 @@ import pytest
 from tests.corpus.test_hub import minimal_experiment
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus.sampler import write_sample
+from vectorclm.corpus.source_reader import SourceRoots
 from vectorclm.corpus.sources import identity
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.lineage.pinning import check_sources, pin
@@ -82,7 +83,7 @@ def test_what_a_mirror_lacks_is_made_up_for_by_the_rest_of_its_set_in_bytes(tmp_
         texts = [f"{place} has a text of {number} and {row}" for row in range(400)]
         pq.write_table(pa.table({"text": texts}), data / place / "train-00000-of-00001.parquet")
     pinned, _ = pin(experiment(), tmp_path / "x.toml", data, resolve=True)
-    drawn = write_sample(pinned.sample.model_copy(update={"bytes": 10_000}), 3, tmp_path / "out", data=data, world=None)
+    drawn = write_sample(pinned.sample.model_copy(update={"bytes": 10_000}), 3, tmp_path / "out", SourceRoots(data))
     sizes = {label: made["bytes"] + made["validation_bytes"] for label, made in drawn["sources"].items()}
     assert sizes == pytest.approx({"plays": 2400, "poems": 3600, "web": 4000}, abs=50)
 

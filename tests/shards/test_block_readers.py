@@ -26,6 +26,7 @@ from vectorclm.dataset import AHEAD, StreamingLanguageModelDataset
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.distributed import Group
 from vectorclm.shards import order as plan_module
 from vectorclm.shards.block_readers import RetryPolicy
 from vectorclm.shards.order import GROUP_BLOCKS, MixturePhase, TrainingOrder
@@ -192,7 +193,7 @@ def test_ranks_and_loader_workers_only_slice_the_same_batches(local: Artifact, r
         whole = torch.zeros((plan.windows // 25, 2, 25, LENGTH), dtype=torch.int64)
         with open_shards(artifact, "train") as readers:
             for rank in range(world_size):
-                stream = StreamingLanguageModelDataset(readers, plan, 25, rank=rank, world_size=world_size)
+                stream = StreamingLanguageModelDataset(readers, plan, 25, Group(rank, world_size))
                 apart = PROCESSES if workers else None
                 loader = DataLoader(stream, batch_size=None, num_workers=workers, multiprocessing_context=apart)
                 for step, batch in enumerate(loader):

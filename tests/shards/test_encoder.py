@@ -117,7 +117,7 @@ def test_special_tokens_in_a_text_stay_text(tokenizer: Tokenizer, token: str) ->
 def test_the_shards_are_the_same_bytes_by_both_encoders(sample: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     by = {}
     for name, encoder in (("fast", open_encoder(tokenizer)), ("judge", Encoder(tokenizer))):
-        by[name] = write_shards(CONFIG, sample, tokenizer, tmp_path / name, encoder)
+        by[name] = write_shards(CONFIG, sample, encoder, tmp_path / name)
     assert shard_bytes(tmp_path / "fast") == shard_bytes(tmp_path / "judge")
     fast, judge = (by[name]["a"]["audit"]["train"] for name in ("fast", "judge"))
     assert fast["encoder"].startswith("gigatoken ") and judge["encoder"].startswith("tokenizers ")
@@ -137,9 +137,9 @@ def test_one_difference_and_everything_is_written_again(
     """gigatoken was opened before the merges changed, so all that it writes differs from what `tokenizers` does."""
     opened_before = Encoder(changed, Gigatoken(load_tokenizer(folder)))
     with caplog.at_level(logging.WARNING):
-        summary = write_shards(CONFIG, sample, changed, tmp_path / "found", opened_before)
+        summary = write_shards(CONFIG, sample, opened_before, tmp_path / "found")
     assert "texts otherwise than tokenizers" in caplog.text and "tokenizers encodes everything" in caplog.text
-    write_shards(CONFIG, sample, changed, tmp_path / "expected", Encoder(changed))
+    write_shards(CONFIG, sample, Encoder(changed), tmp_path / "expected")
     assert shard_bytes(tmp_path / "found") == shard_bytes(tmp_path / "expected")
     told = summary["b"]["audit"]["train"]
     assert told["encoder"].startswith("tokenizers ") and told["documents_differing"] > 0
@@ -162,10 +162,10 @@ def test_a_difference_late_in_the_data_leaves_nothing_of_what_was_written_before
     judge, opened_before = load_tokenizer(tmp_path), Gigatoken(load_tokenizer(folder))
 
     encoder = Encoder(judge, opened_before)
-    found = write_shards(CONFIG, tmp_path / "sample", judge, tmp_path / "found", encoder)
+    found = write_shards(CONFIG, tmp_path / "sample", encoder, tmp_path / "found")
     assert encoder.judged > len(documents) // JUDGE_EVERY  # source a passed, and was written
     assert found["a"]["audit"]["train"]["encoder"].startswith("tokenizers ")
-    expected = write_shards(CONFIG, tmp_path / "sample", judge, tmp_path / "expected", Encoder(judge))
+    expected = write_shards(CONFIG, tmp_path / "sample", Encoder(judge), tmp_path / "expected")
     assert found["a"]["train"] == expected["a"]["train"]
     assert shard_bytes(tmp_path / "found") == shard_bytes(tmp_path / "expected")
 
@@ -176,7 +176,7 @@ def test_a_difference_late_in_the_data_leaves_nothing_of_what_was_written_before
 
         def produce(out: Path, encoder: Encoder = encoder, store: Store = store, sending: Sending = sending) -> Any:
             slices = None if store.is_local else ResumableUpload(out.parent, sending)
-            return write_shards(CONFIG, tmp_path / "sample", judge, out, encoder, slices=slices)
+            return write_shards(CONFIG, tmp_path / "sample", encoder, out, slices=slices)
 
         made.append(build(store, plan, produce, str(tmp_path / "work"), ShardDescriber(), sending)[0])
     used = {made[1].key(name) for name in made[1].manifest["files"]}

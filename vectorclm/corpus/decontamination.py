@@ -12,15 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vectorclm.corpus.sources import (
-    BenchmarkSource,
-    CorpusConfig,
-    Source,
-    TaskSource,
-    check_labels,
-    in_groups,
-    read_source,
-)
+from vectorclm.corpus.source_reader import in_groups, read_source
+from vectorclm.corpus.sources import BenchmarkSource, CorpusConfig, Source, TaskSource, check_labels
 from vectorclm.corpus.synthetic_world import WorldConfig
 
 GRAM = 13  # words

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.file_formats import RowBatch
-from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote, read_batches
-from vectorclm.corpus.synthetic_world import WorldConfig
+from vectorclm.corpus.source_reader import SourceRoots, read_batches
+from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote
 from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Progress
 
@@ -61,9 +61,8 @@ def write_sample(
     config: CorpusConfig,
     seed: int,
     out: Path,
+    roots: SourceRoots,
     *,
-    data: Path | None,
-    world: WorldConfig | None,
     benchmarks: Benchmarks | None = None,
     finished: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
@@ -98,10 +97,11 @@ def write_sample(
         for source in config.sources:
             budget = max(1, round(config.bytes * source.weight / total))
             found = drawn[source.label] = _Drawn()
-            batches = read_batches(source, data, world, seed)
+            draw = _SourceDraw(source, benchmarks, found, progress)
+            batches = read_batches(source, roots.data, roots.world, seed)
             with _Reserve(out.parent, seed, config.validation_share, budget, earlier) as reserve:
-                chosen = _choose(source, batches, is_remote(source, data), reserve, benchmarks, found, progress)
-                _write(out / source.label, reserve, chosen, found, progress, finished)
+                chosen = draw.choose(reserve, batches, is_remote(source, roots.data))
+                draw.write(out / source.label, reserve, chosen, finished)
                 earlier = np.concatenate([earlier, reserve.keys[chosen]])
             _check_split(source, found, config.validation_share)
     return {
@@ -204,68 +204,6 @@ class _Reserve:
                 yield part, [file[offset : offset + size] for offset, size in ranges]
 
 
-def _choose(
-    source: TextSource,
-    batches: Iterator[RowBatch],
-    remote: bool,
-    reserve: _Reserve,
-    benchmarks: Benchmarks | None,
-    found: _Drawn,
-    progress: Progress,
-) -> Index:
-    """The numbers of the documents to take, in their order, after reading as much as that needs."""
-    wanted: float = reserve.budget if remote else np.inf
-    while True:
-        ended = True
-        for batch in batches:
-            found.read += batch.rows
-            found.dropped["filter"] += batch.rows - len(batch.texts)
-            reserve.add(_clean(source, batch.texts, found.dropped))
-            progress.at(progress.tick.done, f"{source.label}: {found.read:,} documents read")
-            if reserve.bytes >= wanted:
-                ended = False
-                break
-        before = found.dropped.copy()
-        chosen, missing = _first(source, reserve, benchmarks, found)
-        if ended or missing <= 0:
-            found.exhausted = missing > 0
-            found.dropped = +found.dropped
-            return chosen
-        found.dropped, wanted = before, reserve.bytes + missing
-        found.contaminated.clear()
-
-
-def _first(source: TextSource, reserve: _Reserve, benchmarks: Benchmarks | None, found: _Drawn) -> tuple[Index, int]:
-    """The first documents in order that make up the budget, and how many bytes are missing to it."""
-    first, again = reserve.order()
-    sizes = reserve.places["size"]
-    ends = np.cumsum(sizes[first], dtype=np.int64)
-    spare = int(np.searchsorted(ends, SPARE * reserve.budget)) + 1
-    taken: list[Index] = [np.empty(0, np.int64)]
-    missing = reserve.budget
-    for numbers, texts in reserve.texts(first[:spare]):
-        shared = benchmarks.found(texts) if benchmarks is not None else {}
-        clean = np.array([number not in shared for number in range(len(texts))])
-        enough = int(np.searchsorted(np.cumsum(sizes[numbers] * clean, dtype=np.int64), missing)) + 1
-        for labels in (labels for number, labels in shared.items() if number < enough):
-            found.dropped["contaminated"] += 1
-            found.contaminated.update(labels)
-        taken.append(numbers[:enough][clean[:enough]])
-        missing -= int(sizes[taken[-1]].sum())
-        if missing <= 0:
-            break
-    if missing > 0 and spare <= len(first):
-        lost = drop_counts(found.dropped, found.contaminated)
-        raise DataError(
-            f"{describe(source)}: most of it is in the benchmarks ({lost}), so it is nothing to train on. "
-            "Take the source out, or set sample.decontaminate to false"
-        )
-    chosen = np.concatenate(taken)
-    last = reserve.keys["rank"][chosen[-1]] if missing <= 0 else np.uint64(2**64 - 1)
-    found.dropped["duplicate"] += int((reserve.keys["rank"][again] <= last).sum())
-    return chosen, missing
-
-
 def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> Iterator[bytes]:
     """The texts that are documents, in UTF-8; the others are counted."""
     for text in texts:
@@ -294,24 +232,81 @@ def _fault(source: TextSource, text: bytes) -> str | None:
     return "too_short" if len(text) < source.min_bytes else None
 
 
-def _write(
-    folder: Path,
-    reserve: _Reserve,
-    chosen: Index,
-    found: _Drawn,
-    progress: Progress,
-    finished: Callable[[Path], None] | None,
-) -> None:
-    folder.mkdir(parents=True)
-    with _Writer(folder, "train", finished) as train, _Writer(folder, "validation", finished) as validation:
-        for numbers, texts in reserve.texts(chosen):
-            keys, sides = reserve.keys[numbers], reserve.places["held_out"][numbers].tolist()
-            names = zip(keys["high"].tolist(), keys["low"].tolist(), strict=True)
-            for text, (high, low), held_out in zip(texts, names, sides, strict=True):
-                (validation if held_out else train).add(text, f"{high:016x}{low:016x}")
-            progress.advance(sum(map(len, texts)), folder.name)
-    found.documents, found.bytes = train.documents, train.bytes
-    found.validation_documents, found.validation_bytes = validation.documents, validation.bytes
+@dataclass(frozen=True)
+class _SourceDraw:
+    """The drawing of one source's documents: what they are checked against, and where they are counted."""
+
+    source: TextSource
+    benchmarks: Benchmarks | None
+    found: _Drawn
+    progress: Progress
+
+    def choose(self, reserve: _Reserve, batches: Iterator[RowBatch], remote: bool) -> Index:
+        """The numbers of the documents to take, in their order, after reading as much as that needs."""
+        found, wanted = self.found, float(reserve.budget) if remote else np.inf
+        while True:
+            ended = True
+            for batch in batches:
+                found.read += batch.rows
+                found.dropped["filter"] += batch.rows - len(batch.texts)
+                reserve.add(_clean(self.source, batch.texts, found.dropped))
+                self.progress.at(self.progress.tick.done, f"{self.source.label}: {found.read:,} documents read")
+                if reserve.bytes >= wanted:
+                    ended = False
+                    break
+            before = found.dropped.copy()
+            chosen, missing = self._first(reserve)
+            if ended or missing <= 0:
+                found.exhausted = missing > 0
+                found.dropped = +found.dropped
+                return chosen
+            found.dropped, wanted = before, reserve.bytes + missing
+            found.contaminated.clear()
+
+    def _first(self, reserve: _Reserve) -> tuple[Index, int]:
+        """The first documents in order that make up the budget, and how many bytes are missing to it."""
+        found = self.found
+        first, again = reserve.order()
+        sizes = reserve.places["size"]
+        ends = np.cumsum(sizes[first], dtype=np.int64)
+        spare = int(np.searchsorted(ends, SPARE * reserve.budget)) + 1
+        taken: list[Index] = [np.empty(0, np.int64)]
+        missing = reserve.budget
+        for numbers, texts in reserve.texts(first[:spare]):
+            shared = self.benchmarks.found(texts) if self.benchmarks is not None else {}
+            clean = np.array([number not in shared for number in range(len(texts))])
+            enough = int(np.searchsorted(np.cumsum(sizes[numbers] * clean, dtype=np.int64), missing)) + 1
+            for labels in (labels for number, labels in shared.items() if number < enough):
+                found.dropped["contaminated"] += 1
+                found.contaminated.update(labels)
+            taken.append(numbers[:enough][clean[:enough]])
+            missing -= int(sizes[taken[-1]].sum())
+            if missing <= 0:
+                break
+        if missing > 0 and spare <= len(first):
+            lost = drop_counts(found.dropped, found.contaminated)
+            raise DataError(
+                f"{describe(self.source)}: most of it is in the benchmarks ({lost}), so it is nothing to train on. "
+                "Take the source out, or set sample.decontaminate to false"
+            )
+        chosen = np.concatenate(taken)
+        last = reserve.keys["rank"][chosen[-1]] if missing <= 0 else np.uint64(2**64 - 1)
+        found.dropped["duplicate"] += int((reserve.keys["rank"][again] <= last).sum())
+        return chosen, missing
+
+    def write(self, folder: Path, reserve: _Reserve, chosen: Index, finished: Callable[[Path], None] | None) -> None:
+        """Write the chosen documents to the files of their splits."""
+        folder.mkdir(parents=True)
+        with _Writer(folder, "train", finished) as train, _Writer(folder, "validation", finished) as validation:
+            for numbers, texts in reserve.texts(chosen):
+                keys, sides = reserve.keys[numbers], reserve.places["held_out"][numbers].tolist()
+                names = zip(keys["high"].tolist(), keys["low"].tolist(), strict=True)
+                for text, (high, low), held_out in zip(texts, names, sides, strict=True):
+                    (validation if held_out else train).add(text, f"{high:016x}{low:016x}")
+                self.progress.advance(sum(map(len, texts)), folder.name)
+        found = self.found
+        found.documents, found.bytes = train.documents, train.bytes
+        found.validation_documents, found.validation_bytes = validation.documents, validation.bytes
 
 
 def _check_split(source: TextSource, found: _Drawn, share: float) -> None:

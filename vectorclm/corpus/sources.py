@@ -1,37 +1,20 @@
-"""Document sources: `datasets.load_dataset` arguments as they are, and their rows, one by one or in batches."""
+"""Settings of data sources, in the terms of `datasets.load_dataset`, and where their files lie on this machine."""
 
 import glob
 import random
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, AnyStr, Self
+from typing import Any, Self
 
-import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from vectorclm.corpus.file_formats import (
-    FORMATS,
-    RowBatch,
-    column_type,
-    columns_of,
-    filtered,
-    is_text,
-    read_file_batches,
-    read_rows,
-    row_batches,
-)
-from vectorclm.corpus.files import content_hash, find_files, revision_of
+from vectorclm.corpus.file_formats import FORMATS
+from vectorclm.corpus.files import content_hash, find_files
 from vectorclm.corpus.filters import Filter
-from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.corpus.synthetic_world import rows as world_rows
-from vectorclm.errors import ConfigError, DataError, VectorCLMError
+from vectorclm.errors import DataError
 from vectorclm.settings import Settings
-
-if TYPE_CHECKING:  # `datasets` takes a second to import, and a process that trains reads no source
-    from datasets import IterableDataset
-
 
 CHOICE_COLUMNS = ("context", "choices", "answer")  # of a benchmark that the harness does not define
 
@@ -39,7 +22,6 @@ CHOICE_COLUMNS = ("context", "choices", "answer")  # of a benchmark that the har
 GENERATED = {"world": world_rows}  # the `path` of generated sources, and what returns the rows of one by its name
 BUILDERS = tuple(known.name for known in FORMATS if known.in_folders)  # the `path` of plain local files
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-OPEN_FILES = 8  # of a hub repository that documents are drawn from by turns
 
 
 class Source(Settings):
@@ -208,192 +190,9 @@ def _named(folder: Path, name: str, split: str) -> list[Path] | None:
     return sorted((path for path in files if path.is_file()), key=content_hash) or None
 
 
-def open_source(
-    source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
-) -> "IterableDataset":
-    """The rows of a source as a stream, with those columns only (all of them where none is named).
-
-    `data` is a local mirror of the hub, or None. Local files are read in the order of their content. Raises
-    DataError, before a row is drawn, for a source that cannot be reached, is empty, lacks a column or
-    has other content than it is pinned to. Iterate with `draw`, which explains what fails later.
-    """
-    if source.is_generated:
-        from datasets import Dataset
-
-        if world is None:
-            raise ConfigError(f"{describe(source)} reads the generated world, but there is no [world]")
-        rows = GENERATED[source.path](world, source.name or "")
-        if not rows:
-            raise DataError(f"{describe(source)} is empty")
-        stream = Dataset.from_list(rows).to_iterable_dataset()
-    elif not is_remote(source, data):
-        from datasets import IterableDataset
-
-        # A list is what `shuffle` takes for shards; the columns, a tuple, go to each.
-        kwargs = {"files": _check_local(source, data, columns), "columns": tuple(columns)}
-        return IterableDataset.from_generator(read_rows, gen_kwargs=kwargs)
-    else:
-        stream = _open_hub(source)
-    known = stream.column_names
-    _require(columns, known, describe(source))
-    if isinstance(source, TextSource):
-        _require_text(source, stream.features.arrow_schema.field(source.text_column).type, describe(source))
-    return stream.select_columns(list(columns)) if columns else stream
-
-
-def _require(columns: Sequence[str], known: Sequence[str], where: str) -> None:
-    if lost := [name for name in columns if name not in known]:
-        raise DataError(f"{where}: no column {', '.join(map(repr, lost))}; it has {', '.join(known)}")
-
-
-def _require_text(source: TextSource, kind: pa.DataType, where: str) -> None:
-    if not is_text(kind):
-        raise DataError(f"{where}: column {source.text_column!r} is {kind}, not text: set text_column to one that is")
-
-
-def _check_local(source: Source, data: Path | None, columns: Sequence[str]) -> list[Path]:
-    """The source's files on this machine that hold rows. Raises DataError as `open_source` does."""
-    place, files = local_place(source, data), local_files(source, data)
-    if not files:
-        raise DataError(f"{describe(source)}: no Parquet or JSON files of this split at {place}")
-    filled = []
-    for path in files:
-        if known := columns_of(path):
-            _require(columns, known, f"{describe(source)}, {path}")
-            if isinstance(source, TextSource) and (kind := column_type(path, source.text_column)) is not None:
-                _require_text(source, kind, f"{describe(source)}, {path}")
-            filled.append(path)
-    if not filled:
-        raise DataError(f"{describe(source)} is empty: {', '.join(map(str, files))} hold no rows")
-    pinned, found = source.revision or "", revision_of(files)
-    if pinned.startswith("sha256:") and pinned != found:
-        raise DataError(f"{describe(source)} is pinned to {pinned}, but {place} holds {found}")
-    return filled
-
-
-def _open_hub(source: Source) -> "IterableDataset":
-    from datasets import load_dataset
-    from huggingface_hub import HfApi
-
-    if (source.revision or "").startswith("sha256:"):
-        raise DataError(
-            f"{describe(source)} is pinned to local content ({source.revision}): "
-            "give the folder that holds it with --data DIR"
-        )
-    try:
-        # Asked first: load_dataset answers some failures with whatever an older run left in the cache.
-        HfApi().dataset_info(source.path, revision=source.revision, timeout=60)
-        stream = load_dataset(
-            source.path,
-            name=source.name,
-            data_dir=source.data_dir,
-            data_files=source.data_files,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
-        return stream if stream.column_names else stream._resolve_features()
-    except Exception as error:
-        raise hub_error(source, error) from error
-
-
-def hub_error(source: Source, error: Exception) -> DataError:
-    """What a failure of the hub or its client means, and what to do."""
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    where, mirror = describe(source), "or give a local mirror with --data DIR"
-    if isinstance(error, RevisionNotFoundError):
-        return DataError(
-            f"{where}: the hub has no revision {source.revision} (any more). Take it out of the experiment, "
-            f"or of the .lock.json beside it, to pin the current one, {mirror}"
-        )
-    if isinstance(error, GatedRepoError):
-        return DataError(f"{where} is gated: accept its terms on the hub and log in, {mirror}")
-    if isinstance(error, RepositoryNotFoundError | DatasetNotFoundError):
-        return DataError(f"{where}: the hub has no such data set, or it is private: check the id, {mirror}")
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, ValueError | TypeError | KeyError | DatasetsError):
-        return DataError(f"{where}: {first}")
-    return DataError(f"{where}: cannot read from the hub: {first}. Check the network and HF_ENDPOINT, {mirror}")
-
-
-def draw(source: Source, stream: "IterableDataset") -> Iterator[dict[str, Any]]:
-    """The rows of a stream that `open_source` opened. Raises DataError where reading fails."""
-    try:
-        yield from stream
-    except VectorCLMError:
-        raise
-    except Exception as error:
-        if source.is_generated or (source.revision or "").startswith("sha256:"):
-            raise
-        raise hub_error(source, error) from error
-
-
 def is_remote(source: Source, data: Path | None) -> bool:
     """Whether the source is read from the hub, where only as much is read as is needed."""
     return not source.is_generated and local_place(source, data) is None
-
-
-def read_source(
-    source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """The rows that `open_source` and `draw` give, of local files several times as fast."""
-    if source.is_generated or is_remote(source, data):
-        return draw(source, open_source(source, data, world, columns))
-    return read_rows(_check_local(source, data, columns), tuple(columns))
-
-
-def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[RowBatch]:
-    """The texts of a source where its filter holds, some megabytes at a time.
-
-    Of a repository of the hub, batches come by turns from OPEN_FILES of its files, which `seed` chooses and the next
-    of which is opened where one ends. Raises DataError as `open_source` does, and where reading fails later.
-    """
-    condition = Filter(source.filter) if source.filter is not None else None
-    if not (source.is_generated or is_remote(source, data)):
-        for path in _check_local(source, data, source.columns()):
-            yield from read_file_batches(path, source.text_column, condition)
-        return
-    stream = open_source(source, data, world, source.columns())
-    if source.is_generated:
-        yield from row_batches(iter(stream), source.text_column, condition, describe(source))
-    else:
-        try:
-            for table in _by_turns(stream, seed):
-                yield filtered(table, source.text_column, condition, describe(source))
-        except VectorCLMError:
-            raise
-        except Exception as error:
-            raise hub_error(source, error) from error
-
-
-def _by_turns(stream: "IterableDataset", seed: int) -> Iterator[pa.Table]:
-    count = stream.num_shards
-    waiting = deque(random.Random(seed).sample(range(count), count))
-    files: deque[Iterator[pa.Table]] = deque()
-    while waiting or files:
-        while waiting and len(files) < OPEN_FILES:
-            part = stream.shard(count, waiting.popleft()).with_format("arrow")
-            files.append(part.iter(batch_size=1000))
-        file = files.popleft()
-        if (table := next(file, None)) is not None:
-            yield table
-            files.append(file)
-
-
-def in_groups(texts: Iterable[AnyStr], length: int, count: int | None = None) -> Iterator[list[AnyStr]]:
-    """The texts some at a time: as many as have `length` characters or bytes, and no more than `count`."""
-    group: list[AnyStr] = []
-    total = 0
-    for text in texts:
-        group.append(text)
-        total += len(text)
-        if total >= length or len(group) == count:
-            yield group
-            group, total = [], 0
-    if group:
-        yield group
 
 
 class TaskSource(Source):

@@ -12,16 +12,16 @@ from typing import TypeVar
 
 from vectorclm.config import ExperimentConfig, Suite
 from vectorclm.corpus.files import revision_of
+from vectorclm.corpus.hub import hub_error
+from vectorclm.corpus.source_reader import open_source
 from vectorclm.corpus.sources import (
     BenchmarkSource,
     Source,
     TaskSource,
     TextSource,
     describe,
-    hub_error,
     local_files,
     local_place,
-    open_source,
 )
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.corpus.synthetic_world import rows as world_rows

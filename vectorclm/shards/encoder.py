@@ -9,6 +9,7 @@ import logging
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from vectorclm.tokenizer import SPECIAL_TOKENS
+from vectorclm.tokenizer import SPECIAL_TOKENS, token_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,11 @@ class Encoder:
     def name(self) -> str:
         """Package and version of what encodes."""
         return f"tokenizers {version('tokenizers')}" if self.fast is None else self.fast.name
+
+    @cached_property
+    def token_lengths(self) -> list[int]:
+        """UTF-8 bytes of each token [V]."""
+        return token_lengths(self.reference)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Encode texts without BOS and EOS. Raises EncoderMismatch where the encoders differ on a judged text."""

@@ -17,7 +17,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from vectorclm.corpus.sample_reader import SampleFiles
-from vectorclm.corpus.sources import in_groups
+from vectorclm.corpus.source_reader import in_groups
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.runtime.library_calls import interruptibly
 from vectorclm.runtime.progress import Progress
@@ -28,7 +28,7 @@ from vectorclm.shards.packing import Packing, pack
 from vectorclm.store.artifact import Artifact
 from vectorclm.store.durable import TEMPORARY
 from vectorclm.store.resumable import Slices
-from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, token_lengths
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 SPLITS = ("train", "validation")
 GROUP_DOCUMENTS = 512  # encoded at a time, or as many as have
@@ -138,9 +138,8 @@ def read_windows(directory: Path, split: str) -> list[Windows]:
 def write_shards(
     config: ShardsConfig,
     sample: Path | Artifact,
-    tokenizer: Tokenizer,
+    encoder: Encoder | Tokenizer,
     out: Path,
-    encoder: Encoder | None = None,
     *,
     seed: int = 0,
     slices: Slices | None = None,
@@ -159,7 +158,7 @@ def write_shards(
     where a source does not fill one window of each split or a document does not decode to itself, and
     CorruptArtifactError where the files do not hold the documents.
     """
-    encoder = encoder or open_encoder(tokenizer)
+    encoder = encoder if isinstance(encoder, Encoder) else open_encoder(encoder)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as folder:
         slices = slices or Slices(Path(folder, "slices"), out)
@@ -175,7 +174,6 @@ def write_shards(
 def _write_sources(
     config: ShardsConfig, sample: SampleFiles, encoder: Encoder, seed: int, slices: Slices
 ) -> dict[str, Any]:
-    lengths = token_lengths(encoder.reference)
     summary: dict[str, Any] = {}
     with Progress("shards", sum(sample.bytes.values()), "compressed bytes") as progress:
         for label in sample.labels:
@@ -183,9 +181,9 @@ def _write_sources(
             summary[label] = {"policy": policy, "audit": {}}
             for split in SPLITS:
                 counts: Counter[str] = Counter()
-                ids = np.zeros(len(lengths), np.int64)
+                ids = np.zeros(len(encoder.token_lengths), np.int64)
                 for number, name in enumerate(sample.names(label, split)):
-                    write = partial(_write_slice, config, sample, name, encoder, lengths, seed << 32 | number)
+                    write = partial(_write_slice, config, sample, name, encoder, seed << 32 | number)
                     done = slices.finish(f"{label}/{split}", number, write)
                     ids += np.array(done.pop("ids"))
                     counts.update(done)
@@ -210,13 +208,7 @@ def _write_sources(
 
 
 def _write_slice(
-    config: ShardsConfig,
-    sample: SampleFiles,
-    name: str,
-    encoder: Encoder,
-    lengths: Sequence[int],
-    seed: int,
-    out: Path,
+    config: ShardsConfig, sample: SampleFiles, name: str, encoder: Encoder, seed: int, out: Path
 ) -> dict[str, Any]:
     """Write the windows of one file of the sample as `shard-00000.arrow`. Returns its counts, `ids` among them."""
     length, where = config.sequence_length, name.rpartition("-")[0]
@@ -230,7 +222,7 @@ def _write_slice(
         writer.write(packed.pieces, input_ids=packed.columns[0])
     windows = writer.close()
     stored = [shard.input_ids for shard in read_windows(out, "shard")]
-    ids = audit(stored, found.documents, found.bytes, lengths, where)
+    ids = audit(stored, found.documents, found.bytes, encoder.token_lengths, where)
     padding = int(ids[PAD_ID])
     split, split_though_fit = split_documents(np.concatenate(tables), length) if tables else (0, 0)
     return {
