@@ -81,10 +81,10 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
 
 def test_a_source_must_give_both_sides(tmp_path: Path) -> None:
     write_parquet(tmp_path / "books" / "a.parquet", [*documents(5), None])
-    with pytest.raises(DataError, match=r"gave 5 documents for training and 0 .*1 not text.*validation_share"):
+    with pytest.raises(DataError, match=r"yields 5 documents for training and 0 .*1 not text.*validation_share"):
         sample(tmp_path / "out", tmp_path, validation_share=1e-9)
     write_parquet(tmp_path / "books" / "a.parquet", ["", None])
-    with pytest.raises(DataError, match=r"gave 0 documents .*1 empty, 1 not text.*training needs"):
+    with pytest.raises(DataError, match=r"yields 0 documents .*1 empty, 1 not text.*training needs"):
         sample(tmp_path / "empty", tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_a_file_that_breaks_in_the_middle_is_named(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": hashlib.sha256(bytes([n % 256])).hexdigest() * n}) + "\n" for n in range(400))
     packed = zstandard.compress(lines.encode())
     (folder / "a.jsonl.zst").write_bytes(packed[: len(packed) - 50])
-    with pytest.raises(DataError, match=r"cannot read .*a\.jsonl\.zst.*fetch it again"):
+    with pytest.raises(DataError, match=r"cannot read .*a\.jsonl\.zst.*download it again"):
         sample(tmp_path / "out", tmp_path)
 
 

@@ -9,7 +9,7 @@ from vectorclm.corpus.sources import identity
 
 def test_other_builders_of_datasets_are_refused() -> None:
     for path in ("text", "csv"):
-        with pytest.raises(ValidationError, match=f"{path} files are not read: .* only parquet and json"):
+        with pytest.raises(ValidationError, match=f"{path} files are not supported: .* parquet or json"):
             source(path=path, data_files="a.txt")
     assert source(path="squad").path == "squad"
 

@@ -20,7 +20,7 @@ def open_hub(source: Source) -> "IterableDataset":
             "give the folder that holds it with --data DIR"
         )
     try:
-        # Asked first: load_dataset answers some failures with whatever an older run left in the cache.
+        # The hub is asked first, because load_dataset hides some failures behind an older run's cache.
         HfApi().dataset_info(source.path, revision=source.revision, timeout=60)
         stream = load_dataset(
             source.path,
@@ -37,15 +37,15 @@ def open_hub(source: Source) -> "IterableDataset":
 
 
 def hub_error(source: Source, error: Exception) -> DataError:
-    """What a failure of the hub or its client means, and what to do."""
+    """Translate a failure of the hub or its client into a DataError that says what to do."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     where, mirror = describe(source), "or give a local mirror with --data DIR"
     if isinstance(error, RevisionNotFoundError):
         return DataError(
-            f"{where}: the hub has no revision {source.revision} (any more). Take it out of the experiment, "
-            f"or of the .lock.json beside it, to pin the current one, {mirror}"
+            f"{where}: the hub has no revision {source.revision}, or no longer has it. Remove it from the experiment, "
+            f"or from the .lock.json beside it, to pin the current revision, {mirror}"
         )
     if isinstance(error, GatedRepoError):
         return DataError(f"{where} is gated: accept its terms on the hub and log in, {mirror}")

@@ -41,11 +41,11 @@ class SourceRoots(NamedTuple):
 def open_source(
     source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
 ) -> "IterableDataset":
-    """The rows of a source as a stream, with those columns only (all of them where none is named).
+    """Open a source as a stream of rows with the named columns, or all columns where `columns` is empty.
 
-    `data` is a local mirror of the hub, or None. Local files are read in the order of their content. Raises
-    DataError, before a row is drawn, for a source that cannot be reached, is empty, lacks a column or
-    has other content than it is pinned to. Iterate with `draw`, which explains what fails later.
+    `data` is a local mirror of the hub, or None. Local files are read in the order of their content hashes. Raises
+    DataError, before any row is read, for a source that cannot be reached, is empty, lacks a column or differs from
+    its pinned revision. Iterate with `draw`, which explains later failures.
     """
     if source.is_generated:
         from datasets import Dataset
@@ -59,7 +59,7 @@ def open_source(
     elif not is_remote(source, data):
         from datasets import IterableDataset
 
-        # A list is what `shuffle` takes for shards; the columns, a tuple, go to each.
+        # `datasets` splits lists into shards, so the files are a list and the columns a tuple.
         kwargs = {"files": _check_local(source, data, columns), "columns": tuple(columns)}
         return IterableDataset.from_generator(read_rows, gen_kwargs=kwargs)
     else:
@@ -82,7 +82,7 @@ def _require_text(source: TextSource, kind: pa.DataType, where: str) -> None:
 
 
 def _check_local(source: Source, data: Path | None, columns: Sequence[str]) -> list[Path]:
-    """The source's files on this machine that hold rows. Raises DataError as `open_source` does."""
+    """The source's local files that have rows. Raises DataError as `open_source` does."""
     place, files = local_place(source, data), local_files(source, data)
     if not files:
         raise DataError(f"{describe(source)}: no Parquet or JSON files of this split at {place}")
@@ -94,7 +94,7 @@ def _check_local(source: Source, data: Path | None, columns: Sequence[str]) -> l
                 _require_text(source, kind, f"{describe(source)}, {path}")
             filled.append(path)
     if not filled:
-        raise DataError(f"{describe(source)} is empty: {', '.join(map(str, files))} hold no rows")
+        raise DataError(f"{describe(source)} is empty: no rows in {', '.join(map(str, files))}")
     pinned, found = source.revision or "", revision_of(files)
     if pinned.startswith("sha256:") and pinned != found:
         raise DataError(f"{describe(source)} is pinned to {pinned}, but {place} holds {found}")
@@ -102,7 +102,7 @@ def _check_local(source: Source, data: Path | None, columns: Sequence[str]) -> l
 
 
 def draw(source: Source, stream: "IterableDataset") -> Iterator[dict[str, Any]]:
-    """The rows of a stream that `open_source` opened. Raises DataError where reading fails."""
+    """Iterate over a stream of `open_source`. Raises DataError where reading fails."""
     try:
         yield from stream
     except VectorCLMError:
@@ -116,17 +116,17 @@ def draw(source: Source, stream: "IterableDataset") -> Iterator[dict[str, Any]]:
 def read_source(
     source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """The rows that `open_source` and `draw` give, of local files several times as fast."""
+    """Read the rows of a source, as `open_source` and `draw` do; local files are several times as fast."""
     if source.is_generated or is_remote(source, data):
         return draw(source, open_source(source, data, world, columns))
     return read_rows(_check_local(source, data, columns), tuple(columns))
 
 
 def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[RowBatch]:
-    """The texts of a source where its filter holds, some megabytes at a time.
+    """Read the texts of a source that pass its filter, some megabytes at a time.
 
-    Of a repository of the hub, batches come by turns from OPEN_FILES of its files, which `seed` chooses and the next
-    of which is opened where one ends. Raises DataError as `open_source` does, and where reading fails later.
+    A hub repository is read from OPEN_FILES files in turn, in an order that `seed` shuffles; the next file is opened
+    when one ends. Raises DataError as `open_source` does, and where reading fails later.
     """
     condition = Filter(source.filter) if source.filter is not None else None
     if not (source.is_generated or is_remote(source, data)):
@@ -138,7 +138,7 @@ def read_batches(source: TextSource, data: Path | None, world: WorldConfig | Non
         yield from row_batches(iter(stream), source.text_column, condition, describe(source))
     else:
         try:
-            for table in _by_turns(stream, seed):
+            for table in _round_robin(stream, seed):
                 yield filtered(table, source.text_column, condition, describe(source))
         except VectorCLMError:
             raise
@@ -146,7 +146,7 @@ def read_batches(source: TextSource, data: Path | None, world: WorldConfig | Non
             raise hub_error(source, error) from error
 
 
-def _by_turns(stream: "IterableDataset", seed: int) -> Iterator[pa.Table]:
+def _round_robin(stream: "IterableDataset", seed: int) -> Iterator[pa.Table]:
     count = stream.num_shards
     waiting = deque(random.Random(seed).sample(range(count), count))
     files: deque[Iterator[pa.Table]] = deque()
@@ -161,7 +161,7 @@ def _by_turns(stream: "IterableDataset", seed: int) -> Iterator[pa.Table]:
 
 
 def in_groups(texts: Iterable[AnyStr], length: int, count: int | None = None) -> Iterator[list[AnyStr]]:
-    """The texts some at a time: as many as have `length` characters or bytes, and no more than `count`."""
+    """Group texts: a group ends when it has `length` characters or bytes, or `count` texts."""
     group: list[AnyStr] = []
     total = 0
     for text in texts:

@@ -16,28 +16,30 @@ from vectorclm.corpus.synthetic_world import rows as world_rows
 from vectorclm.errors import DataError
 from vectorclm.settings import Settings
 
-CHOICE_COLUMNS = ("context", "choices", "answer")  # of a benchmark that the harness does not define
+CHOICE_COLUMNS = ("context", "choices", "answer")  # columns of a benchmark that the harness does not define
 
 
-GENERATED = {"world": world_rows}  # the `path` of generated sources, and what returns the rows of one by its name
-BUILDERS = tuple(known.name for known in FORMATS if known.in_folders)  # the `path` of plain local files
+GENERATED = {"world": world_rows}  # `path` of a generated source -> function that returns its rows by name
+BUILDERS = tuple(known.name for known in FORMATS if known.in_folders)  # the `path` of a source of local files
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Source(Settings):
-    """Arguments of `datasets.load_dataset`, and a label.
+    """A data set to read: the arguments of `datasets.load_dataset`, and a label.
 
-    `revision` is the commit of the hub repository, or `sha256:` of the content of local files.
+    `revision` is a commit of the hub repository, or `sha256:` of the content of local files.
     """
 
-    label: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Names its files and metrics")
+    label: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the source in file names and metrics")
     path: str = Field(description="Hub id, local folder, parquet or json (with data_files), or world")
     name: str | None = Field(None, description="The hub's config")
     split: str = "train"
     data_dir: str | None = None
     data_files: str | list[str] | None = None
-    revision: str | None = Field(None, description="Left out, the first run pins it in the lock file")
-    mirror: str | None = Field(None, description="Folder or file of this source in `--data DIR`")
+    revision: str | None = Field(
+        None, description="Commit, branch or tag; if unset, the first run pins the commit in the lock file"
+    )
+    mirror: str | None = Field(None, description="Folder or file of this source inside `--data DIR`")
 
     @field_validator("path")
     @classmethod
@@ -48,23 +50,23 @@ class Source(Settings):
 
         if path in _PACKAGED_DATASETS_MODULES:
             raise ValueError(
-                f"{path} files are not read: of local files, only {' and '.join(BUILDERS)} are, so write them as JSON "
-                f"Lines or Parquet (a folder of this name is ./{path})"
+                f"{path} files are not supported: local files must be {' or '.join(BUILDERS)}, so convert them to JSON "
+                f"Lines or Parquet (write ./{path} for a folder of this name)"
             )
         return path
 
     @property
     def is_generated(self) -> bool:
-        """Whether its rows are generated here, from the experiment's [world], and not read."""
+        """Whether the rows are generated from the experiment's [world] instead of read from files."""
         return self.path in GENERATED
 
 
 class TextSource(Source):
-    """A source of documents."""
+    """A source of documents for training."""
 
     text_column: str = "text"
     weight: float = Field(gt=0, description="Share of the sample's bytes, relative to the other sources")
-    filter: str | None = Field(None, description="Rows to draw from, such as int_score >= 3 and token_count < 8000")
+    filter: str | None = Field(None, description="Condition on the rows, such as int_score >= 3 and token_count < 8000")
     min_bytes: int = Field(1, ge=1, description="Shorter documents are dropped (UTF-8 bytes)")
     max_bytes: int = Field(10_000_000, ge=1, lt=2**31, description="Longer documents are dropped (UTF-8 bytes)")
 
@@ -76,27 +78,29 @@ class TextSource(Source):
         return text
 
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read: the text, and what the filter compares."""
+        """The columns to read: the text, and the columns of the filter."""
         others = Filter(self.filter).columns if self.filter is not None else []
         return tuple(dict.fromkeys([self.text_column, *others]))
 
 
 class BenchmarkSource(Source):
-    """Texts that no document for training may repeat."""
+    """A benchmark whose texts must not occur in training documents."""
 
-    columns: list[str] = Field(description="Columns with the texts, lists and tables included; none = all")
+    columns: list[str] = Field(description="Columns with the texts, nested ones included; empty = all")
 
 
 class CorpusConfig(Settings):
-    """How many documents are drawn, and from where."""
+    """Sources of the training text, and the size of the sample drawn from them."""
 
     sources: list[TextSource] = Field(min_length=1)
-    bytes: int = Field(gt=0, description="UTF-8 bytes to draw over all sources, divided by weight")
+    bytes: int = Field(gt=0, description="UTF-8 bytes to draw from all sources together, divided by weight")
     validation_share: float = Field(0.005, gt=0, lt=0.5, description="Share of documents held out")
     decontaminate: bool = Field(
-        True, description="Drop what shares 13 words in a row with a benchmark, conversations too"
+        True, description="Drop documents and conversations that share 13 words in a row with a benchmark"
     )
-    decontaminate_with: list[BenchmarkSource] = Field([], description="Benchmarks beside those of evaluate.tasks")
+    decontaminate_with: list[BenchmarkSource] = Field(
+        [], description="Further benchmarks, in addition to evaluate.tasks"
+    )
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
@@ -106,30 +110,31 @@ class CorpusConfig(Settings):
 
 
 def check_labels(sources: Sequence[Source]) -> None:
-    """Raise ValueError where two sources share a label: one would take the other's place."""
+    """Raise ValueError where two sources share a label, because labels name files and metrics."""
     labels = [source.label for source in sources]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two sources share a label: {', '.join(sorted(labels))}")
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """What of a source enters a fingerprint: never where it lies; of local content not even its name."""
+    """The fields of a source that enter a fingerprint: never its location, and for local content not its name."""
     by_content = (source.revision or "").startswith("sha256:")
     where = {"path", "name", "split", "data_dir", "data_files", "mirror"} if by_content else {"mirror"}
     return source.model_dump(mode="json", exclude=where)
 
 
 def describe(source: Source) -> str:
-    """The source as error messages name it."""
+    """The source's name in error messages."""
     config = f", config {source.name}" if source.name else ""
     return f"source {source.label} ({source.path}{config}, split {source.split})"
 
 
 def local_place(source: Source, data: Path | None) -> str | None:
-    """Where on this machine the source's files lie; None for a hub repository and for the generated world.
+    """The location of the source's files on this machine; None for a hub repository and for the generated world.
 
-    A mirror's place is `mirror`, else the hub id's last part and the config: `cosmopedia/stories`. Raises DataError for
-    a source that names no files, and for a path that is neither a folder here nor the id of a hub repository.
+    In a local mirror, the location is `mirror`, or else the last part of the hub id and the config, such as
+    `cosmopedia/stories`. Raises DataError for a source that names no files, and for a path that is neither a local
+    folder nor a hub id.
     """
     if source.is_generated:
         return None
@@ -146,28 +151,28 @@ def local_place(source: Source, data: Path | None) -> str | None:
         return str(data / Path(source.path).name / (source.name or ""))
     if Path(source.path).is_file():
         raise DataError(
-            f'{describe(source)}: {source.path} is a file: write path = "json" or "parquet", and data_files with it'
+            f'{describe(source)}: {source.path} is a file: set path to "json" or "parquet", and data_files to this file'
         )
     if not HUB_ID.fullmatch(source.path) and not (source.revision or "").startswith("sha256:"):
-        home = " (~ must be written out)" if source.path.startswith("~") else ""
+        home = " (~ is not expanded)" if source.path.startswith("~") else ""
         raise DataError(
-            f"{describe(source)}: there is no folder {source.path}{home}, and it is no id of a hub repository"
+            f"{describe(source)}: there is no folder {source.path}{home}, and it is not the id of a hub repository"
         )
     return None
 
 
 def _own_folder(source: Source) -> Path | None:
-    """The folder that the source itself names, and its `data_files` are in; None for a hub repository."""
+    """The local folder of the source, which holds its `data_files`; None for a hub repository."""
     if source.path in BUILDERS:
         return Path(source.data_dir or "")
     return Path(source.path, source.data_dir or source.name or "") if Path(source.path).is_dir() else None
 
 
 def local_files(source: Source, data: Path | None) -> list[Path]:
-    """The source's files on this machine, in the order of their content; empty where there are none.
+    """The source's files on this machine, ordered by the SHA-256 of their content; empty where there are none.
 
-    Files that `data_files` names come in its order, those of a pattern (`*`, `**`) in that of their content. Raises
-    DataError for one that is not there.
+    Files that `data_files` names keep its order; the files of one pattern (`*`, `**`) are ordered by content. Raises
+    DataError for a named file that does not exist.
     """
     place = local_place(source, data)
     if place is None:
@@ -183,7 +188,7 @@ def local_files(source: Source, data: Path | None) -> list[Path]:
 
 
 def _named(folder: Path, name: str, split: str) -> list[Path] | None:
-    """The files that one name or pattern in `data_files` stands for; None where nothing is there."""
+    """The files that a name or pattern in `data_files` matches; None where there is no match."""
     if (folder / name).exists():
         return find_files(folder / name, split)
     files = [folder / found for found in glob.glob(name, root_dir=folder, recursive=True)]  # noqa: PTH207 - absolute, too
@@ -191,31 +196,37 @@ def _named(folder: Path, name: str, split: str) -> list[Path] | None:
 
 
 def is_remote(source: Source, data: Path | None) -> bool:
-    """Whether the source is read from the hub, where only as much is read as is needed."""
+    """Whether the source is read from the hub, and so only as far as needed."""
     return not source.is_generated and local_place(source, data) is None
 
 
 class TaskSource(Source):
-    """A benchmark: a task as EleutherAI's lm-evaluation-harness defines it, or rows of context, choices and answer."""
+    """A benchmark: a task defined by EleutherAI's lm-evaluation-harness, or rows of context, choices and answer."""
 
-    task: str | None = Field(None, description="Name of the harness's task or group; without, rows as they are")
-    columns: dict[str, str] = Field(
-        {}, description="Columns that the task reads and a mirror's files lack: Jinja expressions over theirs"
+    task: str | None = Field(
+        None, description="Task or group of lm-evaluation-harness; if unset, rows have context, choices and answer"
     )
-    subset: str | None = Field(None, description="Of a group: the column that says which task's data a row is")
-    shots: int | None = Field(None, ge=0, description="Worked examples before each item; without, the task's number")
-    runs_code: bool = Field(False, description="Runs the programs that the model writes, and only if that is allowed")
-    texts: list[str] = Field([], description="Columns that no document for training may repeat; none = all")
-    limit: int = Field(0, ge=0, description="Items to score, a seeded draw; 0 = all")
+    columns: dict[str, str] = Field(
+        {}, description="Columns that the task needs and the mirror's files lack, as Jinja expressions of their columns"
+    )
+    subset: str | None = Field(None, description="For a group: the column that names the task of a row")
+    shots: int | None = Field(
+        None, ge=0, description="Worked examples before each item; if unset, the task's own number"
+    )
+    runs_code: bool = Field(
+        False, description="Whether scoring executes programs that the model writes, which needs permission"
+    )
+    texts: list[str] = Field([], description="Columns to decontaminate the training text against; empty = all")
+    limit: int = Field(0, ge=0, description="Items to score, drawn with the seed; 0 = all")
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns with the benchmark's texts; none = all."""
+        """The columns with the benchmark's texts; empty = all."""
         return tuple(self.texts) if self.task is not None else CHOICE_COLUMNS
 
 
 def drawn(task: TaskSource, count: int, seed: int) -> list[int]:
-    """Which of a task's `count` items are scored, in their order: all, or a seeded draw of `task.limit`."""
+    """Indices of the items to score, sorted: all `count` of a task, or a seeded draw of `task.limit`."""
     if not task.limit or task.limit >= count:
         return list(range(count))
     return sorted(random.Random(f"{seed} {task.label}").sample(range(count), task.limit))
