@@ -41,7 +41,7 @@ def test_columns_are_named_once_in_order() -> None:
     [
         ("__import__('os').system('true')", "is not allowed"),
         ("n.__class__()", "is not allowed"),
-        ("open('x').read", "no column"),
+        ("open('x').read", "is not a column"),
         ("[n for n in (1, 2)]", "is not allowed"),
         ("lambda: n", "is not allowed"),
         ("n ** 2 > 1", r"'n \*\* 2' is not allowed"),

@@ -227,7 +227,7 @@ def test_a_storm_is_sat_out(remote: Artifact, proxy: Proxy, expected: list[str])
 @pytest.mark.parametrize(
     ("fault", "error", "told"),
     [
-        ("reset", StoreError, r"train-0000\d\.arrow, block \d of input_ids cannot be read: \d+ tries in"),
+        ("reset", StoreError, r"train-0000\d\.arrow, block \d of input_ids cannot be read: \d+ attempts in"),
         ("500", StoreError, "cannot be read.*InternalError|as told"),
         ("503", StoreError, "cannot be read.*as told"),
         ("stall", StoreError, "cannot be read.*Timeout"),
@@ -275,7 +275,7 @@ def test_a_flipped_bit_on_disk_is_named_where_it_is_touched(tmp_path: Path) -> N
     path.write_bytes(data[:1000])
     with (
         open_shards(artifact, "train") as readers,
-        pytest.raises(CorruptArtifactError, match=r"a/train-00001\.arrow is missing or cut off"),
+        pytest.raises(CorruptArtifactError, match=r"a/train-00001\.arrow is missing or truncated"),
     ):
         list(readers["a"].in_order(64))
 
@@ -284,7 +284,7 @@ def test_a_manifest_that_does_not_describe_its_shards_is_refused(local: Artifact
     manifest = json.loads(json.dumps(local.manifest))
     manifest["files"]["a/train-00000.arrow"]["buffers"][0]["xxh3"].pop()
     with (
-        pytest.raises(CorruptArtifactError, match=r"does not say what is in a/train-00000\.arrow"),
+        pytest.raises(CorruptArtifactError, match=r"does not describe a/train-00000\.arrow completely"),
         open_shards(Artifact(local.store, local.stage, local.fingerprint, manifest), "train"),
     ):
         pass
