@@ -33,9 +33,8 @@ GROUP_DOCUMENTS = 1000
 SPARE = 2  # times a source's share are kept in reserve, to replace contaminated documents
 SCHEMA = pa.schema([("text", pa.string()), ("id", pa.string())])
 KEY = np.dtype([("rank", "<u8"), ("low", "<u8"), ("high", "<u8")])  # a document's place in the order, and its id
-PLACE = np.dtype(
-    [("offset", "<u8"), ("size", "<u4"), ("held_out", "?")]
-)  # a document's place in the reserve file, and its split
+# A document's place in the reserve file, and its split.
+PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("held_out", "?")])
 
 Index = NDArray[Any]
 
@@ -54,7 +53,7 @@ class _Counts:
     exhausted: bool = False
 
     def summary(self) -> dict[str, Any]:
-        """The counts as they stand in the manifest."""
+        """The counts as the manifest records them."""
         counts = {name: dict(sorted(getattr(self, name).items())) for name in ("dropped", "contaminated")}
         return {**vars(self), **counts}
 
