@@ -138,7 +138,7 @@ class Encoder:
             self.differed += len(different)
             raise EncoderMismatch(
                 f"{self.name} encodes {len(different)} of {len(texts)} texts differently from tokenizers, "
-                f"first {different[0][:60]!r}"
+                f"for example {different[0][:60]!r}"
             )
 
 
