@@ -232,8 +232,8 @@ def test_a_storm_is_sat_out(remote: Artifact, proxy: Proxy, expected: list[str])
         ("503", StoreError, "cannot be read.*as told"),
         ("stall", StoreError, "cannot be read.*Timeout"),
         ("expired", StoreError, "check the credentials, which may have expired"),
-        ("short", CorruptBlockError, r"/a/train-0000\d\.arrow, block \d of \w+: \d+ bytes of xxh3"),
-        ("flip", CorruptBlockError, r"/a/train-0000\d\.arrow, block \d of \w+: \d+ bytes of xxh3"),
+        ("short", CorruptBlockError, r"/a/train-0000\d\.arrow, block \d of \w+: \d+ bytes with xxh3"),
+        ("flip", CorruptBlockError, r"/a/train-0000\d\.arrow, block \d of \w+: \d+ bytes with xxh3"),
     ],
 )
 def test_a_fault_that_stays_is_told(
