@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from tests.conftest import write_tokenizer
 from tests.test_model import CONFIG
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.sources import open_source
+from vectorclm.corpus.source_reader import open_source
 from vectorclm.dataset import Batch, to_batch
 from vectorclm.errors import DataError
 from vectorclm.model import CausalLM
@@ -297,7 +297,7 @@ def test_a_budget_is_shared_by_weight_and_each_source_has_windows_of_its_own(
 
 def test_a_source_with_nothing_supervised_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [[{"role": "user", "content": f"nobody answers {i}"}] for i in range(5)]
-    with pytest.raises(DataError, match=r"chat: no usable conversation for training; left out: 5 no assistant"):
+    with pytest.raises(DataError, match=r"chat: no usable conversation for training; dropped: 5 no assistant"):
         write_chat_shards(config(), {"chat": rows}, tokenizer, 1, tmp_path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus.decontamination import Benchmarks, benchmark_sources, read_benchmarks
 from vectorclm.corpus.sampler import write_sample
-from vectorclm.corpus.sources import draw, open_source
+from vectorclm.corpus.source_reader import SourceRoots, draw, open_source
 from vectorclm.errors import DataError
 from vectorclm.evaluation.bits_per_byte import windows_scores
 from vectorclm.evaluation.instruction_prompts import instructions
@@ -77,7 +77,8 @@ def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
     upload = job.upload
     sent = None if upload is None else lambda path: upload.send(path, path.relative_to(out).as_posix())
     config, world = job.experiment.sample, job.experiment.world
-    return write_sample(config, job.seed, out, data=job.data, world=world, benchmarks=job.benchmarks(), finished=sent)
+    roots = SourceRoots(job.data, world)
+    return write_sample(config, job.seed, out, roots, benchmarks=job.benchmarks(), finished=sent)
 
 
 def build_tokenizer(job: StageJob, out: Path) -> Mapping[str, Any]:

@@ -167,14 +167,7 @@ def own_share(
     readers: Mapping[str, ShardReader], order: TrainingOrder, config: TrainConfig, group: Group
 ) -> StreamingLanguageModelDataset:
     """This rank's rows of every batch in the training order."""
-    return StreamingLanguageModelDataset(
-        readers,
-        order,
-        config.batch_size,
-        rank=group.rank,
-        world_size=group.world_size,
-        document_mask=config.document_mask,
-    )
+    return StreamingLanguageModelDataset(readers, order, config.batch_size, group, document_mask=config.document_mask)
 
 
 def train(

@@ -85,7 +85,7 @@ def test_more_than_65536_ids_are_32_bits_wide(sample: Path, tokenizer: Tokenizer
     texts = ["one @65000@ two"] * 20
     for split in SPLITS:
         write_sample_text(tmp_path / "sample" / "a", texts, split)
-    write_shards(ShardsConfig(sequence_length=16), tmp_path / "sample", large, tmp_path / "out", Encoder(large))
+    write_shards(ShardsConfig(sequence_length=16), tmp_path / "sample", Encoder(large), tmp_path / "out")
     (shard,) = read_windows(tmp_path / "out" / "a", "train")
     expected = large.token_to_id("@65000@")
     assert shard.input_ids.dtype == np.uint32 and expected > 65_000
