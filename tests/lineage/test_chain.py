@@ -25,7 +25,8 @@ from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
 from flows.tracking.tracker import Tracker
 from tests.conftest import read_lines
-from tests.platform.test_platform import PICTURES, browser, picture, says, until
+from tests.services.browser import PICTURES, browser, picture, says
+from tests.services.platform import until
 from tests.test_curriculum import mini
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError

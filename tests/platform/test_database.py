@@ -23,8 +23,9 @@ from flows.platform.objectstore import PACKAGES
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
-from tests.platform.test_platform import REFUSED, Platform, free_port, platform_at
+from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
+from tests.services.platform import Platform, free_port, platform_at
 from vectorclm.lineage.chain import lineage
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import STAGES
