@@ -56,4 +56,4 @@ def test_a_dry_run_counts_tuning_and_small_weights(
     assert tuning["hours"]["2 CPU cores"] == pytest.approx(tuning["flops"] / 0.05e12 / 3600)
     assert main(dry) == 0
     told = capsys.readouterr().out
-    assert "stories 0.5%, lessons 99.5%" in told and "about 1,500,000 tokens" in told and " tuning " in told
+    assert "stories 0.5%, lessons 99.5%" in told and "about 1,500,000 tokens" in told and " fine-tuning " in told
