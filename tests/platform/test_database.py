@@ -142,7 +142,8 @@ def test_a_retry_takes_the_settings_file_as_up_did(platform: Platform) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     refused = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
     assert (
-        refused.returncode == 2 and "Prefect wants a password: give PREFECT_AUTH, or the --env-file" in refused.stderr
+        refused.returncode == 2
+        and "Prefect requires a password: give the --store or --env-file of `up`, or set PREFECT_AUTH" in refused.stderr
     )
 
 

@@ -184,7 +184,7 @@ def test_services_that_are_off_are_told_with_what_does_not_happen(
         told = list(findings(idle_server, made, [], tmp_path / "none.log"))
     assert [good for good, _ in told] == [False] * len(off)
     for name, (_, line) in zip(off, told, strict=True):
-        assert line.startswith(f"Prefect's {name} is switched off, so {RELIED[name][0]}: take PREFECT_SERVER_SERVICES_")
+        assert line.startswith(f"Prefect's {name} is switched off, so {RELIED[name][0]}: remove PREFECT_SERVER_")
     monkeypatch.setattr(server_services, "PROBE_SECONDS", 3)
     with probe(idle_server) as made:
         assert made.failures() == ["scheduler", "late_runs", "triggers"]

@@ -281,7 +281,7 @@ def test_a_locked_database_is_noticed(platform: Platform, monkeypatch: pytest.Mo
 def test_up_with_other_settings_asks_for_down_first(platform: Platform) -> None:
     done = platform.command("up", environment={"PREFECT_AUTH": "admin:another"})
     assert done.returncode == 2
-    assert "prefect-server runs with other settings: `vectorclm down`" in done.stderr
+    assert "prefect-server runs with other settings: run `vectorclm down`" in done.stderr
 
 
 def test_up_is_told_when_a_port_is_taken(platform: Platform, tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp
         told[::2],
         (
             "no run 'nowhere': give the id or the name",
-            "run 'by-run' is none of the platform's, but of `vectorclm run`: start it by that again",
-            "Prefect has no deployment curriculum/curriculum: make it with `vectorclm up`",
+            "run 'by-run' was started by `vectorclm run`, not by the platform: start it that way again",
+            "Prefect has no deployment curriculum/curriculum: create it with `vectorclm up`",
             "Prefect refuses the run: ",
         ),
         strict=True,

@@ -94,7 +94,7 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: P
         Webhook(url=inbox.url).save("team")
     done = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
     assert done.returncode == 0 and f"automation created: {TOLD}" in done.stdout
-    assert "a fallen score is told by the block webhook/team" in done.stdout
+    assert "the block webhook/team is notified when a score falls" in done.stdout
     again = platform.client.read_deployment_by_name("evaluate/evaluate").schedules
     assert {schedule.slug: schedule.active for schedule in again} == {"nightly-chat": False, "weekly-base": True}
 
@@ -176,7 +176,7 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
         CustomWebhookNotificationBlock(name="team", url=inbox.url, json_data=texts).save("words")
     assert _notification(platform.client, "secret/words", told.append) is not None  # no such block: nothing changes
     assert _notification(platform.client, "custom-webhook/words", told.append) is None
-    assert told == [f"automation mended: {TOLD}"]
+    assert told == [f"automation repaired: {TOLD}"]
     inbox.messages.clear()
     payload = {"title": "this scores worse", "text": "this scores worse\nacc.world: 0.9 -> 0.4"}
     event = Event(
@@ -331,7 +331,7 @@ def test_the_dead_are_found_and_start_again_twice_at_most(platform: Platform, mo
     run_id, unwanted = running(platform), running(platform)
     platform.client.set_flow_run_state(unwanted, Cancelling())
     assert becomes(run_id, "Crashed").message == "No heartbeat for 10 seconds: its worker or machine is gone."
-    assert becomes(unwanted, "Cancelled").message == "Nothing of it was left to end."
+    assert becomes(unwanted, "Cancelled").message == "No process of it was left."
     again = becomes(run_id, "Rescued")
     assert again.is_scheduled() and again.message == "It crashed, and starts again: finished stages are reused."
     for _ in range(MAX_RESCUES):  # as if its process had been killed each time
