@@ -311,8 +311,8 @@ def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, options: Ru
     from flows.reports.cost_estimate import budget, known_windows, show
 
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
-    made = plans(pinned)
-    costs = budget(pinned, made, known_windows(store, made["shards"]))
+    specs = plans(pinned)
+    costs = budget(pinned, specs, known_windows(store, specs["shards"]))
     if options.json:
         print(json.dumps(costs))
         return

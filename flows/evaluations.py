@@ -99,9 +99,9 @@ def _measured(spec: StageSpec, model: Model, arguments: Sequence[str], store: St
         with Launcher(local_folder(store) / "locks") as launcher, live(MEASURE, log):
             launcher.take_turn(show_waiting)
             launcher.run(command, log)
-        if (made := store.find(spec.stage, spec.fingerprint)) is None:
+        if (artifact := store.find(spec.stage, spec.fingerprint)) is None:
             raise StoreError(f"measured, but {store.uri_of(spec.stage)} lacks {spec.fingerprint}")
-        return Completed(message=f"measured: {made.uri}")
+        return Completed(message=f"measured: {artifact.uri}")
 
     task: Task[[], Any] = Task(
         measure,

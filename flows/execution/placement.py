@@ -75,7 +75,7 @@ def _is_lost(state: State[Any]) -> bool:
 
 
 def _wait(client: SyncPrefectClient, run: FlowRun, stage: str, closed: Event, log: Callable[[str], None]) -> None:
-    said = ""
+    shown = ""
     while True:
         if closed.wait(POLL_SECONDS):
             _cancel(client, run.id)
@@ -86,9 +86,9 @@ def _wait(client: SyncPrefectClient, run: FlowRun, stage: str, closed: Event, lo
             continue  # a server that is away comes back; the stage does not need it
         if state is None:
             continue
-        if state.name != said:
-            said = state.name or ""
-            log(f"{stage}: {said}")
+        if state.name != shown:
+            shown = state.name or ""
+            log(f"{stage}: {shown}")
         match state.type:
             case StateType.COMPLETED:
                 return

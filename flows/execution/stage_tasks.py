@@ -255,10 +255,10 @@ class Stages:
 
     def _made(self, name: str) -> Artifact:
         spec = self.plans[name]
-        if (made := self.store.find(spec.stage, spec.fingerprint)) is None:
+        if (artifact := self.store.find(spec.stage, spec.fingerprint)) is None:
             place = self.store.uri_of(spec.stage)
             raise StoreError(f"{name} ended without an error, but {place} lacks {spec.fingerprint}")
-        return made
+        return artifact
 
 
 def default_workers() -> int:

@@ -50,8 +50,8 @@ def _unprivileged() -> list[str]:
 def _make_cluster(programs: Path, data: Path, password: str) -> None:
     """Create the cluster atomically. Raises ServiceError where Postgres is missing or cannot reach `data`."""
     if not (programs / "postgres").exists():
-        made = data.exists() and (data / "PG_VERSION").exists()
-        package = f"postgresql-{programs.parent.name}" if made else "postgresql"
+        exists = data.exists() and (data / "PG_VERSION").exists()
+        package = f"postgresql-{programs.parent.name}" if exists else "postgresql"
         raise ServiceError(f"Postgres is not installed: apt-get install --no-install-recommends {package}")
     target, part = data, data.with_name(f"{data.name}.part")
     if not target.exists():

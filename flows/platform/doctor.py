@@ -105,13 +105,13 @@ def _password(config: PlatformConfig, *, shown: bool) -> str:
     return f"{config.prefect_password}  (Prefect's page asks once for all of it; it is kept in {place})"
 
 
-def _provision(config: PlatformConfig, tell: Callable[[str], None]) -> str | None:
+def _provision(config: PlatformConfig, report: Callable[[str], None]) -> str | None:
     from prefect.client.orchestration import get_client
 
     from flows.platform.provision import provision
 
     with get_client(sync_client=True) as client:
-        return provision(client, tell, config.vectorclm_notify)
+        return provision(client, report, config.vectorclm_notify)
 
 
 def _deployment_id(config: PlatformConfig) -> str:

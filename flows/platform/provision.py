@@ -33,28 +33,28 @@ RESCUE_SECONDS = 20  # a worker reports a crash twice, seconds apart, and the se
 RUNS = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
 ENDED = ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed")
 
-TOLD = "vectorclm: a score fell by more than its noise"
-NOBODY = "none"
+FALLEN_SCORE = "vectorclm: a score fell by more than its noise"
+NO_BLOCK = "none"
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class ProvisionError(VectorCLMError):
     """Prefect rejected a part of the provisioning."""
 
 
-def provision(client: SyncPrefectClient, tell: Tell, notify: str) -> str | None:
-    """Create what is missing and repair what differs; `tell` is called with a line for each change.
+def provision(client: SyncPrefectClient, report: Report, notify: str) -> str | None:
+    """Create what is missing and repair what differs; `report` is called with a line for each change.
 
     `notify` is the block that is notified when a score falls, as `type/name`, or `none`. Returns a message if the block
     is missing or unsuitable: at the first start there cannot be one yet. Raises ProvisionError.
     """
     for pool in POOLS:
-        _pool(client, pool, tell)
+        _pool(client, pool, report)
     for automation in automations():
-        _automation(client, automation, tell)
-    _deploy(client, tell)
-    return _notification(client, notify, tell)
+        _automation(client, automation, report)
+    _deploy(client, report)
+    return _notification(client, notify, report)
 
 
 def automations() -> list[AutomationCore]:
@@ -133,12 +133,12 @@ def _silence(after: str, seconds: int, related: ResourceSpecification | None = N
     )
 
 
-def _notification(client: SyncPrefectClient, notify: str, tell: Tell) -> str | None:
+def _notification(client: SyncPrefectClient, notify: str, report: Report) -> str | None:
     """Create the automation that notifies the operator's block of a fallen score; returns a message if it cannot."""
-    if notify == NOBODY:
-        for extra in client.read_automations_by_name(TOLD):
+    if notify == NO_BLOCK:
+        for extra in client.read_automations_by_name(FALLEN_SCORE):
             client.delete_automation(extra.id)
-            tell(f"automation removed, as VECTORCLM_NOTIFY names no block: {TOLD}")
+            report(f"automation removed, as VECTORCLM_NOTIFY names no block: {FALLEN_SCORE}")
         return None
     kind, _, name = notify.partition("/")
     try:
@@ -167,11 +167,11 @@ def _notification(client: SyncPrefectClient, notify: str, tell: Tell) -> str | N
         within=timedelta(0),
     )
     about = f"Compared with the result before, beyond the noise. Sent to the block {notify}."
-    _automation(client, AutomationCore(name=TOLD, description=about, trigger=trigger, actions=[action]), tell)
+    _automation(client, AutomationCore(name=FALLEN_SCORE, description=about, trigger=trigger, actions=[action]), report)
     return None
 
 
-def _pool(client: SyncPrefectClient, name: str, tell: Tell) -> None:
+def _pool(client: SyncPrefectClient, name: str, report: Report) -> None:
     template = json.loads(POOL_FILE.read_text(encoding="utf-8"))
     try:
         found = client.read_work_pool(name)
@@ -185,7 +185,7 @@ def _pool(client: SyncPrefectClient, name: str, tell: Tell) -> None:
                 base_job_template=template,
             )
         )
-        tell(f"work pool {name} created")
+        report(f"work pool {name} created")
         return
     if found.type != "process":
         return  # it was created for a cluster, with its own template and workers
@@ -200,21 +200,21 @@ def _pool(client: SyncPrefectClient, name: str, tell: Tell) -> None:
         limit = found.concurrency_limit or None
         wanted = WorkPoolUpdate(is_paused=False, concurrency_limit=limit, base_job_template=template)
         client.update_work_pool(name, wanted)
-        tell(f"work pool {name} {', '.join(changes)}")
+        report(f"work pool {name} {', '.join(changes)}")
 
 
-def _automation(client: SyncPrefectClient, wanted: AutomationCore, tell: Tell) -> None:
+def _automation(client: SyncPrefectClient, wanted: AutomationCore, report: Report) -> None:
     found = client.read_automations_by_name(wanted.name)
     for extra in found[1:]:
         client.delete_automation(extra.id)
     if not found:
         client.create_automation(wanted)
-        tell(f"automation created: {wanted.name}")
+        report(f"automation created: {wanted.name}")
         return
     current = AutomationCore.model_validate(found[0].model_dump(include=set(AutomationCore.model_fields)))
     if _essence(current) != _essence(wanted):
         client.update_automation(found[0].id, wanted)
-        tell(f"automation repaired: {wanted.name}")
+        report(f"automation repaired: {wanted.name}")
 
 
 def _essence(automation: AutomationCore) -> object:
@@ -222,7 +222,7 @@ def _essence(automation: AutomationCore) -> object:
     return automation.model_dump(include={"enabled", "trigger", "actions"})
 
 
-def _deploy(client: SyncPrefectClient, tell: Tell) -> None:
+def _deploy(client: SyncPrefectClient, report: Report) -> None:
     """Deploy `prefect.yaml` with Prefect's own command. Raises ProvisionError with the end of its output.
 
     A schedule that was switched on or off in the UI keeps its state.
@@ -240,9 +240,9 @@ def _deploy(client: SyncPrefectClient, tell: Tell) -> None:
             switch = before.get(deployment.id, {}).get(schedule.slug)
             if switch is not None and switch != schedule.active:
                 client.update_deployment_schedule(deployment.id, schedule.id, active=switch)
-    made = [deployment for deployment in deployments if deployment.id not in before]
-    if made:
-        tell(f"{len(made)} deployments created: {', '.join(sorted(deployment.name for deployment in made))}")
+    created = [deployment for deployment in deployments if deployment.id not in before]
+    if created:
+        report(f"{len(created)} deployments created: {', '.join(sorted(deployment.name for deployment in created))}")
 
 
 def _switches(deployment: DeploymentResponse) -> dict[str | None, bool]:

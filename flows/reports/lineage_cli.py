@@ -57,9 +57,9 @@ def show(found: Lineage, record: "Record | None", console: Console) -> None:
     if found.copy is not None or found.folder is not None:
         copy = found.folder or (found.copy and found.copy.uri)
         console.print(f"{copy} is a copy of", highlight=False, markup=False, soft_wrap=True)
-    told: set[str] = set()
+    printed: set[str] = set()
     tree = Tree(_line(found.root, record), guide_style="dim")
-    _grow(tree, found.root, record, told)
+    _grow(tree, found.root, record, printed)
     for item in found.scores:
         suite = item.manifest["config"].get("suite", "its own suite")
         figures = "  ".join(f"{key} {value:.4f}" for key, value in score_facts(item).items())
@@ -68,16 +68,16 @@ def show(found: Lineage, record: "Record | None", console: Console) -> None:
     console.print(tree, highlight=False)
 
 
-def _grow(tree: Tree, node: Node, record: "Record | None", told: set[str]) -> None:
-    told.add(node.fingerprint)
+def _grow(tree: Tree, node: Node, record: "Record | None", printed: set[str]) -> None:
+    printed.add(node.fingerprint)
     for source in node.sources:
         where = f" ({source.path})" if source.path else ""
         tree.add(f"source [bold]{escape(source.label)}[/]{escape(where)} at {escape(source.revision)}")
     for part in sorted(node.inputs, key=lambda part: len(part.inputs)):
-        if part.fingerprint in told:
+        if part.fingerprint in printed:
             tree.add(f"{part.title} [cyan]{part.fingerprint[:SHORT]}[/] [dim](above)[/]")
         else:
-            _grow(tree.add(_line(part, record)), part, record, told)
+            _grow(tree.add(_line(part, record)), part, record, printed)
 
 
 def _line(node: Node, record: "Record | None") -> str:

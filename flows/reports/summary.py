@@ -114,16 +114,16 @@ class Summary:
     def _training(self) -> RenderableType:
         table = _table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
         for stage in ("pretrain", "finetune"):
-            made = self._of(stage).summary
-            held_out = fmean(item["loss"] for item in made["validation"].values())
+            summary = self._of(stage).summary
+            held_out = fmean(item["loss"] for item in summary["validation"].values())
             table.add_row(
                 stage,
-                f"{made['steps']:,}",
-                f"{made['tokens']:,}",
-                f"{made['first_loss']:.3f}",
-                f"[bold]{made['last_loss']:.3f}[/]",
+                f"{summary['steps']:,}",
+                f"{summary['tokens']:,}",
+                f"{summary['first_loss']:.3f}",
+                f"[bold]{summary['last_loss']:.3f}[/]",
                 f"{held_out:.3f}",
-                f"{made['tokens_per_second']:,.0f}",
+                f"{summary['tokens_per_second']:,.0f}",
             )
         return table
 

@@ -35,12 +35,12 @@ class Catalog:
             )
             if known:
                 self.model_ids[spec.fingerprint] = known[0].model_id
-            elif (made := artifact or self.store.look_up(spec.stage, spec.fingerprint)) is not None:
+            elif (built := artifact or self.store.look_up(spec.stage, spec.fingerprint)) is not None:
                 model = mlflow.create_external_model(
                     MODELS[name],
                     source_run_id=self.session.run_of(name),
-                    tags={"fingerprint": spec.fingerprint, "uri": made.uri, "stage": name},
-                    params=flatten({"config": spec.config, "summary": made.summary}),
+                    tags={"fingerprint": spec.fingerprint, "uri": built.uri, "stage": name},
+                    params=flatten({"config": spec.config, "summary": built.summary}),
                     model_type="tokenizer" if name == "tokenizer" else "llama",
                     experiment_id=self.session.experiment_id,
                 )
@@ -50,16 +50,16 @@ class Catalog:
     def dataset(self, name: str) -> Dataset | None:
         """The artifact of a data stage as an MLflow data set, with its columns and summary; None if it is missing."""
         spec = self.plans[name]
-        made = self.store.look_up(spec.stage, spec.fingerprint)
-        if made is None:
+        built = self.store.look_up(spec.stage, spec.fingerprint)
+        if built is None:
             return None
         return Dataset(
             f"{self.session.experiment.name} {name}",
             spec.fingerprint[:DIGEST_LENGTH],
             "local" if self.store.is_local else self.store.uri.partition(":")[0],
-            json.dumps({"uri": made.uri, "sha256": made.identity}),
+            json.dumps({"uri": built.uri, "sha256": built.identity}),
             schema=json.dumps({"mlflow_colspec": [{"name": key, "type": kind} for key, kind in COLUMNS[name].items()]}),
-            profile=json.dumps(made.summary)[:PROFILE_LENGTH],
+            profile=json.dumps(built.summary)[:PROFILE_LENGTH],
         )
 
     def log_inputs(self, name: str) -> None:

@@ -167,8 +167,8 @@ class Registry:
         with self.asked():
             query = f"tags.fingerprint = '{match['fingerprint']}'"
             found = self.client.search_model_versions(query, max_results=1)
-            told = f"tags.fingerprint = '{artifact.fingerprint}' and attributes.status = 'FINISHED'"
-            runs = self.client.search_runs([self._experiment_id()], told) if found else []
+            recorded = f"tags.fingerprint = '{artifact.fingerprint}' and attributes.status = 'FINISHED'"
+            runs = self.client.search_runs([self._experiment_id()], recorded) if found else []
         if not found or any(run.data.tags.get("model") == address[:VALUE_LENGTH] for run in runs):
             return None
         subject = Subject(found[0].name, f"{found[0].name} {found[0].version}", address, _logged_model(found[0]))

@@ -34,7 +34,7 @@ from flows.execution.launch import StageFailedError
 from flows.form import Changes, chosen
 from flows.handle import FELL, MAX_RESCUES
 from flows.platform import provision
-from flows.platform.provision import PREFECT_FILE, TOLD, _notification
+from flows.platform.provision import FALLEN_SCORE, PREFECT_FILE, _notification
 from flows.tracking.registry import EVALUATIONS
 from tests.conftest import chromium
 from tests.services.browser import says
@@ -93,7 +93,7 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: P
     with platform.addressed():
         Webhook(url=inbox.url).save("team")
     done = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
-    assert done.returncode == 0 and f"automation created: {TOLD}" in done.stdout
+    assert done.returncode == 0 and f"automation created: {FALLEN_SCORE}" in done.stdout
     assert "the block webhook/team is notified when a score falls" in done.stdout
     again = platform.client.read_deployment_by_name("evaluate/evaluate").schedules
     assert {schedule.slug: schedule.active for schedule in again} == {"nightly-chat": False, "weekly-base": True}
@@ -176,7 +176,7 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
         CustomWebhookNotificationBlock(name="team", url=inbox.url, json_data=texts).save("words")
     assert _notification(platform.client, "secret/words", told.append) is not None  # no such block: nothing changes
     assert _notification(platform.client, "custom-webhook/words", told.append) is None
-    assert told == [f"automation repaired: {TOLD}"]
+    assert told == [f"automation repaired: {FALLEN_SCORE}"]
     inbox.messages.clear()
     payload = {"title": "this scores worse", "text": "this scores worse\nacc.world: 0.9 -> 0.4"}
     event = Event(
