@@ -59,6 +59,7 @@ SMALL = {
     "evaluate": {"chat_prompts": 3},
     "settings": {"evaluate.tasks.0.limit": 8},  # of its own evaluation; the suite is that of the file
 }
+QUICK = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}  # of a scheduled evaluation
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +194,7 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
 def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platform) -> None:
     """Two runs that the scheduler made, on the interval of the schedule, each an evaluation that ends well."""
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-    values = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}
-    schedule = {"active": True, "slug": "by-request", "schedule": {"interval": 10}, "parameters": values}
+    schedule = {"active": True, "slug": "by-request", "schedule": {"interval": 10}, "parameters": QUICK}
     with schedule_ends(platform, "by-request"):
         made = platform.client.request(
             "POST", "/deployments/{id}/schedules", path_params={"id": deployment.id}, json=[schedule]
@@ -202,7 +202,7 @@ def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platfor
         assert made.status_code == 201
         until(lambda: len(scheduled(platform, "by-request")) >= 2, "two runs of the schedule end")
         runs = scheduled(platform, "by-request")
-    assert all(run.auto_scheduled and run.parameters == values for run in runs)
+    assert all(run.auto_scheduled and run.parameters == QUICK for run in runs)
     starts = sorted(run.expected_start_time.timestamp() for run in runs if run.expected_start_time is not None)
     assert all(round(later - earlier) % 10 == 0 for earlier, later in pairwise(starts))
 
@@ -216,10 +216,17 @@ def window() -> Iterator[WebDriver]:
 
 def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebDriver) -> None:
     """A person adds a schedule to the deployment; the page says so, and two runs of it end well."""
-    with schedule_ends(platform, "by-page"):
-        set_schedule(platform, window, "by-page")
-        until(lambda: says(window, "by-page"), "the page shows the schedule", 60)
-        until(lambda: len(scheduled(platform, "by-page")) >= 2, "two runs of the schedule end")
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    place = {"id": deployment.id}
+    platform.client.request("PATCH", "/deployments/{id}", path_params=place, json={"parameters": QUICK})
+    try:
+        with schedule_ends(platform, "by-page"):
+            set_schedule(platform, window, "by-page")
+            until(lambda: says(window, "by-page"), "the page shows the schedule", 60)
+            until(lambda: len(scheduled(platform, "by-page")) >= 2, "two runs of the schedule end")
+    finally:
+        before = {"parameters": deployment.parameters}
+        platform.client.request("PATCH", "/deployments/{id}", path_params=place, json=before)
 
 
 def listening(platform: Platform) -> dict[str, set[str]]:

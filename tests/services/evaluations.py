@@ -58,8 +58,7 @@ def scheduled(platform: Platform, slug: str) -> list[FlowRun]:
     """The runs of the deployment that the scheduler made for a schedule and that ended well."""
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
     (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
-    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["COMPLETED"]}}}
-    runs = platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
+    runs = _runs(platform, "COMPLETED")
     assert all(run.created_by is not None for run in runs if run.auto_scheduled)
     return [run for run in runs if run.created_by is not None and run.created_by.id == mine]
 
@@ -71,12 +70,19 @@ def schedule_ends(platform: Platform, slug: str) -> Iterator[None]:
         yield
     finally:
         deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-        for schedule in deployment.schedules:
-            if schedule.slug == slug:
-                platform.client.delete_deployment_schedule(deployment.id, schedule.id)
-        running = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["PENDING", "RUNNING"]}}}
-        of_it = FlowRunFilter.model_validate(running)
-        until(lambda: not platform.client.read_flow_runs(flow_run_filter=of_it), "its last run ends")
+        (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
+        platform.client.delete_deployment_schedule(deployment.id, mine)
+        for run in _runs(platform, "SCHEDULED"):  # those that are late stay when a schedule goes
+            if run.created_by is not None and run.created_by.id == mine:
+                platform.client.delete_flow_run(run.id)
+        until(lambda: not _runs(platform, "PENDING", "RUNNING"), "its last run ends")
+
+
+def _runs(platform: Platform, *states: str) -> list[FlowRun]:
+    """The runs of the deployment `evaluate` in these states."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": list(states)}}}
+    return platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
 
 
 def set_schedule(platform: Platform, window: WebDriver, slug: str) -> None:
