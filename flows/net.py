@@ -1,7 +1,8 @@
-"""Addresses of servers: check whether one answers, bypass proxies, hide passwords."""
+"""Addresses of servers: check whether one answers, find a free port, bypass proxies, hide passwords."""
 
 import os
 import re
+import socket
 import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPException
@@ -43,6 +44,13 @@ def answers(url: str) -> bool:
             return bool(response.status == 200)
     except (OSError, HTTPException, ValueError):  # or the answer is not HTTP, or `url` is not an address
         return False
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that no program listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def neutral(environment: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from flows.net import answers, free_port
 from vectorclm.bench.table import Row, bounded, compared
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.dataset import Batch
@@ -115,12 +115,8 @@ def tracking(rounds: int, data: Path | None) -> Iterator[Row]:
 @contextmanager
 def _server(folder: Path) -> Iterator[str]:
     """Run an MLflow server with a database of its own while the block runs."""
-    from flows.net import answers
-
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]

@@ -5,7 +5,6 @@ signal when its parent dies.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import psutil
 from filelock import FileLock
 
 from flows.execution.launch import dying_with_parent
-from flows.net import HEARTBEAT_SECONDS, QUIET, answers, has_own_server, past_proxies
+from flows.net import HEARTBEAT_SECONDS, QUIET, answers, free_port, has_own_server, past_proxies
 from flows.platform import password
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.inference.guard import ALLOWED
@@ -54,7 +53,7 @@ class PrivateServer:
         for name in [name for name in os.environ if name.startswith("PREFECT_")]:
             if not name.startswith("PREFECT_LOGGING_"):
                 del os.environ[name]
-        port, auth = _free_port(), password.make()
+        port, auth = free_port(), password.make()
         self.url = f"http://127.0.0.1:{port}/api"
         os.environ |= {**QUIET, **past_proxies(), "PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
         os.environ["PREFECT_API_AUTH_STRING"] = auth
@@ -147,9 +146,3 @@ def _check_password(url: str) -> None:
                     f"Prefect at {url} requires a password: give the --store of its platform, or set "
                     "PREFECT_API_AUTH_STRING=user:password"
                 ) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -18,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from prefect.exceptions import PrefectHTTPStatusError
 
+from flows.net import free_port
 from flows.platform.database import INSTALLED
 from flows.platform.objectstore import PACKAGES
 from flows.tracking.recorded_lineage import registered_names
@@ -25,7 +26,7 @@ from flows.tracking.registry import Registry
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
-from tests.services.platform import Platform, free_port, platform_at
+from tests.services.platform import Platform, platform_at
 from vectorclm.lineage.chain import lineage
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import STAGES

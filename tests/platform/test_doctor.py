@@ -19,10 +19,11 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Running, Scheduled
 
+from flows.net import free_port
 from flows.platform import server_services
 from flows.platform.process import listens
 from flows.platform.server_services import PROBE, RELIED, failing_loops, findings, loop_errors, probe, switched_off
-from tests.services.platform import WAIT, Platform, clean, free_port, platform_at, until
+from tests.services.platform import WAIT, Platform, clean, platform_at, until
 
 
 @pytest.fixture(scope="module")

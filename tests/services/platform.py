@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from flows.net import free_port
 from flows.platform.config import PlatformConfig, read_platform
 from flows.platform.server_services import loop_errors
 
@@ -93,12 +93,6 @@ class Platform:
         for task in sorted(runs, key=lambda run: run.created or run.expected_start_time):
             found.setdefault(task.name, []).append(task.state_name or "")
         return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
