@@ -1,7 +1,8 @@
 """`vectorclm bench tracking`: the overhead of MLflow logging in a training step, with the server up and down.
 
 One training of `small` runs continuously, and the logging changes every few steps: none, a process that logs to a
-server, a process whose server was stopped after its start. Each process sleeps while another has its turn. Measured are
+server, a process whose server was stopped after its start. Each process sleeps while another has its turn. The
+measurements are
 
 - the time of a step against a step without logging; this includes the noise of the machine, which exceeds the bound
   if other programs run;
