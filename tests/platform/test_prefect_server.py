@@ -85,7 +85,7 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp
         told[::2],
         (
             "no run 'nowhere': give the id or the name",
-            "run 'by-run' was started by `vectorclm run`, not by the platform: start it that way again",
+            "run 'by-run' was started by `vectorclm run`, not by the platform: start it again with `vectorclm run`",
             "Prefect has no deployment curriculum/curriculum: create it with `vectorclm up`",
             "Prefect refuses the run: ",
         ),
