@@ -1,4 +1,4 @@
-"""What has to be there before a worker starts: the bucket, and Prefect's pools, automations and deployments."""
+"""Create what a worker needs before it starts: the bucket, and Prefect's pools, automations and deployments."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The `vectorclm` command: a whole experiment, or one of the core's own commands.
+"""The command line `vectorclm`: run an experiment, operate the platform, or use a model.
 
-Prefect and MLflow take seconds to import, so only a command that needs them does.
+Prefect and MLflow take seconds to import, so only the commands that need them import them.
 """
 
 import gc
@@ -43,10 +43,10 @@ from vectorclm.store.commands import store_app
 from vectorclm.store.layout import STAGES, StageName
 
 PROGRESS = {"vectorclm.runtime.progress": logging.INFO}
-TOLD = {
+LOG_LEVELS = {
     "flows": logging.INFO,
     "vectorclm": logging.WARNING,
-}  # what a person sees of the log without --verbose
+}  # shown without --verbose
 
 
 app = new_app("vectorclm", "From raw text to an evaluated, instruction-tuned language model.")
@@ -62,15 +62,15 @@ app.register_install_completion_command()
 @Parameter(name="*")
 @dataclass(frozen=True)
 class PlatformOptions:
-    """Which platform is meant."""
+    """The options that name a platform."""
 
-    store: Annotated[str | None, Parameter(help="Where artifacts are kept [default: ./store]")] = None
-    env_file: Annotated[Path | None, Parameter(help="Settings, as in docker/platform.env.example")] = None
+    store: Annotated[str | None, Parameter(help="The store of the artifacts [default: ./store]")] = None
+    env_file: Annotated[Path | None, Parameter(help="A file of settings, as docker/platform.env.example")] = None
     prefect_port: Annotated[int | None, Parameter(help="Port of Prefect's server [default: 4200]")] = None
     mlflow_port: Annotated[int | None, Parameter(help="Port of MLflow's server [default: 5000]")] = None
 
     def config(self) -> Any:
-        """The platform's settings: these options over the environment over the file."""
+        """Read the platform's settings; options override the environment, which overrides the file."""
         from flows.platform.config import read_platform
 
         ports = {"prefect_port": self.prefect_port, "mlflow_port": self.mlflow_port}
@@ -80,7 +80,7 @@ class PlatformOptions:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class RunOptions:
-    """How a curriculum is run and reported."""
+    """How `vectorclm run` runs a curriculum and prints its results."""
 
     place: Place = Place()
     settings: Setting = ()
@@ -127,7 +127,7 @@ def down(*, platform: PlatformOptions = PlatformOptions()) -> None:
 
 @app.command(help_epilogue="Example: vectorclm doctor")
 def doctor(*, platform: PlatformOptions = PlatformOptions()) -> int:
-    """Look at every part of the platform, and repair what can be repaired; exit code 1 where something is left."""
+    """Check every part of the platform and repair it where possible; exit code 1 if a problem is left."""
     from flows.platform import doctor as parts
 
     config, console = platform.config(), Console()
@@ -142,11 +142,11 @@ def retry(
     *,
     platform: PlatformOptions = PlatformOptions(),
     again_from: Annotated[
-        StageName | None, Parameter(name="--from", help="Build this stage and what follows again, and compare")
+        StageName | None, Parameter(name="--from", help="Rebuild this stage and those that follow, and compare them")
     ] = None,
     settings: Setting = (),
 ) -> None:
-    """Run a curriculum once more with other settings, or build finished stages again and compare."""
+    """Run a curriculum again with other settings, or rebuild finished stages and compare them."""
     from flows.platform.doctor import point_at
 
     config = platform.config()
@@ -167,11 +167,11 @@ def promote(
         tuple[str, ...],
         Parameter(
             show_default=False,
-            help="A score that must be better, such as hellaswag or bits_per_byte.stories; may be repeated",
+            help="A score that must improve, such as hellaswag or bits_per_byte.stories; may be repeated",
         ),
     ] = (),
 ) -> int:
-    """Make a registered model the champion, where it beats the present one by more than the noise."""
+    """Make a registered model the champion if it beats the present champion by more than the noise."""
     from flows.tracking.promotion import promote as move_alias
 
     return move_alias(model, list(task), Store(store), Console())
@@ -183,47 +183,47 @@ def show_lineage(
     /,
     *,
     store: StoreUri = LOCAL_STORE,
-    verify: Annotated[bool, Parameter(help="Read every byte again; exit code 1 where one differs")] = False,
-    diff: Annotated[str | None, Parameter(help="Print what changed from this model, setting by setting")] = None,
+    verify: Annotated[bool, Parameter(help="Hash every file again; exit code 1 if one differs")] = False,
+    diff: Annotated[str | None, Parameter(help="Print the differences from this model, setting by setting")] = None,
     json: Json = False,
 ) -> int:
-    """Print where a model comes from, back to the sources."""
+    """Print the lineage of a model, back to its sources."""
     return lineage_cli.print_lineage(model, Store(store), verify=verify, diff=diff, as_json=json)
 
 
 @app.command(name="report", help_epilogue="Example: vectorclm report MODEL --out report.html")
 def show_report(
-    model: Annotated[str, Parameter(help="As `vectorclm lineage` takes it")],
+    model: Annotated[str, Parameter(help="An address as `vectorclm lineage` takes it")],
     /,
     *,
     store: StoreUri = LOCAL_STORE,
     against: Annotated[str | None, Parameter(help="A model to compare with, such as the champion")] = None,
     out: Annotated[Path, Parameter(help="The file to write")] = Path("report.html"),
 ) -> None:
-    """Write a model's curriculum on one HTML page: curves, scores, samples, data, lineage, costs."""
+    """Write the report of a model as one HTML page: curves, scores, samples, data, lineage, costs."""
     report.write_report(model, Store(store), against, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; its exit codes are those of `vectorclm.command_line`."""
-    gc.freeze()  # what is imported stays, so no collection of garbage need look at it
+    """Run the command line and return its exit code (see `vectorclm.command_line`)."""
+    gc.freeze()  # imported modules stay, so the garbage collector need not scan them
     arguments = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, so that children and servers end
     try:
         if arguments and arguments[0] in STAGES and arguments[0] not in ("evaluate", "export"):
-            raise ConfigError(f"stages are below `vectorclm stage` now: vectorclm stage {' '.join(arguments)}")
+            raise ConfigError(f"stages are commands of `vectorclm stage`: run vectorclm stage {' '.join(arguments)}")
         command, bound = parse(app, arguments)
     except VectorCLMError as error:
         explain(error)
         return 2
     code = run(lambda: _called(command, bound))
     if code == 130 and command is run_experiment:
-        print("stopped: what is finished is kept, and the same command goes on from here", file=sys.stderr)
+        print("stopped: finished work is kept, and the same command continues from here", file=sys.stderr)
     return code
 
 
 def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:
-    """Call a command; one about models with the folder of a registered model in place of its name."""
+    """Call a command; for commands about models, replace the name of a registered model by its folder."""
     if command not in MODEL_COMMANDS:
         return command(*bound.args, **bound.kwargs)
     store = _store_of(bound)
@@ -253,7 +253,7 @@ def _takes_model(bound: BoundArguments) -> bool:
 
 
 def _registered(address: str, store: str) -> str:
-    """Where the files of a registered model are; any other address as it stands."""
+    """The address of the files of a registered model; any other address unchanged."""
     if not address.startswith("models:/"):
         return address
     from flows.tracking.registry import Registry
@@ -262,7 +262,7 @@ def _registered(address: str, store: str) -> str:
 
 
 def _record(address: str, scores: Artifact, store: Store) -> None:
-    """Tell MLflow, where there is one, what a model scored that it knows."""
+    """Record the scores of a registered model in MLflow, if there is an MLflow."""
     if not lookup.has_record(store):
         return
     from flows.tracking.registry import Registry, RegistryError
@@ -291,7 +291,7 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
         )
     store.check_writable()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if options.verbose else "CRITICAL")
-    with interruptible(), prefect_server(local_folder(store) / ".prefect") as server:  # which starts up meanwhile
+    with interruptible(), prefect_server(local_folder(store) / ".prefect") as server:  # starts while sources are pinned
         experiment, notes = pin(experiment, path, place.data, resolve=True)
         check_sources(experiment, place.data, hub=True)
         console = Console(stderr=True)
@@ -311,8 +311,8 @@ def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, options: Ru
     from flows.reports.cost_estimate import budget, known_windows, show
 
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
-    made = plans(pinned)
-    costs = budget(pinned, made, known_windows(store, made["shards"]))
+    specs = plans(pinned)
+    costs = budget(pinned, specs, known_windows(store, specs["shards"]))
     if options.json:
         print(json.dumps(costs))
         return
@@ -329,16 +329,16 @@ def _curriculum(
     console: Console,
     server: PrivateServer | None,
 ) -> dict[str, Any]:
-    """Run the flow against the user's Prefect server, or the private one, with progress on standard error."""
+    """Run the flow on the user's Prefect server or the private one, with progress on standard error."""
     from flows.curriculum import curriculum
 
     if server is not None:
         server.wait()
     with ExitStack() as stack:
-        stack.callback(flush_logs)  # before the server goes
+        stack.callback(flush_logs)  # before the server stops
         stack.enter_context(bars(console) if console.is_terminal else attached(ProgressLines(console), PROGRESS))
         if not options.verbose:
-            stack.enter_context(attached(LogLines(console), TOLD))
+            stack.enter_context(attached(LogLines(console), LOG_LEVELS))
         place = str(data.absolute()) if (data := options.place.data) is not None else None
         return curriculum(experiment, runtime, store.uri, place)
 

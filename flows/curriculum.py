@@ -1,4 +1,4 @@
-"""The whole mission: raw text becomes an evaluated, instruction-tuned model."""
+"""The curriculum as a Prefect flow: all stages of an experiment, from raw text to an evaluated chat model."""
 
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ from vectorclm.stages import TABLE
 def curriculum(
     experiment: ExperimentConfig, runtime: Runtime, store: str, data: str | None = None, again_from: str | None = None
 ) -> dict[str, Handle]:
-    """Make every artifact of a pinned experiment, or find it made: what each stage gave, by name.
+    """Build or reuse every artifact of a pinned experiment; returns the handle of each stage by name.
 
-    A stage starts when those named after it are done. Raises StageFailedError naming the first stage that
-    failed; what was finished stays, and the next run reuses it. The stage `again_from` and all that is made from it
-    are made again beside their artifacts, and must come out the same.
+    A stage starts when the stages of its inputs are done. The stage `again_from` and all stages that depend on it are
+    rebuilt beside their artifacts and compared with them. Raises StageFailedError naming the first stage that failed;
+    finished artifacts are kept, and the next run reuses them.
     """
     with Stages(experiment, runtime, store, Path(data) if data else None, again_from) as stage:
         submitted: dict[str, PrefectFuture[Any]] = {}
-        for row in TABLE:  # inputs come before what reads them
+        for row in TABLE:  # in topological order
             inputs = (*row.inputs, *row.optional_inputs(experiment))
             submitted[row.name] = stage(row.name, *(submitted[name] for name in inputs))
         return stage.handles()

@@ -1,4 +1,4 @@
-"""What the Prefect UI offers: the whole curriculum and each stage alone, both with a run form."""
+"""The Prefect deployments `curriculum` and `stage`, each with a run form."""
 
 import os
 import socket
@@ -37,9 +37,9 @@ def curriculum_run(
     runtime: Runtime = Runtime(),
     again_from: Again = "nothing",
 ) -> dict[str, Handle]:
-    """The whole mission: raw text becomes an evaluated, instruction-tuned model.
+    """Run a whole curriculum: from raw text to an evaluated, instruction-tuned model.
 
-    What is finished is reused, so Retry goes on where a run stopped, and a training from its last checkpoint.
+    Finished stages are reused, so Retry continues where a run stopped; a training continues from its last checkpoint.
 
     Args:
         experiment: tiny: a generated world, minutes on two cores. small: 8.6M parameters, an hour or two on a
@@ -47,7 +47,7 @@ def curriculum_run(
         changes: What to change of the experiment, in the order of the pipeline. An empty field changes nothing.
         data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
         runtime: How the machine runs it. Never part of a result's fingerprint.
-        again_from: Make this finished stage, and all that is made from it, once more, and compare every byte.
+        again_from: Rebuild this finished stage and all stages that depend on it, and compare every byte.
     """
     pinned, store = _prepared(experiment, changes, data, runtime)
     again = None if again_from == "nothing" else again_from
@@ -66,17 +66,17 @@ def stage_run(
     runtime: Runtime = Runtime(),
     again: bool = False,
 ) -> dict[str, Handle]:
-    """One stage of an experiment alone; a finished one is reused.
+    """Run one stage of an experiment alone; a finished stage is reused.
 
     Args:
         stage: The stages before it must be finished, for the same experiment and changes.
-        experiment: The experiment that it belongs to.
+        experiment: The experiment of the stage.
         changes: What to change of the experiment, in the order of the pipeline. An empty field changes nothing.
         data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
         runtime: How the machine runs it. Never part of a result's fingerprint.
-        again: Make it once more beside its finished artifact, and compare every byte.
+        again: Rebuild the stage beside its finished artifact, and compare every byte.
     """
-    runtime = runtime.model_copy(update={"placement": "inline"})  # this run is where the stage was placed
+    runtime = runtime.model_copy(update={"placement": "inline"})  # the stage is already placed: it runs here
     pinned, store = _prepared(experiment, changes, data, runtime)
     again_from = stage if again else None
     with watched(), Stages(pinned, runtime, store.uri, Path(data) if data else None, again_from) as stages:
@@ -85,7 +85,7 @@ def stage_run(
 
 
 def _prepared(name: str, changes: Changes, data: str, runtime: Runtime) -> tuple[ExperimentConfig, Store]:
-    """The pinned experiment and the store, both checked, or the error that says what to change."""
+    """Return the pinned experiment and the store, both checked. Raises a VectorCLMError that says what to change."""
     store = opened_store(runtime)
     experiment, path = chosen(name, changes)
     mirror = Path(data) if data else None
@@ -96,24 +96,27 @@ def _prepared(name: str, changes: Changes, data: str, runtime: Runtime) -> tuple
 
 
 def _warn_of_idle_gpus(runtime: Runtime) -> None:
-    """Say so where torch will run on this machine's CPU, though another one works for the pool `gpu`."""
+    """Log a warning if torch will run on this machine's CPU although another machine serves the pool `gpu`."""
     if runtime.placement == "pools" or runtime.device != "auto" or runtime.torch_device().type == "cuda":
         return
     with get_client(sync_client=True) as client:
         workers = [worker.name for worker in client.read_workers_for_work_pool("gpu") if worker.status == "ONLINE"]
     if others := [name for name in workers if not name.startswith(socket.gethostname())]:
         get_run_logger().warning(
-            "torch runs on this machine's CPU, as placement is inline; with placement pools it runs on %s",
+            "torch runs on this machine's CPU, because placement is inline; with placement pools it runs on %s",
             ", ".join(others),
         )
 
 
 def opened_store(runtime: Runtime) -> Store:
-    """The worker's store, writable, at the beginning of a run; or the error that says what to change."""
+    """Open the worker's store at the beginning of a run, and check that it is writable.
+
+    Raises ConfigError where the worker has no store, and StageFailedError after too many crashes of this run.
+    """
     _give_up_after_rescues()
     _end_lost_tasks()
     if not (uri := os.environ.get("VECTORCLM_STORE")):
-        raise ConfigError("this worker has no store: set VECTORCLM_STORE in its environment and start it again")
+        raise ConfigError("this worker has no store: set VECTORCLM_STORE in its environment and restart it")
     runtime.check()
     store = Store(uri)
     store.check_writable()
@@ -121,7 +124,7 @@ def opened_store(runtime: Runtime) -> Store:
 
 
 def pinned_here(experiment: ExperimentConfig, path: Path, mirror: Path | None, store: Store) -> ExperimentConfig:
-    """The experiment pinned, its lock file beside the store; what the mirror lacks is logged."""
+    """Pin the experiment's sources, with a lock file beside the store; log what the mirror lacks."""
     locks = local_folder(store) / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     pinned, notes = pin(experiment, locks / path.name, mirror, resolve=True)
@@ -131,9 +134,9 @@ def pinned_here(experiment: ExperimentConfig, path: Path, mirror: Path | None, s
 
 
 def _give_up_after_rescues() -> None:
-    """End a run that crashed again after its last rescue, so that it is not rescued for ever.
+    """Fail a run that crashed again after its last rescue, so that it is not restarted for ever.
 
-    Raises StageFailedError, which leaves the run `Failed`: the UI's Retry still works.
+    Raises StageFailedError, which sets the run to `Failed`; Retry in the UI still works.
     """
     if flow_run.id is None:
         return
@@ -143,19 +146,19 @@ def _give_up_after_rescues() -> None:
     by_hand = max((place for place, name in enumerate(names) if name == "AwaitingRetry"), default=0)
     if names[by_hand:].count(RESCUED) > MAX_RESCUES:
         raise StageFailedError(
-            f"this run crashed {MAX_RESCUES + 1} times and was started again each time: look at the machine "
-            "(memory, disk, the worker's log), then press Retry; what is finished is kept"
+            f"this run crashed {MAX_RESCUES + 1} times and was started again each time: check the machine "
+            "(memory, disk, the worker's log), then press Retry; finished stages are kept"
         )
 
 
 def _end_lost_tasks() -> None:
-    """Mark what an earlier attempt of this run left without an end: its process is gone, and nobody else says so."""
+    """Mark the unfinished tasks of an earlier attempt of this run as crashed: their process is gone."""
     if flow_run.id is None or flow_run.run_count < 2:
         return
     with get_client(sync_client=True) as client:
         mine = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
         for task in client.read_task_runs(flow_run_filter=mine):
-            stands_for_a_run = task.task_key.startswith("prefect.")  # of a stage in a pool, which may still be at work
+            stands_for_a_run = task.task_key.startswith("prefect.")  # a stage in a pool, which may still run
             if task.state is not None and not task.state.is_final() and not stands_for_a_run:
                 lost: State[Any] = Crashed(message="its process ended with the attempt before this one")
                 client.set_task_run_state(task.id, lost, force=True)

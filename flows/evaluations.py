@@ -1,4 +1,4 @@
-"""The deployment `evaluate`: any model on any suite, beside its results so far; a fall is told."""
+"""The Prefect deployment `evaluate`: score any model on any suite, compare it with earlier results, report a fall."""
 
 import re
 import sys
@@ -48,14 +48,14 @@ def evaluate_run(
     data: str = "",
     runtime: Runtime = Runtime(),
 ) -> State[Any]:
-    """Measure any model on a suite, beside its results so far. What was measured already is reused.
+    """Evaluate any model on a suite and compare it with its earlier results. Finished results are reused.
 
     Args:
         model: `models:/NAME@ALIAS` or `models:/NAME/VERSION` of MLflow's registry; `<store>/<stage>/<fingerprint>` of
-            any store; or the path of a model's folder on the worker, from the root.
-        suite: A file of benchmarks (`standard`, `generation`), or an experiment whose evaluation serves: its tasks,
-            its held-out text and conversations where the store has them.
-        limits: How much is measured. Results by other limits are not compared.
+            any store; or the absolute path of a model's folder on the worker.
+        suite: A file of benchmarks (`standard`, `generation`), or an experiment whose evaluation is used: its tasks,
+            and its held-out text and conversations if the store has them.
+        limits: How much is measured. Results with different limits are not compared.
         data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
         runtime: How the machine runs it. Never part of a result.
     """
@@ -68,8 +68,8 @@ def evaluate_run(
     locks = local_folder(store) / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     pinned, notes = pin_suite(asked, locks / path.name, mirror)
-    plan = measure_plan(pinned, limits, found, store, runtime)
-    for line in [*notes, *left_out(plan, pinned, limits, runtime)]:
+    spec = measure_plan(pinned, limits, found, store, runtime)
+    for line in [*notes, *left_out(spec, pinned, limits, runtime)]:
         get_run_logger().warning(line)
     with tempfile.TemporaryDirectory(prefix="vectorclm-") as name:
         folder = Path(name)
@@ -80,18 +80,18 @@ def evaluate_run(
         for key, value in limits.model_dump(exclude_defaults=True).items():
             options += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
         with watched():
-            state = _measured(plan, found, [found.address, *options, "--store", store.uri], store, runtime)
-    artifact = store.find(plan.stage, plan.fingerprint)
+            state = _measured(spec, found, [found.address, *options, "--store", store.uri], store, runtime)
+    artifact = store.find(spec.stage, spec.fingerprint)
     assert artifact is not None
     _compare(registry, subject, artifact, needed=model.startswith("models:/"))
     return Completed(name=state.name, message=state.message, data={"uri": artifact.uri, "scores": artifact.summary})
 
 
-def _measured(plan: StageSpec, model: Model, arguments: Sequence[str], store: Store, runtime: Runtime) -> State[Any]:
-    """The state of the task that makes the plan's artifact in a process of its own, or finds it."""
+def _measured(spec: StageSpec, model: Model, arguments: Sequence[str], store: Store, runtime: Runtime) -> State[Any]:
+    """Run the task that builds the artifact of `spec` in a child process, or reuses it; returns its final state."""
 
     def measure() -> State[Any]:
-        if (found := store.find_whole(plan)) is not None:
+        if (found := store.find_whole(spec)) is not None:
             model.verify(store)
             return Completed(name="Reused", message=f"measured already: {found.uri}")
         command = [sys.executable, "-m", "vectorclm", "evaluate", *arguments, "--relay"]
@@ -99,9 +99,9 @@ def _measured(plan: StageSpec, model: Model, arguments: Sequence[str], store: St
         with Launcher(local_folder(store) / "locks") as launcher, live(MEASURE, log):
             launcher.take_turn(show_waiting)
             launcher.run(command, log)
-        if (made := store.find(plan.stage, plan.fingerprint)) is None:
-            raise StoreError(f"measured, but {store.uri_of(plan.stage)} lacks {plan.fingerprint}")
-        return Completed(message=f"measured: {made.uri}")
+        if (artifact := store.find(spec.stage, spec.fingerprint)) is None:
+            raise StoreError(f"measured, but {store.uri_of(spec.stage)} lacks {spec.fingerprint}")
+        return Completed(message=f"measured: {artifact.uri}")
 
     task: Task[[], Any] = Task(
         measure,
@@ -115,15 +115,15 @@ def _measured(plan: StageSpec, model: Model, arguments: Sequence[str], store: St
     )
     state: State[Any] = task(return_state=True)
     if not state.is_completed():
-        state.result()  # raises what went wrong
+        state.result()  # raises the task's error
     return state
 
 
 def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed: bool) -> None:
-    """Show the result beside the last ones; one that is new is recorded in MLflow, and its falls are told.
+    """Compare the result with earlier ones in a table; record a new one in MLflow and report scores that fell.
 
-    New is what differs from the newest result: recording comes last, so that what a crash interrupts is told again
-    rather than never. Raises RegistryError where MLflow is `needed` and does not answer.
+    A result is new if it differs from the newest one. It is recorded last, so that a report that a crash interrupts is
+    sent again rather than never. Raises RegistryError where MLflow is `needed` and does not answer.
     """
     settings = artifact.manifest["config"]
     this = Result(subject.title, datetime.now(UTC), artifact.fingerprint, figures(artifact.summary))
@@ -139,7 +139,7 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
     except RegistryError as error:
         if needed:
             raise
-        get_run_logger().warning("%s; the result is in the store and not in MLflow, and is compared with none", error)
+        get_run_logger().warning("%s; the result is in the store but not in MLflow, and is not compared", error)
         results = [this]
     about = f"`{subject.title}` on `{settings['suite']}`, newest first; each score ± its standard error"
     rows = table(results, artifact.summary.get("not_run", ()))
@@ -147,9 +147,9 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
 
 
 def table(results: Sequence[Result], not_run: Sequence[str] = ()) -> list[dict[str, str]]:
-    """A row for each result, newest first: every score, and by how much it differs from the one before.
+    """One row for each result, newest first: every score and its difference from the result before.
 
-    Results of one table are by the same settings, so what one lacks for want of a sandbox, all lack.
+    All results of a table have the same settings, so a task that needs a missing sandbox is missing in all.
     """
     rows = []
     for number, result in enumerate(results):
@@ -171,7 +171,7 @@ def _verdict(change: Change) -> str:
 
 
 def _tell(subject: Subject, suite: str, results: Sequence[Result]) -> None:
-    """Send one event where scores fell by more than noise against the result before; an automation passes it on."""
+    """Emit one event if scores fell by more than the noise since the result before; an automation forwards it."""
     if len(results) < 2:
         return
     this, before = results[:2]
@@ -208,5 +208,5 @@ def _tell(subject: Subject, suite: str, results: Sequence[Result]) -> None:
 
 
 def _key(name: str, suite: str) -> str:
-    """A name in the letters that Prefect takes for the key of an artifact."""
+    """The key of the Prefect artifact: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", f"evaluation {name} {suite}".lower()).strip("-")

@@ -1,6 +1,6 @@
-"""The run form: what a person may change of an experiment before it runs, drawn by Prefect from these classes.
+"""The run form in the Prefect UI: the settings of an experiment that a person may change before a run.
 
-An empty field leaves the experiment as it is. Every field says which settings it stands for.
+Prefect draws the form from these classes. An empty field changes nothing.
 """
 
 from pathlib import Path
@@ -18,19 +18,23 @@ Again = Literal["nothing", StageName]
 
 
 class SampleChanges(Settings):
-    """The documents that are drawn."""
+    """The sample of documents."""
 
-    bytes: int | None = Field(None, ge=10_000, description="Text to draw, in bytes over all sources, at least 10,000")
+    bytes: int | None = Field(
+        None, ge=10_000, description="Size of the sample over all sources, in bytes, at least 10,000"
+    )
     validation_share: float | None = Field(None, gt=0, lt=0.5, description="Share of documents held out, 0 to 0.5")
 
 
 class TokenizerChanges(Settings):
-    """The byte-level BPE."""
+    """The byte-level BPE tokenizer."""
 
     vocab_size: int | None = Field(
-        None, ge=300, le=65_536, description="Tokens in the vocabulary, of tokenizer and model, 300 to 65,536"
+        None, ge=300, le=65_536, description="Size of the vocabulary of tokenizer and model, in tokens, 300 to 65,536"
     )
-    bytes: int | None = Field(None, ge=10_000, description="Text that it learns from, in bytes, at least 10,000")
+    bytes: int | None = Field(
+        None, ge=10_000, description="Text that merges are learned from, in bytes, at least 10,000"
+    )
 
 
 class ModelChanges(Settings):
@@ -58,26 +62,26 @@ class PretrainChanges(TrainingChanges):
 
 
 class FinetuneChanges(TrainingChanges):
-    """Instruction tuning."""
+    """Instruction fine-tuning."""
 
-    epochs: float | None = Field(None, gt=0, le=100, description="How often the conversations are read, up to 100")
+    epochs: float | None = Field(None, gt=0, le=100, description="Passes over the conversations, up to 100")
 
 
 class EvaluateChanges(Settings):
-    """What is measured."""
+    """The evaluation."""
 
     chat_prompts: int | None = Field(
-        None, ge=1, description="Held-out conversations whose answers are checked, at least 1"
+        None, ge=1, description="Number of held-out conversations whose answers are checked, at least 1"
     )
-    max_new_tokens: int | None = Field(None, ge=1, le=4096, description="Longest answer, in tokens, 1 to 4,096")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=4096, description="Maximum length of an answer, in tokens, 1 to 4,096"
+    )
 
 
 class Changes(Settings):
     """Changes to the experiment, in the order of the pipeline; an empty field changes nothing."""
 
-    seed: int | None = Field(
-        None, ge=0, lt=2**32, description="Every random choice derives from it; 0 to 4,294,967,295"
-    )
+    seed: int | None = Field(None, ge=0, lt=2**32, description="Seed of all random choices, 0 to 4,294,967,295")
     sample: SampleChanges = SampleChanges()
     tokenizer: TokenizerChanges = TokenizerChanges()
     model: ModelChanges = ModelChanges()
@@ -92,7 +96,7 @@ class Changes(Settings):
 
 
 def chosen(name: str, changes: Changes) -> tuple[ExperimentConfig, Path]:
-    """The experiment that a form describes, and its file. Raises ConfigError naming what does not fit."""
+    """The experiment that a run form describes, and its file. Raises ConfigError naming the setting that is wrong."""
     experiment, path = load_experiment(name)
     values = changes.model_dump(exclude_none=True)
     wanted: dict[str, Any] = {}

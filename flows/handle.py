@@ -1,17 +1,17 @@
-"""The handle of a stage that a flow passes on, and the names of the events about it."""
+"""The handle that a stage returns to its flow, and the names of the Prefect states and events."""
 
 import time
 from typing import TypedDict
 
 from vectorclm.store.artifact import Artifact
 
-RESCUED = "Rescued"  # the state that the automation gives to a crashed run
+RESCUED = "Rescued"  # the state that an automation sets on a crashed run
 MAX_RESCUES = 2
-FELL = "vectorclm.score.fell"  # the event of an evaluation
+FELL = "vectorclm.score.fell"  # the event that a score fell
 
 
 class Handle(TypedDict):
-    """What a stage leaves in Prefect: where its artifact is, and whether it was made now."""
+    """The result of a stage in Prefect: the address of its artifact, and whether it was built or reused."""
 
     stage: str
     fingerprint: str
@@ -21,7 +21,7 @@ class Handle(TypedDict):
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them."""
+    """A duration in seconds as text: `4.2 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -29,5 +29,6 @@ def duration(seconds: float) -> str:
 
 
 def stage_handle(name: str, artifact: Artifact, state: str, began: float) -> Handle:
+    """The handle of an artifact; `began` is the monotonic time at which its stage started."""
     seconds = round(time.monotonic() - began, 2)
     return Handle(stage=name, fingerprint=artifact.fingerprint, uri=artifact.uri, state=state, seconds=seconds)

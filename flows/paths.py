@@ -1,4 +1,4 @@
-"""The local folder that belongs to a store."""
+"""The folder on this machine that belongs to a store."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ from vectorclm.store.artifact import Store
 
 
 def local_folder(store: Store) -> Path:
-    """Where what belongs to a store but must be on this machine is kept: databases, logs, locks.
+    """The folder for databases, logs and locks, which must be on this machine even if the store is remote.
 
-    VECTORCLM_HOME, else a local store itself, else a folder of the user's; root's is one that services reach, too.
+    VECTORCLM_HOME, else a local store itself, else a folder of the user; for root, one that services can reach.
     """
     if named := os.environ.get("VECTORCLM_HOME"):
         return Path(named).absolute()

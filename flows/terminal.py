@@ -1,4 +1,4 @@
-"""A run in a terminal: log lines above the progress bars, progress lines in a file, and Ctrl-C in good order."""
+"""Terminal output of a run: log lines above progress bars, progress lines in a file, and a clean end on Ctrl-C."""
 
 import logging
 import os
@@ -14,11 +14,11 @@ from rich.console import Console
 from vectorclm.runtime.progress import Tick
 
 REPORT_SECONDS = 30
-END_SECONDS = 25  # after Ctrl-C; a stage in the middle of a library's call cannot be asked to stop
+END_SECONDS = 25  # after Ctrl-C; a stage inside a library call cannot be asked to stop
 
 
 def flush_logs() -> None:
-    """Have Prefect's server store the last log lines."""
+    """Send the last log lines to Prefect's server."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         for handler in logging.getLogger(name).handlers:
             handler.flush()
@@ -26,7 +26,7 @@ def flush_logs() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the block in good order, in END_SECONDS at the most; a second one ends it at once."""
+    """Let Ctrl-C end the block cleanly within END_SECONDS; a second Ctrl-C ends the process at once."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # children end with this process
@@ -43,7 +43,7 @@ def interruptible() -> Iterator[None]:
 
 
 class LogLines(logging.Handler):
-    """Log records as lines, above the progress bars where there are any."""
+    """A logging handler that prints records as lines, above progress bars if there are any."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class LogLines(logging.Handler):
 
 
 class ProgressLines(logging.Handler):
-    """Progress for a log file: a line a stage, and no more than one in REPORT_SECONDS."""
+    """A logging handler that prints progress as lines, at most one for each stage in REPORT_SECONDS."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ProgressLines(logging.Handler):
 
 @contextmanager
 def attached(handler: logging.Handler, names: Mapping[str, int]) -> Iterator[None]:
-    """Have the handler hear these loggers, from these levels up, while the block runs."""
+    """Attach a handler to loggers, each from its level up, while the block runs."""
     for name, level in names.items():
         logging.getLogger(name).setLevel(level)
         logging.getLogger(name).addHandler(handler)

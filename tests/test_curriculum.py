@@ -22,24 +22,13 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import main
-from flows.execution.launch import (
-    Launcher,
-    StageCancelledError,
-    StageFailedError,
-    StageInterruptedError,
-    device_names,
-    dying_with_parent,
-)
-from flows.net import answers
-from flows.platform.prefect_server import prefect_server
 from tests.test_pages import README, fenced
 from vectorclm.config import ExperimentConfig, load_experiment, override
-from vectorclm.errors import ConfigError, DataError, StoreError
+from vectorclm.errors import ConfigError
 from vectorclm.evaluation.instruction_checks import PARTS
 from vectorclm.lineage.chain import TITLES
-from vectorclm.lineage.pinning import pin
 from vectorclm.shards.order import format_epochs
-from vectorclm.stages import TRAININGS, plans
+from vectorclm.stages import TRAININGS
 from vectorclm.store.layout import STAGES
 
 SHRUNK = {
@@ -381,39 +370,6 @@ def test_a_store_that_cannot_be_written_stops_the_run_first(capsys: pytest.Captu
     assert "not writable" in capsys.readouterr().err
 
 
-def test_a_password_in_the_address_of_prefect_is_refused_unsaid(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", "http://someone:hunter2@127.0.0.1:1/api")
-    with pytest.raises(ConfigError, match="set PREFECT_API_AUTH_STRING") as refused, prefect_server(tmp_path):
-        pass
-    assert "hunter2" not in str(refused.value)
-
-
-def test_what_is_no_address_and_what_speaks_no_http_does_not_answer() -> None:
-    assert not any(answers(url) for url in ("nowhere", "http://[x/api", "http://a:b@127.0.0.1:c/api"))
-    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as other:
-
-        def serve() -> None:
-            with server.accept()[0] as caller:
-                caller.recv(1024)
-                caller.sendall(b"220 mail is served here\r\n")
-
-        other.submit(serve)
-        assert not answers(f"http://127.0.0.1:{server.getsockname()[1]}/health")
-
-
-def test_a_dry_run_prints_fingerprints_and_touches_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["run", "tiny", "--store", str(tmp_path), "--dry-run", "--json"]) == 0
-    costs = json.loads(capsys.readouterr().out)
-    tiny, path = load_experiment("tiny")
-    pinned, _ = pin(tiny, path, None, resolve=False)
-    assert costs["stages"] == {name: plan.fingerprint for name, plan in plans(pinned).items()}
-    assert costs["parameters"] == tiny.model.parameters and costs["pretrain_tokens"] == tiny.pretrain.tokens
-    assert costs["epochs"] is None  # there are no shards yet
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_dry_run_says_how_often_sources_are_read_that_are_in_the_store(
     first: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,138 +387,3 @@ def test_a_dry_run_says_how_often_sources_are_read_that_are_in_the_store(
     assert main([*dry, *(part for change in changes for part in ("--set", change))]) == 2
     told = capsys.readouterr().err
     assert "phase 1 takes" in told and "set its when_exhausted to" in told
-
-
-def test_a_dry_run_of_the_mission_needs_no_network(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("COLUMNS", "120")
-    base, _ = load_experiment("base")
-    copy = tmp_path / "base.json"  # no lock file lies beside this one
-    copy.write_text(base.model_dump_json())
-    assert main(["run", str(copy), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("unresolved") == len(STAGES)
-    assert "50,348,544" in said and "3,500,000,000 tokens" in said and "hours" in said
-
-
-def test_a_dry_run_counts_tuning_and_small_weights(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    path = tmp_path / "mini.json"
-    path.write_text(mini().model_dump_json())
-    dry = ["run", str(path), "--store", str(tmp_path / "store"), "--dry-run"]
-    assert main([*dry, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tuning"] is None
-    dry += ["--set", "pretrain.phases=[{tokens = 9000, weights = {stories = 0.005, lessons = 0.995}}]"]
-    dry += ["--set", "chat.tokens=1_000_000", "--set", "finetune.epochs=1.5"]
-    assert main([*dry, "--json"]) == 0
-    tuning, model = json.loads(capsys.readouterr().out)["tuning"], mini().model
-    assert tuning["tokens"] == 1_500_000
-    assert tuning["flops"] == pytest.approx(1_500_000 * model.flops_per_token(mini().chat.sequence_length))
-    assert tuning["hours"]["2 CPU cores"] == pytest.approx(tuning["flops"] / 0.05e12 / 3600)
-    assert main(dry) == 0
-    told = capsys.readouterr().out
-    assert "stories 0.5%, lessons 99.5%" in told and "about 1,500,000 tokens" in told and " tuning " in told
-
-
-def child(source: str) -> list[str]:
-    return [sys.executable, "-c", source]
-
-
-@pytest.mark.parametrize("kind", [ConfigError, DataError, StoreError, FileNotFoundError])
-def test_an_error_of_a_child_is_the_same_error_here(tmp_path: Path, kind: type[Exception]) -> None:
-    said = json.dumps({"error": {"type": kind.__name__, "message": "what to do"}})
-    with Launcher(tmp_path) as launcher, pytest.raises(kind, match="what to do"):
-        launcher.run(child(f"print('a line'); print({said!r}); raise SystemExit(2)"), lambda line: None)
-
-
-def test_lines_of_a_child_are_relayed_and_quoted_when_it_crashes(tmp_path: Path) -> None:
-    lines: list[str] = []
-    with Launcher(tmp_path) as launcher, pytest.raises(StageFailedError, match="ZeroDivisionError") as caught:
-        launcher.run(child("print('hello'); 1 / 0"), lines.append)
-    assert lines[0] == "hello"
-    assert not isinstance(caught.value, StageInterruptedError)
-
-
-def test_a_killed_child_is_an_interruption(tmp_path: Path) -> None:
-    source = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    with Launcher(tmp_path) as launcher, pytest.raises(StageInterruptedError, match="SIGKILL"):
-        launcher.run(child(source), lambda line: None)
-
-
-def test_one_curriculum_at_a_time_has_the_devices(tmp_path: Path) -> None:
-    """The stages of one curriculum share its turn; another waits for the end of it, and says so."""
-    said: list[bool] = []
-    with Launcher(tmp_path) as second, ThreadPoolExecutor(1) as other:
-        with Launcher(tmp_path) as first:
-            first.take_turn(said.append)
-            first.take_turn(said.append)
-            waiting = other.submit(second.take_turn, said.append)
-            while not said:
-                time.sleep(0.01)
-            assert said == [True]
-        waiting.result()
-        assert said == [True, False]
-
-
-def test_sets_of_devices_exclude_each_other_where_they_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[bool] = []
-
-    def launcher(devices: str) -> Launcher:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
-        return Launcher(tmp_path)
-
-    with launcher("2,1") as second, launcher("3") as third, ThreadPoolExecutor(1) as other:
-        with launcher("0, 1") as first:
-            first.take_turn(said.append)
-            third.take_turn(said.append)
-            assert said == []
-            waiting = other.submit(second.take_turn, said.append)
-            while not said:
-                time.sleep(0.01)
-        waiting.result()
-        assert said == [True, False]
-
-
-def test_without_a_choice_all_gpus_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert device_names(tmp_path) == ["cpu"]
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / name).touch()
-    assert device_names(tmp_path) == ["0", "1"]
-    for chosen in ("", "-1"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-        assert device_names(tmp_path) == ["cpu"]
-
-
-def test_a_run_that_waits_for_the_devices_can_be_cancelled(tmp_path: Path) -> None:
-    said: list[bool] = []
-    with Launcher(tmp_path) as first, ThreadPoolExecutor(1) as other:
-        first.take_turn(said.append)
-        with Launcher(tmp_path) as second:
-            waiting = other.submit(second.take_turn, said.append)
-            while not said:
-                time.sleep(0.01)
-        with pytest.raises(StageCancelledError):
-            waiting.result()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
-    sleeper = dying_with_parent(child(f"import time; open({str(ready)!r}, 'x'); time.sleep(600)"))
-    source = f"import subprocess, time; print(subprocess.Popen({sleeper!r}).pid, flush=True); time.sleep(600)"
-    with subprocess.Popen(child(source), stdout=subprocess.PIPE, text=True) as parent:
-        try:
-            assert parent.stdout is not None
-            orphan = psutil.Process(int(parent.stdout.readline()))
-            while not ready.exists():
-                assert parent.poll() is None
-                time.sleep(0.01)
-        finally:
-            parent.kill()
-    orphan.wait(timeout=60)
-    assert not orphan.is_running()

@@ -33,7 +33,8 @@ from vectorclm.shards.block_readers import RetryPolicy
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
-    name: (ROOT / name).read_text() for name in ("README.md", "BENCHMARKS.md", "infra/README.md", "docker/README.md")
+    name: (ROOT / name).read_text()
+    for name in ("README.md", "BENCHMARKS.md", "infra/README.md", "docker/README.md", "flows/README.md")
 }
 README = PAGES["README.md"]
 SOURCES = [*ROOT.glob("vectorclm/**/*.py"), *ROOT.glob("flows/**/*.py"), *ROOT.glob("docker/*")]

@@ -1,6 +1,6 @@
-"""The command `bench`: what is measured beside what peers, or without one.
+"""The commands of `vectorclm bench`.
 
-Some of it takes seconds to import, so only a bench that needs it does.
+Some benchmarks take seconds to import, so each command imports its own.
 """
 
 import logging
@@ -16,22 +16,22 @@ from vectorclm.bench.table import Row, show
 from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
 from vectorclm.store.artifact import Store
 
-Rounds = Annotated[int, Parameter(help="How often each side is measured, in turn")]
-Mirror = Annotated[Path | None, Parameter(name="--data", help="A local mirror to read text and questions from")]
-Text = Annotated[Path, Parameter(name="--data", help="A local mirror with text, which is trained on")]
+Rounds = Annotated[int, Parameter(help="Number of measurements of each side, in turn")]
+Mirror = Annotated[Path | None, Parameter(name="--data", help="A local mirror of the hub's text and questions")]
+Text = Annotated[Path, Parameter(name="--data", help="A local mirror with the text to train on")]
 
-bench_app = new_app("bench", "Measure this program beside its peers, as ratios.")
+bench_app = new_app("bench", "Measure this program against its peers, as ratios.")
 
 
 def _show(rows: Iterable[Row], as_json: bool) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("vectorclm.bench.quality").setLevel(logging.INFO)  # each training takes its time
+    logging.getLogger("vectorclm.bench.quality").setLevel(logging.INFO)  # progress of trainings, which take minutes
     show(rows, Console(), as_json=as_json)
 
 
 @bench_app.command(help_epilogue="Example: vectorclm bench orchestration --rounds 3")
 def orchestration(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
-    """What Prefect and MLflow cost."""
+    """The overhead of Prefect and MLflow."""
     from flows.bench.orchestration import orchestration as rows
 
     _show(rows(rounds, data), json)
@@ -39,7 +39,7 @@ def orchestration(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False
 
 @bench_app.command(help_epilogue="Example: vectorclm bench tracking --rounds 10")
 def tracking(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
-    """What logging to MLflow takes of a training step."""
+    """The overhead of logging to MLflow in a training step."""
     from flows.bench.tracking import tracking as rows
 
     _show(rows(rounds, data), json)
@@ -50,10 +50,10 @@ def data(
     *,
     rounds: Rounds = 3,
     data: Mirror = None,
-    store: Annotated[str | None, Parameter(help="An S3 store, for the rows that read from one")] = None,
+    store: Annotated[str | None, Parameter(help="An S3 store, for the rows that read from S3")] = None,
     json: Json = False,
 ) -> None:
-    """Encoding, shards and the order of the data."""
+    """Throughput of encoding, shards and data loading."""
     from vectorclm.bench.data import data_layer
 
     _show(data_layer(rounds, data, store), json)
@@ -63,10 +63,10 @@ def data(
 def train(
     *,
     rounds: Rounds = 3,
-    large: Annotated[bool, Parameter(help="The models of fifty million parameters, too")] = False,
+    large: Annotated[bool, Parameter(help="Also measure models of 50 million parameters")] = False,
     json: Json = False,
 ) -> None:
-    """A training step beside transformers."""
+    """A training step against transformers."""
     from vectorclm.bench import training
 
     _show(training.training(rounds, training.model_sizes(large=large)), json)
@@ -74,7 +74,7 @@ def train(
 
 @bench_app.command(help_epilogue="Example: vectorclm bench optimizer")
 def optimizer(*, rounds: Rounds = 3, json: Json = False) -> None:
-    """Muon's step beside torch's."""
+    """A step of Muon against torch.optim.Muon."""
     from vectorclm.bench.training import optimizing
 
     _show(optimizing(rounds), json)
@@ -82,7 +82,7 @@ def optimizer(*, rounds: Rounds = 3, json: Json = False) -> None:
 
 @bench_app.command(help_epilogue="Example: vectorclm bench generate")
 def generate(*, rounds: Rounds = 3, json: Json = False) -> None:
-    """Tokens generated one after the other, beside transformers."""
+    """Autoregressive generation against transformers."""
     from vectorclm.bench.inference import generating
 
     _show(generating(rounds), json)
@@ -90,7 +90,7 @@ def generate(*, rounds: Rounds = 3, json: Json = False) -> None:
 
 @bench_app.command(help_epilogue="Example: vectorclm bench evaluate --data DIR")
 def evaluate(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
-    """Multiple choice by log-likelihood, beside the harness."""
+    """Multiple choice by log-likelihood against lm-evaluation-harness."""
     from vectorclm.bench.inference import evaluating
 
     _show(evaluating(rounds, data), json)
@@ -99,11 +99,11 @@ def evaluate(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> 
 @bench_app.command(help_epilogue="Example: vectorclm bench gguf --model MODEL --data DIR")
 def gguf(
     *,
-    model: Annotated[str, Parameter(help="A folder or <store>/<stage>/<fingerprint>, whose files are compared")],
+    model: Annotated[str, Parameter(help="The model: a folder or <store>/<stage>/<fingerprint>")],
     data: Mirror = None,
     json: Json = False,
 ) -> None:
-    """A model in llama.cpp, and whether it is the same."""
+    """Agreement of a model in llama.cpp with the original."""
     from vectorclm.bench.gguf import same_model
 
     _show(same_model(model, data), json)
@@ -111,7 +111,7 @@ def gguf(
 
 @bench_app.command(help_epilogue="Example: vectorclm bench quality --data DIR")
 def quality(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
-    """What is learned from the same tokens: Muon beside AdamW, and other decisions."""
+    """Loss from the same tokens: Muon against AdamW, and other design choices."""
     from vectorclm.bench.quality import quality as rows
 
     _show(rows(Store(store), data), json)
@@ -119,7 +119,7 @@ def quality(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) ->
 
 @bench_app.command(help_epilogue="Example: vectorclm bench rates --data DIR")
 def rates(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
-    """The best learning rates of `base` in short trainings, and what follows for it; for a GPU."""
+    """Search the learning rates of `base` in short trainings; needs a GPU."""
     from vectorclm.bench.quality import rates as rows
 
     _show(rows(Store(store), data), json)
@@ -127,7 +127,7 @@ def rates(*, data: Text, store: StoreUri = LOCAL_STORE, json: Json = False) -> N
 
 @bench_app.command(help_epilogue="Example: vectorclm bench gpu")
 def gpu(*, rounds: Rounds = 3, json: Json = False) -> None:
-    """A step and decoding of `base` on a GPU, and where the time goes."""
+    """A training step and decoding of `base` on a GPU, with a profile."""
     from vectorclm.bench.gpu import gpu as rows
 
     _show(rows(rounds), json)

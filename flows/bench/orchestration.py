@@ -1,4 +1,4 @@
-"""`vectorclm bench orchestration`: what Prefect and MLflow cost, beside the core alone."""
+"""`vectorclm bench orchestration`: the overhead of Prefect and MLflow against the core alone."""
 
 import json
 import multiprocessing
@@ -21,17 +21,17 @@ from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import STAGES
 
-START = 15  # seconds that a curriculum may cost once, for servers, imports and processes
-SHARE = 0.05  # and of its own time
-LOOP = 0.01  # what a training step may lose
+START = 15  # seconds: bound of the fixed overhead of a curriculum, for servers, imports and processes
+SHARE = 0.05  # bound of the overhead as a share of the curriculum's time
+LOOP = 0.01  # bound of the slowdown of a training step
 LOOP_STEPS = 40
-# What `small` learns is not asked here: little text, and a small batch, whose steps are the hardest to keep pace with.
+# Little text, as the loss does not matter, and a small batch: short steps show the largest overhead.
 LOOP_CHANGES: dict[str, Any] = {"sample.bytes": 20_000_000, "sample.validation_share": 0.05}
 LOOP_CHANGES |= {"pretrain.batch_size": 4, "pretrain.validation_interval": 1000}
 
 
 def orchestration(rounds: int, data: Path | None) -> Iterator[Row]:
-    """`tiny` whole, and the training loop of `small` on the text of the mirror `data`: both with and without."""
+    """Rows for the whole of `tiny` and for the training loop of `small` on the text of the mirror `data`."""
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as folder:
         yield _whole(Path(folder), rounds)
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as folder:
@@ -58,7 +58,7 @@ def _whole(folder: Path, rounds: int) -> Row:
 def _loop(folder: Path, rounds: int, data: Path | None) -> Row:
     name = "small with Prefect and MLflow, a training step"
     if data is None:
-        return could_not_run(name, "tokens/s", 1 - LOOP, "there is no text: name a mirror with --data")
+        return could_not_run(name, "tokens/s", 1 - LOOP, "no text: name a mirror with --data")
     experiment, path = load_experiment("small")
     tokens = LOOP_STEPS * 4 * experiment.shards.sequence_length
     experiment = changed(experiment, {**LOOP_CHANGES, "pretrain.phases": [{"tokens": tokens}]})
@@ -76,13 +76,13 @@ def _loop(folder: Path, rounds: int, data: Path | None) -> Row:
 
 
 def _core(experiment: ExperimentConfig, folder: Path, stages: tuple[str, ...], data: Path | None) -> None:
-    """The peer: the stages one after another in one process, nothing beside them."""
+    """The peer: run the stages one after another in one process."""
     for stage in stages:
         run_stage(stage, experiment, Store(str(folder)), Runtime(), data)
 
 
 def _orchestrated(experiment: ExperimentConfig, folder: Path, stages: tuple[str, ...], data: Path | None) -> None:
-    """The same stages as tasks of a flow, seen by a Prefect server of our own and by MLflow."""
+    """Run the stages as tasks of a flow, with a private Prefect server and MLflow."""
     from flows.platform.prefect_server import prefect_server
 
     with prefect_server(folder / ".prefect") as server:
@@ -104,7 +104,7 @@ def _orchestrated(experiment: ExperimentConfig, folder: Path, stages: tuple[str,
 
 
 def _curriculum(folder: Path, experiment: ExperimentConfig, store: Path) -> None:
-    """`vectorclm run` of an experiment, as a user starts it."""
+    """Run `vectorclm run` of an experiment, as a user does."""
     path = folder / "experiment.json"
     path.write_text(experiment.model_dump_json(), encoding="utf-8")
     command = [sys.executable, "-m", "flows.cli", "run", str(path), "--json", "--store", str(store)]
@@ -120,7 +120,7 @@ def _in_process(
     stages: tuple[str, ...],
     data: Path | None,
 ) -> None:
-    """Do the work in a fresh process, whose start counts on both sides."""
+    """Run a function in a new process; both sides include its start."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(work, experiment, folder, stages, data).result()
 
@@ -132,7 +132,7 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def _speed(experiment: ExperimentConfig, store: Path) -> float:
-    """Tokens a second over the whole loop but its first flush, by the artifact's metrics."""
+    """Tokens per second of the training loop after step 10, from the artifact's metrics."""
     folder = store / "pretrain" / plans(experiment)["pretrain"].fingerprint
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speeds: list[float] = [line["tokens_per_second"] for line in lines if "loss" in line and line["step"] > 10]
@@ -140,6 +140,6 @@ def _speed(experiment: ExperimentConfig, store: Path) -> float:
 
 
 def _forget(store: Path) -> None:
-    """Remove the artifacts; the databases beside them stay, already migrated."""
+    """Remove the artifacts, and keep the migrated databases."""
     for stage in STAGES:
         shutil.rmtree(store / stage, ignore_errors=True)

@@ -1,20 +1,19 @@
-"""`vectorclm bench tracking`: what logging takes of a training step, with MLflow's server up and with it down.
+"""`vectorclm bench tracking`: the overhead of MLflow logging in a training step, with the server up and down.
 
-One training of `small` goes on and on, and what logs it changes every few steps: nothing, a process that tells a
-server, one whose server was stopped after it had begun. Each of them sleeps while another has its turn. Asked are
+One training of `small` runs continuously, and the logging changes every few steps: none, a process that logs to a
+server, a process whose server was stopped after its start. Each process sleeps while another has its turn. The
+measurements are
 
-- the step's time beside that without logging, which has whatever logging does to the machine in it, and the machine's
-  own unrest, too: with other work on it, that is more than the bound;
-- the processor time of the logging process, as if it came whole out of the step: it works every few seconds, however
-  long a step is;
-- the time for which the loop itself is held up, writing its metrics.
+- the time of a step against a step without logging; this includes the noise of the machine, which exceeds the bound
+  if other programs run;
+- the processor time of the logging process as a share of the step;
+- the time that the training loop spends on writing its metrics.
 """
 
 import logging
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from flows.net import answers, free_port
 from vectorclm.bench.table import Row, bounded, compared
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.dataset import Batch
@@ -44,8 +44,8 @@ from vectorclm.train import TrainStep
 from vectorclm.training.metrics import Metrics
 from vectorclm.training.optimizers import build_optimizers
 
-STEPS = 10  # in a turn; the first, in which who slept has to catch up, does not count
-WINDOWS = 4  # a small batch, whose steps are the hardest to keep pace with
+STEPS = 10  # in a turn; the first is not counted, because a process that slept catches up in it
+WINDOWS = 4  # a small batch: short steps show the largest overhead
 BOUND = 1.0  # percent
 START_SECONDS = 120
 CONTEXT = multiprocessing.get_context("spawn")
@@ -53,16 +53,16 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 @dataclass
 class _Side:
-    """What one way of logging took, turn by turn."""
+    """The measurements of one way of logging, turn by turn."""
 
-    folder: Path  # where the training writes its metrics
+    folder: Path  # of the training's metrics
     logging: psutil.Process | None = None
     steps: list[float] = field(default_factory=list)  # seconds
-    held: list[float] = field(default_factory=list)  # percent of a step for which the loop wrote metrics
+    held: list[float] = field(default_factory=list)  # percent of a step in which the loop wrote metrics
     used: list[float] = field(default_factory=list)  # percent of a step, processor time of `logging`
 
     def turn(self, train: Callable[[Path], "_Turn"]) -> None:
-        """Train a few steps, with this side's logging alone awake."""
+        """Train a few steps while only this side's logging process is awake."""
         before = _processor_seconds(self.logging)
         if self.logging is not None:
             self.logging.resume()
@@ -75,10 +75,10 @@ class _Side:
 
 
 class _Turn(NamedTuple):
-    """What the training says of a turn."""
+    """The times of one turn of the training."""
 
     seconds: list[float]  # of each step
-    held: list[float]  # of each, those that went into its metrics
+    held: list[float]  # seconds of each step that its metrics took
 
 
 def _processor_seconds(process: psutil.Process | None) -> float:
@@ -89,7 +89,7 @@ def _processor_seconds(process: psutil.Process | None) -> float:
 
 
 def tracking(rounds: int, data: Path | None) -> Iterator[Row]:
-    """Steps of `small` on tokens drawn at random: `data` is not needed."""
+    """Rows for training steps of `small` on random tokens; `data` is not used."""
     experiment, path = load_experiment("small")
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -115,13 +115,9 @@ def tracking(rounds: int, data: Path | None) -> Iterator[Row]:
 
 @contextmanager
 def _server(folder: Path) -> Iterator[str]:
-    """A real MLflow server with a database of its own."""
-    from flows.net import answers
-
+    """Run an MLflow server with a database of its own while the block runs."""
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
@@ -142,7 +138,7 @@ def _server(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _logging(experiment: ExperimentConfig, folder: Path, address: str) -> Iterator[psutil.Process]:
-    """A process that tells the server at `address` of a training in `folder`, once its run is open there."""
+    """Run a process that logs the training in `folder` to the server at `address`; yields once its run is open."""
     folder.mkdir()
     opened = CONTEXT.Event()
     child = CONTEXT.Process(target=_log, args=(experiment, folder, address, opened), daemon=True)
@@ -152,14 +148,14 @@ def _logging(experiment: ExperimentConfig, folder: Path, address: str) -> Iterat
             raise VectorCLMError(f"MLflow at {address} took no run within {START_SECONDS} s")
         yield psutil.Process(child.pid)
     finally:
-        child.kill()  # which also ends one that sleeps
+        child.kill()  # SIGKILL also ends a suspended process
         child.join()
 
 
 def _log(experiment: ExperimentConfig, folder: Path, address: str, opened: Event) -> None:
-    """As a curriculum does it, until this process is killed."""
+    """Log as a curriculum does, until this process is killed."""
     os.environ["MLFLOW_TRACKING_URI"] = address
-    logging.getLogger("flows").setLevel(logging.ERROR)  # that its server is away is no news
+    logging.getLogger("flows").setLevel(logging.ERROR)  # hides the warnings about the stopped server
     from flows.tracking.tracker import Tracker
 
     tracker = Tracker(Store(str(folder)), experiment, plans(experiment))
@@ -170,7 +166,7 @@ def _log(experiment: ExperimentConfig, folder: Path, address: str, opened: Event
 
 
 class _Training:
-    """A training of `small` that goes on and on."""
+    """A training of `small` without end."""
 
     def __init__(self, experiment: ExperimentConfig) -> None:
         device = Runtime().configure_torch()
@@ -182,7 +178,7 @@ class _Training:
         self.steps = 0
 
     def turn(self, folder: Path, count: int) -> _Turn:
-        """So many steps, their metrics written to `folder`."""
+        """Train `count` steps, and write their metrics to `folder`."""
         metrics = Metrics(folder / "metrics.jsonl", lambda step: f"random tokens, step {step}")
         metrics.restart(metrics.text() if metrics.path.is_file() else "")
         turn = _Turn([], [])

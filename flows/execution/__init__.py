@@ -1,5 +1,5 @@
-"""A stage as a Prefect task.
+"""Stages as Prefect tasks.
 
 In: an experiment, a store and a runtime.
-Out: a finished stage's handle, with its progress on the way.
+Out: the handle of each finished stage, with its progress meanwhile.
 """

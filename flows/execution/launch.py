@@ -1,6 +1,6 @@
-"""Run a core stage as a child process: its progress, lines and errors come back, and it never outlives us.
+"""Run a stage as a child process that relays its progress, log lines and errors, and dies with its parent.
 
-A device-side assert ruins the CUDA context of its process, so a retry can only help in a new one.
+A device-side assert ruins the CUDA context of its process, so only a retry in a new process can help.
 """
 
 import builtins
@@ -28,30 +28,30 @@ from vectorclm import errors
 from vectorclm.errors import PreemptedError, VectorCLMError
 from vectorclm.runtime.progress import parse_tick, say
 
-TURN_SECONDS = 1  # between two looks whether the devices are free
-KILL_AFTER = 6  # seconds between the second request to end, which asks for an end at once, and the kill
-CANCEL_SECONDS = 2  # between the two where a person waits for the devices: enough for a small checkpoint
-PREEMPT_SECONDS = 30  # between the two where this process is asked to end by a signal, as its machine may be
+TURN_SECONDS = 1  # between two checks whether the devices are free
+KILL_AFTER = 6  # seconds between the second SIGTERM, which asks for an end at once, and SIGKILL
+CANCEL_SECONDS = 2  # between the two SIGTERMs if a person cancels: enough for a small checkpoint
+PREEMPT_SECONDS = 30  # between the two SIGTERMs if a signal ends this process, as when its machine shuts down
 TAIL_LINES = 30  # log lines that an error message quotes
 
-# What `setpriv --pdeathsig TERM` does, for systems without it: signal 15 when the parent is gone (prctl 1).
+# The same as `setpriv --pdeathsig TERM`, for systems without it: SIGTERM when the parent dies (prctl 1).
 PDEATHSIG = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 class StageFailedError(VectorCLMError):
-    """A stage ended badly; the message names it and says what to do."""
+    """A stage failed; the message says why and what to do."""
 
 
 class StageInterruptedError(StageFailedError):
-    """A stage was ended from outside, killed or after a checkpoint: another attempt carries on where it was."""
+    """A stage was ended from outside, killed or after a checkpoint: another attempt continues where it stopped."""
 
 
 class StageCancelledError(StageFailedError):
-    """A stage's process was ended by this one, which is itself ending."""
+    """A stage was ended because its curriculum ends."""
 
 
 def device_names(dev: Path = Path("/dev")) -> list[str]:
-    """The GPUs that this process may use, as file names, sorted: of CUDA_VISIBLE_DEVICES, else all; or `cpu`."""
+    """The sorted names of the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else all; `cpu` without a GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         names = {str(number) for number in range(len(list(dev.glob("nvidia[0-9]*"))))}
@@ -61,11 +61,11 @@ def device_names(dev: Path = Path("/dev")) -> list[str]:
 
 
 class Launcher:
-    """The children of one curriculum; leaving the block ends those that still run.
+    """The child processes of one curriculum; leaving the block ends those that still run.
 
-    Once it took its turn a curriculum has, to its end, the devices of this machine (CUDA_VISIBLE_DEVICES of them, where
-    that is set) to itself: two trainings on one GPU, or on the same cores, cost each other far more than their share.
-    The claim is a file lock in `locks` for each, which the system frees when its holder dies, however that comes.
+    After `take_turn` the curriculum has the devices of this machine (CUDA_VISIBLE_DEVICES of them, if set) to itself
+    until its end: two trainings that share a GPU or cores both run at far less than half speed. Each device is
+    claimed by a file lock in `locks`, which the system frees when its holder dies.
     """
 
     def __init__(self, locks: Path) -> None:
@@ -75,7 +75,7 @@ class Launcher:
         self._turn = threading.Lock()
         self._children: set[subprocess.Popen[str]] = set()
         self.closed = threading.Event()
-        self.preempted = False  # whether the block ends by a signal: then trainings have time for their checkpoints
+        self.preempted = False  # a signal ends the block: trainings get time for their checkpoints
 
     def __enter__(self) -> Self:
         return self
@@ -94,26 +94,26 @@ class Launcher:
             device.release()
 
     def take_turn(self, waits: Callable[[bool], None]) -> None:
-        """Return once no other curriculum uses this machine's devices, and keep them until the block ends.
+        """Wait until no other curriculum uses the devices of this machine, and claim them until the block ends.
 
-        Calls `waits(True)` where it has to wait, and then `waits(False)` when its turn has come. Raises
+        Calls `waits(True)` if it has to wait, and `waits(False)` when the devices are free. Raises
         StageCancelledError where the block ends first.
         """
         with self._turn:
             if all(device.is_locked for device in self._devices):
                 return
-            told = False
-            while not self._free():
-                if not told:
+            reported = False
+            while not self._claimed():
+                if not reported:
                     waits(True)
-                told = True
+                reported = True
                 if self.closed.wait(TURN_SECONDS):
                     raise StageCancelledError("ended with the curriculum")
-            if told:
+            if reported:
                 waits(False)
 
-    def _free(self) -> bool:
-        """Whether all devices are ours now. Taken in one order by all, and kept, so that no two wait for each other."""
+    def _claimed(self) -> bool:
+        """Try to lock all devices. All processes lock in the same order and keep their locks: no deadlock."""
         for device in self._devices:
             if not device.is_locked:
                 try:
@@ -125,8 +125,8 @@ class Launcher:
     def run(self, command: Sequence[str], log: Callable[[str], None]) -> None:
         """Run `command` to its end; progress goes to `vectorclm.runtime.progress`, every other line to `log`.
 
-        Raises the error the child reported, as the class it had there; StageInterruptedError where a signal
-        ended it, also after a checkpoint; StageFailedError, with its last lines, where it ended otherwise.
+        Raises the error that the child reported, as the same class; StageInterruptedError where a signal ended the
+        child, also after a checkpoint; StageFailedError with its last lines where it failed otherwise.
         """
         tail: deque[str] = deque(maxlen=TAIL_LINES)
         reported: Exception | None = None
@@ -149,9 +149,9 @@ class Launcher:
             raise StageInterruptedError(str(reported)) from reported
         if reported is not None:
             raise reported
-        last = "\n".join(tail) or "(it said nothing)"
+        last = "\n".join(tail) or "(no output)"
         if (name := _signal_name(code)) is not None:
-            memory = ", which is also what the system does when memory runs out" if name == "SIGKILL" else ""
+            memory = " (the system also sends it when memory runs out)" if name == "SIGKILL" else ""
             raise StageInterruptedError(f"its process was ended by {name}{memory}; its last lines:\n{last}")
         raise StageFailedError(f"its process ended with exit code {code}; its last lines:\n{last}")
 
@@ -171,7 +171,7 @@ class Launcher:
                 env={
                     **neutral(os.environ),
                     "PYTHONUNBUFFERED": "1",
-                },  # the core asks neither server, nor may what it runs
+                },  # the core uses neither Prefect nor MLflow
                 start_new_session=True,
             )
             self._children.add(child)
@@ -187,7 +187,7 @@ class Launcher:
 
 
 def dying_with_parent(command: Sequence[str]) -> list[str]:
-    """`command`, made to get SIGTERM when the thread that starts it is gone, even by `kill -9` (on Linux)."""
+    """Wrap `command` so that it gets SIGTERM when the thread that started it dies, even by `kill -9` (on Linux)."""
     if shutil.which("setpriv"):
         return ["setpriv", "--pdeathsig", "TERM", *command]
     if platform.system() == "Linux":
@@ -196,20 +196,21 @@ def dying_with_parent(command: Sequence[str]) -> list[str]:
 
 
 def under_torchrun(command: Sequence[str], processes: int, threads: int) -> list[str]:
-    """`command` as so many ranks of one machine, each with so many threads. The stage's retry restarts them all.
+    """Wrap `command` in torchrun: `processes` ranks on this machine, each with `threads` threads.
 
-    Ranks are in sessions of their own, out of reach of a signal to torchrun's group: each ends with torchrun.
+    Ranks are in sessions of their own, which a signal to torchrun's group does not reach; each rank dies with torchrun.
+    If a rank fails, all end; the retry of the stage restarts them.
     """
-    # The ranks' store apart from torchrun's: shared, a restart after a rank's death may hang.
+    # The ranks do not share torchrun's store: a restart after a rank's death may hang with a shared one.
     settings = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", f"OMP_NUM_THREADS={threads}"]
-    loopback = "lo" if platform.system() == "Linux" else "lo0"  # what they say reaches no other machine
+    loopback = "lo" if platform.system() == "Linux" else "lo0"  # the ranks talk on this machine only
     settings += [f"GLOO_SOCKET_IFNAME={loopback}", f"NCCL_SOCKET_IFNAME={loopback}"]
     torchrun = [sys.executable, "-m", "flows.execution.ranks", "--standalone", f"--nproc-per-node={processes}"]
     return ["env", *settings, *torchrun, "--max-restarts=0", "--no-python", *dying_with_parent(command)]
 
 
 def _end(child: subprocess.Popen[str], patience: float) -> None:
-    """Ask the child's whole process group to end, after `patience` seconds to end at once; then kill it."""
+    """Send SIGTERM to the child's process group, again after `patience` seconds, then SIGKILL."""
     for number, seconds in ((signal.SIGTERM, patience), (signal.SIGTERM, KILL_AFTER), (signal.SIGKILL, KILL_AFTER)):
         if child.poll() is not None:
             return
@@ -224,7 +225,7 @@ def _end(child: subprocess.Popen[str], patience: float) -> None:
 
 @contextmanager
 def _deaf_to_sigterm() -> Iterator[None]:
-    """Ignore SIGTERM while the block runs: a request that is being met may be repeated."""
+    """Ignore SIGTERM while the block runs: this process is ending already, and the signal may be repeated."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -239,7 +240,7 @@ def _relay_tick(line: str) -> bool:
     try:
         tick = parse_tick(line)
     except (ValueError, TypeError):
-        return False  # a line that a kill cut short
+        return False  # a line that was cut off by a kill
     if tick is not None:
         say(tick)
     return tick is not None
@@ -250,8 +251,8 @@ def _parse_error(line: str) -> Exception | None:
     if not line.startswith('{"error"'):
         return None
     try:
-        said: dict[str, Any] = json.loads(line)["error"]
-        name, message = str(said["type"]), str(said["message"])
+        fields: dict[str, Any] = json.loads(line)["error"]
+        name, message = str(fields["type"]), str(fields["message"])
     except (ValueError, KeyError, TypeError):
         return None
     for module in (errors, builtins):
@@ -262,6 +263,6 @@ def _parse_error(line: str) -> Exception | None:
 
 
 def _signal_name(code: int) -> str | None:
-    """The signal that ended a process: -n, or 128 + n from a handler that exits, and from a shell."""
+    """The name of the signal in an exit code: -n, or 128 + n from a shell or a handler that exits."""
     number = -code if code < 0 else code - 128
     return signal.Signals(number).name if number in set(signal.Signals) else None

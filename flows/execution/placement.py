@@ -1,6 +1,6 @@
-"""Stages on other machines: each a run of its own deployment, in the pool that suits it.
+"""Run stages on other machines: each as a run of its own deployment, in the work pool `cpu` or `gpu`.
 
-The store is all that the machines share: a stage's run finds its inputs there and leaves its artifact there.
+The machines share only the store: a stage's run reads its inputs there and publishes its artifact there.
 """
 
 import time
@@ -24,18 +24,18 @@ from vectorclm.errors import ConfigError
 
 POLL_SECONDS = 2
 CANCEL_TRIES = 5
-CRASH_SECONDS = 90  # a crashed run is started again by the platform; one that was not by then, is lost
+CRASH_SECONDS = 90  # within which the platform starts a crashed run again; after that it is lost
 DEPLOYMENTS = {"evaluate": "evaluate_chat"}  # `evaluate` measures any model
 UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CRASHED]
 
 
 def run_in_pool(stage: str, parameters: Mapping[str, Any], closed: Event, log: Callable[[str], None]) -> None:
-    """Have the deployment of `stage` make its artifact; returns when it has.
+    """Run the deployment of `stage` and wait until its artifact is built.
 
-    A run that an earlier attempt of this flow run started is waited for instead of started twice. Once `closed` is
-    set, the stage's run is cancelled. Raises ConfigError where there is no such deployment, StageFailedError with
-    the words of a run that failed, StageCancelledError for one that was cancelled, and StageInterruptedError for one
-    that crashed and was not started again.
+    A run that an earlier attempt of this flow run started is waited for, not started twice. Once `closed` is set, the
+    stage's run is cancelled. Raises ConfigError where the deployment is missing, StageFailedError with the message of
+    a run that failed, StageCancelledError for a run that was cancelled, and StageInterruptedError for a run that
+    crashed and was not started again.
     """
     tags = [f"part of {flow_run.id}", f"stage {stage}"]
     with get_client(sync_client=True) as client:
@@ -70,12 +70,12 @@ def _unfinished(client: SyncPrefectClient, tags: list[str]) -> FlowRun | None:
 
 
 def _is_lost(state: State[Any]) -> bool:
-    """Whether a run crashed so long ago that the platform will not start it again."""
+    """Whether a run crashed more than CRASH_SECONDS ago: the platform does not start it again."""
     return (datetime.now(UTC) - state.timestamp).total_seconds() > CRASH_SECONDS
 
 
 def _wait(client: SyncPrefectClient, run: FlowRun, stage: str, closed: Event, log: Callable[[str], None]) -> None:
-    said = ""
+    shown = ""
     while True:
         if closed.wait(POLL_SECONDS):
             _cancel(client, run.id)
@@ -86,9 +86,9 @@ def _wait(client: SyncPrefectClient, run: FlowRun, stage: str, closed: Event, lo
             continue  # a server that is away comes back; the stage does not need it
         if state is None:
             continue
-        if state.name != said:
-            said = state.name or ""
-            log(f"{stage}: {said}")
+        if state.name != shown:
+            shown = state.name or ""
+            log(f"{stage}: {shown}")
         match state.type:
             case StateType.COMPLETED:
                 return
@@ -101,7 +101,7 @@ def _wait(client: SyncPrefectClient, run: FlowRun, stage: str, closed: Event, lo
 
 
 def _cancel(client: SyncPrefectClient, run_id: UUID) -> None:
-    """Cancel a stage's run; one that crashed, so that it is not started again without its curriculum."""
+    """Cancel a stage's run, also a crashed one, so that it is not started again without its curriculum."""
     for _ in range(CANCEL_TRIES):
         try:
             state = client.read_flow_run(run_id).state

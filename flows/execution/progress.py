@@ -1,6 +1,6 @@
-"""Live progress of a stage in the Prefect UI: a chip on the run graph, and a line in the log now and then.
+"""Live progress of a stage in the Prefect UI: a progress artifact on the run graph, and lines in the log.
 
-A thread of its own talks to the server, with the newest tick only, so a slow or lost server never holds a stage up.
+A thread sends only the newest tick to the server, so a slow or lost server never delays a stage.
 """
 
 import logging
@@ -22,15 +22,15 @@ from prefect.states import Running
 
 from vectorclm.runtime.progress import Tick
 
-CHIP_SECONDS = 5.0  # between two updates of the chip, where a percent or more was done
-LINE_SECONDS = 30.0  # between two lines in the log, and two updates where it goes slowly
+CHIP_SECONDS = 5.0  # between two updates of the artifact, if a percent or more was done
+LINE_SECONDS = 30.0  # between two lines in the log, and two updates of a slow stage
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def live(stage: str, log: Callable[[str], None]) -> Iterator[None]:
-    """Show the stage's ticks while the block runs, inside a Prefect task."""
+    """Show the progress of a stage while the block runs, inside a Prefect task."""
     handler = _Live(stage, log)
     ticks = logging.getLogger("vectorclm.runtime.progress")
     ticks.addHandler(handler)
@@ -41,18 +41,20 @@ def live(stage: str, log: Callable[[str], None]) -> Iterator[None]:
     finally:
         ticks.removeHandler(handler)
         handler.ended.set()
-        thread.join(CHIP_SECONDS)  # the last update; a lost server is not waited for
+        thread.join(CHIP_SECONDS)  # for the last update, and no longer
 
 
 def show_waiting(waits: bool) -> None:
-    """Say in the log of this flow run, and by its state, that it waits for the machine's devices, or no longer does."""
-    message = "another run has the devices of this machine: waiting for its end" if waits else "its turn has come"
+    """Set the flow run to `Queued` while it waits for the devices of this machine, else `Running`; log it."""
+    message = (
+        "another run uses the devices of this machine: waiting for its end" if waits else "the devices are free now"
+    )
     get_run_logger().info(message)
     if flow_run.id is None:
         return
     with suppress(Exception), get_client(sync_client=True) as client:  # a lost server stops no run
         now = client.read_flow_run(UUID(flow_run.id)).state
-        if now is not None and now.is_running():  # and not being cancelled
+        if now is not None and now.is_running():  # not being cancelled
             state: State[Any] = Running(name="Queued" if waits else "Running", message=message)
             client.set_flow_run_state(UUID(flow_run.id), state, force=True)
 
@@ -65,10 +67,10 @@ class _Live(logging.Handler):
         self._tick: Tick | None = None
         self._first: tuple[float, int] | None = None
         self._chip: UUID | None = None
-        self._shown, self._share, self._when = -1, -100.0, 0.0  # what the chip says, and since when
+        self._shown, self._share, self._when = -1, -100.0, 0.0  # the shown progress, and its time
         self._lined = time.monotonic()
         self._stack = ExitStack()
-        self._client: SyncPrefectClient | None = None  # kept: to make one takes more than to send by it
+        self._client: SyncPrefectClient | None = None  # kept: creating one costs more than a request
 
     def emit(self, record: logging.LogRecord) -> None:
         tick = getattr(record, "tick", None)
@@ -78,7 +80,7 @@ class _Live(logging.Handler):
             self._tick = tick
 
     def work(self) -> None:
-        """Tell the server of the newest tick, until the stage ends."""
+        """Send the newest tick to the server until the stage ends."""
         with self._stack:
             while not self.ended.wait(CHIP_SECONDS):
                 self._show()
@@ -103,7 +105,7 @@ class _Live(logging.Handler):
                 if self._client is None:
                     self._client = self._stack.enter_context(get_client(sync_client=True))
                 self._client.update_artifact(self._chip, ArtifactUpdate(data=share, description=line))
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # of any kind: the training continues
             logger.debug("progress of %s was not shown: %s", self.stage, error)
 
     def _describe(self, tick: Tick) -> str:

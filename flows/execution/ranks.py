@@ -1,6 +1,6 @@
-"""torchrun that ends as its first failed rank did: `python -m flows.execution.ranks OPTION … COMMAND …`.
+"""torchrun with the exit code of the first rank that failed: `python -m flows.execution.ranks OPTION … COMMAND …`.
 
-torchrun itself always ends with 1, and leaves the folder in which its ranks write their errors.
+torchrun itself always exits with 1, and leaves the folder of its ranks' error files behind.
 """
 
 import sys
@@ -12,7 +12,7 @@ from torch.distributed.run import main
 
 
 def run(arguments: list[str]) -> int:
-    """Run torchrun; the exit code of the rank that failed first, or 128 + n where signal n ended it, or torchrun."""
+    """Run torchrun; returns the exit code of the first failed rank, or 128 + n if signal n ended it or torchrun."""
     with tempfile.TemporaryDirectory(prefix="vectorclm-") as folder:
         try:
             main(["--log-dir", folder, *arguments])

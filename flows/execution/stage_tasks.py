@@ -1,7 +1,7 @@
-"""One Prefect task a stage: find the artifact, or have the core make it.
+"""Stages as Prefect tasks: reuse the artifact from the store, or have the core build it.
 
-The skip lives here and in the core, never in Prefect's cache, so the UI's Retry, a new run and a run after a
-crash all carry on alike.
+Reuse is decided here and in the core, never by Prefect's cache, so Retry in the UI, a new run and a run after a
+crash all behave alike.
 """
 
 import logging
@@ -48,15 +48,15 @@ from vectorclm.stages import BY_NAME, plans, rebuild_stage, run_stage, summary_l
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 
 RETRY_DELAY = 5  # seconds
-LINK_SECONDS = 15  # how long the link to MLflow is waited for, while the stages run
-CHAMPION_SECONDS = 30  # how long the name of the champion is waited for
-WAIT_SECONDS = 3  # between two looks at what another run makes
+LINK_SECONDS = 15  # to wait for the link to MLflow, while the stages run
+CHAMPION_SECONDS = 30  # to wait for the name of the champion
+WAIT_SECONDS = 3  # between two checks of a stage that another run builds
 
 logger = logging.getLogger(__name__)
 
 
 class Stages:
-    """The stages of one curriculum as tasks: `with Stages(...) as stage: sample = stage("sample")`."""
+    """The stages of one curriculum as Prefect tasks: `with Stages(...) as stage: sample = stage("sample")`."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class Stages:
         self.experiment, self.runtime, self.data = experiment, runtime, data
         self.store = Store(store)
         self.plans = plans(experiment)
-        self.again = {again_from} if again_from else set[str]()  # made again and compared, and all that is made from it
-        for name, plan in self.plans.items():
-            if self.again & set(plan.inputs):
+        self.again = {again_from} if again_from else set[str]()  # rebuilt and compared, with all that depends on it
+        for name, spec in self.plans.items():
+            if self.again & set(spec.inputs):
                 self.again.add(name)
         self.launcher = Launcher(local_folder(self.store) / "locks")
         self._futures: dict[str, PrefectFuture[Any]] = {}
@@ -92,7 +92,7 @@ class Stages:
             (self.folder / "experiment.json").write_text(self.experiment.model_dump_json(), encoding="utf-8")
             (self.folder / "runtime.json").write_text(self.runtime.model_dump_json(), encoding="utf-8")
             stack.enter_context(self.tracker)
-            stack.enter_context(self.launcher)  # the last in, so that children end before their run is closed
+            stack.enter_context(self.launcher)  # entered last: children end before their MLflow run is closed
             self._stack = stack.pop_all()
         return self
 
@@ -103,7 +103,7 @@ class Stages:
         self.launcher.preempted = ended and not is_cancelled()
         try:
             if kind is not None:
-                ending.set()  # for stages that are made in threads of this process
+                ending.set()  # for stages that run in threads of this process
             self._stack.__exit__(kind, error, trace)
         finally:
             ending.clear()
@@ -111,7 +111,7 @@ class Stages:
     def __call__(self, name: str, *after: PrefectFuture[Any]) -> PrefectFuture[Any]:
         """Submit the stage `name`, to start when the stages `after` are done.
 
-        In topological order every stage's inputs are submitted before it, so even one worker cannot deadlock.
+        Submit stages in topological order: then even one worker cannot deadlock.
         """
 
         def stage() -> State[Handle]:
@@ -132,9 +132,9 @@ class Stages:
         return self._futures[name]
 
     def handles(self) -> dict[str, Handle]:
-        """Wait for all submitted stages and return what each gave.
+        """Wait for all submitted stages and return the handle of each.
 
-        Raises StageFailedError naming the first that failed, once those beside it have ended.
+        Raises StageFailedError naming the first stage that failed, after the stages beside it have ended.
         """
         if (page := self.tracker.page(LINK_SECONDS)) is not None:
             create_link_artifact(page, link_text="this run in MLflow", key="mlflow")
@@ -150,9 +150,9 @@ class Stages:
         return handles
 
     def _report(self, handles: dict[str, Handle]) -> None:
-        """Write the curriculum's page into the store, and tell MLflow and Prefect of it.
+        """Write the curriculum's report into the store, and link it in MLflow and Prefect.
 
-        What fails here costs the page, never the curriculum: its artifacts are made.
+        An error here costs the report, never the curriculum: its artifacts are built.
         """
         try:
             champion = self.tracker.champion(CHAMPION_SECONDS)
@@ -177,13 +177,13 @@ class Stages:
             self.tracker.reused(name, found)
             logger.info("%s reused", name)
             handle = stage_handle(name, found, "reused", began)
-            return Completed(name="Reused", message=f"{found.uri} was there already", data=handle)
+            return Completed(name="Reused", message=f"reused {found.uri}", data=handle)
         artifact = self._in_pool(name) if self.runtime.placement == "pools" else self._here(name)
         if found is not None:
-            logger.info("%s made again, the same to the byte", name)
+            logger.info("%s rebuilt, identical to the byte", name)
             return Completed(
                 name="Reproduced",
-                message=f"made again, the same to the byte: {found.uri}",
+                message=f"rebuilt, identical to the byte: {found.uri}",
                 data=stage_handle(name, found, "reused", began),
             )
         handle = stage_handle(name, artifact, "built", began)
@@ -193,17 +193,17 @@ class Stages:
         return Completed(message=f"built {artifact.uri} in {duration(handle['seconds'])}", data=handle)
 
     def _found(self, name: str) -> Artifact | None:
-        """The artifact of a stage, or None, also where it is damaged, so that it is made again."""
-        plan = self.plans[name]
+        """The artifact of a stage; None if it is missing or damaged, so that it is built again."""
+        spec = self.plans[name]
         try:
-            return self.store.find(plan.stage, plan.fingerprint)
+            return self.store.find(spec.stage, spec.fingerprint)
         except CorruptArtifactError as error:
-            if BY_NAME[name].own_process or self.runtime.placement == "pools":  # the other process warns in its own log
-                logger.warning("%s", rebuilt_because(plan, error))
+            if BY_NAME[name].own_process or self.runtime.placement == "pools":  # else the builder warns
+                logger.warning("%s", rebuilt_because(spec, error))
             return None
 
     def _here(self, name: str) -> Artifact:
-        """Make the artifact on this machine, seen in MLflow and Prefect."""
+        """Build the artifact on this machine, with its progress in MLflow and Prefect."""
         context = TaskRunContext.get()
         attempt = context.task_run.run_count if context is not None else 1
         folder = self.store.work_folder(self.plans[name], self.runtime.work_dir)
@@ -213,7 +213,7 @@ class Stages:
         return artifact
 
     def _in_pool(self, name: str) -> Artifact:
-        """Have a worker of the stage's pool make the artifact, from this very experiment with its pinned sources."""
+        """Have a worker of the stage's pool build the artifact, from this experiment with its pinned sources."""
         parameters = {
             "stage": name,
             "experiment": self.experiment.name,
@@ -226,15 +226,15 @@ class Stages:
         return self._made(name)
 
     def _make_or_wait(self, name: str) -> Artifact:
-        """The artifact, made here or by another run that is at it already."""
-        told = False
+        """Build the artifact, or wait for another run that builds it already."""
+        warned = False
         while True:
             try:
                 return self._make(name)
             except InUseError as error:
-                if not told:
-                    logger.warning("%s: another run makes it already, so this one waits (%s)", name, error)
-                told = True
+                if not warned:
+                    logger.warning("%s: another run builds it already, so this one waits (%s)", name, error)
+                warned = True
             if self.launcher.closed.wait(WAIT_SECONDS):
                 raise StageCancelledError("ended with the curriculum")
 
@@ -255,19 +255,20 @@ class Stages:
         return self._made(name)
 
     def _made(self, name: str) -> Artifact:
-        plan = self.plans[name]
-        if (made := self.store.find(plan.stage, plan.fingerprint)) is None:
-            raise StoreError(f"{name} ended well, but {self.store.uri_of(plan.stage)} lacks {plan.fingerprint}")
-        return made
+        spec = self.plans[name]
+        if (artifact := self.store.find(spec.stage, spec.fingerprint)) is None:
+            place = self.store.uri_of(spec.stage)
+            raise StoreError(f"{name} ended without an error, but {place} lacks {spec.fingerprint}")
+        return artifact
 
 
 def default_workers() -> int:
-    """How many stages run side by side where the runtime leaves it open: one for each two cores."""
+    """The default number of stages that run in parallel: one for each two cores."""
     return max(1, (os.cpu_count() or 1) // 2)
 
 
 def may_help(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether another attempt can mend it: it was the store's or the machine's fault, not the settings'."""
+    """Whether a retry may help: the store or the machine failed, not the settings or the data."""
     error = state.data
     if isinstance(error, CorruptArtifactError | StageCancelledError):
         return False
@@ -278,12 +279,12 @@ def may_help(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 def _failure(name: str, error: BaseException) -> StageFailedError:
-    """What went wrong, where, and what to do."""
+    """The error of a curriculum whose stage failed: what is wrong, where, and what to do."""
     if isinstance(error, DataError | CorruptArtifactError | StageCancelledError | StageInterruptedError):
-        todo = "mend that and run the same command again"
+        todo = "fix it and run the same command again"
     elif isinstance(error, VectorCLMError | OSError):
-        todo = "mend that and run again"
+        todo = "fix it and rerun"
     else:
-        todo = "this is a fault of the program; with --verbose it shows where"
+        todo = "this is a bug of the program; --verbose shows where"
     what = str(error) if isinstance(error, VectorCLMError) else f"{type(error).__name__}: {error}"
     return StageFailedError(f"stage {name} failed: {what}\nFinished stages are kept and will be reused; {todo}.")

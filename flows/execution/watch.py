@@ -1,4 +1,4 @@
-"""A flow run and its state in Prefect, kept in step by the run's own process where nobody else would."""
+"""Correct the state of a flow run in Prefect from the run's own process, after crashes of server or worker."""
 
 import logging
 import os
@@ -14,18 +14,18 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Running
 
-ANSWER_SECONDS = 2  # for a server, where the machine may soon be taken away
-LOOK_SECONDS = 5  # well below what a crashed run is given before it starts again
+ANSWER_SECONDS = 2  # timeout of a request, as the machine may soon be taken away
+LOOK_SECONDS = 5  # well below the delay before a crashed run starts again
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Look at this run's state now and then while the block runs.
+    """Check the state of this run every LOOK_SECONDS while the block runs.
 
-    A run that counts as crashed, because the server was away for longer than heartbeats may be, is `Running` again. A
-    run that is to be cancelled, but has lost the worker that would end it, ends itself.
+    A run that counts as crashed because its heartbeats did not reach the server is set to `Running` again. A run that
+    is being cancelled but has lost its worker ends itself.
     """
     if flow_run.id is None:
         yield
@@ -37,11 +37,11 @@ def watched() -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join(LOOK_SECONDS)  # so that no state is set after the end's
+        thread.join(LOOK_SECONDS)  # so that no state is set after the final one
 
 
 def is_cancelled() -> bool:
-    """Whether a person has cancelled this run, as far as the server answers soon."""
+    """Whether a person has cancelled this run; False if the server does not answer within ANSWER_SECONDS."""
     if flow_run.id is None:
         return False
     with suppress(Exception), get_client(sync_client=True, httpx_settings={"timeout": ANSWER_SECONDS}) as client:
@@ -53,12 +53,12 @@ def is_cancelled() -> bool:
 def _watch(run_id: UUID, worker: int, ended: threading.Event) -> None:
     while not ended.wait(LOOK_SECONDS):
         try:
-            with get_client(sync_client=True) as client:  # kept: to make one takes more than to ask
+            with get_client(sync_client=True) as client:  # kept: creating one costs more than a request
                 _look(client, run_id, os.getppid() != worker, ended)
                 while not ended.wait(LOOK_SECONDS):
                     _look(client, run_id, os.getppid() != worker, ended)
-        except Exception as error:  # a server that is away, whatever it says
-            logger.debug("the state of run %s was not seen: %s", run_id, error)
+        except Exception as error:  # of any kind: the server is away
+            logger.debug("the state of run %s was not read: %s", run_id, error)
 
 
 def _look(client: SyncPrefectClient, run_id: UUID, orphaned: bool, ended: threading.Event) -> None:
@@ -66,9 +66,9 @@ def _look(client: SyncPrefectClient, run_id: UUID, orphaned: bool, ended: thread
     if state is None or ended.is_set():
         return
     if state.is_crashed():
-        alive: State[Any] = Running(message="its process lives: only its heartbeats were not heard")
+        alive: State[Any] = Running(message="its process is alive: only its heartbeats were lost")
         client.set_flow_run_state(run_id, alive, force=True)
     elif state.is_cancelling() and orphaned:
-        gone: State[Any] = Cancelled(message="cancelled by its own process, as its worker is gone")
+        gone: State[Any] = Cancelled(message="cancelled by its own process, because its worker is gone")
         client.set_flow_run_state(run_id, gone, force=True)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,5 +1,5 @@
-"""The running platform: Prefect's server, MLflow, workers and deployments.
+"""Operation of the platform: Prefect's server, MLflow, workers, deployments, and their diagnosis.
 
-In: its settings.
-Out: services that answer, and a report of what is broken.
+In: the platform's settings.
+Out: running services, and a report of problems.
 """

@@ -1,8 +1,7 @@
-"""The platform's services on one machine: Postgres and an S3 store where asked for, Prefect, MLflow, the workers.
+"""Settings of the platform, and its services: Prefect, MLflow, the workers, and if asked for Postgres and an S3 store.
 
-Each is a process of its own that outlives the command which starts it; `<home>/platform/` keeps its log and what it
-takes to find it again. Passwords reach services by their environment or a pipe, never by arguments; the one that `up`
-makes for Prefect lies in a file that its owner alone reads.
+Each service is a process that outlives the command which starts it; its log and its record are in `<home>/platform/`.
+Passwords reach services by their environment or a pipe, never by arguments.
 """
 
 import os
@@ -29,38 +28,38 @@ from vectorclm.store.artifact import Store
 
 POOLS = ("cpu", "gpu")
 EVENTS_KEPT = "P30D"  # ISO 8601
-SCHEDULE_SECONDS = 10  # after which a new schedule shows its next runs
+SCHEDULE_SECONDS = 10  # between two checks for new schedules
 
 
 class PlatformConfig(Settings):
-    """Where the platform listens and keeps what it knows: the variables of `docker/platform.env`, in lower case."""
+    """Settings of the platform: the variables of `docker/platform.env`, in lower case."""
 
-    vectorclm_store: str = Field("./store", description="Where artifacts are kept: a folder, or s3://bucket/prefix")
+    vectorclm_store: str = Field("./store", description="The store of the artifacts: a folder, or s3://bucket/prefix")
     vectorclm_database: SecretStr | None = Field(
-        None, description="postgresql://user:password@host:port for Prefect and MLflow; left out, SQLite in the home"
+        None, description="postgresql://user:password@host:port for Prefect and MLflow; default: SQLite in the home"
     )
     vectorclm_notify: str = Field(
         "none",
         pattern=r"^(none|[a-z0-9-]+/[a-z0-9-]+)$",
-        description="Prefect's block that a fallen score is told to, as type/name: webhook/team; none = nobody is told",
+        description="Prefect's block to notify when a score falls, as type/name: webhook/team; none = no message",
     )
-    vectorclm_home: str | None = Field(None, description="The folder of this machine for databases and logs")
+    vectorclm_home: str | None = Field(None, description="The folder on this machine for databases and logs")
     prefect_port: int = Field(4200, ge=1, le=65_535)
     mlflow_port: int = Field(5000, ge=1, le=65_535)
     postgres_port: int = Field(5432, ge=1, le=65_535)
     s3_port: int = Field(8333, ge=1, le=65_535)
     postgres_password: SecretStr | None = None
     vectorclm_allowed_hosts: str = Field(
-        "", description="Names, beside localhost, by which Prefect and MLflow are reached, as behind a proxy; by commas"
+        "", description="Host names of Prefect and MLflow beside localhost, as behind a proxy; separated by commas"
     )
     prefect_auth: SecretStr | None = Field(
-        None, description="user:password of Prefect's API and UI; left out, `up` makes one; none = it asks for none"
+        None, description="user:password of Prefect's API and UI; default: `up` creates one; none = no password"
     )
     mlflow_admin_password: SecretStr | None = Field(None, min_length=12)
     mlflow_secret_key: SecretStr | None = None
     s3_access_key: SecretStr | None = None
     s3_secret_key: SecretStr | None = None
-    aws_endpoint_url: str | None = Field(None, description="An S3 store that runs already; left out, `up` starts one")
+    aws_endpoint_url: str | None = Field(None, description="An S3 store that runs already; default: `up` starts one")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -81,14 +80,14 @@ class PlatformConfig(Settings):
 
     @property
     def home(self) -> Path:
-        """The folder of this machine for databases, logs and locks."""
+        """The folder on this machine for databases, logs and locks."""
         if self.vectorclm_home is not None:
             return Path(self.vectorclm_home).absolute()
         return local_folder(Store(self.vectorclm_store))
 
     @property
     def prefect_password(self) -> str | None:
-        """user:password of Prefect: as set, else the one that `up` made; None where there is none.
+        """user:password of Prefect: as set, else the one that `up` created; None without a password.
 
         Raises ConfigError where the file that keeps it cannot be read.
         """
@@ -98,16 +97,16 @@ class PlatformConfig(Settings):
 
     @property
     def prefect_url(self) -> str:
-        """Prefect's UI; the API is below it."""
+        """The URL of Prefect's UI; its API is at `/api`."""
         return f"http://{HOST}:{self.prefect_port}"
 
     @property
     def mlflow_url(self) -> str:
-        """MLflow's UI and API."""
+        """The URL of MLflow's UI and API."""
         return f"http://{HOST}:{self.mlflow_port}"
 
     def database(self, name: str, driver: str) -> str | None:
-        """The URL of one of the two databases on Postgres; None where SQLite serves."""
+        """The URL of a Postgres database, `prefect` or `mlflow`; None if SQLite is used."""
         if self.vectorclm_database is not None:
             at = urlsplit(self.vectorclm_database.get_secret_value()).netloc
         elif self.postgres_password is not None:
@@ -117,7 +116,7 @@ class PlatformConfig(Settings):
         return f"postgresql+{driver}://{at}/{name}"
 
     def client_environment(self) -> dict[str, str]:
-        """What a worker, or a command that talks to the platform, needs in its environment."""
+        """The environment of a worker, or of a command that talks to the platform."""
         store = self.vectorclm_store
         environment = {
             **QUIET,
@@ -154,7 +153,7 @@ class PlatformConfig(Settings):
         }
 
     def stores(self) -> list[Service]:
-        """What keeps the data of the others, in the order in which they start, each once the one before it serves."""
+        """Postgres and the S3 store, if asked for, in the order of their start; each waits for the one before it."""
         found: list[Service] = []
         if self.vectorclm_database is None and self.postgres_password is not None:
             password = self.postgres_password.get_secret_value()
@@ -166,7 +165,7 @@ class PlatformConfig(Settings):
         return found
 
     def servers(self) -> list[Service]:
-        """Prefect's and MLflow's servers, which start beside each other."""
+        """The servers of Prefect and MLflow, which start in parallel."""
         return [_prefect_server(self), _mlflow_server(self)]
 
     def workers(self) -> list[Service]:
@@ -178,7 +177,7 @@ SECRETS = [name for name, field in PlatformConfig.model_fields.items() if Secret
 
 
 def read_platform(env_file: Path | None, **options: Any) -> PlatformConfig:
-    """The platform's settings: options over the environment over the file. Raises ConfigError."""
+    """Read the platform's settings: options override the environment, which overrides the file. Raises ConfigError."""
     values: dict[str, Any] = {}
     if env_file is not None:
         try:
@@ -217,12 +216,12 @@ def _prefect_server(config: PlatformConfig) -> Service:
         "PREFECT_HOME": str(config.home / ".prefect"),
         "PREFECT_API_URL": f"{config.prefect_url}/api",
         ALLOWED: config.vectorclm_allowed_hosts,
-        # The guard refuses other origins; these two hold where a proxy hides them.
+        # The guard refuses other origins; these two settings also work behind a proxy that hides the origin.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{config.prefect_url},http://localhost:{config.prefect_port}",
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
-        # What was to happen to runs while the server was away still happens once it is back.
+        # Automations that fell due while the server was away still fire when it is back.
         "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": EVENTS_KEPT,
-        # Prefect looks once a minute for schedules that were switched on.
+        # Prefect's default is a minute.
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": str(SCHEDULE_SECONDS),
     }
     if (url := config.database("prefect", "asyncpg")) is not None:
@@ -263,7 +262,7 @@ def _mlflow_server(config: PlatformConfig) -> Service:
     if config.mlflow_admin_password is not None and (url := config.database("mlflow", "psycopg2")) is not None:
         user, _, at = urlsplit(url).netloc.rpartition("@")
         name, _, password = user.partition(":")
-        environment["PGPASSWORD"] = unquote(password)  # beside the URL, which goes into a file
+        environment["PGPASSWORD"] = unquote(password)  # not in the URL, which is written to a file
         environment["MLFLOW_AUTH_CONFIG_PATH"] = str(_folder(config) / "mlflow-auth.ini")
         prepare = partial(_write_users, _folder(config) / "mlflow-auth.ini", f"{name}@{at}")
     ready = partial(answers, f"{config.mlflow_url}/health")
@@ -271,7 +270,7 @@ def _mlflow_server(config: PlatformConfig) -> Service:
 
 
 def _write_users(file: Path, at: str) -> None:
-    """Where MLflow keeps its users: in Postgres, as its other data."""
+    """Write MLflow's configuration of users, who are kept in Postgres."""
     lines = ["[mlflow]", "default_permission = READ", f"database_uri = postgresql+psycopg2://{at}/mlflow"]
     file.write_text("\n".join([*lines, "admin_username = admin", ""]), encoding="utf-8")
 
@@ -280,8 +279,8 @@ def _worker(config: PlatformConfig, pool: str) -> Service:
     name = f"{socket.gethostname()}-{pool}"
     command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process", "--pool", pool, "--name", name]
     command += ["--no-create-pool-if-not-found", "--install-policy", "never"]
-    command += ["--limit", "1"] if pool == "gpu" else []  # a stage takes all GPUs of its machine, the next one waits
-    # Artifacts in a shared folder are for those whom the user's own umask lets in.
+    command += ["--limit", "1"] if pool == "gpu" else []  # a stage uses all GPUs of its machine; the next one waits
+    # The user's own umask decides who may read artifacts in a shared folder.
     return Service(f"worker-{pool}", command, config.client_environment(), _folder(config), umask=-1)
 
 

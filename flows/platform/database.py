@@ -1,4 +1,4 @@
-"""The platform's Postgres: Debian's, in a folder of the platform, listening on 127.0.0.1 only."""
+"""The platform's Postgres: Debian's package, with a cluster in the platform's home, on 127.0.0.1 only."""
 
 import os
 import pwd
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from flows.platform.process import HOST, Service, ServiceError, run_tool
 
-INSTALLED = Path("/usr/lib/postgresql")  # a folder for each version
+INSTALLED = Path("/usr/lib/postgresql")  # one folder for each version
 USER = "vectorclm"
 DATABASES = ("prefect", "mlflow")
 
 
 def postgres(data: Path, logs: Path, port: int, password: str) -> Service:
-    """Postgres as a service. Its cluster at `data` is made at its first start, with this password for `vectorclm`."""
+    """Postgres as a service. The first start creates its cluster at `data`, with this password for `vectorclm`."""
     programs = _programs(data)
     command = [*_unprivileged(), str(programs / "postgres"), "-D", str(data), "-p", str(port)]
     command += ["-c", f"listen_addresses={HOST}", "-c", "unix_socket_directories="]
@@ -35,7 +35,7 @@ def postgres(data: Path, logs: Path, port: int, password: str) -> Service:
 
 
 def _programs(data: Path) -> Path:
-    """The folder of the version that made the cluster, or of the newest one."""
+    """The programs of the version that created the cluster, else of the newest version."""
     with suppress(OSError):
         return INSTALLED / (data / "PG_VERSION").read_text(encoding="ascii").strip() / "bin"
     found = [path.parent for path in INSTALLED.glob("*/bin/postgres")]
@@ -43,15 +43,15 @@ def _programs(data: Path) -> Path:
 
 
 def _unprivileged() -> list[str]:
-    """What to put before a command: Postgres refuses to run as root."""
+    """The prefix that runs a command as the user postgres: Postgres refuses to run as root."""
     return ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups"] if os.getuid() == 0 else []
 
 
 def _make_cluster(programs: Path, data: Path, password: str) -> None:
-    """Make the cluster, whole or not at all. Raises ServiceError where Postgres is missing or cannot reach `data`."""
+    """Create the cluster atomically. Raises ServiceError where Postgres is missing or cannot reach `data`."""
     if not (programs / "postgres").exists():
-        made = data.exists() and (data / "PG_VERSION").exists()
-        package = f"postgresql-{programs.parent.name}" if made else "postgresql"
+        exists = data.exists() and (data / "PG_VERSION").exists()
+        package = f"postgresql-{programs.parent.name}" if exists else "postgresql"
         raise ServiceError(f"Postgres is not installed: apt-get install --no-install-recommends {package}")
     target, part = data, data.with_name(f"{data.name}.part")
     if not target.exists():
@@ -65,7 +65,7 @@ def _make_cluster(programs: Path, data: Path, password: str) -> None:
 
 
 def _initialise(programs: Path, folder: Path, password: str) -> None:
-    reading, writing = os.pipe()  # initdb takes the password from a file: this one has no place on a disk
+    reading, writing = os.pipe()  # initdb reads the password from a file; a pipe leaves none on the disk
     with os.fdopen(reading, "rb") as pipe, os.fdopen(writing, "wb") as secret:
         if os.getuid() == 0:
             os.fchown(reading, pwd.getpwnam("postgres").pw_uid, -1)
@@ -75,7 +75,7 @@ def _initialise(programs: Path, folder: Path, password: str) -> None:
         command += ["--locale=C.UTF-8", "--auth=scram-sha-256", "--pwfile=/dev/stdin"]
         done = subprocess.run(command, stdin=pipe, cwd="/", capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ServiceError(f"no database cluster could be made at {folder}:\n{done.stderr.strip()}")
+        raise ServiceError(f"the database cluster at {folder} could not be created:\n{done.stderr.strip()}")
 
 
 def _give(folder: Path) -> None:
@@ -88,7 +88,7 @@ def _check_reach(folder: Path) -> None:
     if subprocess.run([*_unprivileged(), "test", "-w", str(folder)], cwd="/", check=False).returncode:
         raise ServiceError(
             f"Postgres does not run as root, and the user postgres cannot reach {folder}: a folder above it is closed "
-            "to others; name another place with VECTORCLM_HOME, such as /var/lib/vectorclm"
+            "to others. Set VECTORCLM_HOME to another folder, such as /var/lib/vectorclm"
         )
 
 
@@ -98,7 +98,7 @@ def _accepts(programs: Path, port: int) -> bool:
 
 
 def _make_databases(programs: Path, port: int, password: str) -> None:
-    """Make the databases that are missing. Raises ServiceError where the password is not that of the first start."""
+    """Create missing databases. Raises ServiceError where the password is not that of the first start."""
 
     def sql(statement: str) -> str:
         command = [str(programs / "psql"), "-h", HOST, "-p", str(port), "-U", USER, "-qtAXc", statement, "postgres"]

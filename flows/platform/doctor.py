@@ -1,4 +1,4 @@
-"""`vectorclm up`, `down` and `doctor`: start the platform, stop it, look at every part and mend what can be mended."""
+"""`vectorclm up`, `down` and `doctor`: start the platform, stop it, check every part and repair it if possible."""
 
 import os
 import secrets
@@ -24,17 +24,17 @@ from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Store
 
 FREE_GIGABYTES = 5
-OPEN = "none, so whoever works on this machine can run programs as you; without PREFECT_AUTH=none, `up` makes one"
-HEARTBEAT_SECONDS = 40  # that a worker which starts may take to be heard of
-WRITE_SECONDS = 60  # that a write may take
-TAKE_SECONDS = 20  # that a worker may need to take a run that is due
+OPEN = "none, so every user of this machine can run programs as you; without PREFECT_AUTH=none, `up` creates one"
+HEARTBEAT_SECONDS = 40  # within which a new worker must send a heartbeat
+WRITE_SECONDS = 60  # within which a write must succeed
+TAKE_SECONDS = 20  # within which a worker takes a run that is due
 VERSIONS = ("prefect", "sqlalchemy", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
 
 
 def up(config: PlatformConfig, console: Console) -> None:
-    """Start what does not run, make what is missing in Prefect, and print the links.
+    """Start services that do not run, create what is missing in Prefect, and print the links.
 
-    Raises a VectorCLMError where a service does not start; those that run stay.
+    Raises a VectorCLMError where a service does not start; running services stay up.
     """
     if config.prefect_auth is None:
         password.ensure(config.home, f"{config.prefect_url}/api")
@@ -62,19 +62,19 @@ def up(config: PlatformConfig, console: Console) -> None:
     for service, pool in started:
         console.print(f"starting {service.name} …", highlight=False)
         if not _heard(pool, since):
-            raise ServiceError(f"{service.name} started, but Prefect hears nothing of it: read {service.log}")
+            raise ServiceError(f"{service.name} started, but Prefect received no heartbeat from it: read {service.log}")
     _print_links(config, console)
 
 
 def down(config: PlatformConfig, console: Console) -> None:
-    """Stop all services, the workers first; what runs on them ends, and goes on from where it was after `up`."""
+    """Stop all services, the workers first. Their runs end, and continue where they stopped after the next `up`."""
     services = [*config.stores(), *config.servers(), *config.workers()]
     stopped = [service for service in reversed(services) if service.stop()]
     for service in stopped:
         console.print(f"{service.name} stopped", highlight=False)
     if not stopped:
-        told = f"nothing of the platform of {config.home} was running: give the --store or --env-file that `up` had"
-        console.print(told, highlight=False, soft_wrap=True)
+        message = f"no service of the platform of {config.home} was running: give the --store or --env-file of `up`"
+        console.print(message, highlight=False, soft_wrap=True)
 
 
 def _print_links(config: PlatformConfig, console: Console) -> None:
@@ -90,28 +90,28 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
         console.print(f"{name:>20}  {link}", highlight=False, soft_wrap=True)
     console.print(f"{'password':>20}  {_password(config, shown=console.is_terminal)}", highlight=False, soft_wrap=True)
     if not _gpus():
-        console.print(f"{'gpu':>20}  none here: this machine's workers run on its CPU", highlight=False)
+        console.print(f"{'gpu':>20}  none: this machine's workers run on its CPU", highlight=False)
 
 
 def _password(config: PlatformConfig, *, shown: bool) -> str:
-    """What there is to know of Prefect's password; the one that `up` made is shown where a person reads along."""
+    """A line about Prefect's password. The one that `up` created is printed only to a terminal (`shown`)."""
     if config.prefect_password is None:
         return OPEN
     if config.prefect_auth is not None:
-        return "that of PREFECT_AUTH, which Prefect's page asks for once, as user:password"
+        return "PREFECT_AUTH; Prefect's page asks once for all of it, as user:password"
     place = password.place(config.home)
     if not shown:
-        return f"Prefect's page asks for it once: it is PREFECT_API_AUTH_STRING in {place}"
-    return f"{config.prefect_password}  which Prefect's page asks for once, all of it; kept in {place}"
+        return f"PREFECT_API_AUTH_STRING in {place}; Prefect's page asks for it once"
+    return f"{config.prefect_password}  (Prefect's page asks once for all of it; it is kept in {place})"
 
 
-def _provision(config: PlatformConfig, tell: Callable[[str], None]) -> str | None:
+def _provision(config: PlatformConfig, report: Callable[[str], None]) -> str | None:
     from prefect.client.orchestration import get_client
 
     from flows.platform.provision import provision
 
     with get_client(sync_client=True) as client:
-        return provision(client, tell, config.vectorclm_notify)
+        return provision(client, report, config.vectorclm_notify)
 
 
 def _deployment_id(config: PlatformConfig) -> str:
@@ -122,15 +122,18 @@ def _deployment_id(config: PlatformConfig) -> str:
 
 
 def point_at(config: PlatformConfig) -> None:
-    """Have Prefect in this process, and in its children, talk to the platform. Before Prefect is imported."""
+    """Set the environment so that Prefect in this process and its children uses the platform.
+
+    Call it before Prefect is imported.
+    """
     os.environ |= config.client_environment()
 
 
 @contextmanager
 def alone(config: PlatformConfig, console: Console, *, starts: bool) -> Iterator[None]:
-    """No other `up`, `down` or `doctor` of this platform is at work while the block runs.
+    """Lock the platform against other `up`, `down` and `doctor` commands while the block runs.
 
-    Where no platform ran, only a command that `starts` one makes the home.
+    If no platform ever ran here, only a command that `starts` one creates the home.
     """
     if not starts and not ran_here(config):
         yield
@@ -150,7 +153,7 @@ def alone(config: PlatformConfig, console: Console, *, starts: bool) -> Iterator
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, in a line."""
+    """The result of one check, as a line of text."""
 
     good: bool
     what: str
@@ -160,20 +163,20 @@ Check = Callable[[PlatformConfig], Iterator[Finding]]
 
 
 def doctor(config: PlatformConfig, console: Console) -> bool:
-    """Look at every part, mend what can be mended, print a line each; whether all is well in the end.
+    """Check every part of the platform, repair it if possible, and print a line each; False if a problem is left.
 
-    Where no platform runs that `up` started with these settings, doctor looks and says so: it makes and starts nothing.
+    If `up` started no platform with these settings, doctor reports this, and creates and starts nothing.
     """
     point_at(config)
     well = _checked((_versions, _disk, _gpu), config, console)
     if reasons := reasons_to_leave_alone(config):
         for reason in reasons:
-            _told(Finding(False, reason), console)
+            _report(Finding(False, reason), console)
         return False
     well &= _checked((_stores, _store, _servers), config, console)
     if config.servers()[0].process() is None:
-        told = f"Prefect's server at {config.prefect_url}, if any, is not this platform's: nothing in it is looked at"
-        return _told(Finding(False, told), console)
+        message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
+        return _report(Finding(False, message), console)
     return _checked((_database, _inside_prefect, _workers, _waiting), config, console) and well
 
 
@@ -182,15 +185,15 @@ def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) 
     for check in checks:
         try:
             for finding in check(config):
-                well &= _told(finding, console)
+                well &= _report(finding, console)
         except VectorCLMError as error:
-            well = _told(Finding(False, str(error)), console)
+            well = _report(Finding(False, str(error)), console)
         except httpx.HTTPError as error:
-            well = _told(Finding(False, f"Prefect does not answer at {config.prefect_url}: {error}"), console)
+            well = _report(Finding(False, f"Prefect does not answer at {config.prefect_url}: {error}"), console)
     return well
 
 
-def _told(finding: Finding, console: Console) -> bool:
+def _report(finding: Finding, console: Console) -> bool:
     mark, style = ("ok", "green") if finding.good else ("!!", "red")
     console.print(f"[{style}]{mark}[/] ", end="")
     console.print(finding.what, highlight=False, markup=False, soft_wrap=True)
@@ -199,8 +202,8 @@ def _told(finding: Finding, console: Console) -> bool:
 
 def _versions(config: PlatformConfig) -> Iterator[Finding]:
     wrong = list(_unsuitable())
-    for told in wrong:
-        yield Finding(False, told)
+    for problem in wrong:
+        yield Finding(False, problem)
     if not wrong:
         yield Finding(True, "versions: " + ", ".join(f"{name} {version(name)}" for name in VERSIONS))
     if config.database("mlflow", "psycopg2") is not None and find_spec("psycopg2") is None:
@@ -208,31 +211,31 @@ def _versions(config: PlatformConfig) -> Iterator[Finding]:
 
 
 def _unsuitable() -> Iterator[str]:
-    """What is installed beside this package and is not what the package needs, each with the command that mends it."""
+    """Installed packages that do not meet the requirements, each with the command that fixes it."""
     for line in requires("vectorclm") or []:
         needed = Requirement(line)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
-        mend = f"pip install '{needed.name}{needed.specifier}', then `vectorclm down` and `vectorclm up`"
+        fix = f"pip install '{needed.name}{needed.specifier}', then `vectorclm down` and `vectorclm up`"
         try:
             found = version(needed.name)
         except PackageNotFoundError:
-            yield f"{needed.name} is not installed: {mend}"
+            yield f"{needed.name} is not installed: {fix}"
             continue
         if not needed.specifier.contains(found, prereleases=True):
-            yield f"{needed.name} {found} does not work here: {mend}"
+            yield f"{needed.name} {found} does not work here: {fix}"
 
 
 def _stores(config: PlatformConfig) -> Iterator[Finding]:
     for service in config.stores():
-        yield _mended(service)
+        yield _kept_running(service)
 
 
-def _mended(service: Service) -> Finding:
-    mended = service.start()
+def _kept_running(service: Service) -> Finding:
+    started = service.start()
     service.wait()
     runs = "runs" if service.port is None else f"answers at port {service.port}"
-    return Finding(True, f"{service.name} {runs}" + (", started again" if mended else ""))
+    return Finding(True, f"{service.name} {runs}" + (", started again" if started else ""))
 
 
 def _store(config: PlatformConfig) -> Iterator[Finding]:
@@ -245,7 +248,9 @@ def _store(config: PlatformConfig) -> Iterator[Finding]:
 def _disk(config: PlatformConfig) -> Iterator[Finding]:
     there = next(folder for folder in (config.home, *config.home.parents) if folder.exists())
     free = shutil.disk_usage(there).free / 1e9
-    yield Finding(free >= FREE_GIGABYTES, f"{free:.0f} GB free at {config.home}; {FREE_GIGABYTES} are wise")
+    yield Finding(
+        free >= FREE_GIGABYTES, f"{free:.0f} GB free at {config.home}; at least {FREE_GIGABYTES} GB are recommended"
+    )
 
 
 def _gpu(config: PlatformConfig) -> Iterator[Finding]:
@@ -262,32 +267,34 @@ def _gpus() -> list[str]:
 def _servers(config: PlatformConfig) -> Iterator[Finding]:
     for service in config.servers():
         try:
-            yield _mended(service)
-        except ServiceError as error:  # the next one is looked at all the same
+            yield _kept_running(service)
+        except ServiceError as error:  # the next server is still checked
             yield Finding(False, str(error))
 
 
 def _database(config: PlatformConfig) -> Iterator[Finding]:
-    """Write through Prefect's API: a connection that keeps SQLite's lock stops all writing, and no health shows it."""
+    """Check a write through Prefect's API: a locked database stops all writes, and the health check still passes."""
     server = config.servers()[0]
     if _writes(config):
-        yield Finding(True, "Prefect's database takes writes")
+        yield Finding(True, "Prefect's database accepts writes")
         return
     server.stop()
     server.start()
     server.wait()
     if _writes(config):
-        yield Finding(True, f"Prefect's database took no write in {WRITE_SECONDS} s: {server.name} started again")
+        yield Finding(
+            True, f"Prefect's database accepted no write within {WRITE_SECONDS} s: {server.name} started again"
+        )
     else:
         yield Finding(
             False,
-            f"Prefect's database takes no write in {WRITE_SECONDS} s, as where another program locks it or its disk "
-            f"is full: read {server.log}",
+            f"Prefect's database accepts no write within {WRITE_SECONDS} s: another program locks it, or its disk "
+            f"is full; read {server.log}",
         )
 
 
 def _writes(config: PlatformConfig) -> bool:
-    """Whether Prefect's server makes and removes a variable in time."""
+    """Whether Prefect's server creates and deletes a variable within WRITE_SECONDS."""
     known = config.prefect_password
     auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
     name = f"doctor-{secrets.token_hex(4)}"
@@ -304,7 +311,7 @@ def _writes(config: PlatformConfig) -> bool:
 
 
 def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
-    """What the server's services do, while the deployments are made, which takes longer than to see it."""
+    """Probe the services inside Prefect's server, and restore pools, automations and deployments meanwhile."""
     from prefect.client.orchestration import get_client
 
     from flows.platform import server_services
@@ -327,17 +334,17 @@ def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
         yield Finding(True, change)
     yield Finding(True, f"password: {_password(config, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
-    told = f"a fallen score is told by the block {config.vectorclm_notify}"
+    notified = f"the block {config.vectorclm_notify} is notified when a score falls"
     if config.vectorclm_notify == "none":
-        told = "nobody is told when a score falls: VECTORCLM_NOTIFY names no block"
-    yield Finding(problem is None, problem or told)
+        notified = "nobody is notified when a score falls: VECTORCLM_NOTIFY names no block"
+    yield Finding(problem is None, problem or notified)
 
 
 def _workers(config: PlatformConfig) -> Iterator[Finding]:
     since = datetime.now(UTC)
     mine = process_workers(config)
     for pool in set(POOLS) - {pool for _, pool in mine}:
-        yield Finding(True, f"pool {pool} is not for processes: {_heard(pool, None)} worker(s) of others online")
+        yield Finding(True, f"pool {pool} is not of type process: {_heard(pool, None)} other worker(s) online")
     for service, pool in mine:
         again = service.start()
         online = _heard(pool, since if again else None)
@@ -348,7 +355,7 @@ def _workers(config: PlatformConfig) -> Iterator[Finding]:
 
 
 def _waiting(config: PlatformConfig) -> Iterator[Finding]:
-    """Runs that are late though nothing runs before them; a worker that just started is given time to take them."""
+    """Report runs that are late although nothing runs before them; a new worker gets TAKE_SECONDS to take them."""
     from prefect.client.orchestration import get_client
 
     from flows.platform.server_services import late_runs
@@ -360,15 +367,16 @@ def _waiting(config: PlatformConfig) -> Iterator[Finding]:
     logs = ", ".join(str(service.log) for service in config.workers())
     for line in late:
         yield Finding(
-            False, f"{line}: read the log of its worker ({logs}), and look whether the pool or queue is paused"
+            False, f"{line}: read the log of its worker ({logs}), and check whether the pool or queue is paused"
         )
     if not late:
-        yield Finding(True, "no run waits without a reason")
+        yield Finding(True, "no run is late without a reason")
 
 
 def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:
-    """The workers that `up` starts, each with its pool: of the pools for processes. One from before such a pool
-    became another's, as a cluster's, is stopped.
+    """The workers that `up` starts, each with its pool: those of pools of type `process`.
+
+    If a pool became a cluster's, the worker that was started for it before is stopped.
     """
     from prefect.client.orchestration import get_client
 
@@ -383,7 +391,7 @@ def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:
 
 
 def _heard(pool: str, since: datetime | None) -> int:
-    """How many workers of a pool are online; with `since`, waits for one that was heard after that."""
+    """The number of workers of a pool that are online; with `since`, wait for a heartbeat after that time."""
     from prefect.client.orchestration import get_client
 
     deadline = time.monotonic() + HEARTBEAT_SECONDS

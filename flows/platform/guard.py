@@ -1,4 +1,4 @@
-"""Prefect's and MLflow's servers, closed to web pages of other origins and to names that are not their own.
+"""Run the servers of Prefect and MLflow behind a middleware that refuses foreign hosts and origins.
 
 `python -m flows.platform.guard prefect --host HOST --port PORT` is `prefect server start`, and `python -m
 flows.platform.guard mlflow …` is `mlflow server …`, each behind the same middleware. Passwords and databases come from
@@ -18,7 +18,7 @@ from flows.platform.password import is_complete
 from vectorclm.errors import ConfigError
 from vectorclm.inference.guard import LOOPBACK, Guard, allowed_hosts
 
-OPEN, WITH_USERS = "vectorclm", "vectorclm-basic-auth"  # the entry points by which `mlflow server` finds its apps
+OPEN, WITH_USERS = "vectorclm", "vectorclm-basic-auth"  # the entry points of the apps that `mlflow server` starts
 
 
 def prefect_app() -> ASGIApp:
@@ -29,7 +29,7 @@ def prefect_app() -> ASGIApp:
 
 
 def mlflow_app() -> ASGIApp:
-    """MLflow's server, behind the guard; it asks for no password."""
+    """MLflow's server without passwords, behind the guard."""
     from mlflow.server.fastapi_app import app
 
     return Guard(app, allowed_hosts(os.environ))
@@ -43,7 +43,7 @@ def mlflow_app_with_users() -> ASGIApp:
 
 
 def serve_prefect(arguments: Sequence[str]) -> None:
-    """Serve Prefect's API, UI and services until told to end. Raises ConfigError for a password that is none."""
+    """Serve Prefect's API, UI and services until a signal. Raises ConfigError for an incomplete password."""
     from prefect.settings import get_current_settings
 
     parser = argparse.ArgumentParser("prefect")
@@ -65,7 +65,7 @@ def serve_prefect(arguments: Sequence[str]) -> None:
 
 
 def serve_mlflow(arguments: Sequence[str]) -> None:
-    """Run `mlflow server` with these options until told to end; `--app-name basic-auth` has it ask for passwords.
+    """Run `mlflow server` with these options until a signal; `--app-name basic-auth` requires passwords.
 
     Raises ConfigError where MLflow does not find the applications of this module.
     """
@@ -76,11 +76,13 @@ def serve_mlflow(arguments: Sequence[str]) -> None:
     args, rest = parser.parse_known_args(arguments)
     app = OPEN if args.app_name is None else WITH_USERS
     if not entry_points(group="mlflow.app", name=app):
-        raise ConfigError("VectorCLM is installed in an earlier version: run `make install`, or pip install it again")
+        raise ConfigError(
+            "an older version of VectorCLM is installed: run `make install`, or install the package again"
+        )
     if args.app_name is not None:
         from mlflow.server.auth import bootstrap_admin_user, get_flask_server_secret_key
 
-        # Here, before there are workers, which would be restarted without end where this fails.
+        # Before workers start: they would be restarted without end if this fails.
         get_flask_server_secret_key()
         bootstrap_admin_user()
     names = allowed_hosts(os.environ)
@@ -93,7 +95,7 @@ def serve_mlflow(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve what the first argument names; 2 for an error that its message explains."""
+    """Run the server that the first argument names; returns 2 after a ConfigError."""
     serve = {"prefect": serve_prefect, "mlflow": serve_mlflow}[arguments[0]]
     try:
         serve(arguments[1:])

@@ -1,7 +1,7 @@
-"""The platform's S3 store: Ceph's gateway over one monitor and one disk in a folder, all on 127.0.0.1.
+"""The platform's S3 store: Ceph's gateway with one monitor and one disk in a folder, on 127.0.0.1 only.
 
-It is Debian's Ceph, which survives `kill -9`. Ceph's daemons know each other by keys that Ceph makes itself and keeps
-in that folder, which only its owner can open; the keys of S3 lie in Ceph's own database.
+Debian's Ceph survives `kill -9`. Its daemons authenticate by keys that Ceph creates in that folder, which only the
+owner can open; the keys of S3 are in Ceph's own database.
 """
 
 import json
@@ -16,7 +16,7 @@ from flows.platform.process import HOST, Service, ServiceError, listens, run_too
 
 PACKAGES = {"ceph-mon": "ceph-mon", "ceph-osd": "ceph-osd", "radosgw": "radosgw", "ceph": "ceph-common"}
 USER = "vectorclm"
-SHARE = 0.8  # of the free disk is the most that the store will take; it grows with what is written
+SHARE = 0.8  # the store's largest share of the free disk; it grows with its objects
 CAPABILITIES = {
     "mon.": {"mon": "allow *"},
     "osd.0": {"mon": "allow profile osd", "osd": "allow *"},
@@ -59,7 +59,7 @@ rgw_enable_ops_log = false
 
 
 def object_store(folder: Path, logs: Path, port: int, access_key: str, secret_key: str) -> list[Service]:
-    """Ceph's three daemons as services, in the order in which they start; made at `folder` at their first start."""
+    """Ceph's three daemons as services, in the order of their start; the first start creates them at `folder`."""
     ceph = ["-c", str(folder / "ceph.conf")]
     frontend = f"beast endpoint={HOST}:{port}"
     keys = {"access_key": access_key, "secret_key": secret_key}
@@ -98,11 +98,11 @@ def _monitor_port(folder: Path) -> int:
 
 
 def _make_monitor(folder: Path) -> None:
-    """Write Ceph's configuration, keys and first map. Raises ServiceError where a package is missing."""
+    """Create Ceph's configuration, keys and first map. Raises ServiceError where a package is missing."""
     missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
     if missing:
-        told = "apt-get install --no-install-recommends " + " ".join(missing)
-        raise ServiceError(f"Ceph, which is the S3 store here, is not installed whole: {told}")
+        install = "apt-get install --no-install-recommends " + " ".join(missing)
+        raise ServiceError(f"packages of Ceph, which is the S3 store here, are missing: {install}")
     if folder.exists():
         return
     fsid, part = str(uuid4()), folder.with_name(f"{folder.name}.part")
@@ -125,20 +125,20 @@ def _make_monitor(folder: Path) -> None:
 
 
 def _free_port(folder: Path) -> int:
-    """A port for the monitor, which keeps it: below those that outgoing connections get, and by the folder's name."""
+    """A fixed port for the monitor, chosen by the folder's name, below the ports of outgoing connections."""
     first = 10_000 + zlib.crc32(str(folder).encode()) % 20_000
     return next(port for port in range(first, first + 100) if not listens(port))
 
 
 def _make_disk(folder: Path, ceph: list[str]) -> None:
     disk = folder / "osd"
-    if (disk / "ready").exists():  # Ceph's last word on a new disk
+    if (disk / "ready").exists():  # the file that Ceph writes last on a new disk
         return
     shutil.rmtree(disk, ignore_errors=True)
     disk.mkdir()
     identity = str(
         uuid5(NAMESPACE_URL, (folder / "ceph.conf").read_text(encoding="utf-8"))
-    )  # told twice, it is one disk
+    )  # the same id if repeated, so it stays one disk
     run_tool(["ceph", *ceph, "--connect-timeout", "60", "osd", "new", identity], "naming Ceph's disk")
     run_tool(["ceph-osd", *ceph, "-i", "0", "--mkfs", "--osd-uuid", identity], "making Ceph's disk")
 
@@ -149,7 +149,7 @@ def _disk_is_up(ceph: list[str]) -> bool:
 
 
 def _make_user(ceph: list[str], keys: dict[str, str]) -> None:
-    """Have the gateway know these keys and no others; told by standard input, as arguments can be seen by all."""
+    """Set the gateway's keys by standard input, as arguments are visible to all users."""
     admin = ["radosgw-admin", *ceph, "-n", "client.admin"]
     known = json.loads(run_tool([*admin, "metadata", "list", "user"], "asking Ceph for its users"))
     if USER in known:
@@ -158,5 +158,5 @@ def _make_user(ceph: list[str], keys: dict[str, str]) -> None:
             return
     wanted = {"user_id": USER, "display_name": USER, "type": "rgw", "op_mask": "read, write, delete"}
     data = {**wanted, "max_buckets": 1000, "keys": [{"user": USER, **keys}]}
-    told = json.dumps({"key": f"user:{USER}", "data": data})
-    run_tool([*admin, "metadata", "put", f"user:{USER}"], "giving Ceph's user its keys", told=told)
+    document = json.dumps({"key": f"user:{USER}", "data": data})
+    run_tool([*admin, "metadata", "put", f"user:{USER}"], "giving Ceph's user its keys", secret_input=document)

@@ -1,4 +1,4 @@
-"""Whose platform runs here: what `up` started in a home, and with which store and ports."""
+"""Ownership of a running platform: what `up` started in a home, and with which store and ports."""
 
 import json
 from contextlib import suppress
@@ -13,7 +13,7 @@ ABOUT = "about.json"  # beside the records of the services
 
 
 def remember(config: PlatformConfig) -> None:
-    """Note which store and ports the platform of this home has, for a command that is given others. No secrets."""
+    """Write down the store and ports of the platform, for messages of commands with other settings. No secrets."""
     folder = config.home / "platform"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ABOUT
@@ -22,17 +22,17 @@ def remember(config: PlatformConfig) -> None:
 
 
 def ran_here(config: PlatformConfig) -> bool:
-    """Whether a platform ever ran in this home."""
+    """Whether a platform ever ran in the home."""
     return (config.home / "platform").is_dir()
 
 
 def reasons_to_leave_alone(config: PlatformConfig) -> list[str]:
-    """Why nothing of the platform may be touched with these settings, a line each; none where it is theirs."""
+    """Reasons why a command with these settings must not touch the platform, a line each; empty if it may."""
     services = [*config.stores(), *config.servers(), *config.workers()]
     started = [service for service in services if service.record.exists()]
     if not started:
-        told = f"the platform of {config.home} is stopped" if ran_here(config) else f"no platform ran in {config.home}"
-        return [f"{told}: `vectorclm up` starts {'it' if ran_here(config) else 'one'}", *_ports_of_others(services)]
+        state = f"the platform of {config.home} is stopped" if ran_here(config) else f"no platform ran in {config.home}"
+        return [f"{state}: `vectorclm up` starts {'it' if ran_here(config) else 'one'}", *_ports_of_others(services)]
     if others := [service.name for service in started if not service.has_these_settings()]:
         return [
             f"the platform of {config.home} was started with other settings{_difference(config)}: give doctor the "
@@ -56,7 +56,7 @@ def _about(config: PlatformConfig) -> dict[str, Any]:
 
 
 def _difference(config: PlatformConfig) -> str:
-    """What differs, as far as it is no secret."""
+    """The settings that differ, without secrets."""
     with suppress(OSError, ValueError):
         known = dict(json.loads((Path(config.home) / "platform" / ABOUT).read_text(encoding="utf-8")))
         mine = _about(config)

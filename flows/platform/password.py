@@ -1,6 +1,6 @@
-"""The password that `vectorclm up` makes for Prefect: where it is kept, and how others find it.
+"""The password that `vectorclm up` creates for Prefect: create it, store it, read it.
 
-Its file is one that a shell can read, too: with it, the user's own `prefect` talks to the platform.
+Its file can also be sourced by a shell: then the user's own `prefect` command uses the platform.
 """
 
 import os
@@ -13,33 +13,33 @@ from pydantic import SecretStr
 from vectorclm.errors import ConfigError
 
 URL, AUTH = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"
-OFF = "none"  # PREFECT_AUTH, where no password is wanted
+OFF = "none"  # the value of PREFECT_AUTH for no password
 ABOUT = "# Written by `vectorclm up`. For a `prefect` of your own: set -a; . {}; set +a\n"
 
 
 def place(home: Path) -> Path:
-    """The file that keeps the password of the platform of this home."""
+    """The file with the password of the platform of a home."""
     return home / "platform" / "prefect.env"
 
 
 def make() -> str:
-    """A new user:password that nobody guesses."""
+    """A new random user:password."""
     return f"admin:{secrets.token_urlsafe(24)}"
 
 
 def is_complete(text: str) -> bool:
-    """Whether a text is user:password."""
+    """Whether a text has the form user:password."""
     user, _, password = text.partition(":")
     return bool(user and password)
 
 
 def is_off(setting: SecretStr) -> bool:
-    """Whether PREFECT_AUTH says that no password is wanted."""
+    """Whether PREFECT_AUTH switches the password off."""
     return setting.get_secret_value().lower() == OFF
 
 
 def read(home: Path, url: str | None = None) -> str | None:
-    """The password of the platform of this home, and of no other server than that at `url`; None without one.
+    """Read the password of the platform of a home; None without one, or if it is for another server than `url`.
 
     Raises ConfigError where its file cannot be read.
     """
@@ -48,7 +48,7 @@ def read(home: Path, url: str | None = None) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{place(home)}, which keeps Prefect's password, cannot be read: {error}") from error
+        raise ConfigError(f"the file of Prefect's password, {place(home)}, cannot be read: {error}") from error
     values = dict(line.partition("=")[::2] for line in lines if not line.startswith("#"))
     if url is not None and values.get(URL) != url:
         return None
@@ -56,18 +56,18 @@ def read(home: Path, url: str | None = None) -> str | None:
 
 
 def ensure(home: Path, url: str) -> None:
-    """Make a password for the Prefect at `url` where there is none yet.
+    """Create a password for the Prefect server at `url` unless there is one.
 
-    Raises ConfigError where the file that keeps it cannot be read.
+    Raises ConfigError where its file cannot be read.
     """
     if read(home) is None:
         _write(home, url, make())
 
 
 def settle(home: Path, url: str, *, own: bool) -> None:
-    """Tell others where the server is that takes the password; forget it where the user set one, or none, instead.
+    """Write the server's URL beside the password; delete the password if the user set one, or none, instead.
 
-    Raises ConfigError where the file that keeps it cannot be read.
+    Raises ConfigError where its file cannot be read.
     """
     if not own:
         place(home).unlink(missing_ok=True)
@@ -82,4 +82,4 @@ def _write(home: Path, url: str, password: str) -> None:
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
         opened.write(f"{ABOUT.format(shlex.quote(str(file)))}{URL}={url}\n{AUTH}={password}\n")
-    draft.replace(file)  # at no time does another user read it, or a command half of it
+    draft.replace(file)  # atomic, and never readable for other users

@@ -1,11 +1,10 @@
-"""A private Prefect server for one command: nothing to install or start, and nothing left behind.
+"""A private Prefect server for one command, which ends with the command.
 
-Prefect can start an ephemeral server by itself, but a `kill -9` of the command leaves that one running. This
-one is told to end with its parent.
+Prefect can start an ephemeral server by itself, but a `kill -9` of the command leaves it running. This server gets a
+signal when its parent dies.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,18 +17,16 @@ import psutil
 from filelock import FileLock
 
 from flows.execution.launch import dying_with_parent
-from flows.net import HEARTBEAT_SECONDS, QUIET, answers, has_own_server, past_proxies
+from flows.net import HEARTBEAT_SECONDS, QUIET, answers, free_port, has_own_server, past_proxies
 from flows.platform import password
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.inference.guard import ALLOWED
 
 START_SECONDS = 120  # a cold start migrates a new database
 STOP_SECONDS = 5
-
-
-# What a server of one command has no use for: nothing is scheduled, paused or deployed on it, and no automation waits.
+# Services that a private server does not need: it has no schedules, deployments, pauses or automations.
 IDLE = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "CANCELLATION_CLEANUP", "PAUSE_EXPIRATIONS", "REPOSSESSOR", "TRIGGERS")
-YIELDS = 10  # its niceness once it is up: the training beside it goes first
+YIELDS = 10  # its niceness once it is up: trainings have priority
 
 
 class ServerError(VectorCLMError):
@@ -37,7 +34,7 @@ class ServerError(VectorCLMError):
 
 
 class PrivateServer:
-    """A Prefect server in a child process, its database in `home`; `start`, then `wait` for it."""
+    """A Prefect server in a child process, with its database in `home`: `start`, then `wait`."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -47,7 +44,7 @@ class PrivateServer:
         self._watcher = ThreadPoolExecutor(1)
 
     def start(self) -> None:
-        """Start the server and point this process at it, and away from the user's own profile.
+        """Start the server, and set the environment of this process to use it instead of the user's profile.
 
         Call it before Prefect is imported, which reads the environment once.
         """
@@ -56,7 +53,7 @@ class PrivateServer:
         for name in [name for name in os.environ if name.startswith("PREFECT_")]:
             if not name.startswith("PREFECT_LOGGING_"):
                 del os.environ[name]
-        port, auth = _free_port(), password.make()
+        port, auth = free_port(), password.make()
         self.url = f"http://127.0.0.1:{port}/api"
         os.environ |= {**QUIET, **past_proxies(), "PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
         os.environ["PREFECT_API_AUTH_STRING"] = auth
@@ -72,12 +69,12 @@ class PrivateServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is ours to handle: the server must outlive the flow
+                start_new_session=True,  # Ctrl-C must not reach the server: it outlives the flow
             )
         self._up = self._watcher.submit(self._watch, self._process)
 
     def wait(self) -> None:
-        """Return once the server answers. Raises ServerError, with its last words, where it does not."""
+        """Wait until the server answers. Raises ServerError with the end of its log where it does not."""
         self._up.result()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
@@ -91,7 +88,7 @@ class PrivateServer:
         psutil.Process(process.pid).nice(YIELDS)
 
     def stop(self) -> None:
-        """End the server; safe to call twice."""
+        """Stop the server; may be called twice."""
         process, self._process = self._process, None
         if process is not None:
             process.terminate()
@@ -106,16 +103,15 @@ class PrivateServer:
 
 @contextmanager
 def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
-    """A private server, starting up; None where PREFECT_API_URL names the user's own.
+    """Start a private server while the block runs; yields None if PREFECT_API_URL names a server of the user.
 
-    The password that `vectorclm up` made for the platform of this store is found without the user's doing.
-
-    Raises ConfigError where a password is in that, or is missing, and ServerError where no server answers.
+    The password of the platform of this store is read from the file that `vectorclm up` wrote. Raises ConfigError where
+    the URL contains a password or the password is missing, and ServerError where no server answers.
     """
     if has_own_server():
         if "@" in os.environ["PREFECT_API_URL"]:
             raise ConfigError(
-                "PREFECT_API_URL holds a password, which logs would show: leave out what is before the @, and set "
+                "PREFECT_API_URL contains a password, which logs would show: remove the part before the @, and set "
                 "PREFECT_API_AUTH_STRING=user:password"
             )
         os.environ |= QUIET
@@ -137,7 +133,7 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
 
 
 def _check_password(url: str) -> None:
-    """Raise ConfigError where the user's own server refuses what this process knows, a profile of Prefect included."""
+    """Raise ConfigError where the user's server refuses the password of this process or of Prefect's profile."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
 
@@ -147,12 +143,6 @@ def _check_password(url: str) -> None:
         except PrefectHTTPStatusError as error:
             if error.response.status_code == 401:
                 raise ConfigError(
-                    f"Prefect at {url} wants a password: give the --store of its platform, or set "
+                    f"Prefect at {url} requires a password: give the --store of its platform, or set "
                     "PREFECT_API_AUTH_STRING=user:password"
                 ) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,6 @@
-"""One process of the platform: started, waited for, found again and stopped.
+"""A service process of the platform: start it, wait for it, find it again, stop it.
 
-It outlives the command which starts it; its folder keeps its log and what it takes to find it again.
+The process outlives the command that starts it; its folder keeps its log and a record of the process.
 """
 
 import json
@@ -29,32 +29,32 @@ STOP_SECONDS = 20
 
 
 class ServiceError(VectorCLMError):
-    """A service of the platform did not start; the message ends with its last words."""
+    """A service of the platform did not start; the message ends with the last lines of its log."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """One process of the platform."""
+    """A process of the platform: its command, environment, folder and checks."""
 
     name: str
     command: list[str]
     environment: Mapping[str, str]
     folder: Path  # of its log and its record
     port: int | None = None
-    ready: Callable[[], bool] | None = None  # whether it serves
-    prepare: Callable[[], None] | None = None  # makes what must be there before it starts
-    finish: Callable[[], None] | None = None  # makes what it must hold, once it serves
+    ready: Callable[[], bool] | None = None  # whether it answers
+    prepare: Callable[[], None] | None = None  # runs before its start
+    finish: Callable[[], None] | None = None  # runs once it answers
     stop_signal: signal.Signals = signal.SIGTERM
-    umask: int = 0o077  # what it writes is its owner's alone
+    umask: int = 0o077  # only the owner can read its files
 
     @property
     def log(self) -> Path:
-        """Where its output goes."""
+        """The file of its output."""
         return self.folder / f"{self.name}.log"
 
     @property
     def record(self) -> Path:
-        """Which process it is."""
+        """The file that identifies its process."""
         return self.folder / f"{self.name}.json"
 
     def process(self) -> psutil.Process | None:
@@ -64,7 +64,7 @@ class Service:
             while (process := find_process(known)) is not None and time.monotonic() < deadline:
                 if process.cmdline():
                     return process
-                time.sleep(0.01)  # just starting; or killed, and still writing: what comes after it needs its files
+                time.sleep(0.01)  # it is just starting, or was killed and still holds its files
         return None
 
     def _known(self) -> dict[str, Any]:
@@ -73,17 +73,17 @@ class Service:
         return {}
 
     def _settings(self, salt: str) -> str:
-        """A digest of what it is started with; salted, as passwords are part of it."""
+        """A digest of command and environment; salted, because passwords are part of it."""
         environment = {name: value for name, value in self.environment.items() if name.lower() != "no_proxy"}
         return digest({"salt": salt, "command": self.command, "environment": environment})
 
     def has_these_settings(self) -> bool:
-        """Whether what runs, or ran until it died, was started with these settings."""
+        """Whether the recorded process, running or dead, was started with these settings."""
         known = self._known()
         return self._settings(known.get("salt", "")) == known.get("settings")
 
     def start(self) -> bool:
-        """Start it where it does not run. False where it ran.
+        """Start the process unless it runs; returns False if it ran.
 
         Raises ServiceError where its port is taken, or where it runs with other settings.
         """
@@ -91,11 +91,11 @@ class Service:
         if self.process() is not None:
             if not self.has_these_settings():
                 raise ServiceError(
-                    f"{self.name} runs with other settings: `vectorclm down` first, with the former ones"
+                    f"{self.name} runs with other settings: run `vectorclm down` with those settings first"
                 )
             return False
         if self.port is not None:
-            _end(_of_session(known))  # what its killed parent left behind holds the port
+            _end(_of_session(known))  # children of a killed process may hold the port
         if self.port is not None and (held := holder(self.port)) is not None:
             raise ServiceError(f"port {self.port} is taken by {held}: end it, or give {self.name} another port")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,12 +120,12 @@ class Service:
         return True
 
     def wait(self) -> None:
-        """Return once it serves. Raises ServiceError, with its last words, where it ends or takes too long."""
+        """Wait until it answers. Raises ServiceError with the last lines of its log where it ends or takes too long."""
         deadline = time.monotonic() + START_SECONDS
         while self.ready is not None and not self.ready():
             ended = self.process() is None
             if ended or time.monotonic() > deadline:
-                what = "ended as it started" if ended else f"does not serve after {START_SECONDS} s"
+                what = "ended during its start" if ended else f"does not answer after {START_SECONDS} s"
                 words = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
                 raise ServiceError(f"{self.name} {what}; {self.log} ends with:\n{words}")
             time.sleep(0.2)
@@ -133,7 +133,7 @@ class Service:
             self.finish()
 
     def stop(self) -> bool:
-        """End it and everything it started; False where it did not run."""
+        """End the process and all its descendants; returns False if it did not run."""
         process, known = self.process(), self._known()
         if process is not None:
             family = [process, *process.children(recursive=True)]
@@ -144,17 +144,17 @@ class Service:
         return process is not None
 
 
-def run_tool(command: list[str], what: str, *, told: str | None = None, **environment: str) -> str:
-    """The standard output of a command, which is told secrets by its input or environment only.
+def run_tool(command: list[str], what: str, *, secret_input: str | None = None, **environment: str) -> str:
+    """Run a command and return its standard output; secrets are passed by input or environment only.
 
-    Raises ServiceError, naming what was to be done, with the command's last words.
+    Raises ServiceError, naming the task `what`, with the last lines of the command's output.
     """
     try:
         done = subprocess.run(
             command,
-            input=told or "",
+            input=secret_input or "",
             env={**os.environ, **environment},
-            cwd="/",  # whoever runs it may not see our folder
+            cwd="/",  # its user may have no access to our folder
             capture_output=True,
             text=True,
             timeout=START_SECONDS,
@@ -169,14 +169,14 @@ def run_tool(command: list[str], what: str, *, told: str | None = None, **enviro
 
 
 def listens(port: int) -> bool:
-    """Whether a program of this machine listens on the port."""
+    """Whether a program listens on a port of this machine."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((HOST, port)) == 0
 
 
 def holder(port: int) -> str | None:
-    """Who listens on a port of this machine, in words; None where nobody does."""
+    """A description of the program that listens on a port of this machine; None if the port is free."""
     if not listens(port):
         return None
     with suppress(psutil.Error):
@@ -190,7 +190,7 @@ def holder(port: int) -> str | None:
 
 
 def _service_of(processes: Iterable[psutil.Process]) -> str | None:
-    """The service of a platform that one of these processes is, with the platform's home."""
+    """The platform's service among these processes, with the platform's home; None without one."""
     for process in processes:
         with suppress(psutil.Error, OSError):
             folder = Path(process.cwd())
@@ -202,7 +202,7 @@ def _service_of(processes: Iterable[psutil.Process]) -> str | None:
 
 
 def _of_session(known: Mapping[str, Any]) -> list[psutil.Process]:
-    """Processes of the session that a recorded process, now gone, once led on this machine."""
+    """Processes in the session of a recorded process that is gone."""
     if known.get("pids") != process_space() or psutil.pid_exists(known["pid"]):
         return []
     found = []
@@ -214,7 +214,7 @@ def _of_session(known: Mapping[str, Any]) -> list[psutil.Process]:
 
 
 def _end(processes: Iterable[psutil.Process], first: signal.Signals = signal.SIGTERM) -> None:
-    """Ask the processes to end, then kill those that do not."""
+    """Send a signal to the processes, then kill those that do not end."""
     left = list(processes)
     for number in (first, signal.SIGKILL):
         for process in left:

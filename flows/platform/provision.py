@@ -1,6 +1,6 @@
-"""What the platform needs inside Prefect: pools, automations that mend runs and tell of falls, deployments.
+"""Provision Prefect: create work pools, deployments, and automations that restart runs and report fallen scores.
 
-Everything here may be done again at any time: what is as it should be stays untouched.
+Provisioning is idempotent: what is correct stays untouched.
 """
 
 import json
@@ -27,42 +27,42 @@ from vectorclm.errors import VectorCLMError
 
 POOL_FILE = Path(__file__).parent / "pools" / "process.json"
 PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
-ZOMBIE_SECONDS = 5 * HEARTBEAT_SECONDS  # a server that is away for a moment must not look like a dead run
-CANCEL_SECONDS = 120  # longer than a worker gives a run to end
+ZOMBIE_SECONDS = 5 * HEARTBEAT_SECONDS  # longer than a short absence of the server
+CANCEL_SECONDS = 120  # longer than a worker waits for a run to end
 RESCUE_SECONDS = 20  # a worker reports a crash twice, seconds apart, and the second would undo an earlier rescue
 RUNS = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
 ENDED = ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed")
 
-TOLD = "vectorclm: a score fell by more than its noise"
-NOBODY = "none"
+FALLEN_SCORE = "vectorclm: a score fell by more than its noise"
+NO_BLOCK = "none"
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class ProvisionError(VectorCLMError):
-    """Prefect did not take what the platform needs."""
+    """Prefect rejected a part of the provisioning."""
 
 
-def provision(client: SyncPrefectClient, tell: Tell, notify: str) -> str | None:
-    """Make what is missing and mend what differs; every change is told in a line.
+def provision(client: SyncPrefectClient, report: Report, notify: str) -> str | None:
+    """Create what is missing and repair what differs; `report` is called with a line for each change.
 
-    `notify` is the block that a fallen score is told to, as `type/name`, or `none`. Returns what is wrong with it, if
-    anything is: at the first start there cannot be a block yet.
+    `notify` is the block that is notified when a score falls, as `type/name`, or `none`. Returns a message if the block
+    is missing or unsuitable: at the first start there cannot be one yet. Raises ProvisionError.
     """
     for pool in POOLS:
-        _pool(client, pool, tell)
+        _pool(client, pool, report)
     for automation in automations():
-        _automation(client, automation, tell)
-    _deploy(client, tell)
-    return _notification(client, notify, tell)
+        _automation(client, automation, report)
+    _deploy(client, report)
+    return _notification(client, notify, report)
 
 
 def automations() -> list[AutomationCore]:
-    """Those that mend runs of the pools: they find the dead, start the crashed again, and end what nobody else ends."""
+    """The automations for runs of the pools: mark dead runs as crashed, restart crashed runs, end lost ones."""
     of_pools = ResourceSpecification({"prefect.resource.role": "work-pool", "prefect.resource.name": list(POOLS)})
     zombies = AutomationCore(
         name="vectorclm: a run without a heartbeat has crashed",
-        description="Its machine or its worker is gone; nobody else would ever say so.",
+        description="Its machine or its worker is gone, and cannot report it.",
         trigger=EventTrigger(
             posture=Posture.Proactive,
             after={"prefect.flow-run.heartbeat"},
@@ -81,7 +81,7 @@ def automations() -> list[AutomationCore]:
     )
     rescue = AutomationCore(
         name="vectorclm: a crashed run starts again",
-        description=f"What is finished is reused. At most {MAX_RESCUES} times; then the run fails and says so.",
+        description=f"Finished stages are reused. At most {MAX_RESCUES} times; then the run fails.",
         trigger=_silence("prefect.flow-run.Crashed", RESCUE_SECONDS, of_pools),
         actions=[
             ChangeFlowRunState(
@@ -93,7 +93,7 @@ def automations() -> list[AutomationCore]:
     )
     hopeless = AutomationCore(
         name="vectorclm: a run that crashes again and again has failed",
-        description="Even where it crashes before the flow, which counts its rescues, has begun.",
+        description="Also if it crashes before its flow, which counts the rescues, has begun.",
         trigger=EventTrigger(
             posture=Posture.Reactive,
             expect={f"prefect.flow-run.{RESCUED}"},
@@ -105,22 +105,22 @@ def automations() -> list[AutomationCore]:
         actions=[
             ChangeFlowRunState(
                 state=StateType.FAILED,
-                message=f"It crashed {MAX_RESCUES + 1} times within an hour: read the worker's log, look at the machine"
-                " (memory, disk, `make install`), then press Retry; what is finished is kept.",
+                message=f"It crashed {MAX_RESCUES + 1} times within an hour: read the worker's log, check the machine"
+                " (memory, disk, `make install`), then press Retry; finished stages are kept.",
             )
         ],
     )
     cancelled = AutomationCore(
         name="vectorclm: a run without a process is cancelled",
-        description="Its machine or its worker is gone, so there is nothing to end.",
+        description="Its machine or its worker is gone, so no process is left.",
         trigger=_silence("prefect.flow-run.Cancelling", CANCEL_SECONDS),
-        actions=[ChangeFlowRunState(state=StateType.CANCELLED, message="Nothing of it was left to end.")],
+        actions=[ChangeFlowRunState(state=StateType.CANCELLED, message="No process of it was left.")],
     )
     return [zombies, rescue, hopeless, cancelled]
 
 
 def _silence(after: str, seconds: int, related: ResourceSpecification | None = None) -> EventTrigger:
-    """Fires where nothing is heard of a run, not even a heartbeat, for so long after the event `after`."""
+    """A trigger that fires if a run sends no event, not even a heartbeat, for so long after the event `after`."""
     return EventTrigger(
         posture=Posture.Proactive,
         after={after},
@@ -133,20 +133,20 @@ def _silence(after: str, seconds: int, related: ResourceSpecification | None = N
     )
 
 
-def _notification(client: SyncPrefectClient, notify: str, tell: Tell) -> str | None:
-    """The automation that tells of a fallen score by the operator's block; or why there can be none."""
-    if notify == NOBODY:
-        for extra in client.read_automations_by_name(TOLD):
+def _notification(client: SyncPrefectClient, notify: str, report: Report) -> str | None:
+    """Create the automation that notifies the operator's block of a fallen score; returns a message if it cannot."""
+    if notify == NO_BLOCK:
+        for extra in client.read_automations_by_name(FALLEN_SCORE):
             client.delete_automation(extra.id)
-            tell(f"automation removed, as VECTORCLM_NOTIFY names no block: {TOLD}")
+            report(f"automation removed, as VECTORCLM_NOTIFY names no block: {FALLEN_SCORE}")
         return None
     kind, _, name = notify.partition("/")
     try:
         block = client.read_block_document_by_name(name, kind, include_secrets=False)
     except ObjectNotFound:
         return (
-            f"nobody is told when a score falls: Prefect has no block {notify}, which VECTORCLM_NOTIFY names. "
-            "Make it in the UI under Blocks, then run `vectorclm doctor`"
+            f"nobody is notified when a score falls: Prefect has no block {notify}, which VECTORCLM_NOTIFY names. "
+            "Create it in the UI under Blocks, then run `vectorclm doctor`"
         )
     action: CallWebhook | SendNotification
     if kind == "webhook":
@@ -156,8 +156,8 @@ def _notification(client: SyncPrefectClient, notify: str, tell: Tell) -> str | N
         action = SendNotification(block_document_id=block.id, subject=subject, body=body)
     else:
         return (
-            f"nobody is told when a score falls: the block {notify}, which VECTORCLM_NOTIFY names, sends no messages. "
-            "Name a webhook, or a block for notifications such as slack-webhook/NAME or sendgrid-email/NAME"
+            f"nobody is notified when a score falls: the block {notify}, which VECTORCLM_NOTIFY names, sends no "
+            "messages. Name a webhook, or a notification block such as slack-webhook/NAME or sendgrid-email/NAME"
         )
     trigger = EventTrigger(
         posture=Posture.Reactive,
@@ -166,12 +166,12 @@ def _notification(client: SyncPrefectClient, notify: str, tell: Tell) -> str | N
         threshold=1,
         within=timedelta(0),
     )
-    about = f"Against the result before, by more than chance explains. Told by the block {notify}."
-    _automation(client, AutomationCore(name=TOLD, description=about, trigger=trigger, actions=[action]), tell)
+    about = f"Compared with the result before, beyond the noise. Sent to the block {notify}."
+    _automation(client, AutomationCore(name=FALLEN_SCORE, description=about, trigger=trigger, actions=[action]), report)
     return None
 
 
-def _pool(client: SyncPrefectClient, name: str, tell: Tell) -> None:
+def _pool(client: SyncPrefectClient, name: str, report: Report) -> None:
     template = json.loads(POOL_FILE.read_text(encoding="utf-8"))
     try:
         found = client.read_work_pool(name)
@@ -185,47 +185,47 @@ def _pool(client: SyncPrefectClient, name: str, tell: Tell) -> None:
                 base_job_template=template,
             )
         )
-        tell(f"work pool {name} created")
+        report(f"work pool {name} created")
         return
     if found.type != "process":
-        return  # somebody made it for a cluster: its template and its workers are theirs
+        return  # it was created for a cluster, with its own template and workers
     changes = []
     if found.is_paused:
-        changes.append("was paused, and is no longer")
+        changes.append("was paused: resumed")
     if found.concurrency_limit == 0:
-        changes.append("took no runs, and does again")
+        changes.append("took no runs: limit removed")
     if found.base_job_template != template:
-        changes.append("has the job template of this version again")
+        changes.append("had another job template: restored")
     if changes:
         limit = found.concurrency_limit or None
         wanted = WorkPoolUpdate(is_paused=False, concurrency_limit=limit, base_job_template=template)
         client.update_work_pool(name, wanted)
-        tell(f"work pool {name} {', '.join(changes)}")
+        report(f"work pool {name} {', '.join(changes)}")
 
 
-def _automation(client: SyncPrefectClient, wanted: AutomationCore, tell: Tell) -> None:
+def _automation(client: SyncPrefectClient, wanted: AutomationCore, report: Report) -> None:
     found = client.read_automations_by_name(wanted.name)
     for extra in found[1:]:
         client.delete_automation(extra.id)
     if not found:
         client.create_automation(wanted)
-        tell(f"automation created: {wanted.name}")
+        report(f"automation created: {wanted.name}")
         return
     current = AutomationCore.model_validate(found[0].model_dump(include=set(AutomationCore.model_fields)))
     if _essence(current) != _essence(wanted):
         client.update_automation(found[0].id, wanted)
-        tell(f"automation mended: {wanted.name}")
+        report(f"automation repaired: {wanted.name}")
 
 
 def _essence(automation: AutomationCore) -> object:
-    """What counts of an automation: whether it is on, when it fires and what it does; sets stay sets."""
+    """The parts of an automation that are compared: whether it is on, its trigger and its actions."""
     return automation.model_dump(include={"enabled", "trigger", "actions"})
 
 
-def _deploy(client: SyncPrefectClient, tell: Tell) -> None:
-    """Deploy `infra/prefect.yaml` by Prefect's own command. Raises ProvisionError with its last words.
+def _deploy(client: SyncPrefectClient, report: Report) -> None:
+    """Deploy `prefect.yaml` with Prefect's own command. Raises ProvisionError with the end of its output.
 
-    A schedule that was switched on or off in the UI stays so.
+    A schedule that was switched on or off in the UI keeps its state.
     """
     before = {deployment.id: _switches(deployment) for deployment in client.read_deployments()}
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
@@ -233,18 +233,18 @@ def _deploy(client: SyncPrefectClient, tell: Tell) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise ProvisionError(f"the deployments of {PREFECT_FILE} were not taken:\n{words}")
+        raise ProvisionError(f"Prefect rejected the deployments of {PREFECT_FILE}:\n{words}")
     deployments = client.read_deployments()
     for deployment in deployments:
         for schedule in deployment.schedules:
             switch = before.get(deployment.id, {}).get(schedule.slug)
             if switch is not None and switch != schedule.active:
                 client.update_deployment_schedule(deployment.id, schedule.id, active=switch)
-    made = [deployment for deployment in deployments if deployment.id not in before]
-    if made:
-        tell(f"{len(made)} deployments created: {', '.join(sorted(deployment.name for deployment in made))}")
+    created = [deployment for deployment in deployments if deployment.id not in before]
+    if created:
+        report(f"{len(created)} deployments created: {', '.join(sorted(deployment.name for deployment in created))}")
 
 
 def _switches(deployment: DeploymentResponse) -> dict[str | None, bool]:
-    """Which of its schedules are on."""
+    """The state of each schedule of a deployment: on or off."""
     return {schedule.slug: schedule.active for schedule in deployment.schedules}

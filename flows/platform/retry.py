@@ -1,4 +1,4 @@
-"""`vectorclm retry`: a run once more, with other settings, or with finished stages made again and compared."""
+"""`vectorclm retry`: run a curriculum again, with other settings, or with finished stages rebuilt and compared."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +22,12 @@ CURRICULUM = "curriculum/curriculum"
 
 
 def retry(run: str, again_from: str | None, changes: Sequence[str]) -> str:
-    """Start the curriculum of `run` (its id, or its name for the newest of that name) once more; the new run's id.
+    """Start the curriculum of `run` again (an id, or a name for its newest run); returns the id of the new run.
 
-    Raises ConfigError where there is no such run, it is no curriculum of the platform's, or a setting is refused, and
+    Raises ConfigError where the run is missing, is not a curriculum of the platform, or a setting is refused, and
     VectorCLMError where the platform does not run.
     """
-    with get_client(sync_client=True) as client, _told(client):
+    with get_client(sync_client=True) as client, _explained(client):
         before = _find(client, run)
         parameters: dict[str, Any] = dict(before.parameters)
         if changes:
@@ -42,19 +42,19 @@ def retry(run: str, again_from: str | None, changes: Sequence[str]) -> str:
 
 
 @contextmanager
-def _told(client: SyncPrefectClient) -> Iterator[None]:
-    """Say what to do where the platform does not answer, or refuses."""
+def _explained(client: SyncPrefectClient) -> Iterator[None]:
+    """Translate errors of the platform into messages that say what to do."""
     try:
         yield
     except httpx.TransportError as error:
         url = without_password(str(client.api_url))
         raise VectorCLMError(f"no platform answers at {url}: start it with `vectorclm up`") from error
     except ObjectNotFound as error:
-        raise ConfigError(f"Prefect has no deployment {CURRICULUM}: make it with `vectorclm up`") from error
+        raise ConfigError(f"Prefect has no deployment {CURRICULUM}: create it with `vectorclm up`") from error
     except httpx.HTTPStatusError as error:
         if error.response.status_code == httpx.codes.UNAUTHORIZED:
             raise ConfigError(
-                "Prefect wants a password: give the --store or --env-file that `up` had, or PREFECT_AUTH"
+                "Prefect requires a password: give the --store or --env-file of `up`, or set PREFECT_AUTH"
             ) from error
         raise ConfigError(f"Prefect refuses the run: {_detail(error.response)}") from error
 
@@ -75,7 +75,9 @@ def _find(client: SyncPrefectClient, run: str) -> FlowRun:
     if not found:
         raise ConfigError(f"no run {run!r}: give the id or the name that Prefect shows")
     if "experiment" not in found[0].parameters or "stage" in found[0].parameters:
-        raise ConfigError(f"run {run!r} is no curriculum: start its deployment again from the UI")
+        raise ConfigError(f"run {run!r} is not a curriculum: start its deployment again from the UI")
     if not isinstance(found[0].parameters["experiment"], str):
-        raise ConfigError(f"run {run!r} is none of the platform's, but of `vectorclm run`: start it by that again")
+        raise ConfigError(
+            f"run {run!r} was started by `vectorclm run`, not by the platform: start it again with `vectorclm run`"
+        )
     return found[0]

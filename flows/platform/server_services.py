@@ -1,6 +1,7 @@
-"""Whether the scheduler, the automations and the other services inside Prefect's server work.
+"""Check the services inside Prefect's server: scheduler, late runs, automations, foreman, clean-up.
 
-Each is a loop inside the server. One that fails says so in the server's log alone, and the server stays healthy.
+Each service is a loop inside the server. A loop that fails reports this only in the server's log, and the server still
+counts as healthy.
 """
 
 import re
@@ -28,19 +29,19 @@ from prefect.states import Pending, Scheduled
 from flows.net import without_password
 from flows.platform.config import POOLS
 
-PROBE = "vectorclm-doctor"  # the flow, the deployment and the automation of the probe
-AGAIN_SECONDS = 10  # after which an automation is asked again
+PROBE = "vectorclm-doctor"  # the name of the probe's flow, deployment and automation
+AGAIN_SECONDS = 10  # between two events for the probe's automation
 PROBE_SECONDS = 60  # the slowest of the probed loops takes 5 s on an idle machine
 LATE_SECONDS = 60  # a worker asks for runs every 5 s
 CLEAN_SECONDS = 120  # the clean-up loops every 20 s
 SILENT_SECONDS = 120  # a worker is offline after three missed heartbeats of 30 s, and the foreman loops every 15 s
 PLAN_SECONDS = 60  # the slower of the scheduler's loops takes 10 s
-FAILURES = 3  # of a loop in a row, after which its effect is not waited for
+FAILURES = 3  # errors of a loop after which the probe stops waiting for its effect
 MESSAGE_LETTERS = 300
-ROUND_SECONDS = 20  # of the slowest loop that matters; what fails no more is quiet after two of them
+ROUND_SECONDS = 20  # of the slowest loop that matters; a repaired loop logs no error for two rounds
 RECENT_SECONDS = 180  # three rounds of the slowest loop
 RESTART = "restart the platform (`vectorclm down`, then `vectorclm up`)"
-RELIED = {  # Prefect's name of a service, what does not happen without it, and the names of its loops
+RELIED = {  # Prefect's name of a service, the consequence of its failure, the names of its loops
     "scheduler": ("schedules start no runs", ("schedule_deployments", "schedule_recent_deployments")),
     "late_runs": ("a run that no worker takes is not shown as late", ("monitor_late_runs", "mark_flow_run_late")),
     "triggers": (
@@ -64,13 +65,13 @@ CALL = re.compile(r"\] (\w+)\(")
 class LoopError:
     """An error that a loop of the server logged."""
 
-    loop: str  # its function, or its logger
+    loop: str  # the name of its function or logger
     clock: str  # HH:MM:SS
     message: str
 
 
 def loop_errors(log: str) -> list[LoopError]:
-    """The errors of the server's loops in its log, oldest first, each with the last line of its traceback."""
+    """Parse the errors of the server's loops from its log, oldest first, each with the last line of its traceback."""
     found: list[LoopError] = []
     lines = log.splitlines()
     for number, line in enumerate(lines):
@@ -91,7 +92,7 @@ def loop_errors(log: str) -> list[LoopError]:
 
 
 def failing_loops(log: Path) -> dict[str, LoopError]:
-    """The loops that failed again and again and, as far as their rounds tell, still do, each with its last error."""
+    """The loops that failed repeatedly and within the last rounds, each with its last error."""
     try:
         if time.time() - log.stat().st_mtime > RECENT_SECONDS:
             return {}
@@ -106,18 +107,19 @@ def failing_loops(log: Path) -> dict[str, LoopError]:
 
 
 def _age(error: LoopError, now: datetime) -> timedelta:
-    """How long ago it was logged; the log has the time of the day alone."""
+    """The age of an error; the log has only the time of day."""
     logged = datetime.combine(now, datetime.strptime(error.clock, "%H:%M:%S").time())
     return (now - logged) % timedelta(days=1)
 
 
 def findings(client: SyncPrefectClient, probe: "Probe", unplanned: list[str], log: Path) -> Iterator[tuple[bool, str]]:
-    """What is wrong with the services that the platform relies on, and what to do; else one line that all is well."""
+    """The problems of the services that the platform relies on, with what to do; else a line that all work."""
     off = switched_off(client)
     idle = probe.failures(off)
     deadline = time.monotonic() + 2.5 * ROUND_SECONDS
     known = {loop for name in idle for loop in RELIED[name][1]}
-    while failing_loops(log).keys() - known and time.monotonic() < deadline:  # a database was away a moment ago?
+    # Loops get time to recover, as after a restart of the database.
+    while failing_loops(log).keys() - known and time.monotonic() < deadline:
         time.sleep(1)
     failing = failing_loops(log)
     found = []
@@ -125,18 +127,18 @@ def findings(client: SyncPrefectClient, probe: "Probe", unplanned: list[str], lo
         errors = [failing.pop(loop).message for loop in loops if loop in failing]
         if name in off:
             switch = f"PREFECT_SERVER_SERVICES_{name.upper()}_ENABLED"
-            mend = f"take {switch} out of the profile in PREFECT_HOME (`prefect config unset {switch}`), then {RESTART}"
-            found.append(f"Prefect's {name} is switched off, so {consequence}: {mend}")
+            fix = f"remove {switch} from the profile in PREFECT_HOME (`prefect config unset {switch}`), then {RESTART}"
+            found.append(f"Prefect's {name} is switched off, so {consequence}: {fix}")
         elif errors or name in idle:
             why = f" ({errors[-1]})" if errors else f" (no effect in {PROBE_SECONDS} s)"
             found.append(f"Prefect's {name} fails{why}, so {consequence}: {RESTART}; if it fails again, read {log}")
     found += [f"{loop} of Prefect's server fails ({error.message}): read {log}" for loop, error in failing.items()]
     if unplanned:
-        found.append(
-            f"no next run of these schedules is planned, though they are on: {', '.join(unplanned)}: {RESTART}"
-        )
+        found.append(f"these schedules are on, but have no next run: {', '.join(unplanned)}: {RESTART}")
     if dead := unnoticed_deaths(client):
-        found.append(f"not heard of for {SILENT_SECONDS} s and still shown as online: {', '.join(dead)}: {RESTART}")
+        found.append(
+            f"workers without a heartbeat for {SILENT_SECONDS} s are shown as online: {', '.join(dead)}: {RESTART}"
+        )
     if count := unended_tasks(client):
         found.append(f"{count} task(s) of cancelled runs are still shown as running: {RESTART}")
     yield from ((False, line) for line in found)
@@ -145,14 +147,14 @@ def findings(client: SyncPrefectClient, probe: "Probe", unplanned: list[str], lo
 
 
 def switched_off(client: SyncPrefectClient) -> list[str]:
-    """The services that the platform relies on and that this server's settings switch off."""
+    """The services that the platform relies on, but the server's settings switch off."""
     answer = client.request("GET", "/admin/settings").json()
     services: Mapping[str, Any] = answer.get("server", {}).get("services", {})
     return [name for name in RELIED if services.get(name, {}).get("enabled") is False]
 
 
 class Probe:
-    """A deployment with a schedule, a run that is late, and a run with an automation: what the loops must act on."""
+    """A deployment with a schedule, a late run and a run with an automation, which working services must change."""
 
     def __init__(self, client: SyncPrefectClient, log: Path | None) -> None:
         self.client, self.log = client, log
@@ -176,7 +178,7 @@ class Probe:
         client.create_automation(AutomationCore(name=PROBE, trigger=trigger, actions=[action]))
 
     def failures(self, off: Sequence[str] = ()) -> list[str]:
-        """The services whose effect does not come within PROBE_SECONDS; those that are off are not waited for."""
+        """The services without effect on the probe within PROBE_SECONDS; those in `off` are skipped."""
         effects: dict[str, Callable[[], bool]] = {
             "scheduler": self._is_planned,
             "late_runs": lambda: self._state(self.late_id) == "Late",
@@ -185,7 +187,9 @@ class Probe:
         effects = {name: effect for name, effect in effects.items() if name not in off}
         begun, asked, failed = time.monotonic(), 0, list[str]()
         while effects and (passed := time.monotonic() - begun) < PROBE_SECONDS:
-            if "triggers" in effects and passed >= asked * AGAIN_SECONDS:  # an automation hears of what comes after it
+            if (
+                "triggers" in effects and passed >= asked * AGAIN_SECONDS
+            ):  # an automation sees only events after its creation
                 asked += 1
                 self.client.set_flow_run_state(self.started_id, Pending(), force=True)
             effects = {name: effect for name, effect in effects.items() if not effect()}
@@ -195,7 +199,7 @@ class Probe:
         return [*failed, *effects]
 
     def _fails(self, name: str) -> bool:
-        """Whether the loops of a service have failed again and again since the probe began: no need to wait longer."""
+        """Whether the loops of a service have failed FAILURES times since the probe began."""
         if self.log is None or not self.log.exists():
             return False
         with self.log.open("rb") as log:
@@ -214,8 +218,8 @@ class Probe:
 
 @contextmanager
 def probe(client: SyncPrefectClient, log: Path | None = None) -> Iterator[Probe]:
-    """A probe of the server's loops, of which nothing is left after the block; `log` is the server's."""
-    _remove_probe(client)  # of a doctor that was killed
+    """Create a probe of the server's services, and remove it after the block; `log` is the server's log."""
+    _remove_probe(client)  # left by a killed doctor
     try:
         yield Probe(client, log)
     finally:
@@ -239,7 +243,7 @@ def _runs_of(deployment_id: UUID) -> FlowRunFilter:
 
 
 def unplanned(client: SyncPrefectClient) -> list[str]:
-    """The deployments of which a schedule is on and has no next run, though the scheduler had time to plan one."""
+    """Deployments with a schedule that is on, but without a next run although there was time to plan one."""
     found = []
     for deployment in client.read_deployments():
         runs = None
@@ -262,7 +266,7 @@ def _planned(deployment_id: UUID) -> FlowRunFilter:
 
 
 def late_runs(client: SyncPrefectClient) -> list[str]:
-    """What waits too long in each pool, in a line: runs are late, and nothing runs there that they could wait for."""
+    """A line for each pool in which runs are late although no other run occupies its worker."""
     found = []
     before = datetime.now(UTC) - timedelta(seconds=LATE_SECONDS)
     due = {"state": {"type": {"any_": [StateType.SCHEDULED]}}, "expected_start_time": {"before_": before}}
@@ -277,7 +281,7 @@ def late_runs(client: SyncPrefectClient) -> list[str]:
         if late_since and not at_work:
             since = f"{min(late_since):%Y-%m-%d %H:%M} UTC"
             found.append(
-                f"{len(late_since)} run(s) of pool {pool} are late, the first since {since}, and none runs there"
+                f"{len(late_since)} run(s) of pool {pool} are late, the first since {since}, and no run of it is active"
             )
     return found
 
@@ -287,7 +291,7 @@ def _pool(name: str) -> WorkPoolFilter:
 
 
 def unnoticed_deaths(client: SyncPrefectClient) -> list[str]:
-    """The workers that the server shows as online long after their last heartbeat."""
+    """Workers that are shown as online SILENT_SECONDS after their last heartbeat."""
     limit = datetime.now(UTC) - timedelta(seconds=SILENT_SECONDS)
     return [
         worker.name
@@ -298,7 +302,7 @@ def unnoticed_deaths(client: SyncPrefectClient) -> list[str]:
 
 
 def unended_tasks(client: SyncPrefectClient) -> int:
-    """How many tasks are shown as at work although their run was cancelled long ago."""
+    """The number of tasks shown as running although their run was cancelled CLEAN_SECONDS ago or earlier."""
     now = datetime.now(UTC)
     long_ago = {"before_": now - timedelta(seconds=CLEAN_SECONDS), "after_": now - timedelta(hours=23)}
     runs = FlowRunFilter.model_validate({"state": {"type": {"any_": ["CANCELLED"]}}, "end_time": long_ago})

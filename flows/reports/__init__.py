@@ -1,5 +1,5 @@
-"""What a person reads about a model.
+"""Reports about a model for a person.
 
-In: an artifact with its lineage.
-Out: a page, a summary, a tree, an estimate of costs.
+In: an artifact with its lineage, or an experiment.
+Out: an HTML page, a summary, a lineage tree, an estimate of costs.
 """

@@ -1,5 +1,6 @@
-"""What an experiment will cost, from its settings alone, and where its shards lie on this machine, what it reads of
-them: nothing is asked of the network.
+"""Estimate the costs of an experiment from its settings: tokens, FLOPs, memory, hours (`--dry-run`).
+
+If its shards are in a local store, also how often each source is read. No network is used.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ from vectorclm.shards.writer import token_dtype
 from vectorclm.stages import BY_NAME
 from vectorclm.store.artifact import StageSpec, Store
 
-# Training FLOP/s taken for the estimate: a fifth of the dense bf16 peak on GPUs, whose products a small model
-# keeps short, and 25 GFLOP/s a core in fp32 on CPUs with AVX2.
+# Training FLOP/s assumed for the estimate: a fifth of the dense bf16 peak on GPUs, because the matrix products of a
+# small model are short, and 25 GFLOP/s for each core in fp32 on CPUs with AVX2.
 DEVICES: Mapping[str, float] = {
     "2 CPU cores": 0.05e12,
     "16 CPU cores": 0.4e12,
@@ -29,7 +30,7 @@ DEVICES: Mapping[str, float] = {
 
 
 def known_windows(store: Store, shards: StageSpec) -> dict[str, int] | None:
-    """Windows for training of each source, where the shards are made and no network is needed to know."""
+    """Training windows of each source; None unless the shards are built and in a local store."""
     if not store.is_local or (found := store.find_whole(shards)) is None:
         return None
     return {label: splits["train"]["windows"] for label, splits in found.summary.items()}
@@ -38,13 +39,12 @@ def known_windows(store: Store, shards: StageSpec) -> dict[str, int] | None:
 def budget(
     experiment: ExperimentConfig, plans: Mapping[str, StageSpec], windows: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Tokens, parameters, FLOPs, bytes, hours, and fingerprints: `unresolved` while a source has no commit.
+    """The budget of an experiment: tokens, parameters, FLOPs, bytes, hours and fingerprints.
 
-    With the `windows` of each source, also how often it is read; with a budget of tokens for tuning (`chat.tokens`),
-    also what that costs. Raises ConfigError where a source runs out in a phase that forbids it.
-
-    Memory is that of training in fp32: weights, gradients, Muon's one moment for matrices, AdamW's two for
-    the rest, and the activations of one window.
+    A fingerprint is `unresolved` while a source has no commit. With the `windows` of each source, the budget says how
+    often it is read; with a token budget for fine-tuning (`chat.tokens`), what fine-tuning costs. Memory is that of
+    training in fp32: weights, gradients, one moment for Muon's matrices, two moments for AdamW's parameters, and the
+    activations of one window. Raises ConfigError where a source runs out in a phase that forbids it.
     """
     model, shards = experiment.model, experiment.shards
     tokens = experiment.pretrain.tokens
@@ -71,7 +71,7 @@ def budget(
 
 
 def _tuning(experiment: ExperimentConfig) -> dict[str, Any] | None:
-    """Tokens of tuning, text that it reads again among them, FLOPs and hours; None without a budget of tokens."""
+    """Tokens of fine-tuning including replayed text, FLOPs and hours; None without a token budget."""
     chat, finetune = experiment.chat, experiment.finetune
     if not chat.tokens:
         return None
@@ -87,12 +87,12 @@ def _hours_on(flops: float) -> dict[str, float]:
 def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[str, float]:
     weights = {source.label: source.weight for source in experiment.sample.sources}
     length, itemsize = experiment.shards.sequence_length, token_dtype(experiment.tokenizer.vocab_size).itemsize
-    plan = experiment.pretrain.plan(weights, windows, length, itemsize, experiment.seed)
-    return plan.epochs(plan.windows // experiment.pretrain.batch_size * experiment.pretrain.batch_size)
+    order = experiment.pretrain.plan(weights, windows, length, itemsize, experiment.seed)
+    return order.epochs(order.windows // experiment.pretrain.batch_size * experiment.pretrain.batch_size)
 
 
 def _fingerprint(name: str, experiment: ExperimentConfig, plans: Mapping[str, StageSpec]) -> str:
-    """The stage's fingerprint, unless it or something before it reads a source whose commit is not known."""
+    """The stage's fingerprint; `unresolved` if it or a stage before it reads a source without a commit."""
     own = any(source.revision == UNRESOLVED for source in BY_NAME[name].sources(experiment))
     before = any(_fingerprint(stage, experiment, plans) == UNRESOLVED for stage in plans[name].inputs)
     return UNRESOLVED if own or before else plans[name].fingerprint
@@ -118,18 +118,18 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
         facts.add_row("", f"of the shards in the store: {format_epochs(costs['epochs'])}")
     facts.add_row("sample", f"{costs['sample_bytes']:,} bytes of text")
     facts.add_row(
-        "tuning", f"up to {costs['conversations']:,} conversations, read {experiment.finetune.epochs:g} times"
+        "fine-tuning", f"up to {costs['conversations']:,} conversations, read {experiment.finetune.epochs:g} times"
     )
     tuning = costs["tuning"]
     if tuning is not None:
-        again = ", text read again among them" if experiment.finetune.replay else ""
+        again = ", replayed text included" if experiment.finetune.replay else ""
         facts.add_row("", f"about {tuning['tokens']:,} tokens{again}")
     facts.add_row("parameters", f"{costs['parameters']:,}")
     facts.add_row("training FLOPs", f"{costs['flops']:.3g}" + (f" and {tuning['flops']:.3g}" if tuning else ""))
     memory = costs["memory_bytes"]
     facts.add_row("memory", f"{memory['model_and_optimizer'] / 1e9:.2f} GB for model and optimizer")
     facts.add_row("", f"and about {memory['one_window'] / 1e9:.2f} GB for each window of a micro-batch")
-    trainings = {"pretraining": costs["hours"], **({"tuning": tuning["hours"]} if tuning else {})}
+    trainings = {"pretraining": costs["hours"], **({"fine-tuning": tuning["hours"]} if tuning else {})}
     hours = Table("device", "TFLOP/s assumed", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for device, speed in DEVICES.items():
         hours.add_row(device, f"{speed / 1e12:g}", *(_hours(training[device]) for training in trainings.values()))

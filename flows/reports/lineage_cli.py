@@ -1,7 +1,6 @@
-"""`vectorclm lineage`: the chain of a model, told for a person or a program, with MLflow's record of it beside.
+"""`vectorclm lineage`: print the lineage of a model as a tree or as JSON, with links to its runs in MLflow.
 
-MLflow is asked where a server is named or the store has a record of its own; without it, or where it does not answer,
-everything but the links is there.
+Links need an MLflow server, or a database of MLflow beside the store; all else is read from the store.
 """
 
 import json
@@ -21,21 +20,21 @@ from vectorclm.store.artifact import Store
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from flows.tracking.recorded_lineage import Record
 
-FILE_WIDTH = 240  # columns, where nobody's terminal says how many
+FILE_WIDTH = 240  # columns of output that is not a terminal
 
 
 def run(address: str, store: Store, console: Console, *, check: bool, as_json: bool) -> int:
-    """Print a lineage; with `check`, read all of its bytes. 1 where something differs."""
+    """Print a lineage; with `check`, hash all files. Returns 1 if something differs."""
     found = opened(address, store)
     record, why = recorded(found, store)
     differences = list(_differences(found, record)) if check else []
     if as_json:
-        said = as_object(found)
+        fields = as_object(found)
         if record is not None:
-            said["mlflow"] = {"runs": dict(record.runs), "versions": dict(record.versions)}
+            fields["mlflow"] = {"runs": dict(record.runs), "versions": dict(record.versions)}
         if check:
-            said["differences"] = differences
-        print(json.dumps(said, ensure_ascii=False))
+            fields["differences"] = differences
+        print(json.dumps(fields, ensure_ascii=False))
         return 1 if differences else 0
     show(found, record, console)
     if record is None:
@@ -50,17 +49,17 @@ def run(address: str, store: Store, console: Console, *, check: bool, as_json: b
 def _differences(found: Lineage, record: "Record | None") -> Iterator[str]:
     yield from verify(found)
     if record is not None and record.names is not None and record.names != found.root.names:
-        yield f"MLflow's record of this model is of another chain: {json.dumps(record.names)}"
+        yield f"MLflow has recorded another lineage of this model: {json.dumps(record.names)}"
 
 
 def show(found: Lineage, record: "Record | None", console: Console) -> None:
-    """Print the chain as a tree; what several were made from is told once."""
+    """Print a lineage as a tree; an artifact with several users is printed once."""
     if found.copy is not None or found.folder is not None:
         copy = found.folder or (found.copy and found.copy.uri)
         console.print(f"{copy} is a copy of", highlight=False, markup=False, soft_wrap=True)
-    told: set[str] = set()
+    printed: set[str] = set()
     tree = Tree(_line(found.root, record), guide_style="dim")
-    _grow(tree, found.root, record, told)
+    _grow(tree, found.root, record, printed)
     for item in found.scores:
         suite = item.manifest["config"].get("suite", "its own suite")
         figures = "  ".join(f"{key} {value:.4f}" for key, value in score_facts(item).items())
@@ -69,20 +68,20 @@ def show(found: Lineage, record: "Record | None", console: Console) -> None:
     console.print(tree, highlight=False)
 
 
-def _grow(tree: Tree, node: Node, record: "Record | None", told: set[str]) -> None:
-    told.add(node.fingerprint)
+def _grow(tree: Tree, node: Node, record: "Record | None", printed: set[str]) -> None:
+    printed.add(node.fingerprint)
     for source in node.sources:
         where = f" ({source.path})" if source.path else ""
         tree.add(f"source [bold]{escape(source.label)}[/]{escape(where)} at {escape(source.revision)}")
     for part in sorted(node.inputs, key=lambda part: len(part.inputs)):
-        if part.fingerprint in told:
+        if part.fingerprint in printed:
             tree.add(f"{part.title} [cyan]{part.fingerprint[:SHORT]}[/] [dim](above)[/]")
         else:
-            _grow(tree.add(_line(part, record)), part, record, told)
+            _grow(tree.add(_line(part, record)), part, record, printed)
 
 
 def _line(node: Node, record: "Record | None") -> str:
-    """An artifact in a line or two."""
+    """The lines of an artifact in the tree."""
     head = f"[bold]{node.title}[/] [cyan]{node.fingerprint[:SHORT]}[/]"
     if node.artifact is None:
         return f"{head} [red]gone from the store[/]"
@@ -102,7 +101,7 @@ def _line(node: Node, record: "Record | None") -> str:
 
 
 def print_differences(before: str, after: str, store: Store, console: Console, *, as_json: bool) -> int:
-    """Print what differs between two models."""
+    """Print the differences between two models."""
     found = changes(opened(before, store), opened(after, store))
     if as_json:
         print(json.dumps([change._asdict() for change in found], ensure_ascii=False))
@@ -120,10 +119,10 @@ def _change(change: Change) -> str:
 
 
 def print_lineage(model: str, store: Store, *, verify: bool, diff: str | None, as_json: bool) -> int:
-    """Print where a model comes from, or what differs from the model `diff`; 1 where a byte differs."""
+    """Print the lineage of a model, or its differences from the model `diff`; returns 1 if a byte differs."""
     console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
     if diff is not None:
         if verify:
-            raise VectorCLMError("--diff and --verify ask for two things: give one of them")
+            raise VectorCLMError("--diff and --verify exclude each other: give one of them")
         return print_differences(diff, model, store, console, as_json=as_json)
     return run(model, store, console, check=verify, as_json=as_json)

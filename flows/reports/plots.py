@@ -1,7 +1,6 @@
-"""Curves, intervals and graphs as inline SVG, which takes its colours from the page: light and dark alike.
+"""Plots as inline SVG: curves, confidence intervals, bars and graphs. The page sets their colours.
 
-Each is 420 units wide with letters of 12, so that it is readable on a telephone, and as many stand side by side as a
-wide page holds. All text is escaped.
+Each is 420 units wide with a font size of 12, so that it is readable on a telephone. All text is escaped.
 """
 
 import math
@@ -11,15 +10,15 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 420, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30  # margins of a curve's plane
-POINTS = 300  # of a curve; what has more is drawn by means
-COLOURS = 6  # that the page names --series-0 and so on
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30  # margins of the plotting area
+POINTS = 300  # of a curve; longer ones are drawn by means
+COLOURS = 6  # the page defines them as --series-0 and so on
 
 Point = tuple[float, float]
 
 
 def short(value: float) -> str:
-    """A number in few letters: `3.5B`, `650k`, `0.02`."""
+    """A number in short form: `3.5B`, `650k`, `0.02`."""
     size = abs(value)
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size >= unit:
@@ -28,7 +27,7 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, some five of them."""
+    """Round numbers from `low` to `high`, `about` of them, for the ticks of an axis."""
     rough = (high - low) / about
     if not rough > 0:
         return [low]
@@ -38,7 +37,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most POINTS points, each the mean of those that it stands for."""
+    """Reduce a curve to at most POINTS points, each the mean of its neighbours."""
     size = math.ceil(len(points) / POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), max(1, size))]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
@@ -46,7 +45,7 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 @dataclass(frozen=True)
 class _Plane:
-    """Where values stand in the picture."""
+    """The mapping from values to coordinates of the picture."""
 
     low: Point
     high: Point
@@ -57,7 +56,7 @@ class _Plane:
         return f"{LEFT + across * (WIDTH - LEFT - RIGHT):.1f},{HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM):.1f}"
 
     def frame(self, unit: str) -> Iterator[str]:
-        """Grid lines and the numbers at them."""
+        """Grid lines and tick labels."""
         for y in ticks(self.low[1], self.high[1]):
             left, height = self.at(self.low[0], y).split(",")
             yield f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}"/>'
@@ -71,7 +70,7 @@ class _Plane:
 def curves(
     title: str, series: Mapping[str, Sequence[Point]], unit: str = "tokens", marks: Mapping[str, float] | None = None
 ) -> Markup:
-    """Lines over a common axis; `marks` are places on it where something begins. Empty where there is no point."""
+    """A line plot; `marks` are labelled positions on the x-axis. Empty if no series has a point."""
     drawn = {label: thinned(points) for label, points in series.items() if points}
     every = [point for points in drawn.values() for point in points]
     if not every:
@@ -95,7 +94,7 @@ def curves(
 
 @dataclass(frozen=True)
 class IntervalBar:
-    """One score: its interval of confidence and who got it."""
+    """One score with its confidence interval and its model."""
 
     who: str
     value: float
@@ -104,7 +103,7 @@ class IntervalBar:
 
 
 def intervals(title: str, rows: Mapping[str, tuple[float, Sequence[IntervalBar]]]) -> Markup:
-    """A row for each task: its chance as a line, the scores as points with their intervals, all from 0 to 100 %."""
+    """A row for each task: chance as a line, scores as points with confidence intervals, from 0 to 100 %."""
     parts: list[str] = []
     top = TOP
     people = list(dict.fromkeys(item.who for _, items in rows.values() for item in items))
@@ -135,7 +134,7 @@ def intervals(title: str, rows: Mapping[str, tuple[float, Sequence[IntervalBar]]
 
 
 def bars(title: str, shares: Mapping[str, float], labels: Mapping[str, str]) -> Markup:
-    """A bar for each label, its length the share, and what is written beside it."""
+    """A horizontal bar for each share, with its label."""
     parts, most = [], max([*shares.values(), 1e-9])
     for number, (name, share) in enumerate(shares.items()):
         y = TOP + 40 * number
@@ -150,7 +149,7 @@ def bars(title: str, shares: Mapping[str, float], labels: Mapping[str, str]) -> 
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a graph: where it stands, what it says, and what leads to it."""
+    """A box of a graph: its position, its lines of text, and the boxes that lead to it."""
 
     name: str
     column: int
@@ -160,7 +159,7 @@ class Box:
 
 
 def graph(title: str, boxes: Sequence[Box]) -> Markup:
-    """Boxes in two columns, each level below the one before, and arrows between them."""
+    """A directed graph: boxes in two columns, one level below the other, with arrows."""
     wide, gap, line = 198, 26, 15
     heights: dict[int, int] = {}
     for box in boxes:

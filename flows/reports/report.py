@@ -1,7 +1,7 @@
-"""`vectorclm report`: a curriculum on one page, which needs nothing but itself: no network, no scripts.
+"""`vectorclm report`: a curriculum as one HTML page without network or scripts.
 
-It is made from the artifacts of a store alone. What a model or a document says is a stranger's text: the template
-escapes all of it.
+The page is built from the artifacts of a store alone. Text of models and documents is untrusted: the template escapes
+all of it.
 """
 
 import json
@@ -30,28 +30,28 @@ from vectorclm.store.durable import write_file
 
 logger = logging.getLogger(__name__)
 
-CONFIDENCE = 1.959964  # standard errors; 95 % of a normal distribution lie within
+CONFIDENCE = 1.959964  # standard errors that hold 95 % of a normal distribution
 COLUMNS = {"sample": 0, "tokenizer": 1, "shards": 0, "chat_shards": 1, "pretrain": 0, "finetune": 1}
-ANSWERS = 12  # shown
-TIMES = 5  # of a training, at which its samples are shown
-TITLES = {"pretrain": "Pretraining", "finetune": "Tuning"}
+ANSWERS = 12  # number of sample answers shown
+TIMES = 5  # number of steps of a training whose samples are shown
+TITLES = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
 KINDS = {"acc": "accuracy", "bits_per_byte": "bits per byte", "in_template": "answers that end"}  # of scores
 
 
 class Measured(NamedTuple):
-    """One model of the page: its name there, and its evaluation."""
+    """A model on the page: its name and its evaluation."""
 
     who: str
     artifact: Artifact
 
     @property
     def scores(self) -> Mapping[str, Any]:
-        """What `scores.json` has."""
+        """The content of `scores.json`."""
         return self.artifact.summary
 
 
 def report(found: Lineage, store: Store, champion: Lineage | None = None, name: str = "") -> str:
-    """The page of a model's curriculum as HTML; `champion` is the model it is compared with, `name` the experiment."""
+    """The report of a model as an HTML page; `champion` is a model to compare with, `name` the experiment."""
     models = _models(found, store, champion)
     page = {
         "name": name,
@@ -82,7 +82,7 @@ def report(found: Lineage, store: Store, champion: Lineage | None = None, name: 
 
 
 def _models(found: Lineage, store: Store, champion: Lineage | None) -> list[Measured]:
-    """The models that were scored: the base, the one that the page is about, and the champion before it."""
+    """The evaluated models: the base model, the model of the page, and the champion."""
     base = found.stages.get("pretrain")
     sides = []
     if base is not None and base is not found.root and base.artifact is not None:
@@ -94,32 +94,32 @@ def _models(found: Lineage, store: Store, champion: Lineage | None) -> list[Meas
 
 
 def _own_scores(found: Lineage) -> Artifact | None:
-    """The curriculum's own evaluation."""
+    """The evaluation that the curriculum itself ran."""
     return next((item for item in found.scores if item.stage != "measure"), None)
 
 
 def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str]]:
-    """The few figures that are asked first."""
-    told = []
+    """The most important figures, as label and text."""
+    cards = []
     base = found.stages.get("pretrain")
     if base is not None and base.artifact is not None:
         summary = base.artifact.summary
-        told += [("parameters", short(summary["parameters"])), ("tokens of pretraining", short(summary["tokens"]))]
-        told.append(("last loss", f"{summary['last_loss']:.3f}"))
+        cards += [("parameters", short(summary["parameters"])), ("tokens of pretraining", short(summary["tokens"]))]
+        cards.append(("last loss", f"{summary['last_loss']:.3f}"))
     for model in models:
         if bits := model.scores.get("bits_per_byte"):
-            told.append((f"bits per byte, {model.who}", f"{sum(bits.values()) / len(bits):.3f}"))
-    return told
+            cards.append((f"bits per byte, {model.who}", f"{sum(bits.values()) / len(bits):.3f}"))
+    return cards
 
 
 def lines_of(artifact: Artifact, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """A training's `metrics.jsonl`, or `samples.jsonl`; empty where it has none."""
+    """The lines of a training's `metrics.jsonl` or `samples.jsonl`; empty if it has none."""
     kept = artifact.store.read(artifact.key(name)) or b""
     return [json.loads(line) for line in kept.decode().splitlines()]
 
 
 def _training(node: Node) -> dict[str, Any]:
-    """The curves of one training over its tokens."""
+    """The curves, events and samples of one training, over its tokens."""
     assert node.artifact is not None
     lines, config = lines_of(node.artifact), node.artifact.manifest["config"]
     steps = [line for line in lines if "loss" in line]
@@ -153,7 +153,7 @@ def _training(node: Node) -> dict[str, Any]:
 
 
 def _checkpoints(training: Artifact) -> list[tuple[str, list[str], Any]]:
-    """The scores of a training's checkpoints, a picture for each suite and kind of score."""
+    """The scores of a training's checkpoints, one chart for each suite and kind of score."""
     charts = []
     for suite, scores in curves_of(training).items():
         kinds: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -167,7 +167,7 @@ def _checkpoints(training: Artifact) -> list[tuple[str, list[str], Any]]:
 
 
 def samples_over_time(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, str]]]:
-    """What was said to each prompt after some of the steps: the first, the last, and TIMES in all, evenly apart."""
+    """The answers to each prompt after TIMES steps at even distances, the first and the last included."""
     places = [round(number * (len(lines) - 1) / (TIMES - 1)) for number in range(TIMES)] if lines else []
     found: dict[str, list[tuple[int, str]]] = {}
     for place in dict.fromkeys(places):
@@ -177,7 +177,7 @@ def samples_over_time(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tupl
 
 
 def _mix(found: Lineage) -> list[tuple[str, Any]]:
-    """What the models read, by source."""
+    """The training data by source, as bar charts."""
     mixes = []
     base, shards, chat = (found.stages.get(stage) for stage in ("pretrain", "shards", "chat_shards"))
     if base is not None and shards is not None and base.artifact is not None and shards.artifact is not None:
@@ -196,7 +196,7 @@ def _mix(found: Lineage) -> list[tuple[str, Any]]:
 
 
 def _sources(found: Lineage) -> list[tuple[str, list[str], list[list[str]]]]:
-    """What became of each source, as tables: what was read of it, kept for training and validation, and dropped."""
+    """Tables of the sources: how much was read, kept for training and validation, and dropped."""
     tables = []
     sample, shards, chat = (
         node.artifact.summary if (node := found.stages.get(stage)) is not None and node.artifact is not None else None
@@ -224,7 +224,7 @@ def _sources(found: Lineage) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def interval(correct: float, items: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, JASA 22, 1927), which also holds at 0 and 1."""
+    """The 95 % Wilson interval of a share (JASA 22, 1927), which also holds at 0 and 1."""
     if not items:
         return 0.0, 1.0
     z = CONFIDENCE**2 / items
@@ -234,7 +234,7 @@ def interval(correct: float, items: int) -> tuple[float, float]:
 
 
 def _tasks(models: Sequence[Measured]) -> dict[str, dict[str, Any]]:
-    """Each benchmark: its chance, its items, and each model's score with its interval."""
+    """For each benchmark: chance, number of items, and each model's score with its confidence interval."""
     found: dict[str, dict[str, Any]] = {}
     for model in models:
         for label, task in model.scores["tasks"].items():
@@ -244,7 +244,7 @@ def _tasks(models: Sequence[Measured]) -> dict[str, dict[str, Any]]:
 
 
 def _instructions(models: Sequence[Measured]) -> list[tuple[str, str, list[Change]]]:
-    """How the first model and each of the others follow instructions, side by side, and who they are."""
+    """Instruction following of the first model against each other model: the two names and the changes."""
     if not models or not has_items(models[0].artifact):
         return []
     pairs = [(models[0], model) for model in models[1:] if has_items(model.artifact)]
@@ -253,7 +253,7 @@ def _instructions(models: Sequence[Measured]) -> list[tuple[str, str, list[Chang
         try:
             if changes := followed(before.artifact, after.artifact):
                 found.append((before.who, after.who, changes))
-        except DataError as error:  # a champion may have been asked others
+        except DataError as error:  # a champion may have other prompts
             logger.info("%s and %s are not compared: %s", before.who, after.who, error)
     return found
 
@@ -264,7 +264,7 @@ def _picture(models: Sequence[Measured]) -> Any:
 
 
 def _boxes(found: Lineage) -> list[Box]:
-    """The chain as boxes: a stage's level is below all that it is made from."""
+    """The lineage as boxes of a graph: a stage is one level below the lowest of its inputs."""
     levels: dict[str, int] = {}
     for node in found.nodes.values():  # inputs first
         levels[node.stage] = max((levels[part.stage] + 1 for part in node.inputs), default=0)
@@ -282,7 +282,7 @@ def _boxes(found: Lineage) -> list[Box]:
 
 
 def _costs(found: Lineage) -> list[dict[str, Any]]:
-    """What each training took: seconds by its own speed, devices, FLOPs."""
+    """The costs of each training: seconds from its own speed, devices, FLOPs."""
     costs = []
     base = found.stages.get("pretrain")
     if base is None or base.artifact is None:
@@ -315,7 +315,7 @@ def _costs(found: Lineage) -> list[dict[str, Any]]:
 
 
 def write_report(model: str, store: Store, against: str | None, out: Path) -> None:
-    """Write the page of a model's curriculum to the file `out`. Raises ConfigError where that cannot be written."""
+    """Write the report of a model to the file `out`. Raises ConfigError where the file cannot be written."""
     other = opened(against, store) if against is not None else None
     page = report(opened(model, store), store, other)
     try:

@@ -1,4 +1,4 @@
-"""What a finished curriculum tells: to a person as tables, to a program as one object."""
+"""The summary of a finished curriculum: tables for a person, one JSON object for a program."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change
 from vectorclm.store.artifact import Artifact, Store
 
-ANSWERS = 3  # sample answers shown
+ANSWERS = 3  # number of sample answers shown
 TITLES = {"base": "base model", "chat": "chat model"}
 
 
@@ -48,7 +48,7 @@ class Summary:
         return found
 
     def as_object(self) -> dict[str, Any]:
-        """The object that `--json` prints; `scores` are the base model's means, beside all of both models."""
+        """The object that `--json` prints; `scores` has the base model's means, and all scores of both models."""
         keys = ("fingerprint", "uri", "state", "seconds")
         stages = {name: {key: dict(handle)[key] for key in keys} for name, handle in self.handles.items()}
         tasks = [task["acc"] for task in self.scores["base"]["tasks"].values()]
@@ -65,7 +65,7 @@ class Summary:
         return {"stages": stages, "scores": scores, "models": self.models}
 
     def as_markdown(self) -> str:
-        """The results as a page of the Prefect UI: scores, held-out text, answers, places."""
+        """The results as Markdown for the Prefect UI: scores, held-out text, answers, model folders."""
         lines = ["| multiple choice | chance | base model | chat model |", "|---|---:|---:|---:|"]
         for label, task in self.scores["base"]["tasks"].items():
             base, chat = (f"{self.scores[kind]['tasks'][label]['acc']:.1%}" for kind in TITLES)
@@ -84,13 +84,13 @@ class Summary:
             base, chat = (f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES)
             lines.append(f"| {label} | {base} | {chat} |")
         for sample in self.scores["chat"]["samples"][:ANSWERS]:
-            said = sample["answer"].strip() or "(nothing)"
-            lines += ["", f"**{sample['prompt']}**", "", *(f"    {line}" for line in said.splitlines())]
+            answer = sample["answer"].strip() or "(nothing)"
+            lines += ["", f"**{sample['prompt']}**", "", *(f"    {line}" for line in answer.splitlines())]
         lines += ["", *(f"- {title}: `{self.models[kind]}`" for kind, title in TITLES.items())]
         return "\n".join(lines)
 
     def show(self, console: Console) -> None:
-        """Print the results for a person."""
+        """Print the results as tables."""
         console.print()
         body = Group(
             self._stages(), self._training(), self._texts(), self._tasks(), *self._instructions(), self._answers()
@@ -100,7 +100,7 @@ class Summary:
         for (
             heading,
             place,
-        ) in self._places():  # outside of the frame, and never wrapped: these are to be copied
+        ) in self._places():  # outside of the frame and never wrapped, so that they can be copied
             console.print(f"[dim]{heading:<11}[/] {escape(place)}", soft_wrap=True, highlight=False)
 
     def _stages(self) -> RenderableType:
@@ -114,16 +114,16 @@ class Summary:
     def _training(self) -> RenderableType:
         table = _table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
         for stage in ("pretrain", "finetune"):
-            made = self._of(stage).summary
-            held_out = fmean(item["loss"] for item in made["validation"].values())
+            summary = self._of(stage).summary
+            held_out = fmean(item["loss"] for item in summary["validation"].values())
             table.add_row(
                 stage,
-                f"{made['steps']:,}",
-                f"{made['tokens']:,}",
-                f"{made['first_loss']:.3f}",
-                f"[bold]{made['last_loss']:.3f}[/]",
+                f"{summary['steps']:,}",
+                f"{summary['tokens']:,}",
+                f"{summary['first_loss']:.3f}",
+                f"[bold]{summary['last_loss']:.3f}[/]",
                 f"{held_out:.3f}",
-                f"{made['tokens_per_second']:,.0f}",
+                f"{summary['tokens_per_second']:,.0f}",
             )
         return table
 
@@ -141,8 +141,8 @@ class Summary:
             table.add_row(label, f"{task['chance']:.1%}", *figures, f"{task['items']:,}")
         counts = self.scores["chat"].get("chat")
         if counts:
-            said = f"{counts['answered_in_template']} of {counts['prompts']}"
-            table.add_row("ends its answers", "", "", f"[bold]{said}[/]", "")
+            share = f"{counts['answered_in_template']} of {counts['prompts']}"
+            table.add_row("ends its answers", "", "", f"[bold]{share}[/]", "")
         return table
 
     def _instructions(self) -> list[RenderableType]:
@@ -179,21 +179,21 @@ class Summary:
 
 
 def _margin(change: Change) -> str:
-    """By how much the chat model follows more instructions, in points, and what may be said of that."""
+    """The difference between the models in percentage points, its 95 % interval and the verdict."""
     assert change.paired is not None
     points = [f"{100 * value:+.1f}" for value in (change.difference, change.paired.low, change.paired.high)]
     return f"{points[0]} ({points[1]} to {points[2]}), {change.verdict}"
 
 
 def command(program: str, *arguments: str) -> str:
-    """A line for a shell; the program with its folder where the shell would not find it."""
+    """A command line for a shell; with the program's folder if it is not on the PATH."""
     beside = Path(sys.executable).with_name(program)
     where = program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
     return shlex.join([where, *arguments])
 
 
 def _table(*headings: str) -> Table:
-    """An open table; a heading that ends in `>` stands over a column of numbers."""
+    """A table without a frame; a heading that ends in `>` marks a right-aligned column of numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for heading in headings:
         name = heading.removesuffix(" >")

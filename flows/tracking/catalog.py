@@ -1,4 +1,4 @@
-"""Data sets and models in MLflow: what a run was made from, and the registered versions with their chains."""
+"""Data sets, logged models and registered model versions in MLflow, with their lineage."""
 
 import json
 
@@ -13,57 +13,57 @@ from vectorclm.store.artifact import Artifact
 
 DIGEST_LENGTH = 36  # of a data set
 PROFILE_LENGTH = 16_000  # of a data set
-REVISION = 23  # characters of a source's revision that a person reads
+REVISION = 23  # characters of a source's revision that are shown
 
 ENDS = {"export": "finetune"}  # a copy of a model is described as the model
 COLUMNS = {stage.name: stage.columns for stage in TABLE if stage.columns is not None}  # of data sets
 
 
 class Catalog:
-    """The data sets and models of one curriculum; everything here happens in the tracker's thread."""
+    """The data sets and models of one curriculum in MLflow. All methods run in the tracker's thread."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.store, self.plans = session, session.store, session.plans
         self.model_ids: dict[str, str] = {}  # fingerprint -> id
 
     def model_id(self, name: str, artifact: Artifact | None = None) -> str | None:
-        """The logged model of a stage's artifact, made where there is none; None without the artifact."""
-        plan = self.plans[name]
-        if plan.fingerprint not in self.model_ids:
+        """The id of the logged model of a stage's artifact, created if missing; None without the artifact."""
+        spec = self.plans[name]
+        if spec.fingerprint not in self.model_ids:
             known = self.session.client.search_logged_models(
-                [self.session.experiment_id], f"tags.fingerprint = '{plan.fingerprint}'", max_results=1
+                [self.session.experiment_id], f"tags.fingerprint = '{spec.fingerprint}'", max_results=1
             )
             if known:
-                self.model_ids[plan.fingerprint] = known[0].model_id
-            elif (made := artifact or self.store.look_up(plan.stage, plan.fingerprint)) is not None:
+                self.model_ids[spec.fingerprint] = known[0].model_id
+            elif (built := artifact or self.store.look_up(spec.stage, spec.fingerprint)) is not None:
                 model = mlflow.create_external_model(
                     MODELS[name],
                     source_run_id=self.session.run_of(name),
-                    tags={"fingerprint": plan.fingerprint, "uri": made.uri, "stage": name},
-                    params=flatten({"config": plan.config, "summary": made.summary}),
+                    tags={"fingerprint": spec.fingerprint, "uri": built.uri, "stage": name},
+                    params=flatten({"config": spec.config, "summary": built.summary}),
                     model_type="tokenizer" if name == "tokenizer" else "llama",
                     experiment_id=self.session.experiment_id,
                 )
-                self.model_ids[plan.fingerprint] = model.model_id
-        return self.model_ids.get(plan.fingerprint)
+                self.model_ids[spec.fingerprint] = model.model_id
+        return self.model_ids.get(spec.fingerprint)
 
     def dataset(self, name: str) -> Dataset | None:
-        """The artifact of a data stage as MLflow's data set, with what it holds."""
-        plan = self.plans[name]
-        made = self.store.look_up(plan.stage, plan.fingerprint)
-        if made is None:
+        """The artifact of a data stage as an MLflow data set, with its columns and summary; None if it is missing."""
+        spec = self.plans[name]
+        built = self.store.look_up(spec.stage, spec.fingerprint)
+        if built is None:
             return None
         return Dataset(
             f"{self.session.experiment.name} {name}",
-            plan.fingerprint[:DIGEST_LENGTH],
+            spec.fingerprint[:DIGEST_LENGTH],
             "local" if self.store.is_local else self.store.uri.partition(":")[0],
-            json.dumps({"uri": made.uri, "sha256": made.identity}),
+            json.dumps({"uri": built.uri, "sha256": built.identity}),
             schema=json.dumps({"mlflow_colspec": [{"name": key, "type": kind} for key, kind in COLUMNS[name].items()]}),
-            profile=json.dumps(made.summary)[:PROFILE_LENGTH],
+            profile=json.dumps(built.summary)[:PROFILE_LENGTH],
         )
 
     def log_inputs(self, name: str) -> None:
-        """What the stage `name` is made from, on its run: data sets, models, and sources at their revisions."""
+        """Log the inputs of a stage on its run: data sets, models, and sources at their revisions."""
         context, inputs = [InputTag("mlflow.data.context", name)], self.plans[name].inputs
         data = [self.dataset(part) for part in inputs if part in COLUMNS]
         sets = [DatasetInput(entity, context) for entity in [*data, *self.sources(name)] if entity is not None]
@@ -73,7 +73,7 @@ class Catalog:
         )
 
     def sources(self, name: str) -> list[Dataset]:
-        """The documents, conversations or questions that the stage `name` reads, at their revisions."""
+        """The sources that a stage reads, at their revisions: documents, conversations or questions."""
         experiment = self.session.experiment
         found = []
         for source in BY_NAME[name].sources(experiment):
@@ -91,7 +91,7 @@ class Catalog:
         return found
 
     def show(self, name: str, artifact: Artifact) -> None:
-        """What a stage has made, on the curriculum's own run, so that the table of runs has its data and models."""
+        """Log the output of a stage on the curriculum's run, so that the table of runs shows its data and models."""
         parent = self.session.parent_id
         if name in COLUMNS and (data := self.dataset(name)) is not None:
             self.session.client.log_inputs(parent, [DatasetInput(data, [InputTag("mlflow.data.context", name)])])
@@ -99,25 +99,25 @@ class Catalog:
             self.session.client.log_outputs(parent, [LoggedModelOutput(model_id, step=0)])
 
     def register_models(self) -> None:
-        """A new version of each model where the registry has none of this fingerprint; the chain on the curriculum."""
+        """Register a new version of each model whose fingerprint is new; describe the curriculum by its lineage."""
         self.describe(self.session.parent_id, "export")
         for stage, name in REGISTERED.items():
-            plan = self.plans[stage]
-            query = f"name = '{name}' and tags.fingerprint = '{plan.fingerprint}'"
+            spec = self.plans[stage]
+            query = f"name = '{name}' and tags.fingerprint = '{spec.fingerprint}'"
             if self.session.client.search_model_versions(query, max_results=1):
                 continue
             if (model_id := self.model_id(stage)) is None:
                 continue
             if not self.session.client.search_registered_models(f"name = '{name}'", max_results=1):
-                about = f"The {MODELS[stage]} of each curriculum, the newest as `{ALIAS}`."
+                about = f"The {MODELS[stage]} of each curriculum; the newest has the alias `{ALIAS}`."
                 self.session.client.create_registered_model(name, description=about)
             version = self.session.client.create_model_version(
                 name,
                 f"models:/{model_id}",
                 run_id=self.session.run_of(stage),
                 tags={
-                    "fingerprint": plan.fingerprint,
-                    "uri": self.store.uri_of(f"{stage}/{plan.fingerprint}"),
+                    "fingerprint": spec.fingerprint,
+                    "uri": self.store.uri_of(f"{stage}/{spec.fingerprint}"),
                 },
                 description=self._chain(stage),
                 await_creation_for=0,
@@ -126,11 +126,11 @@ class Catalog:
             self.session.client.set_registered_model_alias(name, ALIAS, version.version)
 
     def describe(self, run_id: str, stage: str) -> None:
-        """Have a run's page begin with what the stage has made, and from what."""
+        """Set the description of a run to the lineage of the stage's artifact."""
         self.session.client.set_tag(run_id, NOTE, self._chain(EVALUATED.get(stage, ENDS.get(stage, stage))))
 
     def _chain(self, stage: str) -> str:
-        """What a stage has made and all that is behind it, as a markdown table with links into MLflow."""
+        """The lineage of a stage's artifact as a markdown table with links to runs in MLflow."""
         found = lineage(self.store.uri_of(f"{stage}/{self.plans[stage].fingerprint}"), self.store)
         lines = ["| | what it holds | fingerprint, revision |", "|---|---|---|"]
         for node in reversed(list(found.nodes.values())):
@@ -144,7 +144,7 @@ class Catalog:
         root = f"{stage}/{found.root.fingerprint[:SHORT]}"
         lines += [
             "",
-            f"In the store `{self.store.uri}`: `vectorclm lineage {root} --verify` reads every byte of it again.",
+            f"In the store `{self.store.uri}`: `vectorclm lineage {root} --verify` hashes every file again.",
         ]
         return "\n".join(lines)
 

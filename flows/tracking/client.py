@@ -1,4 +1,4 @@
-"""Settings, scores and lines of `metrics.jsonl` as MLflow takes them: flat keys, short texts, numbers; its pages."""
+"""MLflow's address, names and formats: flat parameters, metrics of a line of `metrics.jsonl`, pages of runs."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from flows.paths import local_folder
 from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Store
 
-NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's or an experiment's description
+NOTE = "mlflow.note.content"  # the tag with the description of a run or an experiment
 ALIAS = "candidate"
 CHAMPION = "champion"
 MODELS = {stage.name: stage.model for stage in TABLE if stage.model is not None}
@@ -16,11 +16,11 @@ REGISTERED = {stage: f"vectorclm-{model}" for stage, model in MODELS.items()}
 
 
 class NotOpenError(Exception):
-    """MLflow did not take the run that a job belongs to."""
+    """A job's run is not open, because MLflow did not accept it."""
 
 
 def tracking_uri(store: Store) -> str:
-    """MLFLOW_TRACKING_URI, else a database in the local store."""
+    """MLFLOW_TRACKING_URI, else the SQLite database in the local folder of the store."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_folder(store) / 'mlflow.db'}"
 
 
@@ -30,12 +30,12 @@ BATCH = 900  # metrics in one request; MLflow takes 1,000
 
 
 def run_page(experiment_id: str, run_id: str) -> str:
-    """The place of a run's page in MLflow's UI, shown as a training's, not as that of a chain of prompts."""
+    """The path of a run's page in MLflow's UI, in the view for machine learning, not for prompts."""
     return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def readable(line: Mapping[str, Any]) -> dict[str, float]:
-    """One line of `metrics.jsonl` as metrics: `train/loss`, `validation/bits_per_byte.stories`, `event/spike`, …"""
+    """A line of `metrics.jsonl` as MLflow metrics: `train/loss`, `validation/bits_per_byte.web`, `event/spike`, …"""
     if "event" in line:
         return {f"event/{line['event']['kind']}": 1.0}
     if "validation" in line:
@@ -59,7 +59,7 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as `a.b.0.c`: text, in the length that MLflow takes."""
+    """Nested settings as MLflow parameters: keys like `a.b.0.c`, values cut to VALUE_LENGTH."""
     found: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):

@@ -1,4 +1,4 @@
-"""Look a model up in MLflow where there is one; MLflow takes seconds to import, so not before it is asked."""
+"""Look up models in MLflow, if there is one. MLflow takes seconds to import, so functions import it on demand."""
 
 import os
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def opened(address: str, store: Store) -> Lineage:
-    """The lineage of an address, which may also be one of MLflow's registry."""
+    """The lineage of a model in the store or in MLflow's registry (`models:/NAME@ALIAS`)."""
     if address.startswith("models:/"):
         from flows.tracking.registry import Registry
 
@@ -21,12 +21,12 @@ def opened(address: str, store: Store) -> Lineage:
 
 
 def has_record(store: Store) -> bool:
-    """Whether there is an MLflow that may know of the models in a store."""
+    """Whether there is an MLflow server or database that may know the models of a store."""
     return "MLFLOW_TRACKING_URI" in os.environ or (local_folder(store) / "mlflow.db").is_file()
 
 
 def recorded(found: Lineage, store: Store) -> "tuple[Record | None, str]":
-    """MLflow's record of a chain; or None, and why."""
+    """MLflow's record of a lineage; or None, and the reason."""
     if not has_record(store):
         return None, "no MLflow: set MLFLOW_TRACKING_URI for links to its runs"
     from flows.tracking.recorded_lineage import record_of

@@ -1,4 +1,4 @@
-"""Jobs for a server that may be away: done in their order by one thread, each kept until the server took it."""
+"""A queue of jobs for a server that may be away: one thread does them in order, and keeps each until it succeeds."""
 
 import logging
 import queue
@@ -13,36 +13,36 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0  # between two calls of `idle`
 AWAY_SECONDS = 5.0  # between two attempts while the server is away
-ATTEMPTS = 3  # at a job that a server which answers does not take
+ATTEMPTS = 3  # for a job that the server rejects although it answers
 
 Job = Callable[[], None]
 PASSING = {ErrorCode.Name(code) for code in (INTERNAL_ERROR, REQUEST_LIMIT_EXCEEDED, TEMPORARILY_UNAVAILABLE)}
 
 
 class Outbox:
-    """The thread and its jobs.
+    """A thread and its queue of jobs.
 
-    `idle` is called now and then between jobs; `failed` is told of what cannot be done, and of a server that is away,
-    each time it fails. `answers` says whether the server takes requests at all.
+    `idle` is called every few seconds between jobs. `failed` is called with the error of each attempt that fails.
+    `answers` says whether the server accepts requests.
     """
 
     def __init__(self, idle: Job, failed: Callable[[Exception], None], answers: Callable[[], bool]) -> None:
         self._idle, self._failed, self._answers = idle, failed, answers
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._closing = threading.Event()
-        self.left = 0  # jobs that were given up, as the server was away to the end
+        self.left = 0  # jobs that were given up, because the server was away to the end
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def put(self, job: Job) -> None:
-        """Have the thread do `job` after those before it. It may be done again where it failed half-way."""
+        """Add a job to the end of the queue. A job that fails half-way may be repeated."""
         self._jobs.put(job)
 
     def close(self, seconds: float) -> bool:
-        """Do what is left and end; False where that takes longer. A server that is away is asked once more only."""
+        """Finish the queue and end the thread; False if that takes longer. A server that is away is tried once more."""
         self._jobs.put(None)
         self._closing.set()
         self._thread.join(seconds)
@@ -65,13 +65,13 @@ class Outbox:
                 polled = time.monotonic()
 
     def _done(self, job: Job) -> bool:
-        """Do a job, however long the server is away; False where this ends first."""
+        """Do a job, however long the server is away; False if the outbox is closed first."""
         attempts = 0
         while (error := self._try(job)) is not None and _passes(error):
             if self._answers():
                 attempts += 1
                 if attempts == ATTEMPTS:
-                    return True  # it was told of: what the server does not take must not keep the rest
+                    return True  # already reported: a rejected job must not block the queue
             elif self._closing.is_set():
                 return False
             self._closing.wait(AWAY_SECONDS)

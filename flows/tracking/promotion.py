@@ -1,4 +1,4 @@
-"""`vectorclm promote`: the alias `champion` moves only to a model that is better by more than chance explains."""
+"""`vectorclm promote`: move the alias `champion` to a model that is better by more than the noise."""
 
 import json
 import math
@@ -23,10 +23,10 @@ UNPAIRED = f"{NOISE:.0f} standard errors of the difference"
 
 
 def compared(candidate: Lineage, champion: Lineage | None) -> tuple[str, list[Change]]:
-    """The suite by which both were measured alike, and every score of it; without a champion, chance in its place.
+    """Compare all scores of the first suite that both models have with equal settings; without a champion, with chance.
 
-    Scores are paired where both results tell what each item scored. Raises ConfigError where no suite measured both
-    by equal settings, or, without a champion, no task.
+    Returns the suite and its changes. Scores are paired if both results have the score of each item. Raises ConfigError
+    where no suite measured both models with equal settings, or, without a champion, where no task was measured.
     """
     for item in sorted(candidate.scores, key=lambda item: item.stage != "measure"):
         suite = str(item.manifest["config"].get("suite", OWN_SUITE))
@@ -41,16 +41,16 @@ def compared(candidate: Lineage, champion: Lineage | None) -> tuple[str, list[Ch
                 return suite, _paired(changes(_figures(other), after), other, item)
     if champion is None:
         raise ConfigError(
-            "there is no champion, and no multiple choice whose chance would stand for one was measured: run "
+            "there is no champion, and no multiple choice was measured, whose chance could take its place: run "
             "`vectorclm evaluate MODEL --suite NAME` with a suite that has tasks"
         )
     raise ConfigError(
-        "no suite has measured both models by equal settings: run `vectorclm evaluate MODEL --suite NAME` for each"
+        "no suite has measured both models with equal settings: run `vectorclm evaluate MODEL --suite NAME` for each"
     )
 
 
 def _paired(found: Sequence[Change], before: Artifact, after: Artifact) -> list[Change]:
-    """The same, with the paired interval of each score that both results have by item."""
+    """The same changes, with the paired interval of each score that both results have by item."""
     if not (has_items(before) and has_items(after)):
         return list(found)
     a, b = (read_scored(scores.local("*.parquet")) for scores in (before, after))
@@ -61,16 +61,16 @@ def _paired(found: Sequence[Change], before: Artifact, after: Artifact) -> list[
 
 
 def _asked(scores: Artifact) -> dict[str, Any]:
-    """What was measured: equal where scores compare. A stage's inputs, but the model, are the text."""
+    """The settings and texts of an evaluation: scores are comparable if these are equal."""
     config = scores.manifest["config"]
     inputs = {key: value for key, value in scores.manifest["inputs"].items() if key in ("shards", "chat_shards")}
     return {**config, "measured on": {} if scores.stage == "measure" else inputs}
 
 
 def _figures(scores: Artifact) -> dict[str, Figure]:
-    """The scores that have a standard error. Of a task it counts two more items, one of them right.
+    """The scores with standard errors; tasks count two more items, one of them right.
 
-    By that (Agresti and Coull, The American Statistician 52, 1998) a score of 0 or 1 is not without noise.
+    So a score of 0 or 1 has noise, too (Agresti and Coull, The American Statistician 52, 1998).
     """
     summary = {"text": {}, **scores.summary}
     found = figures(summary)
@@ -82,10 +82,11 @@ def _figures(scores: Artifact) -> dict[str, Figure]:
 
 
 def decided(tasks: Sequence[str], found: Sequence[Change]) -> tuple[bool, list[str]]:
-    """Whether the later model is promoted, and why not: better beyond noise on each task named, worse on no score.
+    """Decide whether the candidate is promoted, and list the reasons against it.
 
-    A task is named by its label or by its whole score: `hellaswag`, `acc.hellaswag`, `bits_per_byte.stories`.
-    Raises ConfigError where none is named, or one that was not measured.
+    It must be better beyond noise on each task named, and worse beyond noise on no score. A task is named by its label
+    or by its score: `hellaswag`, `acc.hellaswag`, `bits_per_byte.stories`. Raises ConfigError where no task is named,
+    or one that was not measured.
     """
     if not tasks:
         known = ", ".join(change.name for change in found)
@@ -104,7 +105,7 @@ def _better(change: Change) -> bool:
 
 
 def promote(address: str, tasks: Sequence[str], store: Store, console: Console) -> int:
-    """Move `champion` to a registered model where it earned it; 1 where it did not. Both are recorded."""
+    """Move `champion` to a registered model if it is better; exit code 1 if not. Both decisions are recorded."""
     registry = Registry(store)
     version = registry.version(address)
     champion = registry.champion(version.name)

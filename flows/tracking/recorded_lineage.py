@@ -1,4 +1,4 @@
-"""What MLflow remembers of a chain, walked by MLflow's own records: versions, runs, their data sets and models."""
+"""The lineage of a model as MLflow recorded it: versions, runs, their data sets and models."""
 
 import json
 import re
@@ -16,15 +16,15 @@ from vectorclm.store.model_ref import ADDRESS
 
 @dataclass(frozen=True)
 class Record:
-    """What MLflow knows of a chain."""
+    """MLflow's record of a lineage."""
 
-    runs: Mapping[str, str]  # fingerprint -> the page of the run that made it; in a database without a server, its id
+    runs: Mapping[str, str]  # fingerprint -> the page of the run that built it; without a server, the run's id
     versions: Mapping[str, list[str]]  # fingerprint -> `vectorclm-chat 3 @champion`
-    names: Any  # the chain as MLflow has it (see Node.names); None where it has no run of its root
+    names: Any  # the lineage in MLflow (see Node.names); None without a run of its root
 
 
 def record_of(registry: Registry, found: Lineage) -> Record:
-    """MLflow's record of a chain. Raises RegistryError where it does not answer."""
+    """Read MLflow's record of a lineage. Raises RegistryError where MLflow does not answer."""
     walker = _Walker(registry)
     with registry.asked():
         names = walker.names(found.root.stage, found.root.fingerprint)
@@ -41,7 +41,7 @@ def record_of(registry: Registry, found: Lineage) -> Record:
 
 
 def registered_names(registry: Registry, address: str) -> Any:
-    """The chain of a registered model by MLflow alone, no store: nested names (see `Node.names`)."""
+    """The lineage of a registered model from MLflow alone, without a store: nested names (see `Node.names`)."""
     version = registry.version(address)
     match = re.fullmatch(r"models:/(m-[0-9a-f]+)", version.source or "")
     with registry.asked(address):
@@ -55,7 +55,7 @@ def _title(registry: Registry, version: ModelVersion) -> str:
 
 
 class _Walker:
-    """MLflow's runs by what they made."""
+    """Find MLflow's runs by the artifacts that they built."""
 
     def __init__(self, registry: Registry) -> None:
         self.client = registry.client
@@ -63,7 +63,7 @@ class _Walker:
         self._runs: dict[str, Run | None] = {}
 
     def run(self, stage: str, fingerprint: str) -> Run | None:
-        """The run that tells most of an artifact: the one which built it, else one that found it built."""
+        """The run that built an artifact, else one that reused it; None without either."""
         if fingerprint not in self._runs:
             query = f"tags.stage = '{stage}' and tags.fingerprint = '{fingerprint}'"
             found = self.client.search_runs(
@@ -74,7 +74,7 @@ class _Walker:
         return self._runs[fingerprint]
 
     def names(self, stage: str, fingerprint: str) -> Any:
-        """The chain of an artifact; None where no run made it."""
+        """The lineage of an artifact as nested names; None if no run built it."""
         if (run := self.run(stage, fingerprint)) is None or run.inputs is None:
             return None
         inputs, sources = [], []

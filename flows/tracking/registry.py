@@ -1,4 +1,4 @@
-"""MLflow's registry: which model an address names, and what models scored on a suite so far."""
+"""MLflow's model registry: find a model by its address, record evaluations and promotions, read earlier results."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +24,8 @@ from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.model_ref import ADDRESS
 
 EVALUATIONS = "evaluations"  # MLflow's experiment
-STDERR = "stderr."  # before the name of a metric that is the standard error of another
-SHOWN = 10  # results of a suite that are compared
+STDERR = "stderr."  # prefix of a metric that is the standard error of another
+SHOWN = 10  # number of results of a suite that are compared
 REGISTERED_MODEL = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
 
@@ -35,7 +35,7 @@ class RegistryError(VectorCLMError):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as its results are listed: results of equal names follow one another."""
+    """An evaluated model; results of equal names form one series."""
 
     name: str
     title: str
@@ -45,7 +45,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """What a model scored once."""
+    """The scores of one evaluation of a model."""
 
     title: str
     when: datetime
@@ -54,13 +54,13 @@ class Result:
 
 
 class Registry:
-    """MLflow as evaluations use it. Each call raises RegistryError where it does not answer."""
+    """The part of MLflow that evaluations use. Each call raises RegistryError where MLflow does not answer."""
 
     def __init__(self, store: Store) -> None:
         self.store, self.uri = store, tracking_uri(store)
         folder = local_folder(store)
         folder.mkdir(parents=True, exist_ok=True)
-        with self.asked(), FileLock(folder / "mlflow.lock"):  # opening a new database migrates it
+        with self.asked(), FileLock(folder / "mlflow.lock"):  # the first client of a new database migrates it
             self.client = MlflowClient(self.uri)
 
     def find(self, address: str) -> Subject:
@@ -75,7 +75,7 @@ class Registry:
             return Subject(name, name, address, None)
         version = self.version(address)
         if not (place := version.tags.get("uri")):
-            raise ConfigError(f"{address} was registered by another program: give the folder of its files instead")
+            raise ConfigError(f"{address} was registered by another program: name the folder of its files instead")
         return Subject(version.name, f"{version.name} {version.version}", place, _logged_model(version))
 
     def version(self, address: str) -> ModelVersion:
@@ -89,13 +89,13 @@ class Registry:
             return self.client.get_model_version_by_alias(match["name"], match["alias"])
 
     def page(self, experiment_id: str, run_id: str) -> str:
-        """The address of a run's page; without a server, the run's id."""
+        """The URL of a run's page; without a server, the run's id."""
         if not self.uri.startswith("http"):
             return f"run {run_id}"
         return f"{without_password(self.uri).rstrip('/')}/{run_page(experiment_id, run_id)}"
 
     def _model_id(self, subject: Subject) -> str | None:
-        """The logged model of a subject; of one named by its place in a store, where that is registered."""
+        """The logged model of a subject, also if the subject is an artifact in the store that is registered."""
         match = _in_store(subject.address)
         if subject.model_id is not None or match is None:
             return subject.model_id
@@ -103,7 +103,7 @@ class Registry:
         return _logged_model(found[0]) if found else None
 
     def history(self, subject: Subject, settings: Mapping[str, Any]) -> list[Result]:
-        """The last results under the subject's name by these settings of a suite, newest first."""
+        """The last results of a subject with these settings of a suite, newest first."""
         query = f"tags.series = '{_series(subject, settings)}' and attributes.status = 'FINISHED'"
         with self.asked():
             runs = self.client.search_runs(
@@ -122,9 +122,9 @@ class Registry:
         return results
 
     def record(self, subject: Subject, artifact: Artifact, flow_run_id: str | None) -> str:
-        """A run with the scores in `artifact`, each linked to the model it is of; the address of the run's page.
+        """Record the scores in `artifact` as a run, linked to their model; returns the URL of the run's page.
 
-        Of a flow run it belongs to the `history` of the subject.
+        With the id of a flow run, the result becomes part of the `history` of the subject.
         """
         settings = artifact.manifest["config"]
         tags = {
@@ -154,28 +154,28 @@ class Registry:
         return self.page(experiment_id, run_id)
 
     def record_cli_evaluation(self, address: str, artifact: Artifact) -> str | None:
-        """Record the scores in `artifact` of the registered model in the store at `address`, where none has done so.
+        """Record the scores of a registered model that a command evaluated, unless they are recorded already.
 
-        The address of the run's page; None where no version is of that model, or the scores are there. The run is not
-        of the series that evaluations are compared in, so that a fall is told by the next of those.
+        Returns the URL of the run's page; None if the model at `address` is not registered, or has these scores. The
+        run is not part of the `history`, so that the next scheduled evaluation still reports a fall.
         """
         if (match := _in_store(address)) is None:
             return None
         place = without_password(self.uri).rstrip("/")
-        if place.startswith("http") and not answers(f"{place}/health"):  # sooner known than by the client's retries
+        if place.startswith("http") and not answers(f"{place}/health"):  # faster than the client's retries
             raise RegistryError(f"MLflow at {place} does not answer")
         with self.asked():
             query = f"tags.fingerprint = '{match['fingerprint']}'"
             found = self.client.search_model_versions(query, max_results=1)
-            told = f"tags.fingerprint = '{artifact.fingerprint}' and attributes.status = 'FINISHED'"
-            runs = self.client.search_runs([self._experiment_id()], told) if found else []
+            recorded = f"tags.fingerprint = '{artifact.fingerprint}' and attributes.status = 'FINISHED'"
+            runs = self.client.search_runs([self._experiment_id()], recorded) if found else []
         if not found or any(run.data.tags.get("model") == address[:VALUE_LENGTH] for run in runs):
             return None
         subject = Subject(found[0].name, f"{found[0].name} {found[0].version}", address, _logged_model(found[0]))
         return self.record(subject, artifact, None)
 
     def champion(self, name: str) -> ModelVersion | None:
-        """The version of a registered model that is its champion; None before there is one."""
+        """The champion among the versions of a registered model; None without one."""
         with self.asked():
             model = self.client.get_registered_model(name)
             number = dict(model.aliases).get(CHAMPION)
@@ -184,9 +184,9 @@ class Registry:
     def decide(
         self, version: ModelVersion, about: Mapping[str, str], rows: Sequence[Mapping[str, str]], good: bool
     ) -> str:
-        """Record a comparison, as a run with its table and as tags of the version, and move the alias where `good`.
+        """Record a comparison as a run with a table and as tags of the version; move the alias if `good`.
 
-        Returns the page of the run.
+        Returns the URL of the run's page.
         """
         tags = {f"promotion.{key}": value[:VALUE_LENGTH] for key, value in about.items()}
         with self.asked():
@@ -213,31 +213,31 @@ class Registry:
 
     @contextmanager
     def asked(self, address: str = "") -> Iterator[None]:
-        """Say which model MLflow does not know, or that it does not answer."""
+        """Translate MLflow's errors: ConfigError for an unknown model, RegistryError where MLflow does not answer."""
         try:
             yield
         except MlflowException as error:
             first = without_password(str(error).strip().splitlines()[0])[:200]
             if address and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise ConfigError(
-                    f"MLflow at {without_password(self.uri)} has no {address}: {first}. A curriculum that ends well "
+                    f"MLflow at {without_password(self.uri)} has no {address}: {first}. A curriculum that completes "
                     f"registers vectorclm-base and vectorclm-chat, the newest as @{ALIAS}"
                 ) from error
             raise RegistryError(f"MLflow at {without_password(self.uri)} does not answer: {first}") from error
 
 
 def _in_store(address: str) -> re.Match[str] | None:
-    """Stage and fingerprint of a model that is an artifact as a whole, not one of several in it."""
+    """The stage and fingerprint in an address; None unless it names a whole artifact of a store."""
     match = ADDRESS.fullmatch(address)
     return match if match is not None and match["inside"] is None else None
 
 
 def _logged_model(version: ModelVersion) -> str | None:
-    """The logged model that a version was made from; MLflow keeps it in the version's source only."""
+    """The logged model of a version; MLflow keeps its id only in the version's source."""
     match = re.fullmatch(r"models:/(m-[0-9a-f]+)", version.source or "")
     return match[1] if match is not None else None
 
 
 def _series(subject: Subject, settings: Mapping[str, Any]) -> str:
-    """Results that compare: of one name, by equal settings."""
+    """The id of a series of comparable results: one name, equal settings."""
     return digest({"name": subject.name, "settings": dict(settings)})

@@ -1,4 +1,4 @@
-"""The runs of one curriculum in MLflow: create them, find them again, close those that nobody ends."""
+"""A client of MLflow with the runs of one curriculum: create runs, find them again, close abandoned ones."""
 
 import json
 import secrets
@@ -23,7 +23,7 @@ PARAM_BATCH = 90  # parameters in one request; MLflow takes 100
 
 
 class Session:
-    """A client of MLflow with the ids of the curriculum's runs."""
+    """A client of MLflow and the ids of the curriculum's runs."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class Session:
             "process": json.dumps(process_identity(psutil.Process())),
             **({"prefect.flow_run_id": flow_run_id} if flow_run_id else {}),
         }
-        self.client: MlflowClient  # once it is open, as is the next
+        self.client: MlflowClient  # set when the session opens, as is the next
         self.experiment_id = ""
         self.run_ids: dict[str, str] = {}
         self._session = secrets.token_hex(8)
-        self._created: dict[str, str] = {}  # by a key of each run -> its id
+        self._created: dict[str, str] = {}  # key of a run -> its id
 
     @property
     def uri(self) -> str:
@@ -59,17 +59,17 @@ class Session:
 
     @property
     def parent_id(self) -> str:
-        """The curriculum's run."""
+        """The id of the curriculum's run. Raises NotOpenError before there is one."""
         return self.opened("curriculum")
 
     def opened(self, name: str) -> str:
-        """The run of a stage; raises NotOpenError before there is one."""
+        """The id of a stage's run. Raises NotOpenError before there is one."""
         if name not in self.run_ids:
             raise NotOpenError(name)
         return self.run_ids[name]
 
     def run_of(self, name: str) -> str | None:
-        """The run in which a stage was made, or was found made, here or on another machine."""
+        """The id of a run that built or reused a stage's artifact, here or on another machine; None without one."""
         if name not in self.run_ids:
             query = f"tags.stage = '{name}' and tags.fingerprint = '{self.plans[name].fingerprint}'"
             for run in self.client.search_runs([self.experiment_id], query, max_results=1):
@@ -77,16 +77,16 @@ class Session:
         return self.run_ids.get(name)
 
     def attempts(self, name: str) -> int:
-        """How often MLflow saw the stage `name` tried by the same settings and inputs."""
+        """The number of recorded attempts at a stage with the same settings and inputs."""
         query = f"tags.stage = '{name}' and tags.fingerprint = '{self.plans[name].fingerprint}'"
         return len(self.client.search_runs([self.experiment_id], f"{query} and tags.state != 'reused'"))
 
     def new_key(self) -> str:
-        """What finds a run again that the server made, but did not tell of."""
+        """A key that finds a run again if the server created it but its answer was lost."""
         return f"{self._session}-{secrets.token_hex(4)}"
 
     def create_run(self, key: str, name: str, tags: Mapping[str, str]) -> str:
-        """A nested run of the stage `name`, or the one that was made by this key; its id."""
+        """Create a nested run of a stage, or find the one with this key; returns its id."""
         plan = self.plans[name]
         own = {"mlflow.parentRunId": self.parent_id, "stage": name, "fingerprint": plan.fingerprint}
         self.run_ids[name] = self._create(key, name, {**self.common, **own, **tags})
@@ -105,20 +105,20 @@ class Session:
         return self._created[key]
 
     def log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Settings as parameters, nested keys joined by dots."""
+        """Log nested settings as parameters, their keys joined by dots."""
         params = [Param(key, value) for key, value in flatten(values).items()]
         for start in range(0, len(params), PARAM_BATCH):
             self.client.log_batch(run_id, params=params[start : start + PARAM_BATCH])
 
     def _end(self, stage: str, fingerprint: str, run_id: str, but: str = "") -> None:
-        """Close the runs that are RUNNING at the same as `run_id`, save those of the host `but`."""
+        """Close the other RUNNING runs of the same artifact as `run_id`, except those of the host `but`."""
         query = f"tags.stage = '{stage}' and tags.fingerprint = '{fingerprint}' and attributes.status = 'RUNNING'"
         for run in self.client.search_runs([self.experiment_id], query):
             if run.info.run_id != run_id and run.data.tags.get("host") != but:
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def begins(self, name: str, run_id: str) -> bool:
-        """Whether the stage `name` is being made on this machine; what was left RUNNING elsewhere is closed then."""
+        """Whether this machine builds the stage now; if so, close the runs left RUNNING on other machines."""
         holder = self.store.lease_holder(self.plans[name].lease)
         if holder is None or holder["host"] != self.common["host"]:
             return False
@@ -126,14 +126,14 @@ class Session:
         return True
 
     def end_attempts(self, name: str, run_id: str) -> None:
-        """Close what earlier attempts at a stage, on whichever machine, left RUNNING; this one has made it.
+        """Close the runs of earlier attempts at a stage, on any machine, once `run_id` has built its artifact.
 
-        One that only waits for this one's result ends itself, and says so then.
+        A run that only waits for this result ends itself.
         """
         self._end(name, self.plans[name].fingerprint, run_id)
 
     def log_headline_metrics(self, name: str, scores: Artifact) -> None:
-        """The scores that the stage `name` gave, on the curriculum's own run: those that are asked first."""
+        """Log the most important scores of an evaluation on the curriculum's run."""
         now, model = int(time.time() * 1000), MODELS[EVALUATED[name]]
         metrics = [Metric(f"{model}/{key}", value, now, 0) for key, value in score_facts(scores).items()]
         self.client.log_batch(self.parent_id, metrics=metrics[:BATCH])

@@ -1,4 +1,4 @@
-"""The nested run of one stage: its settings and inputs, its live metrics, and what it made."""
+"""The MLflow run of one stage: its settings and inputs, its live metrics, and its artifact."""
 
 import json
 import time
@@ -18,11 +18,11 @@ from vectorclm.stages import EVALUATED, TRAININGS
 from vectorclm.store.artifact import Artifact
 
 METRICS = "metrics.jsonl"
-TAIL = 400  # bytes of a file by which it is known again
+TAIL = 400  # bytes before the read position, which show whether the file was rewritten
 
 
 class StageRun:
-    """The nested run of a stage in the making. All but `finished` happens in the tracker's thread."""
+    """The nested run of a stage that is being built. All methods but `finished` run in the tracker's thread."""
 
     def __init__(self, session: Session, catalog: Catalog, name: str, folder: Path | None) -> None:
         self.session, self.catalog, self.name, self.folder = (
@@ -30,26 +30,26 @@ class StageRun:
             catalog,
             name,
             folder,
-        )  # of its work; without one it was made before
+        )  # the folder of its work; None if the stage was built before
         self.artifact: Artifact | None = None
         self._key, self._run_id = session.new_key(), ""
-        self._found = self._checkpoint()  # now, as MLflow may come back when there is another
-        self._begun = False  # here, and nowhere else
+        self._found = self._checkpoint()  # read now: when MLflow answers there may be a newer one
+        self._begun = False  # whether this machine builds the stage
         self._sent: set[tuple[str, int]] = set()
-        self._seen: dict[tuple[str, int], int] = {}  # when, so that what is sent again is the same
-        self._read, self._tail = 0, b""  # how far the file was read, and what it ended with there
+        self._seen: dict[tuple[str, int], int] = {}  # time of each, so that a repeated request is the same
+        self._read, self._tail = 0, b""  # the read position in the file, and the bytes before it
         self._ended = 0
         self._load: SystemMetrics | None = None
         self._events: dict[int, Mapping[str, Any]] = {}  # step -> its line in the metrics
 
     def finished(self, artifact: Artifact) -> None:
-        """The stage has made this."""
+        """Set the artifact that the stage has built."""
         self.artifact = artifact
 
     def open(self, attempt: int) -> None:
-        """Create the run, with its settings and what it is made from."""
+        """Create the run and log its settings and inputs."""
         session = self.session
-        if not self._run_id:  # else MLflow went away half-way through this
+        if not self._run_id:  # else MLflow went away half-way, and this is a repetition
             tags = {"state": "building", "attempt": str(max(attempt, 1 + session.attempts(self.name)))}
             if self._found:
                 tags["resumed_step"] = str(int(self._found.split("-")[1]))
@@ -61,9 +61,9 @@ class StageRun:
             self._load.start()
 
     def relay(self) -> None:
-        """Send what was not sent yet: the machine's load, and the work folder's metrics.
+        """Send what is new: the load of the machine, and the metrics in the work folder.
 
-        Their file may be missing, or cut back.
+        The metrics file may be missing, or cut back to a checkpoint.
         """
         if self._load is not None:
             self._load.send(self.session.client)
@@ -72,18 +72,18 @@ class StageRun:
             return
         with metrics.open("rb") as file:
             file.seek(self._read - len(self._tail))
-            if file.read(len(self._tail)) != self._tail:  # it was cut back to a checkpoint, and grew again
+            if file.read(len(self._tail)) != self._tail:  # the file was cut back to a checkpoint, and grew again
                 self._read, self._tail = file.seek(0), b""
             text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]  # without a line that is still being written
+        whole = text[: text.rfind(b"\n") + 1]  # without an unfinished last line
         self._send(whole.decode())
         self._read, self._tail = self._read + len(whole), (self._tail + whole)[-TAIL:]
 
     def _newest(self) -> Path | None:
-        """The metrics of the attempt that is at work: each has a folder of its own."""
+        """The metrics file of the current attempt: each attempt has a folder of its own."""
         found = list[tuple[float, Path]]()
         for path in () if self.folder is None else (self.folder / METRICS, *self.folder.glob(f"*/{METRICS}")):
-            with suppress(OSError):  # it ended meanwhile
+            with suppress(OSError):  # the attempt ended meanwhile
                 found.append((path.stat().st_mtime, path))
         return max(found)[1] if found else None
 
@@ -105,12 +105,12 @@ class StageRun:
         self._flush(batch, kinds)
 
     def _tell(self, line: Mapping[str, Any]) -> None:
-        """Tag this run and the curriculum's with a step that went wrong, and keep all such steps as a file."""
+        """Tag this run and the curriculum's run with a training event, and log all events as a file."""
         session, event, step = self.session, line["event"], line["step"]
         self._events[step] = line
-        said = f"{event['kind'].replace('_', ' ')}: {event['told']}; windows {event['windows']}"[:EVENT_LENGTH]
-        session.client.set_tag(self._run_id, f"event.step {step}", said)
-        session.client.set_tag(session.parent_id, f"event.{self.name} step {step}", said)
+        text = f"{event['kind'].replace('_', ' ')}: {event['told']}; windows {event['windows']}"[:EVENT_LENGTH]
+        session.client.set_tag(self._run_id, f"event.step {step}", text)
+        session.client.set_tag(session.parent_id, f"event.{self.name} step {step}", text)
         lines = "".join(json.dumps(line) + "\n" for line in self._events.values())
         session.client.log_text(self._run_id, lines, "events.jsonl")
 
@@ -122,7 +122,7 @@ class StageRun:
             kinds.clear()
 
     def close(self, status: str, tags: Mapping[str, str]) -> None:
-        """Complete the run from the artifact, and end it."""
+        """Complete the run from the artifact, and set its final status."""
         self._ended = self._ended or int(time.time() * 1000)
         if self._load is not None:
             self._load.finish()
@@ -150,7 +150,7 @@ class StageRun:
         """The name of the newest checkpoint of a training; empty without one."""
         if self.name not in TRAININGS or self.folder is None:
             return ""
-        with suppress(StoreError):  # which the training will tell of
+        with suppress(StoreError):  # the training reports it
             return next(reversed(self.session.store.list(self._checkpoints)), "")
         return ""
 
@@ -171,8 +171,8 @@ class StageRun:
             kept = session.store.read(artifact.key("metrics.jsonl")) or b""
             self._send(kept.decode())
         if "samples.jsonl" in artifact.manifest["files"]:
-            said = session.store.read(artifact.key("samples.jsonl")) or b""
-            client.log_text(self._run_id, said.decode(), "samples.jsonl")
+            samples = session.store.read(artifact.key("samples.jsonl")) or b""
+            client.log_text(self._run_id, samples.decode(), "samples.jsonl")
         client.log_dict(self._run_id, dict(artifact.manifest), "manifest.json")
         if name in EVALUATED:
             self._scores(artifact)
@@ -188,7 +188,7 @@ class StageRun:
             self.catalog.register_models()
 
     def _scores(self, artifact: Artifact) -> None:
-        """The scores, on this run, on the model they are of, and at a glance on the curriculum's run."""
+        """Log the scores on this run, on their model, and the most important ones on the curriculum's run."""
         session = self.session
         model_id = self.catalog.model_id(EVALUATED[self.name])
         self._log(numbers(artifact.summary), model_id, self.catalog.dataset("shards"))

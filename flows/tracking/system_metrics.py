@@ -1,7 +1,7 @@
-"""The machine's load while a stage is made, by MLflow's own monitors of processors, memory, disk, network and GPUs.
+"""System metrics of a stage by MLflow's monitors: load of processors, memory, disk, network and GPUs.
 
-MLflow's thread asks the server for the whole run at each sample, and ends at the first request that fails. This one
-only samples; what it found is kept until the server took it.
+MLflow's own thread requests the whole run at each sample, and ends at the first request that fails. This one only
+takes samples, and keeps them until the server has accepted them.
 """
 
 import time
@@ -16,22 +16,22 @@ SAMPLE_SECONDS = 10
 
 
 class SystemMetrics(SystemMetricsMonitor):
-    """The load of this machine as metrics `system/…` of a run; `start`, `send` now and then, `finish`."""
+    """The load of this machine as metrics `system/…` of a run: `start`, then `send` repeatedly, then `finish`."""
 
     def __init__(self, run_id: str, tracking_uri: str) -> None:
         super().__init__(run_id, SAMPLE_SECONDS, tracking_uri=tracking_uri)  # type: ignore[no-untyped-call]
         self.waiting: list[Metric] = []
 
     def start(self) -> None:
-        """Begin to take samples."""
+        """Start taking samples."""
         super().start()  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
-        """Take no more."""
+        """Stop taking samples."""
         super().finish()  # type: ignore[no-untyped-call]
 
     def monitor(self) -> None:
-        """The thread's work, to the end: take samples."""
+        """Take samples until `finish`; the thread's main function."""
         samples = 0
         while not self._shutdown_event.wait(self.sampling_interval):
             self.collect_metrics()  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ class SystemMetrics(SystemMetricsMonitor):
             samples += 1
 
     def send(self, client: MlflowClient) -> None:
-        """Tell what was not told yet. Raises what the client raises, and keeps the samples then."""
+        """Send the waiting samples. Raises the client's errors, and keeps the samples then."""
         while batch := self.waiting[:BATCH]:
             client.log_batch(self._run_id, metrics=batch)
             del self.waiting[: len(batch)]

@@ -1,8 +1,8 @@
-"""What MLflow is told: a run for the curriculum, one for each stage in it, data sets, models, their lineage.
+"""Track a curriculum in MLflow: a run for the curriculum, one for each stage, data sets, models, lineage.
 
-One thread talks to MLflow, in order; stages only hand it jobs, which are kept while MLflow is away. Whatever fails
-there is warned of once and never stops or slows a run: live metrics that could not be sent are sent later, from the
-file that keeps them, and what is missing when a curriculum ends is told by the next run of it, from the artifacts.
+One thread sends requests to MLflow, in order; stages only queue jobs, which are kept while MLflow is away. An error of
+MLflow causes one warning and never stops or slows a run: live metrics are sent later from their file, and records that
+are missing at the end are sent by the next run of the curriculum, from the artifacts.
 """
 
 import json
@@ -35,19 +35,19 @@ from vectorclm.store.artifact import Artifact, StageSpec, Store
 
 logger = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 60  # how long the end of a curriculum waits for MLflow
-PROBE = "vectorclm.written"  # a tag of the experiment: when it was last looked whether MLflow takes what is written
+CLOSE_SECONDS = 60  # that the end of a curriculum waits for MLflow
+PROBE = "vectorclm.written"  # a tag of the experiment: the time of the last check that MLflow accepts writes
 
 ABOUT = """Curricula of the experiment `{name}`: text in, an evaluated chat model out.
 
-Each is a run that bears the fingerprint of all its settings and sources. The plus sign before it shows its stages, a
-run for each attempt at one, with its curves. *Columns* adds scores to the table (`chat/acc…`), the chart view lays
-curves of several runs over one another (`train/loss`). A run's page begins with what it has made, and from what."""
-BEGUN = "A curriculum that has not come to its end. Its stages are its child runs, what they make is in `{store}`."
+Each is a run with the fingerprint of all its settings and sources. The plus sign before it shows its stages: a run for
+each attempt, with its curves. *Columns* adds scores to the table (`chat/acc…`); the chart view overlays curves of
+several runs (`train/loss`). A run's page begins with its lineage."""
+BEGUN = "An unfinished curriculum. Its stages are its child runs; their artifacts are in `{store}`."
 
 
 class Tracker(Session):
-    """The MLflow run of one curriculum; a block that opens it and closes it with the right status."""
+    """The MLflow run of one curriculum; a context manager that opens it and closes it with the right status."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class Tracker(Session):
         root_flow_run_id: str | None = None,
     ) -> None:
         super().__init__(store, experiment, plans, flow_run_id)
-        self.root_flow_run_id = root_flow_run_id  # of the curriculum that this is a part of, on another machine
+        self.root_flow_run_id = root_flow_run_id  # of the curriculum on another machine that this stage is part of
         self._part_of_another = False
         self.active: list[StageRun] = []
         self.catalog = Catalog(self)
         self._warned = False
-        self._tried = threading.Event()  # to open the curriculum's run
+        self._tried = threading.Event()  # set after the first attempt to open the curriculum's run
         self._outbox = Outbox(self._relay, self._failed, self._answers)
 
     def __enter__(self) -> Self:
@@ -79,18 +79,18 @@ class Tracker(Session):
         self.do(lambda: self._close(status))
         where = without_password(self.uri)
         if not self._outbox.close(CLOSE_SECONDS):
-            logger.warning("MLflow at %s is too slow: its last figures are missing there", where)
+            logger.warning("MLflow at %s is too slow: the last metrics are missing there", where)
         elif self._outbox.left:
-            logger.info("MLflow at %s stayed away: the next run of this curriculum tells it what is missing", where)
+            logger.info("MLflow at %s stayed away: the next run of this curriculum sends the missing records", where)
 
     def page(self, seconds: float) -> str | None:
-        """The address of the curriculum's run in MLflow's UI, once it is open; None where there is no server."""
+        """The URL of the curriculum's run in MLflow's UI; None without a server, or if it is not open in time."""
         if not self.uri.startswith("http") or not self._tried.wait(seconds) or "curriculum" not in self.run_ids:
             return None
         return f"{without_password(self.uri).rstrip('/')}/{run_page(self.experiment_id, self.run_ids['curriculum'])}"
 
     def champion(self, seconds: float) -> str | None:
-        """Where the champion's files are; None without one, and where MLflow does not say it in time."""
+        """The address of the champion's files; None without a champion, or if MLflow does not answer in time."""
         found: queue.Queue[str] = queue.Queue()
 
         def ask() -> None:
@@ -98,7 +98,7 @@ class Tracker(Session):
                 version = self.client.get_model_version_by_alias(REGISTERED["finetune"], CHAMPION)
                 found.put(version.tags.get("uri", ""))
             except MlflowException:
-                found.put("")  # there is none yet
+                found.put("")  # no champion yet
 
         if not self._tried.wait(seconds) or "curriculum" not in self.run_ids:
             return None
@@ -108,18 +108,18 @@ class Tracker(Session):
         return None
 
     def report(self, page: str) -> str | None:
-        """Keep the curriculum's report with its run; where it is to be seen, None where there is no server."""
+        """Log the curriculum's report on its run; returns the URL of the report, None without a server."""
         self.do(lambda: self.client.log_text(self.parent_id, page, "report.html"))
         place = self.page(0)
         return None if place is None else place.replace("?workflowType", "/artifacts/report.html?workflowType")
 
     def do(self, job: Callable[[], None]) -> None:
-        """Have the thread do `job` after those before it."""
+        """Queue a job for the tracker's thread."""
         self._outbox.put(job)
 
     @contextmanager
     def stage(self, name: str, attempt: int, folder: Path) -> Iterator["StageRun"]:
-        """A nested run around the making of a stage; `folder` is where its metrics appear."""
+        """Track the building of a stage as a nested run; its metrics appear in `folder`."""
         run = StageRun(self, self.catalog, name, folder)
         self.do(lambda: self._begin(run, attempt))
         try:
@@ -141,14 +141,13 @@ class Tracker(Session):
         run.close(status, tags)
 
     def reused(self, name: str, artifact: Artifact) -> None:
-        """A nested run for a stage that was there already."""
-
+        """Track a reused stage as a nested run."""
         late = StageRun(self, self.catalog, name, None)
         late.finished(artifact)
         key = self.new_key()
 
         def job() -> None:
-            if key not in self._created and not self._recorded(name):  # MLflow was away when it was made
+            if key not in self._created and not self._recorded(name):  # MLflow was away when it was built
                 late.open(0)
                 late.close("FINISHED", {"recorded": "later, from the artifact"})
                 return
@@ -165,7 +164,7 @@ class Tracker(Session):
         self.do(job)
 
     def _recorded(self, name: str) -> bool:
-        """Whether MLflow has the whole record of a stage's artifact."""
+        """Whether MLflow has the complete record of a stage's artifact."""
         query = f"tags.stage = '{name}' and tags.fingerprint = '{self.plans[name].fingerprint}'"
         query += " and tags.state = 'built' and attributes.status = 'FINISHED'"
         return bool(self.client.search_runs([self.experiment_id], query, max_results=1))
@@ -175,7 +174,7 @@ class Tracker(Session):
             run.relay()
 
     def _answers(self) -> bool:
-        """Whether MLflow is there and takes what is written: a server also answers while its disk is full."""
+        """Whether MLflow answers and accepts writes: a server whose disk is full answers, too."""
         if self.uri.startswith("http") and not answers(f"{without_password(self.uri).rstrip('/')}/health"):
             return False
         if not self.experiment_id:
@@ -189,7 +188,7 @@ class Tracker(Session):
     def _failed(self, error: Exception) -> None:
         self._tried.set()
         if isinstance(error, NotOpenError):
-            return  # what this job belongs to could not be opened, which was warned of
+            return  # its run could not be opened, which has been reported
         first = without_password((str(error).strip() or type(error).__name__).splitlines()[0])
         level = logging.DEBUG if self._warned else logging.WARNING
         logger.log(level, "MLflow at %s: %s; the run goes on without it", without_password(self.uri), first[:160])
@@ -202,7 +201,7 @@ class Tracker(Session):
         folder = local_folder(self.store)
         folder.mkdir(parents=True, exist_ok=True)
         own = self.uri.startswith("sqlite:")
-        with FileLock(folder / "mlflow.lock"):  # three processes in a fresh database's migration: two die
+        with FileLock(folder / "mlflow.lock"):  # if three processes migrate a new database at once, two die
             self.client = MlflowClient(self.uri)
             name = self.experiment.name
             if (found := self.client.get_experiment_by_name(name)) is not None:
@@ -221,7 +220,7 @@ class Tracker(Session):
         self.log_params(self.parent_id, self.experiment.model_dump(mode="json"))
 
     def _curriculum_elsewhere(self) -> str | None:
-        """The run of the curriculum that had this stage placed here; its own process ends it."""
+        """The run of the curriculum on another machine that placed this stage here; that machine ends it."""
         if self.root_flow_run_id in (None, self.common.get("prefect.flow_run_id")):
             return None
         query = f"tags.stage = 'curriculum' and tags.`prefect.flow_run_id` = '{self.root_flow_run_id}'"
@@ -231,7 +230,7 @@ class Tracker(Session):
         return str(found[0].info.run_id) if found else None
 
     def _close(self, status: str) -> None:
-        """End the curriculum's run, and remove what the server made twice as its answers came too late."""
+        """End the curriculum's run, and delete runs that were created twice because an answer was lost."""
         for run in self.client.search_runs([self.experiment_id], f"tags.key LIKE '{self._session}-%'"):
             if run.info.run_id not in self._created.values():
                 self.client.delete_run(run.info.run_id)
@@ -241,7 +240,7 @@ class Tracker(Session):
                 self._end("curriculum", self.plans["export"].fingerprint, self.parent_id)
 
     def _close_orphans(self) -> None:
-        """Runs left RUNNING by dead processes of this machine, and by earlier attempts of this flow run."""
+        """Close runs left RUNNING by dead processes of this machine and by earlier attempts of this flow run."""
         flow_run = self.common.get("prefect.flow_run_id", "none")
         for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
             tags = run.data.tags

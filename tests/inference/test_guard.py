@@ -21,12 +21,12 @@ from prefect.client.orchestration import SyncPrefectClient
 from pydantic import SecretStr
 from selenium.webdriver.remote.webdriver import WebDriver
 
+from flows.net import free_port
 from flows.platform import password
 from flows.platform.config import PlatformConfig
 from flows.platform.prefect_server import PrivateServer
 from flows.platform.process import Service
 from tests.conftest import chromium
-from tests.platform.test_platform import free_port
 from vectorclm.inference import serve
 
 EVIL = "evil.test"  # a name that the browser takes for this machine, as after DNS rebinding

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from flows.tracking.tracker import Tracker
-from tests.platform.test_platform import PICTURES
+from tests.services.browser import PICTURES
 from tests.services.mlflow_server import MLflowServer
 from tests.test_curriculum import mini
 from vectorclm.config import ExperimentConfig, load_experiment, override

@@ -17,8 +17,9 @@ from flows.tracking.registry import Registry
 from flows.tracking.tracker import Tracker
 from tests.conftest import read_lines
 from tests.lineage.conftest import curriculum, pinned
-from tests.platform.test_platform import browser, picture, says, until
+from tests.services.browser import browser, picture, says
 from tests.services.mlflow_server import MLflowServer
+from tests.services.platform import until
 from tests.test_curriculum import mini
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError
 from vectorclm.lineage.chain import changes, lineage, verify

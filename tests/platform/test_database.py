@@ -18,13 +18,15 @@ import pytest
 from mlflow import MlflowClient
 from prefect.exceptions import PrefectHTTPStatusError
 
+from flows.net import free_port
 from flows.platform.database import INSTALLED
 from flows.platform.objectstore import PACKAGES
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
-from tests.platform.test_platform import REFUSED, Platform, free_port, platform_at
+from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
+from tests.services.platform import Platform, platform_at
 from vectorclm.lineage.chain import lineage
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import STAGES
@@ -141,7 +143,8 @@ def test_a_retry_takes_the_settings_file_as_up_did(platform: Platform) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     refused = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
     assert (
-        refused.returncode == 2 and "Prefect wants a password: give PREFECT_AUTH, or the --env-file" in refused.stderr
+        refused.returncode == 2
+        and "Prefect requires a password: give the --store or --env-file of `up`, or set PREFECT_AUTH" in refused.stderr
     )
 
 

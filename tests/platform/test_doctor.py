@@ -19,10 +19,11 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Running, Scheduled
 
+from flows.net import free_port
 from flows.platform import server_services
 from flows.platform.process import listens
 from flows.platform.server_services import PROBE, RELIED, failing_loops, findings, loop_errors, probe, switched_off
-from tests.platform.test_platform import WAIT, Platform, clean, free_port, platform_at, until
+from tests.services.platform import WAIT, Platform, clean, platform_at, until
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_services_that_are_off_are_told_with_what_does_not_happen(
         told = list(findings(idle_server, made, [], tmp_path / "none.log"))
     assert [good for good, _ in told] == [False] * len(off)
     for name, (_, line) in zip(off, told, strict=True):
-        assert line.startswith(f"Prefect's {name} is switched off, so {RELIED[name][0]}: take PREFECT_SERVER_SERVICES_")
+        assert line.startswith(f"Prefect's {name} is switched off, so {RELIED[name][0]}: remove PREFECT_SERVER_")
     monkeypatch.setattr(server_services, "PROBE_SECONDS", 3)
     with probe(idle_server) as made:
         assert made.failures() == ["scheduler", "late_runs", "triggers"]

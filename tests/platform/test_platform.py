@@ -3,214 +3,44 @@
 Servers, workers and browser are the real ones, on ports of their own and in a temporary store.
 """
 
-import dataclasses
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import psutil
 import pytest
 from mlflow import MlflowClient
-from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Crashed
 from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
 from flows.execution import progress
 from flows.net import answers
 from flows.platform import doctor
-from flows.platform.config import PlatformConfig, read_platform
-from flows.platform.server_services import loop_errors
-from tests.conftest import chromium
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
+from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, says
+from tests.services.platform import Platform, platform_at, until
 from vectorclm.runtime.progress import Tick, say
 from vectorclm.store.artifact import Store
 
-WAIT = 400  # seconds; a bound for a machine under load, nothing is measured by it
-PICTURES = os.environ.get("VECTORCLM_PICTURES")  # a folder: the pictures of the README are taken anew
-
-T = TypeVar("T")
-
-
-def until(found: Callable[[], T], what: str, seconds: float = WAIT) -> T:
-    """The first true value of `found`, asked twice a second."""
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.5)
-    return value
-
-
-def clean() -> dict[str, str]:
-    """The environment without what names a platform."""
-    named = ("PREFECT_", "MLFLOW_", "VECTORCLM_STORE", "VECTORCLM_HOME")
-    return {key: value for key, value in os.environ.items() if not key.startswith(named)}
-
-
-@dataclass
-class Platform:
-    """A running platform and how to talk to it."""
-
-    config: PlatformConfig
-    options: list[str]
-    client: SyncPrefectClient = dataclasses.field(init=False)  # once it is up
-    broken: bool = False  # a test broke what the server's loops need, so they may well log errors
-
-    @property
-    def server_log(self) -> Path:
-        return self.config.home / "platform" / "prefect-server.log"
-
-    @contextmanager
-    def addressed(self) -> Iterator[None]:
-        """Have Prefect's functions talk to it while the block runs."""
-        environment = self.config.client_environment()
-        settings = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
-        with temporary_settings({**settings, PREFECT_API_AUTH_STRING: environment["PREFECT_API_AUTH_STRING"]}):
-            yield
-
-    def command(
-        self, *arguments: str, environment: Mapping[str, str] | None = None
-    ) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "flows.cli", *arguments, *self.options]
-        known = clean() | dict(environment or {})
-        return subprocess.run(command, env=known, capture_output=True, text=True, timeout=280, check=False)
-
-    def start(self, **parameters: Any) -> UUID:
-        deployment = self.client.read_deployment_by_name("curriculum/curriculum")
-        return self.client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
-
-    def run(self, run_id: UUID) -> FlowRun:
-        return self.client.read_flow_run(run_id)
-
-    def ended(self, run_id: UUID) -> str:
-        """The name of the state that the run ends in."""
-
-        def final() -> str:
-            state = self.run(run_id).state
-            return state.name if state is not None and state.is_final() else ""
-
-        return until(final, f"run {run_id} ends")
-
-    def tasks(self, run_id: UUID) -> dict[str, list[str]]:
-        """State names of each stage's task runs, oldest first."""
-        found: dict[str, list[str]] = {}
-        runs = self.client.read_task_runs(flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run_id]}}))
-        for task in sorted(runs, key=lambda run: run.created or run.expected_start_time):
-            found.setdefault(task.name, []).append(task.state_name or "")
-        return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def platform_at(place: Path) -> Iterator[Platform]:
-    """A platform, up while the block runs; then nothing of it is left. `place`: its settings file, or its store."""
-    if place.suffix == ".env":
-        config, options = read_platform(place), ["--env-file", str(place)]
-    else:
-        config = PlatformConfig(vectorclm_store=str(place), prefect_port=free_port(), mlflow_port=free_port())
-        options = ["--store", str(place), "--prefect-port", str(config.prefect_port)]
-        options += ["--mlflow-port", str(config.mlflow_port)]
-    made = Platform(config, options)
-    try:
-        done = made.command("up")
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f"{config.prefect_url}/deployments/deployment/" in done.stdout
-        assert config.prefect_password is not None and config.prefect_password not in done.stdout  # a log, as here
-        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as client:
-            made.client = client
-            yield made
-        if not made.broken:
-            assert loop_errors(made.server_log.read_text()) == []
-    finally:
-        made.command("down")
-    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    assert [line for line in lines if str(config.home) in line] == []
+__all__ = ["browser", "page"]  # fixtures
 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with platform_at(tmp_path_factory.mktemp("platform") / "store") as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[WebDriver]:
-    window = chromium(1400, 1500)
-    yield window
-    window.quit()
-
-
-@pytest.fixture
-def page(browser: WebDriver) -> Iterator[WebDriver]:
-    """The browser, which leaves its page in the end: a drawn graph keeps a core busy."""
-    yield browser
-    browser.get("about:blank")
-
-
-def picture(window: WebDriver, name: str) -> None:
-    if PICTURES:
-        time.sleep(3)  # a graph's bars glide to their places
-        window.save_screenshot(str(Path(PICTURES) / f"{name}.png"))
-
-
-def by_text(window: WebDriver, tag: str, text: str) -> list[WebElement]:
-    return window.find_elements(By.XPATH, f"//{tag}[normalize-space(.)='{text}']")
-
-
-def click(window: WebDriver, tag: str, text: str) -> None:
-    """Press what bears this text, once it is there."""
-
-    def pressed() -> bool:
-        for element in by_text(window, tag, text):
-            if element.is_displayed():
-                window.execute_script("arguments[0].click()", element)
-                return True
-        return False
-
-    until(pressed, f"something to press that says {text!r}", 60)
-
-
-def fill(window: WebDriver, section: str, label: str, value: str) -> None:
-    """Write into the field `label` of the form's section."""
-    named = "//span[contains(@class, 'schema-form-property__label') and normalize-space(.)='{} (Optional)']"
-    place = f"{named.format(section)}/following::{named.format(label)[2:]}[1]/following::input[1]"
-    field = until(lambda: window.find_elements(By.XPATH, place), f"{section} {label}", 60)[0]
-    window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
-    field.clear()
-    field.send_keys(value)
-
-
-def log_in(window: WebDriver, platform: Platform) -> None:
-    """Give the page the password that it asks for, once; then it shows what was asked for."""
-    (asked,) = until(lambda: window.find_elements(By.CSS_SELECTOR, "input[type='password']"), "it asks", 60)
-    asked.send_keys(platform.config.prefect_password or "", Keys.ENTER)
-    until(lambda: "/login" not in window.current_url, "the password is taken", 60)
-
-
-def says(window: WebDriver, text: str) -> bool:
-    return text in window.find_element(By.TAG_NAME, "body").text
 
 
 def test_the_form_shows_the_pipeline_in_its_order(platform: Platform) -> None:
@@ -451,7 +281,7 @@ def test_a_locked_database_is_noticed(platform: Platform, monkeypatch: pytest.Mo
 def test_up_with_other_settings_asks_for_down_first(platform: Platform) -> None:
     done = platform.command("up", environment={"PREFECT_AUTH": "admin:another"})
     assert done.returncode == 2
-    assert "prefect-server runs with other settings: `vectorclm down`" in done.stderr
+    assert "prefect-server runs with other settings: run `vectorclm down`" in done.stderr
 
 
 def test_up_is_told_when_a_port_is_taken(platform: Platform, tmp_path: Path) -> None:

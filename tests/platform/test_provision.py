@@ -3,16 +3,11 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,73 +16,56 @@ from uuid import UUID, uuid4
 import httpx
 import psutil
 import pytest
-import torch
 import yaml
 from mlflow import MlflowClient
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import State
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
-from selenium.webdriver.support.ui import Select
 
 from flows.deployments import opened_store
 from flows.execution.launch import StageFailedError
 from flows.form import Changes, chosen
 from flows.handle import FELL, MAX_RESCUES
 from flows.platform import provision
-from flows.platform.provision import PREFECT_FILE, TOLD, _notification
+from flows.platform.provision import FALLEN_SCORE, PREFECT_FILE, _notification
 from flows.tracking.registry import EVALUATIONS
 from tests.conftest import chromium
-from tests.platform.test_platform import Platform, click, log_in, platform_at, says, until
-from vectorclm.model import CausalLM
-from vectorclm.model_config import model_config
+from tests.services.browser import says
+from tests.services.evaluations import (
+    LIMITS,
+    RUNTIME,
+    register_untrained,
+    rows,
+    schedule_ends,
+    scheduled,
+    set_schedule,
+    start,
+)
+from tests.services.inbox import Inbox, open_inbox
+from tests.services.platform import Platform, platform_at, until
 from vectorclm.runtime.devices import Runtime
 
 CANDIDATE = "models:/vectorclm-chat@candidate"
-LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}
 SMALL = {
     "pretrain": {"tokens": 32_768},
     "finetune": {"epochs": 0.02},
     "evaluate": {"chat_prompts": 3},
     "settings": {"evaluate.tasks.0.limit": 8},  # of its own evaluation; the suite is that of the file
 }
-RUNTIME = {"threads": 1}
 QUICK = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}  # of a scheduled evaluation
-
-
-@dataclass
-class Inbox:
-    """A web server that keeps what it is sent."""
-
-    url: str
-    messages: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def inbox() -> Iterator[Inbox]:
-    messages: list[dict[str, Any]] = []
-
-    class Keep(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Keep)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Inbox(f"http://127.0.0.1:{server.server_port}", messages)
-    server.shutdown()
+    with open_inbox() as kept:
+        yield kept
 
 
 @pytest.fixture(scope="module")
@@ -97,34 +75,6 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         run_id = made.start(experiment="tiny", changes=SMALL, runtime=RUNTIME)
         assert made.ended(run_id) == "Completed"
         yield made
-
-
-def start(platform: Platform, **parameters: Any) -> UUID:
-    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-    values = {"limits": LIMITS, "runtime": RUNTIME, **parameters}
-    return platform.client.create_flow_run_from_deployment(deployment.id, parameters=values).id
-
-
-def rows(platform: Platform) -> list[dict[str, str]]:
-    """The newest table of the chat model's results."""
-    key = ArtifactFilter.model_validate({"key": {"any_": ["evaluation-vectorclm-chat-tiny"]}})
-    tables = sorted(platform.client.read_artifacts(artifact_filter=key), key=lambda found: str(found.created))
-    return list(json.loads(str(tables[-1].data)))
-
-
-def register_untrained(platform: Platform, mlflow: MlflowClient, folder: Path) -> None:
-    """The candidate's twin with random weights, as the new candidate."""
-    version = mlflow.get_model_version_by_alias("vectorclm-chat", "candidate")
-    shutil.copytree(version.tags["uri"], folder)
-    config = json.loads((folder / "config.json").read_text())
-    torch.manual_seed(0)
-    CausalLM(model_config(config, "config.json")).save_pretrained(folder)
-    experiment = mlflow.get_experiment_by_name("tiny")
-    model = mlflow.create_logged_model(experiment.experiment_id, name="untrained")
-    made = mlflow.create_model_version(
-        "vectorclm-chat", f"models:/{model.model_id}", model_id=model.model_id, tags={"uri": str(folder)}
-    )
-    mlflow.set_registered_model_alias("vectorclm-chat", "candidate", made.version)
 
 
 def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: Platform, inbox: Inbox) -> None:
@@ -144,8 +94,8 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: P
     with platform.addressed():
         Webhook(url=inbox.url).save("team")
     done = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
-    assert done.returncode == 0 and f"automation created: {TOLD}" in done.stdout
-    assert "a fallen score is told by the block webhook/team" in done.stdout
+    assert done.returncode == 0 and f"automation created: {FALLEN_SCORE}" in done.stdout
+    assert "the block webhook/team is notified when a score falls" in done.stdout
     again = platform.client.read_deployment_by_name("evaluate/evaluate").schedules
     assert {schedule.slug: schedule.active for schedule in again} == {"nightly-chat": False, "weekly-base": True}
 
@@ -227,7 +177,7 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
         CustomWebhookNotificationBlock(name="team", url=inbox.url, json_data=texts).save("words")
     assert _notification(platform.client, "secret/words", told.append) is not None  # no such block: nothing changes
     assert _notification(platform.client, "custom-webhook/words", told.append) is None
-    assert told == [f"automation mended: {TOLD}"]
+    assert told == [f"automation repaired: {FALLEN_SCORE}"]
     inbox.messages.clear()
     payload = {"title": "this scores worse", "text": "this scores worse\nacc.world: 0.9 -> 0.4"}
     event = Event(
@@ -239,37 +189,6 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
     platform.client.request("POST", "/events", json=[event.model_dump(mode="json")])
     (message,) = until(lambda: inbox.messages, "the fall is told")
     assert message["subject"] == payload["title"] and payload["text"] in message["text"]
-
-
-def scheduled(platform: Platform, slug: str) -> list[FlowRun]:
-    """The runs of the deployment that the scheduler made for a schedule and that ended well."""
-    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-    (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
-    runs = _runs(platform, "COMPLETED")
-    assert all(run.created_by is not None for run in runs if run.auto_scheduled)
-    return [run for run in runs if run.created_by is not None and run.created_by.id == mine]
-
-
-@contextmanager
-def schedule_ends(platform: Platform, slug: str) -> Iterator[None]:
-    """A schedule that is set in the block, removed after it with the runs that are still to come."""
-    try:
-        yield
-    finally:
-        deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-        (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
-        platform.client.delete_deployment_schedule(deployment.id, mine)
-        for run in _runs(platform, "SCHEDULED"):  # those that are late stay when a schedule goes
-            if run.created_by is not None and run.created_by.id == mine:
-                platform.client.delete_flow_run(run.id)
-        until(lambda: not _runs(platform, "PENDING", "RUNNING"), "its last run ends")
-
-
-def _runs(platform: Platform, *states: str) -> list[FlowRun]:
-    """The runs of the deployment `evaluate` in these states."""
-    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": list(states)}}}
-    return platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
 
 
 def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platform) -> None:
@@ -286,22 +205,6 @@ def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platfor
     assert all(run.auto_scheduled and run.parameters == QUICK for run in runs)
     starts = sorted(run.expected_start_time.timestamp() for run in runs if run.expected_start_time is not None)
     assert all(round(later - earlier) % 10 == 0 for earlier, later in pairwise(starts))
-
-
-def set_schedule(platform: Platform, window: WebDriver, slug: str) -> None:
-    """Add a schedule of 10 seconds to the deployment `evaluate`, in its page."""
-    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-    window.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
-    log_in(window, platform)
-    click(window, "button", "Schedule")
-    place = "//input[@placeholder='Enter a unique identifier for this schedule']"
-    until(lambda: window.find_elements(By.XPATH, place), "the form of a schedule", 60)[0].send_keys(slug)
-    (value,) = window.find_elements(By.XPATH, "//div[contains(@class, 'p-modal')]//input[@type='number']")
-    value.send_keys(Keys.CONTROL, "a")
-    value.send_keys("10")
-    place = "//div[contains(@class, 'p-modal')]//select[option[normalize-space(.)='Seconds']]"
-    Select(window.find_element(By.XPATH, place)).select_by_visible_text("Seconds")
-    click(window, "button", "Save")
 
 
 @pytest.fixture
@@ -435,7 +338,7 @@ def test_the_dead_are_found_and_start_again_twice_at_most(platform: Platform, mo
     run_id, unwanted = running(platform), running(platform)
     platform.client.set_flow_run_state(unwanted, Cancelling())
     assert becomes(run_id, "Crashed").message == "No heartbeat for 10 seconds: its worker or machine is gone."
-    assert becomes(unwanted, "Cancelled").message == "Nothing of it was left to end."
+    assert becomes(unwanted, "Cancelled").message == "No process of it was left."
     again = becomes(run_id, "Rescued")
     assert again.is_scheduled() and again.message == "It crashed, and starts again: finished stages are reused."
     for _ in range(MAX_RESCUES):  # as if its process had been killed each time

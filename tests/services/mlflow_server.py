@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from flows.net import answers
-from tests.platform.test_platform import until
+from tests.services.platform import until
 
 
 class MLflowServer:

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from flows.tracking.client import flatten, numbers, readable
 from flows.tracking.tracker import StageRun, Tracker
-from tests.platform.test_platform import until
+from tests.services.platform import until
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.processes import process_identity

@@ -1,0 +1,121 @@
+"""Children of a stage and turns at the devices: errors, interruptions, waiting, the end of the parent."""
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.execution.launch import (
+    Launcher,
+    StageCancelledError,
+    StageFailedError,
+    StageInterruptedError,
+    device_names,
+    dying_with_parent,
+)
+from vectorclm.errors import ConfigError, DataError, StoreError
+
+
+def child(source: str) -> list[str]:
+    return [sys.executable, "-c", source]
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, StoreError, FileNotFoundError])
+def test_an_error_of_a_child_is_the_same_error_here(tmp_path: Path, kind: type[Exception]) -> None:
+    said = json.dumps({"error": {"type": kind.__name__, "message": "what to do"}})
+    with Launcher(tmp_path) as launcher, pytest.raises(kind, match="what to do"):
+        launcher.run(child(f"print('a line'); print({said!r}); raise SystemExit(2)"), lambda line: None)
+
+
+def test_lines_of_a_child_are_relayed_and_quoted_when_it_crashes(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with Launcher(tmp_path) as launcher, pytest.raises(StageFailedError, match="ZeroDivisionError") as caught:
+        launcher.run(child("print('hello'); 1 / 0"), lines.append)
+    assert lines[0] == "hello"
+    assert not isinstance(caught.value, StageInterruptedError)
+
+
+def test_a_killed_child_is_an_interruption(tmp_path: Path) -> None:
+    source = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with Launcher(tmp_path) as launcher, pytest.raises(StageInterruptedError, match="SIGKILL"):
+        launcher.run(child(source), lambda line: None)
+
+
+def test_one_curriculum_at_a_time_has_the_devices(tmp_path: Path) -> None:
+    """The stages of one curriculum share its turn; another waits for the end of it, and says so."""
+    said: list[bool] = []
+    with Launcher(tmp_path) as second, ThreadPoolExecutor(1) as other:
+        with Launcher(tmp_path) as first:
+            first.take_turn(said.append)
+            first.take_turn(said.append)
+            waiting = other.submit(second.take_turn, said.append)
+            while not said:
+                time.sleep(0.01)
+            assert said == [True]
+        waiting.result()
+        assert said == [True, False]
+
+
+def test_sets_of_devices_exclude_each_other_where_they_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[bool] = []
+
+    def launcher(devices: str) -> Launcher:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        return Launcher(tmp_path)
+
+    with launcher("2,1") as second, launcher("3") as third, ThreadPoolExecutor(1) as other:
+        with launcher("0, 1") as first:
+            first.take_turn(said.append)
+            third.take_turn(said.append)
+            assert said == []
+            waiting = other.submit(second.take_turn, said.append)
+            while not said:
+                time.sleep(0.01)
+        waiting.result()
+        assert said == [True, False]
+
+
+def test_without_a_choice_all_gpus_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device_names(tmp_path) == ["cpu"]
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert device_names(tmp_path) == ["0", "1"]
+    for chosen in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert device_names(tmp_path) == ["cpu"]
+
+
+def test_a_run_that_waits_for_the_devices_can_be_cancelled(tmp_path: Path) -> None:
+    said: list[bool] = []
+    with Launcher(tmp_path) as first, ThreadPoolExecutor(1) as other:
+        first.take_turn(said.append)
+        with Launcher(tmp_path) as second:
+            waiting = other.submit(second.take_turn, said.append)
+            while not said:
+                time.sleep(0.01)
+        with pytest.raises(StageCancelledError):
+            waiting.result()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    sleeper = dying_with_parent(child(f"import time; open({str(ready)!r}, 'x'); time.sleep(600)"))
+    source = f"import subprocess, time; print(subprocess.Popen({sleeper!r}).pid, flush=True); time.sleep(600)"
+    with subprocess.Popen(child(source), stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            orphan = psutil.Process(int(parent.stdout.readline()))
+            while not ready.exists():
+                assert parent.poll() is None
+                time.sleep(0.01)
+        finally:
+            parent.kill()
+    orphan.wait(timeout=60)
+    assert not orphan.is_running()

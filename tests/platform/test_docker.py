@@ -1,0 +1,104 @@
+"""The files of docker/, checked by the tools that read them: no network, no container engine."""
+
+import re
+import subprocess
+from typing import Any
+
+import yaml
+
+from flows.net import HEARTBEAT_SECONDS
+from flows.platform.config import PlatformConfig
+from tests.platform.test_config import ROOT, SECRETS, example, pool_template, program_passes
+
+COMPOSE = ROOT / "docker" / "compose.yaml"
+PINNED = re.compile(r"[a-z0-9./-]+:\d+(\.\d+)+[a-z0-9.-]*(@sha256:[0-9a-f]{64})?")
+VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?P<rule>[^}]*)\}")
+
+
+def _compose() -> dict[str, Any]:
+    return dict(yaml.safe_load(COMPOSE.read_text(encoding="utf-8")))
+
+
+def _services() -> dict[str, dict[str, Any]]:
+    return dict(_compose()["services"])
+
+
+def test_the_compose_file_follows_the_specification() -> None:
+    program_passes("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE))
+
+
+def test_the_dockerfile_has_no_findings() -> None:
+    program_passes("hadolint", "--failure-threshold", "info", str(ROOT / "docker" / "Dockerfile"))
+
+
+def test_every_image_is_pinned_by_a_version() -> None:
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", dockerfile, re.MULTILINE)
+    bases = {image for image, _ in stages} - {stage for _, stage in stages}
+    images = {service["image"] for service in _services().values()}
+    images |= {pool_template(kind)["variables"]["properties"]["image"]["default"] for kind in ("docker", "kubernetes")}
+    assert [image for image in bases | images if not PINNED.fullmatch(image)] == []
+    ours = {image for image in images if image.startswith("vectorclm:")}
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    assert ours == {f"vectorclm:{version[1]}-{target}" for target in ("cpu", "gpu")}
+    assert {"cpu", "gpu"} <= {stage for _, stage in stages}
+
+
+def test_the_images_run_without_root() -> None:
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    targets = [
+        part for part in re.split(r"^(?=FROM )", dockerfile, flags=re.MULTILINE) if "AS cpu" in part or "AS gpu" in part
+    ]
+    assert [target.split()[-1] for target in targets] == ["10001", "10001"]
+    assert "--uid 10001" in dockerfile
+
+
+def test_ports_are_published_on_loopback_only() -> None:
+    services = _services()
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert len(ports) == 4
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    assert not any("network_mode" in service or service.get("privileged") for service in services.values())
+
+
+def test_every_service_has_a_health_check_or_an_end() -> None:
+    services = _services()
+    ends = {
+        name
+        for service in services.values()
+        for name, rule in service.get("depends_on", {}).items()
+        if rule["condition"] == "service_completed_successfully"
+    }
+    assert ends == {"provision"}
+    assert {name for name, service in services.items() if "healthcheck" not in service} == ends
+    waits = [rule["condition"] for service in services.values() for rule in service.get("depends_on", {}).values()]
+    assert "service_started" not in waits
+
+
+def test_volumes_are_named_and_workers_beat() -> None:
+    compose, services = _compose(), _services()
+    mounted = {volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])}
+    assert mounted == set(compose["volumes"])
+    for name in ("worker-cpu", "worker-gpu"):
+        assert services[name]["environment"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == str(HEARTBEAT_SECONDS)
+        assert services[name]["shm_size"]
+        assert "database" not in services[name].get("networks", [])
+    assert services["worker-gpu"]["profiles"] == ["gpu"]
+    for name, service in services.items():
+        if service["image"].startswith("vectorclm:"):
+            assert service["environment"]["DO_NOT_TRACK"] == "true", name
+
+
+def test_compose_and_the_example_name_the_same_variables() -> None:
+    used = {match["name"] for match in VARIABLE.finditer(COMPOSE.read_text(encoding="utf-8"))}
+    assert used == set(example())
+    assert used <= {name.upper() for name in PlatformConfig.model_fields}
+
+
+def test_nothing_starts_without_its_secrets() -> None:
+    found = list(VARIABLE.finditer(COMPOSE.read_text(encoding="utf-8")))
+    assert [match[0] for match in found if not match["rule"].startswith(":?set ")] == []
+    assert {name for name, value in example().items() if not value} == SECRETS
+    ignored = subprocess.run(["git", "check-ignore", "docker/platform.env"], cwd=ROOT, capture_output=True)
+    assert ignored.returncode in (0, 128)  # 128: not a checkout

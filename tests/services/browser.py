@@ -1,0 +1,75 @@
+"""A real browser for tests, at the pages of the platform: press a button, fill a field, log in, take a picture."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.remote.webelement import WebElement
+
+from tests.conftest import chromium
+from tests.services.platform import Platform, until
+
+PICTURES = os.environ.get("VECTORCLM_PICTURES")  # a folder: the pictures of the README are taken anew
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[WebDriver]:
+    window = chromium(1400, 1500)
+    yield window
+    window.quit()
+
+
+@pytest.fixture
+def page(browser: WebDriver) -> Iterator[WebDriver]:
+    """The browser, which leaves its page in the end: a drawn graph keeps a core busy."""
+    yield browser
+    browser.get("about:blank")
+
+
+def picture(window: WebDriver, name: str) -> None:
+    if PICTURES:
+        time.sleep(3)  # a graph's bars glide to their places
+        window.save_screenshot(str(Path(PICTURES) / f"{name}.png"))
+
+
+def by_text(window: WebDriver, tag: str, text: str) -> list[WebElement]:
+    return window.find_elements(By.XPATH, f"//{tag}[normalize-space(.)='{text}']")
+
+
+def click(window: WebDriver, tag: str, text: str) -> None:
+    """Press what bears this text, once it is there."""
+
+    def pressed() -> bool:
+        for element in by_text(window, tag, text):
+            if element.is_displayed():
+                window.execute_script("arguments[0].click()", element)
+                return True
+        return False
+
+    until(pressed, f"something to press that says {text!r}", 60)
+
+
+def fill(window: WebDriver, section: str, label: str, value: str) -> None:
+    """Write into the field `label` of the form's section."""
+    named = "//span[contains(@class, 'schema-form-property__label') and normalize-space(.)='{} (Optional)']"
+    place = f"{named.format(section)}/following::{named.format(label)[2:]}[1]/following::input[1]"
+    field = until(lambda: window.find_elements(By.XPATH, place), f"{section} {label}", 60)[0]
+    window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
+    field.clear()
+    field.send_keys(value)
+
+
+def log_in(window: WebDriver, platform: Platform) -> None:
+    """Give the page the password that it asks for, once; then it shows what was asked for."""
+    (asked,) = until(lambda: window.find_elements(By.CSS_SELECTOR, "input[type='password']"), "it asks", 60)
+    asked.send_keys(platform.config.prefect_password or "", Keys.ENTER)
+    until(lambda: "/login" not in window.current_url, "the password is taken", 60)
+
+
+def says(window: WebDriver, text: str) -> bool:
+    return text in window.find_element(By.TAG_NAME, "body").text

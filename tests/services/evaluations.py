@@ -1,0 +1,101 @@
+"""Evaluations on a platform for tests: start one, read its table, schedule one by the page, break the candidate."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import torch
+from mlflow import MlflowClient
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import Select
+
+from tests.services.browser import click, log_in
+from tests.services.platform import Platform, until
+from vectorclm.model import CausalLM
+from vectorclm.model_config import model_config
+
+LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}
+RUNTIME = {"threads": 1}
+
+
+def start(platform: Platform, **parameters: Any) -> UUID:
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    values = {"limits": LIMITS, "runtime": RUNTIME, **parameters}
+    return platform.client.create_flow_run_from_deployment(deployment.id, parameters=values).id
+
+
+def rows(platform: Platform) -> list[dict[str, str]]:
+    """The newest table of the chat model's results."""
+    key = ArtifactFilter.model_validate({"key": {"any_": ["evaluation-vectorclm-chat-tiny"]}})
+    tables = sorted(platform.client.read_artifacts(artifact_filter=key), key=lambda found: str(found.created))
+    return list(json.loads(str(tables[-1].data)))
+
+
+def register_untrained(platform: Platform, mlflow: MlflowClient, folder: Path) -> None:
+    """The candidate's twin with random weights, as the new candidate."""
+    version = mlflow.get_model_version_by_alias("vectorclm-chat", "candidate")
+    shutil.copytree(version.tags["uri"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(0)
+    CausalLM(model_config(config, "config.json")).save_pretrained(folder)
+    experiment = mlflow.get_experiment_by_name("tiny")
+    model = mlflow.create_logged_model(experiment.experiment_id, name="untrained")
+    made = mlflow.create_model_version(
+        "vectorclm-chat", f"models:/{model.model_id}", model_id=model.model_id, tags={"uri": str(folder)}
+    )
+    mlflow.set_registered_model_alias("vectorclm-chat", "candidate", made.version)
+
+
+def scheduled(platform: Platform, slug: str) -> list[FlowRun]:
+    """The runs of the deployment that the scheduler made for a schedule and that ended well."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
+    runs = _runs(platform, "COMPLETED")
+    assert all(run.created_by is not None for run in runs if run.auto_scheduled)
+    return [run for run in runs if run.created_by is not None and run.created_by.id == mine]
+
+
+@contextmanager
+def schedule_ends(platform: Platform, slug: str) -> Iterator[None]:
+    """A schedule that is set in the block, removed after it with the runs that are still to come."""
+    try:
+        yield
+    finally:
+        deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+        (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
+        platform.client.delete_deployment_schedule(deployment.id, mine)
+        for run in _runs(platform, "SCHEDULED"):  # those that are late stay when a schedule goes
+            if run.created_by is not None and run.created_by.id == mine:
+                platform.client.delete_flow_run(run.id)
+        until(lambda: not _runs(platform, "PENDING", "RUNNING"), "its last run ends")
+
+
+def _runs(platform: Platform, *states: str) -> list[FlowRun]:
+    """The runs of the deployment `evaluate` in these states."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": list(states)}}}
+    return platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
+
+
+def set_schedule(platform: Platform, window: WebDriver, slug: str) -> None:
+    """Add a schedule of 10 seconds to the deployment `evaluate`, in its page."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    window.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
+    log_in(window, platform)
+    click(window, "button", "Schedule")
+    place = "//input[@placeholder='Enter a unique identifier for this schedule']"
+    until(lambda: window.find_elements(By.XPATH, place), "the form of a schedule", 60)[0].send_keys(slug)
+    (value,) = window.find_elements(By.XPATH, "//div[contains(@class, 'p-modal')]//input[@type='number']")
+    value.send_keys(Keys.CONTROL, "a")
+    value.send_keys("10")
+    place = "//div[contains(@class, 'p-modal')]//select[option[normalize-space(.)='Seconds']]"
+    Select(window.find_element(By.XPATH, place)).select_by_visible_text("Seconds")
+    click(window, "button", "Save")

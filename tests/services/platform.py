@@ -1,0 +1,121 @@
+"""A real platform for tests: `vectorclm up` on ports of its own, in a temporary store; `down` after the block."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import psutil
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+from flows.net import free_port
+from flows.platform.config import PlatformConfig, read_platform
+from flows.platform.server_services import loop_errors
+
+WAIT = 400  # seconds; a bound for a machine under load, nothing is measured by it
+
+T = TypeVar("T")
+
+
+def until(found: Callable[[], T], what: str, seconds: float = WAIT) -> T:
+    """The first true value of `found`, asked twice a second."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.5)
+    return value
+
+
+def clean() -> dict[str, str]:
+    """The environment without what names a platform."""
+    named = ("PREFECT_", "MLFLOW_", "VECTORCLM_STORE", "VECTORCLM_HOME")
+    return {key: value for key, value in os.environ.items() if not key.startswith(named)}
+
+
+@dataclass
+class Platform:
+    """A running platform and how to talk to it."""
+
+    config: PlatformConfig
+    options: list[str]
+    client: SyncPrefectClient = dataclasses.field(init=False)  # once it is up
+    broken: bool = False  # a test broke what the server's loops need, so they may well log errors
+
+    @property
+    def server_log(self) -> Path:
+        return self.config.home / "platform" / "prefect-server.log"
+
+    @contextmanager
+    def addressed(self) -> Iterator[None]:
+        """Have Prefect's functions talk to it while the block runs."""
+        environment = self.config.client_environment()
+        settings = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
+        with temporary_settings({**settings, PREFECT_API_AUTH_STRING: environment["PREFECT_API_AUTH_STRING"]}):
+            yield
+
+    def command(
+        self, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "flows.cli", *arguments, *self.options]
+        known = clean() | dict(environment or {})
+        return subprocess.run(command, env=known, capture_output=True, text=True, timeout=280, check=False)
+
+    def start(self, **parameters: Any) -> UUID:
+        deployment = self.client.read_deployment_by_name("curriculum/curriculum")
+        return self.client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+
+    def run(self, run_id: UUID) -> FlowRun:
+        return self.client.read_flow_run(run_id)
+
+    def ended(self, run_id: UUID) -> str:
+        """The name of the state that the run ends in."""
+
+        def final() -> str:
+            state = self.run(run_id).state
+            return state.name if state is not None and state.is_final() else ""
+
+        return until(final, f"run {run_id} ends")
+
+    def tasks(self, run_id: UUID) -> dict[str, list[str]]:
+        """State names of each stage's task runs, oldest first."""
+        found: dict[str, list[str]] = {}
+        runs = self.client.read_task_runs(flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run_id]}}))
+        for task in sorted(runs, key=lambda run: run.created or run.expected_start_time):
+            found.setdefault(task.name, []).append(task.state_name or "")
+        return found
+
+
+@contextmanager
+def platform_at(place: Path) -> Iterator[Platform]:
+    """A platform, up while the block runs; then nothing of it is left. `place`: its settings file, or its store."""
+    if place.suffix == ".env":
+        config, options = read_platform(place), ["--env-file", str(place)]
+    else:
+        config = PlatformConfig(vectorclm_store=str(place), prefect_port=free_port(), mlflow_port=free_port())
+        options = ["--store", str(place), "--prefect-port", str(config.prefect_port)]
+        options += ["--mlflow-port", str(config.mlflow_port)]
+    made = Platform(config, options)
+    try:
+        done = made.command("up")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{config.prefect_url}/deployments/deployment/" in done.stdout
+        assert config.prefect_password is not None and config.prefect_password not in done.stdout  # a log, as here
+        with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as client:
+            made.client = client
+            yield made
+        if not made.broken:
+            assert loop_errors(made.server_log.read_text()) == []
+    finally:
+        made.command("down")
+    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert [line for line in lines if str(config.home) in line] == []
