@@ -1,7 +1,6 @@
 """`vectorclm compare A B`: two models on the same items, and whether more than chance tells them apart."""
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,17 @@ import numpy as np
 from vectorclm.errors import DataError
 from vectorclm.evaluation.instruction_checks import PARTS
 from vectorclm.evaluation.item_scores import ITEMS, TEXTS, read_scored
-from vectorclm.evaluation.statistics import DRAWS, SEED, Change, Figure, Scored, interval, ratio, resampled
+from vectorclm.evaluation.statistics import (
+    DRAWS,
+    SEED,
+    Change,
+    Figure,
+    Scored,
+    interval,
+    mean_figure,
+    ratio,
+    resampled,
+)
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.layout import MEASURE
@@ -112,11 +121,8 @@ def _figure(scored: Scored) -> Figure:
 
 
 def _average(kind: str, group: list[tuple[Change, Any]]) -> Change:
-    def mean(figures: list[Figure]) -> Figure:
-        stderr = math.sqrt(sum(figure.stderr**2 for figure in figures)) / len(figures)
-        return Figure(sum(figure.value for figure in figures) / len(figures), stderr)
-
-    before, after = mean([change.before for change, _ in group]), mean([change.after for change, _ in group])
+    before = mean_figure([change.before for change, _ in group])
+    after = mean_figure([change.after for change, _ in group])
     parts = [change.paired for change, _ in group if change.paired is not None]
     draws = np.mean([draws for _, draws in group], axis=0)
     items, differing = sum(part.items for part in parts), sum(part.differing for part in parts)

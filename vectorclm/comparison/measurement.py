@@ -14,11 +14,13 @@ from tokenizers import Tokenizer
 
 from vectorclm.config import Suite
 from vectorclm.corpus.sample_reader import SampleFiles
-from vectorclm.corpus.sources import TaskSource, identity
+from vectorclm.corpus.sources import identity
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluation.run import ScoringData, score_model
+from vectorclm.evaluation.config import Questions
+from vectorclm.evaluation.run import SampleDocuments, ScoringData, score_model
 from vectorclm.evaluation.sandbox import find_sandbox
-from vectorclm.evaluation.tasks import check_tasks
+from vectorclm.evaluation.tasks import TaskSetup, check_tasks
+from vectorclm.inference.load import load_model
 from vectorclm.lineage.chain import trained_on
 from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import Settings, digest
@@ -55,24 +57,24 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runti
     A task that cannot run here is named in `not_run`, so that its absence is another result than its scores.
     """
     data = {}
-    tasks, refused = tasks_within(suite, limits, runtime), not_run(suite, limits, runtime)
+    asked, refused = questions_within(suite, limits, runtime), not_run(suite, limits, runtime)
     if suite.experiment is not None:
         stages = plans(suite.experiment)
         data = {name: stages[name].fingerprint for name in ("sample", *(["chat_shards"] if model.chat else []))}
     config = {
         "suite": suite.name,
         "seed": suite.seed,
-        "tasks": [identity(task) for task in tasks],
+        "tasks": [identity(task) for task in asked.tasks],
         "documents": limits.documents,
-        "chat_prompts": limits.prompts or suite.chat_prompts,
-        "max_new_tokens": limits.max_new_tokens or suite.max_new_tokens,
-        "prompts": suite.prompts,
+        "chat_prompts": asked.chat_prompts,
+        "max_new_tokens": asked.max_new_tokens,
+        "prompts": asked.prompts,
         "data": data,
         **({"not_run": sorted(refused)} if refused else {}),
-        **({"judge": JUDGE_VERSION} if any(task.runs_code for task in tasks) else {}),
+        **({"judge": JUDGE_VERSION} if any(task.runs_code for task in asked.tasks) else {}),
         **({"template": True} if limits.template else {}),
-        **({"instructions": suite.instructions} if suite.instructions else {}),
-        **({"repetition_penalty": suite.repetition_penalty} if suite.repetition_penalty != 1 else {}),
+        **({"instructions": asked.instructions} if asked.instructions else {}),
+        **({"repetition_penalty": asked.repetition_penalty} if asked.repetition_penalty != 1 else {}),
     }
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
     read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
@@ -108,11 +110,15 @@ def not_run(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> dict[
     return found
 
 
-def tasks_within(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> list[TaskSource]:
-    """The benchmarks of a suite, as many items of each as the limits say, without those of `not_run`."""
+def questions_within(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> Questions:
+    """The questions of a suite, as many as the limits allow, without the benchmarks of `not_run`."""
     refused = not_run(suite, limits, runtime)
     allowed = [task for task in suite.tasks if task.label not in refused]
-    return [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in allowed]
+    tasks = [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in allowed]
+    asked: dict[str, Any] = {"tasks": tasks}
+    asked |= {"chat_prompts": limits.prompts} if limits.prompts else {}
+    asked |= {"max_new_tokens": limits.max_new_tokens} if limits.max_new_tokens else {}
+    return suite.model_copy(update=asked)
 
 
 def left_out(plan: StageSpec, suite: Suite, limits: Limits = Limits(), runtime: Runtime = Runtime()) -> list[str]:
@@ -134,27 +140,29 @@ def measure(
     Raises CorruptArtifactError where the model's files are not what their store promises, and ConfigError for a
     benchmark that is not defined.
     """
-    plan = measure_plan(suite, limits, model, store, runtime)
+    spec = measure_plan(suite, limits, model, store, runtime)
     model.verify(store)
-    tasks = tasks_within(suite, limits, runtime)
-    check_tasks(tasks)
+    asked = questions_within(suite, limits, runtime)
+    check_tasks(asked.tasks)
     if limits.template and not model.chat:
         raise DataError(f"{model.address} is a base model and knows no chat template: leave --template out")
-    if limits.template and (own := [task.label for task in tasks if task.task is None]):
+    if limits.template and (own := [task.label for task in asked.tasks if task.task is None]):
         raise ConfigError(
             f"{', '.join(own)} cannot be asked in a template, only tasks of the harness: leave --template out"
         )
 
     def produce(out: Path) -> Mapping[str, Any]:
-        return score_model(model, tasks, plan.config, _scoring_data(suite, plan, model, store, data), runtime, out)
+        loaded = load_model(model.local(), runtime.configure_torch(), chat=model.chat, address=model.address)
+        setup = TaskSetup(suite.seed, data, suite.world, limits.template)
+        return score_model(loaded, asked, _scoring_data(suite, spec, model, store, setup), runtime, out, MEASURE)
 
-    return build(store, plan, produce, runtime.work_dir)
+    return build(store, spec, produce, runtime.work_dir)
 
 
-def _scoring_data(suite: Suite, plan: StageSpec, model: Model, store: Store, mirror: Path | None) -> ScoringData:
-    """What the store has finished of a suite's text and conversations, and of the model's training text."""
-    finished = {name: store.find(name, plan.inputs[name]) for name in plan.config["data"] if name in plan.inputs}
+def _scoring_data(suite: Suite, spec: StageSpec, model: Model, store: Store, setup: TaskSetup) -> ScoringData:
+    """The suite's text and conversations that the store has finished, and the model's training text."""
+    finished = {name: store.find(name, spec.inputs[name]) for name in spec.config["data"] if name in spec.inputs}
     labels = [source.label for source in suite.experiment.sample.sources] if suite.experiment is not None else []
-    read = trained_on(model, store)
-    text = partial(training_text, read) if read else None
-    return ScoringData(finished.get("sample"), labels, finished.get("chat_shards"), suite.world, mirror, text)
+    sample, read = finished.get("sample"), trained_on(model, store)
+    text = SampleDocuments(sample, labels, spec.config["documents"]) if sample is not None else None
+    return ScoringData(setup, text, finished.get("chat_shards"), partial(training_text, read) if read else None)

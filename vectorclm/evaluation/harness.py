@@ -70,7 +70,7 @@ class VectorCLM(LM):  # type: ignore[misc]
         questions = [list(group) for _, group in itertools.groupby(requests, key=lambda request: id(request.doc))]
         pairs = [[self._pair(*request.args) for request in group] for group in questions]
         label = requests[0].task_name or "choices" if requests else "choices"
-        answers = log_likelihoods(self.model, pairs, self.batch_size, self._device, label)
+        answers = log_likelihoods(self.model, pairs, self.batch_size, label)
         found = [answer for group in answers for answer in group]
         for request, answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)

@@ -28,8 +28,9 @@ from vectorclm.corpus.decontamination import strings
 from vectorclm.corpus.sources import TaskSource, drawn
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.harness import VectorCLM
-from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.evaluation.item_scores import ItemScore, ItemScores
 from vectorclm.evaluation.sandbox import Problem, check_sandbox, passes
+from vectorclm.evaluation.statistics import share_stderr
 from vectorclm.runtime.devices import Runtime
 
 FOLDER = Path(lm_eval.tasks.__file__).parent
@@ -260,18 +261,12 @@ def _graded(
                 raise DataError(f"the model gives no finite likelihood for an item of {name}: it is broken")
             text = sample["resps"][0][0] if task.OUTPUT_TYPE == "generate_until" else None
             content = json.dumps(sample["arguments"], default=str).encode()
-            right_of_it, texts = (right[-1], normed), strings(sample["doc"])
-            found.add_question(
-                source.label, len(right) - 1, content, right_of_it, likelihoods, texts=texts, part=name, answer=text
-            )
+            score = ItemScore(content, right[-1], normed, likelihoods, strings(sample["doc"]), text)
+            found.add_question(source.label, len(right) - 1, score, part=name)
         parts[name] = {"acc": sum(right[before:]) / len(of_task), "items": len(of_task)}
-    scores = {"metric": metric, "acc": sum(right) / len(right), "stderr": stderr(right)}
+    acc = sum(right) / len(right)
+    scores = {"metric": metric, "acc": acc, "stderr": share_stderr(acc, len(right))}
     if right_norm:
-        scores |= {"acc_norm": sum(right_norm) / len(right_norm), "stderr_norm": stderr(right_norm)}
+        acc_norm = sum(right_norm) / len(right_norm)
+        scores |= {"acc_norm": acc_norm, "stderr_norm": share_stderr(acc_norm, len(right_norm))}
     return {**scores, "chance": sum(chances) / len(chances), "items": len(right), "parts": parts}
-
-
-def stderr(right: Sequence[bool]) -> float:
-    """The standard error of the share that is right."""
-    share = sum(right) / len(right)
-    return math.sqrt(share * (1 - share) / max(1, len(right) - 1))

@@ -13,7 +13,8 @@ from torch import Tensor
 from vectorclm.corpus.sources import TaskSource, drawn
 from vectorclm.errors import DataError
 from vectorclm.evaluation.bits_per_byte import logits
-from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.evaluation.item_scores import ItemScore, ItemScores
+from vectorclm.evaluation.statistics import share_stderr
 from vectorclm.model import CausalLM
 from vectorclm.runtime.progress import Progress
 from vectorclm.tokenizer import BOS_ID, PAD_ID, encode
@@ -33,25 +34,23 @@ def task_scores(
     label: str,
     items: Sequence[Item],
     micro_batch: int,
-    device: torch.device,
     found: ItemScores | None = None,
 ) -> dict[str, Any]:
-    """Accuracy by each choice's log-likelihood (`acc`), and by it over the choice's characters (`acc_norm`), the
-    space before it not counted.
+    """Accuracy by the log-likelihood of each choice (`acc`), and by the log-likelihood per character (`acc_norm`).
 
-    Both as in EleutherAI's lm-evaluation-harness, with its standard errors `stderr` and `stderr_norm`; `chance` is a
-    blind guess's. The model reads what an item's choices share once, and makes logits only where a choice is scored.
-    What each item scored is added to `found`.
+    The space before a choice is not counted. Both are those of EleutherAI's lm-evaluation-harness, with its standard
+    errors `stderr` and `stderr_norm`; `chance` is the accuracy of a blind guess. The model reads what the choices of an
+    item share once, and logits are computed only where a choice is scored. The score of each item is added to `found`.
     """
     limit = model.config.max_position_embeddings
     questions = [[pair_ids(tokenizer, item.context, choice, limit) for choice in item.choices] for item in items]
-    likelihoods = log_likelihoods(model, questions, micro_batch, device, label)
+    likelihoods = log_likelihoods(model, questions, micro_batch, label)
     sums = [[one.log_likelihood for one in of_item] for of_item in likelihoods]
     scores = accuracies(items, sums)
     if found is not None:
         for number, (item, values) in enumerate(zip(items, sums, strict=True)):
             content, texts = json.dumps(item).encode(), [item.context, *item.choices]
-            found.add_question(label, number, content, answered(item, values), values, texts=texts)
+            found.add_question(label, number, ItemScore(content, *answered(item, values), values, texts))
     return scores
 
 
@@ -66,17 +65,14 @@ Pair = tuple[list[int], int]  # ids of a context and the text that continues it,
 
 
 def log_likelihoods(
-    model: CausalLM,
-    questions: Sequence[Sequence[Pair]],
-    micro_batch: int,
-    device: torch.device,
-    label: str,
+    model: CausalLM, questions: Sequence[Sequence[Pair]], micro_batch: int, label: str
 ) -> list[list[Likelihood]]:
-    """Of each pair of each question, the likelihood of the text after the context.
+    """The log-likelihood of the text after the context, for each pair of each question.
 
-    The model reads what the pairs of a question share once, and makes logits only where a text is scored.
+    The model reads what the pairs of a question share once, and logits are computed only where a text is scored.
     """
     model.eval()
+    device = model.model.embed_tokens.weight.device
     trees = [pair_tree(pairs) for pairs in questions]
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))  # alike in length: little padding
     found: list[list[Likelihood]] = [[] for _ in trees]
@@ -175,8 +171,8 @@ def accuracies(items: Sequence[Item], sums: Sequence[Sequence[float]]) -> dict[s
     return {
         "acc": acc,
         "acc_norm": acc_norm,
-        "stderr": math.sqrt(acc * (1 - acc) / max(1, n - 1)),
-        "stderr_norm": math.sqrt(acc_norm * (1 - acc_norm) / max(1, n - 1)),
+        "stderr": share_stderr(acc, n),
+        "stderr_norm": share_stderr(acc_norm, n),
         "chance": sum(1 / len(item.choices) for item in items) / n,
         "items": n,
     }

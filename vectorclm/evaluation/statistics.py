@@ -36,6 +36,30 @@ def ratio(parts: Sequence[float], sizes: Sequence[float]) -> tuple[float, float]
     return value, math.sqrt(squares * count / (count - 1)) / total
 
 
+def share_stderr(share: float, items: int) -> float:
+    """The standard error of a share of `items`, from the unbiased variance (as lm-evaluation-harness has it)."""
+    return math.sqrt(share * (1 - share) / max(1, items - 1))
+
+
+def adjusted_stderr(share: float, items: int) -> float:
+    """The standard error of a share with two more items, one of them right.
+
+    By that (Agresti and Coull, The American Statistician 52, 1998) a share of 0 or 1 has an error, too.
+    """
+    adjusted = (share * items + 1) / (items + 2)
+    return math.sqrt(adjusted * (1 - adjusted) / (items + 2))
+
+
+def wilson_interval(share: float, items: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `items` (Wilson, JASA 22, 1927), which also holds at 0 and 1."""
+    from scipy.stats import binomtest  # takes a second, which trainings need not wait for
+
+    if not items:
+        return 0.0, 1.0
+    found = binomtest(round(share * items), items).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
+
+
 class Interval(NamedTuple):
     """Where a paired difference lies, at 95 %."""
 
@@ -86,6 +110,12 @@ class Figure(NamedTuple):
     stderr: float
 
 
+def mean_figure(figures: Sequence[Figure]) -> Figure:
+    """The mean of independent scores, and the standard error of the mean."""
+    stderr = math.sqrt(sum(figure.stderr**2 for figure in figures)) / len(figures)
+    return Figure(sum(figure.value for figure in figures) / len(figures), stderr)
+
+
 class Change(NamedTuple):
     """One score of two results of the same suite."""
 
@@ -132,7 +162,7 @@ def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
     if "chat" in scores:
         count = scores["chat"]["prompts"]
         share = scores["chat"]["answered_in_template"] / count
-        found["in_template"] = Figure(share, math.sqrt(share * (1 - share) / max(1, count - 1)))
+        found["in_template"] = Figure(share, share_stderr(share, count))
     for name in PARTS:
         if followed := scores.get("instructions", {}).get(name):
             found[name] = Figure(followed["share"], followed["stderr"])
