@@ -1,7 +1,7 @@
 """Measure any model on any suite: benchmarks, bits per byte of held-out text, and for a chat model the template.
 
 A suite is a file of benchmarks, or the evaluation of an experiment. The result is an artifact addressed by the model's
-content, so a model that was measured is found again, however it is called and wherever it lies.
+content, so the result is found again under any name and place of the model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,9 +30,9 @@ from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model
 
-WINDOWS = 256  # of conversations, that are decoded at a time
-VERSION = 4  # raised where new code makes other scores of equal settings
-JUDGE_VERSION = 2  # the same of the programs that a model writes
+WINDOWS = 256  # of conversations decoded at a time
+VERSION = 4  # raised where new code computes other scores from equal settings
+JUDGE_VERSION = 2  # the same for running programs that a model writes
 
 
 class Limits(Settings):
@@ -52,9 +52,9 @@ class Limits(Settings):
 
 
 def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime = Runtime()) -> StageSpec:
-    """What is to be measured. `suite` must be pinned; of its data, what the store has finished is measured on.
+    """The specification of a measurement. `suite` must be pinned; the model is measured on the data in the store.
 
-    A task that cannot run here is named in `not_run`, so that its absence is another result than its scores.
+    `not_run` names the tasks that cannot run here, so that a result without them differs from one with their scores.
     """
     data = {}
     asked, refused = questions_within(suite, limits, runtime), not_run(suite, limits, runtime)
@@ -83,7 +83,7 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runti
 
 
 def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterator[bytes]:
-    """The documents and conversations in what `trained_on` found; conversations as windows."""
+    """The documents and conversations that `trained_on` found; conversations as text of windows."""
     if (sample := read.get("sample")) is not None:
         files = SampleFiles(sample)
         for label in files.labels:
@@ -97,7 +97,7 @@ def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterato
 
 
 def not_run(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> dict[str, str]:
-    """The benchmarks of a suite that run programs and may not, or have no sandbox here; with the reason of each."""
+    """The benchmarks that run programs and are not allowed to, or lack a sandbox; each with the reason."""
     found = {}
     for label in [task.label for task in suite.tasks if task.runs_code]:
         if not limits.run_code:
@@ -121,9 +121,9 @@ def questions_within(suite: Suite, limits: Limits, runtime: Runtime = Runtime())
     return suite.model_copy(update=asked)
 
 
-def left_out(plan: StageSpec, suite: Suite, limits: Limits = Limits(), runtime: Runtime = Runtime()) -> list[str]:
-    """What of a suite cannot be measured, in a sentence each: data that the store lacks, programs that may not run."""
-    missing = [name for name in plan.config["data"] if name not in plan.inputs]
+def left_out(spec: StageSpec, suite: Suite, limits: Limits = Limits(), runtime: Runtime = Runtime()) -> list[str]:
+    """The parts of a suite that cannot be measured, one sentence each: data not in the store, programs not allowed."""
+    missing = [name for name in spec.config["data"] if name not in spec.inputs]
     what = {"sample": "bits per byte", "chat_shards": "answers in the template"}
     notes = [f"{what[name]} not measured: the store has no finished {name} of {suite.name}" for name in missing]
     return notes + [f"{label} not run: {reason}" for label, reason in not_run(suite, limits, runtime).items()]
@@ -132,7 +132,7 @@ def left_out(plan: StageSpec, suite: Suite, limits: Limits = Limits(), runtime: 
 def measure(
     suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime, data: Path | None
 ) -> tuple[Artifact, bool]:
-    """The scores of a model on a pinned suite, and whether they were there already.
+    """Score a model on a pinned suite; returns the result, and whether the store had it already.
 
     The summary, and `scores.json`: `text` (by source: bits_per_byte, stderr, documents, bytes), `tasks` (as the
     stage `evaluate` has them), `chat` for a chat model, `instructions` where the suite has them, `samples`, `not_run`
