@@ -51,7 +51,7 @@ def _with_columns(task: TaskSource, rows: Iterable[Mapping[str, Any]]) -> Iterat
             yield {**row, **{name: expression(**row) for name, expression in expressions.items()}}
         except Exception as error:  # whatever an expression meets
             raise DataError(
-                f"{task.label}: {', '.join(expressions)} cannot be made of a row with {', '.join(row)}: {error}"
+                f"{task.label}: {', '.join(expressions)} cannot be computed from a row with {', '.join(row)}: {error}"
             ) from error
 
 
@@ -61,7 +61,7 @@ def _expression(task: TaskSource, text: str) -> Callable[..., Any]:
             text, undefined_to_none=False
         )
     except TemplateError as error:
-        raise ConfigError(f"{task.label}: columns: {text!r} is no Jinja expression: {error}") from error
+        raise ConfigError(f"{task.label}: columns: {text!r} is not a Jinja expression: {error}") from error
 
 
 class TaskSetup(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
-from vectorclm.inference.generate import GREEDY, SamplingParams, generate
+from vectorclm.inference.generate import GREEDY, SamplingParams, drop_oldest, generate
 from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
@@ -83,13 +83,10 @@ def fit_turns(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[
 
     The system turn and the last question stay. Raises DataError where these alone are too long.
     """
-    kept = list(turns)
-    first = 1 if kept and kept[0].role == "system" else 0
-    while (size := len(render_prompt(tokenizer, kept))) > length:
-        if len(kept) <= first + 1:
-            what = "the system prompt and the message" if first else "the message"
-            raise DataError(f"{what} would take {size:,} tokens, and there is room for {length:,}: make it shorter")
-        del kept[first : first + 2]
+    kept = drop_oldest(tokenizer, turns, length)
+    if (size := len(render_prompt(tokenizer, kept))) > length:
+        what = "the system prompt and the message" if kept[0].role == "system" else "the message"
+        raise DataError(f"{what} would take {size:,} tokens, and there is room for {length:,}: make it shorter")
     return kept
 
 

@@ -148,6 +148,31 @@ def keep_min_p(logits_V: Tensor, p: float) -> Tensor:
     return logits_V.masked_fill(probabilities < p * probabilities.max(), -torch.inf)
 
 
+def drop_oldest(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[Turn]:
+    """Shorten a conversation to a prompt of `length` tokens: the oldest questions go, each with its answer.
+
+    The system turn and the last question stay, even where these alone are longer.
+    """
+    kept = list(turns)
+    first = 1 if kept and kept[0].role == "system" else 0
+    while len(kept) > first + 2 and len(render_prompt(tokenizer, kept)) > length:
+        del kept[first : first + 2]
+    return kept
+
+
+def cut_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[int]:
+    """The prompt of a conversation, cut to at most `length` tokens where nobody can shorten the text.
+
+    The oldest questions go first, as in a chat. Where the last question leaves no room for the system turn, this goes,
+    as in training; a question that is too long by itself loses its beginning.
+    """
+    kept = drop_oldest(tokenizer, turns, length)
+    prompt = render_prompt(tokenizer, kept)
+    if len(prompt) > length and kept[0].role == "system":
+        prompt = render_prompt(tokenizer, kept[1:])
+    return prompt if len(prompt) <= length else [BOS_ID, *prompt[1 - length :]]
+
+
 def answer(
     model: CausalLM,
     tokenizer: Tokenizer,
@@ -157,17 +182,11 @@ def answer(
 ) -> Iterator[int]:
     """Token ids of the assistant's next turn, its end-of-turn token included.
 
-    An answer takes at most half of the context. Of a conversation that is too long for the rest, the oldest turns are
-    dropped; of a last turn that is too long by itself, the beginning.
+    An answer takes at most half of the context; a conversation that is too long for the rest is cut by `cut_prompt`.
     """
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
-    prompt = render_prompt(tokenizer, conversation)
-    while len(prompt) > context - max_new_tokens and len(conversation) > 1:
-        conversation = conversation[1:]
-        prompt = render_prompt(tokenizer, conversation)
-    if len(prompt) > context - max_new_tokens:
-        prompt = [BOS_ID, *prompt[1 + max_new_tokens - context :]]
+    prompt = cut_prompt(tokenizer, conversation, context - max_new_tokens)
     yield from generate(model, prompt, max_new_tokens, stop_ids=(IM_END_ID, EOS_ID), sampling=sampling)
 
 
