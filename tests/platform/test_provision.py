@@ -60,6 +60,7 @@ SMALL = {
     "settings": {"evaluate.tasks.0.limit": 8},  # of its own evaluation; the suite is that of the file
 }
 RUNTIME = {"threads": 1}
+QUICK = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}  # of a scheduled evaluation
 
 
 @dataclass
@@ -244,8 +245,7 @@ def scheduled(platform: Platform, slug: str) -> list[FlowRun]:
     """The runs of the deployment that the scheduler made for a schedule and that ended well."""
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
     (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
-    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["COMPLETED"]}}}
-    runs = platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
+    runs = _runs(platform, "COMPLETED")
     assert all(run.created_by is not None for run in runs if run.auto_scheduled)
     return [run for run in runs if run.created_by is not None and run.created_by.id == mine]
 
@@ -257,19 +257,25 @@ def schedule_ends(platform: Platform, slug: str) -> Iterator[None]:
         yield
     finally:
         deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-        for schedule in deployment.schedules:
-            if schedule.slug == slug:
-                platform.client.delete_deployment_schedule(deployment.id, schedule.id)
-        running = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": ["PENDING", "RUNNING"]}}}
-        of_it = FlowRunFilter.model_validate(running)
-        until(lambda: not platform.client.read_flow_runs(flow_run_filter=of_it), "its last run ends")
+        (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
+        platform.client.delete_deployment_schedule(deployment.id, mine)
+        for run in _runs(platform, "SCHEDULED"):  # those that are late stay when a schedule goes
+            if run.created_by is not None and run.created_by.id == mine:
+                platform.client.delete_flow_run(run.id)
+        until(lambda: not _runs(platform, "PENDING", "RUNNING"), "its last run ends")
+
+
+def _runs(platform: Platform, *states: str) -> list[FlowRun]:
+    """The runs of the deployment `evaluate` in these states."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    wanted = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": list(states)}}}
+    return platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
 
 
 def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platform) -> None:
     """Two runs that the scheduler made, on the interval of the schedule, each an evaluation that ends well."""
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-    values = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}
-    schedule = {"active": True, "slug": "by-request", "schedule": {"interval": 10}, "parameters": values}
+    schedule = {"active": True, "slug": "by-request", "schedule": {"interval": 10}, "parameters": QUICK}
     with schedule_ends(platform, "by-request"):
         made = platform.client.request(
             "POST", "/deployments/{id}/schedules", path_params={"id": deployment.id}, json=[schedule]
@@ -277,7 +283,7 @@ def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platfor
         assert made.status_code == 201
         until(lambda: len(scheduled(platform, "by-request")) >= 2, "two runs of the schedule end")
         runs = scheduled(platform, "by-request")
-    assert all(run.auto_scheduled and run.parameters == values for run in runs)
+    assert all(run.auto_scheduled and run.parameters == QUICK for run in runs)
     starts = sorted(run.expected_start_time.timestamp() for run in runs if run.expected_start_time is not None)
     assert all(round(later - earlier) % 10 == 0 for earlier, later in pairwise(starts))
 
@@ -307,10 +313,17 @@ def window() -> Iterator[WebDriver]:
 
 def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebDriver) -> None:
     """A person adds a schedule to the deployment; the page says so, and two runs of it end well."""
-    with schedule_ends(platform, "by-page"):
-        set_schedule(platform, window, "by-page")
-        until(lambda: says(window, "by-page"), "the page shows the schedule", 60)
-        until(lambda: len(scheduled(platform, "by-page")) >= 2, "two runs of the schedule end")
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    place = {"id": deployment.id}
+    platform.client.request("PATCH", "/deployments/{id}", path_params=place, json={"parameters": QUICK})
+    try:
+        with schedule_ends(platform, "by-page"):
+            set_schedule(platform, window, "by-page")
+            until(lambda: says(window, "by-page"), "the page shows the schedule", 60)
+            until(lambda: len(scheduled(platform, "by-page")) >= 2, "two runs of the schedule end")
+    finally:
+        before = {"parameters": deployment.parameters}
+        platform.client.request("PATCH", "/deployments/{id}", path_params=place, json=before)
 
 
 def listening(platform: Platform) -> dict[str, set[str]]:

@@ -22,7 +22,7 @@ from vectorclm.shards.encoder import JUDGE_EVERY, Encoder, Gigatoken, adversaria
 from vectorclm.shards.writer import ShardsConfig, read_windows, write_shards
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.resumable import ResumableUpload
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS, encode, load_tokenizer, token_lengths
 from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
 
@@ -172,9 +172,9 @@ def test_a_difference_late_in_the_data_leaves_nothing_of_what_was_written_before
     plan, made = StageSpec("shards", 1, {}, {}), []
     for store in (Store(str(tmp_path / "store")), Store(f"memory://{tmp_path.name}")):
         encoder = Encoder(judge, opened_before)
-        sending = Sending(store, plan, ShardDescriber)
+        sending = EarlyUpload(store, plan, ShardDescriber)
 
-        def produce(out: Path, encoder: Encoder = encoder, store: Store = store, sending: Sending = sending) -> Any:
+        def produce(out: Path, encoder: Encoder = encoder, store: Store = store, sending: EarlyUpload = sending) -> Any:
             slices = None if store.is_local else ResumableUpload(out.parent, sending)
             return write_shards(CONFIG, tmp_path / "sample", judge, out, encoder, slices=slices)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.stages import EVALUATED
-from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, mend
+from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, repair_advice
 from vectorclm.store.layout import STAGES
 from vectorclm.store.model_ref import ADDRESS, Model, content_of, expand_prefix, find_model
 from vectorclm.store.result import ArtifactStorage
@@ -170,7 +170,7 @@ def _node(store: ArtifactStorage, stage: str, fingerprint: str, known: dict[str,
             _described(node), facts(node), artifact.manifest["created"]  # what is told of it is there
         except (KeyError, TypeError, AttributeError) as error:
             raise CorruptArtifactError(
-                f"{artifact.uri}/{MANIFEST} is no manifest of {stage}: {error!r}; {mend(artifact)}"
+                f"{artifact.uri}/{MANIFEST} is no manifest of {stage}: {error!r}; {repair_advice(artifact)}"
             ) from error
     known[fingerprint] = node
     return node

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError
 from vectorclm.shards.order import windows_per_block
-from vectorclm.store.artifact import Artifact, mend
+from vectorclm.store.artifact import Artifact, repair_advice
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def read_shard(artifact: Artifact, name: str) -> Shard:
         key = artifact.key(name)
         counts = {field: int(said[field]) for field in ("windows", "first_window", "sequence_length", "block_windows")}
         uri, path = artifact.store.uri_of(key), artifact.store.path(key)
-        shard = Shard(uri, path, columns=tuple(columns), mend=mend(artifact), **counts)
+        shard = Shard(uri, path, columns=tuple(columns), mend=repair_advice(artifact), **counts)
         ends = [shard.span(column, shard.blocks - 1)[1] for column in columns]
         if not ends or max(ends) > said["bytes"] or any(len(column.xxh3) != shard.blocks for column in columns):
             raise ValueError("its buffers are not in the file")
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CorruptArtifactError(
-            f"the manifest of {artifact.uri} does not say what is in {name} ({error!r}): {mend(artifact)}"
+            f"the manifest of {artifact.uri} does not say what is in {name} ({error!r}): {repair_advice(artifact)}"
         ) from error
     return shard
