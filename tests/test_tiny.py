@@ -61,7 +61,7 @@ def test_an_untrained_model_and_word_frequencies_guess(result: dict[str, Any]) -
     tokenizer = load_tokenizer(Path(result["models"]["base"]))
     torch.manual_seed(0)
     items = read_items(EXPERIMENT.evaluate.tasks[0], QUESTIONS, EXPERIMENT.seed)
-    untrained = task_scores(CausalLM(EXPERIMENT.model), tokenizer, "world", items, 32, torch.device("cpu"))
+    untrained = task_scores(CausalLM(EXPERIMENT.model), tokenizer, "world", items, 32)
     assert abs(untrained["acc"] - 0.25) <= 0.05
     read = [text for name in ("stories", "lessons") for row in rows(EXPERIMENT.world, name) for text in texts(row)]
     assert abs(word_frequency_baseline(QUESTIONS, read) - 0.25) <= 0.05

@@ -11,22 +11,18 @@ from vectorclm.corpus.decontamination import Benchmarks, benchmark_sources, read
 from vectorclm.corpus.sampler import write_sample
 from vectorclm.corpus.source_reader import SourceRoots, draw, open_source
 from vectorclm.errors import DataError
-from vectorclm.evaluation.bits_per_byte import windows_scores
-from vectorclm.evaluation.instruction_prompts import instructions
-from vectorclm.evaluation.instructions import instruction_scores
-from vectorclm.evaluation.item_scores import ItemScores, write_scores
-from vectorclm.evaluation.tasks import score_tasks
+from vectorclm.evaluation.run import ScoringData, ShardWindows, score_model
+from vectorclm.evaluation.tasks import TaskSetup
 from vectorclm.export.hugging_face import export, write_model_files
 from vectorclm.finetune import finetune
-from vectorclm.inference.generate import SamplingParams, answer_text, continuation, template_scores
-from vectorclm.inference.load import open_model
+from vectorclm.inference.generate import answer_text, continuation
+from vectorclm.inference.load import load_model
 from vectorclm.model import CausalLM
 from vectorclm.pretrain import pretrain
 from vectorclm.runtime.devices import Runtime, memory_explained
 from vectorclm.runtime.distributed import Group
 from vectorclm.settings import digest
-from vectorclm.shards.chat_writer import read_prompts, write_chat_shards
-from vectorclm.shards.reader import open_shards
+from vectorclm.shards.chat_writer import write_chat_shards
 from vectorclm.shards.writer import write_shards
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.resumable import ResumableUpload, Slices
@@ -146,7 +142,14 @@ def follow(job: StageJob) -> None:
 def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Score the base or the chat model."""
     with memory_explained(job.runtime.micro_batch_size):
-        return _evaluate(job.experiment, job.inputs, job.runtime, job.data, out)
+        chat, experiment = "finetune" in job.inputs, job.experiment
+        folder = job.inputs["finetune" if chat else "pretrain"].local()
+        loaded = load_model(folder, job.runtime.configure_torch(), chat=chat)
+        trained = experiment.finetune if chat else experiment.pretrain
+        text = ShardWindows(job.inputs["shards"], trained.document_mask)  # as the model was trained
+        setup = TaskSetup(job.seed, job.data, experiment.world)
+        data = ScoringData(setup, text, job.inputs["chat_shards"] if chat else None)
+        return score_model(loaded, experiment.evaluate, data, job.runtime, out, job.name)
 
 
 def build_export(job: StageJob, out: Path) -> Mapping[str, Any]:
@@ -200,48 +203,6 @@ def find_input(store: Store, spec: StageSpec) -> Artifact:
             f"{store.uri} has no {spec.stage}/{spec.fingerprint[:12]}…, which this stage reads: run {spec.stage} first"
         )
     return found
-
-
-def _evaluate(
-    experiment: ExperimentConfig,
-    inputs: Mapping[str, Artifact],
-    runtime: Runtime,
-    data: Path | None,
-    out: Path,
-) -> dict[str, Any]:
-    """Score the base or the chat model; the summary is `scores.json`."""
-    chat = "finetune" in inputs
-    config, found = experiment.evaluate, ItemScores()
-    folder = inputs["finetune" if chat else "pretrain"].local()
-    device = runtime.configure_torch()
-    model, tokenizer = open_model(folder)
-    model = model.to(device)
-    micro_batch = runtime.micro_batch_size or 16
-    apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as in the training
-    with open_shards(inputs["shards"], "validation", cache=runtime.block_cache) as texts:
-        by_source = windows_scores(model, texts, token_lengths(tokenizer), 0, micro_batch, device, apart, found)
-    scores: dict[str, Any] = {
-        "bits_per_byte": {label: score["bits_per_byte"] for label, score in by_source.items()},
-        "loss": {label: score["loss"] for label, score in by_source.items()},
-        "text": {label: found.text_scores(label, "windows") for label in by_source},
-        "tasks": {},
-    }
-    where = (experiment.seed, runtime, data, experiment.world)
-    for kind, label, scored in score_tasks(config.tasks, folder, model, tokenizer, *where, found):
-        scores[kind][label] = scored
-    how = config.max_new_tokens, SamplingParams(repetition_penalty=config.repetition_penalty)
-    if chat:
-        prompts = read_prompts(inputs["chat_shards"], config.chat_prompts, experiment.seed)
-        scores["chat"] = template_scores(model, tokenizer, prompts, *how)
-    if config.instructions:
-        asked = instructions(config.instructions)
-        scores["instructions"] = instruction_scores(model, tokenizer, asked, *how, chat=chat, out=out, found=found)
-    respond = answer_text if chat else continuation
-    scores["samples"] = [
-        {"prompt": prompt, "answer": respond(model, tokenizer, prompt, *how)} for prompt in config.prompts
-    ]
-    write_scores(out, scores, found)
-    return scores
 
 
 def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from vectorclm.dataset import Batch, StreamingLanguageModelDataset
 from vectorclm.errors import DataError, PreemptedError
-from vectorclm.evaluation.bits_per_byte import windows_scores
+from vectorclm.evaluation.bits_per_byte import HeldOutWindows, windows_scores
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents, has_flash
 from vectorclm.nn.loss import IGNORE_INDEX
@@ -198,8 +198,8 @@ def train(
     if group.rank == 0:
 
         def validate() -> Scores:
-            windows, mask = config.validation_windows, config.document_mask
-            return windows_scores(model, validation, token_lengths, windows, micro_batch, device, mask)
+            held_out = HeldOutWindows(validation, token_lengths, config.document_mask)
+            return windows_scores(model, held_out, micro_batch, config.validation_windows)
 
         record = Record(model, optimizers, config, dataset, validate, run)
         record.begin(saved)

@@ -6,7 +6,6 @@ all of it.
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +20,7 @@ from vectorclm.comparison.curves import curves_of
 from vectorclm.corpus.sampler import drop_counts
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.instruction_checks import FOLLOWED
-from vectorclm.evaluation.statistics import Change
+from vectorclm.evaluation.statistics import Change, wilson_interval
 from vectorclm.lineage.chain import Lineage, Node, facts, lineage, tokens_by_source
 from vectorclm.model_config import ModelConfig
 from vectorclm.settings import validate
@@ -30,7 +29,6 @@ from vectorclm.store.durable import write_file
 
 logger = logging.getLogger(__name__)
 
-CONFIDENCE = 1.959964  # standard errors that hold 95 % of a normal distribution
 COLUMNS = {"sample": 0, "tokenizer": 1, "shards": 0, "chat_shards": 1, "pretrain": 0, "finetune": 1}
 ANSWERS = 12  # number of sample answers shown
 TIMES = 5  # number of steps of a training whose samples are shown
@@ -223,23 +221,14 @@ def _sources(found: Lineage) -> list[tuple[str, list[str], list[list[str]]]]:
     return tables
 
 
-def interval(correct: float, items: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share (JASA 22, 1927), which also holds at 0 and 1."""
-    if not items:
-        return 0.0, 1.0
-    z = CONFIDENCE**2 / items
-    middle = (correct + z / 2) / (1 + z)
-    half = math.sqrt(z * correct * (1 - correct) + z * z / 4) / (1 + z)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def _tasks(models: Sequence[Measured]) -> dict[str, dict[str, Any]]:
     """For each benchmark: chance, number of items, and each model's score with its confidence interval."""
     found: dict[str, dict[str, Any]] = {}
     for model in models:
         for label, task in model.scores["tasks"].items():
             row = found.setdefault(label, {"chance": task["chance"], "items": task["items"], "scores": {}})
-            row["scores"][model.who] = IntervalBar(model.who, task["acc"], *interval(task["acc"], task["items"]))
+            low, high = wilson_interval(task["acc"], task["items"])
+            row["scores"][model.who] = IntervalBar(model.who, task["acc"], low, high)
     return found
 
 

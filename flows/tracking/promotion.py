@@ -1,7 +1,6 @@
 """`vectorclm promote`: move the alias `champion` to a model that is better by more than the noise."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +14,7 @@ from flows.tracking.registry import Registry
 from vectorclm.comparison.compare import METHOD, OWN_SUITE, has_items, paired
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.item_scores import read_scored
-from vectorclm.evaluation.statistics import NOISE, Change, Figure, changes, figures
+from vectorclm.evaluation.statistics import NOISE, Change, Figure, adjusted_stderr, changes, figures
 from vectorclm.lineage.chain import Lineage
 from vectorclm.store.artifact import Artifact, Store
 
@@ -68,16 +67,11 @@ def _asked(scores: Artifact) -> dict[str, Any]:
 
 
 def _figures(scores: Artifact) -> dict[str, Figure]:
-    """The scores with standard errors; tasks count two more items, one of them right.
-
-    So a score of 0 or 1 has noise, too (Agresti and Coull, The American Statistician 52, 1998).
-    """
+    """The scores that have a standard error, which at an accuracy of 0 or 1 is not 0 either."""
     summary = {"text": {}, **scores.summary}
     found = figures(summary)
     for label, task in summary["tasks"].items():
-        items = task["items"] + 2
-        share = (task["acc"] * task["items"] + 1) / items
-        found[f"acc.{label}"] = Figure(task["acc"], math.sqrt(share * (1 - share) / items))
+        found[f"acc.{label}"] = Figure(task["acc"], adjusted_stderr(task["acc"], task["items"]))
     return found
 
 

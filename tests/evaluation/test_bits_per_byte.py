@@ -69,7 +69,7 @@ def test_choices_score_what_transformers_says_in_any_batch(folder: Path) -> None
         normed = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
         right_norm += normed.index(max(normed)) == item.answer
     for micro_batch in (1, 3, 20):
-        scores = task_scores(model, tokenizer, "x", items, micro_batch, CPU)
+        scores = task_scores(model, tokenizer, "x", items, micro_batch)
         assert (scores["acc"], scores["acc_norm"]) == (right / 5, right_norm / 5)
     assert scores["chance"] == 0.25 and scores["items"] == 5
 
@@ -132,7 +132,7 @@ def test_a_choice_whose_tokens_merge_with_the_context_is_scored(folder: Path) ->
     assert ids == [BOS_ID, *encode(tokenizer, word)]
     assert scored >= 1
     assert reference(folder, ids, scored) > 0
-    scores = task_scores(model, tokenizer, "x", [item, item._replace(answer=1)], 4, CPU)
+    scores = task_scores(model, tokenizer, "x", [item, item._replace(answer=1)], 4)
     assert scores["acc"] == 0.5  # one of the two answers is the likelier, whichever
 
 
@@ -141,7 +141,7 @@ def test_a_broken_model_gets_no_score(folder: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(DataError, match="no finite likelihood"):
-        task_scores(model, tokenizer, "blimp", [Item("", ("The otter.", "Otter the."), 0)], 4, CPU)
+        task_scores(model, tokenizer, "blimp", [Item("", ("The otter.", "Otter the."), 0)], 4)
 
 
 @pytest.mark.parametrize("choices", [["a", ""], ["a", "\ud800"]])

@@ -323,8 +323,8 @@ def test_a_suite_of_local_files_is_measured_and_kept(folder: Path, tmp_path: Pat
     ("changes", "told"),
     [
         ({"task": "lambada_opena"}, "has no task 'lambada_opena'; did you mean lambada_openai"),
-        ({"columns": {"text": "context ~"}}, "'context ~' is no Jinja expression"),
-        ({"columns": {"text": "nothing ~ context.x"}}, "text cannot be made of a row with context, continuation"),
+        ({"columns": {"text": "context ~"}}, "'context ~' is not a Jinja expression"),
+        ({"columns": {"text": "nothing ~ context.x"}}, "text cannot be computed from a row with context, continuation"),
         (
             {"columns": {}},
             "lambada_openai reads a column that is not there ('text' is undefined): context, continuation",

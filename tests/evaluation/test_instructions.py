@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from vectorclm.evaluation.config import EvaluateConfig
 from vectorclm.evaluation.instruction_checks import CONTENT, PARTS, Check, Instruction, holds
 from vectorclm.evaluation.instruction_prompts import FORMS, MOST, SHOTS, instructions
 from vectorclm.evaluation.instructions import STOP, base_answer, chat_answer, few_shot, instruction_scores, judge
-from vectorclm.evaluation.item_scores import ItemScores, read_scored
+from vectorclm.evaluation.item_scores import ItemScore, ItemScores, read_scored
 from vectorclm.inference.generate import SamplingParams
 from vectorclm.model import CausalLM
 from vectorclm.settings import validate
@@ -115,7 +116,7 @@ def test_content_and_form_are_counted_apart(tmp_path: Path) -> None:
     }
     assert scores["followed"]["stderr"] == pytest.approx((2 / 9 / 2) ** 0.5)
     assert scores["checks"] == {"word": {"held": 2, "of": 3}, "most_words": {"held": 2, "of": 2}}
-    found.add_question("quiz", 0, b"q", (True, False), [-1.0, -2.0], texts=["q"])
+    found.add_question("quiz", 0, ItemScore(b"q", True, False, [-1.0, -2.0], ["q"]))
     found.write(tmp_path)
     read = read_scored(tmp_path)
     assert list(read) == ["followed_content", "followed_form", "followed", "acc.quiz", "acc_norm.quiz"]
@@ -135,19 +136,19 @@ def test_a_chat_model_answers_in_its_template_and_a_base_model_after_examples(
     asked = instructions(8)
     for folder, chat in ((base_folder, False), (chat_folder, True)):
         model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
-        respond = chat_answer if chat else base_answer
+        respond = partial(chat_answer if chat else base_answer, model, tokenizer)
         out = tmp_path / str(chat)
         out.mkdir()
-        scores = instruction_scores(model, tokenizer, asked, 12, chat=chat, out=out, found=ItemScores())
+        scores = instruction_scores(partial(respond, max_new_tokens=12), asked, out, ItemScores())
         lines = [json.loads(line) for line in (out / "instructions.jsonl").read_text().splitlines()]
         assert [line["prompt"] for line in lines] == [instruction.prompt for instruction in asked]
         for line, (prompt, checks) in zip(lines, asked, strict=True):
-            assert line["answer"] == respond(model, tokenizer, prompt, 12)[0]
+            assert line["answer"] == respond(prompt, 12)[0]
             assert [one["holds"] for one in line["checks"]] == [holds(check, line["answer"]) for check in checks]
-        again = {"chat": chat, "out": out, "found": ItemScores()}
-        instruction_scores(model, tokenizer, asked[:1], 12, SamplingParams(repetition_penalty=50.0), **again)
+        sampling = SamplingParams(repetition_penalty=50.0)
+        instruction_scores(partial(respond, max_new_tokens=12, sampling=sampling), asked[:1], out, ItemScores())
         (line,) = map(json.loads, (out / "instructions.jsonl").read_text().splitlines())
-        once = respond(model, tokenizer, asked[0].prompt, 12, SamplingParams(repetition_penalty=50.0))[0]
+        once = respond(asked[0].prompt, 12, sampling)[0]
         assert line["answer"] == once != lines[0]["answer"]
         held = Counter(one["kind"] for line in lines for one in line["checks"] if one["holds"])
         assert {kind: count["held"] for kind, count in scores["checks"].items() if count["held"]} == held

@@ -33,7 +33,16 @@ from vectorclm.inference.chat import (
     reply,
     talk,
 )
-from vectorclm.inference.generate import SamplingParams, choose, generate, keep_min_p, keep_top_k, keep_top_p, penalized
+from vectorclm.inference.generate import (
+    SamplingParams,
+    choose,
+    cut_prompt,
+    generate,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalized,
+)
 from vectorclm.model_commands import ChatOptions, chat
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, render_prompt
@@ -160,6 +169,22 @@ def test_turns_are_forgotten_in_pairs_but_never_the_system_prompt(chat_model: Ch
     assert len(render_prompt(chat_model.tokenizer, [turns[0], *turns[-len(kept) - 1 :]])) > 150
     with pytest.raises(DataError, match=r"the system prompt and the message would take .* room for 20"):
         fit_turns(chat_model.tokenizer, turns, 20)
+
+
+def test_evaluations_shorten_a_conversation_as_the_chat_does(chat_model: ChatModel) -> None:
+    """The system turn stays as long as there is room for it, and a question without room loses its beginning."""
+    tokenizer = chat_model.tokenizer
+    turns = [Turn("system", "Be brief.")]
+    for number in range(9):
+        turns += [Turn("user", f"Question {number}?"), Turn("assistant", "Yes.")]
+    turns.append(Turn("user", "And?"))
+    kept = fit_turns(tokenizer, turns, 150)
+    assert 2 < len(kept) < len(turns) and kept[0] == turns[0]
+    assert cut_prompt(tokenizer, turns, 150) == render_prompt(tokenizer, kept)
+    wordy = [Turn("system", "Be brief. " * 100), *turns[-3:]]
+    assert cut_prompt(tokenizer, wordy, 150) == render_prompt(tokenizer, turns[-1:])
+    whole = render_prompt(tokenizer, [Turn("user", "And? " * 100)])
+    assert cut_prompt(tokenizer, [Turn("user", "And? " * 100)], 150) == [whole[0], *whole[-149:]]
 
 
 @pytest.mark.parametrize(

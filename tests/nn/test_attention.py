@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tests.conftest import publish_shards, write_sample_text, write_tokenizer
 from tests.test_model import CONFIG
 from vectorclm.dataset import Batch, document_labels, position_ids, to_batch
-from vectorclm.evaluation.bits_per_byte import token_losses, windows_scores
+from vectorclm.evaluation.bits_per_byte import HeldOutWindows, token_losses, windows_scores
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents, document_attention
 from vectorclm.nn.loss import IGNORE_INDEX as NO
@@ -118,7 +118,7 @@ def test_a_packed_document_costs_what_it_costs_alone(
     assert len(across) > len(found) and abs(np.mean(across) - np.mean(found)) > 1e-3  # the mask is not for nothing
     again = publish_shards(str(tmp_path / "store"), tmp_path / "work", {"a": {"input_ids": shard.input_ids}}, 4096)
     with open_shards(again, "train") as readers:
-        scores = windows_scores(model, readers, [1] * 307, 0, 7, CPU, document_mask=True)
+        scores = windows_scores(model, HeldOutWindows(readers, [1] * 307, document_mask=True), 7)
     assert scores["a"]["loss"] == pytest.approx(np.mean(expected), abs=1e-6)
 
 

@@ -5,7 +5,6 @@ from xml.etree import ElementTree
 import pytest
 
 from flows.reports.plots import POINTS, Box, IntervalBar, bars, curves, graph, intervals, short, thinned, ticks
-from flows.reports.report import interval
 
 EVIL = '</svg><script>alert(1)</script>"&'
 
@@ -21,13 +20,6 @@ def test_a_long_curve_is_drawn_by_means() -> None:
     drawn = thinned(points)
     assert len(drawn) == POINTS and {y for _, y in drawn} == {0.5}
     assert thinned(points[:5]) == points[:5]
-
-
-def test_intervals_hold_at_the_ends() -> None:
-    low, high = interval(0.5, 100)
-    assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # statsmodels' proportion_confint, "wilson"
-    low, high = interval(1.0, 480)
-    assert high == 1.0 and low == pytest.approx(0.99206, abs=1e-5)
 
 
 @pytest.mark.parametrize(

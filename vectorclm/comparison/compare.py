@@ -1,7 +1,6 @@
-"""`vectorclm compare A B`: two models on the same items, and whether more than chance tells them apart."""
+"""`vectorclm compare A B`: compare two models on the same items, with confidence intervals of the differences."""
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,17 @@ import numpy as np
 from vectorclm.errors import DataError
 from vectorclm.evaluation.instruction_checks import PARTS
 from vectorclm.evaluation.item_scores import ITEMS, TEXTS, read_scored
-from vectorclm.evaluation.statistics import DRAWS, SEED, Change, Figure, Scored, interval, ratio, resampled
+from vectorclm.evaluation.statistics import (
+    DRAWS,
+    SEED,
+    Change,
+    Figure,
+    Scored,
+    interval,
+    mean_figure,
+    ratio,
+    resampled,
+)
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.layout import MEASURE
@@ -21,9 +30,9 @@ METHOD = f"paired bootstrap over items, {DRAWS:,} resamples, 95 % percentile int
 
 
 def results_of(address: str, store: Store) -> list[Artifact]:
-    """What `store` has measured of a model, wherever the model lies: by any suite, and by its own evaluation.
+    """The results of a model that `store` has, from any suite and from the model's own evaluation.
 
-    Raises DataError where that is nothing, with the command that measures.
+    The model may lie anywhere. Raises DataError where there are no results, with the command that measures.
     """
     model = find_model(address)
     model.verify(store)
@@ -44,17 +53,17 @@ def _command(address: str, suite: str, store: Store) -> str:
 
 
 def has_items(scores: Artifact) -> bool:
-    """Whether it is known what each item scored."""
+    """Whether the result has the scores of each item."""
     return {ITEMS, TEXTS} <= set(scores.manifest["files"])
 
 
 def suite_of(scores: Artifact) -> str:
-    """What a person calls the questions."""
+    """The name of the questions for a person."""
     return str(scores.manifest["config"].get("suite", OWN_SUITE))
 
 
 def _asked(scores: Artifact) -> tuple[bool, Any, Any]:
-    """By what was measured: equal where items are the same ones, be the models base or chat."""
+    """What was measured: equal where the items are the same, for base and chat models alike."""
     config, inputs = scores.manifest["config"], scores.manifest["inputs"]
     if scores.stage == MEASURE:
         return True, {key: value for key, value in config.items() if key != "data"}, inputs.get("sample")
@@ -62,9 +71,10 @@ def _asked(scores: Artifact) -> tuple[bool, Any, Any]:
 
 
 def common_results(before: str, after: str, store: Store, suite: str | None = None) -> tuple[Artifact, Artifact]:
-    """Results of two models by the same suite and limits: those of most questions, a named suite before their own.
+    """Results of two models from the same suite and limits.
 
-    Raises DataError where one is not measured, or the two by nothing in common.
+    Of several, a suite comes before the models' own evaluation, then most questions decide. Raises DataError where a
+    model is not measured, or the two have no suite in common.
     """
     sides = [results_of(address, store) for address in (before, after)]
     wanted = [[item for item in side if suite in (None, suite_of(item))] for side in sides]
@@ -85,10 +95,10 @@ def _questions(scores: Artifact) -> int:
 
 
 def paired(before: Mapping[str, Scored], after: Mapping[str, Scored]) -> list[Change]:
-    """Every score of two models with its paired interval, and the averages of what are several.
+    """Each score of two models with its paired interval, and the average of each kind with several scores.
 
-    An average (`acc`, `acc_norm`, `bits_per_byte`) counts each task or source alike, and resamples each by itself.
-    Raises DataError naming the score that is not over the same items.
+    An average (`acc`, `acc_norm`, `bits_per_byte`) weighs all tasks or sources alike, and resamples each by itself.
+    Raises DataError that names the score whose items differ.
     """
     if before.keys() != after.keys():
         raise DataError(f"measured of one model only: {', '.join(sorted(before.keys() ^ after.keys()))}")
@@ -112,11 +122,8 @@ def _figure(scored: Scored) -> Figure:
 
 
 def _average(kind: str, group: list[tuple[Change, Any]]) -> Change:
-    def mean(figures: list[Figure]) -> Figure:
-        stderr = math.sqrt(sum(figure.stderr**2 for figure in figures)) / len(figures)
-        return Figure(sum(figure.value for figure in figures) / len(figures), stderr)
-
-    before, after = mean([change.before for change, _ in group]), mean([change.after for change, _ in group])
+    before = mean_figure([change.before for change, _ in group])
+    after = mean_figure([change.after for change, _ in group])
     parts = [change.paired for change, _ in group if change.paired is not None]
     draws = np.mean([draws for _, draws in group], axis=0)
     items, differing = sum(part.items for part in parts), sum(part.differing for part in parts)
@@ -124,14 +131,14 @@ def _average(kind: str, group: list[tuple[Change, Any]]) -> Change:
 
 
 def compare(before: Artifact, after: Artifact) -> list[Change]:
-    """Two results of `common_results`, score by score."""
+    """Compare two results of `common_results` score by score."""
     return paired(*(read_scored(scores.local("*.parquet")) for scores in (before, after)))
 
 
 def followed(before: Artifact, after: Artifact) -> list[Change]:
-    """How two models follow the same instructions: `followed_content`, `followed_form` and `followed`, paired.
+    """Compare how two models follow the same instructions: `followed_content`, `followed_form` and `followed`.
 
-    Empty where one of them was not asked any. Raises DataError where they were not asked the same.
+    Empty where a model was not asked any. Raises DataError where the instructions differ.
     """
     sides = [read_scored(scores.local("*.parquet")) for scores in (before, after)]
     both = [{name: side[name] for name in PARTS if name in side} for side in sides]
@@ -139,7 +146,7 @@ def followed(before: Artifact, after: Artifact) -> list[Change]:
 
 
 def as_object(before: Artifact, after: Artifact, changes: list[Change]) -> dict[str, Any]:
-    """A comparison as `--json` prints it."""
+    """The JSON object of a comparison that `--json` prints."""
     scores = []
     for change in changes:
         assert change.paired is not None
@@ -149,7 +156,7 @@ def as_object(before: Artifact, after: Artifact, changes: list[Change]) -> dict[
 
 
 def print_comparison(before: str, after: str, store: Store, suite: str | None, *, as_json: bool) -> None:
-    """Print how the model `after` differs from `before`, score by score."""
+    """Print the differences between the models `before` and `after`, score by score."""
     pair = common_results(before, after, store, suite)
     found = compare(*pair)
     if as_json:

@@ -1,4 +1,4 @@
-"""What a model scores while it is trained: every kept checkpoint of an experiment's trainings, on a suite."""
+"""Scores over training: each kept checkpoint of an experiment's trainings, measured on a suite."""
 
 import hashlib
 import tempfile
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 
 
 class Point(NamedTuple):
-    """A checkpoint, or what a training has made."""
+    """A checkpoint, or the finished model of a training."""
 
     stage: str
     step: int
@@ -44,19 +44,19 @@ class Point(NamedTuple):
 
 
 def points(experiment: ExperimentConfig, store: Store) -> list[Point]:
-    """The checkpoints of a pinned experiment's trainings that the store has, and at their end the models.
+    """The checkpoints of a pinned experiment's trainings in the store, and the finished models after them.
 
-    Raises DataError where it has none.
+    Raises DataError where the store has none.
     """
     found = []
     for stage in READS:
-        plan = plans(experiment)[stage]
-        root = f"checkpoints/{plan.fingerprint}"
+        spec = plans(experiment)[stage]
+        root = f"checkpoints/{spec.fingerprint}"
         by_step = {int(match[1]): name for name in sorted(store.list(root)) if (match := STEP.fullmatch(name))}
-        for step, name in by_step.items():  # of several attempts at a step, one
+        for step, name in by_step.items():  # one of several attempts at a step
             if (artifact := store.find(root, name)) is not None:
                 found.append(Point(stage, step, artifact))
-        if (model := store.find(stage, plan.fingerprint)) is not None:
+        if (model := store.find(stage, spec.fingerprint)) is not None:
             found.append(Point(stage, int(model.summary["steps"]), model))
     if not found:
         raise DataError(
@@ -68,7 +68,7 @@ def points(experiment: ExperimentConfig, store: Store) -> list[Point]:
 def measure_checkpoints(
     experiment: ExperimentConfig, suite: Suite, limits: Limits, store: Store, runtime: Runtime, data: Path | None
 ) -> Iterator[tuple[Point, Artifact]]:
-    """Measure every point that is not measured yet, in the order of the trainings. Both configs must be pinned."""
+    """Measure each point that is not measured yet, in the order of the trainings. Both configs must be pinned."""
     tokenizer = store.find("tokenizer", plans(experiment)["tokenizer"].fingerprint)
     for point in points(experiment, store):
         with tempfile.TemporaryDirectory(prefix="vectorclm-checkpoint-") as name:
@@ -88,7 +88,7 @@ def measure_checkpoints(
 
 
 def write_curves(measured: list[tuple[Point, Artifact]], suite: Suite, store: Store) -> str:
-    """Write every score at every point as one Parquet file into the store, and say where it is."""
+    """Write all scores at all points as one Parquet file into the store, and return the file's URI."""
     rows: list[dict[str, Any]] = [
         {"stage": point.stage, "step": point.step, "score": name, "uri": result.uri, **figure._asdict()}
         for point, result in measured
@@ -103,10 +103,10 @@ def write_curves(measured: list[tuple[Point, Artifact]], suite: Suite, store: St
 
 
 def curves_of(training: Artifact) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """The curves of a finished training that its store has: by suite and score, the steps with their values.
+    """The curves of a finished training in its store: for each suite and score, the steps with their values.
 
-    They are its own where the model at their end is; of several of one suite, those with the most points are taken.
-    Raises DataError where a file of them cannot be read.
+    Curves belong to the training whose model is their last point; of several of one suite, the longest is taken.
+    Raises DataError where a file of curves cannot be read.
     """
     store, content = training.store, content_of(training)
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
@@ -131,4 +131,6 @@ def _rows(store: Storage, key: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(store.read(key) or b""), schema=SCHEMA).to_pylist()
         return rows
     except pa.ArrowException as error:
-        raise DataError(f"{store.uri_of(key)} is no file of curves ({error}): delete it, and measure again") from error
+        raise DataError(
+            f"{store.uri_of(key)} is not a file of curves ({error}): delete it and measure again"
+        ) from error

@@ -1,7 +1,7 @@
 """Measure any model on any suite: benchmarks, bits per byte of held-out text, and for a chat model the template.
 
 A suite is a file of benchmarks, or the evaluation of an experiment. The result is an artifact addressed by the model's
-content, so a model that was measured is found again, however it is called and wherever it lies.
+content, so the result is found again under any name and place of the model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,11 +14,13 @@ from tokenizers import Tokenizer
 
 from vectorclm.config import Suite
 from vectorclm.corpus.sample_reader import SampleFiles
-from vectorclm.corpus.sources import TaskSource, identity
+from vectorclm.corpus.sources import identity
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluation.run import ScoringData, score_model
+from vectorclm.evaluation.config import Questions
+from vectorclm.evaluation.run import SampleDocuments, ScoringData, score_model
 from vectorclm.evaluation.sandbox import find_sandbox
-from vectorclm.evaluation.tasks import check_tasks
+from vectorclm.evaluation.tasks import TaskSetup, check_tasks
+from vectorclm.inference.load import load_model
 from vectorclm.lineage.chain import trained_on
 from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import Settings, digest
@@ -28,9 +30,9 @@ from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model
 
-WINDOWS = 256  # of conversations, that are decoded at a time
-VERSION = 4  # raised where new code makes other scores of equal settings
-JUDGE_VERSION = 2  # the same of the programs that a model writes
+WINDOWS = 256  # of conversations decoded at a time
+VERSION = 4  # raised where new code computes other scores from equal settings
+JUDGE_VERSION = 2  # the same for running programs that a model writes
 
 
 class Limits(Settings):
@@ -50,29 +52,29 @@ class Limits(Settings):
 
 
 def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime = Runtime()) -> StageSpec:
-    """What is to be measured. `suite` must be pinned; of its data, what the store has finished is measured on.
+    """The specification of a measurement. `suite` must be pinned; the model is measured on the data in the store.
 
-    A task that cannot run here is named in `not_run`, so that its absence is another result than its scores.
+    `not_run` names the tasks that cannot run here, so that a result without them differs from one with their scores.
     """
     data = {}
-    tasks, refused = tasks_within(suite, limits, runtime), not_run(suite, limits, runtime)
+    asked, refused = questions_within(suite, limits, runtime), not_run(suite, limits, runtime)
     if suite.experiment is not None:
         stages = plans(suite.experiment)
         data = {name: stages[name].fingerprint for name in ("sample", *(["chat_shards"] if model.chat else []))}
     config = {
         "suite": suite.name,
         "seed": suite.seed,
-        "tasks": [identity(task) for task in tasks],
+        "tasks": [identity(task) for task in asked.tasks],
         "documents": limits.documents,
-        "chat_prompts": limits.prompts or suite.chat_prompts,
-        "max_new_tokens": limits.max_new_tokens or suite.max_new_tokens,
-        "prompts": suite.prompts,
+        "chat_prompts": asked.chat_prompts,
+        "max_new_tokens": asked.max_new_tokens,
+        "prompts": asked.prompts,
         "data": data,
         **({"not_run": sorted(refused)} if refused else {}),
-        **({"judge": JUDGE_VERSION} if any(task.runs_code for task in tasks) else {}),
+        **({"judge": JUDGE_VERSION} if any(task.runs_code for task in asked.tasks) else {}),
         **({"template": True} if limits.template else {}),
-        **({"instructions": suite.instructions} if suite.instructions else {}),
-        **({"repetition_penalty": suite.repetition_penalty} if suite.repetition_penalty != 1 else {}),
+        **({"instructions": asked.instructions} if asked.instructions else {}),
+        **({"repetition_penalty": asked.repetition_penalty} if asked.repetition_penalty != 1 else {}),
     }
     finished = {name: print_ for name, print_ in data.items() if store.find(name, print_) is not None}
     read = {name: artifact.fingerprint for name, artifact in trained_on(model, store).items()}
@@ -81,7 +83,7 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runti
 
 
 def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterator[bytes]:
-    """The documents and conversations in what `trained_on` found; conversations as windows."""
+    """The documents and conversations that `trained_on` found; conversations as text of windows."""
     if (sample := read.get("sample")) is not None:
         files = SampleFiles(sample)
         for label in files.labels:
@@ -95,7 +97,7 @@ def training_text(read: Mapping[str, Artifact], tokenizer: Tokenizer) -> Iterato
 
 
 def not_run(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> dict[str, str]:
-    """The benchmarks of a suite that run programs and may not, or have no sandbox here; with the reason of each."""
+    """The benchmarks that run programs and are not allowed to, or lack a sandbox; each with the reason."""
     found = {}
     for label in [task.label for task in suite.tasks if task.runs_code]:
         if not limits.run_code:
@@ -108,16 +110,20 @@ def not_run(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> dict[
     return found
 
 
-def tasks_within(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> list[TaskSource]:
-    """The benchmarks of a suite, as many items of each as the limits say, without those of `not_run`."""
+def questions_within(suite: Suite, limits: Limits, runtime: Runtime = Runtime()) -> Questions:
+    """The questions of a suite, as many as the limits allow, without the benchmarks of `not_run`."""
     refused = not_run(suite, limits, runtime)
     allowed = [task for task in suite.tasks if task.label not in refused]
-    return [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in allowed]
+    tasks = [task.model_copy(update={"limit": limits.items}) if limits.items else task for task in allowed]
+    asked: dict[str, Any] = {"tasks": tasks}
+    asked |= {"chat_prompts": limits.prompts} if limits.prompts else {}
+    asked |= {"max_new_tokens": limits.max_new_tokens} if limits.max_new_tokens else {}
+    return suite.model_copy(update=asked)
 
 
-def left_out(plan: StageSpec, suite: Suite, limits: Limits = Limits(), runtime: Runtime = Runtime()) -> list[str]:
-    """What of a suite cannot be measured, in a sentence each: data that the store lacks, programs that may not run."""
-    missing = [name for name in plan.config["data"] if name not in plan.inputs]
+def left_out(spec: StageSpec, suite: Suite, limits: Limits = Limits(), runtime: Runtime = Runtime()) -> list[str]:
+    """The parts of a suite that cannot be measured, one sentence each: data not in the store, programs not allowed."""
+    missing = [name for name in spec.config["data"] if name not in spec.inputs]
     what = {"sample": "bits per byte", "chat_shards": "answers in the template"}
     notes = [f"{what[name]} not measured: the store has no finished {name} of {suite.name}" for name in missing]
     return notes + [f"{label} not run: {reason}" for label, reason in not_run(suite, limits, runtime).items()]
@@ -126,7 +132,7 @@ def left_out(plan: StageSpec, suite: Suite, limits: Limits = Limits(), runtime: 
 def measure(
     suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime, data: Path | None
 ) -> tuple[Artifact, bool]:
-    """The scores of a model on a pinned suite, and whether they were there already.
+    """Score a model on a pinned suite; returns the result, and whether the store had it already.
 
     The summary, and `scores.json`: `text` (by source: bits_per_byte, stderr, documents, bytes), `tasks` (as the
     stage `evaluate` has them), `chat` for a chat model, `instructions` where the suite has them, `samples`, `not_run`
@@ -134,27 +140,29 @@ def measure(
     Raises CorruptArtifactError where the model's files are not what their store promises, and ConfigError for a
     benchmark that is not defined.
     """
-    plan = measure_plan(suite, limits, model, store, runtime)
+    spec = measure_plan(suite, limits, model, store, runtime)
     model.verify(store)
-    tasks = tasks_within(suite, limits, runtime)
-    check_tasks(tasks)
+    asked = questions_within(suite, limits, runtime)
+    check_tasks(asked.tasks)
     if limits.template and not model.chat:
         raise DataError(f"{model.address} is a base model and knows no chat template: leave --template out")
-    if limits.template and (own := [task.label for task in tasks if task.task is None]):
+    if limits.template and (own := [task.label for task in asked.tasks if task.task is None]):
         raise ConfigError(
             f"{', '.join(own)} cannot be asked in a template, only tasks of the harness: leave --template out"
         )
 
     def produce(out: Path) -> Mapping[str, Any]:
-        return score_model(model, tasks, plan.config, _scoring_data(suite, plan, model, store, data), runtime, out)
+        loaded = load_model(model.local(), runtime.configure_torch(), chat=model.chat, address=model.address)
+        setup = TaskSetup(suite.seed, data, suite.world, limits.template)
+        return score_model(loaded, asked, _scoring_data(suite, spec, model, store, setup), runtime, out, MEASURE)
 
-    return build(store, plan, produce, runtime.work_dir)
+    return build(store, spec, produce, runtime.work_dir)
 
 
-def _scoring_data(suite: Suite, plan: StageSpec, model: Model, store: Store, mirror: Path | None) -> ScoringData:
-    """What the store has finished of a suite's text and conversations, and of the model's training text."""
-    finished = {name: store.find(name, plan.inputs[name]) for name in plan.config["data"] if name in plan.inputs}
+def _scoring_data(suite: Suite, spec: StageSpec, model: Model, store: Store, setup: TaskSetup) -> ScoringData:
+    """The suite's text and conversations that the store has finished, and the model's training text."""
+    finished = {name: store.find(name, spec.inputs[name]) for name in spec.config["data"] if name in spec.inputs}
     labels = [source.label for source in suite.experiment.sample.sources] if suite.experiment is not None else []
-    read = trained_on(model, store)
-    text = partial(training_text, read) if read else None
-    return ScoringData(finished.get("sample"), labels, finished.get("chat_shards"), suite.world, mirror, text)
+    sample, read = finished.get("sample"), trained_on(model, store)
+    text = SampleDocuments(sample, labels, spec.config["documents"]) if sample is not None else None
+    return ScoringData(setup, text, finished.get("chat_shards"), partial(training_text, read) if read else None)

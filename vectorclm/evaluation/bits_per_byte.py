@@ -1,7 +1,8 @@
-"""Bits per byte of text: over windows of shards, or of any text as it stands."""
+"""Bits per byte of text: of windows of shards, or of any text."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from vectorclm.tokenizer import BOS_ID, encode
 
 
 def logits(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of hidden states and their targets, a few thousand rows at a time."""
+    """Logits of hidden states with their targets, in chunks of 2,048 rows."""
     weight_VD = model.model.embed_tokens.weight
     for hidden_CD, targets_C in zip(torch.split(hidden_ND, 2048), torch.split(targets_N, 2048), strict=True):
         yield matmul(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C
@@ -28,9 +29,9 @@ def logits(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tu
 
 @torch.inference_mode()
 def token_losses(model: CausalLM, input_ids: Tensor, targets: Tensor, documents: Documents | None = None) -> Tensor:
-    """Nats of each target [B, T], the token after each input; 0 where it is IGNORE_INDEX.
+    """Loss of each target [B, T] in nats; the target is the token after each input, and IGNORE_INDEX costs 0.
 
-    Logits are built only where a target stands.
+    Logits are computed only where there is a target.
     """
     device = input_ids.device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
@@ -46,29 +47,31 @@ def _nats(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
     return torch.cat([F.cross_entropy(*part, reduction="none") for part in logits(model, hidden_ND, targets_N)])
 
 
-def windows_scores(
-    model: CausalLM,
-    sources: Mapping[str, ShardReader],
-    token_lengths: Sequence[int],
-    limit: int,
-    micro_batch: int,
-    device: torch.device,
-    document_mask: bool = False,
-    found: ItemScores | None = None,
-) -> dict[str, dict[str, float]]:
-    """Loss (nats a label) and bits per byte of text on the first `limit` windows of each source; 0 = all of them.
+class HeldOutWindows(NamedTuple):
+    """Windows of held-out tokens, source by source."""
 
-    Bits per byte compare across tokenizers, which losses do not; special tokens stand for no text and stay out. What
-    each window scored is added to `found`.
+    sources: Mapping[str, ShardReader]
+    token_lengths: Sequence[int]  # bytes of text that each token stands for
+    document_mask: bool = False  # whether a token sees only the tokens of its own document
+
+
+def windows_scores(
+    model: CausalLM, held_out: HeldOutWindows, micro_batch: int, limit: int = 0, found: ItemScores | None = None
+) -> dict[str, dict[str, float]]:
+    """Loss (nats per token) and bits per byte of text on the first `limit` windows of each source; 0 = all windows.
+
+    Bits per byte compare across tokenizers, losses do not. Special tokens stand for no text and count in the loss
+    alone. The score of each window is added to `found`.
     """
     model.eval()
-    lengths_V = torch.tensor(token_lengths, device=device)
+    device = model.model.embed_tokens.weight.device
+    lengths_V = torch.tensor(held_out.token_lengths, device=device)
     scores = {}
-    for label, reader in sources.items():
+    for label, reader in held_out.sources.items():
         nats = text_nats = 0.0
         tokens = size = 0
         for windows in reader.in_order(micro_batch, limit):
-            batch = to_batch(windows, document_mask)
+            batch = to_batch(windows, held_out.document_mask)
             targets_BT = batch.labels[:, 1:].to(device)
             documents = Documents.at(None if batch.position_ids is None else batch.position_ids[:, :-1], device)
             losses_BT = token_losses(model, batch.input_ids[:, :-1].to(device), targets_BT, documents)
@@ -79,8 +82,8 @@ def windows_scores(
             size += int(bytes_BT.sum())
             if found is not None:
                 nats_B, bytes_B = (losses_BT.double() * (bytes_BT > 0)).sum(1).tolist(), bytes_BT.sum(1).tolist()
-                for ids, nats_of_it, bytes_of_it in zip(batch.input_ids.numpy(), nats_B, bytes_B, strict=True):
-                    found.add_text(label, ids.tobytes(), nats_of_it, bytes_of_it)
+                for ids, window_nats, window_bytes in zip(batch.input_ids.numpy(), nats_B, bytes_B, strict=True):
+                    found.add_text(label, ids.tobytes(), window_nats, window_bytes)
         scores[label] = {
             "loss": nats / max(1, tokens),
             "bits_per_byte": text_nats / math.log(2) / max(1, size),
@@ -89,23 +92,24 @@ def windows_scores(
 
 
 def scoring_windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]:
-    """A text in windows that a model of context `length` reads, and the place in each of the first token it scores.
+    """Split a text into windows for a model of context `length`; each with the place of the first token to score.
 
-    The first token is scored after BOS. Windows do not overlap, each beginning with the token before it (the harness's
-    rolling log-likelihood, context 1). The last one is moved back to be full, so that its tokens see what came before.
+    The first token is scored after BOS. Windows do not overlap; each begins with the last token of the one before (the
+    harness's rolling log-likelihood, context 1). The last window is moved back to be full, so that its tokens see the
+    text before them.
     """
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
-        first = max(0, end - length)  # the window's first token
+        first = max(0, end - length)  # first token of the window
         yield [BOS_ID if first == 0 else ids[first - 1], *ids[first:end]], 1 + start - first
 
 
 def text_scores(
     model: CausalLM, tokenizer: Tokenizer, text: str, device: torch.device, length: int | None = None
 ) -> dict[str, float]:
-    """Bits per byte, nats per token, and the counts behind them, of any text.
+    """Bits per byte and nats per token of any text, with the counts of tokens and bytes.
 
-    Every token is scored once, see `scoring_windows`; without `length`, windows are as long as the model's context.
+    Each token is scored once, see `scoring_windows`; without `length`, windows are as long as the model's context.
     Raises DataError for an empty text.
     """
     ids = encode(tokenizer, text)
@@ -123,7 +127,7 @@ def text_scores(
 
 
 def rates(nats: float, tokens: int, size: int) -> dict[str, float]:
-    """What a text of so many tokens and bytes costs, by each of them, when all of it costs `nats`."""
+    """Bits per byte and nats per token of a text that costs `nats` in all."""
     return {
         "bits_per_byte": nats / math.log(2) / size,
         "nats_per_token": nats / tokens,

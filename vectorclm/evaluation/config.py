@@ -1,4 +1,4 @@
-"""What a model is asked in an evaluation, and what every way to score it needs."""
+"""Settings of an evaluation: benchmarks, prompts, and the length of answers."""
 
 from typing import Self
 
@@ -9,7 +9,7 @@ from vectorclm.settings import Settings
 
 
 class Questions(Settings):
-    """What a model is asked."""
+    """The questions of an evaluation."""
 
     tasks: list[TaskSource] = Field([], description="Benchmarks")
     prompts: list[str] = Field([], description="Questions whose answers are shown")
@@ -39,7 +39,7 @@ class Questions(Settings):
 
 
 class EvaluateConfig(Questions):
-    """What is measured."""
+    """The evaluation of an experiment's models."""
 
     prompts: list[str] = Field(min_length=1, description="Questions the chat model answers in the summary")
 

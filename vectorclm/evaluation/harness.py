@@ -1,7 +1,7 @@
-"""A model of ours for EleutherAI's lm-evaluation-harness: `simple_evaluate(model=VectorCLM("folder"), tasks=[...])`.
+"""The model class for EleutherAI's lm-evaluation-harness: `simple_evaluate(model=VectorCLM("folder"), tasks=[...])`.
 
-It answers what the harness asks as the harness's own Hugging Face backend does, token for token, only faster: what the
-choices of an item share is read once, and generation keeps its keys and values.
+The answers are those of the harness's own Hugging Face backend, token for token, only faster: the tokens that the
+choices of an item share are read once, and generation keeps keys and values.
 """
 
 import itertools
@@ -34,15 +34,15 @@ except ImportError as error:
         "pip install -c constraints.txt 'vectorclm[eval]'"
     ) from error
 
-NEW_TOKENS = 256  # of an answer whose task does not say, as in the harness's own backends
+NEW_TOKENS = 256  # of an answer, where the task has no limit; as in the harness's own backends
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class VectorCLM(LM):  # type: ignore[misc]
-    """A base or chat model at an address that `find_model` knows: a folder, or one in a store.
+    """A base or chat model at an address that `find_model` knows: a folder, or an artifact in a store.
 
-    `batch_size` counts the questions, or answers, in one forward pass. Raises DataError for what is no model, or one
-    with another's tokenizer.
+    `batch_size` counts the questions, or answers, in one forward pass. Raises DataError where there is no model, or the
+    tokenizer is another model's.
     """
 
     def __init__(self, pretrained: str | Path, batch_size: int = 16, runtime: Runtime = Runtime()) -> None:
@@ -53,24 +53,24 @@ class VectorCLM(LM):  # type: ignore[misc]
         model, self.tokenizer = open_model(found.local(), found.address)
         self.model, self.batch_size, self.chat = model.to(self._device).eval(), batch_size, found.chat
         self.address, self.content = found.address, found.content
-        # Prompts in the chat template, whose control tokens are tokens; and how many ids at their end are white space,
-        # which the harness counts to the text that follows.
+        # Token ids of each prompt in the chat template, control tokens included; and the number of white-space ids at
+        # the end, which the harness counts as part of the text that follows.
         self._conversations: dict[str, tuple[list[int], int]] = {}
 
     @property
     def context(self) -> int:
-        """Tokens that the model can read."""
+        """The length of the model's context in tokens."""
         return self.model.config.max_position_embeddings
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[Likelihood]:
-        """Nats of each text after its context, and whether every token of it is the likeliest.
+        """Log-likelihood of each text after its context in nats, and whether greedy decoding would generate the text.
 
-        Requests of one item in a row are read together.
+        Consecutive requests of one item are read together.
         """
         questions = [list(group) for _, group in itertools.groupby(requests, key=lambda request: id(request.doc))]
         pairs = [[self._pair(*request.args) for request in group] for group in questions]
         label = requests[0].task_name or "choices" if requests else "choices"
-        answers = log_likelihoods(self.model, pairs, self.batch_size, self._device, label)
+        answers = log_likelihoods(self.model, pairs, self.batch_size, label)
         found = [answer for group in answers for answer in group]
         for request, answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
@@ -84,7 +84,7 @@ class VectorCLM(LM):  # type: ignore[misc]
         return [*ids, *scored][-self.context - 1 :], min(spaces + len(scored), self.context)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Nats of whole texts, each read on its own in windows that do not overlap."""
+        """Log-likelihoods of whole texts in nats, each read on its own in windows that do not overlap."""
         found = []
         with Progress("evaluate texts", len(requests), "texts") as progress:
             for request in requests:
@@ -96,17 +96,17 @@ class VectorCLM(LM):  # type: ignore[misc]
         return found
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model goes on with after each context, up to the first of the texts that end it.
+        """Generate the continuation of each context, up to the first of the texts that end it.
 
-        A context is cut at its beginning to leave room for the answer; one longer than the model can read takes half
-        of that. Raises ConfigError for a setting that generation here does not know.
+        A context is cut at its beginning to leave room for the answer; an answer as long as the model's context gets
+        half of it. Raises ConfigError for an unknown generation setting.
         """
         by_settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             by_settings.setdefault(repr(request.args[1]), []).append(number)
         answers, asked = [""] * len(requests), Counter[str]()
         seeds = []
-        for request in requests:  # a task may ask the same several times, for answers that differ
+        for request in requests:  # a task may repeat a prompt for several different answers
             seeds.append(_seed(request.args[0], asked[request.args[0]]))
             asked[request.args[0]] += 1
         with Progress("evaluate answers", len(requests), "answers") as progress:
@@ -128,7 +128,7 @@ class VectorCLM(LM):  # type: ignore[misc]
         return (conversation[0] if conversation else [BOS_ID, *encode(self.tokenizer, context)])[-room:]
 
     def _answers(self, prompts: Sequence[list[int]], seeds: Sequence[int], settings: "Generation") -> list[str]:
-        """An answer to each prompt, up to the first of the texts that end it; a sampled one by its seed."""
+        """Generate an answer to each prompt, up to the first of the texts that end it; a sampled one by its seed."""
         stop_ids = (IM_END_ID, EOS_ID) if self.chat else (EOS_ID,)
 
         def ended(ids: Sequence[int]) -> bool:
@@ -162,9 +162,9 @@ class VectorCLM(LM):  # type: ignore[misc]
         return [_cut(text, settings.until) for text in texts]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as one text. Its control tokens are known again where it comes back as a context.
+        """Render a conversation as one text, and remember its token ids for when the text comes back as a context.
 
-        Raises DataError for a base model, which has learnt no template.
+        Raises DataError for a base model, which has not learned a template.
         """
         if not self.chat:
             raise DataError(f"{self.address} is a base model and knows no chat template: ask it without one")
@@ -179,16 +179,16 @@ class VectorCLM(LM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness tells its caches of requests apart by."""
+        """The key of the harness's cache of requests: the model's content."""
         return self.content
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The template as transformers has it, for the harness's records."""
+        """The chat template in transformers' form, for the harness's records."""
         return CHAT_TEMPLATE if self.chat and chat_template else ""
 
 
 class Generation(NamedTuple):
-    """How a task wants its answers made."""
+    """The generation settings of a task."""
 
     until: list[str]
     new_tokens: int
@@ -196,7 +196,7 @@ class Generation(NamedTuple):
 
     @classmethod
     def of(cls, asked: Mapping[str, Any], context: int) -> "Generation":
-        """The harness's `generation_kwargs`. Raises ConfigError for one that is not known here."""
+        """Parse the harness's `generation_kwargs`. Raises ConfigError for an unknown one."""
         known = normalize_gen_kwargs(dict(asked), NEW_TOKENS)
         until, new_tokens, sampled = known.pop("until"), known.pop("max_gen_toks"), known.pop("do_sample")
         if unknown := sorted(known.keys() - set(SAMPLED)):
@@ -206,12 +206,12 @@ class Generation(NamedTuple):
 
 
 def _seed(context: str, number: int) -> int:
-    """The seed of the answer to a context that was asked `number` times before: scores come out the same again."""
+    """The seed of the answer to a context that was asked `number` times before, so that scores are reproducible."""
     return int(digest([context, number])[:15], 16)
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of those that end it."""
+    """The text before the first stop string."""
     for stop in until:
         text = text.partition(stop)[0]
     return text

@@ -28,28 +28,29 @@ from vectorclm.corpus.decontamination import strings
 from vectorclm.corpus.sources import TaskSource, drawn
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.harness import VectorCLM
-from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.evaluation.item_scores import ItemScore, ItemScores
 from vectorclm.evaluation.sandbox import Problem, check_sandbox, passes
+from vectorclm.evaluation.statistics import share_stderr
 from vectorclm.runtime.devices import Runtime
 
 FOLDER = Path(lm_eval.tasks.__file__).parent
-METRICS = ("acc", "exact_match", "pass@1")  # 1 of an item that is right, 0 of others
+METRICS = ("acc", "exact_match", "pass@1")  # 1 for a right item, 0 for others
 NAMED = re.compile(rb"""^["']?(?:task|group)["']?:[ ]*["']?([^\s"']+)""", re.MULTILINE)
 BITS = "bits_per_byte"  # of texts
 KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
-PROBLEM = Problem._fields  # columns of a task whose programs are run
+PROBLEM = Problem._fields  # columns that a task with programs needs
 FEWSHOT_SEED = 1234  # of the harness's own command line
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of every setting that a definition leaves out
-lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # its bars would break ours, and so would these
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs each setting that a definition leaves out
+lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # these bars and those of datasets would break ours
 disable_progress_bars()
 
 
 @functools.cache
 def definitions(name: str) -> Mapping[str, Path]:
-    """The YAML files of a task, or of all those in a group, by their names.
+    """The YAML files of a task, or of all tasks in a group, by task name.
 
-    Raises ConfigError for a name of neither.
+    Raises ConfigError for an unknown name.
     """
     index = TaskManager(include_defaults=False, include_path=sorted(_folders().get(name, []))).task_index
     if name not in index:
@@ -61,7 +62,7 @@ def definitions(name: str) -> Mapping[str, Path]:
 
 @functools.cache
 def _folders() -> Mapping[str, set[Path]]:
-    """Where each name stands. The harness takes ten seconds to read its 14,000 files."""
+    """The folders of each name. The harness itself takes ten seconds to read its 14,000 files."""
     found: dict[str, set[Path]] = defaultdict(set)
     for path in FOLDER.rglob("*.yaml"):
         for name in NAMED.findall(path.read_bytes()):
@@ -84,7 +85,7 @@ def _leaves(member: Any, index: Mapping[str, Any]) -> list[str]:
 
 
 def check_task(source: TaskSource) -> None:
-    """Raise ConfigError unless the harness has the source's task, and it can be asked here."""
+    """Raise ConfigError unless the harness has the source's task, and the task is of a supported kind."""
     assert source.task is not None
     found = definitions(source.task)
     if len(found) > 1 and source.subset is None:
@@ -139,7 +140,7 @@ def build_tasks(
 
 
 class HarnessTask(ConfigurableTask):  # type: ignore[misc]
-    """A task whose documents are made of its rows once, not whenever they are asked for."""
+    """A task that builds its documents from the rows once, not on each access."""
 
     _documents: Any = None
 
@@ -158,7 +159,7 @@ def _config(source: TaskSource, path: Path, runtime: Runtime) -> dict[str, Any]:
     """A task's definition, with the source's rows as its only split."""
     unsafe = load_yaml(path, resolve_func=False).get("unsafe_code")
     config = dict(load_yaml(path, resolve_func=not unsafe))
-    if unsafe:  # its metric would run programs in this process; the functions beside it are not even loaded
+    if unsafe:  # its metric would run programs in this process; the functions of its file are not loaded either
         config |= {
             "metric_list": [{"metric": "pass@1", "aggregation": "mean", "higher_is_better": True}],
             "process_results": functools.partial(_passed, runtime),
@@ -189,20 +190,20 @@ def harness_scores(
     *,
     template: bool = False,
 ) -> dict[str, Any]:
-    """What a model scores on the tasks that `build_tasks` made of a source: a seeded draw of `source.limit` items.
+    """Score a model on the tasks that `build_tasks` built from a source: a seeded draw of `source.limit` items.
 
-    `acc` is the share of items that are right by the task's first metric, named as `metric`, and its first filter;
-    `acc_norm` where the task has it; both with standard errors. `chance` is a blind guess's, 0 where nothing is to
-    choose. `parts` has each task of a group, `others` what else the harness says of a single one. Of texts:
-    `bits_per_byte` and its `stderr`. With `template`, a chat model is asked in its own, with worked examples as turns.
-    What each item scored is added to `found`.
+    `acc` is the share of right items by the task's first metric, named in `metric`, and its first filter; `acc_norm` is
+    there where the task has it; both have standard errors. `chance` is the accuracy of a blind guess, 0 without
+    choices. `parts` has each task of a group, `others` the harness's other figures of a single task. Texts have
+    `bits_per_byte` and its `stderr`. With `template`, a chat model is asked in its template, with worked examples as
+    turns. The score of each item is added to `found`.
     """
     places = [(name, number) for name, task in tasks.items() for number in range(len(task.eval_docs))]
     asked: dict[str, list[int]] = defaultdict(list)
     for place in drawn(source, len(places), seed):
         asked[places[place][0]].append(places[place][1])
     chosen = {name: task for name, task in tasks.items() if name in asked}
-    said = lm_eval.evaluate(
+    results = lm_eval.evaluate(
         lm,
         {"tasks": chosen},
         samples=dict(asked) if len(places) > sum(map(len, asked.values())) else None,
@@ -211,8 +212,8 @@ def harness_scores(
         apply_chat_template=template,
         fewshot_as_multiturn=template,
     )
-    others = _others(said["results"][next(iter(chosen))]) if len(tasks) == 1 else {}
-    samples = {name: _first_filter(of_task) for name, of_task in said["samples"].items()}
+    others = _others(results["results"][next(iter(chosen))]) if len(tasks) == 1 else {}
+    samples = {name: _first_filter(of_task) for name, of_task in results["samples"].items()}
     if next(iter(tasks.values())).OUTPUT_TYPE == "loglikelihood_rolling":
         for sample in (sample for of_task in samples.values() for sample in of_task):
             nats, size = -sample[BITS][0], sample[BITS][1]
@@ -222,18 +223,18 @@ def harness_scores(
 
 
 def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The items as a task's first filter reads the answers; others read the same answers in other ways."""
+    """The items with the answers that the task's first filter extracts; other filters read the same answers."""
     return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
 
 
 def _others(results: Mapping[str, Any]) -> dict[str, float]:
-    """What the harness says of a task: `perplexity`, `exact_match,flexible-extract`."""
+    """The harness's other figures of a task: `perplexity`, `exact_match,flexible-extract`."""
     values = {key.removesuffix(",none"): value for key, value in results.items() if isinstance(value, float)}
-    told = (*METRICS, "acc_norm", BITS)
+    reported = (*METRICS, "acc_norm", BITS)
     return {
         key: float(value)
         for key, value in values.items()
-        if key not in told and "stderr" not in key and math.isfinite(value)
+        if key not in reported and "stderr" not in key and math.isfinite(value)
     }
 
 
@@ -260,18 +261,12 @@ def _graded(
                 raise DataError(f"the model gives no finite likelihood for an item of {name}: it is broken")
             text = sample["resps"][0][0] if task.OUTPUT_TYPE == "generate_until" else None
             content = json.dumps(sample["arguments"], default=str).encode()
-            right_of_it, texts = (right[-1], normed), strings(sample["doc"])
-            found.add_question(
-                source.label, len(right) - 1, content, right_of_it, likelihoods, texts=texts, part=name, answer=text
-            )
+            score = ItemScore(content, right[-1], normed, likelihoods, strings(sample["doc"]), text)
+            found.add_question(source.label, len(right) - 1, score, part=name)
         parts[name] = {"acc": sum(right[before:]) / len(of_task), "items": len(of_task)}
-    scores = {"metric": metric, "acc": sum(right) / len(right), "stderr": stderr(right)}
+    acc = sum(right) / len(right)
+    scores = {"metric": metric, "acc": acc, "stderr": share_stderr(acc, len(right))}
     if right_norm:
-        scores |= {"acc_norm": sum(right_norm) / len(right_norm), "stderr_norm": stderr(right_norm)}
+        acc_norm = sum(right_norm) / len(right_norm)
+        scores |= {"acc_norm": acc_norm, "stderr_norm": share_stderr(acc_norm, len(right_norm))}
     return {**scores, "chance": sum(chances) / len(chances), "items": len(right), "parts": parts}
-
-
-def stderr(right: Sequence[bool]) -> float:
-    """The standard error of the share that is right."""
-    share = sum(right) / len(right)
-    return math.sqrt(share * (1 - share) / max(1, len(right) - 1))

@@ -1,16 +1,14 @@
-"""What an instruction asks for, each thing a check that a program makes of an answer: its content, or its form."""
+"""Checks of answers to instructions: a program decides whether content and form are as the prompt asks."""
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-# What a score looks at: checks of the content, of the form, or both.
+# The checks that a score counts: of the content (True), of the form (False), or both.
 PARTS = {"followed_content": (True,), "followed_form": (False,), "followed": (True, False)}
-
-
-FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}  # in words
-
-
+# The scores in words, for tables.
+FOLLOWED = {"followed_content": "content", "followed_form": "length and form", "followed": "both"}
 Kind = Literal[
     "word",
     "avoid",
@@ -34,19 +32,19 @@ CONTENT: frozenset[Kind] = frozenset({"word", "avoid", "twice", "function", "rep
 
 
 class Check(NamedTuple):
-    """One thing that a prompt asks for."""
+    """One requirement of a prompt."""
 
     kind: Kind
     what: str | int | tuple[str, ...] = ""
 
     @property
     def is_content(self) -> bool:
-        """Whether it is of what is said, not of how long it is or how it is laid out."""
+        """Whether the check is of the content, not of length or layout."""
         return self.kind in CONTENT
 
 
 class Instruction(NamedTuple):
-    """A prompt and all that it asks for."""
+    """A prompt and its checks."""
 
     prompt: str
     checks: tuple[Check, ...]
@@ -57,57 +55,47 @@ SENTENCE_END = re.compile(r"[.!?]+[\"'\u201d\u2019)]*(?=\s|$)")
 
 
 def holds(check: Check, answer: str) -> bool:
-    """Whether an answer is as asked; words count whatever their case, and an empty answer is never as asked."""
-    text, what = answer.strip(), check.what
-    if not text:
-        return False
-    match check.kind:
-        case "word":
-            return _times(str(what), text) >= 1
-        case "twice":
-            return _times(str(what), text) >= 2
-        case "avoid":
-            return _times(str(what), text) == 0
-        case "function":
-            return re.search(rf"\bdef\s+{what}\s*\(", text) is not None
-        case "repeat":
-            return str(what).lower() in " ".join(text.lower().split())
-        case "most_words":
-            return len(WORD.findall(text)) <= int(str(what))
-        case "least_words":
-            return len(WORD.findall(text)) >= int(str(what))
-        case "sentences":
-            ends = [match.end() for match in SENTENCE_END.finditer(text)]
-            return len(ends) == what and ends[-1] == len(text)
-        case "bullets":
-            return sum(line.startswith("- ") for line in text.splitlines()) == what
-        case "json":
-            return _has_keys(text, check.what)
-        case "capitals":
-            return text.isupper()
-        case "small_letters":
-            return text.islower()
-        case "first_words":
-            return text.startswith(str(what))
-        case "last_words":
-            return text.endswith(str(what))
-        case "no_commas":
-            return "," not in text
-        case "title":
-            return re.search(r"<<[^<>\n]*\w[^<>\n]*>>", text) is not None
-        case "paragraphs":
-            return len(re.split(r"\n\s*\n", text)) == what
+    """Whether an answer meets a check. Words count in upper and lower case; an empty answer meets none."""
+    text = answer.strip()
+    return bool(text) and CHECKS[check.kind](text, check.what)
 
 
-def _times(word: str, text: str) -> int:
+def _times(text: str, word: Any) -> int:
     return len(re.findall(rf"\b{re.escape(word)}\b", text, re.IGNORECASE))
 
 
+def _has_sentences(text: str, count: Any) -> bool:
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    return len(ends) == count and ends[-1] == len(text)
+
+
 def _has_keys(text: str, keys: Any) -> bool:
-    """Whether a text is a JSON object with these keys, in a fence or not."""
+    """Whether a text is a JSON object with these keys, in a code fence or not."""
     inside = re.fullmatch(r"```(?:json)?\n(.*)\n```", text, re.DOTALL)
     try:
         value = json.loads(inside[1] if inside else text)
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and set(keys) <= value.keys()
+
+
+# Each check of an answer without white space at its ends, and of what the prompt asks for.
+CHECKS: dict[Kind, Callable[[str, Any], bool]] = {
+    "word": lambda text, word: _times(text, word) >= 1,
+    "twice": lambda text, word: _times(text, word) >= 2,
+    "avoid": lambda text, word: _times(text, word) == 0,
+    "function": lambda text, name: re.search(rf"\bdef\s+{name}\s*\(", text) is not None,
+    "repeat": lambda text, sentence: sentence.lower() in " ".join(text.lower().split()),
+    "most_words": lambda text, count: len(WORD.findall(text)) <= count,
+    "least_words": lambda text, count: len(WORD.findall(text)) >= count,
+    "sentences": _has_sentences,
+    "bullets": lambda text, count: sum(line.startswith("- ") for line in text.splitlines()) == count,
+    "json": _has_keys,
+    "capitals": lambda text, _: text.isupper(),
+    "small_letters": lambda text, _: text.islower(),
+    "first_words": lambda text, words: text.startswith(words),
+    "last_words": lambda text, words: text.endswith(words),
+    "no_commas": lambda text, _: "," not in text,
+    "title": lambda text, _: re.search(r"<<[^<>\n]*\w[^<>\n]*>>", text) is not None,
+    "paragraphs": lambda text, count: len(re.split(r"\n\s*\n", text)) == count,
+}

@@ -1,7 +1,7 @@
-"""Prompts that ask for what a program can check: made of topics, names and sentences, in an order that stays.
+"""Prompts with instructions that a program can check, built from topics, names and sentences in a fixed order.
 
-Every prompt asks for something of the content (words to use or to avoid, a name, a function, a sentence to repeat),
-most also for a form (length, list, JSON, letters, first or last words).
+Each prompt asks for content (words to use or to avoid, a name, a function, a sentence to repeat), most also for a form
+(length, list, JSON, letters, first or last words).
 """
 
 import random
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 from vectorclm.evaluation.instruction_checks import Check, Instruction, Kind
 
-MOST = 200  # prompts there are: 25 of each family; fewer are the first of them
-SEED = 20_231_114  # of the prompts, whatever the experiment's is: all models are asked the same
+MOST = 200  # prompts in all: 25 of each family; a smaller number takes the first of them
+SEED = 20_231_114  # of the prompts, for any seed of the experiment: all models are asked the same
 
 
 class Topic(NamedTuple):
-    """What a prompt is about."""
+    """The topic of a prompt."""
 
     about: str
     noun: str
     words: tuple[str, str]  # to be used
-    obvious: str  # to be avoided, though it comes to mind
+    obvious: str  # to be avoided, though it is likely
 
 
 TOPICS = tuple(
@@ -126,7 +126,7 @@ FORMS: dict[Kind, tuple[str, Sequence[Any]]] = {
     "title": ("Give it a title in double angle brackets, such as <<title>>.", ("",)),
     "paragraphs": ("Write exactly {} paragraphs with an empty line between them.", (2, 3)),
 }
-# What a base model reads first. A chat model has its template instead.
+# Examples that a base model reads first; a chat model has its template instead.
 SHOTS = (
     (
         Instruction(
@@ -159,12 +159,12 @@ SHOTS = (
         "- It has two wheels and a chain.\n- It needs no fuel.",
     ),
 )
-FAMILIES = 8  # of contents
+FAMILIES = 8  # of content
 WITHOUT_FORM = (6, 7)  # code, and words to repeat
 
 
 def instructions(count: int) -> list[Instruction]:
-    """The first `count` of the prompts, up to MOST: always the same, each another one, kinds by turns."""
+    """The first `count` of the prompts, up to MOST: always the same ones, all different, families in turn."""
     drawn = random.Random(SEED)
     found: dict[str, Instruction] = {}
     while len(found) < min(count, MOST):
@@ -178,42 +178,42 @@ def instructions(count: int) -> list[Instruction]:
 
 
 def _content(family: int, round_: int, drawn: random.Random) -> tuple[str, tuple[Check, ...]]:
-    """What to say, and how that is checked."""
+    """A prompt for content, with its checks."""
     topic, name, animal = drawn.choice(TOPICS), drawn.choice(NAMES), drawn.choice(ANIMALS)
     first, second = topic.words
     match family:
         case 0:
-            told = f'Write a short text about {topic.about}. Use the word "{first}".'
-            return told, (Check("word", first),)
+            prompt = f'Write a short text about {topic.about}. Use the word "{first}".'
+            return prompt, (Check("word", first),)
         case 1:
-            told = f'Write a few sentences about {topic.about}. Use the words "{first}" and "{second}".'
-            return told, (Check("word", first), Check("word", second))
+            prompt = f'Write a few sentences about {topic.about}. Use the words "{first}" and "{second}".'
+            return prompt, (Check("word", first), Check("word", second))
         case 2:
-            told = f'Describe {topic.about}. Use the word "{second}", but never the word "{topic.obvious}".'
-            return told, (Check("word", second), Check("avoid", topic.obvious))
+            prompt = f'Describe {topic.about}. Use the word "{second}", but never the word "{topic.obvious}".'
+            return prompt, (Check("word", second), Check("avoid", topic.obvious))
         case 3:
-            told = f"Write a short story about {'an' if animal[0] in 'aeiou' else 'a'} {animal} named {name}."
-            return told, (Check("word", animal), Check("word", name))
+            prompt = f"Write a short story about {'an' if animal[0] in 'aeiou' else 'a'} {animal} named {name}."
+            return prompt, (Check("word", animal), Check("word", name))
         case 4:
-            told = f'Tell me about {topic.about}. Use the word "{first}" at least twice.'
-            return told, (Check("twice", first),)
+            prompt = f'Tell me about {topic.about}. Use the word "{first}" at least twice.'
+            return prompt, (Check("twice", first),)
         case 5:
-            told = f"Write a short letter to {name} about {topic.about}."
-            return told, (Check("word", name), Check("word", topic.noun))
+            prompt = f"Write a short letter to {name} about {topic.about}."
+            return prompt, (Check("word", name), Check("word", topic.noun))
         case 6:
             function, does = FUNCTIONS[round_]
             if round_ % 2:
-                told = f'Write a Python function that {does}. Use the words "def" and "return".'
-                return told, (Check("word", "def"), Check("word", "return"))
+                prompt = f'Write a Python function that {does}. Use the words "def" and "return".'
+                return prompt, (Check("word", "def"), Check("word", "return"))
             return f"Write a Python function named {function} that {does}.", (Check("function", function),)
         case _:
             return f"Repeat this sentence word for word: {SENTENCES[round_]}", (Check("repeat", SENTENCES[round_]),)
 
 
 def _form(drawn: random.Random) -> tuple[str, Check]:
-    """How to say it, and how that is checked."""
+    """A request for a form, with its check."""
     kind = drawn.choice(list(FORMS))
-    told, choices = FORMS[kind]
+    form, choices = FORMS[kind]
     what = drawn.choice(choices)
-    filled = told.format(*what) if isinstance(what, tuple) else told.format(what)
+    filled = form.format(*what) if isinstance(what, tuple) else form.format(what)
     return filled, Check(kind, what)

@@ -1,11 +1,10 @@
-"""How a model follows instructions that a program can check, in the manner of IFEval (Zhou et al., arXiv 2311.07911).
+"""Instruction following, scored by checks of a program in the manner of IFEval (Zhou et al., arXiv 2311.07911).
 
-The prompts and the checks are ours. Content and form are counted apart: a form may come by chance from a model that
-reads nothing, words that are named in the prompt do not.
+The prompts and the checks are ours. Content and form are counted apart: a model that ignores the prompt can meet a form
+by chance, but not the words that the prompt names.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from tokenizers import Tokenizer
 
 from vectorclm.evaluation.instruction_checks import PARTS, Instruction, holds
 from vectorclm.evaluation.instruction_prompts import SHOTS
-from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.evaluation.item_scores import ItemScore, ItemScores
+from vectorclm.evaluation.statistics import share_stderr
 from vectorclm.inference.generate import GREEDY, SamplingParams, answer, generate, plain_text
 from vectorclm.model import CausalLM
 from vectorclm.runtime.progress import Progress
@@ -22,11 +22,11 @@ from vectorclm.shards.conversations import Turn
 from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode
 
 ANSWERS = "instructions.jsonl"
-STOP = "\n\nInstruction:"  # where a base model begins another one
+STOP = "\n\nInstruction:"  # where a base model begins another instruction
 
 
 def few_shot(tokenizer: Tokenizer, prompt: str, room: int) -> list[int]:
-    """Token ids of an instruction after as many of SHOTS as fit with it in `room` tokens; those after it go first."""
+    """Token ids of an instruction after as many of SHOTS as fit in `room` tokens; the last ones are left out first."""
     for kept in range(len(SHOTS), -1, -1):
         parts = [f"Instruction: {shot.prompt}\nAnswer: {answer}" for shot, answer in SHOTS[:kept]]
         ids = [BOS_ID, *encode(tokenizer, "\n\n".join([*parts, f"Instruction: {prompt}\nAnswer:"]))]
@@ -38,7 +38,7 @@ def few_shot(tokenizer: Tokenizer, prompt: str, room: int) -> list[int]:
 def chat_answer(
     model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
 ) -> tuple[str, bool]:
-    """A chat model's likeliest answer to an instruction, and whether it ended its turn."""
+    """A chat model's likeliest answer to an instruction in its template, and whether the model ended its turn."""
     ids = list(answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
     return plain_text(tokenizer, ids), bool(ids) and ids[-1] == IM_END_ID
 
@@ -46,9 +46,9 @@ def chat_answer(
 def base_answer(
     model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
 ) -> tuple[str, bool]:
-    """A base model's likeliest answer to an instruction in plain text, and whether it ended the text or began another.
+    """A base model's likeliest answer to an instruction, after a few examples of instruction and answer in plain text.
 
-    What comes after that is left off.
+    The second value says whether the model ended the text or began another instruction, which is cut off.
     """
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
@@ -65,58 +65,48 @@ def base_answer(
 
 
 def instruction_scores(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    asked: Sequence[Instruction],
-    max_new_tokens: int,
-    sampling: SamplingParams = GREEDY,
-    *,
-    chat: bool,
-    out: Path,
-    found: ItemScores,
+    respond: Callable[[str], tuple[str, bool]], asked: Sequence[Instruction], out: Path, found: ItemScores
 ) -> dict[str, Any]:
-    """Answer every prompt, and score the answers as `judge` does; `instructions.jsonl` in `out` has them all.
+    """Answer every prompt, and score the answers as `judge` does; `instructions.jsonl` in `out` has all of them.
 
-    A chat model answers in its template, a base model after a few examples of instruction and answer in plain text.
-    `ended` counts the answers that the model ended itself, the chat model by its end-of-turn token.
+    `respond` returns the answer to a prompt and whether the model ended the answer itself, as `chat_answer` and
+    `base_answer` do. `ended` counts the answers that the model ended.
     """
-    respond = chat_answer if chat else base_answer
     answers, ended = [], 0
     with Progress("follow instructions", len(asked), "prompts") as progress:
         for instruction in asked:
-            said, is_over = respond(model, tokenizer, instruction.prompt, max_new_tokens, sampling)
-            answers.append(said)
+            text, is_over = respond(instruction.prompt)
+            answers.append(text)
             ended += is_over
             progress.advance(1)
     with (out / ANSWERS).open("w", encoding="utf-8") as file:
-        for (prompt, checks), said in zip(asked, answers, strict=True):
-            verdicts = [{"kind": check.kind, "what": check.what, "holds": holds(check, said)} for check in checks]
-            file.write(canonical_json({"prompt": prompt, "answer": said, "checks": verdicts}) + "\n")
+        for (prompt, checks), text in zip(asked, answers, strict=True):
+            verdicts = [{"kind": check.kind, "what": check.what, "holds": holds(check, text)} for check in checks]
+            file.write(canonical_json({"prompt": prompt, "answer": text, "checks": verdicts}) + "\n")
     return {**judge(asked, answers, found), "ended": ended, "prompts": len(asked)}
 
 
 def judge(asked: Sequence[Instruction], answers: Sequence[str], found: ItemScores) -> dict[str, Any]:
-    """Of the prompts, the share whose answers are as asked, with its standard error.
+    """The share of prompts whose answers are as asked, with the standard error.
 
-    `followed_content` looks at what is said alone, `followed_form` at length and format alone (of the prompts that ask
-    for any), `followed` at both. Of a prompt all checks must hold (IFEval's strict accuracy by prompt). `checks` has
-    for each kind how many held, and of how many. What each prompt scored is added to `found`.
+    `followed_content` counts the content alone, `followed_form` length and format alone (of the prompts that ask for
+    a form), `followed` both. All checks of a prompt must hold (IFEval's strict accuracy by prompt). `checks` has the
+    number of checks that held for each kind, and of how many. The score of each prompt is added to `found`.
     """
     scores: dict[str, Any] = {}
     for name, counted in PARTS.items():
         right = []
-        for number, (instruction, said) in enumerate(zip(asked, answers, strict=True)):
+        for number, (instruction, text) in enumerate(zip(asked, answers, strict=True)):
             if checks := [check for check in instruction.checks if check.is_content in counted]:
-                right.append(all(holds(check, said) for check in checks))
+                right.append(all(holds(check, text) for check in checks))
                 content = canonical_json(instruction).encode()
-                found.add_question(name, number, content, (right[-1], None), None, texts=[], part=None)
+                found.add_question(name, number, ItemScore(content, right[-1], None, None), part=None)
         if right:
             share = sum(right) / len(right)
-            stderr = math.sqrt(share * (1 - share) / max(1, len(right) - 1))
-            scores[name] = {"share": share, "stderr": stderr, "items": len(right)}
+            scores[name] = {"share": share, "stderr": share_stderr(share, len(right)), "items": len(right)}
     kinds: dict[str, list[bool]] = {}
-    for instruction, said in zip(asked, answers, strict=True):
+    for instruction, text in zip(asked, answers, strict=True):
         for check in instruction.checks:
-            kinds.setdefault(check.kind, []).append(holds(check, said))
+            kinds.setdefault(check.kind, []).append(holds(check, text))
     scores["checks"] = {kind: {"held": sum(held), "of": len(held)} for kind, held in sorted(kinds.items())}
     return scores

@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: what the choices of a question share is read once."""
+"""Multiple choice by log-likelihood: the tokens that the choices of a question share are read once."""
 
 import json
 import math
@@ -13,7 +13,8 @@ from torch import Tensor
 from vectorclm.corpus.sources import TaskSource, drawn
 from vectorclm.errors import DataError
 from vectorclm.evaluation.bits_per_byte import logits
-from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.evaluation.item_scores import ItemScore, ItemScores
+from vectorclm.evaluation.statistics import share_stderr
 from vectorclm.model import CausalLM
 from vectorclm.runtime.progress import Progress
 from vectorclm.tokenizer import BOS_ID, PAD_ID, encode
@@ -23,7 +24,7 @@ class Item(NamedTuple):
     """One multiple-choice question."""
 
     context: str
-    choices: tuple[str, ...]  # each continues the context as it stands, its leading space included
+    choices: tuple[str, ...]  # each continues the context, leading space included
     answer: int
 
 
@@ -33,52 +34,47 @@ def task_scores(
     label: str,
     items: Sequence[Item],
     micro_batch: int,
-    device: torch.device,
     found: ItemScores | None = None,
 ) -> dict[str, Any]:
-    """Accuracy by each choice's log-likelihood (`acc`), and by it over the choice's characters (`acc_norm`), the
-    space before it not counted.
+    """Accuracy by the log-likelihood of each choice (`acc`), and by the log-likelihood per character (`acc_norm`).
 
-    Both as in EleutherAI's lm-evaluation-harness, with its standard errors `stderr` and `stderr_norm`; `chance` is a
-    blind guess's. The model reads what an item's choices share once, and makes logits only where a choice is scored.
-    What each item scored is added to `found`.
+    The space before a choice is not counted. Both are those of EleutherAI's lm-evaluation-harness, with its standard
+    errors `stderr` and `stderr_norm`; `chance` is the accuracy of a blind guess. The model reads what the choices of an
+    item share once, and logits are computed only where a choice is scored. The score of each item is added to `found`.
     """
     limit = model.config.max_position_embeddings
     questions = [[pair_ids(tokenizer, item.context, choice, limit) for choice in item.choices] for item in items]
-    likelihoods = log_likelihoods(model, questions, micro_batch, device, label)
+    likelihoods = log_likelihoods(model, questions, micro_batch, label)
     sums = [[one.log_likelihood for one in of_item] for of_item in likelihoods]
     scores = accuracies(items, sums)
     if found is not None:
         for number, (item, values) in enumerate(zip(items, sums, strict=True)):
             content, texts = json.dumps(item).encode(), [item.context, *item.choices]
-            found.add_question(label, number, content, answered(item, values), values, texts=texts)
+            found.add_question(label, number, ItemScore(content, *answered(item, values), values, texts))
     return scores
 
 
 class Likelihood(NamedTuple):
-    """How well a model continues a context with a text."""
+    """How likely a text is after a context."""
 
     log_likelihood: float  # nats
     greedy: bool  # whether each token is the likeliest
 
 
-Pair = tuple[list[int], int]  # ids of a context and the text that continues it, and how many of them are the text's
+Pair = tuple[list[int], int]  # ids of a context and the text after it, and the number of the text's ids
 
 
 def log_likelihoods(
-    model: CausalLM,
-    questions: Sequence[Sequence[Pair]],
-    micro_batch: int,
-    device: torch.device,
-    label: str,
+    model: CausalLM, questions: Sequence[Sequence[Pair]], micro_batch: int, label: str
 ) -> list[list[Likelihood]]:
-    """Of each pair of each question, the likelihood of the text after the context.
+    """The log-likelihood of the text after the context, for each pair of each question.
 
-    The model reads what the pairs of a question share once, and makes logits only where a text is scored.
+    The model reads what the pairs of a question share once, and logits are computed only where a text is scored.
     """
     model.eval()
+    device = model.model.embed_tokens.weight.device
     trees = [pair_tree(pairs) for pairs in questions]
-    order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))  # alike in length: little padding
+    order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))  # similar lengths need little padding
     found: list[list[Likelihood]] = [[] for _ in trees]
     with Progress(f"evaluate {label}", len(trees), "questions") as progress:
         for start in range(0, len(order), micro_batch):
@@ -90,13 +86,13 @@ def log_likelihoods(
 
 
 class Tree(NamedTuple):
-    """The inputs of a question's pairs in one sequence: what all begin with, then each pair's own, a branch of it."""
+    """The inputs of a question's pairs in one sequence: the shared beginning, then a branch for each pair."""
 
     ids: list[int]
     positions: list[int]  # of each id in its pair
-    branches: list[int]  # the pair that an id belongs to; -1 where all share it
-    predictors: list[list[int]]  # of each pair, the places whose next ids are scored
-    targets: list[list[int]]  # and these ids
+    branches: list[int]  # the pair of each id; -1 for the shared beginning
+    predictors: list[list[int]]  # of each pair, the places that predict the scored ids
+    targets: list[list[int]]  # of each pair, the scored ids
 
 
 def pair_tree(pairs: Sequence[Pair]) -> Tree:
@@ -117,14 +113,14 @@ def pair_tree(pairs: Sequence[Pair]) -> Tree:
 
 @torch.inference_mode()
 def _tree_scores(model: CausalLM, trees: Sequence[Tree], device: torch.device) -> list[list[Likelihood]]:
-    """The likelihood of each pair of each tree. An id sees the ids before it that all share, or of its own branch."""
+    """The likelihoods of the pairs of each tree. An id sees earlier shared ids and those of its own branch."""
     length = max(len(tree.ids) for tree in trees)
 
     def padded(rows: Iterable[list[int]], value: int) -> Tensor:
         return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)
 
     ids_BT, positions_BT = padded((tree.ids for tree in trees), PAD_ID), padded((tree.positions for tree in trees), 0)
-    branches_BT = padded((tree.branches for tree in trees), -2)  # padding is a branch of its own
+    branches_BT = padded((tree.branches for tree in trees), -2)  # padding is a separate branch
     seen_BTT = (branches_BT[:, None] == -1) | (branches_BT[:, None] == branches_BT[:, :, None])
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         hidden_BTD = model.model(ids_BT, position_ids_BT=positions_BT, mask_BTS=seen_BTT.tril())
@@ -147,10 +143,10 @@ def _tree_scores(model: CausalLM, trees: Sequence[Tree], device: torch.device) -
 
 
 def pair_ids(tokenizer: Tokenizer, context: str, text: str, limit: int) -> Pair:
-    """A context and the text that continues it, after BOS.
+    """Encode a context and the text that continues it, after BOS.
 
-    The context's share is what it encodes to alone, a trailing space counted to the text; of what is too long the
-    beginning is cut, so that at most `limit` ids are inputs.
+    The ids of the context alone are the context's, and a trailing space belongs to the text. The beginning is cut so
+    that at most `limit` ids are inputs.
     """
     before = encode(tokenizer, context.rstrip())
     whole = encode(tokenizer, context + text)
@@ -162,7 +158,7 @@ def pair_ids(tokenizer: Tokenizer, context: str, text: str, limit: int) -> Pair:
 
 
 def accuracies(items: Sequence[Item], sums: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The scores of `task_scores`, of each choice's log-likelihood. Raises DataError where one is not finite."""
+    """The scores of `task_scores` from the log-likelihoods of choices. Raises DataError where one is not finite."""
     right = right_norm = 0
     for item, values in zip(items, sums, strict=True):
         if not all(math.isfinite(value) for value in values):
@@ -175,15 +171,15 @@ def accuracies(items: Sequence[Item], sums: Sequence[Sequence[float]]) -> dict[s
     return {
         "acc": acc,
         "acc_norm": acc_norm,
-        "stderr": math.sqrt(acc * (1 - acc) / max(1, n - 1)),
-        "stderr_norm": math.sqrt(acc_norm * (1 - acc_norm) / max(1, n - 1)),
+        "stderr": share_stderr(acc, n),
+        "stderr_norm": share_stderr(acc_norm, n),
         "chance": sum(1 / len(item.choices) for item in items) / n,
         "items": n,
     }
 
 
 def answered(item: Item, values: Sequence[float]) -> tuple[bool, bool]:
-    """Whether the likeliest choice is the answer, and whether the one likeliest for its length is."""
+    """Whether the answer has the highest log-likelihood, and whether it has the highest per character."""
     normed = [value / len(choice.removeprefix(" ")) for value, choice in zip(values, item.choices, strict=True)]
     return values.index(max(values)) == item.answer, normed.index(max(normed)) == item.answer
 
@@ -191,7 +187,7 @@ def answered(item: Item, values: Sequence[float]) -> tuple[bool, bool]:
 def read_items(task: TaskSource, rows: Iterable[Mapping[str, Any]], seed: int) -> list[Item]:
     """The questions in rows of `CHOICE_COLUMNS`: all, or a seeded draw of `task.limit`.
 
-    Raises DataError naming the row that is none.
+    Raises DataError that names a row which is not a question.
     """
     items = []
     for number, row in enumerate(rows):
@@ -201,7 +197,7 @@ def read_items(task: TaskSource, rows: Iterable[Mapping[str, Any]], seed: int) -
                 raise ValueError(f"answer {item.answer} of {len(item.choices)} choices")
             if not all(choice.strip() for choice in item.choices):
                 raise ValueError("an empty choice")
-            "".join([item.context, *item.choices]).encode()  # half a surrogate pair is no text
+            "".join([item.context, *item.choices]).encode()  # half a surrogate pair is not text
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{task.label}, row {number}: not a multiple-choice question: {error!r}") from error
         items.append(item)

@@ -1,4 +1,4 @@
-"""Statistics of scores: standard errors, bootstrap intervals, and what is beyond noise."""
+"""Statistics of scores: standard errors, confidence intervals, and differences beyond noise."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from vectorclm.evaluation.instruction_checks import PARTS
 
 SEED = 20_240_229
 DRAWS = 10_000
-CHUNK = 4_000_000  # counts held at a time
-LEAST = 6  # items that differ; of fewer, even if all speak for one model, a sign test says 2 / 2**5 > 5 %
+CHUNK = 4_000_000  # counts in memory at a time
+LEAST = 6  # items that differ; with 5, a sign test cannot reach 5 %: 2 / 2**5 = 6 %
 
 
 class Scored(NamedTuple):
-    """One score, item by item: it is the sum of `parts` over the sum of `sizes`."""
+    """One score, item by item: the score is the sum of `parts` over the sum of `sizes`."""
 
     ids: list[str]
     parts: NDArray[np.float64]  # [N]: 1 where the answer is right; of text, bits
@@ -26,7 +26,7 @@ class Scored(NamedTuple):
 def ratio(parts: Sequence[float], sizes: Sequence[float]) -> tuple[float, float]:
     """Sum of `parts` over sum of `sizes`, and the standard error of that ratio (Cochran, Sampling Techniques, 6.4).
 
-    One document says nothing of how much documents differ: its error is the ratio itself.
+    One document does not show how much documents differ: its error is the ratio itself.
     """
     total, count = max(1, sum(sizes)), len(sizes)
     value = sum(parts) / total
@@ -36,27 +36,51 @@ def ratio(parts: Sequence[float], sizes: Sequence[float]) -> tuple[float, float]
     return value, math.sqrt(squares * count / (count - 1)) / total
 
 
+def share_stderr(share: float, items: int) -> float:
+    """The standard error of a share of `items`, from the unbiased variance (as lm-evaluation-harness has it)."""
+    return math.sqrt(share * (1 - share) / max(1, items - 1))
+
+
+def adjusted_stderr(share: float, items: int) -> float:
+    """The standard error of a share with two more items, one of them right.
+
+    By that (Agresti and Coull, The American Statistician 52, 1998) a share of 0 or 1 has an error, too.
+    """
+    adjusted = (share * items + 1) / (items + 2)
+    return math.sqrt(adjusted * (1 - adjusted) / (items + 2))
+
+
+def wilson_interval(share: float, items: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `items` (Wilson, JASA 22, 1927), which also holds at 0 and 1."""
+    from scipy.stats import binomtest  # takes a second, which trainings need not wait for
+
+    if not items:
+        return 0.0, 1.0
+    found = binomtest(round(share * items), items).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
+
+
 class Interval(NamedTuple):
-    """Where a paired difference lies, at 95 %."""
+    """The 95 % interval of a paired difference."""
 
     low: float
     high: float
     items: int
-    differing: int  # items that the two models do not score alike
+    differing: int  # items with different scores of the two models
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the interval leaves out 0, and enough items differ to say so."""
+        """Whether the interval excludes 0, and enough items differ."""
         return self.differing >= LEAST and not self.low <= 0 <= self.high
 
 
 def resampled(name: str, before: Scored, after: Scored) -> NDArray[np.float64]:
-    """By how much the score rises on each of DRAWS draws, with replacement, from the items: the paired bootstrap.
+    """The paired bootstrap: the difference of a score on each of DRAWS draws of items with replacement.
 
     Both models are scored on the same draw (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13;
-    for models of language, Koehn, "Statistical Significance Tests for Machine Translation Evaluation", 2004). How
-    often each distinct outcome is drawn is multinomial, so that thousands of questions cost what three outcomes do.
-    `name` seeds the draws with SEED: they do not depend on which other scores there are.
+    for language models, Koehn, "Statistical Significance Tests for Machine Translation Evaluation", 2004). The counts
+    of distinct outcomes in a draw are multinomial, so thousands of questions cost as much as three outcomes. SEED and
+    `name` seed the draws, which do not depend on the other scores.
     """
     pairs = np.stack([after.parts - before.parts, before.sizes], 1)
     outcomes_K2, counts_K = np.unique(pairs, axis=0, return_counts=True)
@@ -71,12 +95,12 @@ def resampled(name: str, before: Scored, after: Scored) -> NDArray[np.float64]:
 
 
 def interval(draws: NDArray[np.float64], items: int, differing: int) -> Interval:
-    """The middle 95 % of resampled differences."""
+    """The percentile interval of resampled differences: the middle 95 %."""
     low, high = np.percentile(draws, [2.5, 97.5])
     return Interval(float(low), float(high), items, differing)
 
 
-NOISE = 2.0  # standard errors of a difference; what is more is no accident, 19 times in 20
+NOISE = 2.0  # standard errors; chance exceeds them in 1 of 20 differences
 
 
 class Figure(NamedTuple):
@@ -86,45 +110,53 @@ class Figure(NamedTuple):
     stderr: float
 
 
+def mean_figure(figures: Sequence[Figure]) -> Figure:
+    """The mean of independent scores, and the standard error of the mean."""
+    stderr = math.sqrt(sum(figure.stderr**2 for figure in figures)) / len(figures)
+    return Figure(sum(figure.value for figure in figures) / len(figures), stderr)
+
+
 class Change(NamedTuple):
-    """One score of two results of the same suite."""
+    """One score in two results of the same suite."""
 
     name: str
     before: Figure
     after: Figure
-    paired: Interval | None = None  # where both were scored on the same items, of which it is known what each scored
+    paired: Interval | None = None  # where the scores of the same items are known for both
 
     @property
     def difference(self) -> float:
-        """By how much it rose."""
+        """The score after, less the score before."""
         return self.after.value - self.before.value
 
     @property
     def noise(self) -> float:
-        """The difference that chance may make where both results are independent; a paired one makes less."""
+        """The largest difference by chance between independent results; between paired results it is smaller."""
         return NOISE * math.hypot(self.before.stderr, self.after.stderr)
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the models differ: by the pairs, where there are any."""
+        """Whether the models differ beyond chance: by the paired interval where there is one."""
         if self.paired is not None:
             return self.paired.beyond_noise
         return abs(self.difference) > self.noise
 
     @property
     def fell(self) -> bool:
-        """Whether the later model is worse; of bits per byte, more are worse."""
+        """Whether the later model is worse; more bits per byte are worse."""
         return self.beyond_noise and (self.difference > 0) == self.name.startswith("bits_per_byte")
 
     @property
     def verdict(self) -> str:
-        """What may be said of the later model."""
+        """The verdict on the later model."""
         return "within noise" if not self.beyond_noise else "worse" if self.fell else "better"
 
 
 def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
-    """What of the scores compares: `acc.<task>`, `bits_per_byte.<source>`, `in_template` (share of the prompts),
-    `followed_content`, `followed_form` and `followed`.
+    """The scores that compare across models, each with its standard error.
+
+    These are `acc.<task>`, `bits_per_byte.<source>`, `in_template` (share of the prompts), `followed_content`,
+    `followed_form` and `followed`.
     """
     found = {f"acc.{label}": Figure(task["acc"], task["stderr"]) for label, task in scores["tasks"].items()}
     for label, text in scores["text"].items():
@@ -132,7 +164,7 @@ def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
     if "chat" in scores:
         count = scores["chat"]["prompts"]
         share = scores["chat"]["answered_in_template"] / count
-        found["in_template"] = Figure(share, math.sqrt(share * (1 - share) / max(1, count - 1)))
+        found["in_template"] = Figure(share, share_stderr(share, count))
     for name in PARTS:
         if followed := scores.get("instructions", {}).get(name):
             found[name] = Figure(followed["share"], followed["stderr"])
@@ -140,5 +172,5 @@ def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> list[Change]:
-    """Every score that both results have."""
+    """Each score that both results have."""
     return [Change(name, before[name], figure) for name, figure in after.items() if name in before]

@@ -1,4 +1,4 @@
-"""A model as one GGUF file, which llama.cpp and all that is built on it run."""
+"""Export a model as one GGUF file for llama.cpp and the programs built on it."""
 
 import json
 from pathlib import Path
@@ -26,12 +26,12 @@ FILE_TYPES = {
 }
 # llama.cpp splits a text by the regular expression it has under this name: GPT-2's, as our tokenizer does.
 PRE_TOKENIZER = "gpt-2"
-# Settings of a BPE in tokenizer.json that ours has not, and llama.cpp knows nothing of.
+# Settings of a BPE in tokenizer.json that ours does not use, and llama.cpp does not know.
 UNUSED = ("dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
-    """Write the model to `out`, whole or not at all, and return the file's path.
+    """Write the model as a GGUF file to `out`, atomically, and return the file's path.
 
     Matrices are stored as `kind`, norms in fp32; q8_0 is blocks of 32 whole numbers with one fp16 scale, so a matrix
     whose rows do not divide into such blocks stays fp16. Equal models give equal bytes. Without `out`, the file gets
@@ -112,7 +112,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, *, ch
 
 
 def _differences(raw: dict[str, Any]) -> list[str]:
-    """What in a `tokenizer.json` is not byte-level BPE with GPT-2's pattern and our special tokens alone."""
+    """The settings in a `tokenizer.json` that are not byte-level BPE with GPT-2's pattern and our special tokens."""
     model, split = raw["model"], raw.get("pre_tokenizer") or {}
     wanted = [
         ("model.type", model.get("type"), "BPE"),
@@ -136,7 +136,7 @@ def _chat_template(folder: Path) -> str | None:
 
 
 def _add_weights(writer: gguf.GGUFWriter, model: CausalLM, kind: GgufType) -> None:
-    """The embedding is there once: llama.cpp projects with it where a file has no output matrix."""
+    """Write the tensors. The embedding is also the output matrix, which llama.cpp reuses where a file has none."""
     config = model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for key, tensor in model.state_dict().items():
@@ -148,15 +148,15 @@ def _add_weights(writer: gguf.GGUFWriter, model: CausalLM, kind: GgufType) -> No
         assert name is not None, key
         data, encoding = encoded(tensor.float().numpy(), kind)
         if not np.isfinite(gguf.dequantize(data, encoding)).all():
-            told = "it diverged in training" if kind == "f32" else "export it as f32"
-            raise DataError(f"{key} has weights that {encoding.name.lower()} cannot hold: {told}")
+            advice = "it diverged in training" if kind == "f32" else "export it as f32"
+            raise DataError(f"{key} has weights that {encoding.name.lower()} cannot hold: {advice}")
         writer.add_tensor(name, data, raw_dtype=encoding)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rows of a query or key projection [heads * E, D] in the order of llama.cpp's Llama.
 
-    There dimension 2i turns with 2i + 1 (as in Su et al., arXiv 2104.09864), here i with i + E/2.
+    llama.cpp rotates dimension 2i with 2i + 1 (as in Su et al., arXiv 2104.09864), our model i with i + E/2.
     """
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 

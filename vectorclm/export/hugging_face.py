@@ -21,7 +21,7 @@ MODEL_FILES = (
 
 
 def write_model_files(tokenizer: Path, model_max_length: int, *, chat: bool, out: Path) -> None:
-    """Beside weights and `config.json`: the tokenizer, and what ends a text (a document's end, or a turn's)."""
+    """Write the tokenizer and the generation config (the tokens that end a text) beside weights and `config.json`."""
     shutil.copyfile(tokenizer / "tokenizer.json", out / "tokenizer.json")
     write_tokenizer_config(out, model_max_length, eos_token=IM_END if chat else EOS)
     generation = {
@@ -33,7 +33,7 @@ def write_model_files(tokenizer: Path, model_max_length: int, *, chat: bool, out
 
 
 def export(name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-    """Write `base/` and `chat/`. `inputs` are the stages exported from, `lineage` every stage behind them."""
+    """Write `base/` and `chat/` from the stages in `inputs`; `lineage` has all stages behind them."""
     for kind, stage, evaluation in (("base", "pretrain", "evaluate_base"), ("chat", "finetune", "evaluate")):
         source, folder = inputs[stage].local(), out / kind
         folder.mkdir()
@@ -73,7 +73,7 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
 
 
 def _data_section(kind: str, lineage: Mapping[str, Artifact]) -> list[str]:
-    """What the model was trained on, source by source."""
+    """The card's section on training data, source by source."""
     trained, sample = lineage["pretrain"].summary, lineage["sample"]
     sources = {source["label"]: source for source in sample.manifest["config"]["sources"]}
     lines = [
@@ -103,7 +103,7 @@ def _data_section(kind: str, lineage: Mapping[str, Artifact]) -> list[str]:
 
 
 def _scores_section(scores: Mapping[str, Any]) -> list[str]:
-    """What the model scored."""
+    """The card's section on scores."""
     lines = ["", "## Scores", "", "| held-out text | bits per byte |", "|---|---:|"]
     lines += [f"| {label} | {value:.4f} |" for label, value in scores["bits_per_byte"].items()]
     lines += [

@@ -1,4 +1,4 @@
-"""llama.cpp on a GGUF file: the other program that a model must be the same in."""
+"""Run a GGUF file in llama.cpp, to compare its answers and scores with ours."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,13 +12,13 @@ from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.bits_per_byte import rates, scoring_windows
 
 INSTALL = "pip install 'vectorclm[llama]'"
-SURE = 1000.0  # a bias on a logit that makes a token certain
+SURE = 1000.0  # bias on a logit that forces a token
 
 
 class LlamaCpp:
     """A GGUF file in llama.cpp's own server, inside this process and on 127.0.0.1.
 
-    Its keys, values and attention are in fp32, so that what differs from our figures is the file's. Raises ConfigError
+    Keys, values and attention are in fp32, so that differences from our figures come from the file. Raises ConfigError
     where llama.cpp is not installed, DataError for a file that it cannot open.
     """
 
@@ -32,7 +32,7 @@ class LlamaCpp:
         self.vocab_size = int(fields["llama.vocab_size"])
         params = xllamacpp.CommonParams()
         params.model.path, params.port, params.verbosity = str(file), 0, 0
-        params.n_parallel, params.n_ctx = 1, self.longest + 1  # its server wants room behind a prompt
+        params.n_parallel, params.n_ctx = 1, self.longest + 1  # its server needs room after a prompt
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -1,4 +1,4 @@
-"""Conversations with a model: the turns that fit, an answer as text while it is made, and the terminal."""
+"""Chat with a model: shorten conversations, stream answers as text, and talk in the terminal."""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
@@ -8,7 +8,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
-from vectorclm.inference.generate import GREEDY, SamplingParams, generate
+from vectorclm.inference.generate import GREEDY, SamplingParams, drop_oldest, generate
 from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
@@ -28,17 +28,17 @@ class ChatModel:
 
     model: CausalLM
     tokenizer: Tokenizer
-    content: str  # SHA-256 of what it is made of
+    content: str  # SHA-256 over the model's files
 
     @property
     def context(self) -> int:
-        """Tokens of a conversation and its answer together, at the most."""
+        """The longest conversation with its answer, in tokens."""
         return self.model.config.max_position_embeddings
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What an answer has become longer by: text of whole characters, and the number of tokens made for it."""
+    """The next piece of an answer: text of whole characters, and the number of tokens generated for it."""
 
     text: str
     tokens: int
@@ -46,14 +46,14 @@ class TextDelta:
 
 
 def open_chat_model(address: str, runtime: Runtime) -> ChatModel:
-    """The chat model at an address that `find_model` knows, on this runtime's device.
+    """Load the chat model at an address that `find_model` knows, on this runtime's device.
 
     Raises what `find_model` does, and DataError where it is a base model, or the tokenizer is another model's.
     """
     found = find_model(address)
     if not found.chat:
         raise DataError(
-            f"{address} is a base model, which never ends a turn: give a chat model, as `finetune` makes it"
+            f"{address} is a base model, which never ends a turn: name a chat model, such as one of `finetune`"
         )
     runtime.check()
     device, folder = runtime.configure_torch(), found.local()
@@ -62,7 +62,7 @@ def open_chat_model(address: str, runtime: Runtime) -> ChatModel:
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
-    """Raise DataError unless user and assistant take turns, after at most one system turn, and the user waits."""
+    """Raise DataError unless user and assistant alternate, after at most one system turn, and the user is last."""
     first = 1 if turns and turns[0].role == "system" else 0
     for place, turn in enumerate(turns[first:], first):
         expected = "assistant" if (place - first) % 2 else "user"
@@ -79,17 +79,14 @@ def check_turns(turns: Sequence[Turn]) -> None:
 
 
 def fit_turns(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[Turn]:
-    """The turns whose prompt has at most `length` tokens: the oldest questions go, each with its answer.
+    """Shorten a conversation to a prompt of at most `length` tokens: the oldest questions go, each with its answer.
 
-    The system turn and the last question stay. Raises DataError where they alone are too long.
+    The system turn and the last question stay. Raises DataError where these alone are too long.
     """
-    kept = list(turns)
-    first = 1 if kept and kept[0].role == "system" else 0
-    while (size := len(render_prompt(tokenizer, kept))) > length:
-        if len(kept) <= first + 1:
-            what = "the system prompt and the message" if first else "the message"
-            raise DataError(f"{what} would take {size:,} tokens, and there is room for {length:,}: make it shorter")
-        del kept[first : first + 2]
+    kept = drop_oldest(tokenizer, turns, length)
+    if (size := len(render_prompt(tokenizer, kept))) > length:
+        what = "the system prompt and the message" if kept[0].role == "system" else "the message"
+        raise DataError(f"{what} would take {size:,} tokens, and there is room for {length:,}: make it shorter")
     return kept
 
 
@@ -101,13 +98,13 @@ def reply(
     sampling: SamplingParams = GREEDY,
     stop: Sequence[str] = (),
 ) -> Iterator[TextDelta]:
-    """The answer to a prompt of token ids, as it is made: a piece for each token, whose text may still be held.
+    """Stream the answer to a prompt of token ids: one piece for each token; its text may come with a later piece.
 
-    It ends with the end of the turn (or any other special token), before the first of the `stop` strings, after
-    `max_new_tokens`, or where the context is full; the last piece says why. The pieces together are the text of all
-    tokens.
+    The answer ends with the end of the turn (or any other special token), before the first of the `stop` strings, after
+    `max_new_tokens`, or where the context is full; the last piece names the reason. The pieces together are the text of
+    all tokens.
     """
-    pending: list[int] = []  # tokens whose last character is not whole
+    pending: list[int] = []  # tokens whose last character is incomplete
     held = ""  # text that may be the beginning of a stop string
     special = range(len(SPECIAL_TOKENS))
     for token in generate(chat_model.model, prompt, max_new_tokens, stop_ids=special, sampling=sampling):
@@ -116,7 +113,7 @@ def reply(
             return
         pending.append(token)
         fresh = _text(chat_model, pending)
-        if fresh.endswith("\ufffd"):  # the other bytes of a character may be on their way
+        if fresh.endswith("\ufffd"):  # the next tokens may hold the other bytes of a character
             yield TextDelta("", 1)
             continue
         pending, held = [], held + fresh
@@ -135,43 +132,43 @@ def _text(chat_model: ChatModel, ids: Sequence[int]) -> str:
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of the stop strings begins in a text."""
+    """The place of the first stop string in a text; None without one."""
     return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
 
 
 def overlap(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of a text that is the beginning of a stop string."""
+    """The length of the longest end of a text that begins a stop string."""
     lengths = (size for one in stop for size in range(min(len(one), len(text)), 0, -1) if text.endswith(one[:size]))
     return max(lengths, default=0)
 
 
 class Conversation:
-    """What was said, and what is said next."""
+    """A conversation with a chat model, shortened as it outgrows the context."""
 
     def __init__(self, chat_model: ChatModel, max_new_tokens: int, system: str = "") -> None:
-        """Raises DataError where the system prompt is no text, or leaves no room for a question."""
+        """Raises DataError where the system prompt is not text, or leaves no room for a question."""
         self.chat_model = chat_model
         self.max_new_tokens = min(max_new_tokens, chat_model.context // 2)
         self.turns: list[Turn] = []
         self.begin(system)
 
     def begin(self, system: str = "") -> None:
-        """Forget what was said. Raises DataError as the constructor does, and then nothing is forgotten."""
+        """Start a new conversation. Raises DataError as the constructor does, and keeps the old conversation then."""
         turns = read_conversation([{"role": "system", "content": system}], "system prompt") if system.strip() else []
         fit_turns(self.chat_model.tokenizer, [*turns, Turn("user", "?")], self._room)
         self.turns = turns
 
     def ask(self, question: str) -> int:
-        """Add a question, and return how many old turns had to be forgotten for it.
+        """Add a question, and return the number of old turns that were dropped to make room.
 
-        Raises DataError where it is no text or too long by itself; it is then as if it had not been asked.
+        Raises DataError where the question is not text or too long by itself, and leaves the conversation as it was.
         """
         turns = [*self.turns, *read_conversation([{"role": "user", "content": question}], "message")]
         self.turns = fit_turns(self.chat_model.tokenizer, turns, self._room)
         return len(turns) - len(self.turns)
 
     def answer(self, sampling: SamplingParams, stop: Sequence[str]) -> Generator[TextDelta, None, None]:
-        """The answer, which is remembered as far as it is made."""
+        """Stream the answer, and add what was generated to the conversation."""
         prompt, text = render_prompt(self.chat_model.tokenizer, self.turns), ""
         try:
             for piece in reply(self.chat_model, prompt, self.max_new_tokens, sampling=sampling, stop=stop):
@@ -186,7 +183,7 @@ class Conversation:
 
 
 def talk(conversation: Conversation, sampling: SamplingParams, stop: Sequence[str]) -> None:
-    """Talk in the terminal until an empty line or end of input; each answer appears as it is made."""
+    """Chat in the terminal until an empty line or end of input; answers are streamed."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() then edits lines and remembers them)
     while question := _read("you  > "):
@@ -234,7 +231,7 @@ def _read(prompt: str) -> str:
     except EOFError:
         return ""
     except UnicodeDecodeError as error:
-        raise DataError(f"what was typed is not UTF-8: {error}") from error
+        raise DataError(f"the input is not UTF-8: {error}") from error
 
 
 def _show(text: str) -> None:
@@ -242,5 +239,5 @@ def _show(text: str) -> None:
 
 
 def _harmless(text: str) -> str:
-    """The text without control characters, which could make a terminal do things."""
+    """The text without control characters, which a terminal could act on."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")

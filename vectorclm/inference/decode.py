@@ -1,8 +1,8 @@
-"""Token after token: the prompt first, then each token alone. On a GPU such a step is captured and replayed.
+"""Decoding with a KV cache, one token a step; on a GPU each step replays a CUDA graph.
 
-A step of a small model is hundreds of kernels of microseconds, which Python cannot start as fast as a GPU ends them. A
-CUDA graph starts all of them at once. What it replays is the same work in the same memory, so the place of the token
-is a tensor, and attention sees the whole cache, whose rest is masked.
+A step of a small model is hundreds of kernels of microseconds, which a GPU finishes faster than Python starts them. A
+CUDA graph starts all of them at once. A graph repeats the same work in the same memory, so the place of the token is a
+tensor, and attention reads the whole cache with a mask.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from vectorclm.model import CausalLM, KVCache
 from vectorclm.nn.matmul import project
 
-WARM_UP = 3  # steps before a capture, in which libraries allocate what they need
+WARM_UP = 3  # steps before a capture, in which libraries allocate their memory
 
 
 def decoding(
@@ -21,8 +21,8 @@ def decoding(
 ) -> Callable[[Tensor], Tensor]:
     """A function of the next tokens [B, T] that returns the logits [B, V] after the last of them.
 
-    First it takes the prompts, then one token of each. There may be `length` tokens of a prompt and its continuation.
-    With `padding_B`, as many places at the left of each prompt are none of its text.
+    The first call takes the prompts, each later one a token of each. A prompt and its continuation have at most
+    `length` tokens. `padding_B` counts the padding tokens at the left of each prompt.
     """
     if model.model.embed_tokens.weight.is_cuda:
         return SteadyDecoding(model, batch_size, length, padding_B, captured=True)
@@ -31,7 +31,7 @@ def decoding(
 
 
 class _SteadyCache(KVCache):
-    """Keys and values of which the last token's have their place from a tensor, and of which all are returned."""
+    """A KV cache that writes the last token at a place given by a tensor, and returns its whole memory."""
 
     def __init__(self, model: CausalLM, batch_size: int, length: int) -> None:
         like = model.model.embed_tokens.weight
@@ -46,7 +46,7 @@ class _SteadyCache(KVCache):
 
 
 class SteadyDecoding:
-    """The function that `decoding` returns, each step of which is the same work; with `captured`, as a CUDA graph."""
+    """Decoding where each step is the same work on the same memory; with `captured`, as a CUDA graph."""
 
     def __init__(
         self, model: CausalLM, batch_size: int, length: int, padding_B: Tensor | None = None, *, captured: bool
@@ -89,7 +89,7 @@ class SteadyDecoding:
         self.place_1.add_(1)
 
     def _capture(self) -> None:
-        """As torch's documentation has it: warmed up on another stream, whose steps leave nothing that is seen."""
+        """Warm up on another stream, as torch's documentation says, then capture; the warm-up has no visible effect."""
         place_1, stream = self.place_1.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

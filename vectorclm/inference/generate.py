@@ -33,8 +33,8 @@ class SamplingParams(Settings):
 
 
 GREEDY = SamplingParams(temperature=0.0)
-LOOK = 8  # tokens between two looks for the text that ends an answer
-COLDEST = 1e-6  # a lower temperature takes the likeliest token too: logits divided by it could be no numbers
+LOOK = 8  # tokens between two checks for the text that ends an answer
+COLDEST = 1e-6  # a lower temperature takes the likeliest token: divided logits could overflow
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
     stop_ids: Sequence[int] = (EOS_ID,),
     sampling: SamplingParams = GREEDY,
 ) -> Iterator[int]:
-    """New token ids after `input_ids`, one at a time, the stopping one included; ends where the context is full."""
+    """Generate token ids after `input_ids`, one at a time, the stop token included; ends where the context is full."""
     generator = torch.Generator()  # on the CPU, so that a seed draws alike whatever the model's device
     generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
     seen = list(input_ids)
@@ -75,11 +75,11 @@ def generate_batch(
     padding_B: Tensor | None = None,
     finished: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The likeliest continuations [B, N] of prompts [B, T]; after its stopping token a row is padding.
+    """Greedy continuations [B, N] of prompts [B, T]; a row is padding after its stop token.
 
-    Prompts shorter than the longest are padded at their left, by `padding_B`. Ends with the last row that goes on,
-    after `max_new_tokens`, or where the model's context is full. `finished` is asked every LOOK tokens which of the
-    rows [B, n] made so far need no more.
+    Shorter prompts are padded at the left, by `padding_B` tokens. Generation ends when all rows have ended, after
+    `max_new_tokens`, or where the model's context is full. `finished` says every LOOK tokens which of the rows [B, n]
+    need no more tokens.
     """
     model.eval()
     batch, prompt = input_ids.shape
@@ -103,7 +103,7 @@ def generate_batch(
 
 
 def choose(logits_V: Tensor, seen: Sequence[int], sampling: SamplingParams, generator: torch.Generator) -> int:
-    """The next token after `seen`, of these logits [V]; the order of the steps is that of transformers."""
+    """Draw the next token after `seen` from logits [V]; the order of the steps is that of transformers."""
     if sampling.repetition_penalty != 1:
         logits_V = penalized(logits_V, seen, sampling.repetition_penalty)
     if sampling.temperature < COLDEST:
@@ -119,9 +119,9 @@ def choose(logits_V: Tensor, seen: Sequence[int], sampling: SamplingParams, gene
 
 
 def penalized(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """Logits where tokens that were seen are less likely (Keskar et al., CTRL, arXiv 1909.05858, section 4.1).
+    """Logits with a repetition penalty on the tokens seen (Keskar et al., CTRL, arXiv 1909.05858, section 4.1).
 
-    Special tokens are spared: every turn has to end, however many have ended before.
+    Special tokens are exempt: each turn has to end, however many turns ended before.
     """
     ids = torch.tensor(sorted({i for i in seen if i >= len(SPECIAL_TOKENS)}), dtype=torch.long, device=logits_V.device)
     chosen = logits_V[ids]
@@ -129,7 +129,7 @@ def penalized(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
 
 
 def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
-    """Logits of the `k` likeliest tokens, and of those as likely as the last; the others -inf (arXiv 1805.04833)."""
+    """Logits of the `k` likeliest tokens and of ties with the last one; the others -inf (arXiv 1805.04833)."""
     least = logits_V.topk(min(k, len(logits_V))).values[-1]
     return logits_V.masked_fill(logits_V < least, -torch.inf)
 
@@ -138,7 +138,7 @@ def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
     """Logits of the fewest tokens that together hold probability `p`, the others -inf (nucleus, arXiv 1904.09751)."""
     probabilities, ids = logits_V.softmax(dim=0).sort(descending=True)
     outside = probabilities.cumsum(dim=0) - probabilities >= p
-    outside[0] = False  # something must be left to draw
+    outside[0] = False  # the likeliest token always stays
     return logits_V.masked_fill(torch.empty_like(outside).index_copy(0, ids, outside), -torch.inf)
 
 
@@ -146,6 +146,31 @@ def keep_min_p(logits_V: Tensor, p: float) -> Tensor:
     """Logits of tokens at least `p` times as probable as the likeliest, the others -inf (min-p, arXiv 2407.01082)."""
     probabilities = logits_V.softmax(dim=0)
     return logits_V.masked_fill(probabilities < p * probabilities.max(), -torch.inf)
+
+
+def drop_oldest(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[Turn]:
+    """Shorten a conversation to a prompt of `length` tokens: the oldest questions go, each with its answer.
+
+    The system turn and the last question stay, even where these alone are longer.
+    """
+    kept = list(turns)
+    first = 1 if kept and kept[0].role == "system" else 0
+    while len(kept) > first + 2 and len(render_prompt(tokenizer, kept)) > length:
+        del kept[first : first + 2]
+    return kept
+
+
+def cut_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[int]:
+    """The prompt of a conversation, cut to at most `length` tokens where nobody can shorten the text.
+
+    The oldest questions go first, as in a chat. Where the last question leaves no room for the system turn, this goes,
+    as in training; a question that is too long by itself loses its beginning.
+    """
+    kept = drop_oldest(tokenizer, turns, length)
+    prompt = render_prompt(tokenizer, kept)
+    if len(prompt) > length and kept[0].role == "system":
+        prompt = render_prompt(tokenizer, kept[1:])
+    return prompt if len(prompt) <= length else [BOS_ID, *prompt[1 - length :]]
 
 
 def answer(
@@ -157,22 +182,16 @@ def answer(
 ) -> Iterator[int]:
     """Token ids of the assistant's next turn, its end-of-turn token included.
 
-    An answer takes at most half of the context. The oldest turns of a conversation too long for the rest are forgotten;
-    of a last turn too long by itself, its beginning.
+    An answer takes at most half of the context; a conversation that is too long for the rest is cut by `cut_prompt`.
     """
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
-    prompt = render_prompt(tokenizer, conversation)
-    while len(prompt) > context - max_new_tokens and len(conversation) > 1:
-        conversation = conversation[1:]
-        prompt = render_prompt(tokenizer, conversation)
-    if len(prompt) > context - max_new_tokens:
-        prompt = [BOS_ID, *prompt[1 + max_new_tokens - context :]]
+    prompt = cut_prompt(tokenizer, conversation, context - max_new_tokens)
     yield from generate(model, prompt, max_new_tokens, stop_ids=(IM_END_ID, EOS_ID), sampling=sampling)
 
 
 def plain_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """What tokens say, without the special ones among them."""
+    """The text of tokens, without special tokens."""
     text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
     return text
 
@@ -180,14 +199,14 @@ def plain_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 def answer_text(
     model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
 ) -> str:
-    """The likeliest answer to one question, without the end-of-turn token."""
+    """The answer to one question, without the end-of-turn token."""
     return plain_text(tokenizer, answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
 
 
 def continuation(
     model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
 ) -> str:
-    """The likeliest continuation of a text, or of its end where it is long; at most half the model's context."""
+    """The continuation of a text, or of the end of a long one; at most half the model's context."""
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
     prompt_ids = [BOS_ID, *encode(tokenizer, prompt)[1 + max_new_tokens - context :]]
@@ -201,10 +220,10 @@ def template_scores(
     max_new_tokens: int,
     sampling: SamplingParams = GREEDY,
 ) -> dict[str, int]:
-    """Of held-out prompts, how many answers end in the end-of-turn token, and how many of them stay in the template.
+    """Count the answers to held-out prompts that end with the end-of-turn token, and those that keep to the template.
 
     In the template: some text, then the end-of-turn token, and no other special token. `exact` counts the answers
-    equal to the reference, which only questions with one right wording can reach.
+    equal to the reference; only questions with one right wording can reach that.
     """
     ended = in_template = exact = 0
     with Progress("answer prompts", len(prompts), "prompts") as progress:

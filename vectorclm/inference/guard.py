@@ -1,7 +1,7 @@
-"""An ASGI middleware against other web pages: it checks the Host and the Origin of each request and websocket.
+"""ASGI middleware against requests of other web pages: checks the Host and the Origin of each request and websocket.
 
-A browser lets any page send requests to a server of this machine, and a page whose name is made to resolve to this
-machine (DNS rebinding) may read the answers, too. Neither knows the server's name, or has its origin.
+A browser lets any page send requests to a server on this machine, and a page whose name resolves to this machine (DNS
+rebinding) can read the answers, too. Such requests have another Host, or another Origin.
 """
 
 import ipaddress
@@ -14,18 +14,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vectorclm.errors import ConfigError
 
-ALLOWED = "VECTORCLM_ALLOWED_HOSTS"  # the variable with further names of the servers, as behind a proxy
+ALLOWED = "VECTORCLM_ALLOWED_HOSTS"  # the variable with more names of the server, such as behind a proxy
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 AUTHORITY = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{0,5}))?", re.ASCII)
 ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<authority>[^/]+)")
 PORTS = {"http": 80, "https": 443}
-POLICY_VIOLATION = 1008  # a websocket's code
+POLICY_VIOLATION = 1008  # close code of a websocket
 
 
 class Guard:
-    """Lets through what names one of these hosts and comes from no other origin; without `hosts`, any host will do.
+    """Refuses requests with a Host outside `hosts`, or from another origin; without `hosts`, any Host is allowed.
 
-    No other site may show the pages in a frame either, where a click would be the user's.
+    Other sites may not show the pages in a frame either, where they could steal clicks.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] | None) -> None:
@@ -39,7 +39,7 @@ class Guard:
 
         async def send_unframed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message.setdefault("headers", [])  # ASGI lets them be left out
+                message.setdefault("headers", [])  # optional in ASGI
                 MutableHeaders(scope=message).setdefault("X-Frame-Options", "SAMEORIGIN")
             await send(message)
 
@@ -52,11 +52,11 @@ class Guard:
             await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": reason[:120]})
 
     def refuse(self, reason: str) -> ASGIApp:
-        """The answer to a request that is refused."""
+        """The response to a refused request."""
         return PlainTextResponse(f"{reason}\n", 403, {"X-Content-Type-Options": "nosniff"})
 
     def refusal(self, headers: Headers, method: str) -> str | None:
-        """Why a request with these headers is refused; None where it is not."""
+        """The reason to refuse a request with these headers; None where it is allowed."""
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if len(hosts) != 1 or (host := split_authority(hosts[0])) is None:
             return "a request must name this server, once, in its header Host"
@@ -69,7 +69,7 @@ class Guard:
 
 
 def split_authority(text: str) -> tuple[str, int | None] | None:
-    """The host, in its one spelling, and the port of a text such as `Localhost.:4200`; None where it is neither."""
+    """Split a text such as `Localhost.:4200` into the normalized host and the port; None where there is no host."""
     match = AUTHORITY.fullmatch(text.strip().lower())
     if match is None or (name := normalized(match["name"])) == "":
         return None
@@ -77,7 +77,7 @@ def split_authority(text: str) -> tuple[str, int | None] | None:
 
 
 def normalized(name: str) -> str:
-    """A host's one spelling: in lower case, without a dot at its end, an IPv6 address in brackets and short."""
+    """Normalize a host: in lower case, without a dot at the end, an IPv6 address short and in brackets."""
     name = name.strip().lower().removesuffix(".")
     if ":" not in name:
         return name
@@ -88,18 +88,18 @@ def normalized(name: str) -> str:
 
 
 def is_own(origin: str, host: tuple[str, int | None]) -> bool:
-    """Whether an origin is that of the host that the request names; `localhost` and `127.0.0.1` are one."""
+    """Whether an origin is the host of the request; `localhost` and `127.0.0.1` are the same."""
     match = ORIGIN.fullmatch(origin.strip().lower())
     page = split_authority(match["authority"]) if match is not None else None
     if match is None or page is None:
-        return False  # `null`, as of a sandboxed frame, or no web page at all
+        return False  # such as `null`, the origin of a sandboxed frame
     default = PORTS[match["scheme"]]
     places = [("127.0.0.1" if name == "localhost" else name, port or default) for name, port in (page, host)]
     return places[0] == places[1]
 
 
 def is_embedded(headers: Headers, method: str) -> bool:
-    """Whether a browser says that another site's page wants this as a part of itself: a script, a picture, a frame."""
+    """Whether another site's page embeds this as a script, an image or a frame, by the browser's headers."""
     if headers.get("sec-fetch-site") not in ("cross-site", "same-site"):
         return False
     followed = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest", "document") == "document"
@@ -107,9 +107,9 @@ def is_embedded(headers: Headers, method: str) -> bool:
 
 
 def allowed_hosts(environment: Mapping[str, str]) -> list[str]:
-    """The names of a server that listens on this machine alone, and those of VECTORCLM_ALLOWED_HOSTS.
+    """The names of a server that listens on this machine alone, and those in VECTORCLM_ALLOWED_HOSTS.
 
-    Raises ConfigError where one of those is no name of a host.
+    Raises ConfigError for a name in the variable that is not a host.
     """
     further = [name.strip() for name in environment.get(ALLOWED, "").split(",") if name.strip()]
     for name in further:

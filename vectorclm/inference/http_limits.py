@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with limits: a request's head arrives within seconds, connections are fewer than descriptors."""
+"""HTTP limits for uvicorn: a request's head has 10 seconds, and connections stay below the file descriptors."""
 
 import asyncio
 import resource
@@ -6,16 +6,17 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 10  # in which the head of a request has to arrive, from the connection or from the answer before
-CONNECTIONS = 512  # at the most
-BACKLOG = 32  # connections that are taken at once, before any is looked at
-DESCRIPTORS = 64 + 4 * BACKLOG  # that are left for files, and for connections that are taken or ended this moment
+HEAD_SECONDS = 10  # for the head of a request, after the connection or the answer before
+CONNECTIONS = 512  # at most
+BACKLOG = 32  # connections accepted at once
+DESCRIPTORS = 64 + 4 * BACKLOG  # kept free for files, and for connections that begin or end
 
 
 class LimitedHTTP(H11Protocol):
-    """One connection; where there are too many, the one that owes its head for longest has to go.
+    """One connection; of too many, the one that has waited longest for a head is closed.
 
-    h11 limits the size of a head as well, before any key is asked for; httptools does not."""
+    h11 also limits the size of a head, before the key is checked; httptools does not.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -62,6 +63,6 @@ class LimitedHTTP(H11Protocol):
 
 
 def most_connections() -> int:
-    """How many connections a server may have open: fewer than this process may have files."""
+    """The most connections that a server may have open: fewer than this process may have open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, soft - DESCRIPTORS))

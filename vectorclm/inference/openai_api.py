@@ -1,4 +1,4 @@
-"""OpenAI's chat completion: what a request asks of a model, what the answers look like, and how one is refused."""
+"""OpenAI's chat completion API: requests, answers and errors as JSON."""
 
 import json
 import secrets
@@ -15,7 +15,7 @@ from vectorclm.inference.generate import SamplingParams
 from vectorclm.settings import Settings
 from vectorclm.shards.conversations import Turn, read_conversation, render_prompt
 
-# What is not done here is taken only where it asks for nothing.
+# Options that are not implemented are accepted only with values that ask for nothing.
 NEUTRAL: Mapping[str, Sequence[Any]] = {
     "n": [1],
     "logprobs": [False],
@@ -34,14 +34,14 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 
 class Refusal(Exception):
-    """A request that is not served, as the API says so."""
+    """A refused request, with the fields of an error of the API."""
 
     def __init__(self, message: str, status: int = 400, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict[str, Any]:
-        """The JSON of an answer."""
+        """The JSON body of the error."""
         kinds = {429: "rate_limit_error", 500: "server_error"}
         kind = kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
@@ -54,7 +54,7 @@ class StreamOptions(Settings):
 
 
 class Asked(Settings):
-    """The fields of a request that are understood, the sampling of vLLM's API among them."""
+    """The fields of a request that the server knows; sampling options are those of vLLM's API."""
 
     model_config = ConfigDict(strict=True)
 
@@ -75,7 +75,7 @@ class Asked(Settings):
 
 @dataclass(frozen=True)
 class Completion:
-    """A request that will be answered."""
+    """A valid request for an answer."""
 
     model: str
     fingerprint: str  # of the model's content
@@ -94,11 +94,11 @@ class Completion:
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def last_chunk(self, tokens: int) -> dict[str, Any]:
-        """The event of a stream that says what was used."""
+        """The last event of a stream, with the tokens used."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(tokens)}
 
     def whole(self, pieces: Sequence[TextDelta]) -> dict[str, Any]:
-        """The answer that is no stream."""
+        """The whole answer as one object."""
         text = "".join(piece.text for piece in pieces)
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": pieces[-1].finish}
@@ -110,13 +110,13 @@ class Completion:
         return {**head, "system_fingerprint": self.fingerprint}
 
     def _usage(self, tokens: int) -> dict[str, int]:
-        """Tokens of the prompt and of the answer, the special ones counted."""
+        """Tokens of the prompt and of the answer, special tokens included."""
         prompt = len(self.prompt)
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
 
 def read_completion(body: bytes, chat_model: ChatModel, name: str) -> Completion:
-    """What the body of a request asks of the model of this name. Raises Refusal, which says what is wrong where."""
+    """Parse the body of a request to the model of this name. Raises Refusal with the field that is wrong."""
     asked = _read(body)
     check_name(asked.model, name)
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
@@ -144,7 +144,7 @@ def read_completion(body: bytes, chat_model: ChatModel, name: str) -> Completion
 
 
 def check_name(asked: str, name: str) -> None:
-    """Raise Refusal for another model than the one of this name."""
+    """Raise Refusal where a request names another model."""
     if asked != name:
         raise Refusal(f"there is no model {asked!r} here, only {name!r}", 404, param="model", code="model_not_found")
 

@@ -1,6 +1,7 @@
 """A chat model behind OpenAI's API, `/v1/chat/completions` and `/v1/models`, and a page that chats at `/`.
 
-One answer is made at a time, first come, first served. What this API cannot do it refuses, in OpenAI's own errors.
+Answers are generated one at a time, in the order of the requests. Options that are not implemented are refused with
+OpenAI's own errors.
 """
 
 import asyncio
@@ -39,31 +40,31 @@ from vectorclm.runtime.devices import Runtime
 
 logger = logging.getLogger(__name__)
 
-KEY = "VECTORCLM_API_KEY"  # the variable that holds it; an argument would show in the list of processes
-KEY_CHARACTERS = 16  # a key has at least so many
-BODY_BYTES = 1 << 20  # of a request, at the most; a context is some thousand tokens
-BODY_SECONDS = 30  # in which a request has to arrive
+KEY = "VECTORCLM_API_KEY"  # the variable with the key; an argument would show in the list of processes
+KEY_CHARACTERS = 16  # at least, in a key
+BODY_BYTES = 1 << 20  # of a request, at most; a context is some thousand tokens
+BODY_SECONDS = 30  # for a request to arrive
 WAITING = 64  # requests that may wait for their turn
 SHUTDOWN_SECONDS = 5
 
 
 class Engine:
-    """Makes one answer at a time; who came first is served first."""
+    """Generates one answer at a time, in the order of the requests."""
 
     def __init__(self, chat_model: ChatModel) -> None:
         self.chat_model = chat_model
-        self._turn = asyncio.Lock()  # its waiters are woken in their order
+        self._turn = asyncio.Lock()  # wakes waiters in their order
         self._waiting = 0
 
     def check_room(self) -> None:
-        """Raise Refusal where too many wait."""
+        """Raise Refusal where too many requests wait."""
         if self._waiting >= WAITING:
             raise Refusal(f"{WAITING} requests wait already: try again later", 429, code="rate_limit_exceeded")
 
     async def answer(self, completion: Completion) -> AsyncGenerator[TextDelta, None]:
-        """The pieces of an answer. Where the caller closes this, the answer ends, and the next one's turn begins.
+        """Stream the pieces of an answer. Closing the stream ends the answer and lets the next request begin.
 
-        Raises Refusal where too many wait. A caller that reads slowly keeps nobody waiting.
+        A caller that reads slowly does not delay the next request. Raises Refusal where too many requests wait.
         """
         self.check_room()
         self._waiting += 1
@@ -78,7 +79,7 @@ class Engine:
         try:
             while (piece := await pieces.get()) is not None:
                 yield piece
-            await work  # raises what has gone wrong
+            await work  # raises the error of the thread
         finally:
             gone.set()
 
@@ -106,7 +107,7 @@ class Engine:
 
 
 class Gate(Guard):
-    """Lets through what names this host, is of no other origin and bears the key; the page itself needs no key."""
+    """Checks the Host, the Origin and the key of each request; the page itself needs no key."""
 
     def __init__(self, app: ASGIApp, key: str, hosts: Sequence[str] | None) -> None:
         super().__init__(app, hosts)
@@ -132,11 +133,11 @@ class Gate(Guard):
 
 
 def make_app(chat_model: ChatModel, name: str, key: str, hosts: Sequence[str] | None) -> ASGIApp:
-    """The application; it answers to these host names, or to any."""
+    """The ASGI application; it answers to the host names in `hosts`, or to any."""
     engine, started = Engine(chat_model), int(time.time())
     page = files("vectorclm.inference").joinpath("chat.html").read_text(encoding="utf-8")
     model = {"id": name, "object": "model", "created": started, "owned_by": "vectorclm"}
-    model["max_model_len"] = chat_model.context  # as vLLM says it
+    model["max_model_len"] = chat_model.context  # vLLM's field
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
@@ -167,7 +168,7 @@ def make_app(chat_model: ChatModel, name: str, key: str, hosts: Sequence[str] | 
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; what makes them is closed as soon as the client is gone."""
+    """Server-sent events; their generator is closed as soon as the client is gone."""
 
     def __init__(self, made: AsyncGenerator[str, None]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -177,7 +178,7 @@ class EventStream(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         async def send_and_hear(message: Message) -> None:
             await send(message)
-            await asyncio.sleep(0)  # ready pieces are no wait, and a loss of the connection is told in one
+            await asyncio.sleep(0)  # without a pause the loss of the connection is not noticed while pieces are ready
 
         async with aclosing(self._made):
             await super().stream_response(send_and_hear)
@@ -192,10 +193,10 @@ async def read_body(request: Request) -> bytes:
                 size += len(part)
                 if size <= BODY_BYTES:
                     body += part
-                elif size > 8 * BODY_BYTES:  # till then it is read on, as a client reads no answer while it sends
+                elif size > 8 * BODY_BYTES:  # a client reads no answer while it sends, so the rest is read and dropped
                     break
     except ClientDisconnect as error:
-        raise Refusal("the client left before its request was whole", 499) from error  # nobody reads it
+        raise Refusal("the client left before its request was whole", 499) from error  # no client is left to read this
     except TimeoutError as error:
         raise Refusal(f"the body did not arrive within {BODY_SECONDS} s", 408, code="timeout") from error
     if size > BODY_BYTES:
@@ -215,7 +216,7 @@ async def events(engine: Engine, completion: Completion) -> AsyncGenerator[str, 
                     yield event(completion.chunk({"content": piece.text}))
                 if piece.finish:
                     yield event(completion.chunk({}, piece.finish))
-    except Exception as error:  # the status is sent already, so the stream itself has to tell
+    except Exception as error:  # the status is sent already, so the stream carries the error
         if not isinstance(error, Refusal):
             logger.exception("an answer failed")
         yield event(explained(error).body())
@@ -237,41 +238,43 @@ async def answer_whole(engine: Engine, completion: Completion) -> Response:
 
 
 async def while_connected(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
-    """What answers a request whose body has been read, given up as soon as nobody waits for it."""
+    """Await the answer to a request whose body has been read; cancel it when the client leaves."""
     work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-        return work.result() if work.done() else Response(status_code=499)  # nginx's number; nobody reads it
+        return (
+            work.result() if work.done() else Response(status_code=499)
+        )  # nginx's number; no client is left to read it
     finally:
         gone.cancel()
         work.cancel()
 
 
 def explained(error: Exception) -> Refusal:
-    """The error that the API tells for any other."""
+    """The API's error for any exception."""
     return error if isinstance(error, Refusal) else Refusal("the server failed; its log says why", 500)
 
 
 def refused(request: Request, refusal: Refusal) -> Response:
-    """A refusal as an answer."""
-    # The connection of a body that was not read to its end is of no further use.
+    """The response to a refused request."""
+    # A connection with an unread rest of a body cannot be used again.
     headers = {"Connection": "close"} if refusal.status in (408, 413) else {}
     return JSONResponse(refusal.body(), refusal.status, headers)
 
 
 def not_served(request: Request, error: HTTPException) -> Response:
-    """Another path or method than this API's."""
-    told = f"{request.method} {request.url.path} is not served here"
-    return refused(request, Refusal(told, error.status_code, code="unknown_url"))
+    """The response to an unknown path or method."""
+    message = f"{request.method} {request.url.path} is not served here"
+    return refused(request, Refusal(message, error.status_code, code="unknown_url"))
 
 
 def failed(request: Request, error: Exception) -> Response:
-    """Whatever went wrong; Starlette logs it."""
+    """The response to an unexpected error, which Starlette logs."""
     return refused(request, explained(error))
 
 
 def page_headers(page: str) -> dict[str, str]:
-    """What a browser needs to know so that nothing but this page's own script can run in it, or be sent from it."""
+    """Security headers: a browser runs only this page's own script, which may connect only to this server."""
     hashes = {
         tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
@@ -287,7 +290,7 @@ def page_headers(page: str) -> dict[str, str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address is reachable from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -295,10 +298,10 @@ def is_loopback(host: str) -> bool:
 
 
 def find_key(environment: Mapping[str, str], host: str, *, terminal: bool) -> tuple[str, bool]:
-    """The key, and whether it was made here, to be shown once.
+    """The server's key, and whether it was generated here, to be shown once.
 
-    It is made only for this machine's own use, and where a person reads what is printed: elsewhere it would stand in a
-    log. Raises ConfigError where there is none, or one that is easily guessed.
+    A key is generated only for a server of this machine alone, started in a terminal: elsewhere the key would end up in
+    a log. Raises ConfigError where there is no key, or a weak one.
     """
     if key := environment.get(KEY, ""):
         if len(key) < KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
@@ -320,7 +323,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(address: str, runtime: Runtime, host: str, port: int, name: str | None) -> None:
-    """Serve the chat model at an address until interrupted. Raises VectorCLMError where it cannot begin."""
+    """Serve the chat model at an address until interrupted. Raises VectorCLMError where the server cannot start."""
     key, made = find_key(os.environ, host, terminal=sys.stdout.isatty())
     chat_model = open_chat_model(address, runtime)
     name = name or Path(address).absolute().name
@@ -339,7 +342,7 @@ def serve(address: str, runtime: Runtime, host: str, port: int, name: str | None
             ws="none",
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
-        secret = f"#key={key}" if made else ""  # what stands behind the sign is never sent to a server
+        secret = f"#key={key}" if made else ""  # browsers never send the part after # to a server
         print(f"{name} at http://{shown}:{port}/{secret} and http://{shown}:{port}/v1", flush=True)  # noqa: T201
         if made:
             print(f"the key of this run is {key}; set {KEY} for one that stays", flush=True)  # noqa: T201
