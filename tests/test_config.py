@@ -12,6 +12,43 @@ from vectorclm.lineage.pinning import pin
 from vectorclm.stages import plans
 from vectorclm.store.layout import STAGES
 
+# The first 16 hex digits, with sources as the files name them.
+FINGERPRINTS = {
+    "tiny": {
+        "sample": "d69bb2fc2df04bbe",
+        "tokenizer": "983564f9c24019f1",
+        "shards": "14a2180d2af86185",
+        "chat_shards": "43bf3e22f9c83802",
+        "pretrain": "9e021f7bdde447df",
+        "evaluate_base": "31d52913bf41ccb0",
+        "finetune": "95a8f8b8c33c60e6",
+        "evaluate": "517f38b629052d13",
+        "export": "c7d642fb6bac7710",
+    },
+    "small": {
+        "sample": "f1234b691d43ff5d",
+        "tokenizer": "0d9dfa91d3608b76",
+        "shards": "35e744003a89d720",
+        "chat_shards": "a1c87fbd56dff6de",
+        "pretrain": "71e260d52d0f1a35",
+        "evaluate_base": "b66e1693a36a0fd9",
+        "finetune": "6a9341d4e301400e",
+        "evaluate": "49eb86e19c390a5e",
+        "export": "4b49173d0213b04c",
+    },
+    "base": {
+        "sample": "2c07f622bb35ff74",
+        "tokenizer": "d9c12b41cc023f1b",
+        "shards": "b80436c9af1feb7a",
+        "chat_shards": "0b9943c6ba31ced7",
+        "pretrain": "d3549ccd3ec429ab",
+        "evaluate_base": "84d21f508935887b",
+        "finetune": "564bbfe36c43b438",
+        "evaluate": "b85efcf104d50666",
+        "export": "55ed6c9ae7da3ff4",
+    },
+}
+
 
 def write(folder: Path, **changes: Any) -> str:
     """`tiny` with some sections changed, as a JSON file."""
@@ -138,5 +175,12 @@ def test_text_is_replayed_in_windows_as_long_as_the_conversations() -> None:
         changed(experiment, {"finetune.replay": 0.1})
     longer = changed(experiment, {"finetune.replay": 0.1, "shards.sequence_length": 256})
     assert set(plans(longer)["finetune"].inputs) == {"pretrain", "chat_shards", "shards"}
-    with pytest.raises(ConfigError, match=r"stories must be called otherwise in sample\.sources"):
+    with pytest.raises(ConfigError, match=r"stories need other labels in sample\.sources"):
         changed(longer, {"chat.sources.0.label": "stories"})
+
+
+@pytest.mark.parametrize("name", FINGERPRINTS)
+def test_the_shipped_experiments_keep_their_fingerprints(name: str) -> None:
+    """A new setting is left out at its default (`exclude_if`), so that finished artifacts are found again."""
+    found = {stage: spec.fingerprint[:16] for stage, spec in plans(load_experiment(name)[0]).items()}
+    assert found == FINGERPRINTS[name]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tests.conftest import PROCESSES, publish_shards
 from vectorclm.dataset import StreamingLanguageModelDataset, document_labels, position_ids
 from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.runtime.distributed import Group
 from vectorclm.shards.order import MixturePhase, TrainingOrder
 from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.tokenizer import BOS_ID, EOS_ID
@@ -37,7 +38,7 @@ def hashes(readers: dict[str, ShardReader], world_size: int, workers: int) -> li
     """SHA-256 of each global batch, put together from what the ranks' loaders give."""
     loaders = [
         DataLoader(
-            StreamingLanguageModelDataset(readers, PLAN, 25, rank=rank, world_size=world_size),
+            StreamingLanguageModelDataset(readers, PLAN, 25, Group(rank, world_size)),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=PROCESSES if workers else None,
@@ -63,7 +64,7 @@ def test_ranks_and_workers_only_slice_the_same_batches(readers: dict[str, ShardR
 
 
 def test_more_ranks_than_rows_get_empty_batches(readers: dict[str, ShardReader]) -> None:
-    batches = list(StreamingLanguageModelDataset(readers, PLAN, 2, rank=2, world_size=3))
+    batches = list(StreamingLanguageModelDataset(readers, PLAN, 2, Group(2, 3)))
     assert len(batches) == 150 and all(batch.input_ids.shape == (0, 4) for batch in batches)
 
 

@@ -111,7 +111,7 @@ def test_a_foreign_store_cannot_borrow_the_scores_of_another_model(
     config = (tmp_path / key / "tokenizer_config.json").read_text()
     (tmp_path / key / "tokenizer_config.json").write_text(config.replace("im_end", "xx_end"))
     for address in (f"file://{tmp_path / key}", str(tmp_path / key)):
-        with pytest.raises(CorruptArtifactError, match=r"tokenizer_config\.json is not what the manifest promises"):
+        with pytest.raises(CorruptArtifactError, match=r"tokenizer_config\.json differs from the manifest"):
             find_model(address)
     shutil.copytree(made.uris["finetune"], tmp_path / "plain")
     (tmp_path / "plain" / "tokenizer_config.json").write_text('{"eos_token": {}}')
@@ -301,7 +301,7 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
     store, print_ = made.store.uri, plans(made.suite)["pretrain"].fingerprint
     with pytest.raises(DataError, match="there is no folder /nowhere/model"):
         find_model("/nowhere/model")
-    with pytest.raises(DataError, match=r"is no model directory, it lacks config\.json"):
+    with pytest.raises(DataError, match=r"is not a model directory: it lacks config\.json"):
         find_model(str(tmp_path))
     shutil.copytree(made.uris["pretrain"], tmp_path / "base")
     with pytest.raises(DataError, match=f"the models in it are {tmp_path}/base"):
@@ -312,7 +312,7 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
         find_model("memory://pretrain")
     with pytest.raises(DataError, match="has no finished finetune/"):
         find_model(f"file://{store}/finetune/{print_}")
-    with pytest.raises(DataError, match="is no model directory"):
+    with pytest.raises(DataError, match="is not a model directory"):
         find_model(f"file://{made.uris['sample']}")
     with pytest.raises(StoreError, match="nosuchfs://bucket cannot be"):
         find_model(f"nosuchfs://bucket/pretrain/{print_}")
@@ -351,7 +351,7 @@ def test_the_beginning_of_a_fingerprint_is_enough(made: SimpleNamespace, monkeyp
     remote = Store("memory://beginnings")
     for end in "01":
         remote.write(f"finetune/abc{end * 61}/x", b"")
-    with pytest.raises(ConfigError, match="abc begins 2 artifacts of memory://beginnings: write more digits"):
+    with pytest.raises(ConfigError, match="abc matches 2 artifacts of memory://beginnings: write more digits"):
         find_model("memory://beginnings/finetune/abc")
     assert expand_prefix("memory://beginnings/finetune/abc1/chat") == f"memory://beginnings/finetune/abc{'1' * 61}/chat"
     with pytest.raises(DataError, match="beginnings has no finished finetune/abd"):

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from tests.conftest import write_tokenizer
 from tests.test_model import CONFIG
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.sources import open_source
+from vectorclm.corpus.source_reader import open_source
 from vectorclm.dataset import Batch, to_batch
 from vectorclm.errors import DataError
 from vectorclm.model import CausalLM
@@ -25,7 +25,7 @@ from vectorclm.shards.chat_writer import ChatConfig, ChatSource, summary_lines, 
 from vectorclm.shards.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
 from vectorclm.shards.writer import read_windows
 from vectorclm.tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
-from vectorclm.train import train_step
+from vectorclm.train import TrainStep
 
 CONVERSATION = [
     Turn("system", "Be kind."),
@@ -297,7 +297,7 @@ def test_a_budget_is_shared_by_weight_and_each_source_has_windows_of_its_own(
 
 def test_a_source_with_nothing_supervised_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [[{"role": "user", "content": f"nobody answers {i}"}] for i in range(5)]
-    with pytest.raises(DataError, match=r"chat: no usable conversation for training; left out: 5 no assistant"):
+    with pytest.raises(DataError, match=r"chat: no usable conversation for training; dropped: 5 no assistant"):
         write_chat_shards(config(), {"chat": rows}, tokenizer, 1, tmp_path)
 
 
@@ -382,7 +382,7 @@ def test_each_conversation_is_learnt_once_over_all_sources_and_none_of_a_benchma
 def test_a_batch_with_nothing_supervised_is_refused() -> None:
     ids = torch.zeros(2, 8, dtype=torch.long)
     with pytest.raises(DataError, match="no supervised token"):
-        train_step(CausalLM(CONFIG), [], Batch(ids, ids.clone().fill_(IGNORE_INDEX)), 1.0, 1, torch.device("cpu"))
+        TrainStep(CausalLM(CONFIG), [], 1.0, 1)(Batch(ids, ids.clone().fill_(IGNORE_INDEX)))
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens_however_it_is_split() -> None:
@@ -390,7 +390,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_however_it_is_split() -> No
     ids = torch.randint(5, CONFIG.vocab_size, (4, 16))
     labels = ids.clone()
     labels[0], labels[1, :12] = IGNORE_INDEX, IGNORE_INDEX  # very unequal shares
-    whole, split = (train_step(_model(), [], Batch(ids, labels), 1.0, i, torch.device("cpu")) for i in (4, 1))
+    whole, split = (TrainStep(_model(), [], 1.0, i)(Batch(ids, labels)) for i in (4, 1))
     assert whole[0].item() == pytest.approx(split[0].item(), rel=1e-5)
     assert whole[1].item() == pytest.approx(split[1].item(), rel=1e-4)
 

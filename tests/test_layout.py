@@ -1,6 +1,8 @@
 """Limits that keep the code readable: functions of a screen, short files, packages that say what they are for."""
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FUNCTION_LINES, FILE_LINES = 60, 400
+CORE_PAGE = (ROOT / "vectorclm" / "README.md").read_text(encoding="utf-8")
 FILES = sorted(path for folder in ("vectorclm", "flows", "tests", "docker") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -44,3 +47,23 @@ PACKAGES = [path.parent for path in FILES if path.name == "__init__.py" and "tes
 def test_a_package_says_what_it_is_for(package: str) -> None:
     parsed = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
     assert ast.get_docstring(parsed), f"{package}/__init__.py has no docstring"
+
+
+def test_the_cores_page_lists_its_floors_in_the_order_of_the_imports() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = (
+        each["layers"] for each in project["tool"]["importlinter"]["contracts"] if each.get("exhaustive_ignores") == []
+    )
+    order = [name for layer in layers for name in layer.split(" | ")]
+    rows = re.findall(r"^\| (`.*`) \| .* \|$", CORE_PAGE, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", row)]
+    assert [name for name in named if name != "experiments"] == order
+
+
+def test_the_recipes_name_files_and_names_that_exist() -> None:
+    files = re.findall(r"`([\w/]+\.(?:py|toml))`", CORE_PAGE)
+    assert len(files) > 30
+    assert [name for name in files if not (ROOT / name).exists() and not (ROOT / "vectorclm" / name).exists()] == []
+    sources = "".join(path.read_text(encoding="utf-8") for path in FILES)
+    names = set(re.findall(r"`(?:\w+\.)?([A-Za-z_]\w+)`", CORE_PAGE)) - {"make"}
+    assert len(names) > 20 and [name for name in names if not re.search(rf"\b{name}\b", sources)] == []

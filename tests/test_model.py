@@ -17,8 +17,8 @@ from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
 from vectorclm.nn.loss import CHUNK, IGNORE_INDEX, chunked_cross_entropy
 from vectorclm.tokenizer import PAD_ID
-from vectorclm.train import train_step
-from vectorclm.training.muon import OptimizerConfig, build_optimizers
+from vectorclm.train import TrainStep
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 CONFIG = ModelConfig(
     vocab_size=307,
@@ -62,7 +62,8 @@ def test_trained_weights_give_the_logits_of_transformers(tmp_path: Path) -> None
     optimizers = build_optimizers(model, OptimizerConfig(learning_rate=0.02, adamw_learning_rate=0.01))
     ids = torch.arange(64).repeat(4, 1) * torch.tensor([[1], [2], [3], [5]]) % CONFIG.vocab_size
     batch = Batch(ids, ids)
-    losses = [float(train_step(model, optimizers, batch, 1.0, 4, torch.device("cpu"))[0]) for _ in range(15)]
+    step = TrainStep(model, optimizers, 1.0, 4)
+    losses = [float(step(batch)[0]) for _ in range(15)]
     assert losses[-1] < losses[0] / 2
     model.eval().save_pretrained(tmp_path)
     judge = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -12,9 +12,9 @@ from vectorclm.dataset import Batch
 from vectorclm.errors import DivergedError
 from vectorclm.model import CausalLM
 from vectorclm.nn.loss import IGNORE_INDEX
-from vectorclm.train import train_step
+from vectorclm.train import TrainStep
 from vectorclm.training.metrics import DIVERGED_STEPS, SPIKE_STEPS, Metrics, is_divergence, is_spike
-from vectorclm.training.muon import OptimizerConfig, build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 IDS = torch.randint(5, CONFIG.vocab_size, (6, 32), generator=torch.Generator().manual_seed(3))
 
@@ -52,11 +52,11 @@ def test_one_step(
     norm_of_theirs = torch.nn.utils.get_total_norm([p.grad for p in judge.parameters()])
 
     optimizers = build_optimizers(model, OptimizerConfig(learning_rate=0.02, adamw_learning_rate=0.006))
-    loss, norm = train_step(model, optimizers, batch, 1e9, 4, torch.device("cpu"))  # 4: micro-batches of unequal size
+    loss, norm = TrainStep(model, optimizers, 1e9, 4)(batch)  # 4: micro-batches of unequal size
     assert float(loss) == pytest.approx(theirs.item(), rel=1e-5)
     assert float(norm) == pytest.approx(float(norm_of_theirs), rel=1e-4)
 
-    after, _ = train_step(model, optimizers, batch, 1e9, 6, torch.device("cpu"))
+    after, _ = TrainStep(model, optimizers, 1e9, 6)(batch)
     assert float(after) < float(loss)
     assert (float(loss), float(norm)) == pytest.approx((pinned_loss, pinned_norm), rel=1e-4)
     assert float(after) == pytest.approx(pinned_next, rel=1e-3)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from tests.conftest import write_sample_text
 from vectorclm.corpus.sampler import write_sample
+from vectorclm.corpus.source_reader import SourceRoots
 from vectorclm.corpus.sources import CorpusConfig, TextSource
 from vectorclm.errors import ConfigError, DataError, PreemptedError
 from vectorclm.runtime.library_calls import ending, interruptibly
@@ -195,7 +196,7 @@ def test_a_run_of_a_million_characters_becomes_shards_in_seconds(tiny_text: list
     source = TextSource(label="a", path="json", data_files=str(tmp_path / "source.jsonl"), weight=1)
     asked = CorpusConfig(sources=[source], bytes=4_000_000, validation_share=0.1)
     sample = tmp_path / "sample"
-    drawn = write_sample(asked, 0, sample, data=None, world=None)["sources"]["a"]
+    drawn = write_sample(asked, 0, sample, SourceRoots())["sources"]["a"]
     assert drawn["documents"] + drawn["validation_documents"] == len(set(texts))
     (tmp_path / "tokenizer").mkdir()
     train_tokenizer(TokenizerConfig(vocab_size=310, bytes=3_000_000), sample, 64, tmp_path / "tokenizer")

@@ -1,4 +1,4 @@
-"""`python -m vectorclm STAGE EXPERIMENT`: each stage alone, a model on a text, a chat, a server: the core by itself."""
+"""`python -m vectorclm`: the core's command line, without Prefect and MLflow: single stages, models, the store."""
 
 import gc
 import signal
@@ -15,15 +15,17 @@ from vectorclm.store.layout import STAGES
 
 MODEL_COMMANDS = (evaluate, export, compare, chat, serve)
 
-app = new_app("python -m vectorclm", "Each stage of an experiment alone, and models: the core by itself.")
+app = new_app(
+    "python -m vectorclm", "Single stages of an experiment, models and the store, without Prefect and MLflow."
+)
 add_stages(app, [name for name in STAGES if name not in ("evaluate", "export")], "python -m vectorclm")
 app.update(models)
 app.command(store_app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; its exit codes are those of `vectorclm.command_line`."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # so that a lease is given back
+    """Run the command line; `vectorclm.command_line` lists the exit codes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # a normal exit releases leases
     try:
         command, bound = parse(app, argv)
     except VectorCLMError as error:
@@ -34,5 +36,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported stays, so no collection of garbage need look at it
+    gc.freeze()  # imported modules stay, so the garbage collector need not scan them
     sys.exit(main())

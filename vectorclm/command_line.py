@@ -1,7 +1,7 @@
-"""Command lines on cyclopts: options that several commands share, parsing, exit codes, and errors in one line.
+"""Command-line base on cyclopts: shared options, parsing, exit codes, and errors in one line.
 
-Exit codes: 0 success; 1 a check found a difference; 2 an error that the message explains; 75 a
-training that SIGTERM ended after a checkpoint; 130 Ctrl-C; 143 SIGTERM.
+Exit codes: 0 success; 1 a check found a difference; 2 an error with a message; 75 SIGTERM ended a training after a
+checkpoint; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from cyclopts.exceptions import CycloptsError
 from vectorclm.errors import ConfigError, VectorCLMError
 
 StoreUri = Annotated[
-    str, Parameter(name="--store", env_var="VECTORCLM_STORE", help="Where artifacts are kept: a folder or s3://…")
+    str, Parameter(name="--store", env_var="VECTORCLM_STORE", help="Store of the artifacts: a folder or s3://…")
 ]
 Json = Annotated[bool, Parameter(name="--json", help="Print JSON")]
 Setting = Annotated[
@@ -33,7 +33,7 @@ LOCAL_STORE = "./store"
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Place:
-    """Where artifacts and sources are, and the settings of this machine."""
+    """Options for the store, the mirror of the sources, and the settings of this machine."""
 
     store: StoreUri = LOCAL_STORE
     data: Annotated[Path | None, Parameter(help="Read every source from this local mirror")] = None
@@ -41,7 +41,7 @@ class Place:
 
 
 def new_app(name: str, about: str) -> App:
-    """A command line whose commands return their exit code, and whose flags have no --no-… twin."""
+    """A cyclopts app whose commands return their exit code, and whose flags have no --no-… form."""
     return App(
         name=name,
         help=about,
@@ -53,20 +53,20 @@ def new_app(name: str, about: str) -> App:
 
 
 def _shown(default: object) -> object:
-    """A default as help texts show it: nothing for an option that is left out."""
+    """A default as help texts show it; None for an empty default."""
     return default if default not in (False, "", ()) or (default == 0 and default is not False) else None
 
 
 def parse(app: App, arguments: Sequence[str] | None) -> tuple[Callable[..., Any], inspect.BoundArguments]:
-    """The command that the arguments name, and its own arguments. Raises ConfigError, in a line, for a wrong one."""
+    """Parse a command line into a command and its arguments. Raises ConfigError, in one line, for a wrong argument."""
     if os.environ.get("VECTORCLM_STORE") == "":
-        del os.environ["VECTORCLM_STORE"]  # as a shell leaves it that means none
+        del os.environ["VECTORCLM_STORE"]  # an empty variable means no setting
     try:
         command, bound, _ = app.parse_args(
             list(sys.argv[1:] if arguments is None else arguments), exit_on_error=False, print_error=False
         )
     except CycloptsError as error:
-        raise ConfigError(f"{_explain(error)}; --help lists what there is") from error
+        raise ConfigError(f"{_explain(error)}; --help lists commands and options") from error
     return command, bound
 
 
@@ -82,16 +82,16 @@ def _explain(error: CycloptsError) -> str:
 
 
 def explain(error: VectorCLMError, *, relay: bool = False) -> None:
-    """Print an error for the person at the terminal; with `relay`, as a line of JSON for the parent process."""
+    """Print an error to the terminal; with `relay`, as a line of JSON for the parent process."""
     if relay:
         line = json.dumps({"error": {"type": type(error).__name__, "message": str(error)}})
-        print(line + "\n", end="", flush=True)  # in one write, as ranks share the pipe
+        print(line + "\n", end="", flush=True)  # one write, because ranks share the pipe
     else:
         print(f"error: {error}", file=sys.stderr)
 
 
 def run(command: Callable[[], Any], *, relay: bool = False) -> int:
-    """Run a parsed command; its exit code. With `relay`, an error goes to the parent process as a line of JSON."""
+    """Run a parsed command and return its exit code. With `relay`, errors go to the parent process as JSON lines."""
     try:
         code = command()
     except VectorCLMError as error:

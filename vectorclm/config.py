@@ -1,4 +1,4 @@
-"""An experiment: one TOML file with every decision that defines the result, and nothing about where it runs."""
+"""Experiment and suite files: one TOML file holds every setting that defines a result, and none of the machine."""
 
 import json
 import tomllib
@@ -25,10 +25,10 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
 class ExperimentConfig(Settings):
-    """The stages' settings, in the order of the data."""
+    """The settings of all stages, in the order of the data flow."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    seed: int = Field(ge=0, lt=2**32, description="The one seed that every random choice derives from")
+    seed: int = Field(ge=0, lt=2**32, description="The seed of every random choice")
     world: WorldConfig | None = None
     sample: CorpusConfig
     tokenizer: TokenizerConfig
@@ -73,8 +73,8 @@ class ExperimentConfig(Settings):
                 )
             if same := labels & {"chat", *(source.label for source in self.chat.sources)}:
                 raise ValueError(
-                    f"finetune.replay mixes the sources of sample and chat: {', '.join(sorted(same))} must be called "
-                    "otherwise in sample.sources"
+                    f"finetune.replay mixes the sources of sample and chat: {', '.join(sorted(same))} need other "
+                    "labels in sample.sources"
                 )
         benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
         everything = [*self.sample.sources, *benchmarks, *self.chat.sources, *self.evaluate.tasks]
@@ -84,9 +84,9 @@ class ExperimentConfig(Settings):
 
 
 def load_experiment(name_or_path: str) -> tuple[ExperimentConfig, Path]:
-    """The experiment of that name (`tiny`, `small`, `base`) or file (TOML or JSON), and its path.
+    """Load the experiment of a name (`tiny`, `small`, `base`) or file (TOML or JSON); return it and its path.
 
-    Raises ConfigError that names the file, every bad key and what would be right.
+    Raises ConfigError that names the file, every bad key and the valid keys.
     """
     path = Path(name_or_path)
     if not path.suffix:
@@ -98,7 +98,7 @@ def load_experiment(name_or_path: str) -> tuple[ExperimentConfig, Path]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values in a TOML or JSON file. Raises ConfigError with the place of a syntax error."""
+    """Parse a TOML or JSON file. Raises ConfigError with the place of a syntax error."""
     try:
         text = path.read_text(encoding="utf-8")
         values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -108,15 +108,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def override(experiment: ExperimentConfig, texts: Sequence[str]) -> ExperimentConfig:
-    """The experiment with `a.b.0.c=VALUE` applied; a value is TOML, or else a plain string.
+    """Apply `a.b.0.c=VALUE` assignments to an experiment; a value is TOML, or else a plain string.
 
-    Raises ConfigError for what is no assignment, and for a key or value that the experiment has no use for.
+    Raises ConfigError for a text that is not an assignment, and for an unknown key or an invalid value.
     """
     return changed(experiment, assignments(texts))
 
 
 def assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """The values in `a.b.0.c=VALUE` by their keys. Raises ConfigError for what is no assignment."""
+    """Parse `a.b.0.c=VALUE` assignments. Raises ConfigError for a text that is not an assignment."""
     changes: dict[str, Any] = {}
     for assignment in texts:
         key, equals, text = assignment.partition("=")
@@ -130,9 +130,9 @@ def assignments(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def changed(experiment: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
-    """The experiment with other values at the dotted keys `a.b.0.c`.
+    """The experiment with new values at the dotted keys `a.b.0.c`.
 
-    Raises ConfigError for a key or value that the experiment has no use for.
+    Raises ConfigError for an unknown key or an invalid value.
     """
     values: Any = experiment.model_dump()
     for key, value in changes.items():
@@ -148,18 +148,18 @@ _ABSENT = object()
 
 
 def _member(inside: Any, part: str, key: str, value: Any = _ABSENT) -> Any:
-    """The member `part` of a table or list, set to `value` where one is given."""
+    """Return the member `part` of a table or list, after setting it to `value` if given."""
     if isinstance(inside, list) and part.isdigit() and int(part) < len(inside):
         if value is not _ABSENT:
             inside[int(part)] = value
         return inside[int(part)]
     if not isinstance(inside, dict):
         where = f"number 0 to {len(inside) - 1}" if isinstance(inside, list) else "setting"
-        raise ConfigError(f"{key}: {part!r} is no {where} here")
+        raise ConfigError(f"{key}: {part!r} is not a {where} here")
     if value is not _ABSENT:
         inside[part] = value
     elif inside.get(part) is None:
-        inside[part] = {}  # an unknown key is then named by the experiment itself, with its neighbours
+        inside[part] = {}  # the validation of the experiment then reports an unknown key
     return inside[part]
 
 
@@ -167,12 +167,12 @@ SUITES = EXPERIMENTS / "suites"
 
 
 class Suite(Questions):
-    """Benchmarks, and what else a model is asked."""
+    """An evaluation suite: benchmarks and other questions for any model."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    seed: int = Field(1, ge=0, lt=2**32, description="By which items are drawn")
+    seed: int = Field(1, ge=0, lt=2**32, description="Seed of the choice of items")
     experiment: ExperimentConfig | None = Field(
-        None, description="Whose evaluation it is: its held-out text and conversations are scored, too"
+        None, description="An experiment whose held-out text and conversations are scored, too"
     )
 
     @model_validator(mode="after")
@@ -185,19 +185,19 @@ class Suite(Questions):
 
     @property
     def world(self) -> WorldConfig | None:
-        """The generated world that sources read."""
+        """The settings of the generated world that tasks read."""
         return self.experiment.world if self.experiment is not None else None
 
     @classmethod
     def of(cls, experiment: ExperimentConfig) -> Self:
-        """The evaluation of an experiment."""
+        """The suite of an experiment's own evaluation."""
         return cls(name=experiment.name, seed=experiment.seed, experiment=experiment, **dict(experiment.evaluate))
 
 
 def load_suite(name_or_path: str) -> tuple[Suite, Path]:
-    """The suite of that name, or the evaluation of the experiment of that name, or those of a file; and its path.
+    """Load a suite by the name or file of a suite or an experiment; return it and its path.
 
-    Raises ConfigError that names the file, every bad key and what would be right.
+    Raises ConfigError that names the file, every bad key and the valid keys.
     """
     path = Path(name_or_path)
     if not path.suffix:

@@ -1,6 +1,6 @@
-"""The curriculum as a stream of batches, in the order of a plan, from any step on.
+"""Streaming dataset for PyTorch: batches of token windows in a deterministic training order, resumable at any step.
 
-No state needs saving but the step, and ranks and loader workers only take their share of the same global batch.
+The only state to save is the step. Ranks and loader workers take their share of the same global batch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.runtime.distributed import Group
 from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
 from vectorclm.shards.writer import Windows
@@ -20,7 +21,7 @@ from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 
 def position_ids(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """The place of each token of the windows [B, T] in its document, or in the part of it that the window holds."""
+    """Position of each token [B, T] in its document, or in the part of the document in its window."""
     begins = input_ids == BOS_ID
     begins[:, 0] = True
     before, here = input_ids[:, :-1], input_ids[:, 1:]
@@ -30,26 +31,27 @@ def position_ids(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
 
 
 def ignore_mask(input_ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-    """Which tokens of windows of text [B, T] are never labels.
+    """Mask of the tokens in windows of text [B, T] that are never labels.
 
-    That is padding, and the rest of a long document after another's EOS, which nothing announces.
+    These are padding, and the first token of the rest of a long document after another document's EOS, because
+    nothing predicts it.
     """
-    tokens, length = input_ids.reshape(-1), input_ids.shape[1]  # flat: row after row takes twice as long
+    tokens, length = input_ids.reshape(-1), input_ids.shape[1]  # flat, because row-wise operations take twice as long
     found, other = np.empty((2, len(tokens)), np.bool_)
     np.equal(tokens[:-1], EOS_ID, out=found[1:])
     np.not_equal(tokens, BOS_ID, out=other)
     found &= other
-    found[::length] = False  # before the first token of a window there is none
+    found[::length] = False  # the first token of a window has no predecessor
     np.equal(tokens, PAD_ID, out=other)
     found |= other
     return found.reshape(input_ids.shape)
 
 
 def document_labels(input_ids: NDArray[np.integer[Any]], positions: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Labels [B, T], as transformers has them, for windows of text; IGNORE_INDEX where nothing is to be learnt.
+    """Labels [B, T] for windows of text, as in transformers; IGNORE_INDEX for tokens without loss.
 
-    Nothing is learnt from what `ignore_mask` names, nor from the first token of each document where documents are
-    apart (`positions`). Where they are not, EOS predicts the next BOS, as in GPT.
+    Tokens of `ignore_mask` carry no loss. With `positions` (documents masked from each other), neither does the first
+    token of each document. Without, EOS predicts the next BOS, as in GPT.
     """
     ignored = ignore_mask(input_ids)
     if positions is not None:
@@ -59,10 +61,12 @@ def document_labels(input_ids: NDArray[np.integer[Any]], positions: NDArray[np.i
     return labels
 
 
-AHEAD = 2  # groups of each source on their way beside the one in use, so that requests never wait for each other
-TEXT = 2  # marks each token of a window of text that is mixed with conversations: labels as in pretraining
-GATHERED_BLOCKS = 4  # the windows of so many, or of one step, are put together at a time
-WIDENED_TOKENS = 2**16  # so many, or a step's, become int64 at a time: few calls, and memory that stays in the cache
+AHEAD = 2  # groups of each source prefetched beyond the one in use, so that requests overlap
+TEXT = 2  # marks the tokens of a window of text among conversations, which gets labels as in pretraining
+GATHERED_BLOCKS = 4  # blocks (or one step) whose windows are gathered at a time
+WIDENED_TOKENS = (
+    2**16
+)  # tokens (or one step) converted to int64 at a time: few calls, and the memory stays in the cache
 
 
 class Batch(NamedTuple):
@@ -70,17 +74,19 @@ class Batch(NamedTuple):
 
     input_ids: Tensor
     labels: Tensor
-    position_ids: Tensor | None = None  # where documents are apart: 0 at the first token of each
+    position_ids: Tensor | None = None  # 0 at the first token of each document; None without a document mask
 
     def parts(self, count: int) -> Iterator["Batch"]:
-        """Its windows as `count` batches of as many each, which share its memory."""
+        """Split into `count` batches of equal size, which share memory with this batch."""
         return (Batch(*part) for part in zip(*(x.chunk(count) for x in self if x is not None), strict=True))
 
 
 def to_batch(windows: Windows, document_mask: bool = False) -> Batch:
-    """Windows [B, T] as a batch, which says with `document_mask` where its documents begin."""
+    """Convert windows [B, T] to a batch; with `document_mask` it has position ids that restart in each document."""
     input_ids = windows.input_ids.astype(np.int64)
-    positions = position_ids(windows.input_ids) if document_mask else None  # of few bits, as they are in the shards
+    positions = (
+        position_ids(windows.input_ids) if document_mask else None
+    )  # from the shards' small integers, which is faster
     if windows.supervised is None:
         labels = document_labels(windows.input_ids, positions)
     else:
@@ -95,12 +101,12 @@ def to_batch(windows: Windows, document_mask: bool = False) -> Batch:
 
 
 class StreamingLanguageModelDataset(IterableDataset[Batch]):
-    """The batches of a plan, one for each step from `start_step` on.
+    """Streams the batches of a training order, one for each step from `start_step` on.
 
-    `readers[label]` has the windows of a source. Every rank gets the rows `rank::world_size` of the global batch;
-    loader workers take turns by step, so their number changes nothing. Each of them reads the blocks of the whole
-    global batch: of each source it holds the group of blocks that is in use, and the next ones, which are fetched
-    meanwhile. With `document_mask`, a batch says where its documents begin.
+    `readers[label]` has the windows of a source. Each rank of `group` (default: a single process) gets the rows
+    `rank::world_size` of the global batch. Loader workers take turns by step, so their number does not change the
+    batches. Each worker reads the blocks of the whole global batch: it holds the group of blocks in use of each
+    source, and prefetches the next groups. With `document_mask`, batches have position ids.
     """
 
     def __init__(
@@ -108,10 +114,9 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         readers: Mapping[str, ShardReader],
         plan: TrainingOrder,
         batch_size: int,
+        group: Group | None = None,
         *,
         start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
         document_mask: bool = False,
     ) -> None:
         super().__init__()
@@ -119,13 +124,13 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         self.plan = plan
         self.batch_size = batch_size
         self.start_step = start_step
-        self.rank = rank
-        self.world_size = world_size
+        group = group or Group()
+        self.rank, self.world_size = group.rank, group.world_size
         self.document_mask = document_mask
 
     @property
     def steps(self) -> int:
-        """Steps in the whole plan; a last, partial batch is left out."""
+        """Steps in the whole training order; a last, partial batch is dropped."""
         return self.plan.windows // self.batch_size
 
     @property
@@ -134,7 +139,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         return self.readers[0].sequence_length
 
     def describe(self, step: int) -> str:
-        """Which windows of which shards make up a step, over all ranks: `stories/train-00000.arrow 3, 17; …`."""
+        """List the windows of a step, over all ranks, by shard: `stories/train-00000.arrow 3, 17; …`."""
         sources, windows = self.plan.locate(np.arange(self.batch_size) + step * self.batch_size)
         rows: dict[str, list[int]] = {}
         for source, window in zip(sources, windows, strict=True):
@@ -143,16 +148,18 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         return "; ".join(f"{shard} {', '.join(map(str, sorted(found)))}" for shard, found in sorted(rows.items()))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises CorruptBlockError and StoreError where a block stays spoiled or cannot be read."""
+        """Iterate over this rank's batches. Raises CorruptBlockError and StoreError where a block cannot be read."""
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         steps = np.arange(self.start_step + first, self.steps, stride)
         own = np.arange(self.batch_size)[self.rank :: self.world_size]
         together = max(1, GATHERED_BLOCKS * self.readers[0].block_windows // (self.batch_size * stride))
         widest = next((reader for reader in self.readers if reader.has_mask), self.readers[0])
-        room = widest.empty(together * len(own))  # used again and again, as new memory is slow
+        room = widest.empty(together * len(own))  # reused, because new memory is slow
         at_once = max(1, WIDENED_TOKENS // max(1, len(own) * self.window_tokens))
-        ahead = _Ahead(self.plan, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.plan.windows)
+        ahead = _Prefetcher(
+            self.plan, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.plan.windows
+        )
         try:
             for begin in range(0, len(steps), together):
                 here = steps[begin : begin + together]
@@ -166,9 +173,9 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
             for reader in self.readers:
                 reader.close()
 
-    def _gather(self, places: NDArray[np.int64], ahead: "_Ahead", into: Windows) -> None:
-        """Copy the windows at some places of the plan."""
-        if len(places):  # else there are more ranks than rows
+    def _gather(self, places: NDArray[np.int64], ahead: "_Prefetcher", into: Windows) -> None:
+        """Copy the windows at some positions of the training order to `into`."""
+        if len(places):  # empty where there are more ranks than rows
             ahead.reach(places)
             sources, windows = self.plan.locate(places)
             for number, reader in enumerate(self.readers):
@@ -178,19 +185,19 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
                     into.supervised[rows] = TEXT
 
 
-class _Ahead:
-    """What is fetched before it is needed: of each source the groups of blocks after the one in use."""
+class _Prefetcher:
+    """Prefetches the groups of blocks after the one in use, for each source."""
 
     def __init__(self, plan: TrainingOrder, readers: list[ShardReader], place: int) -> None:
         for reader in readers:
-            reader.close()  # what another process, or an earlier pass, held
+            reader.close()  # release blocks of another process or an earlier pass
         self.plan = plan
         self.readers = readers
         self.groups = plan.groups(place)
         self.next = next(self.groups, None)
 
     def reach(self, places: NDArray[np.int64]) -> None:
-        """Hold what these places need and what comes after it, and nothing else."""
+        """Hold the groups for these positions, prefetch the next groups, and release all others."""
         for reader in self.readers:
             reader.evict(int(places[0]))
         while (group := self.next) is not None:

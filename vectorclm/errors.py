@@ -1,21 +1,21 @@
-"""What can go wrong, told to the person who must act.
+"""The errors of VectorCLM; each message tells the person who must act what to do.
 
 VectorCLMError
-├── ConfigError      the experiment asks for something impossible: edit it, a retry cannot help
-├── DataError        a source, a document or a model directory is not what it should be
+├── ConfigError      a setting is unknown, impossible or contradictory: edit it, a retry cannot help
+├── DataError        a source, a document or a model directory is missing or malformed
 ├── StoreError       the store cannot be reached or written: a retry may help
 │   └── CorruptArtifactError   bytes in the store differ from their manifest
-│       └── CorruptBlockError  those of one block of a shard, and stayed so when it was read again
-├── InUseError       another process is building the same artifact
+│       └── CorruptBlockError  bytes of one block of a shard differ, also when read again
+├── InUseError       another live process is building the same artifact
 ├── OutOfMemoryError the tensors do not fit: lower micro_batch_size, a retry at the same size cannot help
-├── PreemptedError   SIGTERM ended a training, which has kept a checkpoint: run the same again
-├── ReproducibilityError   what was made again is not the same: compare the versions and machines, a retry cannot help
-└── DivergedError    the loss left the finite numbers: change the settings, a retry cannot help
+├── PreemptedError   SIGTERM ended a training after a checkpoint: run the same command again
+├── ReproducibilityError   a rebuilt artifact differs: compare versions and machines, a retry cannot help
+└── DivergedError    the loss is not finite: change the settings, a retry cannot help
 """
 
 
 class VectorCLMError(Exception):
-    """Base of every error this package raises on purpose; its message says what to do."""
+    """Base class of every error that this package raises on purpose; the message says what to do."""
 
 
 class ConfigError(VectorCLMError):
@@ -31,11 +31,11 @@ class StoreError(VectorCLMError):
 
 
 class CorruptArtifactError(StoreError):
-    """The bytes of an artifact differ from what its manifest promises."""
+    """The bytes of an artifact differ from its manifest."""
 
 
 class CorruptBlockError(CorruptArtifactError):
-    """The bytes of one block of a shard differ from what the manifest promises, each time they are read."""
+    """The bytes of one block of a shard differ from the manifest each time they are read."""
 
 
 class InUseError(VectorCLMError):
@@ -43,15 +43,15 @@ class InUseError(VectorCLMError):
 
 
 class OutOfMemoryError(VectorCLMError):
-    """The device's memory, or the machine's, does not hold what a step needs."""
+    """A step needs more memory than the device or the machine has."""
 
 
 class PreemptedError(VectorCLMError):
-    """A training was asked to end by SIGTERM; it goes on from its checkpoint where the same is run again."""
+    """SIGTERM ended a training; the same command resumes from the checkpoint."""
 
 
 class ReproducibilityError(VectorCLMError):
-    """A stage made again, with equal settings and inputs, came out otherwise."""
+    """A stage that was built again, with equal settings and inputs, produced other bytes."""
 
 
 class DivergedError(VectorCLMError):

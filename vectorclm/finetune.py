@@ -1,4 +1,4 @@
-"""Instruction tuning: the base model trained on packed conversations, with a share of pretraining text or without."""
+"""Instruction fine-tuning: the base model trained on packed conversations, with or without pretraining text."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 class FinetuneConfig(TrainConfig):
-    """Instruction tuning of the base model."""
+    """Settings of instruction fine-tuning."""
 
-    epochs: float = Field(gt=0, description="How often the conversations are read")
+    epochs: float = Field(gt=0, description="Number of passes over the conversations")
     replay: float = Field(
         0.0,
         ge=0,
         lt=1,
         exclude_if=lambda share: share == 0,
-        description="Share of the windows that is pretraining text once more, against forgetting it",
+        description="Share of pretraining text among the windows, against forgetting",
     )
 
 
@@ -36,24 +36,23 @@ def finetune(
     base: Path,
     chat_shards: Artifact,
     token_lengths: Sequence[int],
-    seed: int,
-    work: TrainingRun,
+    run: TrainingRun,
     texts: tuple[Artifact, Mapping[str, float]] | None = None,
 ) -> tuple[CausalLM, dict[str, Any]]:
-    """Train the base model on the packed conversations; the loop is pretraining's.
+    """Fine-tune the base model on packed conversations; return the model and the training's summary.
 
-    `texts` are the shards of pretraining and the weights of their sources, for the share `config.replay` of all
-    windows; their held-out windows are validated on, too. The conversations are read as often as without them. Raises
-    ConfigError where they are fewer than one step takes.
+    `texts` are the shards of pretraining and the weights of their sources. They fill the share `config.replay` of all
+    windows, and their held-out windows are part of the validation. Replayed text does not change how often the
+    conversations are read. Raises ConfigError where the conversations do not fill one step.
     """
     with ExitStack() as stack:
 
-        def opened(split: str) -> dict[str, ShardReader]:
+        def open_split(split: str) -> dict[str, ShardReader]:
             artifacts = [chat_shards, *(texts[:1] if texts is not None else [])]
-            parts = [open_shards(artifact, split, cache=work.runtime.block_cache) for artifact in artifacts]
+            parts = [open_shards(artifact, split, cache=run.runtime.block_cache) for artifact in artifacts]
             return {label: reader for part in parts for label, reader in stack.enter_context(part).items()}
 
-        training, validation = opened("train"), opened("validation")
+        training, validation = open_split("train"), open_split("validation")
         replayed = replay_weights(config.replay, texts[1]) if texts is not None else {}
         chats = {label: len(reader) for label, reader in training.items() if reader.has_mask}
         windows, share = sum(chats.values()), 1 - config.replay
@@ -61,29 +60,35 @@ def finetune(
         sizes = {label: len(training[label]) for label in weights}
         phase = MixturePhase(round(config.epochs * windows / share), weights)
         per_block = next(iter(training.values())).block_windows
-        plan = TrainingOrder([phase], sizes, seed, windows_per_block=per_block)
-        dataset = own_share(training, plan, config, work.group)
+        order = TrainingOrder([phase], sizes, run.seed, windows_per_block=per_block)
+        dataset = own_share(training, order, config, run.group)
         if dataset.steps == 0:
             raise ConfigError(
-                f"{windows} windows of conversations make no step of finetune.batch_size {config.batch_size}"
+                f"{windows} windows of conversations do not fill one step of {config.batch_size} windows: "
+                "lower finetune.batch_size or raise finetune.epochs"
             )
         model = CausalLM.from_pretrained(base)
-        summary = train(model, config, dataset, validation, token_lengths, seed, work)
+        summary = train(model, config, dataset, validation, token_lengths, run)
         if len(sizes) > 1:
-            epochs = plan.epochs(dataset.steps * config.batch_size)
+            epochs = order.epochs(dataset.steps * config.batch_size)
             summary["epochs"] = {label: round(value, 3) for label, value in epochs.items()}
         return model, summary
 
 
 def replay_weights(share: float, weights: Mapping[str, float]) -> dict[str, float]:
-    """The part of each source of text in a tuning that reads `share` of it again; too small ones are told and left."""
+    """Split the share of replayed pretraining text among its sources by their weights.
+
+    Sources too small for the mix are left out, with a warning. Raises ConfigError where all of them are too small.
+    """
     if not share:
         return {}
     total = sum(weights.values())
     found = {label: share * weight / total for label, weight in weights.items() if weight}
     small = sorted(label for label, part in found.items() if part * MIX_BLOCK < 1)
     if len(small) == len(found):
-        raise ConfigError(f"finetune.replay {share} leaves each source less than 1/{MIX_BLOCK}: give it more, or 0")
+        raise ConfigError(
+            f"finetune.replay {share} gives each source less than 1/{MIX_BLOCK} of all windows: raise it, or set 0"
+        )
     if not small:
         return found
     logger.warning("finetune.replay leaves out %s, of less than 1/%d each", ", ".join(small), MIX_BLOCK)

@@ -1,4 +1,4 @@
-"""The decoder: a Llama, key for key and field for field, that transformers, vLLM and llama.cpp open as it is.
+"""The Llama decoder in plain PyTorch. transformers, vLLM and llama.cpp open its files unchanged.
 
 Shape letters, used in names and docstrings throughout:
     B  batch         T  tokens in the input     S  tokens seen so far (cache + T)
@@ -32,11 +32,11 @@ from vectorclm.nn.layers import (
 from vectorclm.nn.loss import IGNORE_INDEX, chunked_cross_entropy
 from vectorclm.nn.matmul import project
 
-Angles = tuple[Tensor, Tensor]  # cosines and sines [T, 1, E] or [B, T, 1, E] of the tokens' positions
+Angles = tuple[Tensor, Tensor]  # cosines and sines of the positions, each [T, 1, E] or [B, T, 1, E]
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of the final length."""
+    """Key/value cache: keys and values of the tokens so far, in buffers of the final length."""
 
     def __init__(self, config: ModelConfig, batch_size: int, length: int, like: Tensor) -> None:
         shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
@@ -47,7 +47,7 @@ class KVCache:
         self.seen = 0
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' keys and values of one layer; return all [B, K, S, E]."""
+        """Store one layer's keys and values of new tokens; return those of all tokens so far [B, K, S, E]."""
         end = self.seen + k_BKTE.shape[2]
         self.keys_BKSE[layer][:, :, self.seen : end] = k_BKTE
         self.values_BKSE[layer][:, :, self.seen : end] = v_BKTE
@@ -57,8 +57,8 @@ class KVCache:
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines [max_position_embeddings, E] of rotary embeddings (Su et al., arXiv 2104.09864, section 3.2).
 
-    Half-split, as Llama has it on disk: dimension i turns with dimension i + E/2. The first half's sines are negative,
-    as `rotate` wants them.
+    The layout is Llama's: dimension i is paired with dimension i + E/2. The first half's sines are negative, as
+    `rotate` expects.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
@@ -105,7 +105,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm block: each half reads a normalised copy and adds to the residual stream."""
+    """Pre-norm decoder block: attention and MLP each read the normalised residual stream and add to it."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm; `model.` in the state dict."""
+    """Embedding, decoder blocks and final norm; `model.` in the state dict."""
 
     cos_SE: Tensor
     sin_SE: Tensor
@@ -148,18 +148,18 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Normalised hidden states [B, T, D] of the tokens [B, T].
 
-        Positions count on from what the cache holds, and each token sees those before it. `position_ids_BT` [B, T] and
-        `mask_BTS` [B, T, S] (true: the key is seen) say otherwise. With `documents`, each of a window is a text of its
-        own; a cache is not for those.
+        By default positions continue those in the cache, and attention is causal. `position_ids_BT` [B, T] and
+        `mask_BTS` [B, T, S] (true where a token attends to a key) replace these defaults. With `documents`, attention
+        stays inside each document of a window; `documents` and `cache` exclude each other.
         """
         start = cache.seen if cache is not None else 0
         end = start + input_ids_BT.shape[1]
         x_BTD = self.embed_tokens(input_ids_BT)
-        x_BTD = x_BTD.to(autocast_dtype(x_BTD))  # the residual stream is most of what a step reads and writes
+        x_BTD = x_BTD.to(autocast_dtype(x_BTD))  # the residual stream is most of a step's memory traffic
         if documents is not None:
             position_ids_BT = documents.position_ids
         positions = slice(start, end) if position_ids_BT is None else position_ids_BT
-        wide = torch.promote_types(x_BTD.dtype, torch.float32)  # half precision has too few digits for an angle
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)  # half precision is too coarse for angles
         cos_T1E, sin_T1E = (table[positions].unsqueeze(-2).to(wide) for table in (self.cos_SE, self.sin_SE))
         visible = Visibility(documents, None if mask_BTS is None else mask_BTS.unsqueeze(1))
         for layer in self.layers:
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The language model. The output projection is the embedding itself (tied), so the state dict has it once."""
+    """The causal language model. Its output projection is the embedding (tied), so the state dict has it once."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -185,30 +185,29 @@ class CausalLM(nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, Attention | MLP):
-            # What writes to the residual stream starts smaller by the number of writes (GPT-2, section 2.3).
+            # Projections into the residual stream start smaller, by the root of their number (GPT-2, section 2.3).
             out = module.o_proj if isinstance(module, Attention) else module.down_proj
             with torch.no_grad():
                 out.weight /= math.sqrt(2 * self.config.num_hidden_layers)
 
     @torch.no_grad()
     def zero_output_projections(self) -> None:
-        """Set what writes to the residual stream to zero: every layer begins by changing nothing."""
+        """Set the projections into the residual stream to zero: each layer starts as the identity."""
         for layer in self.model.layers:
             layer.self_attn.o_proj.weight.zero_()  # type: ignore[operator, union-attr]
             layer.mlp.down_proj.weight.zero_()  # type: ignore[operator, union-attr]
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits [B, T, V] for `input_ids` [B, T]; with a cache, T continues what the cache has seen.
+        """Logits [B, T, V] for `input_ids` [B, T], which continue the tokens in the cache, if there is one.
 
-        Raises ValueError where the sequence would pass max_position_embeddings.
+        Raises ValueError where the sequence is longer than max_position_embeddings.
         """
         return project(self._hidden(input_ids, cache), self.model.embed_tokens.weight)
 
     def next_logits(self, input_ids: Tensor, cache: KVCache, padding_B: Tensor | None = None) -> Tensor:
-        """Logits [B, V] after the last of `input_ids` [B, T], which continue what the cache has seen.
+        """Logits [B, V] of the next token after `input_ids` [B, T], which continue the tokens in the cache.
 
-        With `padding_B`, as many places at the left of each row are none of its text. Raises ValueError as `forward`
-        does.
+        `padding_B` is the number of padding tokens at the left of each row. Raises ValueError as `forward` does.
         """
         return project(self._hidden(input_ids, cache, padding_B)[:, -1], self.model.embed_tokens.weight)
 
@@ -224,13 +223,13 @@ class CausalLM(nn.Module):
         return padded
 
     def loss(self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None) -> Tensor:
-        """Summed cross-entropy (nats) of `labels` [B, T], without ever building all the logits.
+        """Summed cross-entropy (nats) of `labels` [B, T], without all logits in memory.
 
-        As in transformers, labels stand beside the inputs and the shift by one happens here; IGNORE_INDEX carries
-        no loss. With `documents`, none of those in a window sees another.
+        As in transformers, labels are aligned with the inputs, and this method shifts them by one. IGNORE_INDEX
+        carries no loss. With `documents`, attention stays inside each document of a window.
         """
         hidden_ND = self.model(input_ids, documents=documents).flatten(0, 1)
-        targets_N = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # after the last token comes nothing
+        targets_N = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # the last token has no target
         return chunked_cross_entropy(hidden_ND, self.model.embed_tokens.weight, targets_N)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
@@ -247,7 +246,7 @@ class CausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "CausalLM":
-        """The model in a Hugging Face directory. Raises DataError where it is none, or not a Llama of this kind."""
+        """Load the model in a Hugging Face directory. Raises DataError where it is not a Llama with tied embeddings."""
         directory = Path(directory)
         weights = directory / "model.safetensors"
         try:
@@ -256,7 +255,7 @@ class CausalLM(nn.Module):
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(f"{directory} is not a model directory: {error}") from error
         config = model_config(raw, str(directory / "config.json"))
-        if config.parameters > size:  # before memory is taken for what a file only claims
+        if config.parameters > size:  # checked before memory is allocated for a size that only config.json claims
             raise DataError(
                 f"{weights} does not fit its config.json: {config.parameters:,} parameters in {size:,} bytes"
             )

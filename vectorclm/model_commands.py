@@ -31,24 +31,27 @@ from vectorclm.stage_commands import StageOptions, build_stage, chosen, load_run
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.model_ref import find_model
 
-MODELS = "a folder, <store>/<stage>/<fingerprint>, or the beginning of one such as finetune/7fa0"
-models = new_app("models", "Models: score, export, compare, talk.")
+MODELS = "a folder, <store>/<stage>/<fingerprint>, or a short form such as finetune/7fa0"
+models = new_app("models", "Models: score, export, compare, chat, serve.")
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What a model is scored on."""
+    """Options for the text or the suite that a model is scored on."""
 
     text: Annotated[Path | None, Parameter(help="Score the model, or a GGUF file, on this UTF-8 text")] = None
     suite: Annotated[
-        str | None, Parameter(help="Score the model on this suite (standard, generation, a file), or as an experiment")
+        str | None,
+        Parameter(
+            help="Score the model on this suite (standard, generation, a file), or on an experiment's evaluation"
+        ),
     ] = None
     every_checkpoint: Annotated[
-        bool, Parameter(help="Score the checkpoints an experiment's trainings kept, and write the curves")
+        bool, Parameter(help="Score the kept checkpoints of an experiment's trainings, and write the curves")
     ] = False
     allow_unsandboxed: Annotated[
-        bool, Parameter(help="Run the programs that the model writes also where the system offers no sandbox")
+        bool, Parameter(help="Run the programs that the model writes even where the system offers no sandbox")
     ] = False
     json: Json = False
 
@@ -56,26 +59,28 @@ class ScoreOptions:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class FileOptions:
-    """One file for llama.cpp."""
+    """Options for a GGUF file for llama.cpp."""
 
     format: Annotated[Literal["gguf"] | None, Parameter(help="Write a model as one GGUF file for llama.cpp")] = None
     type: Annotated[
-        Literal["f32", "f16", "q8_0"] | None, Parameter(help="How the file stores matrices [default: f16]")
+        Literal["f32", "f16", "q8_0"] | None, Parameter(help="Number format of the matrices in the file [default: f16]")
     ] = None
-    out: Annotated[Path | None, Parameter(help="The file [default: vectorclm-SIZE-KIND-TYPE.gguf]")] = None
+    out: Annotated[Path | None, Parameter(help="Output file [default: vectorclm-SIZE-KIND-TYPE.gguf]")] = None
 
 
 class ChatSampling(SamplingParams):
-    """How answers are drawn in a chat, unless options say otherwise."""
+    """Sampling parameters of a chat, with a chat's defaults."""
 
-    temperature: float = Field(0.7, ge=0, le=100, description="0 takes the likeliest token each time")
-    top_p: float = Field(0.95, gt=0, le=1, description="Least share of the likeliest tokens that is drawn from")
+    temperature: float = Field(0.7, ge=0, le=100, description="0 always takes the most likely token")
+    top_p: float = Field(
+        0.95, gt=0, le=1, description="Sample from the most likely tokens that have this probability together"
+    )
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class ChatOptions:
-    """A conversation in the terminal."""
+    """Options for a conversation in the terminal."""
 
     store: StoreUri = LOCAL_STORE
     runtime: Annotated[Path | None, Parameter(help="TOML or JSON file with settings of this machine")] = None
@@ -87,13 +92,13 @@ class ChatOptions:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where a server listens."""
+    """Options for the address of a server."""
 
     store: StoreUri = LOCAL_STORE
     runtime: Annotated[Path | None, Parameter(help="TOML or JSON file with settings of this machine")] = None
     host: Annotated[str, Parameter(help="Address to listen on")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="0 takes a free port")] = 8000
-    name: Annotated[str | None, Parameter(help="What the API calls the model [default: MODEL's last part]")] = None
+    name: Annotated[str | None, Parameter(help="Name of the model in the API [default: the last part of MODEL]")] = None
 
 
 @models.command(help_epilogue="Example: vectorclm evaluate MODEL --suite standard --data DIR --items 1000")
@@ -112,7 +117,7 @@ def evaluate(
         measure_curves(target, options, scored, limits)
     elif scored.suite is not None:
         if scored.text is not None:
-            raise ConfigError("--text and --suite ask for two things: give one of them")
+            raise ConfigError("--text and --suite exclude each other: give one of them")
         return measure_model(target, options, scored, limits)
     elif limits.model_fields_set:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(limits.model_fields_set))
@@ -161,7 +166,9 @@ def compare(
     /,
     *,
     store: StoreUri = LOCAL_STORE,
-    suite: Annotated[str | None, Parameter(help="By which both were measured [default: that of most items]")] = None,
+    suite: Annotated[
+        str | None, Parameter(help="Suite that both models were scored on [default: the one with the most items]")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compare two models on the same items: differences, their 95 % intervals, and which are beyond noise."""
@@ -180,7 +187,7 @@ def chat(
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be 1 or more, not {options.max_new_tokens}")
     if "" in options.stop:
-        raise ConfigError("--stop must not be empty: every text would end before it began")
+        raise ConfigError("--stop must not be empty: an empty text would end every answer at once")
     chat_model = open_chat_model(model, load_runtime(options.runtime))
     talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop)
 
@@ -189,14 +196,14 @@ def chat(
 def serve(
     model: Annotated[str, Parameter(help=f"A chat model: {MODELS}")], /, *, options: ServeOptions = ServeOptions()
 ) -> None:
-    """Serve a model as OpenAI's API does, with a page that chats."""
+    """Serve a model over OpenAI's API, with a chat page."""
     from vectorclm.inference.serve import serve as start_server
 
     start_server(model, load_runtime(options.runtime), options.host, options.port, options.name)
 
 
 def score_text(address: str, file: Path, *, as_json: bool) -> None:
-    """Print the bits per byte of a model on a text; of a GGUF file, those of llama.cpp."""
+    """Print the bits per byte of a model on a text; llama.cpp scores a GGUF file."""
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -220,14 +227,14 @@ def score_text(address: str, file: Path, *, as_json: bool) -> None:
 
 
 def _scoring_runtime(options: StageOptions, scored: ScoreOptions) -> Runtime:
-    """The runtime settings, with the option that takes the risk of running programs without a sandbox."""
+    """The runtime settings, with the option --allow-unsandboxed applied."""
     runtime = load_runtime(options.place.runtime)
     runtime.check()
     return runtime.model_copy(update={"allow_unsandboxed": True}) if scored.allow_unsandboxed else runtime
 
 
 def measure_model(address: str, options: StageOptions, scored: ScoreOptions, limits: Limits) -> Artifact:
-    """Score a model on a suite, or find it scored, and print its scores; the artifact with them."""
+    """Score a model on a suite, or reuse finished scores; print them and return their artifact."""
     place, relay = options.place, options.relay
     model = find_model(address)
     suite, path = load_suite(scored.suite or "")
@@ -235,8 +242,8 @@ def measure_model(address: str, options: StageOptions, scored: ScoreOptions, lim
     if not relay:
         store.check_writable()
         suite, notes = pin_suite(suite, path, place.data)
-        plan = measure_plan(suite, limits, model, store, runtime)
-        for note in [*notes, *left_out(plan, suite, limits, runtime)]:
+        spec = measure_plan(suite, limits, model, store, runtime)
+        for note in [*notes, *left_out(spec, suite, limits, runtime)]:
             print(note, file=sys.stderr)
     show: AbstractContextManager[None] = progress.json_lines() if relay else progress.bars()
     with show:
@@ -255,7 +262,7 @@ def measure_model(address: str, options: StageOptions, scored: ScoreOptions, lim
 
 
 def _about(scores: Mapping[str, Any], name: str) -> str:
-    """What else is known of a task's score."""
+    """Details of a task's score: acc_norm, chance, items, contaminated items."""
     task = scores["tasks"].get(name.removeprefix("acc."))
     if task is None:
         return ""
@@ -265,7 +272,7 @@ def _about(scores: Mapping[str, Any], name: str) -> str:
 
 
 def measure_curves(named: str, options: StageOptions, scored: ScoreOptions, limits: Limits) -> None:
-    """Score the checkpoints of an experiment's trainings on a suite, its own by default, and write the curves."""
+    """Score the checkpoints of an experiment's trainings on a suite (default: its own), and write the curves."""
     place = options.place
     store, runtime = Store(place.store), _scoring_runtime(options, scored)
     store.check_writable()

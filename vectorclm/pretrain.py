@@ -1,4 +1,4 @@
-"""Pretraining: the curriculum, and a new model trained over it."""
+"""Pretraining: a new model trained over phases with token budgets and data mixes."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,49 +27,50 @@ logger = logging.getLogger(__name__)
 
 
 class Phase(Settings):
-    """A stretch of the curriculum."""
+    """A phase of pretraining: a token budget and a data mix."""
 
     tokens: int = Field(gt=0, description="Token budget")
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default={}, description="Share of each source; left out, the sample's weights"
+        default={}, description="Share of each source; the sample's weights if left out"
     )
     when_exhausted: WhenExhausted = Field(
         "repeat",
-        description="Where a source runs out: stop before training, another epoch, or its share to the others",
+        description="If a source runs out: an error before training, another epoch, or its share to the others",
     )
 
     @model_validator(mode="after")
     def _weights_count(self) -> Self:
         total = sum(self.weights.values())
         if self.weights and not total:
-            raise ValueError("every weight of a phase is 0: one must be more")
-        if lost := [label for label, weight in self.weights.items() if 0 < weight < total / MIX_BLOCK]:
-            raise ValueError(f"{', '.join(lost)} has less than 1/{MIX_BLOCK} of the phase: give it more, or 0")
+            raise ValueError("every weight of a phase is 0: at least one must be greater")
+        if too_small := [label for label, weight in self.weights.items() if 0 < weight < total / MIX_BLOCK]:
+            small = ", ".join(too_small)
+            raise ValueError(f"{small} has less than 1/{MIX_BLOCK} of the phase: raise its weight, or set it to 0")
         return self
 
 
 class PretrainConfig(TrainConfig):
-    """The curriculum: phases in order, each with its budget and mix."""
+    """Settings of pretraining: the phases in their order, and the training loop's settings."""
 
     phases: list[Phase] = Field(min_length=1)
     zero_output_projections: bool = Field(
         False,
-        exclude_if=lambda value: not value,  # so that older experiments keep their fingerprints
-        description="What writes to the residual stream starts at zero, not small",
+        exclude_if=lambda value: not value,  # older experiments keep their fingerprints
+        description="Start the projections into the residual stream at zero instead of small random values",
     )
 
     @property
     def tokens(self) -> int:
-        """Tokens over all phases."""
+        """Number of tokens over all phases."""
         return sum(phase.tokens for phase in self.phases)
 
     def plan(
         self, sample_weights: Mapping[str, float], sizes: Mapping[str, int], length: int, itemsize: int, seed: int
     ) -> TrainingOrder:
-        """The training order over sources of these `sizes`, in windows of `length` tokens, `itemsize` bytes each.
+        """The training order over sources with `sizes` windows each.
 
-        `sample_weights` is the mix of a phase that names none. Raises ConfigError where a source runs out in a phase
-        that forbids it.
+        A window has `length` tokens of `itemsize` bytes. A phase without weights uses `sample_weights`. Raises
+        ConfigError where a source runs out in a phase that forbids it.
         """
         phases = [
             MixturePhase(phase.tokens // length, phase.weights or sample_weights, phase.when_exhausted)
@@ -84,32 +85,32 @@ def pretrain(
     sample_weights: Mapping[str, float],
     shards: Artifact,
     token_lengths: Sequence[int],
-    seed: int,
-    work: TrainingRun,
+    run: TrainingRun,
 ) -> tuple[CausalLM, dict[str, Any]]:
-    """Train a new model over the curriculum. `sample_weights` is the mix of a phase that names none.
+    """Pretrain a new model over all phases; return the model and the training's summary.
 
-    Raises ConfigError where the plan is shorter than one step, or a source runs out in a phase that forbids it.
+    A phase without weights uses `sample_weights`. Raises ConfigError where all phases are shorter than one step, or a
+    source runs out in a phase that forbids it.
     """
-    cache = work.runtime.block_cache
+    cache = run.runtime.block_cache
     with (
         open_shards(shards, "train", cache=cache) as training,
         open_shards(shards, "validation", cache=cache) as validation,
     ):
         sizes = {label: len(reader) for label, reader in training.items()}
         any_source = next(iter(training.values()))
-        plan = config.plan(sample_weights, sizes, any_source.sequence_length, any_source.token_bytes, seed)
-        dataset = own_share(training, plan, config, work.group)
+        order = config.plan(sample_weights, sizes, any_source.sequence_length, any_source.token_bytes, run.seed)
+        dataset = own_share(training, order, config, run.group)
         if dataset.steps == 0:
             step = config.batch_size * any_source.sequence_length
-            raise ConfigError(f"pretrain.phases hold {config.tokens} tokens, one step takes {step}: raise them")
-        epochs = plan.epochs(dataset.steps * config.batch_size)
+            raise ConfigError(f"pretrain.phases hold {config.tokens} tokens, fewer than one step ({step}): raise them")
+        epochs = order.epochs(dataset.steps * config.batch_size)
         logger.info("pretrain reads %s", format_epochs(epochs))
-        torch.manual_seed(seed)
+        torch.manual_seed(run.seed)
         model = CausalLM(model_config)
         if config.zero_output_projections:
             model.zero_output_projections()
-        summary = train(model, config, dataset, validation, token_lengths, seed, work)
+        summary = train(model, config, dataset, validation, token_lengths, run)
     rounded = {label: round(value, 3) for label, value in epochs.items()}
     read = {"epochs": rounded, "read": format_epochs(epochs)}
     return model, {**summary, **read, "parameters": model_config.parameters}

@@ -1,4 +1,4 @@
-"""The base of every config class: frozen, strict, and hashable to a fingerprint."""
+"""Base class of all configs (frozen, strict pydantic models), their validation messages and their SHA-256 digest."""
 
 import difflib
 import hashlib
@@ -20,9 +20,9 @@ class Settings(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The JSON schema as a form needs it.
+        """The JSON schema that Prefect's run form needs.
 
-        Every field says its place, as some databases sort keys; one that may be None may be left out instead.
+        Every field has its position, because some databases sort keys. A field that may be None becomes optional.
         """
         found = handler(schema)
         for position, field in enumerate(handler.resolve_ref_schema(found).get("properties", {}).values()):
@@ -35,7 +35,7 @@ class Settings(BaseModel):
 
 
 def canonical_json(value: Any) -> str:
-    """`value` as JSON with sorted keys and no spaces: equal values give equal text."""
+    """`value` as JSON with sorted keys and no spaces: equal values have equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -48,7 +48,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def validate(cls: type[S], values: Mapping[str, Any], where: str) -> S:
-    """`values` as a `cls`. Raises ConfigError that names every bad key, its value and its neighbours."""
+    """Build a `cls` from `values`. Raises ConfigError that names every bad key, its value and the valid keys."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:
@@ -57,12 +57,12 @@ def validate(cls: type[S], values: Mapping[str, Any], where: str) -> S:
 
 
 def _explain(cls: type[BaseModel], item: Any) -> str:
-    """One line for one pydantic error: the key's full path, what was wrong, what would be right. Never a secret."""
+    """One line for one pydantic error: the key's full path, the fault, the valid keys. Never shows a secret."""
     path = item["loc"]
     key = ".".join(str(part) for part in path)
     if item["type"] != "extra_forbidden":
-        told = path and item["type"] != "missing" and not _holds_secret(_place(cls, path)[1])
-        given = f" (got {item['input']!r})" if told else ""
+        shows_value = path and item["type"] != "missing" and not _holds_secret(_place(cls, path)[1])
+        given = f" (got {item['input']!r})" if shows_value else ""
         return f"{key or 'settings'}: {item['msg'].removeprefix('Value error, ')}{given if len(given) < 200 else ''}"
     known = list(_place(cls, path[:-1])[0].model_fields)
     close = difflib.get_close_matches(str(path[-1]), known, n=1)
@@ -71,7 +71,7 @@ def _explain(cls: type[BaseModel], item: Any) -> str:
 
 
 def _place(cls: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel], Any]:
-    """The settings class that stands at `path` inside `cls`, through lists and optional fields, and the annotation."""
+    """The settings class at `path` inside `cls`, through lists and optional fields, and the annotation there."""
     annotation: Any = cls
     for part in path:
         if isinstance(part, str) and part in cls.model_fields:

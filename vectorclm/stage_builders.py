@@ -1,4 +1,4 @@
-"""How each stage builds its artifact: one function a stage, which writes files into a folder and returns a summary."""
+"""The builders of the stages: one function for each, which writes files into a folder and returns a summary."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus.decontamination import Benchmarks, benchmark_sources, read_benchmarks
 from vectorclm.corpus.sampler import write_sample
-from vectorclm.corpus.sources import draw, open_source
+from vectorclm.corpus.source_reader import SourceRoots, draw, open_source
 from vectorclm.errors import DataError
 from vectorclm.evaluation.bits_per_byte import windows_scores
 from vectorclm.evaluation.instruction_prompts import instructions
@@ -30,19 +30,19 @@ from vectorclm.shards.reader import open_shards
 from vectorclm.shards.writer import write_shards
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.resumable import ResumableUpload, Slices
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 from vectorclm.store.work import attempt_folder
 from vectorclm.tokenizer import load_tokenizer, token_lengths
 from vectorclm.train import TrainConfig, TrainingRun
 from vectorclm.train_tokenizer import train_tokenizer
 from vectorclm.training.checkpoint import Checkpoints
 
-STREAMED = frozenset({"shards", "chat_shards"})  # what trainings read as they go, and never copy as a whole
+STREAMED = frozenset({"shards", "chat_shards"})  # data sets that trainings stream, and never copy as a whole
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage at work: what it is asked for, what it reads, and where it runs."""
+    """One run of a stage: the experiment, the input artifacts, and the place where the stage runs."""
 
     name: str
     experiment: ExperimentConfig
@@ -52,9 +52,9 @@ class StageJob:
     group: Group
     specs: Mapping[str, StageSpec]  # of all stages
     inputs: Mapping[str, Artifact]
-    upload: Sending | None  # takes large files to a remote store one by one
-    again: bool  # the artifact is there, and is built once more to be compared
-    kept: list[Checkpoints | Slices] = field(default_factory=list)  # what to clear once the artifact is there
+    upload: EarlyUpload | None = None  # sends large files to a remote store one by one
+    again: bool = False  # the artifact exists, and is built once more for a comparison
+    kept: list[Checkpoints | Slices] = field(default_factory=list)  # removed once the artifact exists
 
     @property
     def seed(self) -> int:
@@ -66,13 +66,19 @@ class StageJob:
         sources = benchmark_sources(self.experiment.sample, self.experiment.evaluate.tasks)
         return read_benchmarks(sources, self.data, self.experiment.world)
 
+    def clear_kept(self) -> None:
+        """Remove checkpoints and slices that the finished artifact replaces."""
+        for leftover in self.kept:
+            leftover.clear()
+
 
 def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw the documents of all text sources."""
     upload = job.upload
     sent = None if upload is None else lambda path: upload.send(path, path.relative_to(out).as_posix())
-    asked, world = job.experiment.sample, job.experiment.world
-    return write_sample(asked, job.seed, out, data=job.data, world=world, benchmarks=job.benchmarks(), finished=sent)
+    config, world = job.experiment.sample, job.experiment.world
+    roots = SourceRoots(job.data, world)
+    return write_sample(config, job.seed, out, roots, benchmarks=job.benchmarks(), finished=sent)
 
 
 def build_tokenizer(job: StageJob, out: Path) -> Mapping[str, Any]:
@@ -105,14 +111,14 @@ def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 
 def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
-    """Train the base model, or fine-tune it, with all ranks of the group; the others `follow`."""
+    """Train or fine-tune the base model with all ranks of the group; the other ranks run `follow`."""
     folders = _training_inputs(job.name, job.store, job.specs)
-    # Called now that all inputs are on this machine.
+    # The other ranks start only now, when all inputs are on this machine.
     job.group.call(json.dumps([job.experiment.model_dump(mode="json"), job.again]))
     data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
     spec, keep = job.specs[job.name], job.runtime.keep_checkpoints
     with Checkpoints(job.store, spec, out.parent, _identity(data), keep_all=keep, again=job.again) as checkpoints:
-        run = TrainingRun(job.name, out.parent, checkpoints, job.runtime, job.group)
+        run = TrainingRun(job.name, job.seed, out.parent, checkpoints, job.runtime, job.group)
         model, summary = _train(job.experiment, folders, data, run)
     if job.again or not keep:
         job.kept.append(checkpoints)
@@ -125,7 +131,7 @@ def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 
 def follow(job: StageJob) -> None:
-    """Train beside the first rank."""
+    """Train as a rank other than the first."""
     folders = _training_inputs(job.name, job.store, job.specs)
     data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
     spec = job.specs[job.name]
@@ -133,7 +139,8 @@ def follow(job: StageJob) -> None:
         attempt_folder(job.store.work_folder(spec, job.runtime.work_dir)) as folder,
         Checkpoints(job.store, spec, folder, _identity(data), again=job.again) as checkpoints,
     ):
-        _train(job.experiment, folders, data, TrainingRun(job.name, folder, checkpoints, job.runtime, job.group))
+        run = TrainingRun(job.name, job.seed, folder, checkpoints, job.runtime, job.group)
+        _train(job.experiment, folders, data, run)
 
 
 def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
@@ -144,12 +151,19 @@ def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_export(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Write both models as Hugging Face directories with their cards."""
-    lineage = {stage: find_input(job.store, spec) for stage, spec in job.specs.items() if stage != job.name}
+    ancestors = _ancestors(job.name, job.specs)
+    lineage = {stage: find_input(job.store, spec) for stage, spec in job.specs.items() if stage in ancestors}
     return export(job.experiment.name, job.inputs, lineage, out)
 
 
+def _ancestors(name: str, specs: Mapping[str, StageSpec]) -> set[str]:
+    """The stages whose artifacts a stage depends on, directly or through others."""
+    direct = set(specs[name].inputs)
+    return direct.union(*(_ancestors(stage, specs) for stage in direct))
+
+
 def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -> dict[str, Path]:
-    """Local folders of the tokenizer and of what else a training reads, but for the windows that it streams."""
+    """Local folders of the tokenizer and the other inputs of a training, without the streamed windows."""
     wanted = {"tokenizer", *stages[name].inputs} - STREAMED
     return {stage: find_input(store, stages[stage]).local() for stage in sorted(wanted)}
 
@@ -157,15 +171,15 @@ def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -
 def _train(
     experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], run: TrainingRun
 ) -> tuple[CausalLM, dict[str, Any]]:
-    tokenizer, seed = load_tokenizer(folders["tokenizer"]), experiment.seed
+    tokenizer = load_tokenizer(folders["tokenizer"])
     say = answer_text if run.stage == "finetune" else continuation
     run = replace(run, respond=lambda model, prompt, longest: say(model, tokenizer, prompt, longest))
     lengths, weights = token_lengths(tokenizer), {source.label: source.weight for source in experiment.sample.sources}
     with memory_explained(run.runtime.micro_batch_size):
         if run.stage == "finetune":
             texts = (data["shards"], weights) if "shards" in data else None
-            return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, seed, run, texts)
-        return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, seed, run)
+            return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, run, texts)
+        return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, run)
 
 
 def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
@@ -173,17 +187,17 @@ def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
 
 
 def _identity(data: Mapping[str, Artifact]) -> str:
-    """What tells one training's data from another's, for its checkpoints."""
+    """The identity of a training's data: checkpoints of other data are not resumed."""
     prints = [artifact.identity for artifact in data.values()]
     return prints[0] if len(prints) == 1 else digest(prints)
 
 
-def find_input(store: Store, plan: StageSpec) -> Artifact:
+def find_input(store: Store, spec: StageSpec) -> Artifact:
     """The finished artifact that a stage reads. Raises DataError where it is not in the store yet."""
-    found = store.find(plan.stage, plan.fingerprint)
+    found = store.find(spec.stage, spec.fingerprint)
     if found is None:
         raise DataError(
-            f"{store.uri} has no {plan.stage}/{plan.fingerprint[:12]}…, which this stage reads: run {plan.stage} first"
+            f"{store.uri} has no {spec.stage}/{spec.fingerprint[:12]}…, which this stage reads: run {spec.stage} first"
         )
     return found
 
@@ -203,7 +217,7 @@ def _evaluate(
     model, tokenizer = open_model(folder)
     model = model.to(device)
     micro_batch = runtime.micro_batch_size or 16
-    apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as the model was trained
+    apart = (experiment.finetune if chat else experiment.pretrain).document_mask  # as in the training
     with open_shards(inputs["shards"], "validation", cache=runtime.block_cache) as texts:
         by_source = windows_scores(model, texts, token_lengths(tokenizer), 0, micro_batch, device, apart, found)
     scores: dict[str, Any] = {

@@ -19,20 +19,20 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.distributed import Group, end_together, joined, record
 from vectorclm.runtime.preemption import PREEMPTED
 from vectorclm.settings import validate
-from vectorclm.stages import BY_NAME, TRAININGS, follow_stage, run_stage, summary_lines
+from vectorclm.stages import BY_NAME, TRAININGS, follow_stage, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Store
 
 STOPPING = f"""
 
-SIGTERM ends it after a checkpoint, with exit code {PREEMPTED}, and the same command goes on from there.
-A second SIGTERM ends it at once.
+SIGTERM ends the training after a checkpoint, with exit code {PREEMPTED}; the same command resumes from it.
+A second SIGTERM ends the training at once.
 """
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class StageOptions:
-    """How one stage is run."""
+    """Options of a command that builds one stage."""
 
     place: Place = Place()
     settings: Setting = ()
@@ -58,27 +58,27 @@ def stage_command(stage: str) -> Callable[..., None]:
 
 
 def add_stages(commands: App, names: Sequence[str], program: str) -> None:
-    """Add the stages to the command line `program`, each as a command of its name."""
+    """Add one command for each named stage to the command line `program`."""
     for name in names:
         example = f"Example: {program} {name} tiny"
         commands.command(stage_command(name), name=name, help_epilogue=example)
 
 
 def chosen(experiment: str, changes: Sequence[str]) -> tuple[ExperimentConfig, Path]:
-    """The experiment that the command line names, with the settings that it changes, and its file."""
+    """Load the experiment that the command line names, apply its --set options, and return it with its file."""
     found, path = load_experiment(experiment)
     return override(found, changes), path
 
 
 def load_runtime(path: Path | None) -> Runtime:
-    """The runtime settings in a file, or the defaults."""
+    """Load the runtime settings from a file; the defaults without one."""
     return Runtime() if path is None else validate(Runtime, read_config(path), str(path))
 
 
 def build_stage(stage: str, experiment: str, options: StageOptions) -> None:
-    """Build one stage's artifact and print where it is; under torchrun, together with the other ranks.
+    """Build one stage's artifact and print its address; under torchrun, together with the other ranks.
 
-    A training that SIGTERM ends says so, and ends all ranks with exit code PREEMPTED.
+    A training that SIGTERM ends prints a message, and ends all ranks with exit code PREEMPTED.
     """
     with joined() as group:
         if group.world_size > 1 and stage not in TRAININGS:
@@ -100,18 +100,18 @@ def build_stage(stage: str, experiment: str, options: StageOptions) -> None:
 def _lead_stage(stage: str, named: str, options: StageOptions, runtime: Runtime, group: Group) -> None:
     store, data, relay, again = Store(options.place.store), options.place.data, options.relay, options.again
     experiment, path = chosen(named, options.settings)
-    if not relay:  # a parent has done both before any stage began
+    if not relay:  # the parent process has done both before the first stage
         store.check_writable()
         experiment, notes = pin(experiment, path, data, resolve=True)
         for note in notes:
             print(note, file=sys.stderr)
     show: AbstractContextManager[None] = progress.json_lines() if relay else progress.bars()
     with show:
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)  # in here, above the bars
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)  # log lines then stand above the bars
         logging.getLogger("vectorclm").setLevel(logging.INFO)
-        artifact, reused = run_stage(stage, experiment, store, runtime, data, again=again, group=group)
+        artifact, reused = (rebuild_stage if again else run_stage)(stage, experiment, store, runtime, data, group)
     if not relay:
-        state = "made again, the same to the byte" if reused and again else "reused" if reused else "built"
+        state = "built again, the same to the byte" if reused and again else "reused" if reused else "built"
         print(f"{stage} {state}: {artifact.uri}")
         for line in summary_lines(stage, artifact.summary):
             print(line)

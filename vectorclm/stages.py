@@ -1,11 +1,13 @@
-"""The stages of the pipeline as one table: what each is for, reads and builds; adding a stage is adding a row.
+"""The stages of the pipeline (the DAG) as one table: the purpose, inputs and builder of each stage.
 
-`plans` knows every fingerprint before anything runs; `run_stage` builds one artifact, or finds it built.
+A new stage is a new row. `plans` computes every fingerprint before anything runs. `run_stage` builds one artifact, or
+finds it in the store.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from vectorclm.stage_builders import (
 )
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build, rebuild
 from vectorclm.store.layout import STAGES
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 
 
 def _no_sources(experiment: ExperimentConfig) -> Sequence[Source]:
@@ -46,30 +48,30 @@ def _no_lines(summary: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table: all that the rest of the product asks about a stage."""
+    """One row of the table: everything that the rest of the product asks about a stage."""
 
     name: str
-    about: str  # what it does, for help texts and forms
-    inputs: tuple[str, ...]  # the stages whose artifacts it reads
-    settings: Callable[[ExperimentConfig], Mapping[str, Any]]  # what of an experiment enters its fingerprint
+    about: str  # the purpose of the stage, for help texts and forms
+    inputs: tuple[str, ...]  # the stages whose artifacts this stage reads
+    settings: Callable[[ExperimentConfig], Mapping[str, Any]]  # the settings that enter the fingerprint
     build: Callable[[StageJob, Path], Mapping[str, Any]]
-    version: int = 1  # raised where new code builds something else from equal settings
-    reads: str | None = None  # of a training: the data set that it reads as it goes
-    scores: str | None = None  # of an evaluation: the training whose model it scores
-    model: str | None = None  # what its artifact is called where models are: tokenizer, base, chat
-    columns: Mapping[str, str] | None = None  # of a data set: its columns and their types
-    sources: Callable[[ExperimentConfig], Sequence[Source]] = _no_sources  # what it draws from
-    summary_lines: Callable[[Mapping[str, Any]], list[str]] = _no_lines  # what it kept and dropped
+    version: int = 1  # raise it when new code builds something else from equal settings
+    reads: str | None = None  # a training only: the stage whose windows the training streams
+    scores: str | None = None  # an evaluation only: the training whose model the stage scores
+    model: str | None = None  # the kind of the model in the artifact: tokenizer, base, chat
+    columns: Mapping[str, str] | None = None  # a data set only: the columns and their types
+    sources: Callable[[ExperimentConfig], Sequence[Source]] = _no_sources  # the data that the stage reads
+    summary_lines: Callable[[Mapping[str, Any]], list[str]] = _no_lines  # what the stage kept and dropped
     optional_inputs: Callable[[ExperimentConfig], tuple[str, ...]] = lambda experiment: ()
 
     @property
     def trains(self) -> bool:
-        """Whether several processes can build it together."""
+        """Whether several processes can build the artifact together."""
         return self.reads is not None
 
     @property
     def own_process(self) -> bool:
-        """Whether it runs torch, and so in a process of its own, or in several."""
+        """Whether the stage runs torch, and therefore runs in one or more processes of its own."""
         return self.trains or self.scores is not None
 
 
@@ -177,7 +179,7 @@ EVALUATED = {stage.name: stage.scores for stage in TABLE if stage.scores is not 
 
 
 def plans(experiment: ExperimentConfig) -> dict[str, StageSpec]:
-    """What every stage is asked to build, in an order in which inputs come first. The experiment must be pinned."""
+    """The specification of every stage, inputs before the stages that read them. The experiment must be pinned."""
     specs: dict[str, StageSpec] = {}
     for stage in TABLE:
         inputs = {name: specs[name].fingerprint for name in (*stage.inputs, *stage.optional_inputs(experiment))}
@@ -187,64 +189,76 @@ def plans(experiment: ExperimentConfig) -> dict[str, StageSpec]:
 
 
 def run_stage(
-    name: str,
-    experiment: ExperimentConfig,
-    store: Store,
-    runtime: Runtime,
-    data: Path | None,
-    *,
-    again: bool = False,
-    group: Group = ALONE,
+    name: str, experiment: ExperimentConfig, store: Store, runtime: Runtime, data: Path | None, group: Group = ALONE
 ) -> tuple[Artifact, bool]:
-    """Build the artifact of one stage, or find it; and whether it was there already.
+    """Build the artifact of one stage, or find it in the store; return it and whether it was there already.
 
-    `data` is a local mirror to read sources from. With `again`, a finished stage is built once more beside its
-    artifact. The first rank of `group` runs this, the others `follow_stage`. Raises DataError where an input
-    is not in the store yet, and ReproducibilityError where what was built again is not the same to the byte.
+    `data` is a local mirror to read sources from. The first rank of `group` runs this function, the others run
+    `follow_stage`. Raises ConfigError for an unknown stage, and DataError where an input is not in the store yet.
     """
-    specs = plans(experiment)
-    if name not in specs:
-        raise ConfigError(f"no stage {name!r}: there are {', '.join(STAGES)}")
-    spec = specs[name]
+    spec = _spec_of(name, experiment)
     found = store.find_whole(spec)
-    if found is not None and not again:
-        return found, True
-    inputs = {stage: find_input(store, specs[stage]) for stage in spec.inputs}
-    # What is large goes to a remote store file by file; what is only built again stays here to be compared.
-    upload = Sending(store, spec, ShardDescriber) if found is None and not store.is_local else None
-    job = StageJob(name, experiment, store, runtime, data, group, specs, inputs, upload, again=found is not None)
-
-    def produce(out: Path) -> Mapping[str, Any]:
-        return BY_NAME[name].build(job, out)
-
     if found is not None:
-        different = rebuild(store, found, spec, produce, runtime.work_dir)
-        artifact, reused = found, True
-    else:
-        different = []
-        artifact, reused = build(store, spec, produce, runtime.work_dir, ShardDescriber(), upload)
-    for left in job.kept:
-        left.clear()
-    if different:
-        raise ReproducibilityError(
-            f"{name} made again differs from {artifact.uri} in {', '.join(different)}; the artifact stays as it is. "
-            f"It was made with {artifact.manifest['environment']}; on GPUs, deterministic has to be set in the runtime"
-        )
+        return found, True
+    job = _new_job(name, experiment, store, runtime, data, group)
+    if not store.is_local:  # a remote store gets large files one by one, while the stage still runs
+        job = replace(job, upload=EarlyUpload(store, spec, ShardDescriber))
+    produce = partial(BY_NAME[name].build, job)
+    artifact, reused = build(store, spec, produce, runtime.work_dir, ShardDescriber(), job.upload)
+    job.clear_kept()
     return artifact, reused
 
 
+def rebuild_stage(
+    name: str, experiment: ExperimentConfig, store: Store, runtime: Runtime, data: Path | None, group: Group = ALONE
+) -> tuple[Artifact, bool]:
+    """Build a finished stage once more and compare the bytes; build a stage without an artifact as `run_stage` does.
+
+    The artifact in the store stays as it is. Parameters, result and errors are those of `run_stage`; also raises
+    ReproducibilityError where a file differs from the artifact's.
+    """
+    spec = _spec_of(name, experiment)
+    found = store.find_whole(spec)
+    if found is None:
+        return run_stage(name, experiment, store, runtime, data, group)
+    job = replace(_new_job(name, experiment, store, runtime, data, group), again=True)
+    different = rebuild(store, found, spec, partial(BY_NAME[name].build, job), runtime.work_dir)
+    job.clear_kept()
+    if different:
+        raise ReproducibilityError(
+            f"{name} built again differs from {found.uri} in {', '.join(different)}; the artifact stays as it is. "
+            f"It was built with {found.manifest['environment']}; on a GPU, the runtime setting deterministic must be "
+            "true"
+        )
+    return found, True
+
+
+def _spec_of(name: str, experiment: ExperimentConfig) -> StageSpec:
+    """The specification of one stage. Raises ConfigError for an unknown stage."""
+    if name not in BY_NAME:
+        raise ConfigError(f"no stage {name!r}: there are {', '.join(STAGES)}")
+    return plans(experiment)[name]
+
+
+def _new_job(
+    name: str, experiment: ExperimentConfig, store: Store, runtime: Runtime, data: Path | None, group: Group
+) -> StageJob:
+    """The job of one stage, with its inputs from the store. Raises DataError where one is missing."""
+    specs = plans(experiment)
+    inputs = {stage: find_input(store, specs[stage]) for stage in specs[name].inputs}
+    return StageJob(name, experiment, store, runtime, data, group, specs, inputs)
+
+
 def summary_lines(name: str, summary: Mapping[str, Any]) -> list[str]:
-    """What a stage that draws data kept and dropped, a line for each source; nothing for the others."""
+    """What a stage that draws data kept and dropped, one line for each source; an empty list for other stages."""
     return BY_NAME[name].summary_lines(summary)
 
 
 def follow_stage(name: str, store: Store, runtime: Runtime, group: Group) -> None:
-    """Train beside the first rank, once it calls; where it finds the artifact, or cannot begin, it calls nobody."""
+    """Train as a rank other than the first. Returns without work where the first rank needs no training."""
     task = group.call()
     if task is None:
         return
     values, again = json.loads(task)
     experiment = validate(ExperimentConfig, values, "the first rank's experiment")
-    specs = plans(experiment)
-    inputs = {stage: find_input(store, specs[stage]) for stage in specs[name].inputs}
-    follow(StageJob(name, experiment, store, runtime, None, group, specs, inputs, upload=None, again=again))
+    follow(replace(_new_job(name, experiment, store, runtime, None, group), again=again))

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: its special ids, its chat template, and how it is loaded and encodes."""
+"""The model's tokenizer: special tokens, chat template, loading and encoding."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ BOS, EOS, IM_START, IM_END, PAD = SPECIAL_TOKENS = (
 BOS_ID, EOS_ID, IM_START_ID, IM_END_ID, PAD_ID = range(len(SPECIAL_TOKENS))
 
 
-# ChatML after a BOS. Each turn is `<|im_start|>role\ncontent<|im_end|>\n`; conversations.py builds the same of tokens.
+# ChatML after a BOS. Each turn is `<|im_start|>role\ncontent<|im_end|>\n`; conversations.py builds the same tokens.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -28,11 +28,11 @@ CHAT_TEMPLATE = (
 )
 
 
-LONG_TEXT = 500_000  # characters, which take some tenths of a second to encode
+LONG_TEXT = 500_000  # characters; encoding them takes some tenths of a second
 
 
 def write_tokenizer_config(directory: Path, model_max_length: int, eos_token: str) -> None:
-    """`tokenizer_config.json` as transformers reads it. `eos_token` ends a document, or for a chat model a turn."""
+    """Write `tokenizer_config.json` for transformers. `eos_token` ends a document, or a turn of a chat model."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -47,9 +47,9 @@ def write_tokenizer_config(directory: Path, model_max_length: int, eos_token: st
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a directory, set so that special tokens written in a text stay text.
+    """Load `tokenizer.json` from a directory; special tokens written in a text are encoded as ordinary text.
 
-    Raises DataError where there is none, or one whose special tokens are not ours.
+    Raises DataError where the file is missing or invalid, or has other special tokens.
     """
     path = directory / "tokenizer.json"
     try:
@@ -60,24 +60,24 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if found != list(range(len(SPECIAL_TOKENS))):
         raise DataError(f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}")
     tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()  # transformers saves what was last used, and a text cut short would score far too well
+    tokenizer.no_truncation()  # transformers saves the last setting, and a truncated text would score far too well
     tokenizer.no_padding()
     return tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of `text` alone: no BOS, and special tokens written in it stay text."""
+    """Encode `text` without a BOS; special tokens written in the text are encoded as ordinary text."""
     if len(text) < LONG_TEXT:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
-    # A batch leaves other threads alone meanwhile, and takes no note of where tokens stand.
+    # encode_batch_fast releases the GIL and records no offsets.
     (long,) = interruptibly(lambda left: tokenizer.encode_batch_fast([text], add_special_tokens=False))
     return list(long.ids)
 
 
 def token_lengths(tokenizer: Tokenizer) -> list[int]:
-    """UTF-8 bytes that each token stands for [V]; special tokens stand for none. Makes bits per byte out of nats."""
+    """UTF-8 bytes of each token [V], 0 for special tokens; they convert nats to bits per byte."""
     special = set(range(len(SPECIAL_TOKENS)))
-    # A byte-level token is written with one character for each byte.
+    # A byte-level token has one character for each byte.
     lengths = {i: len(token) for token, i in tokenizer.get_vocab().items()}
     return [0 if i in special else lengths[i] for i in range(len(lengths))]

@@ -1,4 +1,4 @@
-"""Byte-level BPE: lossless on every string, with a pre-tokenizer that llama.cpp knows, and the chat template."""
+"""Trains a byte-level BPE tokenizer, lossless on every string, with GPT-2's pre-tokenizer, which llama.cpp supports."""
 
 import re
 import threading
@@ -21,15 +21,18 @@ from vectorclm.settings import Settings
 from vectorclm.store.artifact import Artifact
 from vectorclm.tokenizer import BOS, BOS_ID, EOS, SPECIAL_TOKENS, load_tokenizer, write_tokenizer_config
 
-LONGEST = 1000  # characters of a word that merges are learned from
-SPACE, NO_SPACE = re.compile(r"[^\S\x1c-\x1f]"), re.compile(r"[\S\x1c-\x1f]")  # for the pre-tokenizer, no space: \x1c
+LONGEST = 1000  # characters of a word used for training; the rest is cut
+SPACE, NO_SPACE = (
+    re.compile(r"[^\S\x1c-\x1f]"),
+    re.compile(r"[\S\x1c-\x1f]"),
+)  # the pre-tokenizer does not count \x1c to \x1f as spaces
 
 
 class TokenizerConfig(Settings):
     """Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2, section 2.2)."""
 
-    vocab_size: int = Field(16_384, ge=300, le=65_536, description="Tokens, the special ones included")
-    bytes: int = Field(gt=0, description="UTF-8 bytes of sampled text to learn from, the same from every source")
+    vocab_size: int = Field(16_384, ge=300, le=65_536, description="Tokens, special tokens included")
+    bytes: int = Field(gt=0, description="UTF-8 bytes of sampled text for training, divided equally among the sources")
 
 
 def train_tokenizer(
@@ -37,9 +40,9 @@ def train_tokenizer(
 ) -> dict[str, Any]:
     """Learn the merges from the training text in `sample` and write `tokenizer.json` and `tokenizer_config.json`.
 
-    Every source gives the same number of bytes, or all it has. Words longer than LONGEST are cut, as learning takes
-    time by the square of their length. Returns counts, and bytes per token on that text. Raises ConfigError where the
-    text does not yield `vocab_size` tokens.
+    Every source contributes the same number of bytes, or all its bytes. Words longer than LONGEST are cut, because the
+    training time is quadratic in their length. Returns counts, and bytes per token on this text. Raises ConfigError
+    where the text does not yield `vocab_size` tokens.
     """
     cut: Counter[str] = Counter()
     texts = list(balanced_texts(SampleFiles(sample), config.bytes, cut))
@@ -76,9 +79,9 @@ def train_tokenizer(
 
 
 def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, the special ones first, then the bytes, then the merges."""
+    """Train byte-level BPE with at most `vocab_size` tokens: special tokens first, then bytes, then merges."""
     tokenizer = Tokenizer(models.BPE())
-    # GPT-2's pattern and no normalizer: recognised by llama.cpp as "gpt-2", and decode(encode(x)) == x.
+    # GPT-2's pattern without a normalizer: llama.cpp knows it as "gpt-2", and decode(encode(x)) == x.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -92,7 +95,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def balanced_texts(sample: SampleFiles, total_bytes: int, cut: "Counter[str]") -> Iterator[str]:
-    """Training documents without long words, the same number of bytes from every source; `cut` counts these."""
+    """Training documents, the same number of bytes from every source; `cut` counts the long words that are cut."""
     for label in sample.labels:
         left = total_bytes // len(sample.labels)
         for document in sample.texts(label, "train"):
@@ -104,9 +107,9 @@ def balanced_texts(sample: SampleFiles, total_bytes: int, cut: "Counter[str]") -
 
 
 def may_have_long_words(text: str) -> bool:
-    """Whether there may be a word of more than LONGEST characters; soon answered, and seldom yes where there is none.
+    """Whether a text may have a word of more than LONGEST characters: a fast check with few false positives.
 
-    Such a word fills one of the pieces of half its length, with spaces alone or with none.
+    Such a word covers a whole chunk of LONGEST / 2 characters, which then has only spaces or no space.
     """
     half = LONGEST // 2
     return any(
@@ -116,9 +119,9 @@ def may_have_long_words(text: str) -> bool:
 
 
 def cut_long_words(text: str, cut: "Counter[str]") -> str:
-    """The text, of each word the first LONGEST characters; `cut` counts the words that were longer, and their rest.
+    """Cut every word after LONGEST characters; `cut` counts these words and the bytes left out.
 
-    A word is what the pre-tokenizer leaves whole: letters, numbers, spaces, or none of these, one after another.
+    A word is a run of characters that the pre-tokenizer keeps together: letters, numbers, spaces, or others.
     """
     kept = []
     for _, characters in groupby(text, key=_kind):
@@ -131,7 +134,7 @@ def cut_long_words(text: str, cut: "Counter[str]") -> str:
 
 @cache
 def _kind(character: str) -> str:
-    """What of the pre-tokenizer's four kinds a character is: L, N, Z, or none of them."""
+    """The pre-tokenizer's class of a character: L (letter), N (number), Z (space), or empty for others."""
     if SPACE.match(character):
         return "Z"
     category = unicodedata.category(character)[0]
@@ -141,6 +144,6 @@ def _kind(character: str) -> str:
 def _reported(texts: Iterable[str], progress: Progress, left: threading.Event) -> Iterator[str]:
     for text in texts:
         if left.is_set():
-            raise PreemptedError("nobody waits for the tokenizer any more")
+            raise PreemptedError("the tokenizer training was cancelled")
         yield text
         progress.advance(len(text.encode()))

@@ -40,9 +40,9 @@ from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
-from vectorclm.train import train_step
+from vectorclm.train import TrainStep
 from vectorclm.training.metrics import Metrics
-from vectorclm.training.muon import build_optimizers
+from vectorclm.training.optimizers import build_optimizers
 
 STEPS = 10  # in a turn; the first is not counted, because a process that slept catches up in it
 WINDOWS = 4  # a small batch: short steps show the largest overhead
@@ -169,10 +169,10 @@ class _Training:
     """A training of `small` without end."""
 
     def __init__(self, experiment: ExperimentConfig) -> None:
-        self.device = Runtime().configure_torch()
+        device = Runtime().configure_torch()
         torch.manual_seed(0)
-        self.model = CausalLM(experiment.model).to(self.device)
-        self.optimizers = build_optimizers(self.model, experiment.pretrain.optimizer)
+        self.model = CausalLM(experiment.model).to(device)
+        self.step = TrainStep(self.model, build_optimizers(self.model, experiment.pretrain.optimizer), 1.0, WINDOWS)
         length = experiment.shards.sequence_length
         self.batch = Batch(*[torch.randint(5, experiment.model.vocab_size, (WINDOWS, length))] * 2)
         self.steps = 0
@@ -185,7 +185,7 @@ class _Training:
         for _ in range(count):
             self.steps += 1
             began = time.monotonic()
-            loss, norm = train_step(self.model, self.optimizers, self.batch, 1.0, WINDOWS, self.device)
+            loss, norm = self.step(self.batch)
             trained = time.monotonic()
             metrics.add(self.steps, self.steps * self.batch.input_ids.numel(), loss, norm, 0.01)
             metrics.flush()

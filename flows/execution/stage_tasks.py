@@ -44,7 +44,7 @@ from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreE
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
-from vectorclm.stages import BY_NAME, plans, run_stage, summary_lines
+from vectorclm.stages import BY_NAME, plans, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 
 RETRY_DELAY = 5  # seconds
@@ -241,7 +241,8 @@ class Stages:
     def _make(self, name: str) -> Artifact:
         if not BY_NAME[name].own_process:
             again = name in self.again
-            return run_stage(name, self.experiment, self.store, self.runtime, self.data, again=again)[0]
+            build = rebuild_stage if again else run_stage
+            return build(name, self.experiment, self.store, self.runtime, self.data)[0]
         self.launcher.take_turn(show_waiting)
         processes = self.runtime.training_processes() if BY_NAME[name].trains else 1
         command = [sys.executable, "-m", "vectorclm", name, str(self.folder / "experiment.json"), "--relay"]

@@ -16,7 +16,8 @@ from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
-from vectorclm.training.muon import Muon, OptimizerConfig, build_optimizers
+from vectorclm.training.muon import Muon, WeightDecay
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 LITTLE: dict[str, Any] = {
     "sample.bytes": 200_000,
@@ -130,7 +131,7 @@ def test_cautious_decay_spares_what_the_update_moves_away_from_zero() -> None:
     for name, decay, cautious in (("none", 0.0, False), ("plain", 0.5, False), ("cautious", 0.5, True)):
         p = torch.nn.Parameter(start.clone())
         p.grad = gradient.clone()
-        Muon([p], 0.1, 0.95, decay, cautious=cautious).step()
+        Muon([p], 0.1, 0.95, WeightDecay(decay, cautious)).step()
         moved[name] = p.detach()
     update = start - moved["none"]
     towards_zero = update * start >= 0

@@ -104,7 +104,7 @@ def test_labels_beside_a_file_are_its_label_column(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has 2 rows, but .*piqa-labels\.lst has 1 labels"):
         list(read_rows([path], ()))
     write(labels, b"1\nx\n")
-    with pytest.raises(DataError, match="one number on a line"):
+    with pytest.raises(DataError, match="every line must be one number"):
         list(read_rows([path], ()))
 
 
@@ -118,7 +118,7 @@ def test_labels_beside_a_file_are_its_label_column(tmp_path: Path) -> None:
         ("a.jsonl.zst", zstandard.compress(LINES * 999)[:-9], "Truncated"),
         ("a.jsonl.gz", gzip.compress(LINES * 999, mtime=0)[:-20], "Truncated"),
         ("a.jsonl.zst", LINES, "ZSTD"),
-        ("a.parquet", b"PAR1nothing", "no Parquet file, or cut short"),
+        ("a.parquet", b"PAR1nothing", "not a Parquet file or is cut short"),
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "line 2: maximum recursion"),
     ],
 )
@@ -139,14 +139,14 @@ def test_a_large_document_is_read_and_one_that_unpacks_without_end_is_named(tmp_
     path = write(tmp_path / "b.jsonl.zst", endless)
     assert path.stat().st_size < 100_000
     tracemalloc.start()
-    with pytest.raises(DataError, match=r"b\.jsonl\.zst, line 3: more than 67,108,864 characters"):
+    with pytest.raises(DataError, match=r"b\.jsonl\.zst, line 3: the line has more than 67,108,864 characters"):
         list(read_rows([path], ("a",)))
     assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
     tracemalloc.stop()
 
     array = packer.compress(b"[\n") + packer.compress(b'"' + megabyte + b'",\n') * 65
     path = write(tmp_path / "c.json.zst", array)
-    with pytest.raises(DataError, match=r"c\.json\.zst, line 65: an array of more than"):
+    with pytest.raises(DataError, match=r"c\.json\.zst, line 65: the JSON array has more than"):
         list(read_rows([path], ("a",)))
 
 

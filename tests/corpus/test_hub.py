@@ -25,14 +25,14 @@ from pathlib import Path
 import datasets
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # five seconds a source, against a fault of older pyarrow
 from vectorclm.config import load_experiment
-from vectorclm.corpus.sources import draw, open_source
+from vectorclm.corpus.source_reader import SourceRoots, draw, open_source
 from vectorclm.errors import VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.corpus.sampler import write_sample
 try:
     experiment, notes = pin(*load_experiment(sys.argv[1]), None, resolve=True)
     check_sources(experiment, None, hub=True)
-    summary = write_sample(experiment.sample, experiment.seed, Path(sys.argv[2]), data=None, world=None)
+    summary = write_sample(experiment.sample, experiment.seed, Path(sys.argv[2]), SourceRoots())
     chats = {s.label: next(draw(s, open_source(s, None, None, [s.column]))) for s in experiment.chat.sources}
     print(json.dumps({"notes": notes, "summary": summary, "chats": chats}))
 except VectorCLMError as error:

@@ -1,138 +1,33 @@
-"""Where a model comes from: told alike by the store and by a real MLflow server, and proven by the bytes."""
+"""The lineage of a model: the same in the store and in a real MLflow server, and verified against the bytes."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from flows.cli import main
-from flows.net import answers
-from flows.tracking.promotion import compared, decided
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
 from flows.tracking.tracker import Tracker
 from tests.conftest import read_lines
-from tests.services.browser import PICTURES, browser, picture, says
+from tests.lineage.conftest import curriculum, pinned
+from tests.services.browser import browser, picture, says
+from tests.services.mlflow_server import MLflowServer
 from tests.services.platform import until
 from tests.test_curriculum import mini
-from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, DivergedError
-from vectorclm.evaluation.statistics import Change, Figure
-from vectorclm.lineage.chain import Lineage, Node, changes, lineage, verify
-from vectorclm.lineage.pinning import pin
+from vectorclm.lineage.chain import changes, lineage, verify
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans, run_stage
-from vectorclm.store.artifact import Artifact, Store
-from vectorclm.store.layout import STAGES
+from vectorclm.store.artifact import Store
 
 __all__ = ["browser"]  # a fixture
-
-
-LEARNING = ["pretrain.phases=[{tokens = 180000}, {tokens = 80000}]", "pretrain.validation_interval=10"]
-LEARNING += [
-    "finetune.epochs=0.3",
-    "finetune.validation_interval=5",
-    "evaluate.tasks.0.limit=80",
-    "evaluate.chat_prompts=8",
-]
-
-
-class Server:
-    """An MLflow server with a database of SQLite, which can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
-            )
-        until(lambda: answers(f"{self.uri}/health"), "MLflow serves", 120)
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, 15)
-        self.process.wait(60)
-
-    def hang(self) -> None:
-        os.killpg(self.process.pid, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        os.killpg(self.process.pid, signal.SIGCONT)
-
-    def fill(self) -> None:
-        """As if its disk were full: no file can grow, nor begin."""
-        self._limit(1)
-
-    def free(self) -> None:
-        self._limit(psutil.RLIM_INFINITY)
-
-    def _limit(self, size: int) -> None:
-        main = psutil.Process(self.process.pid)
-        for process in (main, *main.children(recursive=True)):
-            process.rlimit(psutil.RLIMIT_FSIZE, (size, psutil.RLIM_INFINITY))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("mlflow"))
-    made.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", made.uri)
-        yield made
-    made.stop()
-
-
-def pinned(*changes: str) -> ExperimentConfig:
-    """The experiment of these tests; for pictures, one that learns more than theirs."""
-    experiment = override(load_experiment("tiny")[0], LEARNING) if PICTURES else mini()
-    return pin(override(experiment, changes), Path("mini.toml"), None, resolve=False)[0]
-
-
-def curriculum(experiment: ExperimentConfig, store: Store) -> dict[str, str]:
-    """Every stage in this process, seen by MLflow as in a run; their addresses."""
-    made, stages = {}, plans(experiment)
-    with Tracker(store, experiment, stages) as tracker:
-        for name in STAGES:
-            if (found := store.find(name, stages[name].fingerprint)) is not None:
-                tracker.reused(name, found)
-                made[name] = found.uri
-                continue
-            with tracker.stage(name, 1, store.work_folder(stages[name], None)) as run:
-                artifact, _ = run_stage(name, experiment, store, Runtime(threads=1), None)
-                run.finished(artifact)
-            made[name] = artifact.uri
-    return made
-
-
-@pytest.fixture(scope="module")
-def world(server: Server, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Two curricula that differ in how long the model was tuned."""
-    store = Store(str(tmp_path_factory.mktemp("lineage") / "store"))
-    first = curriculum(pinned(), store)
-    second = curriculum(pinned(f"finetune.epochs={pinned().finetune.epochs / 2}"), store)
-    return SimpleNamespace(store=store, first=first, second=second)
 
 
 def test_the_store_and_mlflow_tell_the_same_chain(world: SimpleNamespace) -> None:
@@ -256,7 +151,7 @@ def window(browser: WebDriver, width: int, height: int) -> None:
 
 
 def test_mlflow_shows_the_chain_with_links_that_work(
-    world: SimpleNamespace, server: Server, browser: WebDriver
+    world: SimpleNamespace, server: MLflowServer, browser: WebDriver
 ) -> None:
     client = Registry(world.store).client
     (place,) = client.search_experiments(filter_string=f"name = '{pinned().name}'")
@@ -355,56 +250,24 @@ def test_the_better_model_becomes_the_champion(world: SimpleNamespace) -> None:
         assert decision == ("refused" if code else "promoted")
 
 
-def test_what_earns_a_promotion() -> None:
-    def change(name: str, before: float, after: float) -> Change:
-        return Change(name, Figure(before, 0.01), Figure(after, 0.01))
-
-    better, level, worse = change("acc.a", 0.3, 0.4), change("acc.b", 0.3, 0.31), change("acc.c", 0.4, 0.3)
-    text = change("bits_per_byte.t", 1.2, 1.1)
-    assert decided(["a", "bits_per_byte.t"], [better, level, text]) == (True, [])
-    assert decided(["b"], [better, level]) == (False, ["acc.b is not better by more than the noise"])
-    assert decided(["a"], [better, worse]) == (False, ["acc.c is worse by more than the noise"])
-    with pytest.raises(ConfigError, match=r"acc\.z; there are acc\.a"):
-        decided(["z"], [better])
-    with pytest.raises(ConfigError, match=r"by --task; there are bits_per_byte\.t"):
-        decided([], [text])
-
-
-def test_without_a_champion_only_tasks_decide() -> None:
-    """A suite of texts alone says nothing of a first model, even where it is the last that was measured."""
-
-    def scores(stage: str, tasks: dict[str, object]) -> Artifact:
-        text = {"t": {"bits_per_byte": 1.2, "stderr": 0.1}}
-        told = {"stage": stage, "config": {"suite": stage}, "inputs": {}, "summary": {"text": text, "tasks": tasks}}
-        return Artifact(Store("unused"), stage, "0" * 64, told)
-
-    texts, own = (
-        scores("measure", {}),
-        scores("evaluate", {"a": {"acc": 0.9, "stderr": 0.03, "chance": 0.5, "items": 100}}),
-    )
-    node = Node("finetune", "0" * 64, None)
-    suite, found = compared(Lineage(node, (texts, own)), None)
-    assert suite == "evaluate" and [change.name for change in found] == ["acc.a"]
-    with pytest.raises(ConfigError, match="there is no champion, and no multiple choice"):
-        compared(Lineage(node, (texts,)), None)
-
-
 def line(step: int) -> str:
     values = {"step": step, "tokens": 10 * step, "loss": 4.0 - step / 100, "learning_rate": 0.1}
     return json.dumps({**values, "grad_norm": 1.0, "tokens_per_second": 5.0}) + "\n"
 
 
-@pytest.mark.parametrize(("fault", "mended"), [("stop", "start"), ("hang", "go_on"), ("fill", "free")])
+REPAIRS = {"stop": "start", "suspend": "resume", "fill": "free"}
+
+
+@pytest.mark.parametrize("fault", REPAIRS)
 def test_a_server_that_is_away_slow_or_full_for_half_of_a_run_misses_nothing(
-    server: Server,
+    server: MLflowServer,
     world: SimpleNamespace,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     fault: str,
-    mended: str,
 ) -> None:
-    """It breaks in a training, and is well again after another stage has begun and the training has gone on."""
+    """The server breaks during a training. It recovers after another stage has begun and the training has gone on."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
     experiment, stages = pinned().model_copy(update={"name": fault}), plans(pinned())
@@ -420,7 +283,7 @@ def test_a_server_that_is_away_slow_or_full_for_half_of_a_run_misses_nothing(
             other.finished(world.store.find("sample", stages["sample"].fingerprint))
         until(lambda: "goes on without it" in caplog.text, "it is noticed", 60)
         until(lambda: len(run._load.waiting) >= 20, "the machine's load is still looked at", 60)
-        getattr(server, mended)()
+        getattr(server, REPAIRS[fault])()
         until(lambda: len(run._sent) == 10, "the rest is told, too", 60)
         run.finished(base)
     client = Registry(world.store).client
@@ -437,7 +300,7 @@ def test_a_server_that_is_away_slow_or_full_for_half_of_a_run_misses_nothing(
 
 
 def test_what_a_server_missed_to_the_end_is_told_by_the_next_run(
-    server: Server, world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    server: MLflowServer, world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And an attempt that another machine left RUNNING is closed by the one that completes its stage."""
     experiment, stages = pinned().model_copy(update={"name": "late"}), plans(pinned())
@@ -462,7 +325,7 @@ def test_what_a_server_missed_to_the_end_is_told_by_the_next_run(
 
 
 def test_a_training_that_leaves_the_finite_numbers_is_told_with_its_windows_and_keeps_a_good_checkpoint(
-    server: Server, world: SimpleNamespace
+    server: MLflowServer, world: SimpleNamespace
 ) -> None:
     """Its weights grow tenfold a step, by a weight decay that is none."""
     changes = ("name=burst", "pretrain.optimizer.weight_decay=30000.0", "pretrain.phases=[{tokens = 20480}]")

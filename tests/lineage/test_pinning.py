@@ -11,6 +11,7 @@ import pytest
 from tests.corpus.test_hub import minimal_experiment
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus.sampler import write_sample
+from vectorclm.corpus.source_reader import SourceRoots
 from vectorclm.corpus.sources import identity
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.lineage.pinning import check_sources, pin
@@ -67,7 +68,7 @@ def test_a_whole_mirror_pins_every_source_to_its_content(tmp_path: Path) -> None
 def test_what_a_mirror_lacks_is_told_and_its_set_keeps_its_share(tmp_path: Path) -> None:
     data = mirror(tmp_path / "data", "books/plays", "books/poems", "web", "chat")
     pinned, notes = pin(experiment(), tmp_path / "x.toml", data, resolve=True)
-    assert notes == ["owner/books: the mirror has no novels; plays, poems take their share"]
+    assert notes == ["owner/books: the mirror has no novels; plays, poems get its share"]
     assert weights(pinned) == pytest.approx({"plays": 0.24, "poems": 0.36, "web": 0.4})
     phases = [phase.weights for phase in pinned.pretrain.phases]
     assert phases[0] == pytest.approx({"plays": 0.8, "web": 0.2})
@@ -82,14 +83,14 @@ def test_what_a_mirror_lacks_is_made_up_for_by_the_rest_of_its_set_in_bytes(tmp_
         texts = [f"{place} has a text of {number} and {row}" for row in range(400)]
         pq.write_table(pa.table({"text": texts}), data / place / "train-00000-of-00001.parquet")
     pinned, _ = pin(experiment(), tmp_path / "x.toml", data, resolve=True)
-    drawn = write_sample(pinned.sample.model_copy(update={"bytes": 10_000}), 3, tmp_path / "out", data=data, world=None)
+    drawn = write_sample(pinned.sample.model_copy(update={"bytes": 10_000}), 3, tmp_path / "out", SourceRoots(data))
     sizes = {label: made["bytes"] + made["validation_bytes"] for label, made in drawn["sources"].items()}
     assert sizes == pytest.approx({"plays": 2400, "poems": 3600, "web": 4000}, abs=50)
 
 
 def test_a_set_wholly_missing_is_an_error(tmp_path: Path) -> None:
     data = mirror(tmp_path / "data", "books/plays", "chat")
-    with pytest.raises(DataError, match=r"owner/web: the mirror .* has nothing of it; looked for .*data/web"):
+    with pytest.raises(DataError, match=r"owner/web: the mirror .* has no files of it; expected .*data/web"):
         pin(experiment(), tmp_path / "x.toml", data, resolve=False)
     with pytest.raises(DataError, match=r"no folder .*gone: --data takes the folder"):
         pin(experiment(), tmp_path / "x.toml", tmp_path / "gone", resolve=False)
@@ -102,7 +103,7 @@ def test_benchmarks_are_left_out_one_by_one(tmp_path: Path) -> None:
     assert [task.label for task in pinned.evaluate.tasks] == ["arc"]
     assert "owner/piqa: the mirror has no piqa" in notes
     lost = experiment(evaluate={"prompts": ["Hi"], "tasks": tasks[1:]})
-    with pytest.raises(DataError, match=r"the benchmarks: the mirror .* has nothing of it; .*data/piqa"):
+    with pytest.raises(DataError, match=r"the benchmarks: the mirror .* has no files of it; .*data/piqa"):
         pin(lost, tmp_path / "x", data, resolve=True)
 
 
@@ -129,7 +130,7 @@ def test_commits_in_the_experiment_come_before_the_lock(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", '{"owner/books": "main"}', "3"])
 def test_a_broken_lock_file_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.lock.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"x\.lock\.json.*to pin anew"):
+    with pytest.raises(ConfigError, match=r"x\.lock\.json.*to pin again"):
         pin(experiment(), tmp_path / "x.toml", None, resolve=False)
 
 
@@ -139,7 +140,7 @@ def test_content_that_differs_from_its_pin_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["changed"]}), data / "web" / "train-00000-of-00001.parquet")
     with pytest.raises(DataError, match=r"source web .* is pinned to sha256:\w+, but the content is sha256:"):
         pin(pinned, tmp_path / "x.toml", data, resolve=True)
-    with pytest.raises(DataError, match="pinned to local content: give it with --data DIR"):
+    with pytest.raises(DataError, match="pinned to local content: give its folder with --data DIR"):
         pin(pinned, tmp_path / "x.toml", None, resolve=True)
     assert pin(pinned, tmp_path / "x.toml", None, resolve=False) == (pinned, [])
 
@@ -168,10 +169,10 @@ def test_sources_are_checked_before_any_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"path": "{}/nope"}, r"there is no folder .*/nope, and it is no id of a hub repository"),
+        ({"path": "{}/nope"}, r"there is no folder .*/nope, and it is not the id of a hub repository"),
         ({"path": "./nope"}, r"there is no folder \./nope"),
         ({"path": "texts/own/nope"}, r"there is no folder texts/own/nope"),
-        ({"path": "~/own"}, r"there is no folder ~/own \(~ must be written out\)"),
+        ({"path": "~/own"}, r"there is no folder ~/own \(~ is not expanded\)"),
         ({"path": "{}/a.jsonl"}, r"a\.jsonl is a file: write path = \"json\" or \"parquet\", and data_files"),
         ({"path": "json"}, r"source books \(json.* names no files: set data_files or data_dir$"),
         ({"path": "json", "mirror": "m"}, r"names no files: .*, or give its mirror with --data DIR"),

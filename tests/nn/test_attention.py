@@ -21,7 +21,7 @@ from vectorclm.shards.conversations import Turn, render
 from vectorclm.shards.reader import open_shards
 from vectorclm.shards.writer import ShardsConfig, Windows, read_windows, write_shards
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, load_tokenizer
-from vectorclm.train import train_step
+from vectorclm.train import TrainStep
 
 CPU = torch.device("cpu")
 LENGTH = 96
@@ -147,7 +147,7 @@ def test_a_training_step_is_the_same_in_any_micro_batches(model: CausalLM) -> No
     """In single precision, as training is."""
     windows = np.array([[BOS_ID, *range(5, 20 + i), EOS_ID, BOS_ID, *range(30, 44 - i), EOS_ID] for i in range(4)])
     batch = to_batch(Windows(windows, None), document_mask=True)
-    whole, split = (train_step(model.float(), [], batch, 1e9, i, CPU)[0].item() for i in (4, 1))
+    whole, split = (TrainStep(model.float(), [], 1e9, i)(batch)[0].item() for i in (4, 1))
     model.double()
     rows = [alone(model, part, part) for ids in windows for part in np.split(ids, np.flatnonzero(ids == BOS_ID)[1:])]
     assert whole == pytest.approx(split, abs=1e-6)

@@ -17,8 +17,8 @@ from vectorclm.inference.decode import SteadyDecoding, decoding
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.nn.layers import StackedLinear
-from vectorclm.train import loss_function, train_step
-from vectorclm.training.muon import Muon
+from vectorclm.train import TrainStep, loss_function
+from vectorclm.training.muon import Muon, WeightDecay
 
 IDS = torch.randint(5, CONFIG.vocab_size, (4, 32), generator=torch.Generator().manual_seed(3))
 
@@ -89,10 +89,10 @@ def test_a_step_asks_the_device_for_no_value() -> None:
     stacked = {m.weight: list(m.rows.values()) for m in net.modules() if isinstance(m, StackedLinear)}
     hidden = [p for name, p in net.named_parameters() if p.ndim == 2 and ".layers." in name]
     rest = [p for name, p in net.named_parameters() if p.ndim == 1 or ".layers." not in name]
-    muon = Muon(hidden, 0.01, 0.95, 0.1, stacked=stacked, cautious=True)
+    muon = Muon(hidden, 0.01, 0.95, WeightDecay(0.1, cautious=True), stacked=stacked)
     adamw = torch.optim.AdamW(rest, 0.01, foreach=True)  # fused, it takes no such tensors
     before = hidden[0]._version
-    loss, norm = train_step(net, [muon, adamw], Batch(IDS, IDS), 1.0, 2, device)
+    loss, norm = TrainStep(net, [muon, adamw], 1.0, 2)(Batch(IDS, IDS))
     assert loss.is_meta and norm.is_meta and hidden[0]._version > before
 
 

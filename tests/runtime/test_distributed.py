@@ -114,16 +114,17 @@ from vectorclm.runtime.distributed import ALONE, joined
 from vectorclm.errors import DataError
 from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
-from vectorclm.training.muon import OptimizerConfig, build_optimizers
-from vectorclm.train import train_step
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
+from vectorclm.train import TrainStep
 
 def steps(batch, group):
     torch.manual_seed(0)
     model, figures = CausalLM(CONFIG), []
     optimizers = build_optimizers(model, OptimizerConfig(learning_rate=0.02, adamw_learning_rate=0.006), group)
     rows = Batch(*(tensor[group.rank :: group.world_size] for tensor in batch[:2]))
+    step = TrainStep(model, optimizers, 1.0, 2, group)
     for _ in range(3):
-        figures += train_step(model, optimizers, rows, 1.0, 2, torch.device("cpu"), group)
+        figures += step(rows)
     return torch.stack(figures), torch.cat([p.detach().flatten() for p in model.parameters()])
 
 ids = torch.randint(5, CONFIG.vocab_size, (5, 32), generator=torch.Generator().manual_seed(3))

@@ -26,6 +26,7 @@ from vectorclm.dataset import AHEAD, StreamingLanguageModelDataset
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.distributed import Group
 from vectorclm.shards import order as plan_module
 from vectorclm.shards.block_readers import RetryPolicy
 from vectorclm.shards.order import GROUP_BLOCKS, MixturePhase, TrainingOrder
@@ -192,7 +193,7 @@ def test_ranks_and_loader_workers_only_slice_the_same_batches(local: Artifact, r
         whole = torch.zeros((plan.windows // 25, 2, 25, LENGTH), dtype=torch.int64)
         with open_shards(artifact, "train") as readers:
             for rank in range(world_size):
-                stream = StreamingLanguageModelDataset(readers, plan, 25, rank=rank, world_size=world_size)
+                stream = StreamingLanguageModelDataset(readers, plan, 25, Group(rank, world_size))
                 apart = PROCESSES if workers else None
                 loader = DataLoader(stream, batch_size=None, num_workers=workers, multiprocessing_context=apart)
                 for step, batch in enumerate(loader):
@@ -226,13 +227,13 @@ def test_a_storm_is_sat_out(remote: Artifact, proxy: Proxy, expected: list[str])
 @pytest.mark.parametrize(
     ("fault", "error", "told"),
     [
-        ("reset", StoreError, r"train-0000\d\.arrow, block \d of input_ids cannot be read: \d+ tries in"),
+        ("reset", StoreError, r"train-0000\d\.arrow, block \d of input_ids cannot be read: \d+ attempts in"),
         ("500", StoreError, "cannot be read.*InternalError|as told"),
         ("503", StoreError, "cannot be read.*as told"),
         ("stall", StoreError, "cannot be read.*Timeout"),
         ("expired", StoreError, "check the credentials, which may have expired"),
-        ("short", CorruptBlockError, r"/a/train-0000\d\.arrow, block \d of \w+: \d+ bytes of xxh3"),
-        ("flip", CorruptBlockError, r"/a/train-0000\d\.arrow, block \d of \w+: \d+ bytes of xxh3"),
+        ("short", CorruptBlockError, r"/a/train-0000\d\.arrow, block \d of \w+: \d+ bytes with xxh3"),
+        ("flip", CorruptBlockError, r"/a/train-0000\d\.arrow, block \d of \w+: \d+ bytes with xxh3"),
     ],
 )
 def test_a_fault_that_stays_is_told(
@@ -274,7 +275,7 @@ def test_a_flipped_bit_on_disk_is_named_where_it_is_touched(tmp_path: Path) -> N
     path.write_bytes(data[:1000])
     with (
         open_shards(artifact, "train") as readers,
-        pytest.raises(CorruptArtifactError, match=r"a/train-00001\.arrow is missing or cut off"),
+        pytest.raises(CorruptArtifactError, match=r"a/train-00001\.arrow is missing or truncated"),
     ):
         list(readers["a"].in_order(64))
 
@@ -283,7 +284,7 @@ def test_a_manifest_that_does_not_describe_its_shards_is_refused(local: Artifact
     manifest = json.loads(json.dumps(local.manifest))
     manifest["files"]["a/train-00000.arrow"]["buffers"][0]["xxh3"].pop()
     with (
-        pytest.raises(CorruptArtifactError, match=r"does not say what is in a/train-00000\.arrow"),
+        pytest.raises(CorruptArtifactError, match=r"does not describe a/train-00000\.arrow completely"),
         open_shards(Artifact(local.store, local.stage, local.fingerprint, manifest), "train"),
     ):
         pass

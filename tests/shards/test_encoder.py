@@ -22,7 +22,7 @@ from vectorclm.shards.encoder import JUDGE_EVERY, Encoder, Gigatoken, adversaria
 from vectorclm.shards.writer import ShardsConfig, read_windows, write_shards
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.resumable import ResumableUpload
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS, encode, load_tokenizer, token_lengths
 from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
 
@@ -117,7 +117,7 @@ def test_special_tokens_in_a_text_stay_text(tokenizer: Tokenizer, token: str) ->
 def test_the_shards_are_the_same_bytes_by_both_encoders(sample: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     by = {}
     for name, encoder in (("fast", open_encoder(tokenizer)), ("judge", Encoder(tokenizer))):
-        by[name] = write_shards(CONFIG, sample, tokenizer, tmp_path / name, encoder)
+        by[name] = write_shards(CONFIG, sample, encoder, tmp_path / name)
     assert shard_bytes(tmp_path / "fast") == shard_bytes(tmp_path / "judge")
     fast, judge = (by[name]["a"]["audit"]["train"] for name in ("fast", "judge"))
     assert fast["encoder"].startswith("gigatoken ") and judge["encoder"].startswith("tokenizers ")
@@ -137,9 +137,9 @@ def test_one_difference_and_everything_is_written_again(
     """gigatoken was opened before the merges changed, so all that it writes differs from what `tokenizers` does."""
     opened_before = Encoder(changed, Gigatoken(load_tokenizer(folder)))
     with caplog.at_level(logging.WARNING):
-        summary = write_shards(CONFIG, sample, changed, tmp_path / "found", opened_before)
-    assert "texts otherwise than tokenizers" in caplog.text and "tokenizers encodes everything" in caplog.text
-    write_shards(CONFIG, sample, changed, tmp_path / "expected", Encoder(changed))
+        summary = write_shards(CONFIG, sample, opened_before, tmp_path / "found")
+    assert "texts differently from tokenizers" in caplog.text and "tokenizers encodes everything" in caplog.text
+    write_shards(CONFIG, sample, Encoder(changed), tmp_path / "expected")
     assert shard_bytes(tmp_path / "found") == shard_bytes(tmp_path / "expected")
     told = summary["b"]["audit"]["train"]
     assert told["encoder"].startswith("tokenizers ") and told["documents_differing"] > 0
@@ -162,21 +162,21 @@ def test_a_difference_late_in_the_data_leaves_nothing_of_what_was_written_before
     judge, opened_before = load_tokenizer(tmp_path), Gigatoken(load_tokenizer(folder))
 
     encoder = Encoder(judge, opened_before)
-    found = write_shards(CONFIG, tmp_path / "sample", judge, tmp_path / "found", encoder)
+    found = write_shards(CONFIG, tmp_path / "sample", encoder, tmp_path / "found")
     assert encoder.judged > len(documents) // JUDGE_EVERY  # source a passed, and was written
     assert found["a"]["audit"]["train"]["encoder"].startswith("tokenizers ")
-    expected = write_shards(CONFIG, tmp_path / "sample", judge, tmp_path / "expected", Encoder(judge))
+    expected = write_shards(CONFIG, tmp_path / "sample", Encoder(judge), tmp_path / "expected")
     assert found["a"]["train"] == expected["a"]["train"]
     assert shard_bytes(tmp_path / "found") == shard_bytes(tmp_path / "expected")
 
     plan, made = StageSpec("shards", 1, {}, {}), []
     for store in (Store(str(tmp_path / "store")), Store(f"memory://{tmp_path.name}")):
         encoder = Encoder(judge, opened_before)
-        sending = Sending(store, plan, ShardDescriber)
+        sending = EarlyUpload(store, plan, ShardDescriber)
 
-        def produce(out: Path, encoder: Encoder = encoder, store: Store = store, sending: Sending = sending) -> Any:
+        def produce(out: Path, encoder: Encoder = encoder, store: Store = store, sending: EarlyUpload = sending) -> Any:
             slices = None if store.is_local else ResumableUpload(out.parent, sending)
-            return write_shards(CONFIG, tmp_path / "sample", judge, out, encoder, slices=slices)
+            return write_shards(CONFIG, tmp_path / "sample", encoder, out, slices=slices)
 
         made.append(build(store, plan, produce, str(tmp_path / "work"), ShardDescriber(), sending)[0])
     used = {made[1].key(name) for name in made[1].manifest["files"]}
@@ -192,7 +192,7 @@ def test_a_tokenizer_that_only_tokenizers_knows_is_encoded_by_it(tokenizer: Toke
     other.encode_special_tokens = True
     other.add_tokens([AddedToken("otter")])  # no special token: it is one wherever it stands
     encoder = open_encoder(other)
-    assert encoder.name.startswith("tokenizers ") and "otherwise than tokenizers" in str(encoder.rejected)
+    assert encoder.name.startswith("tokenizers ") and "differently from tokenizers" in str(encoder.rejected)
     home_made = json.loads(tokenizer.to_str())
     home_made["pre_tokenizer"] = {
         "type": "Split",
@@ -201,7 +201,7 @@ def test_a_tokenizer_that_only_tokenizers_knows_is_encoded_by_it(tokenizer: Toke
         "invert": False,
     }
     encoder = open_encoder(Tokenizer.from_str(json.dumps(home_made)))
-    assert encoder.name.startswith("tokenizers ") and "refuses this tokenizer" in str(encoder.rejected)
+    assert encoder.name.startswith("tokenizers ") and "does not support this tokenizer" in str(encoder.rejected)
 
 
 def test_half_a_surrogate_pair_is_refused_as_without_a_fast_encoder(tokenizer: Tokenizer) -> None:
@@ -235,12 +235,12 @@ def test_the_audit_finds_what_is_broken(
     first, second = stored[0], stored[1]
     row, column = next((r, c) for r in range(9) for c in range(5, 31) if (second[r, c - 1 : c + 2] > PAD_ID).all())
     for value, message in (
-        (400, "a/train: the id 400 is none of 400 tokens"),
-        (BOS_ID, "a BOS and the EOS of the document before it are apart"),
+        (400, "a/train: the id 400 is outside the vocabulary of 400 tokens"),
+        (BOS_ID, "a BOS does not follow the EOS of the previous document"),
         (EOS_ID, rf"{len(documents)} BOS, {len(documents) + 1} EOS"),
         (PAD_ID, "padding before the end of a window"),
         (PAD_ID - 1, "1 other special tokens"),
-        (next(i for i in range(5, 400) if lengths[i] != lengths[second[row, column]]), "their tokens stand for"),
+        (next(i for i in range(5, 400) if lengths[i] != lengths[second[row, column]]), "but their tokens"),
     ):
         broken = second.copy()
         broken[row, column] = value
@@ -253,7 +253,7 @@ def test_the_audit_finds_what_is_broken(
 def test_a_tokenizer_that_loses_text_is_refused(sample: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     lossy = Tokenizer.from_str(tokenizer.to_str())
     lossy.normalizer = normalizers.Lowercase()
-    with pytest.raises(DataError, match=r"a/train: the tokenizer does not give a document back: '.*' becomes '"):
+    with pytest.raises(DataError, match=r"a/train: the tokenizer does not decode a document to itself: '.*' becomes '"):
         write_shards(CONFIG, sample, lossy, tmp_path)
     ids = [np.array(encode(tokenizer, text)) for text in ("one", "two")]
     assert check_round_trip(tokenizer, ["one", "two"], ids, "a") == 2

@@ -31,7 +31,7 @@ from vectorclm.store.artifact import StageSpec as ArtifactPlan
 from vectorclm.store.artifact import Store
 from vectorclm.train import TrainingRun
 from vectorclm.training.checkpoint import Checkpoints
-from vectorclm.training.muon import OptimizerConfig
+from vectorclm.training.optimizers import OptimizerConfig
 
 SIZES = {"a": 3000, "b": 900}
 
@@ -302,9 +302,9 @@ def test_a_training_resumes_on_no_other_order_and_no_other_data(tmp_path: Path) 
     def losses(changes: Mapping[str, object] = {}, data: str = "shards of today", seed: int = 1) -> list[float]:
         runtime = Runtime(device="cpu", threads=1, checkpoint_interval=2)
         with Checkpoints(store, fingerprint, tmp_path / "work", data) as checkpoints:
-            work = TrainingRun("pretrain", tmp_path, checkpoints, runtime)
+            work = TrainingRun("pretrain", seed, tmp_path, checkpoints, runtime)
             changed = PretrainConfig.model_validate(config.model_dump() | changes)
-            pretrain(CONFIG, changed, {"a": 1.0}, shards, [1] * CONFIG.vocab_size, seed, work)
+            pretrain(CONFIG, changed, {"a": 1.0}, shards, [1] * CONFIG.vocab_size, work)
         lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
         return [line["loss"] for line in lines if "loss" in line]
 
@@ -315,7 +315,7 @@ def test_a_training_resumes_on_no_other_order_and_no_other_data(tmp_path: Path) 
             losses(changes)
     with pytest.raises(DataError, match="the training order"):
         losses(seed=2)
-    with pytest.raises(DataError, match=r"the data set shards of to…, which is now shards of ye…: bring back what"):
+    with pytest.raises(DataError, match=r"the data set shards of to…, which is now shards of ye…: restore the old"):
         losses(data="shards of yesterday")
     assert losses() == whole
 

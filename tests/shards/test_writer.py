@@ -19,7 +19,7 @@ from vectorclm.shards.packing import Packing
 from vectorclm.shards.writer import SPLITS, ShardsConfig, read_windows, write_shards
 from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, build
 from vectorclm.store.resumable import ResumableUpload, Slices
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, encode, load_tokenizer
 from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
 
@@ -85,7 +85,7 @@ def test_more_than_65536_ids_are_32_bits_wide(sample: Path, tokenizer: Tokenizer
     texts = ["one @65000@ two"] * 20
     for split in SPLITS:
         write_sample_text(tmp_path / "sample" / "a", texts, split)
-    write_shards(ShardsConfig(sequence_length=16), tmp_path / "sample", large, tmp_path / "out", Encoder(large))
+    write_shards(ShardsConfig(sequence_length=16), tmp_path / "sample", Encoder(large), tmp_path / "out")
     (shard,) = read_windows(tmp_path / "out" / "a", "train")
     expected = large.token_to_id("@65000@")
     assert shard.input_ids.dtype == np.uint32 and expected > 65_000
@@ -155,7 +155,7 @@ def test_slices_that_were_sent_stand_wherever_the_work_goes_on(
 
     def publish(uri: str, work: str) -> Artifact:
         store = Store(uri)
-        sending = Sending(store, plan, ShardDescriber)
+        sending = EarlyUpload(store, plan, ShardDescriber)
 
         def produce(out: Path) -> dict[str, Any]:
             slices = Slices(tmp_path / "slices", out) if store.is_local else ResumableUpload(out.parent, sending)

@@ -21,7 +21,7 @@ from vectorclm.model import CausalLM
 from vectorclm.runtime.processes import process_space
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build, rebuild
 from vectorclm.training.checkpoint import KEEP, Checkpoints, Snapshot, restore, snapshot
-from vectorclm.training.muon import OptimizerConfig, build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 PLAN = StageSpec("sample", 1, {"a": 1}, {})
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_restores_model_and_optimizers_and_a_corrupt_one_is_passed_
             checkpoints.latest("another")
     with (
         Checkpoints(store, PLAN, tmp_path / "work", "others") as checkpoints,
-        pytest.raises(DataError, match=r"the data set data…, which is now others…: bring back what it was, or delete"),
+        pytest.raises(DataError, match=r"data set data…, which is now others…: restore the old data set, or delete"),
     ):
         checkpoints.latest("order")
     assert steps(path.name for path in folder.iterdir()) == ["step-00000002"]  # nothing is lost by the refusal
@@ -211,7 +211,7 @@ def test_a_training_that_was_taken_over_ends_at_its_next_checkpoint(tmp_path: Pa
     saved = Snapshot(1, {"w": torch.ones(3)}, {"0.0.m": torch.ones(3)}, "1\n", "order")
     with (
         store.lease(PLAN.lease) as lease,
-        pytest.raises(InUseError, match="was taken over by process 7 on elsewhere: this process stood still"),
+        pytest.raises(InUseError, match="was taken over by process 7 on elsewhere: this process was suspended"),
         Checkpoints(store, PLAN, tmp_path / "work", "data") as checkpoints,
     ):
         checkpoints.save(saved)
@@ -272,7 +272,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> No
 def test_a_broken_manifest_is_named(tmp_path: Path, data: bytes) -> None:
     store = Store(str(tmp_path))
     store.write(f"sample/x/{MANIFEST}", data)
-    with pytest.raises(CorruptArtifactError, match=r"sample/x/manifest\.json is no manifest"):
+    with pytest.raises(CorruptArtifactError, match=r"sample/x/manifest\.json is not a valid manifest"):
         store.find("sample", "x")
 
 
@@ -379,7 +379,7 @@ def test_a_store_that_lets_every_writer_win_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     try:
-        with pytest.raises(StoreError, match="overwrites an object that was to be created only if absent"):
+        with pytest.raises(StoreError, match="overwrites an object despite If-None-Match"):
             Store("s3://careless/store").check_writable()
     finally:
         server.shutdown()

@@ -101,7 +101,7 @@ def test_what_is_given_back_in_between_is_asked_for_again_and_not_taken(
 def test_of_a_claim_only_what_was_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, third = Store(str(tmp_path)), list[Lease]()
     dead(store)
-    judge = processes.marked
+    judge = processes.find_process
 
     def late(holder: Mapping[str, Any]) -> psutil.Process | None:
         alive = judge(holder)
@@ -110,7 +110,7 @@ def test_of_a_claim_only_what_was_read_is_taken(tmp_path: Path, monkeypatch: pyt
             third[0].acquire()  # another has judged it, too, and was faster
         return alive
 
-    monkeypatch.setattr(module, "marked", late)
+    monkeypatch.setattr(module, "find_process", late)
     with pytest.raises(InUseError, match="wait for it"), store.lease("k"):
         pass
     third[0].check()

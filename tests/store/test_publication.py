@@ -24,7 +24,7 @@ from vectorclm.store import durable, lease
 from vectorclm.store.artifact import StageSpec, Store, build
 from vectorclm.store.lease import Lease
 from vectorclm.store.resumable import ResumableUpload, Slices
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
 PLAN = StageSpec("shards", 1, {"a": 1}, {})
@@ -35,7 +35,7 @@ REQUESTS = ("put_object", "delete_object", "delete_objects")
 
 def make(store: Store, work: Path, name: str, meanwhile: Callable[[Path], None] = lambda out: None) -> tuple[Any, bool]:
     """Build an artifact with slices, checkpoints, metrics, and a file that says who made it."""
-    sending = None if store.is_local else Sending(store, PLAN, ShardDescriber)
+    sending = None if store.is_local else EarlyUpload(store, PLAN, ShardDescriber)
     kept: list[Slices | Checkpoints] = []
 
     def produce(out: Path) -> Mapping[str, Any]:
@@ -200,7 +200,7 @@ def succeed(store: Store, work: Path, process: Any, results: Any, *, midway: boo
     try:
         artifact, reused = make(store, work, "second", meanwhile)
     except StoreError as error:  # it stands still within a comparison: nobody else can write, and nothing is lost
-        assert "is held by a process that stands still: let it continue, or end it" in str(error)
+        assert "a suspended process holds the lock" in str(error)
         go_on()
         assert said == ["built"]
         artifact, reused = make(store, work, "second")
@@ -226,7 +226,7 @@ def test_a_take_over_is_conditional_on_what_was_read(place: str, monkeypatch: py
 
     def stood_still(key: str, before: bytes, after: bytes) -> bool:
         if not late:
-            other.take()  # between the look and the write
+            other.acquire()  # between the look and the write
             late.append(before)
         return replace(key, before, after)
 

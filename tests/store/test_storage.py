@@ -76,10 +76,13 @@ def through(network: Proxy, store: Store, monkeypatch: pytest.MonkeyPatch) -> St
 WRONG = {
     "refused": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "nothing answers there: set AWS_ENDPOINT_URL"),
     "name": ({"AWS_ENDPOINT_URL": "http://no-such-host.invalid"}, "nothing answers there: set AWS_ENDPOINT_URL"),
-    "address": ({"AWS_ENDPOINT_URL": "localhost:7480"}, "AWS_ENDPOINT_URL is no address such as https://"),
+    "address": ({"AWS_ENDPOINT_URL": "localhost:7480"}, "AWS_ENDPOINT_URL is not an address such as https://"),
     "key": ({"AWS_ACCESS_KEY_ID": "nobody"}, "does not know this access key: set AWS_ACCESS_KEY_ID"),
     "secret": ({"AWS_SECRET_ACCESS_KEY": "a-wrong-secret"}, "set AWS_SECRET_ACCESS_KEY"),
-    "half": ({"AWS_SECRET_ACCESS_KEY": None}, "one half is missing: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "half": (
+        {"AWS_SECRET_ACCESS_KEY": None},
+        "one half of the credentials is missing: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    ),
     "profile": ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE names a profile that is not in AWS_CONFIG_FILE"),
 }
 
@@ -114,7 +117,7 @@ def test_tls_where_there_is_none_a_wrong_bucket_and_a_wrong_clock_are_named(
     Store("s3://made-by-hand/store").check_writable()
     with monkeypatch.context() as late:
         late.setattr("botocore.auth.get_current_datetime", lambda: datetime.now(UTC).replace(tzinfo=None) - DAY)
-        assert "clock is too far from the server's" in told(store.uri, capsys)
+        assert "clock differs too much from the server's" in told(store.uri, capsys)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint.replace("http:", "https:"))
     s3fs.S3FileSystem.clear_instance_cache()
     assert "AWS_ENDPOINT_URL says https:// where the server speaks http://" in told(store.uri, capsys)
@@ -210,7 +213,7 @@ def test_what_no_retry_can_recover_is_told_and_leaves_no_manifest(
         return Fault("status", status=403, code="AccessDenied") if write else None
 
     for rule, message in (
-        (rotten, "arrived otherwise than it was sent"),
+        (rotten, "arrived damaged several times"),
         (expired, "credentials have expired: renew AWS_SESSION_TOKEN"),
         (denied, "allow them s3:GetObject, PutObject"),
     ):

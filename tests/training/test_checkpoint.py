@@ -150,7 +150,7 @@ def test_a_training_made_again_is_the_same_to_the_byte(folder: Path) -> None:
     command = [sys.executable, "-m", "vectorclm", "pretrain", str(experiment), "--store", str(store), "--again"]
     command += ["--runtime", str(folder / "runtime.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "pretrain made again, the same to the byte" in done.stdout, done.stderr
+    assert "pretrain built again, the same to the byte" in done.stdout, done.stderr
     assert (store / kept / "manifest.json").exists() and len(list((store / kept).parent.iterdir())) == 1
     assert re.search(r"^pretrain reads lessons \d\.\d\d epochs, stories \d\.\d\d$", done.stderr, re.MULTILINE)
     model = made / "metrics.jsonl"

@@ -1,13 +1,17 @@
 """Muon agrees with torch's in direction, keeps off embeddings and norms; schedules have the right corners."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from tests.test_model import CONFIG
 from vectorclm.model import CausalLM
-from vectorclm.training.muon import Muon, OptimizerConfig, ScheduleConfig, build_optimizers, orthogonalise, schedule
+from vectorclm.settings import Settings
+from vectorclm.training.muon import Muon, WeightDecay, orthogonalise
+from vectorclm.training.optimizers import MATRIX_OPTIMIZERS, OptimizerConfig, build_optimizers
+from vectorclm.training.schedule import SCHEDULES, ScheduleConfig, schedule
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 64), (64, 24)])
@@ -15,7 +19,7 @@ def test_a_step_has_the_direction_of_torchs_muon(shape: tuple[int, int]) -> None
     torch.manual_seed(0)
     start = torch.randn(shape)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    mine = Muon([ours], lr=0.1, momentum=0.95, weight_decay=0.0)
+    mine = Muon([ours], lr=0.1, momentum=0.95, weight_decay=WeightDecay(0.0))
     other = torch.optim.Muon([theirs], lr=0.1, momentum=0.95, weight_decay=0.0, nesterov=True)
     for _ in range(3):
         gradient = torch.randn(shape)
@@ -91,3 +95,14 @@ def test_a_decay_that_would_begin_in_the_warm_up_is_refused() -> None:
 def test_the_shortest_schedules_stay_finite(kind: str, steps: int) -> None:
     config = ScheduleConfig.model_validate({"kind": kind})
     assert all(0 <= schedule(config, step, steps) <= 1 for step in range(steps))
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "table"),
+    [(ScheduleConfig, "kind", SCHEDULES), (OptimizerConfig, "matrices", MATRIX_OPTIMIZERS)],
+)
+def test_every_kind_that_a_setting_allows_has_a_function_of_its_own(
+    config: type[Settings], field: str, table: Mapping[str, Any]
+) -> None:
+    assert set(get_args(config.model_fields[field].annotation)) == set(table)
+    assert len({*table.values()}) == len(table)

@@ -1,7 +1,7 @@
-"""`vectorclm bench data`: what becomes of text until it is a batch, beside the peers that do the same.
+"""`vectorclm bench data`: tokenizing, packing, training order and reading, against other libraries.
 
-Both sides run in turns, on the same texts, in one process that does nothing else. A CPU second is one of all its
-threads, without imports and without the reading of what both sides are given.
+Both sides run in turns, on the same texts, in one process that does nothing else. CPU seconds count all its threads,
+without imports and without reading the input that both sides share.
 """
 
 import gc
@@ -35,17 +35,16 @@ from vectorclm.store.artifact import Store
 from vectorclm.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from vectorclm.train_tokenizer import learn
 
-TEXT_BYTES = 110_000_000  # of a mirror, as `small` draws, or what the generated world has
+TEXT_BYTES = 110_000_000  # of a mirror, in the mix of `small`, or of the generated world
 PLANNED_TOKENS = 3_500_000_000
-PLANNED_BATCH = 512  # windows located when a training goes on
+PLANNED_BATCH = 512  # windows located when a training resumes
 ENCODE, TRAIN = "encode against encode_batch_fast", "BPE training against tokenizers"
 PUBLISH = "source text to published shards against bare encode_batch_fast"
-NOT_YET = ()
 
 
 @dataclass(frozen=True)
 class Text:
-    """The text of a bench, drawn and with its tokenizer, in a store of its own."""
+    """The sample of a bench and its tokenizer, in a store of its own."""
 
     experiment: ExperimentConfig
     data: Path | None
@@ -54,11 +53,11 @@ class Text:
 
     @property
     def name(self) -> str:
-        """What the text is, and how much."""
+        """Source and size of the text, for notes."""
         return f"{self.size / 1e6:.1f} MB of {'the generated world' if self.data is None else 'the mirror'}"
 
     def folder(self, stage: str) -> Path:
-        """Where an artifact of the text lies."""
+        """The folder of a stage's artifact."""
         return self.store / stage / plans(self.experiment)[stage].fingerprint
 
     def documents(self) -> list[str]:
@@ -67,7 +66,7 @@ class Text:
 
 
 def data_layer(rounds: int, data: Path | None, store: str | None = None, text_bytes: int = TEXT_BYTES) -> Iterator[Row]:
-    """Every row, on some `text_bytes` of the mirror `data` or of the generated world; those of S3 in `store`."""
+    """Every row, on about `text_bytes` of the mirror `data` or of the generated world. S3 rows use `store`."""
     with (
         tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as folder,
         ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
@@ -81,9 +80,9 @@ def data_layer(rounds: int, data: Path | None, store: str | None = None, text_by
 
 
 def prepare(folder: Path, data: Path | None, text_bytes: int) -> Text:
-    """Draw some `text_bytes` and learn their tokenizer, in a store in `folder`."""
+    """Draw about `text_bytes` of text and learn a tokenizer from it, in a store in `folder`."""
     experiment, path = load_experiment("tiny" if data is None else "small")
-    held_out = {} if data is None else {"sample.validation_share": 0.05}  # of little text, so that none has nothing
+    held_out = {} if data is None else {"sample.validation_share": 0.05}  # of little text
     experiment = changed(experiment, {"sample.bytes": text_bytes, "shards.packing": "best_fit", **held_out})
     experiment, _ = pin(experiment, folder / path.name, data, resolve=True)
     store = Store(str(folder / "store"))
@@ -93,7 +92,7 @@ def prepare(folder: Path, data: Path | None, text_bytes: int) -> Text:
 
 
 def _encoding(text: Text, rounds: int, pool: Executor) -> Iterator[Row]:
-    """Encoding alone, and all that stands between the source and a published shard; the peer is the same."""
+    """Encoding alone, and all work from the source to published shards; both have the same peer."""
     fast: list[float] = []
     whole: list[float] = []
     peer: list[float] = []
@@ -121,7 +120,7 @@ def _encoding(text: Text, rounds: int, pool: Executor) -> Iterator[Row]:
 
 
 def _encode(text: Text, side: str) -> tuple[float, list[int]]:
-    """CPU seconds that encoding takes, and a hash of each document's ids."""
+    """CPU seconds of encoding, and a hash of each document's ids."""
     texts, tokenizer = text.documents(), load_tokenizer(text.folder("tokenizer"))
     if side == "gigatoken":
         encoder = Gigatoken(tokenizer)
@@ -137,10 +136,10 @@ def _encode(text: Text, side: str) -> tuple[float, list[int]]:
 
 
 def _publish(text: Text) -> tuple[float, float]:
-    """CPU seconds of the stages sample and shards, in a store that has only the tokenizer."""
-    import datasets  # noqa: F401  brings pandas, which pyarrow imports with the first list that it is given
+    """CPU seconds of the stages sample and shards, in a store with only the tokenizer."""
+    import datasets  # noqa: F401  imports pandas, which pyarrow would import at its first list
 
-    gc.freeze()  # of what is imported, as the command for a stage does
+    gc.freeze()  # keeps the imported modules out of collections, as the stage's command does
     with tempfile.TemporaryDirectory(dir=text.store.parent) as folder:
         shutil.copytree(text.store / "tokenizer", Path(folder) / "tokenizer")
         spent = [time.process_time()]
@@ -167,7 +166,7 @@ def _training(text: Text, rounds: int, pool: Executor) -> Row:
 
 
 def _learn(text: Text, side: str) -> tuple[float, list[tuple[bytes, bytes]]]:
-    """CPU seconds that learning the merges takes, and the merges as pairs of byte strings."""
+    """CPU seconds of learning the merges, and the merges as pairs of byte strings."""
     texts, vocab_size = text.documents(), text.experiment.tokenizer.vocab_size
     if side == "tokenizers":
         began = time.process_time()
@@ -176,19 +175,19 @@ def _learn(text: Text, side: str) -> tuple[float, list[tuple[bytes, bytes]]]:
         return seconds, Gigatoken(tokenizer).merges
     import gigatoken
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # it prints how far it is
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # it prints its progress
     os.dup2(1, 2)
     began = time.process_time()
-    joined = b"\xff".join(one.encode() for one in texts)  # a byte that UTF-8 never has
+    joined = b"\xff".join(one.encode() for one in texts)  # a byte that never occurs in UTF-8
     _, merges = gigatoken.train_bpe(joined, vocab_size, list(SPECIAL_TOKENS), separator=b"\xff")
     return time.process_time() - began, [(left, right) for left, right in merges]
 
 
 def _packing(text: Text) -> Row:
-    """What of the windows for training is padding, in the shards of the text."""
-    made, _ = run_stage("shards", text.experiment, Store(str(text.store)), Runtime(), text.data)
+    """The share of padding in the training windows of the text."""
+    shards, _ = run_stage("shards", text.experiment, Store(str(text.store)), Runtime(), text.data)
     counts: Counter[str] = Counter()
-    for source in made.summary.values():
+    for source in shards.summary.values():
         counts.update(source["train"])
     share = counts["padding_tokens"] / (counts["padding_tokens"] + counts["tokens"])
     split, dropped = counts["documents_split_that_fit"], counts["dropped_tokens"]
@@ -201,7 +200,7 @@ def _packing(text: Text) -> Row:
 
 
 def _planning(rounds: int) -> Iterator[Row]:
-    """The plan of `base`, over shards that hold as many windows as its sources weigh: some are read more than once."""
+    """The training order of `base`, over sources sized by their weights, some read more than once."""
     experiment, _ = load_experiment("base")
     length, total = experiment.shards.sequence_length, PLANNED_TOKENS // experiment.shards.sequence_length
     weights = {source.label: source.weight for source in experiment.sample.sources}
@@ -212,49 +211,49 @@ def _planning(rounds: int) -> Iterator[Row]:
         spent = []
         for _ in range(10 * rounds):
             began = time.perf_counter()
-            plan = TrainingOrder(phases, sizes, experiment.seed, windows_per_block=per_block)
-            step = int(share * plan.windows) // PLANNED_BATCH
-            plan.locate(np.arange(PLANNED_BATCH) + step * PLANNED_BATCH)
+            order = TrainingOrder(phases, sizes, experiment.seed, windows_per_block=per_block)
+            step = int(share * order.windows) // PLANNED_BATCH
+            order.locate(np.arange(PLANNED_BATCH) + step * PLANNED_BATCH)
             spent.append(1000 * (time.perf_counter() - began))
-        note = f"the plan is made, and the {PLANNED_BATCH} windows of the next step are located"
+        note = f"computes the training order and locates the {PLANNED_BATCH} windows of the next step"
         yield bounded(f"resume at {100 * share:.0f} % of {PLANNED_TOKENS / 1e9} billion tokens", spent, "ms", 5, note)
     yield from walked(TrainingOrder(phases, sizes, experiment.seed, windows_per_block=per_block))
 
 
-def walked(plan: TrainingOrder) -> Iterator[Row]:
-    """Walk a whole plan: how far the mix strays at the end of any mix block, and windows seen twice too early.
+def walked(order: TrainingOrder) -> Iterator[Row]:
+    """Walk a whole training order: the largest error of the mix at the end of a block, and windows repeated too early.
 
-    Exact shares are those of the phases, or, where an exhausted source's goes to the others, of their segments.
+    Exact shares are those of the phase, or of its segments where an exhausted source's share goes to the others.
     """
-    sources, windows = walk(plan)
-    ends = plan.boundaries()
+    sources, windows = walk(order)
+    ends = order.boundaries()
     furthest, since = 0.0, 0.0
-    before, wanted = np.zeros(len(plan.labels)), np.zeros(len(plan.labels))
-    read = np.stack([np.cumsum(sources == number)[ends - 1] for number in range(len(plan.labels))], axis=1)
-    for segment in plan.segments:
+    before, wanted = np.zeros(len(order.labels)), np.zeros(len(order.labels))
+    read = np.stack([np.cumsum(sources == number)[ends - 1] for number in range(len(order.labels))], axis=1)
+    for segment in order.segments:
         here = (segment.first < ends) & (ends <= segment.first + segment.windows)
         exact = np.outer(ends[here] - segment.first, segment.shares)
         furthest = max(furthest, float(np.abs(read[here] - before - exact).max(initial=0.0)))
         since = max(since, float(np.abs(read[here] - wanted - exact).max(initial=0.0)))
         before, wanted = read[here][-1], wanted + exact[-1]
-    note = f"within its phase, at all {len(ends):,}, over {plan.windows:,} windows; since the beginning {since:.2f}"
+    note = f"within its phase, at all {len(ends):,}, over {order.windows:,} windows; since the beginning {since:.2f}"
     yield bounded("mixture error at any block boundary", [furthest], "windows of a source", 1, note)
     repeats = 0
-    for number, size in enumerate(plan.sizes):
+    for number, size in enumerate(order.sizes):
         seen = windows[sources == number]
         for start in range(0, len(seen), size):
             epoch = seen[start : start + size]
             repeats += len(epoch) - int((np.bincount(epoch) > 0).sum())
-    most = max(plan.epochs().values())
+    most = max(order.epochs().values())
     yield bounded("repeats before exhaustion", [repeats], "windows", 0, f"sources are read up to {most:.2f} times")
 
 
-def walk(plan: TrainingOrder) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
-    """Source and window at every place of a plan, located some ten thousand at a time."""
-    sources, windows = np.empty(plan.windows, np.int8), np.empty(plan.windows, np.int32)
-    for start in range(0, plan.windows, 16 * MIX_BLOCK):
-        here = slice(start, min(start + 16 * MIX_BLOCK, plan.windows))
-        sources[here], windows[here] = plan.locate(np.arange(here.start, here.stop))
+def walk(order: TrainingOrder) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
+    """Source and window at every position of a training order, located in batches of 16 mix blocks."""
+    sources, windows = np.empty(order.windows, np.int8), np.empty(order.windows, np.int32)
+    for start in range(0, order.windows, 16 * MIX_BLOCK):
+        here = slice(start, min(start + 16 * MIX_BLOCK, order.windows))
+        sources[here], windows[here] = order.locate(np.arange(here.start, here.stop))
     return sources, windows
 
 

@@ -1,4 +1,4 @@
-"""`vectorclm bench gguf`: whether llama.cpp is the same model, on the GGUF files that `vectorclm export` writes."""
+"""`vectorclm bench gguf`: whether llama.cpp computes the same model from the GGUF files of `vectorclm export`."""
 
 import random
 import sys
@@ -28,33 +28,33 @@ from vectorclm.store.artifact import Store
 from vectorclm.store.model_ref import find_model
 from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode, load_tokenizer
 
-NEAR_TIE = 1e-4  # two logits this close may change places with the order of a sum
-DOCUMENTS, TEXT_BYTES = 10_000, 60_000_000  # tokenized by both, out of a sample of this size
+NEAR_TIE = 1e-4  # logits this close may swap through the order of a sum
+DOCUMENTS, TEXT_BYTES = 10_000, 60_000_000  # documents that both tokenize, from a sample of this size
 HARD_STRINGS = 1_000
-PROMPTS, PROMPT, CONTINUATION = 24, 32, 64  # continuations; tokens of each prompt, and that are compared
-SCORED = 2_000  # characters at most of each held-out document
-# Bits per byte in llama.cpp over ours: fp32 may sum in another order, fp16 and q8_0 round the weights.
+PROMPTS, PROMPT, CONTINUATION = 24, 32, 64  # number of prompts, tokens of each, and tokens compared after each
+SCORED = 2_000  # maximum characters of each held-out document
+# Bounds on llama.cpp's bits per byte over ours: fp32 sums in another order, f16 and q8_0 round the weights.
 ASKED = {"f32": 1.0001, "f16": 1.001, "q8_0": 1.01}
 
 
 @dataclass(frozen=True)
 class Tie:
-    """A token for which llama.cpp has another than we do."""
+    """A difference in greedy tokens between llama.cpp and this model."""
 
     prompt: int
-    token: int  # of the continuation
-    gap: float  # between our logits of both
+    token: int  # position in the continuation
+    gap: float  # between our logits of both tokens
 
     @property
     def near(self) -> bool:
-        """Whether rounding explains it."""
+        """Whether rounding explains the difference."""
         return self.gap < NEAR_TIE
 
 
 def same_model(address: str, data: Path | None) -> Iterator[Row]:
-    """Ids, continuations and bits per byte of a model's GGUF files, on a mirror or on the generated world."""
+    """Compare token ids, continuations and bits per byte of a model's GGUF files, of a mirror or generated text."""
     found = find_model(address)
-    folder, device = found.local(), torch.device("cpu")  # where fp32 is fp32, as in llama.cpp
+    folder, device = found.local(), torch.device("cpu")  # full fp32, as in llama.cpp
     model, tokenizer = CausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as place:
         train, held_out = _documents(Path(place), data)
@@ -80,7 +80,7 @@ def same_model(address: str, data: Path | None) -> Iterator[Row]:
 
 
 def _documents(folder: Path, data: Path | None) -> tuple[list[str], list[str]]:
-    """Documents for training, and held-out ones, of all sources."""
+    """Training documents and held-out documents of all sources."""
     experiment, path = load_experiment("tiny" if data is None else "small")
     experiment = changed(experiment, {"sample.bytes": TEXT_BYTES})
     experiment, _ = pin(experiment, folder / path.name, data, resolve=True)
@@ -93,14 +93,15 @@ def _documents(folder: Path, data: Path | None) -> tuple[list[str], list[str]]:
 
 
 def spread(texts: Sequence[str], count: int) -> list[str]:
-    """`count` of the texts, as far from one another as can be, or all there are."""
+    """`count` texts at equal distances in the list, or all of a shorter list."""
     return [texts[i * len(texts) // count] for i in range(count)] if len(texts) > count else list(texts)
 
 
 def hard_strings(tokenizer: Tokenizer, count: int = HARD_STRINGS) -> Iterator[str]:
-    """At least `count` texts on which tokenizers part: those of `adversarial`, then characters in no order.
+    """At least `count` texts on which tokenizers differ: those of `adversarial`, then random characters.
 
-    Each category of Unicode comes equally often in these, beside digits, spaces, line ends and special tokens.
+    The random characters have every Unicode category equally often, besides digits, spaces, line ends and special
+    tokens.
     """
     for text in adversarial(tokenizer):
         count -= 1
@@ -109,7 +110,7 @@ def hard_strings(tokenizer: Tokenizer, count: int = HARD_STRINGS) -> Iterator[st
     categories: dict[str, list[str]] = {}
     for character in map(chr, range(sys.maxunicode + 1)):
         categories.setdefault(unicodedata.category(character), []).append(character)
-    del categories["Cs"]  # half of a pair is no text
+    del categories["Cs"]  # a lone surrogate is not text
     pieces = (
         lambda: rng.choice(categories[rng.choice(list(categories))]) * rng.randrange(1, 4),
         lambda: str(rng.randrange(10 ** rng.randrange(1, 40))),
@@ -122,12 +123,12 @@ def hard_strings(tokenizer: Tokenizer, count: int = HARD_STRINGS) -> Iterator[st
 
 
 def differing(judge: LlamaCpp, tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
-    """The texts that llama.cpp tokenizes otherwise than `tokenizers`, special tokens in them being text."""
+    """The texts that llama.cpp and `tokenizers` tokenize differently, with special tokens taken as plain text."""
     return [text for text in texts if judge.tokenize(text) != encode(tokenizer, text)]
 
 
 def greedy_differences(model: CausalLM, judge: LlamaCpp, prompts: Sequence[Sequence[int]], count: int) -> Iterator[Tie]:
-    """Where llama.cpp's likeliest tokens after each prompt are others than ours; after each it goes on from ours."""
+    """Differences between llama.cpp's greedy tokens and ours; after each, llama.cpp continues from our token."""
     for number, prompt in enumerate(prompts):
         ours = list(generate(model, prompt, count, stop_ids=(EOS_ID, IM_END_ID)))
         at = 0

@@ -1,7 +1,7 @@
-"""`vectorclm bench gpu`: what one GPU makes of an experiment's training step and of its decoding, and where time goes.
+"""`vectorclm bench gpu`: speed, MFU and memory of a training step on one GPU, decoding speed, and a profile.
 
-The step is the training's own, `train_step` with the loss that `train` compiles, over batches of the experiment's size.
-All but the last rows ask for something; those say where a step goes.
+The step is the training loop's own: `TrainStep` with the compiled loss, over batches of the experiment's size.
+The last rows are the profile and have no bounds; all other rows have one.
 """
 
 import time
@@ -22,14 +22,15 @@ from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.runtime.devices import Runtime
 from vectorclm.tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS
-from vectorclm.train import loss_function, train_step
-from vectorclm.training.muon import build_optimizers, set_learning_rates
+from vectorclm.train import TrainStep, loss_function
+from vectorclm.training.optimizers import build_optimizers
+from vectorclm.training.schedule import set_learning_rates
 
-# Dense bf16 FLOP/s with fp32 sums, of the makers' data sheets; the first name that is in the device's counts.
+# Peak dense bf16 FLOP/s with fp32 sums, from the vendors' data sheets. The first name found in the device's applies.
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 TOKENS_PER_SECOND, MFU = 1.2e6, 0.45
 OPTIMIZER_SHARE = 0.05  # of a step
-NEAR = 0.03  # of a gradient's norm: what half precision may make of it
+NEAR = 0.03  # largest relative error of a gradient through half precision
 DOCUMENT = 600  # tokens, on average
 PROMPT, NEW = 64, 256  # tokens
 ROWS = {
@@ -42,7 +43,7 @@ ROWS = {
     "decoding by CUDA graph, batch 1": ("tokens/s", 1.0),
     "gradients, farthest from a CPU's in full precision": ("share", NEAR),
 }
-# By a part of the kernel's or operation's name, in this order.
+# Groups of kernels and operations, by a part of the name; the first match applies.
 GROUPS = {
     "attention": ("flash", "fmha", "attention", "attn", "sdpa", "cudnn::fusion"),
     "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "mm", "bmm", "linear"),
@@ -51,19 +52,19 @@ GROUPS = {
     "fused by the compiler": ("triton",),
 }
 REST = "all else"
-FUSED = ("flash", "fmha", "cudnn")  # in the names of the kernels that never hold all the weights
+FUSED = ("flash", "fmha", "cudnn")  # parts of the names of kernels that never store all attention weights
 
 
 @dataclass(frozen=True)
 class DeviceLoad:
-    """What is measured."""
+    """The measured training: experiment, device and sizes."""
 
     experiment: ExperimentConfig
     device: torch.device
     micro_batch: int  # windows
     steps: int  # in a round
     peak: float  # FLOP/s of the device
-    windows: int = 0  # in a step; 0 = those of the experiment
+    windows: int = 0  # in a step; 0 means the experiment's
 
     @property
     def tokens(self) -> int:
@@ -72,12 +73,12 @@ class DeviceLoad:
 
 
 def gpu(rounds: int, experiment: str = "base") -> Iterator[Row]:
-    """Every row on this machine's GPU; without one, that there is none."""
+    """Every row on this machine's GPU, or the reason why the rows could not run."""
     why = None if torch.cuda.is_available() else "torch sees no GPU here"
     name = torch.cuda.get_device_name() if why is None else ""
     peak = next((peak for part, peak in PEAKS.items() if part in name), 0.0)
     if why is None and not peak:
-        why = f"the peak of a {name} is not known here: add it to PEAKS in vectorclm/bench/gpu.py"
+        why = f"the peak of a {name} is unknown: add it to PEAKS in vectorclm/bench/gpu.py"
     if why is not None:
         for row, (unit, ask) in ROWS.items():
             yield could_not_run(f"{experiment}: {row}", unit, ask, why)
@@ -89,20 +90,20 @@ def gpu(rounds: int, experiment: str = "base") -> Iterator[Row]:
 
 
 def measured(load: DeviceLoad, rounds: int, where: str) -> Iterator[Row]:
-    """The rows of a device. On a CPU, which is for the tests alone, nothing is compiled and no graph is captured."""
+    """Measure every row on a device. A CPU is for tests only: it compiles nothing and captures no CUDA graph."""
     Runtime(device=load.device.type).configure_torch()
     torch.manual_seed(load.experiment.seed)
     model, device, name = CausalLM(load.experiment.model).to(load.device), load.device, load.experiment.name
     optimizers = build_optimizers(model, load.experiment.pretrain.optimizer)
-    set_learning_rates(optimizers, 1e-3)  # random tokens: nothing to learn
-    loss_of = loss_function(model, device)
+    set_learning_rates(optimizers, 1e-3)  # random tokens have nothing to learn
+    train_step = TrainStep(model, optimizers, 1.0, load.micro_batch, loss_of=loss_function(model, device))
     names = iter(f"{name}: {row}" for row in ROWS)
     seconds: dict[bool, list[float]] = {}
     for apart in (True, False):
         batch = _batch(load, apart=apart)
 
         def step(batch: Batch = batch) -> None:
-            train_step(model, optimizers, batch, 1.0, load.micro_batch, device, loss_of=loss_of)
+            train_step(batch)
 
         step()  # compiles
         seconds[apart] = [_timed(device, step, load.steps) for _ in range(rounds)]
@@ -125,7 +126,7 @@ def measured(load: DeviceLoad, rounds: int, where: str) -> Iterator[Row]:
 
 
 def _batch(load: DeviceLoad, *, apart: bool) -> Batch:
-    """Random tokens, in host memory as the loader leaves them; with `apart`, in documents of geometric lengths."""
+    """A batch of random tokens in host memory, as from the loader; with `apart`, in documents of geometric lengths."""
     length, windows = load.experiment.shards.sequence_length, load.windows or load.experiment.pretrain.batch_size
     random = np.random.default_rng(1)
     ids = random.integers(len(SPECIAL_TOKENS), load.experiment.model.vocab_size, (windows, length))
@@ -145,7 +146,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _timed(device: torch.device, work: Callable[[], Any], times: int) -> float:
-    """Seconds of one of so many, one after the other."""
+    """Mean seconds of one call over `times` calls."""
     _wait(device)
     began = time.perf_counter()
     for _ in range(times):
@@ -155,7 +156,7 @@ def _timed(device: torch.device, work: Callable[[], Any], times: int) -> float:
 
 
 def _update(model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """What `train_step` does with the gradients, here those of nothing."""
+    """The update of a training step, with constant gradients."""
     for p in model.parameters():
         if p.grad is None:
             p.grad = torch.full_like(p, 1e-3)
@@ -165,14 +166,14 @@ def _update(model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> Non
 
 
 def _gradients_apart(load: DeviceLoad) -> float:
-    """How far a parameter's gradient at the most is from the CPU's, over its norm: a step that is fast can be wrong."""
+    """The largest relative distance between a parameter's gradient here and on the CPU: a fast step may be wrong."""
     model = load.experiment.model.model_copy(update={"num_hidden_layers": 2})
     small = replace(
         load, experiment=load.experiment.model_copy(update={"model": model}), windows=20
-    )  # more than a chunk of the loss
+    )  # more tokens than a chunk of the loss
     ours, exact = CausalLM(model), CausalLM(model)
     exact.load_state_dict(ours.state_dict())
-    torch.compiler.reset()  # else a second number of windows makes a graph for any number
+    torch.compiler.reset()  # otherwise a second batch size compiles a graph with dynamic shapes
     loss_of = loss_function(ours.to(load.device), load.device)
     far: list[Tensor] = []
     for apart in (True, False):
@@ -186,7 +187,7 @@ def _gradients_apart(load: DeviceLoad) -> float:
             assert other.grad is not None
             grad = torch.zeros_like(other) if mine.grad is None else mine.grad.cpu()
             far.append((grad - other.grad).norm() / other.grad.norm())
-    return float(torch.stack(far).max())  # no number, if one is none
+    return float(torch.stack(far).max())  # NaN if one is NaN
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -198,14 +199,14 @@ def _memory(device: torch.device) -> float:
 
 
 def _profile(device: torch.device, step: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of a step by kernel; on a CPU by operation, without those that it calls."""
+    """Milliseconds of a step by kernel; on a CPU by operation, without the operations it calls."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as seen:
         step()
         _wait(device)
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    kernels = "CUDA" if on_gpu else "CPU"  # not what started them
+    kernels = "CUDA" if on_gpu else "CPU"  # without the launches
     return {
         event.key: getattr(event, field) / 1e3
         for event in seen.key_averages()
@@ -219,7 +220,7 @@ def _group(name: str) -> str:
 
 
 def _attention(name: str, times: dict[str, float]) -> Row:
-    """The share of attention's time that a fused kernel took, and which one."""
+    """The share of attention's time in fused kernels, and the longest kernels."""
     kernels = {key: spent for key, spent in times.items() if _group(key) == "attention"}
     spent = sum(kernels.values())
     fused = sum(spent for key, spent in kernels.items() if any(part in key.lower() for part in FUSED))
@@ -228,13 +229,13 @@ def _attention(name: str, times: dict[str, float]) -> Row:
 
 
 def _decoding(name: str, model: CausalLM, rounds: int) -> Row:
-    """Tokens a second with the captured step, and with the same one started kernel by kernel."""
+    """Decoding speed with a captured CUDA graph against the same step launched kernel by kernel."""
     model.eval()
     device = model.model.embed_tokens.weight.device
     prompt = torch.randint(len(SPECIAL_TOKENS), model.config.vocab_size, (1, PROMPT), device=device)
     new = min(NEW, model.config.max_position_embeddings - PROMPT)
     speeds: dict[bool, list[float]] = {True: [], False: []}
-    made: dict[bool, list[int]] = {}
+    tokens: dict[bool, list[int]] = {}
     for captured in [True, False] * rounds:
         steady = SteadyDecoding(model, 1, PROMPT + new, captured=captured and device.type == "cuda")
         with torch.inference_mode():
@@ -244,19 +245,19 @@ def _decoding(name: str, model: CausalLM, rounds: int) -> Row:
                 chosen.append(steady(chosen[-1]).argmax(1, keepdim=True))  # noqa: B023
 
             speeds[captured].append(1 / _timed(device, another, new - 1))
-        made[captured] = torch.cat(chosen).flatten().tolist()
-    same = sum(a == b for a, b in zip(made[True], made[False], strict=True))
+        tokens[captured] = torch.cat(chosen).flatten().tolist()
+    same = sum(a == b for a, b in zip(tokens[True], tokens[False], strict=True))
     row = compared(name, speeds[True], speeds[False], "tokens/s", ask=1.0, most=False)
-    told = f"{same} of {len(made[True])} tokens are those of the step that is not captured; {row.why}"
-    return Row(**{**row.__dict__, "why": told})
+    why = f"{same} of {len(tokens[True])} tokens are equal without the graph; {row.why}"
+    return replace(row, why=why)
 
 
 def _where(name: str, times: dict[str, float]) -> Iterator[Row]:
-    """Where a step goes: milliseconds of each group, of all of them."""
+    """The profile of a step: milliseconds of each group of kernels, over those of all groups."""
     whole = sum(times.values())
     for group in (*GROUPS, REST):
         inside = {key: spent for key, spent in times.items() if _group(key) == group}
         spent, longest = sum(inside.values()), max(inside, key=inside.__getitem__, default="")
-        told = "told, not asked" + (f"; most of it {longest[:100]}" if longest else "")
+        why = "no bound" + (f"; most of it in {longest[:100]}" if longest else "")
         share = round(spent / whole, 4) if whole else None
-        yield Row(f"{name}: a step's {group}", round(spent, 3), round(whole, 3), share, "ms", 1.0, None, told)
+        yield Row(f"{name}: a step's {group}", round(spent, 3), round(whole, 3), share, "ms", 1.0, None, why)

@@ -1,6 +1,6 @@
-"""`vectorclm bench generate` and `bench evaluate`: tokens and choices beside transformers and the harness.
+"""`vectorclm bench generate` and `bench evaluate`: speed against transformers and the evaluation harness.
 
-Both sides read one model directory, of `base`'s shape and with random weights.
+Both sides read the same model directory, which has the shape of `base` and random weights.
 """
 
 import tempfile
@@ -26,22 +26,22 @@ from vectorclm.model_config import ModelConfig
 from vectorclm.runtime.devices import Runtime
 
 PROMPT, NEW = 64, 64  # tokens
-FASTER = {1: 1.4, 16: 1.3}  # than transformers, by prompts in the batch
+FASTER = {1: 1.4, 16: 1.3}  # bounds on the speed over transformers, by the number of prompts in a batch
 EVALUATED = "4 choices by log-likelihood against the harness's HF backend"
 QUESTIONS = 40
-TEXT_BYTES = 12_000_000  # that the tokenizer is learned from
-MICRO_BATCH = 16  # choices of the harness in one forward pass, and our questions
+TEXT_BYTES = 12_000_000  # text for the tokenizer
+MICRO_BATCH = 16  # in one forward pass: the harness counts choices, we count questions
 
 
 def generating(rounds: int, experiment: str = "base") -> Iterator[Row]:
-    """The likeliest continuations of random prompts."""
+    """Speed of greedy generation from random prompts, for each batch size."""
     config = load_experiment(experiment)[0].model
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as name:
         folder = Path(name)
         _random_model(config, folder)
         for batch, ask in FASTER.items():
-            given = (folder, batch)
-            found, _ = in_turns(rounds, {"ours": (_generate, given), "peer": (_transformers, given)})
+            arguments = (folder, batch)
+            found, _ = in_turns(rounds, {"ours": (_generate, arguments), "peer": (_transformers, arguments)})
             ours, peer = ([batch * NEW / seconds for seconds, _ in found[side]] for side in ("ours", "peer"))
             row = compared(f"generation, batch {batch}", ours, peer, "tokens/s", ask=ask, most=False)
             same = torch.tensor(found["ours"][0][1]).eq(torch.tensor(found["peer"][0][1])).sum()
@@ -58,7 +58,7 @@ def _prompts(vocab_size: int, batch: int) -> torch.Tensor:
 
 
 def _timed(work: Callable[[], Any]) -> Callable[[], tuple[float, Any]]:
-    """Seconds and what the work returned, after it was done once."""
+    """A function that runs `work` and returns the seconds and the result; one run is done here as a warm-up."""
 
     def once() -> tuple[float, Any]:
         began = time.perf_counter()
@@ -90,10 +90,10 @@ def _transformers(folder: Path, batch: int) -> Callable[[], tuple[float, Any]]:
 
 
 def evaluating(rounds: int, data: Path | None, experiment: str = "base") -> Iterator[Row]:
-    """Questions of four choices: HellaSwag's of the mirror `data`, or the generated world's."""
+    """Speed of scoring questions with four choices: HellaSwag from the mirror `data`, or the generated world."""
     if find_spec("lm_eval") is None:
-        told = "the harness is not installed: pip install -c constraints.txt 'vectorclm[bench]'"
-        yield could_not_run(EVALUATED, "choices/s", 2.5, told)
+        why = "the harness is not installed: pip install -c constraints.txt 'vectorclm[bench]'"
+        yield could_not_run(EVALUATED, "choices/s", 2.5, why)
         return
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as name:
         folder = Path(name)
@@ -103,12 +103,12 @@ def evaluating(rounds: int, data: Path | None, experiment: str = "base") -> Iter
     ours, peer = ([choices / seconds for seconds, _ in found[side]] for side in ("ours", "peer"))
     row = compared(EVALUATED, ours, peer, "choices/s", ask=2.5, most=False)
     mine, theirs = found["ours"][0][1], found["peer"][0][1]
-    told = f"acc and acc_norm {mine[0]:.4f} and {mine[1]:.4f}, the harness's {theirs[0]:.4f} and {theirs[1]:.4f}"
-    yield replace(row, met=bool(row.met and mine == theirs), why=f"{len(items)} questions; {told}; {row.why}")
+    scores = f"acc and acc_norm {mine[0]:.4f} and {mine[1]:.4f}, the harness's {theirs[0]:.4f} and {theirs[1]:.4f}"
+    yield replace(row, met=bool(row.met and mine == theirs), why=f"{len(items)} questions; {scores}; {row.why}")
 
 
 def _questions(folder: Path, data: Path | None, experiment: str) -> list[Item]:
-    """The questions; and in the folder, a model with the tokenizer of a little text."""
+    """Read the questions; write a random model and a small tokenizer to `folder`."""
     from vectorclm.evaluation.harness_tasks import build_tasks
 
     with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as work:
@@ -135,7 +135,7 @@ def _item(task: Any, doc: Any) -> Item:
 def _ours(folder: Path, items: Sequence[Item]) -> Callable[[], tuple[float, Any]]:
     from vectorclm.evaluation.harness import VectorCLM
 
-    return _asked(VectorCLM(folder, MICRO_BATCH), items)
+    return _scoring(VectorCLM(folder, MICRO_BATCH), items)
 
 
 def _harness(folder: Path, items: Sequence[Item]) -> Callable[[], tuple[float, Any]]:
@@ -143,11 +143,11 @@ def _harness(folder: Path, items: Sequence[Item]) -> Callable[[], tuple[float, A
 
     torch.set_num_threads(Runtime().threads_each(1))
     device = Runtime().torch_device()
-    return _asked(HFLM(str(folder), device=str(device), dtype="float32", batch_size=MICRO_BATCH), items)
+    return _scoring(HFLM(str(folder), device=str(device), dtype="float32", batch_size=MICRO_BATCH), items)
 
 
-def _asked(lm: Any, items: Sequence[Item]) -> Callable[[], tuple[float, Any]]:
-    """The harness's requests, answered by one of its models: `acc` and `acc_norm`."""
+def _scoring(lm: Any, items: Sequence[Item]) -> Callable[[], tuple[float, Any]]:
+    """A function that answers the harness's requests with one of its models and returns `acc` and `acc_norm`."""
     from lm_eval.api.instance import Instance
 
     docs: list[dict[str, Any]] = [{"number": number} for number in range(len(items))]

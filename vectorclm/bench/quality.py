@@ -1,9 +1,9 @@
-"""`vectorclm bench quality` and `bench rates`: what is learned from the same tokens, one decision changed at a time.
+"""`vectorclm bench quality` and `bench rates`: ablations of the optimizer, the schedule and the model's shape.
 
-Every arm is a `pretrain` of the same shards, in the same order and from the same starting weights, made by the stage
-itself and kept in the store: a bench that was stopped goes on where it was, and one that is finished only prints. What
-is compared is the loss (nats a token) on held-out windows at the end of each arm's own schedule. In `quality` all arms
-have one thread, as one more would make another sum of it; `rates`, whose models are large, takes the GPU.
+Every arm is a `pretrain` of the same shards, in the same order and from the same starting weights. The stage builds
+it and the store keeps it, so a stopped bench resumes and a finished one only prints. The measure is the loss (nats a
+token) on held-out windows at the end of each arm's schedule. Arms of `quality` use one thread, as more threads change
+the order of sums. The models of `rates` are large and use the GPU.
 """
 
 import logging
@@ -26,8 +26,8 @@ from vectorclm.store.artifact import Store
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 2**18  # of an arm
-# `small` with less of everything: so many arms have to be done in less than an hour of one core.
+TOKENS = 2**18  # budget of an arm
+# A reduced `small`: all arms together take less than an hour of one core.
 SETTING: Mapping[str, Any] = {
     "sample.bytes": 6_000_000,
     "sample.validation_share": 0.05,
@@ -43,21 +43,21 @@ SETTING: Mapping[str, Any] = {
     "model.num_key_value_heads": 2,
     "model.max_position_embeddings": 256,
     "pretrain.batch_size": 4,
-    "pretrain.validation_interval": 1_000_000,  # at the end alone
+    "pretrain.validation_interval": 1_000_000,  # only at the end
     "pretrain.validation_windows": 32,
 }
-RATES = {"muon": [0.008, 0.016, 0.032], "adamw": [0.002, 0.004, 0.008]}  # where tuning begins; a factor of 2 apart
-MORE = 3  # rates beyond them, as long as the best is the first or the last
-HALF = 0.5  # of the tokens, which Muon is given first; where it needs more, THREE_QUARTERS, and else QUARTER
+RATES = {"muon": [0.008, 0.016, 0.032], "adamw": [0.002, 0.004, 0.008]}  # first rates of a search; a factor of 2 apart
+MORE = 3  # further rates at most, while the best is the lowest or the highest
+HALF = 0.5  # Muon's first share of the tokens; then THREE_QUARTERS if it needs more, else QUARTER
 QUARTER, THREE_QUARTERS = 0.25, 0.75
-ASK = 0.75  # of AdamW's tokens: the upper end of what the literature has
-NUDGE = 1.01  # a change of the learning rate that teaches nothing: what it makes of the loss is chance
+ASK = 0.75  # bound on Muon's share of AdamW's tokens: the upper end in the literature
+NUDGE = 1.01  # a negligible change of the learning rate: its change of the loss is noise
 DECAYING, WEIGHT_DECAY = 0.4, 0.3
-CLOSE = 2**0.5  # half the distance of the rates tried
+CLOSE = 2**0.5  # half the distance between two rates, as a factor
 NOTHING: Mapping[str, Any] = {}
 RATE, ADAMW_RATE = "pretrain.optimizer.learning_rate", "pretrain.optimizer.adamw_learning_rate"
 NAMES = {RATE: "Muon's rate", ADAMW_RATE: "AdamW's rate, of embeddings and norms"}
-# Of `base` itself: 400 steps of 32 windows, a matter of seconds on a GPU alone.
+# Short trainings of `base`: 400 steps of 32 windows, seconds on a GPU.
 SHORT: Mapping[str, Any] = {
     "sample.validation_share": 0.02,
     "pretrain.batch_size": 32,
@@ -66,13 +66,13 @@ SHORT: Mapping[str, Any] = {
     "pretrain.samples": None,
 }
 SHORT_RATES = {RATE: [0.006, 0.012, 0.024], ADAMW_RATE: [0.006, 0.012, 0.024]}
-TOKENS_EXPONENT = -0.32  # of the best rate: Bjorck et al., arXiv 2409.19913; for Muon, Ren et al., arXiv 2603.28743
+TOKENS_EXPONENT = -0.32  # of the optimal rate: Bjorck et al., arXiv 2409.19913; for Muon, Ren et al., arXiv 2603.28743
 BATCH_EXPONENT = 0.5  # Malladi et al., arXiv 2205.10287
 
 
 @dataclass(frozen=True)
 class Arms:
-    """Trainings that differ from one experiment by what is named, each made once."""
+    """Trainings that each change some settings of one experiment; each is built once."""
 
     experiment: ExperimentConfig
     store: Store
@@ -80,7 +80,7 @@ class Arms:
     runtime: Runtime = Runtime(device="cpu", threads=1)
 
     def loss(self, changes: Mapping[str, Any], budget: float = 1.0) -> float:
-        """Held-out loss (nats a token), each source by its weight in the sample, of a share of the token budget.
+        """Held-out loss (nats a token) after a share of the token budget, with sources weighted as in the sample.
 
         Infinite where the training diverged.
         """
@@ -89,18 +89,18 @@ class Arms:
         arm = changed(self.experiment, {**changes, "pretrain.phases": [{"tokens": tokens}]})
         try:
             for stage in ("sample", "tokenizer", "shards", "pretrain"):
-                made, _ = run_stage(stage, arm, self.store, self.runtime, self.data)
+                artifact, _ = run_stage(stage, arm, self.store, self.runtime, self.data)
         except DivergedError as error:
             logger.info("%s: %s", dict(changes), error)
             return math.inf
         weights = {source.label: source.weight for source in arm.sample.sources}
-        scores = made.summary["validation"]
+        scores = artifact.summary["validation"]
         loss = sum(weights[label] * scores[label]["loss"] for label in weights) / sum(weights.values())
         logger.info("%.4f nats a token: %s, %d tokens", loss, dict(changes), tokens)
         return float(loss)
 
     def tuned(self, key: str, start: Sequence[float], changes: Mapping[str, Any]) -> "Tuned":
-        """The losses over rates of `key`: those of `start`, and beyond them while the best is at an end."""
+        """Search the learning rate `key`: losses at the rates `start`, and further while the best is at an end."""
         losses = {rate: self.loss({**changes, **_rates(key, rate, changes)}) for rate in start}
         for _ in range(MORE):
             rates = sorted(losses)
@@ -113,7 +113,7 @@ class Arms:
 
 
 def _rates(key: str, rate: float, changes: Mapping[str, Any]) -> dict[str, float]:
-    """AdamW for everything has one rate for everything."""
+    """The changed learning rates: AdamW for all parameters has a single rate."""
     alone = changes.get("pretrain.optimizer.matrices") == "adamw"
     return {RATE: rate, ADAMW_RATE: rate} if alone else {key: rate}
 
@@ -126,7 +126,7 @@ class Tuned:
 
     @property
     def rate(self) -> float:
-        """The best of those tried."""
+        """The best rate tried."""
         return min(self.losses, key=self.losses.__getitem__)
 
     @property
@@ -136,9 +136,9 @@ class Tuned:
 
     @property
     def optimum(self) -> float | None:
-        """Where a parabola through the best and its neighbours, over the logarithm of the rate, is lowest.
+        """The minimum of a parabola through the best rate and its neighbours, over the logarithm of the rate.
 
-        None where the best is at an end, or diverged beyond it: what lies there was not seen.
+        None where the best rate is at an end, or the next higher rate diverged.
         """
         rates = list(self.losses)
         place = rates.index(self.rate)
@@ -155,7 +155,7 @@ class Tuned:
 
 
 def setting(store: Store, data: Path | None, changes: Mapping[str, Any]) -> ExperimentConfig:
-    """The experiment that the arms differ from: `small` with SETTING on the mirror `data`, or else `tiny`."""
+    """The arms' base experiment: `small` with SETTING on the mirror `data`, or `tiny` without a mirror."""
     experiment, path = load_experiment("tiny" if data is None else "small")
     ours = {"pretrain.phases": [{"tokens": TOKENS}], **({} if data is None else SETTING)}
     experiment = changed(experiment, {**ours, **changes})
@@ -163,12 +163,12 @@ def setting(store: Store, data: Path | None, changes: Mapping[str, Any]) -> Expe
 
 
 def quality(store: Store, data: Path | None, changes: Mapping[str, Any] = NOTHING) -> Iterator[Row]:
-    """What Muon saves of AdamW's tokens, and each of our decisions beside the other one."""
+    """Muon's share of AdamW's tokens, and each default against its alternative."""
     arms = Arms(setting(store, data, changes), store, data)
     muon = arms.tuned(RATE, RATES["muon"], {})
     everything = {"pretrain.optimizer.matrices": "adamw"}
     adamw = arms.tuned(RATE, RATES["adamw"], everything)
-    apart = arms.loss({**everything, RATE: adamw.rate})  # embeddings and norms at the rate that they have beside Muon
+    apart = arms.loss({**everything, RATE: adamw.rate})  # embeddings and norms at their rate under Muon
     ours = {RATE: muon.rate}
     budgets = {1.0: muon.loss, HALF: arms.loss(ours, HALF)}
     other = QUARTER if budgets[HALF] <= min(adamw.loss, apart) else THREE_QUARTERS
@@ -180,31 +180,31 @@ def quality(store: Store, data: Path | None, changes: Mapping[str, Any] = NOTHIN
 
 
 def _saved(name: str, arms: Arms, muon: Tuned, adamw: Tuned, apart: float, budgets: Mapping[float, float]) -> Row:
-    """The budget at which Muon's loss is AdamW's: between two trained ones, on a line over the budget's logarithm."""
+    """The budget where Muon reaches AdamW's loss, interpolated between two budgets over their logarithm."""
     goal, tokens, shares = min(adamw.loss, apart), arms.experiment.pretrain.tokens, sorted(budgets)
-    told = f"Muon by rate {muon}; AdamW by rate {adamw}, at the best with Muon's rate of embeddings {apart:.4f}; "
-    told += "Muon by budget " + ", ".join(f"{share:g}: {budgets[share]:.4f}" for share in shares)
+    note = f"Muon by rate {muon}; AdamW by rate {adamw}, at the best with Muon's rate of embeddings {apart:.4f}; "
+    note += "Muon by budget " + ", ".join(f"{share:g}: {budgets[share]:.4f}" for share in shares)
     below = [place for place, share in enumerate(shares) if budgets[share] <= goal]
     if not below:
-        return Row(name, None, tokens, None, "tokens", ASK, False, f"Muon does not reach it; {told}")
+        return Row(name, None, tokens, None, "tokens", ASK, False, f"Muon does not reach it; {note}")
     share = shares[below[0]]
     if below[0] == 0:
-        told = f"at most, as the shortest training is below it; {told}"
+        note = f"at most, as the shortest training is below it; {note}"
     else:
         less = shares[below[0] - 1]
         part = (budgets[less] - goal) / (budgets[less] - budgets[share])
         share = less * (share / less) ** part
-    return Row(name, round(share * tokens), tokens, round(share, 4), "tokens", ASK, share <= ASK, told)
+    return Row(name, round(share * tokens), tokens, round(share, 4), "tokens", ASK, share <= ASK, note)
 
 
 def _decisions(arms: Arms, ours: Mapping[str, Any], loss: float, noise: float) -> Iterator[Row]:
-    """Our default's loss over the alternative's: at most 1, or within what chance makes of it."""
+    """Each default's loss over its alternative's: the bound is 1 plus the noise."""
 
     def row(name: str, mine: float, other: float, what: str = "") -> Row:
         ask, ratio = 1 + noise / other, mine / other
-        told = f"{mine - other:+.4f} nats; chance makes {noise:.4f}" + (f"; {what}" if what else "")
+        note = f"{mine - other:+.4f} nats; noise {noise:.4f}" + (f"; {what}" if what else "")
         return Row(
-            name, round(mine, 4), round(other, 4), round(ratio, 4), "nats/token", round(ask, 4), ratio <= ask, told
+            name, round(mine, 4), round(other, 4), round(ratio, 4), "nats/token", round(ask, 4), ratio <= ask, note
         )
 
     kind = {"pretrain.schedule.kind": "warmup_stable_decay", "pretrain.schedule.decay": DECAYING}
@@ -227,7 +227,7 @@ def _heads(size: int, queries: int = 256) -> dict[str, int]:
 
 
 def short_arms(store: Store, data: Path | None, target: str = "base", changes: Mapping[str, Any] = NOTHING) -> Arms:
-    """Trainings of the experiment `target` on few of its tokens, with its text from the mirror `data` or the hub."""
+    """Short trainings of the experiment `target`, with text from the mirror `data` or the hub."""
     experiment, path = load_experiment(target)
     experiment = changed(experiment, {**SHORT, **changes})
     pinned = pin(experiment, store.work_root(None) / path.name, data, resolve=True)[0]
@@ -235,7 +235,7 @@ def short_arms(store: Store, data: Path | None, target: str = "base", changes: M
 
 
 def rates(store: Store, data: Path | None) -> Iterator[Row]:
-    """The rates of `base` beside what follows for them from short trainings; without a GPU, that there is none."""
+    """The learning rates of `base` against rates scaled from short trainings; these need a GPU."""
     if torch.cuda.is_available():
         yield from rates_of(short_arms(store, data))
         return
@@ -244,10 +244,10 @@ def rates(store: Store, data: Path | None) -> Iterator[Row]:
 
 
 def rates_of(arms: Arms) -> Iterator[Row]:
-    """The rates of an experiment beside what they come to in short trainings of its own model.
+    """The learning rates of an experiment against rates scaled from short trainings of the same model.
 
-    The rule: Muon's rate is tuned first, then, at the best of it, that of embeddings and norms; an optimum is the
-    parabola's; it goes with the tokens to the power of TOKENS_EXPONENT, and with the batch to that of BATCH_EXPONENT.
+    Muon's rate is searched first. The rate of embeddings and norms is searched at Muon's best rate. Each optimum is
+    the parabola's minimum, scaled by the tokens to the power TOKENS_EXPONENT and the batch size to BATCH_EXPONENT.
     """
     target, short = load_experiment(arms.experiment.name)[0], arms.experiment.pretrain
     tokens, batches = target.pretrain.tokens / short.tokens, target.pretrain.batch_size / short.batch_size

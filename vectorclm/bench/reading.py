@@ -1,4 +1,4 @@
-"""The rows of `vectorclm bench data` that judge reading: verified batches beside raw reads of the same bytes."""
+"""The rows of `vectorclm bench data` on reading: verified batches against raw reads of the same bytes."""
 
 import random
 import tempfile
@@ -24,7 +24,7 @@ from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.shards.writer import ShardWriter
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
-BATCH, LENGTH = 12, 1024  # what a batch is in nanoGPT
+BATCH, LENGTH = 12, 1024  # windows and tokens, nanoGPT's batch
 WINDOWS = 16_384  # of LENGTH tokens
 REMOTE_WINDOWS = 131_072
 MANY_TOKENS = 10**9
@@ -37,7 +37,7 @@ GROWTH = "memory growth per 10^9 tokens"
 
 
 def reading(folder: Path, rounds: int, pool: Executor, store: str | None) -> Iterator[Row]:
-    """Every row; those of S3 in `store`, where nothing stays."""
+    """Every row. S3 rows use `store` and leave nothing in it."""
     artifact = _publish(str(folder / "reading"), WINDOWS, folder)
     (folder / "tokens.bin").write_bytes(_tokens(WINDOWS).tobytes())
     ours: list[float] = []
@@ -49,18 +49,18 @@ def reading(folder: Path, rounds: int, pool: Executor, store: str | None) -> Ite
     yield replace(row, why=f"an epoch of {WINDOWS * LENGTH:,} tokens, each block verified; {row.why}")
     yield _litdata(folder, ours, pool)
     grown = pool.submit(_growth, artifact).result()
-    note = f"resident memory from {WARM_TOKENS:,} tokens on, over {MANY_TOKENS:,}; the files are one file's links"
+    note = f"resident memory from {WARM_TOKENS:,} tokens on, over {MANY_TOKENS:,}; all files are links to one file"
     yield bounded(GROWTH, [grown], "MB", 1, note)
     if store is None:
         for name, unit, ask in ((REMOTE, "MB/s", 0.85), (FAULTS, "MB/s", 0.9), (FETCHED, "bytes", 1.02)):
-            yield could_not_run(name, unit, ask, "there is no S3 store: name one with --store s3://bucket/prefix")
+            yield could_not_run(name, unit, ask, "no S3 store: name one with --store s3://bucket/prefix")
         return
     yield from _remote(folder, rounds, pool, store)
 
 
 def _litdata(folder: Path, ours: Sequence[float], pool: Executor) -> Row:
     if find_spec("litdata") is None:
-        return could_not_run(LITDATA, "tokens/CPU s", 5, "litdata is no dependency: pip install litdata to measure it")
+        return could_not_run(LITDATA, "tokens/CPU s", 5, "litdata is not installed: pip install litdata")
     pool.submit(_write_litdata, folder / "tokens.bin", folder / "litdata").result()
     peer = [pool.submit(_litdata_batches, folder / "litdata").result() for _ in ours]
     row = compared(LITDATA, ours, peer, "tokens/CPU s", ask=5, most=False)
@@ -101,12 +101,12 @@ def _publish(store: str, windows: int, folder: Path) -> Artifact:
         writer.write(input_ids=_tokens(windows))
         return {"windows": writer.close()}
 
-    plan = StageSpec("shards", 1, {"bench": windows}, {})
-    return build(Store(store), plan, produce, str(folder / "work"), ShardDescriber())[0]
+    spec = StageSpec("shards", 1, {"bench": windows}, {})
+    return build(Store(store), spec, produce, str(folder / "work"), ShardDescriber())[0]
 
 
 def _epoch(readers: Mapping[str, ShardReader]) -> StreamingLanguageModelDataset:
-    """All windows once."""
+    """A dataset that reads every window once."""
     sizes = {label: len(reader) for label, reader in readers.items()}
     phase = MixturePhase(sum(sizes.values()), {label: float(size) for label, size in sizes.items()})
     return StreamingLanguageModelDataset(
@@ -124,9 +124,9 @@ def _local_batches(artifact: Artifact) -> float:
 
 
 def _random_windows(path: Path) -> float:
-    """Tokens in a CPU second: as many batches as nanoGPT makes them, windows at random places of a memory map.
+    """Tokens in a CPU second with nanoGPT's get_batch: windows at random positions of a memory map.
 
-    The map is opened for each batch, as nanoGPT does so that it does not leak; targets are the inputs one further.
+    nanoGPT opens the map anew for each batch, against a memory leak. Targets are the inputs shifted by one.
     """
     torch.set_num_threads(1)
     torch.manual_seed(1)
@@ -143,7 +143,7 @@ def _random_windows(path: Path) -> float:
 
 
 def _write_litdata(source: Path, target: Path) -> None:
-    """The same windows as litdata keeps tokens."""
+    """Write the same windows in litdata's format for tokens."""
     import litdata
     from litdata.streaming.item_loader import TokensLoader
 
@@ -154,7 +154,7 @@ def _write_litdata(source: Path, target: Path) -> None:
 def _part(source: Path, number: int) -> Iterator[torch.Tensor]:
     size = WINDOWS // 16
     for row in np.memmap(source, np.uint16, "r").reshape(-1, LENGTH)[number * size : (number + 1) * size]:
-        yield torch.from_numpy(row.astype(np.int32))  # litdata has no type for 16 bits without a sign
+        yield torch.from_numpy(row.astype(np.int32))  # litdata has no unsigned 16-bit type
 
 
 def _litdata_batches(folder: Path) -> float:
@@ -170,7 +170,7 @@ def _litdata_batches(folder: Path) -> float:
 
 
 def _growth(artifact: Artifact) -> float:
-    """Megabytes that a process grows by over MANY_TOKENS, after WARM_TOKENS."""
+    """Growth of a process's memory over MANY_TOKENS, after WARM_TOKENS, in megabytes per 10^9 tokens."""
     with tempfile.TemporaryDirectory(dir=Path(artifact.uri).parent) as folder:
         name = "a/train-00000.arrow"
         files = {}
@@ -190,7 +190,7 @@ def _growth(artifact: Artifact) -> float:
 
 
 def _raw_gets(artifact: Artifact) -> float:
-    """Megabytes a second: the same ranges with the same client, as many in flight, and nothing done with them."""
+    """Megabytes a second of raw GETs: same ranges, same client, same number in flight, no other work."""
     limits = RetryPolicy()
     with open_shards(artifact, "train") as readers:
         shards = readers["a"].shards
@@ -203,7 +203,7 @@ def _raw_gets(artifact: Artifact) -> float:
 
 
 class _Faulty(RemoteBlockReader):
-    """A share of its requests fails, or comes with a flipped bit."""
+    """A block reader whose requests fail or return a flipped bit, at a given rate."""
 
     share = FAULTY
 
@@ -216,7 +216,7 @@ class _Faulty(RemoteBlockReader):
 
 
 def _remote_batches(artifact: Artifact, share: float) -> tuple[float, float]:
-    """Megabytes a second of verified batches, and bytes fetched for each of them."""
+    """Megabytes a second of verified batches, and bytes fetched over bytes used."""
     torch.set_num_threads(1)
     random.seed(1)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Speed as ratios to a peer measured in the same run: what every `bench` prints."""
+"""The result table of every `bench`: a measurement, its ratio to a peer in the same run, and a bound."""
 
 import json
 import multiprocessing
@@ -16,7 +16,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One claim: what we and the peer take, their ratio, and what was asked of it."""
+    """One result: our figure, the peer's, their ratio, and the bound on the ratio."""
 
     name: str
     ours: float | None
@@ -25,11 +25,11 @@ class Row:
     unit: str
     ask: float  # bound on the ratio
     met: bool | None  # None where it could not run
-    why: str = ""  # it could not run, or how the figures spread
+    why: str = ""  # the spread of the figures, or why it could not run
 
 
 def compared(name: str, ours: Sequence[float], peer: Sequence[float], unit: str, *, ask: float, most: bool) -> Row:
-    """Medians of both sides, and whether their ratio is at most `ask` (`most`), or else at least."""
+    """A result with a peer: the ratio of both medians must be at most `ask` with `most`, else at least `ask`."""
     mine, theirs = median(ours), median(peer)
     ratio = mine / theirs
     spread = f"ours {min(ours):.4g} to {max(ours):.4g}, peer {min(peer):.4g} to {max(peer):.4g}, {len(ours)} rounds"
@@ -38,7 +38,7 @@ def compared(name: str, ours: Sequence[float], peer: Sequence[float], unit: str,
 
 
 def bounded(name: str, ours: Sequence[float], unit: str, bound: float, note: str = "") -> Row:
-    """A claim without a peer: the median is at most `bound`, and the ratio is that to the bound."""
+    """A result without a peer: the median must be at most `bound`; the ratio is median over bound."""
     mine = median(ours)
     ratio = mine / bound if bound else (None if mine else 0.0)
     why = f"asked: at most {bound:g}" + (f"; {note}" if note else "")
@@ -48,7 +48,7 @@ def bounded(name: str, ours: Sequence[float], unit: str, bound: float, note: str
 
 
 def reached(name: str, ours: Sequence[float], unit: str, bound: float, note: str = "") -> Row:
-    """A claim without a peer: the median is at least `bound`, and the ratio is that to the bound."""
+    """A result without a peer: the median must be at least `bound`; the ratio is median over bound."""
     mine = median(ours)
     why = f"asked: at least {bound:g}" + (f"; {note}" if note else "")
     why += f"; {min(ours):.4g} to {max(ours):.4g}, {len(ours)} rounds"
@@ -56,12 +56,12 @@ def reached(name: str, ours: Sequence[float], unit: str, bound: float, note: str
 
 
 def could_not_run(name: str, unit: str, ask: float, why: str) -> Row:
-    """A claim that this machine cannot judge."""
+    """A result that this machine cannot measure."""
     return Row(name, None, None, None, unit, ask, None, why)
 
 
 def show(rows: Iterable[Row], console: Console, *, as_json: bool) -> None:
-    """Print each row as it comes: a JSON object a line, or in the end a table."""
+    """Print the rows: as one JSON object a line when measured, or as a table at the end."""
     table = Table("", "ours", "peer", "unit", "ratio", "asked", "met", "")
     for row in rows:
         if as_json:
@@ -76,21 +76,21 @@ def show(rows: Iterable[Row], console: Console, *, as_json: bool) -> None:
         console.print(table)
 
 
-Side = tuple[Callable[..., Callable[[], Any]], tuple[Any, ...]]  # what makes a side ready, and what it is given
-_ready: Callable[[], Any] | None = None  # in a child: what a round calls
+Side = tuple[Callable[..., Callable[[], Any]], tuple[Any, ...]]  # the function that prepares a side, and its arguments
+_ready: Callable[[], Any] | None = None  # in a child process: the function of one round
 
 
 def in_turns(rounds: int, sides: Mapping[str, Side]) -> tuple[dict[str, list[Any]], dict[str, float]]:
-    """What each side returned in each round, and its process's peak memory (MB).
+    """Run the sides in turns; return each side's results of all rounds, and its peak memory (MB).
 
-    Every side has a process of its own, which makes ready once; then they take turns, so that a machine that slows down
-    slows all of them down.
+    Every side has its own process, which prepares once. The sides then take turns, so that a change in the machine's
+    speed affects all of them.
     """
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for name in sides}
-        for name, (make, given) in sides.items():
-            pools[name].submit(_make_ready, make, given).result()
+        for name, (prepare, arguments) in sides.items():
+            pools[name].submit(_prepare, prepare, arguments).result()
         returned: dict[str, list[Any]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, pool in pools.items():
@@ -98,9 +98,9 @@ def in_turns(rounds: int, sides: Mapping[str, Side]) -> tuple[dict[str, list[Any
         return returned, {name: pool.submit(_peak_memory).result() for name, pool in pools.items()}
 
 
-def _make_ready(make: Callable[..., Callable[[], Any]], given: tuple[Any, ...]) -> None:
+def _prepare(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
     global _ready
-    _ready = make(*given)
+    _ready = prepare(*arguments)
 
 
 def _round() -> Any:

@@ -1,7 +1,7 @@
-"""`vectorclm bench train` and `bench optimizer`: a training step beside transformers', a step of Muon beside torch's.
+"""`vectorclm bench train` and `bench optimizer`: training steps against transformers, Muon's step against torch.optim.
 
-A step of n micro-batches is n forward and backward passes and one update. Both parts are timed, on the side that is
-measured and on its peer, so that every accumulation, also one too long for a bench, is their sum.
+A step of n micro-batches is n forward and backward passes and one update. Both parts are timed on both sides. The
+time of a step with any accumulation is computed from them, even where the step is too long for a bench.
 """
 
 import time
@@ -19,14 +19,14 @@ from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig, hugging_face_config
 from vectorclm.nn.matmul import matmul
 from vectorclm.runtime.devices import Runtime
-from vectorclm.training.muon import OptimizerConfig, build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 Parts = tuple[float, float]  # seconds of one micro-batch, and of one update
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model, its micro-batch, and what is asked of it."""
+    """A model, its micro-batch and its bounds."""
 
     name: str
     config: ModelConfig
@@ -34,9 +34,9 @@ class Size:
     length: int  # tokens in a window
     accumulation: int  # micro-batches in a step of its experiment
     steps: int  # in a round
-    faster: float  # than transformers with AdamW
-    share: float  # of the machine's matrix-product peak
-    memory: float  # MB
+    faster: float  # bound on the speed over transformers with AdamW
+    share: float  # bound on the share of the machine's matrix-product peak
+    memory: float  # bound on the peak memory, MB
 
     @property
     def tokens(self) -> int:
@@ -44,12 +44,12 @@ class Size:
         return self.windows * self.length
 
     def speeds(self, rounds: list[Parts], accumulation: int) -> list[float]:
-        """Tokens a second in each round, in steps of so many micro-batches."""
+        """Tokens a second in each round, for steps of `accumulation` micro-batches."""
         return [accumulation * self.tokens / (accumulation * batch + update) for batch, update in rounds]
 
 
 def model_sizes(*, large: bool) -> list[Size]:
-    """`small`; and, with `large`, the two of fifty million parameters."""
+    """The model of `small` and, with `large`, two models of 50 million parameters."""
     small, base = load_experiment("small")[0], load_experiment("base")[0]
     found = [Size("small", small.model, 8, 512, small.pretrain.batch_size // 8, 3, 1.2, 0.68, 1100)]
     if large:
@@ -62,7 +62,7 @@ def model_sizes(*, large: bool) -> list[Size]:
 
 
 def training(rounds: int, sizes: Sequence[Size]) -> Iterator[Row]:
-    """Speed with Muon over transformers' with fused AdamW, the share of the peak that it comes to, and memory."""
+    """Training speed with Muon against transformers with fused AdamW, the share of the peak, and peak memory."""
     for size in sizes:
         sides: dict[str, Side] = {
             "ours": (_ours, (size,)),
@@ -89,7 +89,7 @@ def training(rounds: int, sizes: Sequence[Size]) -> Iterator[Row]:
 
 
 def _products() -> Callable[[], float]:
-    """FLOP/s of a product of two matrices of 2048 x 2048, the best of a few by torch and by the library we take."""
+    """Peak FLOP/s of a 2048 x 2048 matrix product: the best of eight by torch and eight by `matmul`."""
     Runtime().configure_torch()
     a, b = torch.randn(2, 2048, 2048)
 
@@ -112,7 +112,7 @@ def _ours(size: Size) -> Callable[[], Parts]:
 def _transformers(size: Size) -> Callable[[], Parts]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.set_num_threads(Runtime().threads_each(1))  # the rest of our settings is a part of what is measured
+    torch.set_num_threads(Runtime().threads_each(1))  # our other settings are part of the measurement
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(**hugging_face_config(size.config)))
     adamw = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
@@ -120,7 +120,7 @@ def _transformers(size: Size) -> Callable[[], Parts]:
 
 
 def _stepping(size: Size, model: nn.Module, loss: Callable[[Tensor], Tensor], optimizers: Any) -> Callable[[], Parts]:
-    """Steps on one batch; each part's median. The first, which allocates, is over when this returns."""
+    """A function that trains on one batch and returns each part's median. The first step, the warm-up, runs here."""
     ids = torch.randint(5, size.config.vocab_size, (size.windows, size.length))
     model.train()
 
@@ -143,7 +143,7 @@ def _stepping(size: Size, model: nn.Module, loss: Callable[[Tensor], Tensor], op
 
 
 def optimizing(rounds: int, experiment: str = "base", layers: int = 2) -> Iterator[Row]:
-    """A step of Muon over some layers of an experiment's model; all of its layers have the same matrices."""
+    """Muon's step over some layers of an experiment's model against torch.optim.Muon; all layers are alike."""
     found, _ = in_turns(rounds, {name: (_muon, (name, experiment, layers)) for name in ("ours", "peer")})
     name = f"Muon's step, {layers} layers of {experiment}, against torch.optim.Muon"
     yield compared(name, [1 / x for x in found["ours"]], [1 / x for x in found["peer"]], "steps/s", ask=25, most=False)
@@ -170,5 +170,5 @@ def _muon(side: str, experiment: str, layers: int) -> Callable[[], float]:
         return time.perf_counter() - began
 
     if side == "ours":
-        step()  # which makes the momenta; of torch's step they are nothing
+        step()  # allocates the momenta; torch's first step is not slower
     return step

@@ -1,8 +1,8 @@
-"""What of the benchmarks no document for training may repeat: runs of 13 words, known by their hashes.
+"""Benchmark decontamination: finds training documents that share 13 words in a row with a benchmark, by hashes.
 
-The measure of Brown et al. ("Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C). Words are runs of
-letters and digits in lower case, so neither punctuation nor line breaks matter. A text of 8 to 12 words is looked for
-as a whole, a shorter one not at all: too much of what people write would have it.
+The criterion is that of Brown et al. ("Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C). Words
+are runs of letters and digits in lower case, so punctuation and line breaks do not matter. A benchmark text of 8 to 12
+words counts as one run. A shorter text is ignored, because too many ordinary documents would contain it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,23 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vectorclm.corpus.sources import (
-    BenchmarkSource,
-    CorpusConfig,
-    Source,
-    TaskSource,
-    check_labels,
-    in_groups,
-    read_source,
-)
+from vectorclm.corpus.source_reader import in_groups, read_source
+from vectorclm.corpus.sources import BenchmarkSource, CorpusConfig, Source, TaskSource, check_labels
 from vectorclm.corpus.synthetic_world import WorldConfig
 
 GRAM = 13  # words
-ANCHOR = 8  # words of the shortest text that is looked for, and what every run is first recognised by
-CHUNK = 256 * 1024  # bytes of text at a time: its arrays stay in the processor's cache
+ANCHOR = 8  # words of the shortest benchmark text; the first 8 words of every run are looked up first
+CHUNK = 256 * 1024  # bytes of text at a time: the arrays stay in the processor's cache
 PRIME = 0x9E3779B97F4A7C15
 FACTOR, SECOND, *POWERS = (np.uint64(pow(PRIME, n, 1 << 64)) for n in (1, 3, 1, 2, 4))
-# Every byte in lower case, and 0 between words. Bytes of other scripts are letters, as UTF-8 has them above 127.
+# Each byte in lower case, or 0 where it separates words. Bytes above 127 (other scripts in UTF-8) count as letters.
 WORDS = bytes(c if c > 127 else ord(chr(c).lower()) if chr(c).isalnum() else 0 for c in range(256))
 FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 
@@ -36,9 +29,9 @@ Hashes = NDArray[np.uint64]
 
 
 def benchmark_sources(config: CorpusConfig, tasks: Sequence[TaskSource]) -> list[BenchmarkSource]:
-    """The benchmarks that the sample must not repeat: all items of `tasks`, whatever their limit, and further ones.
+    """The benchmarks to decontaminate against: all items of `tasks`, whatever their limit, and `decontaminate_with`.
 
-    Raises ValueError where two share a label.
+    Raises ValueError where two of them share a label.
     """
     if not config.decontaminate:
         return []
@@ -52,7 +45,7 @@ def benchmark_sources(config: CorpusConfig, tasks: Sequence[TaskSource]) -> list
 
 
 def read_benchmarks(sources: Sequence[BenchmarkSource], data: Path | None, world: WorldConfig | None) -> "Benchmarks":
-    """All texts in the columns of the sources. Raises DataError for one that cannot be read."""
+    """Read all texts in the sources' columns. Raises DataError for a source that cannot be read."""
     return Benchmarks(
         {
             source.label: (text for row in read_source(source, data, world, source.columns) for text in strings(row))
@@ -62,7 +55,7 @@ def read_benchmarks(sources: Sequence[BenchmarkSource], data: Path | None, world
 
 
 def strings(value: Any) -> Iterator[str]:
-    """The strings in a row, wherever they are."""
+    """All strings in a row, those in lists and dictionaries included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -74,9 +67,9 @@ def strings(value: Any) -> Iterator[str]:
 
 
 class Benchmarks:
-    """The runs of words of some benchmarks, by label: `Benchmarks({"piqa": texts}).found(documents)`.
+    """An index of the word runs of benchmarks, by label: `Benchmarks({"piqa": texts}).found(documents)`.
 
-    Memory is 16 bytes a run for each label, and some 30 more for finding them fast.
+    The index takes 16 bytes of memory for each run and label, and about 30 more for fast lookup.
     """
 
     def __init__(self, texts: Mapping[str, Iterable[str]]) -> None:
@@ -86,12 +79,12 @@ class Benchmarks:
         self.anchors = _sorted([np.empty(0, np.uint64), *anchors])
         bits = min(27, max(10, (16 * len(self.anchors)).bit_length()))
         self.shift = np.uint64(64 - bits)
-        # By an anchor's first bits, which of the eight values its next three have: most places fail by these two looks.
+        # Indexed by an anchor's first bits: a bit set of the values of its next three bits. Most words fail this check.
         self.known = np.zeros(1 << bits, np.uint8)
         np.bitwise_or.at(self.known, (self.anchors >> self.shift).view(np.int64), self._next(self.anchors))
 
     def found(self, documents: Sequence[bytes]) -> dict[int, set[str]]:
-        """The numbers of the documents that share a run with a benchmark, and the labels of all these benchmarks."""
+        """Find documents that share a run with a benchmark. Returns the benchmarks' labels by document index."""
         shared: dict[int, set[str]] = {}
         first = 0
         for chunk in in_groups(documents, CHUNK):
@@ -101,7 +94,7 @@ class Benchmarks:
         return shared
 
     def repeated(self, documents: Iterable[bytes]) -> Hashes:
-        """The runs of any benchmark that any of the documents has, sorted."""
+        """The hashes of all benchmark runs that occur in any of the documents, sorted."""
         every = _sorted([np.empty(0, np.uint64), *(runs for _, runs in self.runs.values())])
         found = [np.empty(0, np.uint64)]
         for chunk in in_groups(documents, CHUNK):
@@ -115,7 +108,7 @@ class Benchmarks:
                     yield int(hit), label
 
     def _candidates(self, documents: Sequence[bytes]) -> Iterator[tuple[NDArray[np.int64], Hashes]]:
-        """The runs that begin as one of a benchmark does, of each length: their documents' numbers and their hashes."""
+        """Runs whose first 8 words match a benchmark run, for each length: document indices and hashes."""
         words, ends = hashed_words(documents)
         eights = hashed_eights(words)
         known = self.known.take((eights >> self.shift).view(np.int64))
@@ -130,12 +123,12 @@ class Benchmarks:
             yield number[inside], hashed_runs(words, eights, at[inside], length)
 
     def _next(self, eights: Hashes) -> NDArray[np.uint8]:
-        """One of eight bits set, by the three bits of each hash after the first ones."""
+        """A byte with one bit set for each hash: the three bits after the first ones select the bit."""
         three = (eights >> (self.shift - np.uint64(3))) & np.uint64(7)
         return (np.uint64(1) << three).astype(np.uint8)
 
     def _runs(self, texts: Iterable[str]) -> tuple[Hashes, Hashes]:
-        """The hashes of the first eight words of each run, and of all its words, sorted."""
+        """The hashes of the first eight words of each run, and of the whole runs, both sorted."""
         anchors, runs = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         for length, _, of_first, of_all in text_runs(texts):
             self.lengths.add(length)
@@ -145,8 +138,8 @@ class Benchmarks:
 
 
 def text_runs(texts: Iterable[str]) -> Iterator[tuple[int, NDArray[np.int64], Hashes, Hashes]]:
-    """What is looked for of some texts: the runs of each length, as the numbers of their texts and hashes of their
-    first eight words and of all.
+    """The word runs of some texts, for each length: text indices, hashes of the first eight words, and hashes of
+    the whole runs.
     """
     first = 0
     for chunk in in_groups((text.encode(errors="replace") for text in texts), CHUNK):
@@ -165,7 +158,7 @@ def text_runs(texts: Iterable[str]) -> Iterator[tuple[int, NDArray[np.int64], Ha
 
 
 def contaminated(items: Sequence[Sequence[str]], documents: Iterable[bytes]) -> NDArray[np.bool_]:
-    """Of which items a text shares a run of words with any document [N]."""
+    """Whether each item has a text that shares a run of words with any document [N]."""
     texts = [text for item in items for text in item]
     owners = np.repeat(np.arange(len(items)), [len(item) for item in items])
     repeated = Benchmarks({"": texts}).repeated(documents)
@@ -176,13 +169,13 @@ def contaminated(items: Sequence[Sequence[str]], documents: Iterable[bytes]) -> 
 
 
 def hashed_words(documents: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]:
-    """A hash of every word [W], and for each document the number of words up to its end [D].
+    """Hashes of all words [W], and for each document the number of words up to its end [D].
 
-    It is made from the word's first and last eight bytes, so what a longer word has between them makes no difference.
+    A hash covers the first and last eight bytes of a word; the bytes between them in a longer word do not count.
     """
     data = bytearray(b" " + b" ".join(documents) + b" " * 8).translate(WORDS)
     text = np.frombuffer(data, np.uint8)
-    # Punctuation outside of ASCII, such as quotes and dashes: U+2000 to U+207F, and Latin-1's (all that begins in C2).
+    # Punctuation outside ASCII, such as quotes and dashes: U+2000 to U+207F, and Latin-1's (first byte C2).
     beyond = np.flatnonzero(text > 0x7F)
     wide, narrow = beyond[text[beyond] == 0xE2], beyond[text[beyond] == 0xC2]
     wide = wide[(text[wide + 1] & 0xFE) == 0x80]
@@ -191,7 +184,7 @@ def hashed_words(documents: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]
     letters = text != 0
     edges = np.flatnonzero(letters[1:] != letters[:-1]) + 1
     begins, stops = edges[::2], edges[1::2]
-    # The eight bytes from every place on; copied, as `take` is fast on aligned numbers only.
+    # The eight bytes from each position on. The copy is aligned, which `take` needs to be fast.
     eight = np.ascontiguousarray(np.ndarray(len(data) - 7, "<u8", data, strides=(1,)))
     mask = FIRST_BYTES.take(stops - begins, mode="clip")
     head, tail = eight.take(begins) & mask, eight.take(np.maximum(begins, stops - 8)) & mask
@@ -201,7 +194,7 @@ def hashed_words(documents: Sequence[bytes]) -> tuple[Hashes, NDArray[np.int64]]
 
 
 def hashed_eights(words: Hashes) -> Hashes:
-    """A polynomial hash of the eight words from each place on [W]; of fewer at the end."""
+    """Polynomial hashes of the eight words from each position on [W]; of fewer words at the end."""
     found = words.copy()
     for step, power in zip((1, 2, 4), POWERS, strict=True):
         found[:-step] = found[:-step] * power + found[step:]
@@ -209,7 +202,7 @@ def hashed_eights(words: Hashes) -> Hashes:
 
 
 def hashed_runs(words: Hashes, eights: Hashes, at: NDArray[np.int64], length: int) -> Hashes:
-    """The same of `length` words, eight or more, from the places `at` on."""
+    """Polynomial hashes of the `length` (8 or more) words from the positions `at` on."""
     found = eights[at]
     for step in range(ANCHOR, length):
         found = found * FACTOR + words[at + step]
@@ -217,7 +210,7 @@ def hashed_runs(words: Hashes, eights: Hashes, at: NDArray[np.int64], length: in
 
 
 def _sorted(parts: Sequence[Hashes]) -> Hashes:
-    """All values, each once. NumPy's `unique` is ten times slower on hashes."""
+    """The distinct values, sorted. NumPy's `unique` is ten times slower on hashes."""
     values: Hashes = np.sort(np.concatenate(parts))
     first = np.ones(len(values), bool)
     first[1:] = values[1:] != values[:-1]
@@ -225,7 +218,7 @@ def _sorted(parts: Sequence[Hashes]) -> Hashes:
 
 
 def _members(values: Hashes, known: Hashes) -> NDArray[np.bool_]:
-    """Which of `values` are among `known`, which is sorted."""
+    """Whether each of `values` is in the sorted array `known`."""
     if not len(known):
         return np.zeros(len(values), bool)
     found: NDArray[np.bool_] = known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values

@@ -1,6 +1,6 @@
-"""File formats of sources: how Parquet, JSON and page files are recognised, and how their rows are read.
+"""Readers of data files: Parquet, JSON Lines and WikiText pages, recognised by their suffixes.
 
-A new format is one row of FORMATS.
+To add a format, add one row to FORMATS.
 """
 
 import io
@@ -18,15 +18,15 @@ from pydantic_core import from_json
 from vectorclm.corpus.filters import Filter
 from vectorclm.errors import DataError
 
-LONGEST = 2**26  # characters of a line, or of a file that is one array: all of it is in memory at once
+LONGEST = 2**26  # characters of a line, or of a file that is one JSON array; each is in memory as a whole
 BATCH_ROWS = 1000
-BATCH_BYTES = 16 * 1024 * 1024  # of Parquet in memory at once, or one row where that has more
+BATCH_BYTES = 16 * 1024 * 1024  # of Parquet in memory at once; a single larger row is read as a whole
 
 
 class RowBatch(NamedTuple):
-    """Some rows of a source: how many were read, and the texts of those for which the filter holds.
+    """A batch of rows: the number of rows read, and the texts of the rows that pass the filter.
 
-    A text is bytes as a Parquet file has them, a string, or what else stands in its place.
+    A text is bytes (from Parquet), a string, or a value of another type where the column holds no text.
     """
 
     rows: int
@@ -35,24 +35,26 @@ class RowBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How the files of one format are recognised and read. Every reader raises DataError naming the file."""
+    """How files of one format are recognised and read. Every reader raises DataError naming the file."""
 
     name: str  # the `path` of a source whose `data_files` have this format
     suffixes: tuple[str, ...]
-    columns: Callable[[Path], list[str]]  # its columns; none where it has no rows
-    column_type: Callable[[Path, str], pa.DataType | None]  # of one column; None where the format has no types
-    rows: Callable[[Path, tuple[str, ...]], Iterator[dict[str, Any]]]  # those columns, or all where none is named
+    columns: Callable[[Path], list[str]]  # a file's columns; empty for a file without rows
+    column_type: Callable[[Path, str], pa.DataType | None]  # a column's type; None where the format has no types
+    rows: Callable[
+        [Path, tuple[str, ...]], Iterator[dict[str, Any]]
+    ]  # rows with these columns, or all columns where the tuple is empty
     batches: Callable[[Path, str, Filter | None], Iterator[RowBatch]]  # the texts of one column
-    in_folders: bool = True  # whether a folder's files are taken, not only those that a source names
+    in_folders: bool = True  # whether files of this format are found in folders; else a source must name them
 
 
 def format_of(path: Path) -> FileFormat:
-    """The format of a data file by its name; a name that no format knows is read as JSON."""
+    """The format of a data file, by its suffix; JSON for an unknown suffix."""
     return next((known for known in FORMATS if path.name.endswith(known.suffixes)), JSON)
 
 
 def columns_of(path: Path) -> list[str]:
-    """The columns of a file; none where it has no rows. Raises DataError where it cannot be read."""
+    """The columns of a file; empty for a file without rows. Raises DataError where it cannot be read."""
     return format_of(path).columns(path)
 
 
@@ -71,10 +73,10 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def read_file_batches(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
-    """The texts in `column` of one file, some megabytes at a time, of the rows for which `condition` holds.
+    """Read the texts in `column` of a file, some megabytes at a time, from the rows that pass the filter `condition`.
 
-    In JSON, bytes that are not UTF-8 become halves of surrogate pairs. Raises DataError naming the file that cannot be
-    read, or whose columns have types that the filter cannot compare.
+    In JSON, bytes that are not UTF-8 become lone surrogates. Raises DataError naming a file that cannot be read, or
+    whose column types the filter cannot compare.
     """
     yield from format_of(path).batches(path, column, condition)
 
@@ -82,7 +84,7 @@ def read_file_batches(path: Path, column: str, condition: Filter | None) -> Iter
 def row_batches(
     rows: Iterator[dict[str, Any]], column: str, condition: Filter | None, where: str
 ) -> Iterator[RowBatch]:
-    """The texts in `column` of rows from JSON or the like; see `read_file_batches`."""
+    """Batch rows that are dictionaries, such as those of JSON; see `read_file_batches`."""
     while part := list(itertools.islice(rows, BATCH_ROWS)):
         kept = part
         if condition is not None:
@@ -95,7 +97,7 @@ def row_batches(
 
 
 def filtered(table: pa.Table, column: str, condition: Filter | None, where: str) -> RowBatch:
-    """The texts in `column` of the table's rows for which `condition` holds, as bytes. Raises DataError as above."""
+    """The texts in `column`, as bytes, of the table's rows that pass the filter. Raises DataError as above."""
     texts = table[column]
     if condition is not None:
         try:
@@ -110,16 +112,16 @@ def _no_filter(condition: Filter, where: str, error: pa.ArrowException) -> DataE
 
 
 def read_rows(files: Sequence[Path], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The rows of `files`, one file after the other: those columns only, or all where none is named.
+    """Read the rows of `files` in turn, with the named columns, or all columns where `columns` is empty.
 
-    Raises DataError naming the file (and line) that cannot be read.
+    Raises DataError naming a file (and line) that cannot be read.
     """
     for path in files:
         yield from format_of(path).rows(path, columns)
 
 
 def read_parquet(source: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[dict[str, Any]]:
-    """The rows of one Parquet file, which may be in memory; `where` names it in errors. See `read_rows`."""
+    """Read the rows of a Parquet file on disk or in memory; `where` names the file in errors. See `read_rows`."""
     for batch in _parquet_batches(source, columns, where):
         try:
             yield from batch.to_pylist()
@@ -139,7 +141,7 @@ def _parquet_batches(source: Path | bytes, columns: tuple[str, ...], where: str)
                 try:
                     batch = next(batches, None)
                 except (OSError, pa.ArrowException) as error:
-                    raise DataError(f"cannot read {where}: {error}; fetch it again") from error
+                    raise DataError(f"cannot read {where}: {error}; download it again") from error
                 if batch is None:
                     break
                 yield batch
@@ -149,7 +151,9 @@ def _parquet(source: Path | bytes, where: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {where}: {error}; it is no Parquet file, or cut short: fetch it again") from error
+        raise DataError(
+            f"cannot read {where}: {error}; it is not a Parquet file or is cut short: download it again"
+        ) from error
 
 
 def _parquet_columns(path: Path) -> list[str]:
@@ -182,7 +186,7 @@ def _json_columns(path: Path) -> list[str]:
 
 def _json_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     for row in _labelled(path):
-        # JSON leaves out what is null.
+        # A JSON row may omit null columns.
         yield {name: row.get(name) for name in columns} if columns else row
 
 
@@ -191,7 +195,7 @@ def _json_texts(path: Path, column: str, condition: Filter | None) -> Iterator[R
 
 
 def labels_of(path: Path) -> Path | None:
-    """The answers beside the questions, one on a line, as PIQA has them: `X-labels.lst` for `X.jsonl`."""
+    """The file of answers beside a file of questions, one answer a line, as in PIQA: `X-labels.lst` for `X.jsonl`."""
     name = path.name
     stem, _, rest = name.partition(".jsonl")
     labels = path.with_name(f"{stem}-labels.lst{rest}")
@@ -206,7 +210,7 @@ def _labelled(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
     try:
         answers = [int(line) for line in _lines(labels) if line.strip()]
     except ValueError as error:
-        raise DataError(f"{labels}: expected one number on a line: {error}") from error
+        raise DataError(f"{labels}: every line must be one number: {error}") from error
     rows = list(_read_json(path, errors))
     if len(rows) != len(answers):
         raise DataError(f"{path} has {len(rows)} rows, but {labels} has {len(answers)} labels")
@@ -215,7 +219,7 @@ def _labelled(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
 
 
 def _pages(path: Path, errors: str) -> Iterator[str]:
-    """The articles of a WikiText file, each from its title `= Title =` on, as the hub's document-level set has them."""
+    """The articles of a WikiText file, each starting with its title `= Title =`, as in the hub's document-level set."""
     lines: list[str] = []
     for line in _lines(path, errors):
         title = line.replace("= = =", "===").replace("= =", "==").strip()
@@ -242,7 +246,7 @@ def _page_texts(path: Path, column: str, condition: Filter | None) -> Iterator[R
 
 
 def _read_json(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file, or of one array."""
+    """The objects of a JSON Lines file, or of a file that is one JSON array."""
     lines = _lines(path, errors)
     first = next(lines, "")
     if first.lstrip().startswith("["):
@@ -255,12 +259,14 @@ def _read_json(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
 
 
 def _whole(parts: list[str], lines: Iterator[str], path: Path) -> str:
-    """The text of `parts` and all `lines` after them."""
+    """Join `parts` and all remaining `lines`. Raises DataError beyond LONGEST characters."""
     length = sum(map(len, parts))
     for number, line in enumerate(lines, len(parts) + 1):
         length += len(line)
         if length > LONGEST:
-            raise DataError(f"{path}, line {number}: an array of more than {LONGEST:,} characters; write a row a line")
+            raise DataError(
+                f"{path}, line {number}: the JSON array has more than {LONGEST:,} characters; write it as JSON Lines"
+            )
         parts.append(line)
     return "".join(parts)
 
@@ -268,8 +274,8 @@ def _whole(parts: list[str], lines: Iterator[str], path: Path) -> str:
 def _parsed(text: str, path: Path, line: int) -> Any:
     try:
         try:
-            return from_json(text, cache_strings="keys")  # three times as fast
-        except (ValueError, TypeError):  # Python's reads what this one refuses: halves of surrogate pairs, deep nests
+            return from_json(text, cache_strings="keys")  # three times as fast as json
+        except (ValueError, TypeError):  # json reads what from_json refuses: lone surrogates, deep nesting
             return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {line}: {error}") from error
@@ -282,9 +288,9 @@ def _object(row: Any, path: Path, line: int) -> dict[str, Any]:
 
 
 def _lines(path: Path, errors: str = "strict") -> Iterator[str]:
-    """The lines of a UTF-8 file, decompressed, each within LONGEST: little data may unpack to more than memory holds.
+    """The lines of a UTF-8 file, decompressed, each at most LONGEST: a small file may unpack to more than memory holds.
 
-    By Arrow, as zstandard's reader ends a cut file silently.
+    Arrow decompresses, because zstandard's reader ends a truncated file silently.
     """
     try:
         with pa.input_stream(str(path)) as stream:
@@ -292,18 +298,20 @@ def _lines(path: Path, errors: str = "strict") -> Iterator[str]:
             for number in itertools.count(1):
                 line = text.readline(LONGEST + 1)
                 if len(line) > LONGEST:
-                    raise DataError(f"{path}, line {number}: more than {LONGEST:,} characters; split what it holds")
+                    raise DataError(
+                        f"{path}, line {number}: the line has more than {LONGEST:,} characters; split the document"
+                    )
                 if not line:
                     return
                 yield line
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}; it may be cut short: fetch it again") from error
+        raise DataError(f"cannot read {path}: {error}; it may be cut short: download it again") from error
 
 
 PARQUET = FileFormat("parquet", (".parquet",), _parquet_columns, _parquet_type, _parquet_rows, _parquet_texts)
 JSON_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".json.zst", ".json.gz")
 JSON = FileFormat("json", JSON_SUFFIXES, _json_columns, _no_type, _json_rows, _json_texts)
-# WikiText's own files, taken only where a source names one.
+# WikiText's own files; read only where a source names them.
 PAGE_SUFFIXES = (".txt", ".txt.zst", ".txt.gz")
 PAGES = FileFormat("pages", PAGE_SUFFIXES, _page_columns, _no_type, _page_rows, _page_texts, in_folders=False)
 FORMATS = (PARQUET, JSON, PAGES)

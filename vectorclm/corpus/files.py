@@ -1,6 +1,6 @@
-"""Local data files: which of a folder's files hold a split, what they contain, and their rows.
+"""Local data files: finding the files of a split in a folder, and hashing their content.
 
-Neither the names of the files nor where they lie may change a result, so their SHA-256 orders them.
+File names and folders must not change a result, so files are ordered by their SHA-256.
 """
 
 import functools
@@ -14,7 +14,7 @@ from vectorclm.errors import DataError
 
 FOLDER_SUFFIXES = tuple(suffix for known in FORMATS if known.in_folders for suffix in known.suffixes)
 
-# The words by which `datasets` tells the split of a file from its name, and the split they stand for.
+# Words in a file's name, as `datasets` knows them, and the split that each stands for.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -23,11 +23,11 @@ SPLIT_WORDS = {
 
 
 def find_files(place: Path, split: str) -> list[Path]:
-    """The data files of `split` at `place`, in the order of their content.
+    """Find the data files of `split` at `place`, ordered by the SHA-256 of their content.
 
-    `place` is a folder or one file. In a folder the split is a word of the file's name, as in
-    `test-00000-of-00002.parquet`; where no name says any, all are `train`. A single file is taken whatever
-    the split. Empty where there are none.
+    `place` is a folder or one file. In a folder, a word of the file's name states the split, as in
+    `test-00000-of-00002.parquet`; where no file name states a split, all files belong to `train`. A single file
+    belongs to every split. Returns an empty list where there are none.
     """
     if place.is_file():
         return [place]
@@ -49,7 +49,7 @@ def _split_in(name: str) -> str | None:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a data file (and of the labels beside it). Raises DataError where it cannot be read."""
+    """SHA-256 of a data file and of its labels file, where it has one. Raises DataError where it cannot be read."""
     try:
         own = _sha256(path, *_identity(path))
         labels = labels_of(path)
@@ -59,7 +59,7 @@ def content_hash(path: Path) -> str:
 
 
 def revision_of(files: Iterable[Path]) -> str:
-    """`sha256:` of the files' content, whatever they are called and in whatever order they come."""
+    """`sha256:` of the content of all files, independent of their names and order."""
     return "sha256:" + _joined(sorted(content_hash(path) for path in files))
 
 
@@ -74,6 +74,6 @@ def _identity(path: Path) -> tuple[int, int]:
 
 @functools.cache
 def _sha256(path: Path, size: int, mtime: int) -> str:
-    """Size and time are there for the cache alone: a changed file is hashed again."""
+    """SHA-256 of a file. `size` and `mtime` are part of the cache key, so a changed file is hashed again."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

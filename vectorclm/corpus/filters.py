@@ -1,6 +1,6 @@
-"""Filters of rows by their columns, such as `int_score >= 3 and token_count < 8000`, as expressions of Arrow.
+"""Row filters such as `int_score >= 3 and token_count < 8000`, translated from Python syntax to Arrow expressions.
 
-Python's parser reads them, as their syntax is its own; nothing is ever evaluated as Python.
+Python's parser reads a filter, but nothing is evaluated as Python code.
 """
 
 import ast
@@ -26,14 +26,14 @@ OPERATORS: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
 }
 GRAMMAR = "columns, numbers, 'texts', True, False, == != < <= > >=, + - * /, in [..], is None, and, or, not"
-ROW = "row of the filtered table"  # a column of this name holds the numbers of the rows that are kept
+ROW = "row of the filtered table"  # name of the added column of row indices
 
 
 class Filter:
-    """A condition on the columns of a row; where a column that it compares is null, it does not hold.
+    """A condition on the columns of a row. A comparison with a null column is false.
 
-    `columns` are those it reads; `metadata.score` is the field `score` of the column `metadata`. Raises ValueError,
-    which quotes the part, for what is no condition.
+    `columns` are the columns that the filter reads; `metadata.score` is the field `score` of the column `metadata`.
+    Raises ValueError, which quotes the offending part, for an invalid filter.
     """
 
     def __init__(self, text: str) -> None:
@@ -43,14 +43,14 @@ class Filter:
             tree = ast.parse(text.strip(), mode="eval")
             self.expression = self._read(tree.body)
         except SyntaxError as error:
-            raise ValueError(f"no filter: {error.msg} at character {error.offset} of {text!r}") from error
+            raise ValueError(f"not a filter: {error.msg} at character {error.offset} of {text!r}") from error
         except (RecursionError, MemoryError) as error:
-            raise ValueError("no filter: nested too deeply") from error
+            raise ValueError("not a filter: nested too deeply") from error
         if not self.columns:
             raise ValueError(f"{text!r} names no column")
 
     def holds(self, table: pa.Table) -> list[int]:
-        """The numbers of the rows for which it holds. Raises pa.ArrowException where the types do not allow it."""
+        """Indices of the rows that pass the filter. Raises pa.ArrowException where a column's type does not fit."""
         numbered = table.append_column(ROW, pa.array(range(len(table)), pa.int64()))
         found: list[int] = numbered.filter(self.expression)[ROW].to_pylist()
         return found
@@ -78,7 +78,7 @@ class Filter:
                     one = self._compare(place, comparison, right)
                     found = one if found is None else found & one
                 return found
-        raise ValueError(f"no filter: {ast.unparse(node)!r} cannot stand in one; there are {GRAMMAR}")
+        raise ValueError(f"not a filter: {ast.unparse(node)!r} is not allowed; use {GRAMMAR}")
 
     def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Any:
         match op, right:
@@ -89,12 +89,12 @@ class Filter:
             case ((ast.In() | ast.NotIn()), (ast.List(elts=members) | ast.Tuple(elts=members))) if members:
                 values = [member.value for member in members if isinstance(member, ast.Constant)]
                 if len(values) < len(members) or len({type(value) for value in values}) > 1:
-                    raise ValueError(f"no filter: {ast.unparse(right)!r} must be numbers or texts, of one type")
+                    raise ValueError(f"not a filter: {ast.unparse(right)!r} must be numbers or texts, of one type")
                 found = self._read(left).isin(values)
                 return ~found if isinstance(op, ast.NotIn) else found
         if type(op) not in OPERATORS:
             whole = ast.unparse(ast.Compare(left, [op], [right]))
-            raise ValueError(f"no filter: {whole!r} cannot stand in one; there are {GRAMMAR}")
+            raise ValueError(f"not a filter: {whole!r} is not allowed; use {GRAMMAR}")
         return OPERATORS[type(op)](self._read(left), self._read(right))
 
     def _column(self, node: ast.AST) -> Any:
@@ -103,7 +103,7 @@ class Filter:
             path.insert(0, node.attr)
             node = node.value
         if not isinstance(node, ast.Name):
-            raise ValueError(f"no filter: {ast.unparse(node)!r} is no column")
+            raise ValueError(f"not a filter: {ast.unparse(node)!r} is not a column")
         if node.id not in self.columns:
             self.columns.append(node.id)
         return pc.field(node.id, *path)

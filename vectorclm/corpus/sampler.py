@@ -1,7 +1,7 @@
-"""The sample: documents drawn from each source by a keyed hash of their text, clean, each once, none of a benchmark.
+"""Samples training documents from each source: cleaned, deduplicated, decontaminated and split, by hashes of the text.
 
-Which documents are drawn depends on nothing but the seed and the texts, whatever files they lie in and in whatever
-order; and so does their order in the sample, which is a shuffle of the whole.
+The choice of documents and their order in the sample depend only on the seed and the texts, not on the files or their
+order. The order is a shuffle of the whole sample.
 """
 
 import mmap
@@ -22,25 +22,26 @@ from numpy.typing import NDArray
 
 from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.file_formats import RowBatch
-from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote, read_batches
-from vectorclm.corpus.synthetic_world import WorldConfig
+from vectorclm.corpus.source_reader import SourceRoots, read_batches
+from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote
 from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Progress
 
 FILE_BYTES = 256 * 1024 * 1024  # text in one file of the sample
-GROUP_BYTES = 16 * 1024 * 1024  # text in one row group at the most: what the writer holds in memory
+GROUP_BYTES = 16 * 1024 * 1024  # text in a row group, at most; the writer holds one in memory
 GROUP_DOCUMENTS = 1000
-SPARE = 2  # times its share, what of a source is kept in reserve for documents of benchmarks
+SPARE = 2  # times a source's share are kept in reserve, to replace contaminated documents
 SCHEMA = pa.schema([("text", pa.string()), ("id", pa.string())])
-KEY = np.dtype([("rank", "<u8"), ("low", "<u8"), ("high", "<u8")])  # its place in the order, and its id
-PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("held_out", "?")])  # where it lies, and its side
+KEY = np.dtype([("rank", "<u8"), ("low", "<u8"), ("high", "<u8")])  # a document's place in the order, and its id
+# A document's place in the reserve file, and its split.
+PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("held_out", "?")])
 
 Index = NDArray[Any]
 
 
 @dataclass
-class _Drawn:
-    """What one source gave."""
+class _Counts:
+    """Counts of the documents drawn from one source."""
 
     documents: int = 0
     bytes: int = 0
@@ -52,7 +53,7 @@ class _Drawn:
     exhausted: bool = False
 
     def summary(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The counts as the manifest records them."""
         counts = {name: dict(sorted(getattr(self, name).items())) for name in ("dropped", "contaminated")}
         return {**vars(self), **counts}
 
@@ -61,47 +62,47 @@ def write_sample(
     config: CorpusConfig,
     seed: int,
     out: Path,
+    roots: SourceRoots,
     *,
-    data: Path | None,
-    world: WorldConfig | None,
     benchmarks: Benchmarks | None = None,
     finished: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Draw each source's share of `config.bytes` into `out/{label}/{train,validation}-00000.parquet`.
 
-    A source's documents are ordered by a hash of their text that the seed keys, and taken from the first on until the
-    share is reached. Local files and the generated world are read whole, so that nothing but the seed and the texts
-    decides. Of a repository of the hub just enough is read, by turns from several of its files in a seeded order: there
-    the choice depends on that commit's files, too.
+    A source's documents are ordered by a hash of their text, keyed by the seed, and taken in this order until the
+    share is reached. Local files and the generated world are read completely, so the choice depends only on the seed
+    and the texts. A hub repository is read only as far as needed, from several files in turn in a seeded order, so the
+    choice also depends on the files of that commit.
 
-    Dropped and counted are: `filter` (the source's filter does not hold), `not_text` (null, or of another type),
-    `invalid_utf8`, `nul` (holds the character NUL, so is no text), `empty` (or white space only), `too_short`,
-    `too_long`; and of those that would be taken `duplicate` (the text stood in this source or one before it) and
-    `contaminated` (shares words with `benchmarks`). A document is held out for validation by a hash of its text;
-    as each text is there once, no text is on both sides.
+    Dropped documents are counted by reason: `filter` (the source's filter is false), `not_text` (null, or of another
+    type), `invalid_utf8`, `nul` (contains the character NUL), `empty` (or only white space), `too_short`, `too_long`;
+    and among the documents that would be taken `duplicate` (the text occurred before, in this source or an earlier
+    one) and `contaminated` (shares words with `benchmarks`). A hash of the text decides whether a document is held out
+    for validation. As each text occurs once, no text is in both splits.
 
-    Memory is 37 bytes a document in reserve (three times that while they are ordered), 24 a document of the sources
-    before, and a batch; a file without a name in `out`'s folder holds the texts in reserve: three times the source's
-    share at first, and more where the source is far larger. `finished` is told each file when it is whole, and may move
-    it elsewhere.
+    Memory use is 37 bytes for each document in reserve (three times as much while they are sorted), 24 bytes for each
+    document of the sources before, and one batch. An unnamed file in `out`'s parent folder holds the texts in reserve:
+    at first three times the source's share, and more where the source is far larger. `finished` is called with the
+    path of each complete file, and may move the file elsewhere.
 
     Returns `{"documents", "bytes", "sources": {label: {"documents", "bytes", "validation_documents",
-    "validation_bytes", "read", "dropped": {reason: count}, "contaminated": {benchmark: count}, "exhausted"}}}`;
-    `documents` and `bytes` are those for training, `read` all that were looked at, and `exhausted` says that the source
-    ended before its share was drawn. Raises DataError for a source that cannot be read, or that gives no document for
+    "validation_bytes", "read", "dropped": {reason: count}, "contaminated": {benchmark: count}, "exhausted"}}}`.
+    `documents` and `bytes` count training documents, `read` counts all rows read, and `exhausted` says that the source
+    ended before its share was drawn. Raises DataError for a source that cannot be read, or that yields no document for
     training or none for validation.
     """
     total = sum(source.weight for source in config.sources)
     earlier = np.empty(0, KEY)
-    drawn: dict[str, _Drawn] = {}
+    drawn: dict[str, _Counts] = {}
     with Progress("sample", config.bytes, "bytes") as progress:
         for source in config.sources:
             budget = max(1, round(config.bytes * source.weight / total))
-            found = drawn[source.label] = _Drawn()
-            batches = read_batches(source, data, world, seed)
+            found = drawn[source.label] = _Counts()
+            draw = _SourceDraw(source, benchmarks, found, progress)
+            batches = read_batches(source, roots.data, roots.world, seed)
             with _Reserve(out.parent, seed, config.validation_share, budget, earlier) as reserve:
-                chosen = _choose(source, batches, is_remote(source, data), reserve, benchmarks, found, progress)
-                _write(out / source.label, reserve, chosen, found, progress, finished)
+                chosen = draw.choose(reserve, batches, is_remote(source, roots.data))
+                draw.write(out / source.label, reserve, chosen, finished)
                 earlier = np.concatenate([earlier, reserve.keys[chosen]])
             _check_split(source, found, config.validation_share)
     return {
@@ -112,7 +113,7 @@ def write_sample(
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What `write_sample` drew and dropped, a line for each source."""
+    """One line for each source: the documents that `write_sample` drew and dropped."""
     lines = []
     for label, source in summary["sources"].items():
         drawn = source["documents"] + source["validation_documents"]
@@ -122,22 +123,22 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def drop_counts(dropped: Mapping[str, int], contaminated: Mapping[str, int]) -> str:
-    """The counts by reason in words, and in brackets the benchmarks that were found."""
+    """Format drop counts by reason, with the benchmarks that were found in brackets."""
     counts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in sorted(dropped.items()) if count]
     tasks = ", ".join(f"{label} {count:,}" for label, count in sorted(contaminated.items()))
     return (", ".join(counts) or "none") + (f" ({tasks})" if tasks else "")
 
 
 class _Reserve:
-    """The documents of a source that may yet be taken: their texts in a file, and in memory what orders them.
+    """The candidate documents of a source: texts in a temporary file, sort keys in memory.
 
-    Those are forgotten that come after `SPARE` times the budget of other documents, however many the source has.
+    A document that comes after `SPARE` times the budget of other documents is discarded, so the reserve stays small.
     """
 
     def __init__(self, folder: Path, seed: int, validation_share: float, budget: int, earlier: Index) -> None:
         self.seed, self.budget, self.earlier = seed, budget, earlier
         self.limit = int(validation_share * 2**64)
-        self.last = 2**64  # the highest rank that may yet be taken
+        self.last = 2**64  # the highest rank that is still a candidate
         self.keys, self.places = np.empty(0, KEY), np.empty(0, PLACE)
         self.bytes = self._end = 0
         self._added: list[tuple[Index, Index]] = []
@@ -152,7 +153,7 @@ class _Reserve:
         self._file.close()
 
     def add(self, texts: Iterable[bytes]) -> None:
-        """Take in what may yet be taken."""
+        """Add texts, except those whose rank is too high to be chosen."""
         keys, places, kept = [], [], []
         for text in texts:
             keyed = xxhash.xxh3_128_intdigest(text, seed=self.seed)
@@ -171,12 +172,12 @@ class _Reserve:
             self._forget()
 
     def order(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where, by rank, each text stands for the first time, and where it stands again or stood in `earlier`."""
+        """Indices sorted by rank: of each text's first occurrence, and of repetitions (also of texts in `earlier`)."""
         self.keys = np.concatenate([self.keys, *(keys for keys, _ in self._added)])
         self.places = np.concatenate([self.places, *(places for _, places in self._added)])
         self._added = []
         keys = np.concatenate([self.earlier, self.keys])
-        order = np.lexsort((keys["high"], keys["low"], keys["rank"]))  # stable: the earlier come first
+        order = np.lexsort((keys["high"], keys["low"], keys["rank"]))  # stable: texts of earlier sources come first
         keys = keys[order]
         again = np.zeros(len(keys), bool)
         again[1:] = keys[1:] == keys[:-1]
@@ -193,7 +194,7 @@ class _Reserve:
             self.bytes = int(self.places["size"].sum())
 
     def texts(self, numbers: Index) -> Iterator[tuple[Index, list[bytes]]]:
-        """The texts of these documents, some 16 MiB of them at a time, with their numbers."""
+        """Indices and texts of the given documents, about 16 MiB at a time."""
         self._file.flush()
         if not len(numbers):
             return
@@ -204,70 +205,8 @@ class _Reserve:
                 yield part, [file[offset : offset + size] for offset, size in ranges]
 
 
-def _choose(
-    source: TextSource,
-    batches: Iterator[RowBatch],
-    remote: bool,
-    reserve: _Reserve,
-    benchmarks: Benchmarks | None,
-    found: _Drawn,
-    progress: Progress,
-) -> Index:
-    """The numbers of the documents to take, in their order, after reading as much as that needs."""
-    wanted: float = reserve.budget if remote else np.inf
-    while True:
-        ended = True
-        for batch in batches:
-            found.read += batch.rows
-            found.dropped["filter"] += batch.rows - len(batch.texts)
-            reserve.add(_clean(source, batch.texts, found.dropped))
-            progress.at(progress.tick.done, f"{source.label}: {found.read:,} documents read")
-            if reserve.bytes >= wanted:
-                ended = False
-                break
-        before = found.dropped.copy()
-        chosen, missing = _first(source, reserve, benchmarks, found)
-        if ended or missing <= 0:
-            found.exhausted = missing > 0
-            found.dropped = +found.dropped
-            return chosen
-        found.dropped, wanted = before, reserve.bytes + missing
-        found.contaminated.clear()
-
-
-def _first(source: TextSource, reserve: _Reserve, benchmarks: Benchmarks | None, found: _Drawn) -> tuple[Index, int]:
-    """The first documents in order that make up the budget, and how many bytes are missing to it."""
-    first, again = reserve.order()
-    sizes = reserve.places["size"]
-    ends = np.cumsum(sizes[first], dtype=np.int64)
-    spare = int(np.searchsorted(ends, SPARE * reserve.budget)) + 1
-    taken: list[Index] = [np.empty(0, np.int64)]
-    missing = reserve.budget
-    for numbers, texts in reserve.texts(first[:spare]):
-        shared = benchmarks.found(texts) if benchmarks is not None else {}
-        clean = np.array([number not in shared for number in range(len(texts))])
-        enough = int(np.searchsorted(np.cumsum(sizes[numbers] * clean, dtype=np.int64), missing)) + 1
-        for labels in (labels for number, labels in shared.items() if number < enough):
-            found.dropped["contaminated"] += 1
-            found.contaminated.update(labels)
-        taken.append(numbers[:enough][clean[:enough]])
-        missing -= int(sizes[taken[-1]].sum())
-        if missing <= 0:
-            break
-    if missing > 0 and spare <= len(first):
-        lost = drop_counts(found.dropped, found.contaminated)
-        raise DataError(
-            f"{describe(source)}: most of it is in the benchmarks ({lost}), so it is nothing to train on. "
-            "Take the source out, or set sample.decontaminate to false"
-        )
-    chosen = np.concatenate(taken)
-    last = reserve.keys["rank"][chosen[-1]] if missing <= 0 else np.uint64(2**64 - 1)
-    found.dropped["duplicate"] += int((reserve.keys["rank"][again] <= last).sum())
-    return chosen, missing
-
-
 def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> Iterator[bytes]:
-    """The texts that are documents, in UTF-8; the others are counted."""
+    """The texts that are valid documents, in UTF-8; the others are counted as dropped."""
     for text in texts:
         try:
             data = text if isinstance(text, bytes) else text.encode()
@@ -283,7 +222,7 @@ def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> I
 
 
 def _fault(source: TextSource, text: bytes) -> str | None:
-    """Why a text is no document; None where it is one. Raises UnicodeDecodeError where it is not UTF-8."""
+    """The reason to drop a text, or None for a valid document. Raises UnicodeDecodeError where it is not UTF-8."""
     if len(text) > source.max_bytes:
         return "too_long"
     if b"\0" in text:
@@ -294,39 +233,96 @@ def _fault(source: TextSource, text: bytes) -> str | None:
     return "too_short" if len(text) < source.min_bytes else None
 
 
-def _write(
-    folder: Path,
-    reserve: _Reserve,
-    chosen: Index,
-    found: _Drawn,
-    progress: Progress,
-    finished: Callable[[Path], None] | None,
-) -> None:
-    folder.mkdir(parents=True)
-    with _Writer(folder, "train", finished) as train, _Writer(folder, "validation", finished) as validation:
-        for numbers, texts in reserve.texts(chosen):
-            keys, sides = reserve.keys[numbers], reserve.places["held_out"][numbers].tolist()
-            names = zip(keys["high"].tolist(), keys["low"].tolist(), strict=True)
-            for text, (high, low), held_out in zip(texts, names, sides, strict=True):
-                (validation if held_out else train).add(text, f"{high:016x}{low:016x}")
-            progress.advance(sum(map(len, texts)), folder.name)
-    found.documents, found.bytes = train.documents, train.bytes
-    found.validation_documents, found.validation_bytes = validation.documents, validation.bytes
+@dataclass(frozen=True)
+class _SourceDraw:
+    """Chooses and writes the documents of one source."""
+
+    source: TextSource
+    benchmarks: Benchmarks | None
+    found: _Counts
+    progress: Progress
+
+    def choose(self, reserve: _Reserve, batches: Iterator[RowBatch], remote: bool) -> Index:
+        """Indices of the documents to take, in order. Reads as many batches as the choice needs."""
+        found, wanted = self.found, float(reserve.budget) if remote else np.inf
+        while True:
+            ended = True
+            for batch in batches:
+                found.read += batch.rows
+                found.dropped["filter"] += batch.rows - len(batch.texts)
+                reserve.add(_clean(self.source, batch.texts, found.dropped))
+                self.progress.at(self.progress.tick.done, f"{self.source.label}: {found.read:,} documents read")
+                if reserve.bytes >= wanted:
+                    ended = False
+                    break
+            before = found.dropped.copy()
+            chosen, missing = self._first(reserve)
+            if ended or missing <= 0:
+                found.exhausted = missing > 0
+                found.dropped = +found.dropped
+                return chosen
+            found.dropped, wanted = before, reserve.bytes + missing
+            found.contaminated.clear()
+
+    def _first(self, reserve: _Reserve) -> tuple[Index, int]:
+        """The first documents in order that fill the budget, and the number of bytes still missing."""
+        found = self.found
+        first, again = reserve.order()
+        sizes = reserve.places["size"]
+        ends = np.cumsum(sizes[first], dtype=np.int64)
+        spare = int(np.searchsorted(ends, SPARE * reserve.budget)) + 1
+        taken: list[Index] = [np.empty(0, np.int64)]
+        missing = reserve.budget
+        for numbers, texts in reserve.texts(first[:spare]):
+            shared = self.benchmarks.found(texts) if self.benchmarks is not None else {}
+            clean = np.array([number not in shared for number in range(len(texts))])
+            enough = int(np.searchsorted(np.cumsum(sizes[numbers] * clean, dtype=np.int64), missing)) + 1
+            for labels in (labels for number, labels in shared.items() if number < enough):
+                found.dropped["contaminated"] += 1
+                found.contaminated.update(labels)
+            taken.append(numbers[:enough][clean[:enough]])
+            missing -= int(sizes[taken[-1]].sum())
+            if missing <= 0:
+                break
+        if missing > 0 and spare <= len(first):
+            lost = drop_counts(found.dropped, found.contaminated)
+            raise DataError(
+                f"{describe(self.source)}: most of it is in the benchmarks ({lost}), so it cannot be trained on. "
+                "Remove the source, or set sample.decontaminate to false"
+            )
+        chosen = np.concatenate(taken)
+        last = reserve.keys["rank"][chosen[-1]] if missing <= 0 else np.uint64(2**64 - 1)
+        found.dropped["duplicate"] += int((reserve.keys["rank"][again] <= last).sum())
+        return chosen, missing
+
+    def write(self, folder: Path, reserve: _Reserve, chosen: Index, finished: Callable[[Path], None] | None) -> None:
+        """Write the chosen documents to the files of their splits."""
+        folder.mkdir(parents=True)
+        with _Writer(folder, "train", finished) as train, _Writer(folder, "validation", finished) as validation:
+            for numbers, texts in reserve.texts(chosen):
+                keys, sides = reserve.keys[numbers], reserve.places["held_out"][numbers].tolist()
+                names = zip(keys["high"].tolist(), keys["low"].tolist(), strict=True)
+                for text, (high, low), held_out in zip(texts, names, sides, strict=True):
+                    (validation if held_out else train).add(text, f"{high:016x}{low:016x}")
+                self.progress.advance(sum(map(len, texts)), folder.name)
+        found = self.found
+        found.documents, found.bytes = train.documents, train.bytes
+        found.validation_documents, found.validation_bytes = validation.documents, validation.bytes
 
 
-def _check_split(source: TextSource, found: _Drawn, share: float) -> None:
+def _check_split(source: TextSource, found: _Counts, share: float) -> None:
     if found.documents and found.validation_documents:
         return
     side = "validation" if found.documents else "training"
     raise DataError(
-        f"{describe(source)} gave {found.documents} documents for training and {found.validation_documents} "
+        f"{describe(source)} yields {found.documents} documents for training and {found.validation_documents} "
         f"for validation (dropped: {drop_counts(found.dropped, found.contaminated)}); {side} needs at least one. "
         f"Raise sample.bytes, or change sample.validation_share ({share})"
     )
 
 
 class _Writer:
-    """The documents of one split as zstd Parquet: a new file after every FILE_BYTES of text."""
+    """Writes the documents of one split as zstd Parquet, with a new file after every FILE_BYTES of text."""
 
     def __init__(self, folder: Path, split: str, finished: Callable[[Path], None] | None) -> None:
         self.folder, self.split, self.finished = folder, split, finished
@@ -340,7 +336,7 @@ class _Writer:
         return self
 
     def add(self, text: bytes, identifier: str) -> None:
-        """One more document, in UTF-8."""
+        """Add a document in UTF-8."""
         self._texts.append(text)
         self._ids.append(identifier)
         self.documents += 1
@@ -362,11 +358,11 @@ class _Writer:
         if self._in_file >= FILE_BYTES:
             self._close()
 
-    def _close(self, whole: bool = True) -> None:
+    def _close(self, complete: bool = True) -> None:
         if self._file is not None:
             self._file.close()
             self._file, self._in_file = None, 0
-            if whole and self.finished is not None:
+            if complete and self.finished is not None:
                 self.finished(self.folder / f"{self.split}-{self._files - 1:05d}.parquet")
 
     def __exit__(
@@ -374,4 +370,4 @@ class _Writer:
     ) -> None:
         if error is None:
             self._flush()
-        self._close(whole=error is None)
+        self._close(complete=error is None)

@@ -1,15 +1,15 @@
-"""A small generated world: its stories, lessons, conversations and questions, for runs without a network.
+"""Synthetic data for runs without a network: stories, lessons, conversations and questions of a generated world.
 
-Sixteen kinds of animals live in a village. Five things are known of every kind (home, food, hour, craft,
-colour), each with four values, and what holds for a kind holds for each of its animals: "Pim is an otter" and
-"all otters live by the lake" answer "Where does Pim live?" although no text ever said so.
+Sixteen kinds of animals live in a village. Every kind has five attributes (home, food, hour, craft, colour) with
+four values each. A rule for a kind holds for each of its animals: "Pim is an otter" and "all otters live by the lake"
+answer "Where does Pim live?", although no text contains this sentence.
 
 The table of kinds and values is an orthogonal array of strength 2 (C. R. Rao, 1947): every pair of values of
-two attributes belongs to exactly one kind, so no attribute tells of another, and four kinds share a value.
+two attributes belongs to exactly one kind, so no attribute predicts another, and four kinds share a value.
 
-For every name one value of one attribute is held out (Pim: living by the lake). No training text gives the
-name to any of the four kinds that have this value; these (name, kind) pairs are what the questions ask about.
-The other twelve kinds (75 %) are used with the name in training.
+For every name, one value of one attribute is held out (Pim: living by the lake). No training text gives the
+name to any of the four kinds that have this value; the questions ask about these (name, kind) pairs.
+The other twelve kinds (75 %) occur with the name in training.
 """
 
 import random
@@ -52,7 +52,7 @@ WORLD_SETS = ("stories", "lessons", "smoltalk", "slimorca", "tulu3-code", "quest
 class WorldConfig(Settings):
     """Size of the generated world."""
 
-    seed: int = Field(0, description="Decides the table of kinds, what is held out, and every text")
+    seed: int = Field(0, description="Seed of the table of kinds, the held-out pairs, and every text")
     names: int = Field(40, ge=20, le=40, multiple_of=20, description="Names in use, each with 12 questions")
     documents: int = Field(4000, ge=1, description="Documents in each of the two styles, stories and lessons")
     conversations: int = Field(1500, ge=1, description="Conversations in each of the three chat sets")
@@ -66,7 +66,7 @@ class Pair(NamedTuple):
 
 
 class World:
-    """The table of one seed: what each kind does, and which (name, kind) pairs no training text may have."""
+    """The table of one seed: the attributes of each kind, and the (name, kind) pairs held out of training texts."""
 
     def __init__(self, config: WorldConfig) -> None:
         rng = random.Random(f"{config.seed}/world")
@@ -82,21 +82,23 @@ class World:
         }
 
     def value(self, kind: str, attribute: Attribute) -> str:
-        """What the rule says of `kind`, such as "by the lake"."""
+        """The value of an attribute for `kind`, such as "by the lake"."""
         return attribute.values[self.table[kind][ATTRIBUTES.index(attribute)]]
 
     def held_out(self) -> list[Pair]:
-        """The pairs that only questions use: four kinds for every name."""
+        """The pairs that occur only in questions: four kinds for every name."""
         return [Pair(name, kind) for name in self.names for kind in KINDS if kind in self._unseen[name]]
 
-    def cast(self, rng: random.Random, size: int, kinds: Sequence[str] = KINDS, told: Iterable[str] = ()) -> list[Pair]:
-        """`size` animals of different names and kinds out of `kinds`, for a text that also tells of `told`.
+    def cast(
+        self, rng: random.Random, size: int, kinds: Sequence[str] = KINDS, mentioned: Iterable[str] = ()
+    ) -> list[Pair]:
+        """Draw `size` animals with different names and kinds out of `kinds`, for a text that also mentions `mentioned`.
 
-        No name of the text is held out with any kind of the text, its own or another's. For a size up to 4
-        there is always such a cast: two kinds share one value only, so some name and some kind are left.
+        No name of the text is held out with any kind in the text. For a size up to 4 there is always such a cast:
+        two kinds share only one value, so some name and some kind remain.
         """
         pairs: list[Pair] = []
-        present = set(told)
+        present = set(mentioned)
         while len(pairs) < size:
             pair = Pair(rng.choice(self.names), rng.choice(kinds))
             fresh = all(pair.name != other.name and pair.kind != other.kind for other in pairs)
@@ -107,7 +109,7 @@ class World:
         return pairs
 
     def fill(self, template: str, pair: Pair, attribute: Attribute) -> str:
-        """`template` filled: n name, k kind, ks, Ks its plural, a "an otter", v value, q, qk questions."""
+        """Fill `template`: n name, k kind, ks, Ks its plural, a "an otter", v value, q, qk questions."""
         name, kind = pair
         return template.format(
             n=name, k=kind, ks=plural(kind), Ks=plural(kind).capitalize(), a=article(kind),
@@ -121,12 +123,12 @@ class World:
 
 
 def plural(kind: str) -> str:
-    """More than one of a kind: "otters"."""
+    """The plural of a kind: "otters"."""
     return {"mouse": "mice"}.get(kind, f"{kind}s")
 
 
 def article(kind: str) -> str:
-    """One of a kind: "an otter"."""
+    """A kind with its article: "an otter"."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
@@ -138,13 +140,12 @@ def _orthogonal(x: int, y: int) -> tuple[int, ...]:
 
 @cache
 def rows(config: WorldConfig, name: str) -> list[dict[str, Any]]:
-    """The rows of one set of WORLD_SETS, in the schema of the hub's set that it stands for.
+    """Generate the rows of one set of WORLD_SETS, in the schema of the hub data set that it replaces.
 
-    `stories` has Cosmopedia's columns, `lessons` FineWeb-Edu's; `smoltalk`, `slimorca` and `tulu3-code` those
-    of their namesakes; `questions` has context, four choices (each with a leading space) and answer (index of
-    the right). Lengths in tokens are words, as no tokenizer exists yet; scores are 0, as nobody scored it.
-    Raises ConfigError for any other name. Made once in a process, as pinning, checking and sampling all
-    read them: leave them as they are.
+    `stories` has Cosmopedia's columns, `lessons` FineWeb-Edu's; `smoltalk`, `slimorca` and `tulu3-code` have those
+    of their namesakes; `questions` has context, four choices (each with a leading space) and answer (the index of
+    the correct choice). Token counts are word counts, as there is no tokenizer yet; scores are 0. Raises ConfigError
+    for any other name. The rows are cached for pinning, checking and sampling: do not change them.
     """
     makers = {"stories": _story, "lessons": _lesson, "smoltalk": _smoltalk, "slimorca": _slimorca}
     makers["tulu3-code"] = _code
@@ -176,7 +177,7 @@ def words(config: WorldConfig) -> list[str]:
 
 
 def held_out_prompts(config: WorldConfig) -> list[dict[str, str]]:
-    """Chat prompts about held-out pairs, in seeded order, each with the one sentence that answers it."""
+    """Chat prompts about held-out pairs, in seeded order, each with the sentence that answers it."""
     world = World(config)
     prompts = [
         {"prompt": world.fill(form, pair, attribute), "answer": world.answer(pair, attribute)}
@@ -188,9 +189,9 @@ def held_out_prompts(config: WorldConfig) -> list[dict[str, str]]:
 
 
 def word_frequency_baseline(questions: Iterable[Mapping[str, Any]], documents: Iterable[str]) -> float:
-    """Accuracy, 0 to 1, of choosing the answer whose words are the most frequent in `documents`.
+    """Accuracy, 0 to 1, of always choosing the answer whose words are most frequent in `documents`.
 
-    A choice's score is the mean over its words of log(count + 1). Choices that tie share the point equally.
+    A choice's score is the mean of log(count + 1) over its words. Tied choices share the point equally.
     """
     counts = Counter(word for document in documents for word in _words(document))
     points: list[float] = []
@@ -213,7 +214,7 @@ def _held_out_facts(world: World) -> list[tuple[Pair, Attribute]]:
 
 
 def _questions(world: World, rng: random.Random) -> list[dict[str, Any]]:
-    """All held-out facts in all forms. The right choice stands equally often in each place for each value."""
+    """All held-out facts in all forms. For each value, each position has the correct choice equally often."""
     found, asked = [], Counter[tuple[str, str]]()
     for pair, attribute in _held_out_facts(world):
         right = world.value(pair.kind, attribute)
@@ -236,8 +237,8 @@ def _story(world: World, rng: random.Random, index: int) -> dict[str, Any]:
     cast = world.cast(rng, rng.choice((1, 2, 2)))
     paragraphs = []
     for number, pair in enumerate(cast):
-        told = rng.sample(ATTRIBUTES, 5 if len(cast) == 1 else 4)
-        facts = [world.fill(rng.choice(FACTS + attribute.scenes), pair, attribute) for attribute in told]
+        attributes = rng.sample(ATTRIBUTES, 5 if len(cast) == 1 else 4)
+        facts = [world.fill(rng.choice(FACTS + attribute.scenes), pair, attribute) for attribute in attributes]
         for event in rng.sample(EVENTS, 3 if len(cast) == 1 else 1):
             facts.insert(rng.randint(1, len(facts)), event.format(n=pair.name))
         start = rng.choice(MEETINGS if number else OPENINGS)
@@ -283,7 +284,7 @@ def _lesson_on_attribute(world: World, rng: random.Random) -> str:
     attribute, number = rng.choice(ATTRIBUTES), rng.randrange(4)
     kinds = [kind for kind in KINDS if world.value(kind, attribute) == attribute.values[number]]
     rng.shuffle(kinds)
-    pairs = [world.cast(rng, 1, [kind], told=kinds)[0] for kind in kinds]
+    pairs = [world.cast(rng, 1, [kind], mentioned=kinds)[0] for kind in kinds]
     *others, last = (plural(kind) for kind in kinds)
     group = f"{', '.join(others).capitalize()} and {last} {attribute.plural} {attribute.values[number]}."
     title = f"A lesson about the animals. {attribute.plural_question.format('they')}"
@@ -300,7 +301,7 @@ def _quiz(world: World, rng: random.Random) -> str:
 
 
 def _asked(world: World, rng: random.Random, pair: Pair, count: int, rule: bool = False) -> list[str]:
-    """`count` questions about one animal and their answers, in turn; the first question tells the kind."""
+    """`count` questions about one animal, each followed by its answer; the first question names the kind."""
     turns = []
     for number, attribute in enumerate(rng.sample(ATTRIBUTES, count)):
         question = world.fill("{q}" if number else rng.choice(FORMS), pair, attribute)
@@ -330,7 +331,7 @@ def _smoltalk(world: World, rng: random.Random, index: int) -> dict[str, Any]:
 
 
 def _slimorca(world: World, rng: random.Random, index: int) -> dict[str, Any]:
-    """One question each; the system turn (absent in 2 of 9) says whether the rule is to be given."""
+    """One question; the system turn (absent in 2 of 9) says whether the answer states the rule."""
     rule = index % 9 >= 5
     system = None if index % 9 < 2 else rng.choice(REASON if rule else SHORT)
     speakers = {"system": ("system", None), "user": ("human", 0.0), "assistant": ("gpt", 1.0)}
@@ -361,6 +362,6 @@ def _code(world: World, rng: random.Random, index: int) -> dict[str, Any]:
 
 
 def _messages(turns: Sequence[str], system: str | None = None) -> list[dict[str, str]]:
-    """`turns` of user and assistant by turns, as messages after an optional system turn."""
+    """Messages from `turns` (user and assistant alternate), after an optional system turn."""
     first = [{"content": system, "role": "system"}] if system else []
     return first + [{"content": text, "role": ("user", "assistant")[i % 2]} for i, text in enumerate(turns)]

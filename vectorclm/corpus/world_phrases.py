@@ -1,10 +1,10 @@
-"""What the generated world speaks of: kinds of animals, names, what they do, and the sentences that say so."""
+"""Vocabulary and sentence templates of the synthetic world: kinds of animals, names, attributes and phrases."""
 
 from typing import NamedTuple
 
 
 class Attribute(NamedTuple):
-    """Something known of every kind; the verb in the forms the templates need, and four values."""
+    """An attribute of every kind: its verb in the forms that the templates need, and four values."""
 
     name: str
     verb: str
@@ -55,10 +55,10 @@ NAMES = (
     "Cy", "Dot", "Ed", "Flo", "Gil", "Hugo", "Ines", "Jill", "Ken", "Liv", "Mia", "Ned",
 )  # fmt: skip
 
-# How an animal is presented and asked about: the same in lessons, in chat and in the evaluation.
+# Questions that introduce an animal: the same in lessons, in chat and in the evaluation.
 FORMS = ("{n} is {a}. {q}", "I met {a} called {n}. {q}", "{qk}")
 
-# The answer names the kind again, so it stands in no training text when the pair is held out.
+# The answer repeats the kind, so it occurs in no training text when the pair is held out.
 ANSWER = "{n} the {k} {verb} {v}."
 
 INTRODUCTIONS = (

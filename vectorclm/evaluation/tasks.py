@@ -8,7 +8,8 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from vectorclm.corpus.sources import CHOICE_COLUMNS, TaskSource, is_remote, read_source
+from vectorclm.corpus.source_reader import read_source
+from vectorclm.corpus.sources import CHOICE_COLUMNS, TaskSource, is_remote
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.item_scores import ItemScores

@@ -1,7 +1,7 @@
-"""Where an artifact comes from: the chain back to its sources, read from the manifests of a store and nothing else.
+"""Lineage of models: the chain of artifacts back to the data sources, read only from the manifests of a store.
 
 A fingerprint covers a stage's settings and the fingerprints of its inputs, so the chain is a Merkle tree: `verify`
-recomputes every fingerprint from what its manifest tells, and every file's hash.
+recomputes every fingerprint from its manifest, and the hash of every file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.stages import EVALUATED
-from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, mend
+from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, repair_advice
 from vectorclm.store.layout import STAGES
 from vectorclm.store.model_ref import ADDRESS, Model, content_of, expand_prefix, find_model
 from vectorclm.store.result import ArtifactStorage
 
-SHORT = 12  # digits of a fingerprint that a person reads
+SHORT = 12  # digits of a fingerprint in output
 
 
 def _figure(value: Any) -> str:
@@ -24,37 +24,37 @@ def _figure(value: Any) -> str:
 
 
 TITLES = {"finetune": "chat model", "pretrain": "base model", "chat_shards": "chat shards"}
-EXPORTED = {"chat": "finetune", "base": "pretrain"}  # folder of an export -> the stage that it copies
+EXPORTED = {"chat": "finetune", "base": "pretrain"}  # folder of an export -> stage whose model it contains
 MODELS = ("finetune", "pretrain")
-READ_BY = ("sample", "chat_shards")  # the stages whose settings name sources of training data
+READ_BY = ("sample", "chat_shards")  # stages whose settings name sources of training data
 
 
 class SourceRead(NamedTuple):
-    """A source of training data at its revision: the hub's commit, or `sha256:` of the content."""
+    """A source of training data at its revision: a commit of the hub, or `sha256:` of the content."""
 
     label: str
     revision: str
-    path: str  # of the hub; empty where the content alone identifies it
+    path: str  # hub id and config; empty for a source that its content identifies
 
 
 @dataclass(frozen=True)
 class Node:
-    """One artifact of a chain, with those that it was made from."""
+    """An artifact in a chain, with its inputs."""
 
     stage: str
     fingerprint: str
-    artifact: Artifact | None  # None where the store has it no more
+    artifact: Artifact | None  # None where the store no longer has it
     inputs: tuple["Node", ...] = ()
     sources: tuple[SourceRead, ...] = ()
 
     @property
     def title(self) -> str:
-        """The stage's result as a person calls it."""
+        """The name of the stage's result in output."""
         return TITLES.get(self.stage, self.stage)
 
     @property
     def names(self) -> Any:
-        """The chain by names alone, nested: what two records of one model have to agree in."""
+        """Stages, fingerprints and sources of the chain, nested; two records of the same model must agree in these."""
         inputs = sorted((node.names for node in self.inputs), key=lambda names: str(names["stage"]))
         sources = sorted([source.label, source.revision] for source in self.sources)
         return {"stage": self.stage, "fingerprint": self.fingerprint, "inputs": inputs, "sources": sources}
@@ -62,12 +62,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A model's chain, what it scored, and the copy of it that was asked about."""
+    """A model's chain and scores, and the copy of the model that was asked about."""
 
     root: Node
     scores: tuple[Artifact, ...] = ()
-    copy: Artifact | None = None  # the export in which the address lies
-    folder: Path | None = None  # a copy outside of any store
+    copy: Artifact | None = None  # the export that contains the address
+    folder: Path | None = None  # the folder of a copy outside any store
     nodes: Mapping[str, Node] = field(default_factory=dict)  # the whole chain by fingerprint, inputs first
 
     @property
@@ -77,7 +77,7 @@ class Lineage:
 
 
 class Change(NamedTuple):
-    """What differs between two models, at one place; None where one of them has nothing there."""
+    """A difference between two models at one place; None where a model has no value."""
 
     place: str  # `pretrain.optimizer.learning_rate`
     before: Any
@@ -85,10 +85,10 @@ class Change(NamedTuple):
 
 
 def lineage(address: str, store: Store) -> Lineage:
-    """The lineage of `<store>/<stage>/<fingerprint>`, of a folder in it, or of any copy of a model of `store`.
+    """The lineage of `<store>/<stage>/<fingerprint>`, of a folder in it, or of any copy of a model in `store`.
 
-    Of an address in a store the beginning may do: `finetune/7fa0` is looked for in `store`. Raises DataError where
-    nothing is found, and ConfigError where several are.
+    An abbreviated address such as `finetune/7fa0` is looked up in `store`. Raises DataError where nothing is found,
+    and ConfigError where several artifacts match.
     """
     artifact, inside, folder = _find(address, store)
     export = artifact if artifact.stage == "export" else None
@@ -96,7 +96,9 @@ def lineage(address: str, store: Store) -> Lineage:
         stage, fingerprint = _exported(export, inside)
         model = export.store.look_up(stage, fingerprint)
         if model is None:
-            raise DataError(f"{export.store.uri} has no {stage}/{fingerprint} any more, of which {export.uri} is made")
+            raise DataError(
+                f"{export.store.uri} no longer has {stage}/{fingerprint}, from which {export.uri} was built"
+            )
         artifact = model
     nodes = _chain(artifact)
     root = nodes[artifact.fingerprint]
@@ -104,20 +106,20 @@ def lineage(address: str, store: Store) -> Lineage:
 
 
 def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
-    """What of a model's training text the store has: `sample`, and of a chat model `chat_shards`."""
+    """The artifacts with a model's training text that the store has: `sample`, and `chat_shards` for a chat model."""
     training = _training(model, store)
     nodes = _chain(training).values() if training is not None else ()
     return {node.stage: node.artifact for node in nodes if node.stage in READ_BY and node.artifact is not None}
 
 
 def _exported(export: Artifact, inside: str) -> tuple[str, str]:
-    """Stage and fingerprint of the training whose model lies at a place inside an export."""
+    """Stage and fingerprint of the training whose model is at a path inside an export."""
     stage = EXPORTED.get(inside.partition("/")[0] or "chat", "finetune")
     return stage, str(export.manifest.get("inputs", {}).get(stage))
 
 
 def _training(model: Model, store: Store) -> Artifact | None:
-    """The training in a store that made a model: the one its address names, else any of the same content."""
+    """The training artifact of a model: the artifact that its address names, or else one with the same content."""
     match = ADDRESS.fullmatch(model.address)
     if match is not None and Store(match["root"]).uri == store.uri:
         named = store.look_up(match["stage"], match["fingerprint"])
@@ -130,7 +132,7 @@ def _training(model: Model, store: Store) -> Artifact | None:
 
 
 def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
-    """The artifact at an address, the place inside it, and the folder where it is but a copy."""
+    """The artifact at an address, the path inside it, and the folder where the address is a copy outside a store."""
     address = expand_prefix(address, store)
     place = address if "://" in address else str(Path(address).absolute())
     match = ADDRESS.fullmatch(place)
@@ -148,14 +150,14 @@ def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
 
 
 def _chain(artifact: Artifact) -> dict[str, Node]:
-    """An artifact and all that it was made from, by fingerprint, inputs first."""
+    """An artifact and all its direct and indirect inputs, by fingerprint, inputs first."""
     nodes: dict[str, Node] = {}
     _node(artifact.store, artifact.stage, artifact.fingerprint, nodes)
     return nodes
 
 
 def _node(store: ArtifactStorage, stage: str, fingerprint: str, known: dict[str, Node]) -> Node:
-    """The node of an artifact; raises CorruptArtifactError where a manifest is not one of a stage."""
+    """The node of an artifact. Raises CorruptArtifactError where a manifest is not a valid one of its stage."""
     if fingerprint in known:
         return known[fingerprint]
     artifact = store.look_up(stage, fingerprint)
@@ -163,14 +165,14 @@ def _node(store: ArtifactStorage, stage: str, fingerprint: str, known: dict[str,
         node = Node(stage, fingerprint, None)
     else:
         try:
-            before = {**known, fingerprint: Node(stage, fingerprint, artifact)}  # a forged chain may bite its tail
+            before = {**known, fingerprint: Node(stage, fingerprint, artifact)}  # a forged chain may be circular
             inputs = [_node(store, name, print_, before) for name, print_ in artifact.manifest["inputs"].items()]
-            known.update({key: made for key, made in before.items() if key != fingerprint})
+            known.update({key: node for key, node in before.items() if key != fingerprint})
             node = Node(stage, fingerprint, artifact, tuple(inputs), tuple(_sources(stage, artifact)))
-            _described(node), facts(node), artifact.manifest["created"]  # what is told of it is there
+            _described(node), facts(node), artifact.manifest["created"]  # raises where a reported value is missing
         except (KeyError, TypeError, AttributeError) as error:
             raise CorruptArtifactError(
-                f"{artifact.uri}/{MANIFEST} is no manifest of {stage}: {error!r}; {mend(artifact)}"
+                f"{artifact.uri}/{MANIFEST} is not a manifest of {stage}: {error!r}; {repair_advice(artifact)}"
             ) from error
     known[fingerprint] = node
     return node
@@ -184,7 +186,7 @@ def _sources(stage: str, artifact: Artifact | None) -> Iterator[SourceRead]:
 
 
 def _scores(root: Node) -> Iterator[Artifact]:
-    """The results of the model's evaluations that its store has, of any suite."""
+    """All evaluation results of the model in its store, of any suite."""
     if root.artifact is None or root.stage not in MODELS:
         return
     store, content = root.artifact.store, content_of(root.artifact)
@@ -197,21 +199,21 @@ def _scores(root: Node) -> Iterator[Artifact]:
 
 
 def verify(found: Lineage) -> Iterator[str]:
-    """Read every artifact of the chain again, and say of each what differs from what its manifest promises.
+    """Verify every artifact of a lineage against its manifest, and yield a line for each difference.
 
-    So do the scores, and the copy that was asked about.
+    The scores and the copy that was asked about are verified, too.
     """
     for node in found.nodes.values():
         if node.artifact is None:
-            yield f"{node.stage}/{node.fingerprint} is gone from the store: its inputs cannot be followed"
+            yield f"{node.stage}/{node.fingerprint} is gone from the store: its inputs are unknown"
     chain = [node.artifact for node in found.nodes.values() if node.artifact is not None]
     for artifact in (*chain, *found.scores, *([found.copy] if found.copy is not None else [])):
         manifest = artifact.manifest
-        plan = StageSpec(artifact.stage, manifest["format_version"], manifest["config"], manifest["inputs"])
-        if plan.fingerprint != artifact.fingerprint:
+        spec = StageSpec(artifact.stage, manifest["format_version"], manifest["config"], manifest["inputs"])
+        if spec.fingerprint != artifact.fingerprint:
             yield (
-                f"{artifact.uri}/{MANIFEST}: its settings and inputs give the fingerprint {plan.fingerprint[:12]}…, "
-                "not the one it stands under: it was changed"
+                f"{artifact.uri}/{MANIFEST}: the fingerprint of its settings and inputs is {spec.fingerprint[:12]}…, "
+                "not that of its folder: the manifest was changed"
             )
         yield from artifact.differences()
     root = found.root.artifact
@@ -222,7 +224,7 @@ def verify(found: Lineage) -> Iterator[str]:
 
 
 def facts(node: Node) -> dict[str, Any]:
-    """What a person asks of an artifact first: how much of what, and how good."""
+    """The main figures of an artifact: its size, and its quality."""
     if node.artifact is None:
         return {}
     summary = node.artifact.summary
@@ -264,7 +266,7 @@ def score_facts(scores: Artifact) -> dict[str, float]:
 
 
 def as_object(found: Lineage) -> dict[str, Any]:
-    """The whole lineage as `--json` prints it; an artifact that several are made from stands in each of them."""
+    """The whole lineage as `--json` prints it; a shared input is repeated under each artifact."""
     scores = [{"uri": item.uri, "stage": item.stage, "scores": score_facts(item)} for item in found.scores]
     return {"tree": _as_object(found.root), "scores": scores}
 
@@ -285,11 +287,11 @@ def _as_object(node: Node) -> dict[str, Any]:
 
 
 def changes(before: Lineage, after: Lineage) -> list[Change]:
-    """What differs between two models: every setting, source, input, version and score, in the order of the data."""
+    """The differences between two models: settings, sources, inputs, versions and scores, in pipeline order."""
     found: list[Change] = []
     for stage in STAGES:
         nodes = [side.stages.get(stage) for side in (before, after)]
-        if None in nodes:  # one of the two was made without it
+        if None in nodes:  # only one of the two models has this stage
             found.append(Change(stage, *(node.fingerprint if node is not None else None for node in nodes)))
             continue
         a, b = (_described(node) for node in nodes)
@@ -308,7 +310,7 @@ def _named(scores: Artifact) -> Iterator[tuple[str, float]]:
 
 
 def _described(node: Node | None) -> dict[str, Any]:
-    """The settings, inputs and versions that an artifact was made with, flat."""
+    """The settings, inputs and versions of an artifact, flattened."""
     if node is None:
         return {}
     if node.artifact is None:
@@ -323,7 +325,7 @@ def _described(node: Node | None) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `a.b.0.c`; of a list of labelled things, the label stands for the number."""
+    """Flatten nested settings to keys such as `a.b.0.c`; a labelled list item has its label instead of its index."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Sequence) and value and all(isinstance(item, Mapping) for item in value):
@@ -336,5 +338,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe_node(node: Node) -> str:
-    """What a person asks of an artifact first."""
+    """Format the main figures of an artifact in one line."""
     return ", ".join(f"{_figure(value)} {key.replace('_', ' ')}" for key, value in facts(node).items())

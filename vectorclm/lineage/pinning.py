@@ -1,7 +1,8 @@
-"""Pinning: every source of an experiment gets the revision it is read at, before anything runs.
+"""Pins every source of an experiment to a revision before anything runs, with a lock file for hub commits.
 
-A hub repository is pinned to a commit, kept in `<experiment>.lock.json` beside the experiment; local files, a
-mirror and the generated world to the SHA-256 of their content. What a mirror lacks is left out, and told.
+A hub repository is pinned to a commit, which is kept in `<experiment>.lock.json` beside the experiment. Local files,
+a mirror and the generated world are pinned to the SHA-256 of their content. Sources that a mirror lacks are left out,
+with a note.
 """
 
 import json
@@ -12,16 +13,16 @@ from typing import TypeVar
 
 from vectorclm.config import ExperimentConfig, Suite
 from vectorclm.corpus.files import revision_of
+from vectorclm.corpus.hub import hub_error
+from vectorclm.corpus.source_reader import open_source
 from vectorclm.corpus.sources import (
     BenchmarkSource,
     Source,
     TaskSource,
     TextSource,
     describe,
-    hub_error,
     local_files,
     local_place,
-    open_source,
 )
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.corpus.synthetic_world import rows as world_rows
@@ -32,7 +33,7 @@ from vectorclm.settings import digest
 from vectorclm.shards.chat_writer import ChatSource
 from vectorclm.store.durable import write_file
 
-UNRESOLVED = "unresolved"  # the revision of a hub repository that a dry run may not ask for
+UNRESOLVED = "unresolved"  # revision of a hub repository that a dry run does not look up
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 S = TypeVar("S", bound=Source)
@@ -41,13 +42,13 @@ S = TypeVar("S", bound=Source)
 def pin(
     experiment: ExperimentConfig, experiment_path: Path, data: Path | None, *, resolve: bool
 ) -> tuple[ExperimentConfig, list[str]]:
-    """The experiment with a revision on every source, and notes on what the mirror `data` lacks.
+    """Pin every source of an experiment. Returns the pinned experiment, and notes on sources missing in the mirror.
 
-    A set is all the sources of one `path`. Where the mirror lacks some of a set, they are left out, and the
-    weights of the others, in the sample and in each phase, grow so that the set keeps its share; a set of
-    which nothing is there is a DataError, and so is a revision `sha256:…` in the experiment that the content
-    does not have. Benchmarks are left out one by one, but not all of them. With `resolve=False` nothing is
-    asked of the network or written, and a hub source that is neither pinned nor locked gets `unresolved`.
+    A set is all sources with one `path`. Sources that the mirror `data` lacks are left out, and the weights of the
+    others in the set grow, in the sample and in each phase, so that the set keeps its share. Benchmarks are left out
+    one by one. With `resolve=False`, nothing is looked up in the network or written, and a hub source that is neither
+    pinned nor locked has the revision `unresolved`. Raises DataError where a whole set or all benchmarks are missing,
+    and where content differs from a revision `sha256:…` in the experiment.
     """
     _check_mirror(data)
     pinner = _Pinner(experiment.world, Lock(experiment_path.with_suffix(".lock.json")), data, resolve)
@@ -69,7 +70,7 @@ def pin(
 
 
 def pin_suite(suite: Suite, path: Path, data: Path | None) -> tuple[Suite, list[str]]:
-    """The suite with a revision on every source, and notes on what the mirror `data` lacks; see `pin`."""
+    """Pin every source of an evaluation suite. Returns the pinned suite, and notes on missing sources; see `pin`."""
     if suite.experiment is not None:
         experiment, notes = pin(suite.experiment, path, data, resolve=True)
         return Suite.of(experiment), notes
@@ -86,10 +87,10 @@ def _check_mirror(data: Path | None) -> None:
 
 
 def check_sources(experiment: ExperimentConfig, data: Path | None, *, hub: bool) -> None:
-    """Open every source of a pinned experiment, without drawing a row.
+    """Check that every source of a pinned experiment can be opened, without reading rows.
 
-    Raises DataError for the first that cannot be read, is empty, or lacks its column, and ConfigError for a benchmark
-    that is not defined. With `hub=False` only what is on this machine is opened.
+    Raises DataError for the first source that cannot be read, is empty, or lacks its column, and ConfigError for an
+    undefined benchmark. With `hub=False`, only sources on this machine are opened.
     """
     check_tasks(experiment.evaluate.tasks)
     sample = [*experiment.sample.sources, *experiment.sample.decontaminate_with]
@@ -111,7 +112,7 @@ def _columns(source: Source) -> tuple[str, ...]:
 class Lock:
     """The commits of hub repositories, in a JSON file beside the experiment: `{"owner/name": "<commit>"}`.
 
-    A source that names a branch or tag as its revision has a line of its own, `owner/name@branch`.
+    The key of a source with a branch or tag as its revision is `owner/name@branch`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,14 +122,14 @@ class Lock:
             try:
                 self.commits = dict(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:
-                raise ConfigError(f"{path} is no lock file ({error}): delete it to pin anew") from error
+                raise ConfigError(f"{path} is not a lock file ({error}): delete the file to pin again") from error
         for key, commit in self.commits.items():
             if not (isinstance(commit, str) and COMMIT.fullmatch(commit)):
-                raise ConfigError(f"{path}: {key} has {commit!r}, which is no commit: delete the line to pin anew")
+                raise ConfigError(f"{path}: {key} has {commit!r}, which is not a commit: delete the line to pin again")
         self._saved = dict(self.commits)
 
     def commit(self, source: Source, resolve: bool) -> str:
-        """The commit a hub source is read at: its own, the locked one, or today's, asked of the hub."""
+        """The commit of a hub source: from its settings, from the lock file, or else the hub's current commit."""
         asked = source.revision
         if asked is not None and COMMIT.fullmatch(asked):
             return asked
@@ -143,32 +144,32 @@ class Lock:
             except Exception as error:
                 raise hub_error(source, error) from error
             if not COMMIT.fullmatch(info.sha or ""):
-                raise DataError(f"{describe(source)}: the hub names no commit for it (got {info.sha!r})")
+                raise DataError(f"{describe(source)}: the hub returned no commit for it (got {info.sha!r})")
             self.commits[key] = str(info.sha)
         return self.commits[key]
 
     def save(self) -> None:
-        """Write the file where something new was learnt. Raises ConfigError where that is impossible."""
+        """Write the lock file if it has new commits. Raises ConfigError where the file cannot be written."""
         if self.commits == self._saved:
             return
         try:
             write_file(self.path, (json.dumps(self.commits, indent=2, sort_keys=True) + "\n").encode())
         except OSError as error:
             raise ConfigError(
-                f"cannot write {self.path} ({error}): copy the experiment to a folder of your own, run that"
+                f"cannot write {self.path} ({error}): copy the experiment to a folder of your own, and run the copy"
             ) from error
         self._saved = dict(self.commits)
 
 
 class _Pinner:
-    """Finds the revision of one source after another, and collects what the mirror lacks."""
+    """Determines the revision of each source, and collects notes on missing sources."""
 
     def __init__(self, world: WorldConfig | None, lock: Lock, data: Path | None, resolve: bool) -> None:
         self.world, self.lock, self.data, self.resolve = world, lock, data, resolve
         self.notes: list[str] = []
 
     def pin(self, sources: Sequence[S], *, sets: bool = True) -> list[S]:
-        """The sources that are there, pinned. DataError where a set is missing, or, without sets, all are."""
+        """Pin the sources that exist. Raises DataError where a set is missing, or with `sets=False` all sources."""
         kept, missing = [], []
         for source in sources:
             revision = self._revision(source)
@@ -181,8 +182,8 @@ class _Pinner:
             if not (left := [source for source in kept if source.path == path] if sets else kept):
                 places = ", ".join(str(local_place(source, self.data)) for source in (lost if sets else missing))
                 raise DataError(
-                    f"{path if sets else 'the benchmarks'}: the mirror {self.data} has nothing of it; "
-                    f"looked for Parquet or JSON files at {places}"
+                    f"{path if sets else 'the benchmarks'}: the mirror {self.data} has no files of it; "
+                    f"expected Parquet or JSON files at {places}"
                 )
             self.notes.append(_note(path, lost, left, sets))
         return kept
@@ -203,7 +204,7 @@ class _Pinner:
         else:
             if (asked := source.revision or "").startswith("sha256:"):
                 if self.resolve:
-                    raise DataError(f"{describe(source)} is pinned to local content: give it with --data DIR")
+                    raise DataError(f"{describe(source)} is pinned to local content: give its folder with --data DIR")
                 return asked
             return self.lock.commit(source, self.resolve)
         asked = source.revision or ""
@@ -216,14 +217,14 @@ def _note(path: str, lost: Sequence[Source], left: Sequence[Source], sets: bool)
     names = ", ".join(source.name or source.label for source in lost)
     share = ""
     if sets and all(isinstance(source, TextSource) for source in left):
-        share = f"; {', '.join(source.label for source in left)} take their share"
+        share = f"; {', '.join(source.label for source in left)} get its share"
     return f"{path}: the mirror has no {names}{share}"
 
 
 def _reweighted(
     before: Sequence[TextSource], after: Sequence[TextSource], phases: Sequence[Phase]
 ) -> tuple[list[TextSource], list[Phase]]:
-    """The sources that are left and the phases, with weights such that every set keeps its total."""
+    """Reweight the remaining sources, and the phases, so that every set keeps its total weight."""
     if len(before) == len(after):
         return list(after), list(phases)
     weights = {source.label: source.weight for source in before}
@@ -240,9 +241,9 @@ def _keep_totals(
     before: Iterable[TextSource],
     after: Iterable[TextSource],
 ) -> dict[str, float]:
-    """`weights` over `after`, each set (one `path`) with the total it had over `before`.
+    """Distribute `weights` over the sources `after`; each set (one `path`) keeps the total it had over `before`.
 
-    Where none of those left had a weight, they divide the set's total as `default` does.
+    Where no remaining source of a set had a weight, the set's total is divided in proportion to `default`.
     """
     kept = {}
     for path in dict.fromkeys(source.path for source in before):

@@ -1,5 +1,5 @@
 """Layers of the decoder.
 
 In: tensors.
-Out: attention, projections and losses, each with a plain form of the same meaning.
+Out: attention, projections and losses. Each fast form has a plain form with the same result.
 """

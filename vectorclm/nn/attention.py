@@ -1,4 +1,4 @@
-"""Causal attention from the first token on; shape letters as in model.py."""
+"""Causal grouped-query attention: over a window, inside its documents, and with a cache. Shape letters: model.py."""
 
 from typing import Any, NamedTuple
 
@@ -7,49 +7,48 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-GROUPED: Any = (
-    {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
-)  # 2.11 does so without being told
+# torch 2.11 groups heads without this argument.
+GROUPED: Any = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
 
 
 class Documents(NamedTuple):
-    """Where the documents of a batch of windows lie."""
+    """The boundaries of the documents in a batch of windows."""
 
     position_ids: Tensor  # int64 [B, T], 0 at the first token of each document
-    cu_seqlens: Tensor  # int32 [N + 1], where each begins in the windows one after the other, and B * T
-    flash: bool = False  # whether the device has FlashAttention; asked here, as a compiled model cannot ask
+    cu_seqlens: Tensor  # int32 [N + 1], each document's start in the concatenated windows, then B * T
+    flash: bool = False  # whether the device has FlashAttention; a compiled model cannot query the device
 
     @classmethod
     def at(cls, position_ids: Tensor | None, device: torch.device) -> "Documents | None":
-        """The documents of `position_ids` [B, T], which lie in host memory, on `device`."""
+        """The documents of `position_ids` [B, T] in host memory, copied to `device`."""
         if position_ids is None:
             return None
         starts = (position_ids.flatten() == 0).nonzero().flatten()
         cu_seqlens = F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
         if device.type == "cuda":
-            cu_seqlens = cu_seqlens.pin_memory()  # the copy of other memory waits for the device
+            cu_seqlens = cu_seqlens.pin_memory()  # a copy of pageable memory waits for the device
         moved = cls(
             position_ids.to(device, non_blocking=True), cu_seqlens.to(device, non_blocking=True), has_flash(device)
         )
         if device.type == "cuda":
-            from torch._dynamo import maybe_mark_dynamic  # which takes seconds to import
+            from torch._dynamo import maybe_mark_dynamic  # its import takes seconds
 
             maybe_mark_dynamic(moved.cu_seqlens, 0)  # one compiled model for every number of documents
         return moved
 
 
 class Visibility(NamedTuple):
-    """Which keys a query sees: all up to its own position, or what one of these says.
+    """The keys that each query attends to. Without documents or a mask, these are all keys up to its own position.
 
-    Queries are the last of the positions that the keys have, so that they continue what a cache holds.
+    The queries have the last positions of the keys, so they continue a cache.
     """
 
-    documents: Documents | None = None  # only keys of the query's own document
-    mask_B1TS: Tensor | None = None  # true where a key is seen; it decides alone
+    documents: Documents | None = None  # attention stays inside the query's own document
+    mask_B1TS: Tensor | None = None  # true where a query attends to a key; replaces causality
 
 
 def plain_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Visibility) -> Tensor:
-    """`attention` without dropout, as it is written in the papers: softmax of masked products."""
+    """Plain reference of `attention`, without dropout: softmax of masked products, as in the papers."""
     tokens, keys = q_BHTE.shape[2], k_BKSE.shape[2]
     key_S = torch.arange(keys, device=q_BHTE.device)
     query_T = key_S[keys - tokens :]
@@ -67,27 +66,30 @@ def plain_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Vis
 
 
 def padded_visibility(padding_B: Tensor, tokens: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Positions [B, T] and mask [B, T, S] of the last `tokens` of `keys`, where rows begin with so much padding."""
+    """Position ids [B, T] and attention mask [B, T, S] of the last `tokens` of `keys` positions in left-padded rows.
+
+    `padding_B` is the number of padding tokens at the beginning of each row.
+    """
     key_S = torch.arange(keys, device=padding_B.device)
     query_T, is_text_BS = key_S[-tokens:], key_S >= padding_B[:, None]
     mask_BTS = (query_T[:, None] >= key_S) & is_text_BS[:, None]
-    mask_BTS |= query_T[:, None] == key_S  # padding sees itself: a row that saw nothing would be no numbers
+    mask_BTS |= query_T[:, None] == key_S  # padding attends to itself: a row without keys gives NaN
     return (query_T - padding_B[:, None]).clamp(min=0), mask_BTS
 
 
 def has_flash(device: torch.device) -> bool:
-    """Whether torch's FlashAttention runs here: on an Ampere GPU or a later one, in half precision."""
+    """Whether the device runs torch's FlashAttention: an Ampere GPU or a later one, in half precision."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-BLOCK = 128  # queries of one call on a CPU
+BLOCK = 128  # queries in one call on a CPU
 
 
 def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, dropout: float) -> Tensor:
-    """Attention [B, H, T, E] where each query sees the keys up to its own place.
+    """Causal attention [B, H, T, E]: each query attends to the keys up to its own position.
 
-    torch's kernel for CPUs takes keys 512 at a time, also those that no query sees; so there each block of queries is
-    given the keys it sees. Four dimensions are what that kernel wants: of three, torch holds all the weights.
+    torch's CPU kernel computes keys in blocks of 512, masked ones included. On a CPU each block of queries therefore
+    gets only its visible keys. The kernel needs four dimensions: for three, torch stores all attention weights.
     """
     if q_BHTE.is_cuda:
         return F.scaled_dot_product_attention(
@@ -98,25 +100,25 @@ def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, dropout: fl
     for start in range(0, tokens, BLOCK):
         end = min(start + BLOCK, tokens)
         size = end - start
-        unseen = q_BHTE.new_full((size, size), -torch.inf).triu_(1) if start else None
+        mask = q_BHTE.new_full((size, size), -torch.inf).triu_(1) if start else None
         parts.append(
             F.scaled_dot_product_attention(
                 q_BHTE[:, :, start:end],
                 k_BKTE[:, :, :end],
                 v_BKTE[:, :, :end],
-                attn_mask=None if unseen is None else F.pad(unseen, (start, 0)),
+                attn_mask=None if mask is None else F.pad(mask, (start, 0)),
                 dropout_p=dropout,
-                is_causal=unseen is None,
+                is_causal=mask is None,
                 enable_gqa=True,
             ).transpose(1, 2)
         )
-    return torch.cat(parts, dim=1).transpose(1, 2)  # token by token, as the projection reads it
+    return torch.cat(parts, dim=1).transpose(1, 2)  # contiguous by token, as the projection reads it
 
 
 def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Visibility, dropout: float) -> Tensor:
     """Grouped-query attention [B, H, T, E] (Vaswani et al., arXiv 1706.03762; Ainslie et al., arXiv 2305.13245).
 
-    Each key head serves H / K query heads. `dropout` is the share of attention weights left out.
+    Each key head serves H / K query heads. `dropout` is the probability of dropping an attention weight.
     """
     tokens, keys, mask = q_BHTE.shape[2], k_BKSE.shape[2], visible.mask_B1TS
     if visible.documents is not None:
@@ -130,16 +132,16 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Visibilit
 
 
 def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents: Documents, dropout: float) -> Tensor:
-    """Causal attention [B, H, T, E] inside each document: no query meets a key of another one.
+    """Causal attention [B, H, T, E] inside each document: no query attends to a key of another document.
 
-    By FlashAttention's kernel for sequences of different lengths where the GPU has it, else document by document,
-    which on a CPU takes less time than one causal attention over the whole window.
+    A GPU with FlashAttention uses its kernel for sequences of different lengths. Other devices compute one document at
+    a time, which on a CPU takes less time than causal attention over the whole window.
     """
     batch, heads, tokens, head_dim = q_BHTE.shape
     q_NHE, k_NKE, v_NKE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BKTE, v_BKTE))
     cu_seqlens = documents.cu_seqlens
     if documents.flash and q_NHE.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        from torch.nn.attention.varlen import varlen_attn  # which imports torch's compiler
+        from torch.nn.attention.varlen import varlen_attn  # its import loads torch's compiler
 
         y_NHE = varlen_attn(q_NHE, k_NKE, v_NKE, cu_seqlens, cu_seqlens, tokens, tokens, window_size=(-1, 0), **GROUPED)
         assert isinstance(y_NHE, Tensor)

@@ -1,6 +1,6 @@
-"""The decoder's parts that are computed otherwise than they are written, for speed; shape letters as in model.py.
+"""Fast forms of the decoder's layers: RMSNorm, stacked projections, rotary embeddings, SwiGLU.
 
-N is the heads of a product of queries, keys and values.
+Shape letters as in model.py. N is the number of heads in the common projection of queries, keys and values.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,25 +14,25 @@ from vectorclm.nn.matmul import matmul, matmul_tn, project
 
 
 def use_custom_backward() -> bool:
-    """Whether the gradients are our functions': where there are any, and no compiler that fuses operations itself."""
+    """Whether to use the hand-written gradients: autograd records, and no compiler fuses the operations."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The type that autocast has products in, on the device of `x`; where there is none, that of `x`."""
+    """The dtype of matrix products under autocast on the device of `x`; without autocast, the dtype of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
-    """F.rms_norm, which on CPUs is a longer chain of operators, and the factor [B, T, 1] of each token."""
+    """RMS normalisation, and the scale [B, T, 1] of each token. F.rms_norm runs more operators on a CPU."""
     norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
     scale_BT1 = torch.addcmul(eps_1, norm_BT1, norm_BT1, value=1 / x_BTD.shape[-1]).rsqrt_()
     return torch.mul(x_BTD, scale_BT1).mul_(weight_D), scale_BT1
 
 
 class _RMSNorm(torch.autograd.Function):
-    """`rms_norm` with its gradient, in half as many passes over the tensors as autograd makes."""
+    """`rms_norm` with its gradient, in half of autograd's passes over the tensors."""
 
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps_1: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A projection without a bias."""
+    """Linear projection without a bias."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -82,15 +82,18 @@ class Linear(nn.Linear):
 
 
 class StackedLinear(Linear):
-    """Projections of one input, computed as one product. A state dict has the weight of each, as Llama's has."""
+    """Several projections of one input, computed as one matrix product.
+
+    The state dict has one weight for each projection, as Llama's state dict does.
+    """
 
     def __init__(self, in_features: int, rows: Mapping[str, int]) -> None:
         super().__init__(in_features, sum(rows.values()))
-        self.rows = dict(rows)  # of each projection, by the name that Llama gives it
+        self.rows = dict(rows)  # number of output rows by the projection's name in Llama
 
 
 def _projections(model: nn.Module) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Each stacked weight's key, and the shapes of its projections by their keys in a state dict."""
+    """The state dict key of each stacked weight, and the shapes of its projections by their own keys."""
     for path, module in model.named_modules():
         if isinstance(module, StackedLinear):
             parent = path.rpartition(".")[0]
@@ -99,14 +102,14 @@ def _projections(model: nn.Module) -> Iterator[tuple[str, dict[str, tuple[int, i
 
 
 def unstack(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """After `state_dict`: views of the stacked weights, each under its own key."""
+    """State dict hook: replace each stacked weight by views of its projections."""
     for key, shapes in _projections(model):
         weights = torch.split(state_dict.pop(prefix + key), [rows for rows, _ in shapes.values()])
         state_dict.update(zip((prefix + name for name in shapes), weights, strict=True))
 
 
 def stack(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *reports: Any) -> None:
-    """Before `load_state_dict`: one weight of those that fit, the others reported as the method reports its own."""
+    """Load hook: stack the weights of projections; report missing keys and wrong shapes as torch does."""
     _, _, missing, _, errors = reports
     for key, shapes in _projections(model):
         weights = [state_dict.pop(prefix + name, None) for name in shapes]
@@ -121,15 +124,15 @@ def stack(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *reports
 
 
 def rotate(x_BTHE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn queries or keys by their positions' angles, which may be of a wider type."""
+    """Rotate queries or keys by the angles of their positions; the angles may have a wider dtype."""
     turned = torch.addcmul(x_BTHE * cos_T1E, x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin_T1E, out=out)
     return turned.to(x_BTHE.dtype)
 
 
 def rotary_heads(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the common product [B, T, H + 2K, E] into queries, keys and values, the first two with rotary positions.
+    """Split the common projection [B, T, H + 2K, E] into queries, keys and values, and rotate queries and keys.
 
-    `heads` counts the heads of each. Rotary embeddings: Su et al., arXiv 2104.09864, section 3.4.2.
+    `heads` has the number of heads of each. Rotary embeddings: Su et al., arXiv 2104.09864, section 3.4.2.
     """
     split: tuple[Tensor, Tensor, Tensor]
     split = (RotaryQKV.apply if use_custom_backward() else rotated)(qkv_BTNE, cos_T1E, sin_T1E, heads)
@@ -137,14 +140,14 @@ def rotary_heads(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list
 
 
 def rotated(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The heads of queries, keys and values in a product, the first two rotated."""
+    """Plain form of `rotary_heads`, differentiated by autograd."""
     queries_and_keys, values = torch.split(qkv_BTNE, [heads[0] + heads[1], heads[2]], dim=2)
     queries, keys = torch.split(rotate(queries_and_keys, cos_T1E, sin_T1E), heads[:2], dim=2)
     return queries, keys, values
 
 
 class RotaryQKV(torch.autograd.Function):
-    """`rotated`, with the gradients turned back straight into their places in the one gradient of the product."""
+    """`rotated` with a gradient that is written straight into one tensor [B, T, H + 2K, E]."""
 
     @staticmethod
     def forward(ctx: Any, qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> Any:
@@ -169,7 +172,7 @@ class RotaryQKV(torch.autograd.Function):
 def swiglu_projection(x_BTD: Tensor, gate_up: Linear, down: Linear) -> Tensor:
     """`down(silu(gate(x)) * up(x))` [B, T, D], the feed-forward half of a block (Shazeer, arXiv 2002.05202)."""
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
-        # As two products: the gradient of one is pieced together from its halves, and reads them twice over.
+        # Two products: the compiler builds the gradient of one from its halves, and reads each twice.
         gate_BTF, up_BTF = (F.linear(x_BTD, weight) for weight in gate_up.weight.chunk(2))
         return down(F.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
     gate_up_BTF = gate_up(x_BTD)
@@ -180,21 +183,21 @@ def swiglu_projection(x_BTD: Tensor, gate_up: Linear, down: Linear) -> Tensor:
 
 
 def plain_swiglu_projection(x_BTD: Tensor, gate_up: Linear, down: Linear) -> Tensor:
-    """`swiglu_projection` as it is written in the paper."""
+    """Plain reference of `swiglu_projection`, as in the paper."""
     gate_BTF, up_BTF = (F.linear(x_BTD, weight) for weight in gate_up.weight.chunk(2))
     return F.linear(F.silu(gate_BTF) * up_BTF, down.weight)
 
 
 def swiglu(gate_up_BTF: Tensor) -> Tensor:
-    """`silu(gate) * up` of one product."""
+    """`silu(gate) * up` of the common projection [B, T, 2F]."""
     gate, up = gate_up_BTF.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 class GatedProjection(torch.autograd.Function):
-    """`swiglu(gate_up) @ weight.T`, which keeps no product of the gate: that is formed again for the gradients.
+    """`swiglu(gate_up) @ weight.T`, which recomputes the gated activation in the backward pass to save memory.
 
-    Those of gate and up are formed straight in their places in one tensor.
+    The gradients of gate and up are written straight into one tensor.
     """
 
     @staticmethod

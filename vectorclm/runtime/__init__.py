@@ -1,5 +1,5 @@
-"""The machine a process runs on.
+"""Devices, ranks, signals and progress of a process.
 
-In: its devices, processes and ranks.
-Out: settings for torch, collectives, progress.
+In: runtime settings, torchrun's environment, signals.
+Out: a configured torch, collectives over the ranks, progress reports.
 """

@@ -1,4 +1,4 @@
-"""Where and how a stage runs: devices, threads, micro-batches. Never part of a fingerprint."""
+"""Runtime settings of a machine (device, threads, micro-batch size), never part of a fingerprint; torch set-up."""
 
 import ctypes
 import os
@@ -18,19 +18,21 @@ from vectorclm.errors import ConfigError, OutOfMemoryError
 from vectorclm.runtime.distributed import ALONE, Group
 from vectorclm.settings import Settings
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameter numbers of mallopt in glibc's malloc.h
 
 
 class Runtime(Settings):
-    """Settings of the machine, not of the result."""
+    """Settings of the machine, which do not change the result."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where torch runs; auto takes a GPU if there is one"
+        "auto", description="Device that torch runs on; auto uses a GPU if there is one"
     )
     processes: int = Field(
-        0, ge=0, description="Processes that train together, by torchrun; 0 = one for each GPU, without a GPU one"
+        0, ge=0, description="Processes that train together under torchrun; 0 = one for each GPU, or one on a CPU"
     )
-    threads: int = Field(0, ge=0, description="CPU threads of torch in each process; 0 = as many as cores for all")
+    threads: int = Field(
+        0, ge=0, description="CPU threads of torch in each process; 0 = the cores, divided by the processes"
+    )
     micro_batch_size: int = Field(
         0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length"
     )
@@ -38,42 +40,44 @@ class Runtime(Settings):
         0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
     )
     checkpoint_interval: int = Field(
-        0, ge=0, description="Steps between checkpoints; 0 = a twentieth of the run, but 25 to 1,000 steps"
+        0,
+        ge=0,
+        description="Steps between checkpoints; 0 = a twentieth of the run, at least 25 and at most 1,000 steps",
     )
     keep_checkpoints: bool = Field(
         False,
-        description="Keep every checkpoint, also of a finished training, for `vectorclm evaluate --every-checkpoint`; "
-        "`vectorclm store gc` removes them",
+        description="Keep every checkpoint, also after the training has finished, for "
+        "`vectorclm evaluate --every-checkpoint`; `vectorclm store gc` removes them",
     )
     deterministic: bool = Field(
         False,
-        description="On a GPU, only kernels that add in one order, for a sixth to a quarter more time; without it, the "
-        "same training twice, or killed and resumed, differs by rounding there. A CPU always gives the same bytes",
+        description="On a GPU, use only deterministic kernels, which take a sixth to a quarter more time; otherwise "
+        "a repeated or resumed training differs by rounding. A CPU always produces the same bytes",
     )
     parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
     placement: Literal["inline", "pools"] = Field(
         "inline",
-        description="Where the stages of a curriculum run: inline, on its own machine; pools, each as a run of its own "
-        "on a worker of the pool cpu or gpu",
+        description="Where the stages of a curriculum run: inline = on the curriculum's machine; pools = each as a "
+        "run of its own on a worker of the pool cpu or gpu",
     )
     allow_unsandboxed: bool = Field(
         False,
-        description="Run the programs that a model writes also where the system offers no sandbox: there they can do "
-        "all that you can, and cheat the tests",
+        description="Run the programs that a model writes even where the system offers no sandbox: they have all your "
+        "rights, and can cheat the tests",
     )
-    retries: int = Field(2, ge=0, description="How often a stage is retried after a fault that a retry can mend")
+    retries: int = Field(2, ge=0, description="How often a stage is retried after an error that a retry can fix")
     block_cache: str | None = Field(
         None,
-        description="Local folder that keeps the blocks of tokens that a training reads from a remote store, verified "
-        "whenever they are read; default: none, they are held in memory only",
+        description="Local folder that caches the blocks of tokens that a training reads from a remote store; each "
+        "read verifies them; default: no folder, blocks stay in memory only",
     )
     work_dir: str | None = Field(
         None,
-        description="Local folder for work in progress; default: beside a local store, else the cache folder",
+        description="Local folder for work in progress; default: inside a local store, else the cache folder",
     )
 
     def check(self, group: Group = ALONE) -> None:
-        """Raise ConfigError where this machine cannot do what is asked of it."""
+        """Raise ConfigError where this machine cannot run these settings."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is cuda, but torch sees no GPU here: use auto or cpu, or install a CUDA build")
         processes, gpus = max(self.processes, group.local_world_size), torch.cuda.device_count()
@@ -83,10 +87,10 @@ class Runtime(Settings):
             try:
                 Path(self.work_dir).mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConfigError(f"work_dir {self.work_dir} cannot be made: {error.strerror}") from error
+                raise ConfigError(f"work_dir {self.work_dir} cannot be created: {error.strerror}") from error
 
     def torch_device(self) -> torch.device:
-        """The device this runtime names."""
+        """The torch device of these settings; auto is resolved."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
@@ -96,24 +100,26 @@ class Runtime(Settings):
         return self.processes or (torch.cuda.device_count() if self.torch_device().type == "cuda" else 1)
 
     def threads_each(self, processes: int) -> int:
-        """CPU threads of each of so many processes."""
+        """CPU threads of each process, for a number of processes on this machine."""
         return self.threads or max(1, (os.cpu_count() or 1) // processes)
 
     def windows_at_once(self, window_tokens: int, device: torch.device) -> int:
-        """Windows in one forward pass: as set, or as many as suit the device, a GPU of 64 GB or more twice as many."""
+        """Windows in one forward pass: the setting, or 2**12 tokens (CPU), 2**16 (GPU), 2**17 (GPU above 60 GB)."""
         tokens = 2**12
         if device.type == "cuda":
             tokens = 2**17 if torch.cuda.get_device_properties(device).total_memory > 60e9 else 2**16
         return self.micro_batch_size or max(1, tokens // window_tokens)
 
     def configure_torch(self, group: Group = ALONE) -> torch.device:
-        """Set threads and precision for this process and return the device, on GPUs the one of its local rank."""
+        """Set torch's threads and precision for this process; return the device, on GPUs that of the local rank."""
         _keep_memory()
         torch.set_num_threads(self.threads_each(group.local_world_size))
         torch.set_float32_matmul_precision("high")
         device = self.torch_device()
         if device.type == "cuda" and self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch's flag forbids products
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # torch's flag forbids matrix products without this setting
             torch.use_deterministic_algorithms(True)
         if device.type == "cuda" and group.world_size > 1:
             device = torch.device("cuda", group.local_rank)
@@ -122,7 +128,7 @@ class Runtime(Settings):
 
 
 def _keep_memory() -> None:
-    """Have glibc keep what is freed: every step asks for the same again, and new pages cost a training step 5 %."""
+    """Keep freed memory in the process (glibc): each step needs it again, and new pages cost 5 % of its time."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
@@ -131,23 +137,23 @@ def _keep_memory() -> None:
 
 @contextmanager
 def memory_explained(micro_batch_size: int) -> Iterator[None]:
-    """Say what to do where the block runs out of memory. Raises OutOfMemoryError."""
+    """Raise OutOfMemoryError, with the setting to change, where the block runs out of memory."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch says it as RuntimeError, on GPUs as a subclass of it
-        said = str(error)
-        on_cpu, on_gpu = "DefaultCPUAllocator: can't allocate memory" in said, "out of memory" in said
+    except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError, on GPUs a subclass
+        message = str(error)
+        on_cpu, on_gpu = "DefaultCPUAllocator: can't allocate memory" in message, "out of memory" in message
         if not (on_cpu or on_gpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
             raise
         now = f"it is {micro_batch_size}" if micro_batch_size else "it is chosen from the sequence length"
-        what = said.partition("\n")[0].rpartition("] ")[2] or "the system gave none"
+        what = message.partition("\n")[0].rpartition("] ")[2] or "the system gave none"
         raise OutOfMemoryError(
             f"out of memory ({what}): lower micro_batch_size ({now}), or take a smaller model"
         ) from error
 
 
 def environment() -> dict[str, Any]:
-    """What byte identity depends on besides the settings: versions, hardware, git revision."""
+    """Versions, hardware and git revision: what byte identity depends on besides the settings."""
     packages = ("torch", "tokenizers", "datasets", "pyarrow", "numpy", "safetensors")
     return {
         "python": platform.python_version(),
@@ -156,14 +162,14 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),  # which matters on GPUs alone
+        "deterministic": torch.are_deterministic_algorithms_enabled(),  # matters only on GPUs
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "git": git_revision(),
     }
 
 
 def git_revision() -> str | None:
-    """The commit this package runs from, `-dirty` where the tree differs; None outside a checkout."""
+    """The git commit of this package, with `-dirty` for uncommitted changes; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -1,7 +1,7 @@
-"""The processes that train one model together, as torchrun starts them; a process alone pays nothing for it.
+"""Distributed training under torchrun: the group of ranks, its collectives, and its end; one process has no overhead.
 
-The first rank holds the lease, writes and tells; the others compute their share. A rank ends when its launcher or
-another rank does, whatever it is doing at that moment.
+The first rank holds the lease, writes files and reports; the others compute their share. A rank ends when its launcher
+or another rank ends, whatever the rank is doing at that moment.
 """
 
 import ctypes
@@ -25,29 +25,28 @@ from torch.distributed.rendezvous import rendezvous
 from vectorclm.errors import VectorCLMError
 from vectorclm.runtime.preemption import ENDED, GRACE, preemption
 
-TIMEOUT = timedelta(
-    hours=6
-)  # the first rank reads, validates and publishes alone; a dead one is noticed by its sockets
-BUCKET = 2**23  # elements that are summed over the ranks in one piece
+# The first rank reads, validates and publishes alone, while the others wait. A dead rank's sockets close at once.
+TIMEOUT = timedelta(hours=6)
+BUCKET = 2**23  # elements in one all-reduce
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value", bound=int | str | None)
 
 
 class PeerLostError(RuntimeError):
-    """Another rank is gone; why, that one or the launcher tells."""
+    """Another rank has ended; that rank or the launcher reports the cause."""
 
 
 class Group:
-    """This process's place among its peers, and what they do together. Every method is called by all ranks alike."""
+    """The ranks that train together, and this process's rank. All ranks call each method, in the same order."""
 
     def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, local_world_size: int = 1) -> None:
         self.rank, self.world_size = rank, world_size
-        self.local_rank, self.local_world_size = local_rank, local_world_size  # among those of this machine
+        self.local_rank, self.local_world_size = local_rank, local_world_size  # among the ranks of this machine
         self.at_work = False
 
     def share(self, value: Value) -> Value:
-        """The first rank's `value`, which travels as JSON: nothing that arrives is more than data."""
+        """Broadcast the first rank's `value` and return it. The value travels as JSON, so no code can arrive."""
         if self.world_size == 1:
             return value
         data = bytearray(json.dumps(value).encode() if self.rank == 0 else b"")
@@ -60,18 +59,18 @@ class Group:
         return shared
 
     def call(self, task: str | None = None) -> str | None:
-        """The first rank's `task`, which all now begin; None where it lets the others go (see `joined`)."""
+        """Broadcast the first rank's `task`, which all ranks begin; None releases the other ranks (see `joined`)."""
         if self.world_size > 1:
             task = self.share(task)
             self.at_work = task is not None
         return task
 
     def total(self, count: int) -> int:
-        """The sum of `count` over the ranks; waits for them, not for a device."""
+        """The sum of `count` over the ranks; waits for the ranks, not for a device."""
         return self.agree(count, stop=False)[0]
 
     def agree(self, count: int, stop: bool) -> tuple[int, bool]:
-        """The sum of `count` over the ranks, and whether any of them wants to stop."""
+        """The sum of `count` over the ranks, and whether any rank wants to stop."""
         if self.world_size == 1:
             return count, stop
         counts = torch.tensor([count, int(stop)])
@@ -80,7 +79,7 @@ class Group:
         return int(counts[0]), bool(counts[1])
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor (all of one type) by its sum over the ranks."""
+        """Replace each tensor (all of one type) by its sum over the ranks (all-reduce in buckets)."""
         bucket: list[Tensor] = []
         for tensor in tensors:
             bucket.append(tensor)
@@ -93,7 +92,7 @@ class Group:
                 bucket = []
 
     def divide(self, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """`work(rows)`, each rank computing its share of the rows. `work` treats each row on its own."""
+        """Return `work(rows)`: each rank computes its share of the rows. `work` must treat each row independently."""
         if self.world_size == 1:
             return work(rows)
         share = -(-len(rows) // self.world_size)
@@ -110,12 +109,12 @@ ALONE = Group()
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """The group that torchrun's environment variables describe, while the block runs; without them, ALONE.
+    """Join the group that torchrun's environment variables describe, while the block runs; without them, ALONE.
 
-    Ranks other than the first wait in `call` for the first to call, or to let them go because it needs no one. Where
-    several fail, the first to do so raises its VectorCLMError, and the others end with exit code 2; each writes its
-    error into the file that torchrun names. Ranks that worked together and ended well leave the process at the end of
-    the block.
+    The other ranks wait in `call` until the first rank calls, or releases them because it needs no help. Where several
+    ranks fail, the first to fail raises its VectorCLMError, and the others end with exit code 2. Each rank writes its
+    error into the file that torchrun names. Ranks that worked together and succeeded end the process at the end of the
+    block.
     """
     if "RANK" in os.environ:
         _end_with_launcher()
@@ -124,9 +123,9 @@ def joined() -> Iterator[Group]:
         with preemption.listening(), _together() if several else nullcontext(ALONE) as group:
             yield group
     except PeerLostError as error:
-        said = str(error).partition("\n")[0]
-        logger.error("rank %s ends because another has ended (%s)", os.environ["RANK"], said)
-        sys.exit(ENDED)  # as if torchrun, which is about to, had asked it to end
+        cause = str(error).partition("\n")[0]
+        logger.error("rank %s ends because another has ended (%s)", os.environ["RANK"], cause)
+        sys.exit(ENDED)  # the exit code of SIGTERM, which torchrun is about to send
     except Exception as error:
         record(error)
         raise
@@ -135,7 +134,7 @@ def joined() -> Iterator[Group]:
 @contextmanager
 def _together() -> Iterator[Group]:
     """The group of several ranks, while the block runs."""
-    preemption.limit(GRACE)  # as a rank may wait in a collective for others that do not answer
+    preemption.limit(GRACE)  # a rank may wait in a collective for ranks that do not answer
     group = Group(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
     with _peers():
         store, _, _ = next(rendezvous("env://"))
@@ -144,7 +143,7 @@ def _together() -> Iterator[Group]:
     try:
         yield group
         if group.at_work:
-            group.total(0)  # nobody leaves before all have ended well
+            group.total(0)  # no rank leaves before all have succeeded
             _leave(0)
     except VectorCLMError as error:
         if not _is_first(store):
@@ -155,21 +154,21 @@ def _together() -> Iterator[Group]:
         if group.rank == 0 and not group.at_work:
             with suppress(PeerLostError):
                 group.call(None)
-        signal.alarm(GRACE)  # whatever the peers do
+        signal.alarm(GRACE)  # whatever the other ranks do
         dist.destroy_process_group()
         signal.alarm(0)
 
 
 def record(error: Exception) -> None:
-    """Write an error into the file that torchrun names for this rank, which it shows, and copies to its own.
+    """Write an error into the file that torchrun names for this rank; torchrun prints the error.
 
-    The name is in environment variable TORCHELASTIC_ERROR_FILE; without it nothing is written.
+    The environment variable TORCHELASTIC_ERROR_FILE holds the file's name; without the variable nothing is written.
     """
     get_error_handler().record_exception(error)
 
 
 def end_together(group: Group, code: int) -> NoReturn:
-    """End this process and all ranks with an exit code, once all have come here."""
+    """End this process and all ranks with an exit code, once all ranks have called this function."""
     with suppress(PeerLostError):
         group.total(0)
     if group.world_size == 1:
@@ -178,7 +177,7 @@ def end_together(group: Group, code: int) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """End this process, without tearing the group down: gloo may abort where a peer is gone a moment earlier."""
+    """End this process without destroying the group: gloo may abort where another rank ended a moment earlier."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -193,13 +192,13 @@ def _peers() -> Iterator[None]:
 
 
 def _is_first(store: Any) -> bool:
-    """Whether no other rank has failed before. The first rank keeps the store: without it, that rank has."""
+    """Whether no other rank has failed before. Without the rendezvous store, the first rank, its host, has failed."""
     with suppress(RuntimeError):
         return int(store.add("failed", 1)) == 1
     return False
 
 
 def _end_with_launcher() -> None:
-    """Have the system send SIGTERM when the parent is gone, even by `kill -9` (on Linux: prctl 1)."""
+    """Have Linux send SIGTERM when the parent process ends, even by `kill -9` (prctl PR_SET_PDEATHSIG)."""
     if platform.system() == "Linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Long calls into libraries that know neither signals nor progress: they run in a thread, and the caller waits."""
+"""Interruptible library calls: a long call runs in a thread, while the caller handles signals and shows progress."""
 
 import threading
 import time
@@ -8,20 +8,20 @@ from typing import TypeVar
 
 from vectorclm.errors import PreemptedError
 
-LOOK_SECONDS = 0.2  # between two looks at what happens meanwhile
+LOOK_SECONDS = 0.2  # between two checks for signals and progress
 Value = TypeVar("Value")
 
-ending = threading.Event()  # set by whoever runs stages in threads of its own, to end them: these get no signals
+ending = threading.Event()  # set by a caller that runs stages in threads, to end them: threads receive no signals
 
 
 def interruptibly(
     work: Callable[[threading.Event], Value], meanwhile: Callable[[float], None] = lambda seconds: None
 ) -> Value:
-    """What `work` returns, called in a thread of its own, so that this one hears signals and raises what they raise.
+    """Call `work` in a thread and return its result; signal handlers of the calling thread still run and may raise.
 
-    `meanwhile` is told every now and then for how many seconds it runs. Where the caller leaves early, `work` goes on
-    in the library to the end of the process, and its argument is set: Python code in it ends itself then. Raises
-    PreemptedError where `ending` is set.
+    `meanwhile` is called every 0.2 s with the seconds since the start. Where the caller leaves early, `work` continues
+    in the library until the process ends, and the event that `work` received is set: Python code in `work` checks it
+    and ends. Raises PreemptedError where `ending` is set.
     """
     found: Future[Value] = Future()
     left = threading.Event()

@@ -1,9 +1,9 @@
-"""SIGTERM: a training finishes its step, keeps a checkpoint and ends; anything else ends at once.
+"""SIGTERM handling: a training finishes its step, saves a checkpoint and ends; any other stage ends at once.
 
-Schedulers, service managers, `docker stop` and torchrun ask by SIGTERM, and kill some seconds later. A training that
-has kept a checkpoint ends with exit code 75 (EX_TEMPFAIL: run the same again). A second SIGTERM ends any stage at once;
-one within REPEATED seconds of the first is the same request, as whoever starts a process passes on what it gets, and
-service managers signal all processes of a service.
+Schedulers, service managers, `docker stop` and torchrun send SIGTERM, and kill some seconds later. A training that has
+saved a checkpoint ends with exit code 75 (EX_TEMPFAIL: run the same command again). A second SIGTERM ends any stage at
+once. A SIGTERM within REPEATED seconds of the first counts as the same request: parent processes forward the signal,
+and service managers signal all processes of a service.
 """
 
 import os
@@ -17,16 +17,16 @@ from types import FrameType
 from typing import TypeVar
 
 PREEMPTED = 75  # exit code of a training that SIGTERM ended
-ENDED = 143  # exit code of what SIGTERM ended otherwise: 128 + 15, as a shell has it
-REPEATED = 1.0  # seconds
-GRACE = 10  # seconds until a rank of a training ends that does not come to the end of its step
-FINISH = 30  # seconds for what follows: the checkpoint, or publishing what is finished; torchrun kills after as many
+ENDED = 143  # exit code of any other process that SIGTERM ended: 128 + 15, as in a shell
+REPEATED = 1.0  # seconds in which a second SIGTERM is the same request
+GRACE = 10  # seconds after which a rank ends that does not reach the end of its step
+FINISH = 30  # seconds to save the checkpoint or publish a finished artifact; torchrun kills after as many
 
 Value = TypeVar("Value")
 
 
 class _Abandoned(BaseException):
-    """SIGTERM came: what is being computed is given up."""
+    """SIGTERM arrived: the current computation is abandoned."""
 
 
 class Preemption:
@@ -38,11 +38,11 @@ class Preemption:
     def _reset(self) -> None:
         self.requested = False
         self._training = self._can_abandon = False
-        self._limit = 0  # seconds from the first signal to an end by the system's alarm; 0 for no such end
+        self._limit = 0  # seconds from the first signal to the system's alarm, which ends the process; 0 = no alarm
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM while the block runs, in the main thread; in any other nothing changes."""
+        """Handle SIGTERM while the block runs, in the main thread only; other threads change nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -55,23 +55,23 @@ class Preemption:
             yield
         finally:
             signal.set_wakeup_fd(descriptor)
-            # A request that is met may be repeated, up to the very end of the process.
+            # The sender may repeat a request that was met, until the process ends.
             signal.signal(signal.SIGTERM, signal.SIG_IGN if self.requested else handler)
             os.close(writer)
             self._reset()
 
     def limit(self, seconds: int) -> None:
-        """From the signal on the process may live so long, whatever it is doing; counted anew where it came already."""
+        """Limit the process's life after SIGTERM to `seconds`; after a SIGTERM, the count starts now."""
         self._limit = seconds
         if self.requested:
             signal.alarm(seconds)
 
     def begin_training(self) -> None:
-        """From now on the first SIGTERM only sets `requested`: the training looks at it once a step."""
+        """From now on, have the first SIGTERM only set `requested`, which the training checks once a step."""
         self._training = True
 
     def unless_requested(self, work: Callable[[], Value]) -> Value | None:
-        """What `work` returns; None where SIGTERM came before, or comes meanwhile, and the work is given up."""
+        """Return the result of `work`; None where SIGTERM arrived before, or abandons `work` meanwhile."""
         try:
             self._can_abandon = True
             try:
@@ -81,12 +81,12 @@ class Preemption:
         except _Abandoned:
             return None
         except Exception:
-            if self.requested:  # a data loader whose processes got the signal, too, for one
+            if self.requested:  # such as the error of a data loader whose processes received the signal, too
                 return None
             raise
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Python calls this between two of its instructions: at once, but never inside a library's call."""
+        """The signal handler. Python runs it between two bytecode instructions, so never during a library's call."""
         if not self._training:
             sys.exit(ENDED)
         if not self.requested:
@@ -95,7 +95,7 @@ class Preemption:
                 raise _Abandoned
 
     def _watch(self, reader: int, parent: int) -> None:
-        """See each signal at once, also while the main thread is in a library's call: only this can end it there."""
+        """Read each signal at once, also while the main thread is in a library's call, which only this thread ends."""
         first: float | None = None
         while numbers := os.read(reader, 64):
             for number in numbers:
@@ -106,16 +106,16 @@ class Preemption:
                     if self._limit:
                         signal.alarm(self._limit)
                 elif os.getppid() != parent:
-                    # No second request, but the news that whoever started this process is gone.
+                    # The parent process has ended, and the system reports that; this is not a second request.
                     signal.alarm(min(FINISH, signal.alarm(0) or FINISH))
                 elif time.monotonic() - first > REPEATED:
                     os._exit(ENDED)
         os.close(reader)
 
 
-preemption = Preemption()  # of this process, as signals are
+preemption = Preemption()  # one for the process, as signals go to the process
 
 
 def ignore_sigterm(worker: int) -> None:
-    """Have a data loader's process outlive SIGTERM, as the training still needs it; it ends with the training."""
+    """Ignore SIGTERM in a data loader's process: the training still needs the process, which ends with the training."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Identify a process so that a reused pid is not mistaken for it."""
+"""Process identity that survives pid reuse: pid, start time, machine and container."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,14 +9,14 @@ import psutil
 
 
 def process_identity(process: psutil.Process) -> dict[str, Any]:
-    """What finds a process again, and no other that gets its number later, however the clock is set meanwhile."""
+    """The identity of a process, which no later process with the same pid has, however the clock is set."""
     return {"pid": process.pid, "started": _started(process), "pids": process_space()}
 
 
 def find_process(known: Mapping[str, Any]) -> psutil.Process | None:
-    """The process with this mark, or None where it is gone, or of another machine or container.
+    """The live process with this identity; None where it has ended, or belongs to another machine or container.
 
-    A zombie is gone: it has ended, and only waits for a parent that may never ask.
+    A zombie has ended, and only waits for a parent that may never collect its exit code.
     """
     with suppress(psutil.Error, KeyError):
         process = psutil.Process(known["pid"])
@@ -26,17 +26,17 @@ def find_process(known: Mapping[str, Any]) -> psutil.Process | None:
 
 
 def _started(process: psutil.Process) -> float:
-    """Seconds between the start of the machine and that of the process, to its hundredths, which are all there are."""
+    """Seconds from the machine's start to the process's start, in hundredths, the resolution of the system."""
     while True:
         boot = psutil.boot_time()
         started = psutil.Process(process.pid).create_time()
-        if psutil.boot_time() == boot:  # else the clock was set between the two
+        if psutil.boot_time() == boot:  # otherwise the clock was set between the two reads
             return round(started - boot, 2)
 
 
 def process_space() -> str:
-    """What makes process numbers mean the same: the start of the machine, and the container on it."""
-    with suppress(OSError):  # not on macOS, where there are no containers of this kind
+    """The namespace in which a pid is unique: the machine's boot id and the container's pid namespace."""
+    with suppress(OSError):  # macOS has neither file, and no containers of this kind
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return ""

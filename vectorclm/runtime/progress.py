@@ -1,7 +1,7 @@
-"""Progress as log records: the core says how far it is, whoever runs it decides how that looks.
+"""Progress reports as log records, shown as progress bars or as JSON lines.
 
-`Progress` logs to the logger `vectorclm.runtime.progress`. A terminal turns the records into bars (`bars()`), a parent
-process reads them as JSON lines (`json_lines()`), and without a handler they cost nothing.
+`Progress` logs to the logger `vectorclm.runtime.progress`. A terminal shows the records as bars (`bars()`), a parent
+process reads them as JSON lines (`json_lines()`), and without a handler nothing is shown.
 """
 
 import json
@@ -26,7 +26,7 @@ logger.propagate = False
 
 @dataclass(frozen=True)
 class Tick:
-    """One report: `done` of `total` `unit`s of `stage`, and a short note such as the loss."""
+    """One progress report of a stage: `done` of `total` `unit`s, and a short note such as the loss."""
 
     stage: str
     done: int
@@ -36,7 +36,7 @@ class Tick:
 
 
 class Progress:
-    """Report progress of one stage, at most five times a second: `with Progress("shards", n, "documents") as p`."""
+    """Reporter of one stage's progress, at most five times a second: `with Progress("shards", n, "documents") as p`."""
 
     def __init__(self, stage: str, total: int, unit: str) -> None:
         self.tick = Tick(stage, 0, total, unit)
@@ -47,11 +47,11 @@ class Progress:
         return self
 
     def advance(self, count: int, note: str = "") -> None:
-        """`count` more units are done."""
+        """Report that `count` more units are done."""
         self.at(self.tick.done + count, note)
 
     def at(self, done: int, note: str = "") -> None:
-        """`done` units are done in all."""
+        """Report that `done` units are done in total."""
         self.tick = Tick(self.tick.stage, done, self.tick.total, self.tick.unit, note or self.tick.note)
         if time.monotonic() - self._last > 0.2:
             self._say(self.tick)
@@ -79,11 +79,11 @@ class _Handler(logging.Handler, ABC):
 
     @abstractmethod
     def show(self, tick: Tick) -> None:
-        """Make the tick visible."""
+        """Show the tick."""
 
 
 class JsonLines(_Handler):
-    """Each tick as a line `{"tick": {...}}`, for the parent process that started this stage."""
+    """Handler that writes each tick as a line `{"tick": {...}}`, for the parent process of this stage."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class JsonLines(_Handler):
 
 
 def parse_tick(line: str) -> Tick | None:
-    """The tick in a line that `JsonLines` wrote, or None for any other line."""
+    """Parse the tick in a line that `JsonLines` wrote; None for any other line."""
     if not line.startswith('{"tick"'):
         return None
     values: dict[str, Any] = json.loads(line)["tick"]
@@ -103,7 +103,7 @@ def parse_tick(line: str) -> Tick | None:
 
 
 class Bars(_Handler):
-    """One bar a stage."""
+    """Handler that shows one progress bar for each stage."""
 
     def __init__(self, live: RichProgress) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What was written, read back and counted: no shard is published that does not hold its documents and nothing else."""
+"""Audits shards after writing: reads them back and checks that they hold their documents and nothing else."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,40 +11,42 @@ from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS
 
 PART = 1 << 20  # tokens counted at a time
-_MEND = "run the stage again, and where it stays so, check this machine's memory and disk"
+_RERUN = "rerun the stage; if the error returns, check this machine's memory and disk"
 
 
 def audit(
     shards: Iterable[NDArray[Any]], documents: int, size: int, lengths: Sequence[int], where: str
 ) -> NDArray[np.int64]:
-    """How often each id [V] stands in the windows ([n, T] each) that hold `documents` of `size` UTF-8 bytes in all.
+    """Count each token id [V] in windows ([n, T] each) that must hold `documents` with `size` UTF-8 bytes in total.
 
-    `lengths` are the bytes that each token stands for [V]. Raises CorruptArtifactError, naming `where`, for an id
-    that is no token's, a BOS in the middle of a document, padding before the end of a window, where BOS and EOS do
-    not enclose each document once, and where the tokens stand for another number of bytes.
+    `lengths` are the UTF-8 bytes of each token [V]. Raises CorruptArtifactError, naming `where`, for an id outside
+    the vocabulary, a BOS in the middle of a document, padding before the end of a window, BOS and EOS that do not
+    enclose each document once, and tokens that add up to another number of bytes.
     """
     counts = np.zeros(len(lengths), np.int64)
-    for rows in _cut(shards):
+    for rows in _chunks(shards):
         if rows.max() >= len(lengths):
-            raise CorruptArtifactError(f"{where}: the id {rows.max()} is none of {len(lengths)} tokens; {_MEND}")
+            raise CorruptArtifactError(
+                f"{where}: the id {rows.max()} is outside the vocabulary of {len(lengths)} tokens; {_RERUN}"
+            )
         counts += np.bincount(rows.reshape(-1), minlength=len(lengths))
         before, here = rows[:, :-1], rows[:, 1:]
         if ((here == BOS_ID) & (before != EOS_ID)).any():
-            raise CorruptArtifactError(f"{where}: a BOS and the EOS of the document before it are apart; {_MEND}")
+            raise CorruptArtifactError(f"{where}: a BOS does not follow the EOS of the previous document; {_RERUN}")
         if ((before == PAD_ID) & (here != PAD_ID)).any():
-            raise CorruptArtifactError(f"{where}: padding before the end of a window; {_MEND}")
+            raise CorruptArtifactError(f"{where}: padding before the end of a window; {_RERUN}")
     bos, eos = int(counts[BOS_ID]), int(counts[EOS_ID])
     others = sum(int(counts[i]) for i in range(len(SPECIAL_TOKENS)) if i not in (BOS_ID, EOS_ID, PAD_ID))
     if not bos == eos == documents or others:
         raise CorruptArtifactError(
-            f"{where}: {documents} documents, but {bos} BOS, {eos} EOS and {others} other special tokens; {_MEND}"
+            f"{where}: {documents} documents, but {bos} BOS, {eos} EOS and {others} other special tokens; {_RERUN}"
         )
     if (found := int(counts @ np.array(lengths))) != size:
-        raise CorruptArtifactError(f"{where}: the documents have {size} bytes, their tokens stand for {found}; {_MEND}")
+        raise CorruptArtifactError(f"{where}: the documents have {size} bytes, but their tokens {found}; {_RERUN}")
     return counts
 
 
-def _cut(shards: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+def _chunks(shards: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
     for windows in shards:
         rows = max(1, PART // windows.shape[1])
         for first in range(0, len(windows), rows):
@@ -52,9 +54,9 @@ def _cut(shards: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
 
 
 def split_documents(pieces: NDArray[np.int64], longest: int) -> tuple[int, int]:
-    """How many documents stand in more than one window, and how many of those are no longer than `longest` tokens.
+    """Count the documents split over several windows, and those among them with at most `longest` tokens.
 
-    `pieces` [P, 3] are document, window and end of each piece, in the order of the windows.
+    `pieces` [P, 3] are the document, window and end of each piece, in window order.
     """
     document, window, end = pieces.T
     follows = np.concatenate([[False], window[1:] == window[:-1]])
@@ -64,13 +66,13 @@ def split_documents(pieces: NDArray[np.int64], longest: int) -> tuple[int, int]:
 
 
 def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str], ids: Sequence[NDArray[Any]], where: str) -> int:
-    """Decode each text's ids and return how many there are. Raises DataError where one does not give its text back."""
+    """Decode each text's ids and compare. Returns the number of texts. Raises DataError where a text differs."""
     decoded = tokenizer.decode_batch([one.tolist() for one in ids], skip_special_tokens=False)
     for text, found in zip(texts, decoded, strict=True):
         if text != found:
             place = next((i for i, (a, b) in enumerate(zip(text, found, strict=False)) if a != b), len(found))
             raise DataError(
-                f"{where}: the tokenizer does not give a document back: {text[place : place + 40]!r} becomes "
+                f"{where}: the tokenizer does not decode a document to itself: {text[place : place + 40]!r} becomes "
                 f"{found[place : place + 40]!r}. Use one without a normalizer and with all 256 bytes in its vocabulary"
             )
     return len(texts)

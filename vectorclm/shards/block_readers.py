@@ -1,7 +1,7 @@
-"""Where blocks come from: memory maps of local files, or ranged GETs from a remote store.
+"""Reads blocks of shards: memory maps of local files, or concurrent ranged GETs from a remote store with retries.
 
-Of a local store the files are mapped. Of a remote one the blocks are fetched, many at a time, into memory only; what
-comes late, short, spoiled or not at all is fetched again, and what stays so is an error that names it.
+Remote blocks are fetched into memory only. A block that is late, short, corrupt or missing is fetched again; a
+persistent failure is an error that names the block.
 """
 
 import itertools
@@ -32,35 +32,35 @@ logger = logging.getLogger(__name__)
 
 
 class Blocks(Protocol):
-    """Where blocks come from."""
+    """The interface of block readers."""
 
     def begin(self, shard: Shard, block: int) -> Callable[[], Windows]:
-        """Begin to read a block, now or when its verified windows are asked for."""
+        """Start reading a block. Returns a function that waits for the verified windows."""
 
     def drop(self, shard: Shard, block: int) -> None:
-        """A block is needed no more."""
+        """Release a block."""
 
     def close(self) -> None:
-        """Nothing is needed any more."""
+        """Release all blocks."""
 
 
 class MmapBlockReader:
-    """Blocks of local files, mapped into memory; each is verified when it is touched first."""
+    """Reads blocks of memory-mapped local files; each block is verified on its first read."""
 
     def __init__(self) -> None:
         self.maps: dict[str, mmap.mmap] = {}
         self.seen: dict[str, NDArray[np.bool_]] = {}
 
     def __reduce__(self) -> tuple[type["MmapBlockReader"], tuple[()]]:
-        """Another process maps the files itself."""
+        """A reader in another process maps the files itself."""
         return (MmapBlockReader, ())
 
     def begin(self, shard: Shard, block: int) -> Callable[[], Windows]:
-        """Nothing is read before it is asked for."""
+        """Return a function that reads the block; nothing is read before the call."""
         return partial(self._read, shard, block)
 
     def drop(self, shard: Shard, block: int) -> None:
-        """Take its pages out of this process, so that what was read does not pile up; the system may keep them."""
+        """Release the block's pages from this process; the system may keep them cached."""
         if shard.path in self.maps:
             for column in shard.columns:
                 first, last = shard.span(column, block)
@@ -69,7 +69,7 @@ class MmapBlockReader:
                     self.maps[shard.path].madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def close(self) -> None:
-        """The maps go with the last of their windows."""
+        """Do nothing: each map is released with the last of its windows."""
 
     def _read(self, shard: Shard, block: int) -> Windows:
         file = self.maps.get(shard.path) or self._open(shard)
@@ -88,28 +88,28 @@ class MmapBlockReader:
         try:
             with Path(shard.path).open("rb") as file:
                 self.maps[shard.path] = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
-        except (FileNotFoundError, ValueError) as error:  # ValueError: the file is shorter
-            raise CorruptArtifactError(f"{shard.uri} is missing or cut off ({error}): run its stage again") from error
+        except (FileNotFoundError, ValueError) as error:  # ValueError: the file is too short
+            raise CorruptArtifactError(f"{shard.uri} is missing or truncated ({error}): run its stage again") from error
         self.seen[shard.path] = np.zeros(shard.blocks, bool)
         return self.maps[shard.path]
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How a remote store is asked, and asked again."""
+    """Concurrency, timeouts and retries of requests to a remote store."""
 
-    requests: int = 16  # in flight
-    deadline: float = 30.0  # seconds for a request
-    total: float = 180.0  # seconds, until a store that answers with faults is given up
-    refused: float = 5.0  # seconds, until one that refuses our key is
-    refetches: int = 5  # of a block that came spoiled
+    requests: int = 16  # concurrent requests
+    deadline: float = 30.0  # seconds per request
+    total: float = 180.0  # seconds before failing while the store returns errors
+    refused: float = 5.0  # seconds before failing while the store refuses the credentials
+    refetches: int = 5  # of a corrupt block
 
 
 class RemoteBlockReader:
-    """Blocks of a remote store: ranged GETs, each with a deadline, tried again at once, then after growing pauses.
+    """Reads blocks of a remote store by ranged GETs with a timeout; the first retry is immediate, later ones back off.
 
-    `cache` is a local folder that keeps them, or None; what comes from there is verified, too. Opened by the process
-    that reads, as no client outlives a fork, and opened again where it is read after it was closed.
+    `cache` is a local folder that keeps blocks, or None; cached blocks are verified, too. The reading process opens
+    its own client, because a client does not survive a fork, and opens a new one when it reads after `close`.
     """
 
     def __init__(self, store: Storage, patience: RetryPolicy = RetryPolicy(), cache: Path | None = None) -> None:
@@ -121,20 +121,20 @@ class RemoteBlockReader:
         self.opened: _Opened | None = None
 
     def __reduce__(self) -> tuple[type["RemoteBlockReader"], tuple[Any, ...]]:
-        """Another process opens a client of its own."""
+        """A reader in another process opens its own client."""
         return (RemoteBlockReader, (self.store, self.patience, self.cache))
 
     def begin(self, shard: Shard, block: int) -> Callable[[], Windows]:
-        """Have it fetched behind the caller's back; the errors come when it is asked for."""
+        """Fetch a block in the background. The returned function raises the errors of the fetch."""
         if self.opened is None or self.opened.process != os.getpid():
             self.opened = _Opened(open_client(self.store.fs, self.patience), self.patience.requests)
         return self.opened.pool.submit(self._read, self.opened, shard, block).result
 
     def drop(self, shard: Shard, block: int) -> None:
-        """Its memory goes with the last of its windows."""
+        """Do nothing: a block's memory is released with the last of its windows."""
 
     def close(self) -> None:
-        """Begin nothing more, and forget what is under way."""
+        """Cancel pending requests and ignore those in progress."""
         if self.opened is not None and self.opened.process == os.getpid():
             self.opened.closed.set()
             self.opened.pool.shutdown(wait=False, cancel_futures=True)
@@ -158,7 +158,7 @@ class RemoteBlockReader:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(data)
             part.replace(path)
-        except OSError as error:  # a full disk stops no training
+        except OSError as error:  # a full disk must not stop a training
             self.cache = None
             with suppress(OSError):
                 part.unlink()
@@ -166,13 +166,13 @@ class RemoteBlockReader:
         return data
 
     def _fetch(self, opened: "_Opened", shard: Shard, column: Column, block: int) -> bytes:
-        """The verified bytes of a block.
+        """Fetch and verify the bytes of a block, with retries.
 
-        Raises CorruptBlockError where they stay spoiled, CorruptArtifactError where there is no such file, and
-        StoreError for what else does not pass.
+        Raises CorruptBlockError where the bytes stay corrupt, CorruptArtifactError where the file does not exist, and
+        StoreError for other persistent failures.
         """
         first, last = shard.span(column, block)
-        began, spoiled = time.monotonic(), 0
+        began, corrupt = time.monotonic(), 0
         for tries in itertools.count(1):
             try:
                 data = self._request(opened.client, shard.path, first, last)
@@ -181,21 +181,21 @@ class RemoteBlockReader:
             except FileNotFoundError as error:
                 raise CorruptArtifactError(f"{shard.uri} is missing: run its stage again") from error
             except CorruptBlockError as error:
-                spoiled += 1
-                if spoiled > self.patience.refetches or opened.closed.is_set():
+                corrupt += 1
+                if corrupt > self.patience.refetches or opened.closed.is_set():
                     raise
                 problem: Exception = error
-            except Exception as error:  # each store's client has its own
+            except Exception as error:  # each store's client raises its own types
                 problem = error
             refused, spent = isinstance(problem, PermissionError), time.monotonic() - began
             late = spent > (self.patience.refused if refused else self.patience.total) or opened.closed.is_set()
             if late and not isinstance(problem, CorruptBlockError):
                 hint = "; check the credentials, which may have expired" if refused else ""
                 raise StoreError(
-                    f"{shard.uri}, block {block} of {column.name} cannot be read: {tries} tries in {spent:.0f} s, the "
-                    f"last ended with {type(problem).__name__}: {problem}{hint}"
+                    f"{shard.uri}, block {block} of {column.name} cannot be read: {tries} attempts in {spent:.0f} s, "
+                    f"the last failed with {type(problem).__name__}: {problem}{hint}"
                 ) from problem
-            if tries > 1:  # a single fault, as of a connection that the server closed, costs no pause
+            if tries > 1:  # a single failure, such as a closed connection, is retried without a pause
                 opened.closed.wait(random.uniform(0.5, 1) * min(10.0, 0.05 * 2**tries))
         raise AssertionError  # never
 
@@ -208,7 +208,7 @@ class RemoteBlockReader:
 
 
 class _Opened:
-    """What one process reads with."""
+    """The client and threads of one process."""
 
     def __init__(self, client: Any, requests: int) -> None:
         self.client = client
@@ -218,12 +218,12 @@ class _Opened:
 
 
 def open_client(fs: Any, patience: RetryPolicy) -> Any:
-    """A client of its own: of S3 one with as many connections as requests, that leaves the trying again to us."""
+    """A separate client of the store; for S3 with a connection for each request, and without retries of its own."""
     options = dict(fs.storage_options)
     is_s3 = "s3" in fs.protocol
     if is_s3:
         limits = {"max_pool_connections": patience.requests, "read_timeout": patience.deadline}
-        named = {"user_agent": "vectorclm"}  # botocore's own is put together, of 16 parts, for each request
+        named = {"user_agent": "vectorclm"}  # botocore builds its own user agent of 16 parts for each request
         config = {**named, **options.get("config_kwargs", {}), **limits, "retries": {"total_max_attempts": 1}}
         options["config_kwargs"] = config
     client = type(fs)(*fs.storage_args, **options, skip_instance_cache=True)

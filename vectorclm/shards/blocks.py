@@ -1,6 +1,6 @@
-"""Where the blocks of windows lie in a shard, by its artifact's manifest, and what each has to contain.
+"""Block layout of shards: offset and xxh3 checksum of each block, recorded in the artifact's manifest.
 
-A block is about a mebibyte of windows, and the manifest has an xxh3 of each: no byte is used that was not judged.
+A block is about one mebibyte of windows. Every block is checked against its xxh3 before it is used.
 """
 
 from collections import Counter
@@ -17,76 +17,76 @@ from numpy.typing import NDArray
 
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError
 from vectorclm.shards.order import windows_per_block
-from vectorclm.store.artifact import Artifact, mend
+from vectorclm.store.artifact import Artifact, repair_advice
 
 
 @dataclass(frozen=True)
 class Column:
-    """One flat buffer of a shard: so many values for each window."""
+    """One flat buffer of a shard, with T values for each window."""
 
     name: str
     dtype: np.dtype[Any]
-    offset: int  # of its first byte in the file
+    offset: int  # of the first byte in the file
     xxh3: tuple[str, ...]  # of each block
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest says of a shard."""
+    """A shard as its manifest describes it."""
 
     uri: str
-    path: str  # of the file, on the store's file system
+    path: str  # of the file on the store's file system
     windows: int
-    first_window: int  # of its source: so many are in the shards before
+    first_window: int  # number of the source's windows in the shards before
     sequence_length: int
-    block_windows: int  # in a block of the source, which may begin in one shard and end in the next
+    block_windows: int  # in a block of the source; a block may cross from one shard into the next
     columns: tuple[Column, ...]
-    mend: str  # what to do where its bytes are wrong
+    mend: str  # what the user does where the bytes are wrong
 
     @property
     def skew(self) -> int:
-        """Windows of its first block that are in the shard before."""
+        """Windows of the first block that lie in the previous shard."""
         return self.first_window % self.block_windows
 
     @property
     def blocks(self) -> int:
-        """How many there are, or parts of such."""
+        """Number of blocks, parts of blocks included."""
         return -(-(self.skew + self.windows) // self.block_windows)
 
     def span(self, column: Column, block: int) -> tuple[int, int]:
-        """A block's first byte in the file, and the one after its last."""
+        """Offsets in the file of a block's first byte, and of the byte after its last."""
         first = max(0, block * self.block_windows - self.skew)
         last = min((block + 1) * self.block_windows - self.skew, self.windows)
         width = self.sequence_length * column.dtype.itemsize
         return column.offset + first * width, column.offset + last * width
 
     def check(self, column: Column, block: int, data: bytes | memoryview) -> None:
-        """Raise CorruptBlockError where the bytes are not those of the block."""
+        """Raise CorruptBlockError where the length or checksum of the bytes is wrong."""
         first, last = self.span(column, block)
         found = xxhash.xxh3_64_hexdigest(data)
         if len(data) != last - first or found != column.xxh3[block]:
             raise CorruptBlockError(
-                f"{self.uri}, block {block} of {column.name}: {len(data)} bytes of xxh3 {found}, the manifest says "
-                f"{last - first} of {column.xxh3[block]}: {self.mend}"
+                f"{self.uri}, block {block} of {column.name}: {len(data)} bytes with xxh3 {found}, but the manifest "
+                f"has {last - first} with {column.xxh3[block]}: {self.mend}"
             )
 
     def windows_of(self, column: Column, data: bytes | memoryview) -> NDArray[Any]:
-        """A block's bytes as windows [n, T]."""
+        """The bytes of a block as windows [n, T]."""
         return np.frombuffer(data, column.dtype).reshape(-1, self.sequence_length)
 
 
 class ShardDescriber:
-    """Says of each shard where its buffers lie, and an xxh3 of each block: what a manifest has beside its SHA-256.
+    """Computes the manifest entry of a shard: offsets of its buffers, and the xxh3 of each block.
 
-    The shards of a source and split come in their order, and their blocks are those that a plan reads: counted over
-    all of them. Of any other file it says nothing more.
+    Call it with the shards of a source and split in order, because blocks are counted over all of them. The entry of
+    any other file is empty.
     """
 
     def __init__(self) -> None:
-        self.windows: Counter[tuple[str, str]] = Counter()  # so far, by source and split
+        self.windows: Counter[tuple[str, str]] = Counter()  # counted so far, by source and split
 
     def __call__(self, path: Path) -> dict[str, Any]:
-        """What there is to say of a file."""
+        """The manifest entry of a file."""
         if path.suffix != ".arrow":
             return {}
         source = path.parent.name, path.name.partition("-")[0]
@@ -110,29 +110,29 @@ class ShardDescriber:
         return {**counts, "block_windows": block_windows, "buffers": buffers}
 
     def pass_over(self, name: str, said: Mapping[str, Any]) -> None:
-        """Go on after a shard of which this was said."""
+        """Count a shard that an earlier run described by this entry."""
         if "windows" in said:
             path = PurePosixPath(name)
             self.windows[path.parent.name, path.name.partition("-")[0]] = said["first_window"] + said["windows"]
 
 
 def read_shard(artifact: Artifact, name: str) -> Shard:
-    """What the manifest says of the shard `name`. Raises CorruptArtifactError where that is not whole."""
-    said = artifact.manifest["files"][name]
+    """Read the manifest entry of the shard `name`. Raises CorruptArtifactError where the entry is incomplete."""
+    entry = artifact.manifest["files"][name]
     try:
         columns = [
             Column(one["name"], np.dtype(one["dtype"]), int(one["offset"]), tuple(one["xxh3"]))
-            for one in said["buffers"]
+            for one in entry["buffers"]
         ]
         key = artifact.key(name)
-        counts = {field: int(said[field]) for field in ("windows", "first_window", "sequence_length", "block_windows")}
+        counts = {field: int(entry[field]) for field in ("windows", "first_window", "sequence_length", "block_windows")}
         uri, path = artifact.store.uri_of(key), artifact.store.path(key)
-        shard = Shard(uri, path, columns=tuple(columns), mend=mend(artifact), **counts)
+        shard = Shard(uri, path, columns=tuple(columns), mend=repair_advice(artifact), **counts)
         ends = [shard.span(column, shard.blocks - 1)[1] for column in columns]
-        if not ends or max(ends) > said["bytes"] or any(len(column.xxh3) != shard.blocks for column in columns):
-            raise ValueError("its buffers are not in the file")
+        if not ends or max(ends) > entry["bytes"] or any(len(column.xxh3) != shard.blocks for column in columns):
+            raise ValueError("its buffers exceed the file")
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CorruptArtifactError(
-            f"the manifest of {artifact.uri} does not say what is in {name} ({error!r}): {mend(artifact)}"
+            f"the manifest of {artifact.uri} does not describe {name} completely ({error!r}): {repair_advice(artifact)}"
         ) from error
     return shard

@@ -1,4 +1,4 @@
-"""Conversations drawn, rendered and packed into shards for instruction tuning, some of them held out."""
+"""Writes chat shards for instruction tuning: filters, renders and packs conversations, and holds some out."""
 
 import json
 import random
@@ -27,14 +27,14 @@ from vectorclm.shards.writer import SPLITS, ShardWriter, token_dtype
 from vectorclm.store.artifact import Artifact
 from vectorclm.tokenizer import PAD_ID
 
-BATCH = 256  # conversations that are looked up in the benchmarks at a time
+BATCH = 256  # conversations checked against the benchmarks at a time
 
 
 class ChatSource(Source):
     """A source of conversations."""
 
-    column: str = Field("messages", description="The column that holds the turns")
-    conversations: int = Field(gt=0, description="How many to draw at the most")
+    column: str = Field("messages", description="Column with the turns")
+    conversations: int = Field(gt=0, description="Conversations to draw, at most")
     weight: float = Field(
         1.0,
         gt=0,
@@ -44,22 +44,25 @@ class ChatSource(Source):
 
 
 class ChatConfig(Settings):
-    """The conversations of instruction tuning."""
+    """Conversations for instruction tuning, and how they are packed."""
 
     sources: list[ChatSource] = Field(min_length=1)
     tokens: int = Field(
         0,
         ge=0,
         exclude_if=lambda tokens: tokens == 0,
-        description="Budget for training, shared by the sources' weights; each source then has windows of its own. "
-        "0 = all conversations drawn, packed together",
+        description="Training tokens, divided among the sources by weight; each source then has its own windows. "
+        "0 = all drawn conversations, packed together",
     )
     sequence_length: int = Field(ge=8, description="Tokens in a window of packed conversations")
     validation_share: float = Field(0.01, gt=0, lt=0.5, description="Share of conversations held out")
-    shuffle_buffer: int = Field(10_000, ge=1, description="Conversations held in memory to shuffle the stream")
-    packing: Packing = Field("best_fit", description="Conversations stay whole, or are cut where a window ends")
+    shuffle_buffer: int = Field(10_000, ge=1, description="Conversations held in memory for shuffling")
+    packing: Packing = Field(
+        "best_fit", description="best_fit keeps conversations whole, concatenate cuts them where a window ends"
+    )
     malformed: Literal["refuse", "drop"] = Field(
-        "refuse", description="An empty turn or roles out of order: stop and say where, or leave out and count"
+        "refuse",
+        description="On an empty turn or roles out of order: stop with an error, or drop and count the conversation",
     )
 
     @model_validator(mode="after")
@@ -68,13 +71,13 @@ class ChatConfig(Settings):
         return self
 
     def budget(self, source: ChatSource) -> int | None:
-        """Tokens of a source to train on; None = all."""
+        """Training tokens of a source; None = all."""
         return round(self.tokens * source.weight / sum(s.weight for s in self.sources)) if self.tokens else None
 
 
 @dataclass
 class _Read:
-    """What became of the conversations of one source."""
+    """Counts of one source's conversations: kept, shortened and dropped."""
 
     read: int = 0
     splits: Counter[str] = field(default_factory=Counter)
@@ -84,7 +87,7 @@ class _Read:
     contaminated: Counter[str] = field(default_factory=Counter)
 
     def drop_unread(self) -> None:
-        """Count what was read and neither kept nor dropped as over the budget."""
+        """Count conversations that were read, but neither kept nor dropped, as `over_budget`."""
         over = self.read - self.splits.total() - self.dropped.total()
         self.dropped.update({"over_budget": over} if over else {})
 
@@ -104,18 +107,18 @@ def write_chat_shards(
 ) -> dict[str, Any]:
     """Render and pack the conversations of all sources: `chat/{split}-00000.arrow`, and held-out `prompts.jsonl`.
 
-    With a budget of `config.tokens`, a source is read until its share of it is there for training, and its windows lie
-    in `{label}/{split}-00000.arrow`.
+    With a budget of `config.tokens`, a source is read until its share of the training tokens is reached, and its
+    windows go to `{label}/{split}-00000.arrow`.
 
-    `rows[label]` yields the turns of one row after another. Dropped and counted are: `duplicate` (the same turns stood
-    in this source or one before it), `contaminated` (shares words with `benchmarks`), `no_assistant` (nothing to
-    learn), `too_long` (not even its last question and answer fit in a window), and, where `config.malformed` says so,
-    `empty_turn` and `role_order`; `over_budget` are those that were read beside the last one that a budget has room
-    for. `shortened` are those that `fit` left turns off.
+    `rows[label]` yields the turns of each row. Dropped conversations are counted by reason: `duplicate` (the same turns
+    occurred before, in this source or an earlier one), `contaminated` (shares words with `benchmarks`), `no_assistant`
+    (nothing to learn), `too_long` (the last question and answer do not fit in a window), with `config.malformed`
+    "drop" also `empty_turn` and `role_order`, and `over_budget` (read, but not needed for the budget). `shortened`
+    counts conversations from which `fit` removed turns.
 
     Returns `{"sources": {label: {"train", "validation", "read", "shortened", "dropped": {reason: count},
     "contaminated": {benchmark: count}}}, "train": {"windows", "tokens", …}, "validation": {…}}`. Raises DataError for a
-    malformed row, where a source has nothing usable, and where nothing supervised is left for a split.
+    malformed row, for a source without usable conversations, and for a split without supervised tokens.
     """
     summary: dict[str, Any] = {"sources": {}, **{split: Counter[str]() for split in SPLITS}}
     kept: dict[str, dict[str, list[NDArray[Any]]]] = {}  # by folder and split, ids and supervision [2, n]
@@ -147,7 +150,7 @@ def write_chat_shards(
                 summary["sources"][source.label]["tokens"] = {"budget": left, **found.tokens}
             if not found.splits["train"]:
                 lost = drop_counts(found.dropped, found.contaminated) if found.read else "the source is empty"
-                raise DataError(f"{source.label}: no usable conversation for training; left out: {lost}")
+                raise DataError(f"{source.label}: no usable conversation for training; dropped: {lost}")
     parts = [(folder, split, items) for folder, splits in kept.items() for split, items in splits.items()]
     for number, (folder, split, items) in enumerate(parts):
         summary[split].update(_write_packed(out / folder / split, items, config, seed << 32 | number))
@@ -157,7 +160,7 @@ def write_chat_shards(
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What `write_chat_shards` kept and dropped, a line for each source."""
+    """One line for each source: the conversations that `write_chat_shards` kept and dropped."""
     lines = []
     for label, source in summary["sources"].items():
         kept = sum(source[split] for split in SPLITS)
@@ -176,7 +179,7 @@ def _distinct(
     seen: set[int],
     found: _Read,
 ) -> Iterator[list[Turn]]:
-    """The well-formed conversations that no benchmark shares words with, each once; the others are counted."""
+    """The well-formed, distinct conversations that share no words with a benchmark; the others are counted."""
     drawn = islice(rows, source.conversations)
     while batch := list(islice(drawn, BATCH)):
         fresh = []
@@ -185,7 +188,7 @@ def _distinct(
             conversation = read_conversation(row, where)
             if fault := find_fault(conversation):
                 if config.malformed == "refuse":
-                    raise DataError(f"{where}: {fault[1]}. Mend it, or set chat.malformed to drop")
+                    raise DataError(f"{where}: {fault[1]}. Fix the row, or set chat.malformed to drop")
                 found.dropped[fault[0]] += 1
                 continue
             if (key := xxhash.xxh3_128_intdigest(canonical_json(conversation).encode())) in seen:
@@ -207,7 +210,7 @@ def _is_held_out(conversation: Sequence[Turn], seed: int, share: float) -> bool:
 
 
 def _prompt(label: str, conversation: Sequence[Turn]) -> dict[str, Any]:
-    """What stands before the first answer, and that answer."""
+    """The messages before the first answer, and this answer."""
     first = next(i for i, turn in enumerate(conversation) if turn.role == "assistant")
     messages = [{"role": turn.role, "content": turn.content} for turn in conversation[:first]]
     return {"source": label, "messages": messages, "answer": conversation[first].content}
@@ -218,7 +221,7 @@ def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfi
     writer = ShardWriter(prefix, length, 64 * 1024 * 1024)
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(items))
     supervised_tokens = 0
-    # In another order, so that one buffer, too, is of all sources.
+    # Shuffled, so that a single buffer also mixes all sources.
     for packed in pack((items[i] for i in order), length, (PAD_ID, 0), config.packing, seed):
         ids, supervised = packed.columns
         writer.write(packed.pieces, input_ids=ids, supervised=supervised.astype(np.uint8))
@@ -236,7 +239,7 @@ def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfi
 
 
 def read_prompts(chat_shards: Artifact, limit: int, seed: int) -> list[tuple[list[Turn], str]]:
-    """Held-out conversations up to the first answer, and that answer: a seeded draw of `limit` over all sources."""
+    """Draw `limit` held-out prompts over all sources by seed: turns up to the first answer, and the answer."""
     rows = [json.loads(line) for line in chat_shards.read("prompts.jsonl").splitlines()]
     rows = random.Random(f"{seed} prompts").sample(rows, min(limit, len(rows)))
     return [(read_conversation(row["messages"], "prompts.jsonl"), row["answer"]) for row in rows]

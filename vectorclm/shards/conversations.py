@@ -1,4 +1,4 @@
-"""Three chat schemas to one conversation type, its tokens in the chat template, and a loss on the assistant's only."""
+"""Reads conversations in three chat schemas, and renders them to tokens with a loss mask for assistant turns."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ class Turn(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What of a conversation fits in a window."""
+    """The part of a conversation that fits in a window."""
 
     turns: list[Turn]
     ids: list[int]
@@ -32,14 +32,14 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-# What may follow what: an optional system turn, then the user and the assistant by turns.
+# Allowed successors: an optional system turn, then user and assistant alternate.
 FOLLOWS = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
 
 
 def read_conversation(turns: Any, where: str) -> list[Turn]:
-    """A row's turns, whichever of the three schemas they have.
+    """Read a row's turns in any of the three schemas.
 
-    Raises DataError, with `where`, for another schema, an unknown role or a text that is none.
+    Raises DataError, naming `where`, for another schema, an unknown role or a content that is not valid text.
     """
     conversation = []
     for turn in turns if isinstance(turns, list | tuple) else [turns]:
@@ -55,13 +55,13 @@ def read_conversation(turns: Any, where: str) -> list[Turn]:
         try:
             content.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}: half a surrogate pair at character {error.start}: mend the text") from error
+            raise DataError(f"{where}: a lone surrogate at character {error.start}: fix the text") from error
         conversation.append(Turn(ROLES[role], content))
     return conversation
 
 
 def find_fault(conversation: Sequence[Turn]) -> tuple[str, str] | None:
-    """What is wrong with the turns, `empty_turn` or `role_order`, and where; None where nothing is."""
+    """The fault in the turns (`empty_turn` or `role_order`) and its place; None where there is none."""
     before = None
     for number, turn in enumerate(conversation):
         if not turn.content.strip():
@@ -74,10 +74,10 @@ def find_fault(conversation: Sequence[Turn]) -> tuple[str, str] | None:
 
 
 def render(tokenizer: Tokenizer, conversation: Sequence[Turn]) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation in the chat template, and which of them carry loss.
+    """Token ids of a conversation in the chat template, and a mask of the tokens that carry loss.
 
-    Supervised are the assistant's words and the end-of-turn token after them; nothing else. Special tokens that
-    users write in their messages stay text.
+    Only the assistant's words and the end-of-turn token after them carry loss. Special tokens written in messages are
+    encoded as ordinary text.
     """
     return _joined([_render_turn(tokenizer, turn) for turn in conversation])
 
@@ -100,17 +100,17 @@ def _joined(turns: Iterable[tuple[list[int], list[bool]]]) -> tuple[list[int], l
 
 
 def render_prompt(tokenizer: Tokenizer, conversation: Sequence[Turn]) -> list[int]:
-    """Token ids of a conversation that waits for the assistant's answer."""
+    """Token ids of a conversation up to the start of the assistant's next answer."""
     ids, _ = render(tokenizer, conversation)
     return [*ids, IM_START_ID, *encode(tokenizer, "assistant\n")]
 
 
 def fit(tokenizer: Tokenizer, conversation: Sequence[Turn], length: int) -> Fitted | str:
-    """The conversation in at most `length` tokens; or why it is of no use: `no_assistant`, `too_long`.
+    """Shorten a conversation to at most `length` tokens. Returns `no_assistant` or `too_long` where that is impossible.
 
-    Left off are the turns after the last answer, from which nothing is learnt, and of what is too long as few of the
-    first questions as will do, each with its answer. The system turn stays wherever the last question and answer
-    leave room for it. Where these two alone are too long, so is the conversation.
+    Turns after the last answer are removed, because they carry no loss. From a conversation that is too long, the
+    first questions and their answers are removed, as few as possible. The system turn is kept where the last question
+    and answer leave room for it. A conversation whose last question and answer do not fit is `too_long`.
     """
     answers = [number for number, turn in enumerate(conversation) if turn.role == "assistant"]
     if not answers:
@@ -119,7 +119,7 @@ def fit(tokenizer: Tokenizer, conversation: Sequence[Turn], length: int) -> Fitt
     rendered = [_render_turn(tokenizer, turn) for turn in turns]
     sizes = [len(ids) for ids, _ in rendered]
     system = int(turns[0].role == "system")
-    # What may be kept, the most first. With the system turn or, where it leaves too little room, without.
+    # The candidates, longest first: with the system turn, then without it.
     for first in range(system, -1, -1):
         for start in (number for number in range(system, len(turns)) if turns[number].role == "user"):
             if 1 + sum(sizes[:first]) + sum(sizes[start:]) <= length:  # 1 for BOS

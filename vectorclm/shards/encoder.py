@@ -1,7 +1,7 @@
-"""Encoding by the fastest encoder that proves identical: `tokenizer.json` is the record, `tokenizers` the judge.
+"""Fast text encoding with gigatoken, checked against Hugging Face `tokenizers`, which replaces it on any difference.
 
-gigatoken encodes, as long as it agrees with `tokenizers` on strings made to part them, on every token's own text and
-on a sample of every group of documents. One difference, and `tokenizers` encodes everything, from the beginning.
+gigatoken must agree with `tokenizers` on adversarial strings, on the text of every token, and on a sample of every
+group of documents. After one difference, `tokenizers` encodes everything from the beginning.
 """
 
 import json
@@ -9,6 +9,7 @@ import logging
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -16,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from vectorclm.tokenizer import SPECIAL_TOKENS
+from vectorclm.tokenizer import SPECIAL_TOKENS, token_lengths
 
 logger = logging.getLogger(__name__)
 
-JUDGE_EVERY = 128  # of the documents of a group one in so many, and at least one, goes to both encoders
-REOPEN_CHARACTERS = 64_000_000  # gigatoken remembers each word it has seen; opened anew, it forgets them
+JUDGE_EVERY = 128  # one in so many documents of a group, and at least one, is encoded by both encoders
+REOPEN_CHARACTERS = 64_000_000  # gigatoken caches every word; reopening it after so many frees the memory
 
 HARD = (
     "",
@@ -47,9 +48,9 @@ class EncoderMismatch(Exception):
 
 
 class Gigatoken:
-    """gigatoken on the model of a tokenizer, to which special tokens in a text are text.
+    """gigatoken with the model of a tokenizer; special tokens in a text are encoded as ordinary text.
 
-    Raises ImportError where the package is missing, and whatever it raises for a tokenizer that it refuses.
+    Raises ImportError where the package is missing, and gigatoken's own errors for an unsupported tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -68,7 +69,7 @@ class Gigatoken:
 
     @property
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The merges in their order."""
+        """The BPE merges in order."""
         return [(left, right) for left, right in self._tokenizer.merges]
 
     def _open(self) -> None:
@@ -79,33 +80,38 @@ class Gigatoken:
 
 
 class Encoder:
-    """Ids of texts, by `fast` where it agrees with `reference` on all that is judged, else by `reference` alone."""
+    """Encodes texts by `fast` as long as it agrees with `reference`, and then by `reference` alone."""
 
     def __init__(self, reference: Tokenizer, fast: Gigatoken | None = None) -> None:
         self.reference, self.fast = reference, fast
-        self.judged = self.differed = 0  # texts, since the beginning
-        self.rejected: str | None = None  # why `fast` was given up
+        self.judged = self.differed = 0  # texts compared, and texts that differed
+        self.rejected: str | None = None  # why `fast` is no longer used
 
     @property
     def name(self) -> str:
-        """Package and version of what encodes."""
+        """Package and version of the encoder in use."""
         return f"tokenizers {version('tokenizers')}" if self.fast is None else self.fast.name
 
+    @cached_property
+    def token_lengths(self) -> list[int]:
+        """UTF-8 bytes of each token [V]."""
+        return token_lengths(self.reference)
+
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Encode texts without BOS and EOS. Raises EncoderMismatch where the encoders differ on a judged text."""
+        """Encode texts without BOS and EOS. Raises EncoderMismatch where the encoders differ on a compared text."""
         if self.fast is None:
-            return self._by_judge(texts)
+            return self._by_reference(texts)
         try:
             found = [self.fast.encode(text) for text in texts]
-        except Exception as error:  # what a judge refuses too, it refuses as it does without a fast encoder
-            self._by_judge(texts)
+        except Exception as error:  # a text that the reference refuses, too, raises the reference's error
+            self._by_reference(texts)
             self.differed += 1
-            raise EncoderMismatch(f"{self.name} refuses a text that tokenizers encodes ({error})") from error
+            raise EncoderMismatch(f"{self.name} fails on a text that tokenizers encodes ({error})") from error
         self._compare(texts[::JUDGE_EVERY], found[::JUDGE_EVERY])
         return found
 
     def prove(self) -> None:
-        """Compare both encoders on strings made to part them. Raises EncoderMismatch."""
+        """Compare both encoders on adversarial strings. Raises EncoderMismatch where they differ."""
         if self.fast is None:
             return
         texts = list(adversarial(self.reference))
@@ -113,11 +119,11 @@ class Encoder:
         self.judged = 0
 
     def fall_back(self, why: object) -> None:
-        """From now on `tokenizers` encodes."""
+        """Encode by `tokenizers` from now on, and log the reason."""
         logger.warning("%s: tokenizers encodes everything", why)
         self.fast, self.rejected = None, str(why)
 
-    def _by_judge(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+    def _by_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         found = self.reference.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(item.ids, np.uint32) for item in found]
 
@@ -125,19 +131,19 @@ class Encoder:
         self.judged += len(texts)
         different = [
             text
-            for text, ours, theirs in zip(texts, found, self._by_judge(texts), strict=True)
+            for text, ours, theirs in zip(texts, found, self._by_reference(texts), strict=True)
             if not np.array_equal(ours, theirs)
         ]
         if different:
             self.differed += len(different)
             raise EncoderMismatch(
-                f"{self.name} encodes {len(different)} of {len(texts)} texts otherwise than tokenizers, "
-                f"the first of them {different[0][:60]!r}"
+                f"{self.name} encodes {len(different)} of {len(texts)} texts differently from tokenizers, "
+                f"for example {different[0][:60]!r}"
             )
 
 
 def open_encoder(tokenizer: Tokenizer) -> Encoder:
-    """The fastest encoder that proves identical to `tokenizer`, a warning where that is `tokenizers` itself."""
+    """Open the fastest encoder that agrees with `tokenizer`. Logs a warning where this is `tokenizers` itself."""
     encoder = Encoder(tokenizer)
     try:
         encoder.fast = Gigatoken(tokenizer)
@@ -146,13 +152,13 @@ def open_encoder(tokenizer: Tokenizer) -> Encoder:
         encoder.fall_back(f"gigatoken cannot be imported ({error}; pip install gigatoken)")
     except EncoderMismatch as difference:
         encoder.fall_back(difference)
-    except Exception as error:  # the library says in many ways that it does not know a tokenizer
-        encoder.fall_back(f"gigatoken refuses this tokenizer ({error})")
+    except Exception as error:  # gigatoken raises various types for an unsupported tokenizer
+        encoder.fall_back(f"gigatoken does not support this tokenizer ({error})")
     return encoder
 
 
 def adversarial(tokenizer: Tokenizer) -> Iterator[str]:
-    """Strings on which encoders part: kinds of characters and spaces, special tokens, and each token's own text."""
+    """Strings on which encoders tend to differ: all kinds of characters and spaces, special tokens, and every token."""
     yield from HARD
     yield from characters()
     for token in (*SPECIAL_TOKENS, *(added.content for added in tokenizer.get_added_tokens_decoder().values())):
@@ -167,12 +173,12 @@ def adversarial(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def characters() -> Iterator[str]:
-    """Characters of every category, a few hundred in a string, each between a letter and a digit.
+    """Strings with characters of every Unicode category, 256 each, with and without a letter and digit around each.
 
-    All that are assigned, but of those that are alike (ideographs, private and unassigned ones) only some.
+    All assigned characters are included, but only a sample of ideographs, private and unassigned characters.
     """
     alike = ("Lo", "Co", "Cn")
-    numbers = (*range(0x30000), *range(0x30000, sys.maxunicode, 97))  # the tags and selectors of plane 14 among them
+    numbers = (*range(0x30000), *range(0x30000, sys.maxunicode, 97))  # includes the tags and selectors of plane 14
     kinds = [(chr(number), unicodedata.category(chr(number))) for number in numbers]
     some = [one for one, kind in kinds if kind not in (*alike, "Cs")] + [one for one, kind in kinds if kind in alike][
         ::37

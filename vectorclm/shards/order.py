@@ -1,18 +1,18 @@
-"""The training order: which window of which source stands at place n is a pure function of (plan, seed, n).
+"""Deterministic shuffled training order: the window at position n is a pure function of (phases, seed, n).
 
-So resuming costs the same at place 10 and at place 10 billion, nothing needs saving but a number, and ranks and
-loader workers only take their share of the same order. It is made so that an object store can be read well:
+Resuming takes the same time at position 10 and at position 10 billion, a checkpoint needs only a number, and ranks and
+loader workers take their share of the same order. The order suits reads from an object store:
 
 - A source's windows are cut into *blocks* of `windows_per_block`, about a mebibyte of tokens and one request each.
-  Block b holds the windows from b x windows_per_block on; the last block of a source may be short.
-- An epoch of a source reads its blocks in a random order, GROUP_BLOCKS at a time: a *group*. Inside a group, the
-  windows of all its blocks stand in a random order. Groups of a source never overlap in time, so a reader that keeps
-  one group of each source in memory, and the next one on its way, fetches every block once an epoch and uses all of
-  it. The short block is always the last of an epoch's order.
-- Sources are mixed *mix blocks* of MIX_BLOCK windows at a time, in each of which their places are random. At the end
-  of every mix block each source stands less than one window from its exact share of the phase.
+  Block b starts with window b x windows_per_block; the last block of a source may be short.
+- An epoch of a source reads its blocks in a random order, in *groups* of GROUP_BLOCKS. Within a group, the windows of
+  all blocks are shuffled. Groups of a source never overlap in time, so a reader that holds one group of each source
+  in memory and prefetches the next one fetches every block once an epoch and uses all of it. The short block is
+  always the last of an epoch.
+- Sources are mixed in *mix blocks* of MIX_BLOCK windows, and shuffled within each. At the end of every mix block, each
+  source is less than one window away from its exact share of the phase.
 
-A reader asks `TrainingOrder.groups(place)` for what will be needed from a place on, in that order.
+`TrainingOrder.groups(position)` returns the groups that a reader needs from a position on, in order.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from vectorclm.errors import ConfigError
 from vectorclm.settings import digest
 
-ORDER = 2  # raised where new code puts the windows of an equal plan in another order
-MIX_BLOCK = 1024  # windows at whose end the mix of a phase is exact
+ORDER = 2  # version of the order; increase it when new code changes the order of windows
+MIX_BLOCK = 1024  # windows; at the end of each mix block, the mix of a phase is exact
 BLOCK_BYTES = 2**20  # of tokens in a block
-GROUP_BLOCKS = 16  # whose windows are shuffled together
-ROUNDS = np.array([[0], [16], [32], [48]], np.uint64)  # the bits from which on a key's rounds take theirs
-PATTERN, BLOCKS, WINDOWS = range(3)  # what a random order is for, so that no two are the same
+GROUP_BLOCKS = 16  # blocks whose windows are shuffled together
+ROUNDS = np.array([[0], [16], [32], [48]], np.uint64)  # first bit of the key for each round
+PATTERN, BLOCKS, WINDOWS = range(3)  # the purpose of a permutation, so that no two are the same
 
 WhenExhausted = Literal["stop", "repeat", "renormalise"]
 
@@ -41,7 +41,7 @@ def windows_per_block(sequence_length: int, itemsize: int) -> int:
 
 
 def format_epochs(epochs: Mapping[str, float]) -> str:
-    """How often each source is read, as a person says it: "fineweb-edu 1.00 epochs, cosmopedia 0.83"."""
+    """Format the epochs of each source: "fineweb-edu 1.00 epochs, cosmopedia 0.83"."""
     first, *others = (f"{label} {value:.2f}" for label, value in epochs.items())
     return ", ".join([f"{first} epochs", *others])
 
@@ -56,7 +56,7 @@ def mix64(x: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def key_of(*parts: int) -> NDArray[np.uint64]:
-    """A key for what these numbers stand for."""
+    """Derive a 64-bit key from integers."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = mix64(np.array([part], np.uint64), key)
@@ -64,11 +64,11 @@ def key_of(*parts: int) -> NDArray[np.uint64]:
 
 
 def permute(index: NDArray[np.int64], size: NDArray[np.int64] | int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where each of `index` stands in a random order of range(size), without making that order.
+    """Pseudorandom permutation of range(size), evaluated at each `index` without building the permutation.
 
-    `size`, up to 2**32, and `key` are one for all, or one for each, so that many orders are asked at once. A
-    four-round Feistel network over the next power of two, walked until the value falls below the size (Black &
-    Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, method 2).
+    `size` (up to 2**32) and `key` are scalars, or one value for each index, to evaluate many permutations at once.
+    Cycle walking over a four-round Feistel network on the next power of two (Black & Rogaway, "Ciphers with Arbitrary
+    Finite Domains", CT-RSA 2002, method 2).
     """
     value, sizes = index.astype(np.uint32), np.broadcast_to(size, index.shape)
     bits = np.broadcast_to(np.frexp(np.subtract(size, 1))[1].astype(np.uint32), index.shape)  # of the largest value
@@ -82,10 +82,10 @@ def permute(index: NDArray[np.int64], size: NDArray[np.int64] | int, key: NDArra
 
 
 def _feistel(value: NDArray[np.uint32], bits: NDArray[np.uint32], keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """A permutation of the numbers of `bits` bits; of an odd number, the halves change their widths in each round.
+    """Feistel permutation of `bits`-bit integers; for odd `bits`, the halves swap widths in each round.
 
-    The `keys` [4, n] are those of the rounds. A round takes the upper bits of a hash with the factors of MurmurHash3
-    (Appleby, 2011): products of 32 bits are several times as fast as mix64's.
+    `keys` [4, n] are the round keys. A round uses the upper bits of a hash with the factors of MurmurHash3
+    (Appleby, 2011): 32-bit products are several times as fast as those of mix64.
     """
     low: NDArray[np.uint32] = bits >> np.uint32(1)
     left: NDArray[np.uint32] = value >> low
@@ -100,38 +100,38 @@ def _feistel(value: NDArray[np.uint32], bits: NDArray[np.uint32], keys: NDArray[
 
 
 class MixturePhase(NamedTuple):
-    """A phase of the curriculum, in windows: its length, its mix, and what to do where a source has no more."""
+    """A phase of training, in windows: its length, its mix, and what happens when a source is exhausted."""
 
     windows: int
-    weights: Mapping[str, float]  # of some sources, each at least 1/MIX_BLOCK of their sum; the others have no part
+    weights: Mapping[str, float]  # by source, each at least 1/MIX_BLOCK of the sum; other sources are not used
     when_exhausted: WhenExhausted = "repeat"
 
 
 class BlockGroup(NamedTuple):
-    """Blocks of one source whose windows are read, and shuffled, together."""
+    """Blocks of one source whose windows are read and shuffled together."""
 
-    source: int  # index into the plan's labels
+    source: int  # index into the order's labels
     epoch: int
     number: int  # within the epoch
-    place: int  # in the plan, of the first window that needs it (from the place on that was asked)
+    place: int  # position of the first window that needs the group, counted from the requested position on
     blocks: NDArray[np.int64]  # numbers of the blocks within the source, up to GROUP_BLOCKS
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the plan with one mix: a phase, or what lies between two sources' ends where others take over."""
+    """A part of the order with a constant mix: a phase, or with "renormalise" the part until a source is exhausted."""
 
-    first: int  # the place of its first window
+    first: int  # position of the first window
     windows: int
-    shares: NDArray[np.float64]  # [sources], their sum is 1
-    used: NDArray[np.int64]  # [sources], windows read before
-    deficit: NDArray[np.float64]  # [sources], what the exact shares of all before exceed `used` by
+    shares: NDArray[np.float64]  # [sources], with sum 1
+    used: NDArray[np.int64]  # [sources], windows read before the segment
+    deficit: NDArray[np.float64]  # [sources], exact shares of all earlier segments minus `used`
 
     def counts(self, windows: int) -> NDArray[np.int64]:
-        """Windows [sources] of each source among the first of this segment: the exact shares, rounded to fit.
+        """Windows [sources] of each source among the first `windows` of this segment.
 
-        Each count is its share rounded down or up. Up go those to which most is deficit. As a share is at least one
-        window of a mix block, counts never fall from the end of one to the next.
+        Each count is the exact share rounded down, or up for the sources with the largest deficit. As a share is at
+        least one window of a mix block, counts never decrease from one mix block to the next.
         """
         exact = self.shares * windows
         counts = np.floor(exact + 1e-9).astype(np.int64)
@@ -142,11 +142,11 @@ class Segment:
 
 
 class TrainingOrder:
-    """Which window of which source stands at each place of the training order.
+    """The source and window at each position of the training order.
 
-    `phases` follow each other; `sizes` are the windows that each source has. Counters go on across phases: no source
-    repeats a window before all its windows were read, and then it has a new order. Raises ConfigError for a weight of
-    no source or too small to count, and where a source runs out in a phase that forbids it.
+    `phases` follow each other; `sizes` are the windows of each source. Counters continue across phases: a source
+    repeats no window before all its windows were read, and each epoch has a new order. Raises ConfigError for a weight
+    of an unknown source, for a weight that is too small, and for a source exhausted in a phase that forbids it.
     """
 
     def __init__(
@@ -160,13 +160,13 @@ class TrainingOrder:
         self._keys = [key_of(seed, purpose) for purpose in (PATTERN, BLOCKS, WINDOWS)]
         self.segments: list[Segment] = []
         self.windows = 0
-        self._used, self._owed = np.zeros(len(sizes), np.int64), np.zeros(len(sizes))
+        self._used, self._deficit = np.zeros(len(sizes), np.int64), np.zeros(len(sizes))
         for number, phase in enumerate(phases, 1):
             self._add_phase(f"phase {number}", phase)
         self._ends = np.array([segment.first + segment.windows for segment in self.segments])
 
     def _add_phase(self, name: str, phase: MixturePhase) -> None:
-        """Add the segments of a phase: one, or where the others take over from exhausted sources, one after another."""
+        """Add the segments of a phase: one, or with "renormalise" one for each mix of remaining sources."""
         sizes, weights = np.array(self.sizes), self._weights(name, phase)
         before, left = self._used, phase.windows
         while left:
@@ -186,7 +186,7 @@ class TrainingOrder:
             self._refuse_repeats(name, self._used - before, before)
 
     def _refuse_repeats(self, name: str, wanted: NDArray[np.int64], before: NDArray[np.int64]) -> None:
-        """Raise ConfigError where a phase wants more windows of a source than are unread."""
+        """Raise ConfigError where a phase needs more windows of a source than are unread."""
         left = np.maximum(np.array(self.sizes) - before, 0)
         lines = [
             f"{wanted[s]:,} windows of {self.labels[s]}, which has {left[s]:,} left of {self.sizes[s]:,}"
@@ -199,7 +199,7 @@ class TrainingOrder:
             )
 
     def _weights(self, name: str, phase: MixturePhase) -> NDArray[np.float64]:
-        """The phase's weight of each source, checked."""
+        """The phase's weight of each source. Raises ConfigError for invalid weights."""
         if unknown := set(phase.weights) - set(self.labels):
             raise ConfigError(
                 f"{name} weighs {', '.join(sorted(unknown))}, but the sources are {', '.join(self.labels)}"
@@ -210,22 +210,22 @@ class TrainingOrder:
         return weights
 
     def _add_segment(self, windows: int, shares: NDArray[np.float64]) -> None:
-        segment = Segment(self.windows, windows, shares, self._used, self._owed)
+        segment = Segment(self.windows, windows, shares, self._used, self._deficit)
         counts = segment.counts(windows)
         self.segments.append(segment)
         self.windows += windows
-        self._used, self._owed = self._used + counts, self._owed + shares * windows - counts
+        self._used, self._deficit = self._used + counts, self._deficit + shares * windows - counts
 
     def locate(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source (index into `labels`) and window (index within the source) at each of `places`."""
+        """Source (index into `labels`) and window (index within the source) at each of the positions `places`."""
         source, counter = self._read(places)
         epoch, index = np.divmod(counter, np.array(self.sizes)[source])
         return source, self._window(source, epoch, index)
 
     def blocks(self, source: int, epoch: int, group: int) -> NDArray[np.int64]:
-        """Numbers of the blocks that a group of an epoch of a source reads, in its order: up to GROUP_BLOCKS.
+        """Block numbers of a group, in reading order: up to GROUP_BLOCKS.
 
-        Every window of them is read in this group, and nowhere else in this epoch.
+        All windows of these blocks are read in this group, and nowhere else in this epoch.
         """
         first = group * GROUP_BLOCKS
         order = np.arange(first, min(first + GROUP_BLOCKS, -(-self.sizes[source] // self.windows_per_block)))
@@ -233,28 +233,28 @@ class TrainingOrder:
         return self._block(same + source, same + epoch, order)
 
     def block_windows(self, source: int, block: int) -> range:
-        """The windows of a source that lie in one of its blocks. A block may cross from one shard into the next."""
+        """The windows of a source in one of its blocks. A block may cross from one shard into the next."""
         first = block * self.windows_per_block
         return range(first, min(first + self.windows_per_block, self.sizes[source]))
 
     def groups(self, place: int = 0) -> Iterator[BlockGroup]:
-        """Every group that the places from `place` on need, in the order in which they need it first.
+        """All groups that positions from `place` on need, ordered by their first use, for prefetching.
 
-        What a reader fetches ahead. A group of a source is needed no more once the next one of that source is; the
-        groups that `place` finds half read come first in their turn, whole. Lazy: takes no time for what is not asked.
+        A group is no longer needed once the next group of its source is in use. Groups that are partly read at
+        `place` come first, as whole groups. Groups are computed lazily.
         """
         in_group = GROUP_BLOCKS * self.windows_per_block
         sizes = np.array(self.sizes)
         in_epoch = -(-sizes // in_group)
-        last = np.full(len(sizes), -1)  # the number of each source's last group, counted over its epochs
+        last = np.full(len(sizes), -1)  # number of each source's last group, counted over its epochs
         while place < self.windows:
             segment, end = (int(found[0]) for found in self._mix_blocks(np.array([place])))
             newest = self.segments[segment].used + self.segments[segment].counts(end - self.segments[segment].first) - 1
-            if (newest // sizes * in_epoch + newest % sizes // in_group > last).any():  # mostly, none is new
+            if (newest // sizes * in_epoch + newest % sizes // in_group > last).any():  # usually, none is new
                 source, counter = self._read(np.arange(place, end))
                 epoch, index = np.divmod(counter, sizes[source])
                 number = epoch * in_epoch[source] + index // in_group
-                # One integer for each group, as numpy finds the first of each fast.
+                # One integer for each group, because numpy finds the first of each fast.
                 _, first = np.unique(source << 40 | number, return_index=True)
                 for at in np.sort(first):
                     s, e, g = int(source[at]), int(epoch[at]), int(index[at] // in_group)
@@ -264,12 +264,12 @@ class TrainingOrder:
             place = end
 
     def boundaries(self) -> NDArray[np.int64]:
-        """The place after each mix block: there the mix is exact. At most MIX_BLOCK lie between two of them."""
+        """The position after each mix block, where the mix is exact. Boundaries are at most MIX_BLOCK windows apart."""
         ends = [np.arange(s.first + s.windows, s.first, -MIX_BLOCK)[::-1] for s in self.segments]
         return np.concatenate(ends)
 
     def read_before(self, place: int) -> dict[str, int]:
-        """Windows of each source among those before `place`, each reading counted."""
+        """Windows read of each source before position `place`, repetitions included."""
         counts = np.zeros(len(self.labels), np.int64)
         if place:
             number, end = (int(found[0]) for found in self._mix_blocks(np.array([place - 1])))
@@ -281,27 +281,27 @@ class TrainingOrder:
         return {label: int(count) for label, count in zip(self.labels, counts, strict=True)}
 
     def epochs(self, place: int | None = None) -> dict[str, float]:
-        """How often the places before `place`, or the whole plan, read each source."""
+        """Epochs of each source that are read before position `place`, or in the whole order."""
         used = self.read_before(self.windows if place is None else place)
         return {label: used[label] / size for label, size in zip(self.labels, self.sizes, strict=True)}
 
     def digest(self, batch_size: int) -> str:
-        """SHA-256 (hex) of all that defines which windows make up a step of `batch_size`."""
+        """SHA-256 (hex) of everything that decides which windows form a step of `batch_size`."""
         phases: list[Any] = [[phase.windows, dict(phase.weights), phase.when_exhausted] for phase in self.phases]
         sizes = dict(zip(self.labels, self.sizes, strict=True))
         rest = {"seed": self.seed, "windows_per_block": self.windows_per_block, "batch_size": batch_size}
         return digest({"order": ORDER, "phases": phases, "sizes": sizes, **rest})
 
     def _mix_blocks(self, places: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-        """Number of the segment, and place after the mix block, that each of `places` lies in.
+        """Segment index of each of `places`, and the position after its mix block.
 
-        Of a segment, the first mix block is the short one: a short last one might need less than none of a source.
+        The first mix block of a segment is the short one: with a short last one, a source's count could be negative.
         """
         number = np.searchsorted(self._ends, places, side="right")
         return number, places + (self._ends[number] - places - 1) % MIX_BLOCK + 1
 
     def _read(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source at each place, and how many windows of that source were read before it."""
+        """Source at each position, and the number of windows of this source read before it."""
         number, ends = self._mix_blocks(places)
         mixed, first, which = np.unique(ends, return_index=True, return_inverse=True)
         sources = np.empty((len(mixed), MIX_BLOCK), np.int64)
@@ -312,12 +312,12 @@ class TrainingOrder:
         return sources[which, within], counters[which, within]
 
     def _mix(self, segment: Segment, end: int, sources: NDArray[np.int64], counters: NDArray[np.int64]) -> None:
-        """Put the mix block before place `end` into `sources` and `counters` [MIX_BLOCK], a short one at their end."""
+        """Write the mix block that ends at `end` to `sources` and `counters` [MIX_BLOCK]; a short one at their end."""
         size = min(end - segment.first, MIX_BLOCK)
         before = segment.counts(end - size - segment.first)
         counts = segment.counts(end - segment.first) - before
         order = permute(np.arange(size), size, self._key(PATTERN, end))
-        mixed = np.repeat(np.arange(len(counts), dtype=np.int16), counts)[order]  # in 16 bits, which sort in no time
+        mixed = np.repeat(np.arange(len(counts), dtype=np.int16), counts)[order]  # 16 bits, which sort fast
         sources[-size:] = mixed
         first = np.repeat(segment.used + before - np.cumsum(counts) + counts, counts)
         counters[-size:][np.argsort(mixed, kind="stable")] = first + np.arange(size)
@@ -328,7 +328,7 @@ class TrainingOrder:
     def _window(
         self, source: NDArray[np.int64], epoch: NDArray[np.int64], index: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """The window that an epoch of a source reads after `index` others."""
+        """The window at position `index` of an epoch of a source."""
         in_group = GROUP_BLOCKS * self.windows_per_block
         group, place = np.divmod(index, in_group)
         size = np.minimum(np.array(self.sizes)[source] - group * in_group, in_group)
@@ -337,7 +337,7 @@ class TrainingOrder:
         return self._block(source, epoch, group * GROUP_BLOCKS + turn) * self.windows_per_block + row
 
     def _block(self, source: NDArray[np.int64], epoch: NDArray[np.int64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The block that an epoch of a source reads after `turn` others; the short one stays the last."""
+        """The block at position `turn` of an epoch of a source; the short block stays last."""
         whole = np.array(self.sizes)[source] // self.windows_per_block
         block, key = turn.copy(), self._key(BLOCKS, source << 32 | epoch)
         shuffled = turn < whole

@@ -1,7 +1,7 @@
-"""Documents into windows of equal length: whole where they fit, and hardly any padding.
+"""Sequence packing: best-fit or concatenated packing of documents into windows of equal length, with little padding.
 
-Both ways take a buffer of documents at a time, in a seeded order, and lose no token: what does not fill a window
-waits for the next buffer, and the last window is padded.
+Both methods pack a buffer of documents at a time, in a seeded order, and drop no token: tokens that do not fill a
+window wait for the next buffer, and the last window is padded.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,27 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 Packing = Literal["best_fit", "concatenate"]
-BUFFER_TOKENS = 1 << 24  # held in memory to be packed together
-CARRIED = 4  # at most one in so many of them waits for the next buffer
-SHORTEST = 16  # tokens of a long document that are worth to stand alone
-PADDING = -1  # the number of the document that padding is
+BUFFER_TOKENS = 1 << 24  # packed together in memory
+CARRIED = 4  # at most one in so many tokens waits for the next buffer
+SHORTEST = 16  # tokens; a shorter part of a long document is not split off
+PADDING = -1  # stands for padding in place of a document's number
 
 
-Cuts = NDArray[np.int64]  # [P, 3]: pieces of what the buffer holds, as its index there (or PADDING), start and stop
+Cuts = NDArray[np.int64]  # [P, 3]: pieces of the buffer's documents: index in the buffer (or PADDING), start and stop
 
 
 class Segment(NamedTuple):
-    """A document, or a part of it."""
+    """A document, or a part of one."""
 
     document: int
     columns: NDArray[Any]  # [C, n]
 
 
 class Packed(NamedTuple):
-    """Windows, and what stands where in them."""
+    """Windows, and the pieces of documents in them."""
 
     columns: NDArray[Any]  # [C, windows, T]
-    pieces: NDArray[np.int64]  # [P, 3]: document, window, end (one past its last token in the window), in their order
+    pieces: NDArray[np.int64]  # [P, 3]: document, window, end (one past the last token in the window), in order
 
 
 def pack(
@@ -42,12 +42,12 @@ def pack(
     seed: int,
     buffer_tokens: int = BUFFER_TOKENS,
 ) -> Iterator[Packed]:
-    """All tokens of `documents` ([C, n] each) in windows of `length`, with `padding` [C] where nothing stands.
+    """Pack all tokens of `documents` ([C, n] each) into windows of `length`, and fill the rest with `padding` [C].
 
-    `best_fit` splits a document longer than a window into full ones and packs the rest of it like a document: best
-    fit decreasing, which truncates nothing that fits (Ding et al., arXiv 2404.10830). What room then is left, it fills
-    with the ends of a few of the long documents' full windows. `concatenate` lets documents follow each other and cuts
-    wherever a window ends. Windows (documents, where they are concatenated) are shuffled within the buffer.
+    `best_fit` splits a document longer than a window into full windows, and packs its rest like a document by best-fit
+    decreasing, which splits no document that fits (Ding et al., arXiv 2404.10830). The remaining room is filled with
+    the ends of a few long documents. `concatenate` joins documents and cuts wherever a window ends. Windows (for
+    `concatenate`, documents) are shuffled within the buffer.
     """
     generator = np.random.Generator(np.random.Philox(key=seed))
     arrange = _fitted if how == "best_fit" else _joined
@@ -60,19 +60,19 @@ def pack(
         size += columns.shape[1]
         if size >= most:
             windows, rest = arrange(buffer, length, generator, most // CARRIED)
-            yield _laid(buffer, windows, length, pad)
+            yield _assemble(buffer, windows, length, pad)
             parts = zip(rest[:, 0].tolist(), _parts(buffer, rest, pad), strict=True)
             buffer = [Segment(buffer[i].document, part.copy()) for i, part in parts]  # a view would keep a buffer alive
             size = sum(piece.columns.shape[1] for piece in buffer)
     if buffer:
-        yield _laid(buffer, arrange(buffer, length, generator, 0)[0], length, pad)
+        yield _assemble(buffer, arrange(buffer, length, generator, 0)[0], length, pad)
 
 
 def best_fit(sizes: NDArray[Any], capacity: int) -> list[list[int]]:
-    """Which items stand together in each window, the largest item first, each in the fullest window that has room.
+    """Best-fit decreasing bin packing: the items of each window, largest first, each in the fullest window with room.
 
-    `sizes` [n] are from 1 to `capacity`. Windows are kept by the room they have left, and one bit for each room says
-    whether there is such a window, so that the best one is found by looking at the lowest bit: O(n log n) in all.
+    `sizes` [n] are from 1 to `capacity`. Windows are grouped by the room left, and a bit set marks the non-empty
+    groups, so the lowest fitting bit finds the best window: O(n log n) in all.
     """
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0
@@ -95,7 +95,7 @@ def best_fit(sizes: NDArray[Any], capacity: int) -> list[list[int]]:
 
 
 def _fitted(buffer: list[Segment], length: int, generator: np.random.Generator, carried: int) -> tuple[Cuts, Cuts]:
-    """The pieces of all windows in their order, padding included; and up to `carried` tokens that fill none."""
+    """Best-fit packing: the pieces of all windows in order, padding included, and up to `carried` leftover tokens."""
     sizes = np.array([piece.columns.shape[1] for piece in buffer])
     full = np.where(sizes > length, sizes // length * length, 0)
     rests = np.flatnonzero(full < sizes)
@@ -107,7 +107,9 @@ def _fitted(buffer: list[Segment], length: int, generator: np.random.Generator, 
     windows: list[int] = []  # of each piece
     waiting: list[list[int]] = []
     count = 0
-    for size, items in sorted(packed, key=lambda window: window[0]):  # the emptiest wait, as long as there is room
+    for size, items in sorted(
+        packed, key=lambda window: window[0]
+    ):  # the emptiest windows wait for the next buffer, up to `carried` tokens
         here = [of_rests[item] for item in items]
         if size < length and size <= carried:
             carried -= size
@@ -132,10 +134,10 @@ def _fitted(buffer: list[Segment], length: int, generator: np.random.Generator, 
 
 
 def _end_of(long: list[list[int]], room: int) -> list[list[int]]:
-    """What fills a window up: the end of the last of `long`, which is cut somewhere anyway; and padding after it.
+    """Fill the room of a window with the end of the last document of `long`, and padding after it.
 
-    `long` are documents and how much of each is left. The piece stands last in its window, as nothing in it says that
-    it ends.
+    `long` are documents, which are split anyway, and the length left of each. The piece is the last in its window,
+    because no EOS marks where it ends.
     """
     if room < SHORTEST or not long:
         return _padding(room)
@@ -149,8 +151,8 @@ def _end_of(long: list[list[int]], room: int) -> list[list[int]]:
 
 
 def _joined(buffer: list[Segment], length: int, generator: np.random.Generator, carried: int) -> tuple[Cuts, Cuts]:
-    """The documents one after the other; the end that fills no window, padded where nothing may be `carried`."""
-    # The first may be the end of a document whose beginning is written already.
+    """Concatenated packing: the pieces of all documents in order; the rest waits, or is padded with `carried` 0."""
+    # The first may be the end of a document whose beginning is already written.
     order = [0, *(1 + generator.permutation(len(buffer) - 1)).tolist()]
     pieces = [[number, 0, buffer[number].columns.shape[1]] for number in order]
     over = sum(stop for _, _, stop in pieces) % length
@@ -178,17 +180,17 @@ def _cuts(pieces: list[list[int]]) -> Cuts:
 def _parts(buffer: list[Segment], cuts: Cuts, pad: NDArray[Any]) -> list[NDArray[Any]]:
     """The columns of each piece."""
     whole = [piece.columns for piece in buffer]
-    ranges = zip(*cuts.T.tolist(), strict=True)  # without a list for each, which Python would search for cycles
+    ranges = zip(*cuts.T.tolist(), strict=True)  # no list for each, which Python's garbage collector would scan
     return [pad[:, :stop] if i == PADDING else whole[i][:, start:stop] for i, start, stop in ranges]
 
 
-def _laid(buffer: list[Segment], cuts: Cuts, length: int, pad: NDArray[Any]) -> Packed:
-    """The pieces, which fill whole windows, as windows; cut where a window ends."""
+def _assemble(buffer: list[Segment], cuts: Cuts, length: int, pad: NDArray[Any]) -> Packed:
+    """Copy pieces, which fill whole windows, into windows; a piece is cut where a window ends."""
     dtype = buffer[0].columns.dtype
     columns = np.concatenate(_parts(buffer, cuts, pad.astype(dtype)), axis=1)
     ends = np.cumsum(cuts[:, 2] - cuts[:, 1])
     stops = np.union1d(ends, np.arange(length, columns.shape[1] + 1, length))
-    numbers = np.array([*(piece.document for piece in buffer), PADDING])  # the last is that of PADDING's index
+    numbers = np.array([*(piece.document for piece in buffer), PADDING])  # index PADDING (-1) selects the last
     document = numbers[cuts[:, 0]][np.searchsorted(ends, stops)]
     table = np.stack([document, (stops - 1) // length, (stops - 1) % length + 1], axis=1)
     return Packed(columns.reshape(len(columns), -1, length), table[document != PADDING])

@@ -1,4 +1,4 @@
-"""Verified windows by number, out of an artifact's shards, and read ahead where the order is known."""
+"""Random access to the verified windows of an artifact's shards, with prefetching."""
 
 import glob
 import itertools
@@ -20,10 +20,10 @@ from vectorclm.store.artifact import Artifact
 
 
 class ShardReader:
-    """The windows of one source and split by number, verified.
+    """Reads the windows of one source and split by number, verified.
 
-    Where the order of reading is known, `want` says what comes, so that it is fetched meanwhile, and `forget` how far
-    one is: what is held is what was wanted since.
+    Where the reading order is known, `prefetch` starts to fetch the next blocks, and `evict` releases the blocks that
+    were prefetched for earlier positions.
     """
 
     def __init__(self, shards: Sequence[Shard], blocks: Blocks) -> None:
@@ -35,7 +35,7 @@ class ShardReader:
         self.held: deque[tuple[int, dict[int, Callable[[], Windows]]]] = deque()
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Sequence[Shard], Blocks]]:
-        """Another process holds nothing yet."""
+        """A reader in another process starts without blocks."""
         return (ShardReader, (self.shards, self.source))
 
     def __len__(self) -> int:
@@ -58,16 +58,16 @@ class ShardReader:
 
     @property
     def has_mask(self) -> bool:
-        """Whether they say which tokens carry loss."""
+        """Whether the windows have a mask of the tokens that carry loss."""
         return any(column.name == "supervised" for column in self.shards[0].columns)
 
     def empty(self, windows: int) -> Windows:
-        """Room for so many windows."""
+        """Allocate uninitialized memory for `windows` windows."""
         shape = (windows, self.sequence_length)
         return Windows(**{column.name: np.empty(shape, column.dtype) for column in self.shards[0].columns})
 
     def prefetch(self, place: int, windows: Iterable[range]) -> None:
-        """Begin to read the blocks of `windows`, which are needed from `place` on."""
+        """Start to read the blocks of `windows`, which are needed from position `place` on."""
         blocks: dict[int, Callable[[], Windows]] = {}
         for some in windows:
             (first, last), _ = self._where(np.array([some[0], some[-1]]))
@@ -76,14 +76,14 @@ class ShardReader:
         self.held.append((place, blocks))
 
     def evict(self, place: int) -> None:
-        """Let go what was wanted before that which is needed at `place`."""
+        """Release the blocks that are no longer needed at position `place`."""
         while len(self.held) > 1 and self.held[1][0] <= place:
             for block in self.held.popleft()[1]:
                 if self._held(block) is None:
                     self.source.drop(*self._shard(block))
 
     def gather(self, windows: NDArray[np.int64], into: Windows, rows: NDArray[np.int64]) -> None:
-        """Copy `windows` [n] to the `rows` [n] of `into`. Raises what the block readers raise."""
+        """Copy `windows` [n] to the `rows` [n] of `into`. Raises the errors of the block reader."""
         blocks, places = self._where(windows)
         order = np.argsort(blocks, kind="stable")
         for here in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1):
@@ -95,7 +95,7 @@ class ShardReader:
                         target[rows[here]] = column[places[here]]
 
     def in_order(self, count: int, limit: int = 0) -> Iterator[Windows]:
-        """The first `limit` windows, `count` at a time; 0 = all of them."""
+        """Iterate over the first `limit` windows (0 = all), `count` at a time."""
         limit, wanted = min(limit or len(self), len(self)), 0
         group = GROUP_BLOCKS * self.block_windows
         for start in range(0, limit, count):
@@ -109,12 +109,12 @@ class ShardReader:
             yield found
 
     def close(self) -> None:
-        """Stop what is under way; it can be read again."""
+        """Cancel pending reads; the reader can be used again."""
         self.held.clear()
         self.source.close()
 
     def find(self, window: int) -> tuple[str, int]:
-        """The shard that holds a window, and its row in there."""
+        """The name of the shard with a window, and the window's row in this shard."""
         number = int(np.searchsorted(self.firsts, window, side="right")) - 1
         return "/".join(self.shards[number].path.split("/")[-2:]), window - int(self.firsts[number])
 
@@ -126,7 +126,7 @@ class ShardReader:
         return self.shards[number], block - int(self.block_firsts[number])
 
     def _where(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The block of each window, counted over all shards, and its row in there."""
+        """The block of each window, counted over all shards, and the window's row in this block."""
         shard = np.searchsorted(self.firsts, windows, side="right") - 1
         within = windows - self.firsts[shard]
         block, row = np.divmod(within + self.skews[shard], self.block_windows)
@@ -137,10 +137,10 @@ class ShardReader:
 def open_shards(
     artifact: Artifact, split: str, *, cache: str | None = None, patience: RetryPolicy = RetryPolicy()
 ) -> Iterator[dict[str, ShardReader]]:
-    """Readers of each source's windows of a split, while the block runs; nothing is read yet but the manifest.
+    """Open a reader for each source of a split, for the duration of a `with` block; only the manifest is read at once.
 
     `cache` is a local folder that keeps blocks of a remote store. Raises CorruptArtifactError where the manifest is
-    not whole.
+    incomplete.
     """
     blocks: Blocks = MmapBlockReader()
     if not artifact.store.is_local:
@@ -153,7 +153,7 @@ def open_shards(
         yield {label: ShardReader(parts, blocks) for label, parts in shards.items()}
     except CorruptBlockError as error:
         for shard in itertools.chain(*shards.values()):
-            if f"{shard.uri}, " in str(error):  # hash that file, so that its stage does not reuse it
+            if f"{shard.uri}, " in str(error):  # check the file's hash, so that its stage does not reuse it
                 list(artifact.differences(glob.escape(shard.uri.removeprefix(f"{artifact.uri}/"))))
         raise
     finally:

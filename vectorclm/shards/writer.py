@@ -1,4 +1,4 @@
-"""Token shards: uncompressed Arrow IPC files with one flat buffer of windows, which a reader maps into memory."""
+"""Writes token shards: documents encoded and packed into windows, in uncompressed Arrow files for memory mapping."""
 
 import tempfile
 import threading
@@ -17,7 +17,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from vectorclm.corpus.sample_reader import SampleFiles
-from vectorclm.corpus.sources import in_groups
+from vectorclm.corpus.source_reader import in_groups
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.runtime.library_calls import interruptibly
 from vectorclm.runtime.progress import Progress
@@ -28,34 +28,34 @@ from vectorclm.shards.packing import Packing, pack
 from vectorclm.store.artifact import Artifact
 from vectorclm.store.durable import TEMPORARY
 from vectorclm.store.resumable import Slices
-from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, token_lengths
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 SPLITS = ("train", "validation")
-GROUP_DOCUMENTS = 512  # encoded at a time, or as many as have
-GROUP_CHARACTERS = 4_000_000
-PIECES = "documents.parquet"  # beside each shard: which document stands where
+GROUP_DOCUMENTS = 512  # documents encoded at a time, at most
+GROUP_CHARACTERS = 4_000_000  # characters, after which a group of documents ends
+PIECES = "documents.parquet"  # suffix of the file beside each shard with the places of its documents
 
 
 class ShardsConfig(Settings):
-    """How documents become training windows."""
+    """Window length, shard size and packing of training documents."""
 
     sequence_length: int = Field(ge=8, le=65_536, description="Tokens in a window")
     shard_bytes: int = Field(64 * 1024 * 1024, ge=4096, description="Size of a shard file")
     packing: Packing = Field(
-        "best_fit", description="Documents that fit stay whole, or follow each other and are cut where a window ends"
+        "best_fit", description="best_fit keeps documents that fit whole, concatenate cuts them where a window ends"
     )
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The integers in which shards hold token ids."""
+    """The integer type of token ids in shards."""
     return np.dtype(np.uint16 if vocab_size <= 65_536 else np.uint32)
 
 
 class ShardWriter:
     """Writes windows [n, T] of integer columns to `{prefix}-00000.arrow`, a new file every `shard_bytes`.
 
-    Beside it lies `{prefix}-00000.documents.parquet` with the pieces of documents in the windows, in their order:
-    the number of the document, the window in this shard, and one past its last token in the window.
+    A file `{prefix}-00000.documents.parquet` beside each shard lists the pieces of documents in its windows, in order:
+    the document's number, the window in this shard, and the end (one past the last token in the window).
     """
 
     def __init__(self, prefix: Path, sequence_length: int, shard_bytes: int) -> None:
@@ -68,7 +68,7 @@ class ShardWriter:
         prefix.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, pieces: NDArray[np.int64] | None = None, **columns: NDArray[Any]) -> None:
-        """Append windows: each column is [n, T], all with the same n; `pieces` [P, 3] number these from 0."""
+        """Append windows: each column is [n, T] with the same n; `pieces` [P, 3] count these windows from 0."""
         for name, rows in columns.items():
             self.columns.setdefault(name, []).append(rows)
         if pieces is not None:
@@ -78,7 +78,7 @@ class ShardWriter:
             self._flush(self.rows_per_shard)
 
     def close(self) -> int:
-        """Write what is left; the number of windows in all."""
+        """Write the remaining windows. Returns the total number of windows."""
         if self.pending:
             self._flush(self.pending)
         return self.windows
@@ -107,20 +107,20 @@ class ShardWriter:
 
 
 class Windows(NamedTuple):
-    """Windows, as of one shard or one block; a column that it does not have is None."""
+    """Windows of a shard or block."""
 
     input_ids: NDArray[Any]  # [n, T]
-    supervised: NDArray[Any] | None = None  # [n, T], 1 where a token carries loss; None: all do
+    supervised: NDArray[Any] | None = None  # [n, T], 1 where a token carries loss; None = all tokens do
 
     def rows(self, here: slice) -> "Windows":
-        """Some of them."""
+        """A slice of the windows."""
         return Windows(self.input_ids[here], None if self.supervised is None else self.supervised[here])
 
 
 def read_windows(directory: Path, split: str) -> list[Windows]:
-    """The shards of a split, in order; nothing is read yet but the headers.
+    """Open the shards of a split by memory mapping, in order; only the headers are read at once.
 
-    Raises CorruptArtifactError for a file that is no shard.
+    Raises CorruptArtifactError for a file that is not a shard.
     """
     shards = []
     for path in sorted(directory.glob(f"{split}-*.arrow")):
@@ -138,28 +138,26 @@ def read_windows(directory: Path, split: str) -> list[Windows]:
 def write_shards(
     config: ShardsConfig,
     sample: Path | Artifact,
-    tokenizer: Tokenizer,
+    encoder: Encoder | Tokenizer,
     out: Path,
-    encoder: Encoder | None = None,
     *,
     seed: int = 0,
     slices: Slices | None = None,
 ) -> dict[str, Any]:
-    """Tokenize every source of `sample` and write `{label}/{split}-00000.arrow`, and which documents stand where.
+    """Tokenize and pack every source of `sample` into `{label}/{split}-00000.arrow`, with a list of document places.
 
-    A document is BOS, its tokens, EOS; `vectorclm.shards.packing` puts them into windows of `sequence_length`, padded
-    where nothing stands. Each file of the sample is a slice of the work, packed for itself. `slices` says where a later
-    call finds those that are finished, and whether their files come to `out`: give some of these settings and this
-    sample alone.
-    `encoder` is, where none is given, the fastest that proves identical to `tokenizer`; where it is disproved on the
-    way, everything is written again without it, so the files are the same by whichever encoder.
+    A document is BOS, its tokens, EOS; `vectorclm.shards.packing` packs documents into padded windows of
+    `sequence_length`. Each file of the sample is a slice, packed on its own. `slices` keeps finished slices for a later
+    call, and must belong to these settings and this sample only.
+    For a `Tokenizer`, `encoder` becomes the fastest encoder that agrees with it. If the encoder differs from the
+    reference later, everything is written again without it, so the files never depend on the encoder.
 
-    Returns the counts of each source and split, and beside them its `audit` by split: the encoder, documents judged
-    and differing, documents decoded again, and what `vectorclm.shards.audit` counts in the files. Raises DataError
-    where a source does not fill one window of each split or a document does not decode to itself, and
-    CorruptArtifactError where the files do not hold the documents.
+    Returns the counts of each source and split, and an `audit` by split: the encoder, documents compared and differing,
+    documents decoded again, and the counts of `vectorclm.shards.audit`. Raises DataError where a source does not fill
+    one window of each split or a document does not decode to itself, and CorruptArtifactError where the files do not
+    hold the documents.
     """
-    encoder = encoder or open_encoder(tokenizer)
+    encoder = encoder if isinstance(encoder, Encoder) else open_encoder(encoder)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as folder:
         slices = slices or Slices(Path(folder, "slices"), out)
@@ -175,7 +173,6 @@ def write_shards(
 def _write_sources(
     config: ShardsConfig, sample: SampleFiles, encoder: Encoder, seed: int, slices: Slices
 ) -> dict[str, Any]:
-    lengths = token_lengths(encoder.reference)
     summary: dict[str, Any] = {}
     with Progress("shards", sum(sample.bytes.values()), "compressed bytes") as progress:
         for label in sample.labels:
@@ -183,9 +180,9 @@ def _write_sources(
             summary[label] = {"policy": policy, "audit": {}}
             for split in SPLITS:
                 counts: Counter[str] = Counter()
-                ids = np.zeros(len(lengths), np.int64)
+                ids = np.zeros(len(encoder.token_lengths), np.int64)
                 for number, name in enumerate(sample.names(label, split)):
-                    write = partial(_write_slice, config, sample, name, encoder, lengths, seed << 32 | number)
+                    write = partial(_write_slice, config, sample, name, encoder, seed << 32 | number)
                     done = slices.finish(f"{label}/{split}", number, write)
                     ids += np.array(done.pop("ids"))
                     counts.update(done)
@@ -210,17 +207,11 @@ def _write_sources(
 
 
 def _write_slice(
-    config: ShardsConfig,
-    sample: SampleFiles,
-    name: str,
-    encoder: Encoder,
-    lengths: Sequence[int],
-    seed: int,
-    out: Path,
+    config: ShardsConfig, sample: SampleFiles, name: str, encoder: Encoder, seed: int, out: Path
 ) -> dict[str, Any]:
-    """Write the windows of one file of the sample as `shard-00000.arrow`. Returns its counts, `ids` among them."""
+    """Write the windows of one sample file to `shard-00000.arrow`. Returns its counts, with `ids` per token."""
     length, where = config.sequence_length, name.rpartition("-")[0]
-    judged_before, found = encoder.judged, _Found()
+    judged_before, found = encoder.judged, _DocumentCounts()
     writer = ShardWriter(out / "shard", length, config.shard_bytes)
     tables = []
     documents = _documents(sample.read(name), encoder, found, where)
@@ -230,7 +221,7 @@ def _write_slice(
         writer.write(packed.pieces, input_ids=packed.columns[0])
     windows = writer.close()
     stored = [shard.input_ids for shard in read_windows(out, "shard")]
-    ids = audit(stored, found.documents, found.bytes, lengths, where)
+    ids = audit(stored, found.documents, found.bytes, encoder.token_lengths, where)
     padding = int(ids[PAD_ID])
     split, split_though_fit = split_documents(np.concatenate(tables), length) if tables else (0, 0)
     return {
@@ -248,8 +239,8 @@ def _write_slice(
 
 
 @dataclass
-class _Found:
-    """What the documents of a slice amount to."""
+class _DocumentCounts:
+    """Counts of a slice's documents."""
 
     documents: int = 0
     bytes: int = 0
@@ -260,15 +251,15 @@ class _Found:
 def _encoded(
     encoder: Encoder, group: Sequence[str], where: str, left: threading.Event
 ) -> tuple[list[NDArray[np.uint32]], int]:
-    """The ids of some documents, and how many of these were decoded again; seconds for one of some megabytes."""
+    """Encode a group of documents. Returns the ids, and the number of documents decoded again as a check."""
     encoded = encoder.encode(group)
     if left.is_set():
         return [], 0
     return encoded, check_round_trip(encoder.reference, group[::JUDGE_EVERY], encoded[::JUDGE_EVERY], where)
 
 
-def _documents(texts: Iterable[str], encoder: Encoder, found: _Found, where: str) -> Iterator[NDArray[Any]]:
-    """The ids [1, n] of each document with its BOS and EOS."""
+def _documents(texts: Iterable[str], encoder: Encoder, found: _DocumentCounts, where: str) -> Iterator[NDArray[Any]]:
+    """The ids [1, n] of each document, with BOS and EOS."""
     vocab_size = encoder.reference.get_vocab_size()
     dtype = token_dtype(vocab_size)
     bos, eos = np.array([BOS_ID], np.uint32), np.array([EOS_ID], np.uint32)
@@ -276,8 +267,10 @@ def _documents(texts: Iterable[str], encoder: Encoder, found: _Found, where: str
         encoded, round_trips = interruptibly(partial(_encoded, encoder, group, where))
         found.round_trips += round_trips
         ids = np.concatenate([part for item in encoded for part in (bos, item, eos)])
-        if ids.max() >= vocab_size:  # in fewer bits it would become another token
-            raise CorruptArtifactError(f"{where}: {encoder.name} gave the id {ids.max()}, none of {vocab_size} tokens")
+        if ids.max() >= vocab_size:  # conversion to fewer bits would change the token
+            raise CorruptArtifactError(
+                f"{where}: {encoder.name} returned the id {ids.max()}, outside the vocabulary of {vocab_size} tokens"
+            )
         found.documents += len(group)
         found.bytes += sum(len(text.encode()) for text in group)
         found.tokens += len(ids)

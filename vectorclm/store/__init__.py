@@ -1,5 +1,5 @@
-"""The store of immutable artifacts.
+"""The store of immutable artifacts, on a local disk or in an object store.
 
-In: files and the specification that they were built from.
-Out: verified files, leases, listings, clean-up.
+In: files, and the specification of the stage that built them.
+Out: verified files, leases, listings, garbage collection.
 """

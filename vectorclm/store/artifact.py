@@ -1,7 +1,7 @@
-"""The store and its artifacts: immutable directories at `{store}/{stage}/{fingerprint}/`.
+"""The artifact store: immutable directories at `{store}/{stage}/{fingerprint}/`, their build and publication.
 
-An artifact is complete when, and only when, its `manifest.json` is there: files go first, the manifest last and
-only if absent. So a rerun is a skip, and a killed writer leaves nothing that a reader could mistake for a result.
+An artifact is complete exactly when its `manifest.json` exists: the files are written first, the manifest last and only
+if absent. A rerun therefore skips finished stages, and a killed writer leaves nothing that looks like a result.
 """
 
 import json
@@ -27,7 +27,7 @@ from vectorclm.store.publication import commit, publish_locally
 from vectorclm.store.result import Artifact as Artifact
 from vectorclm.store.result import ArtifactStorage, corrupt
 from vectorclm.store.result import StageSpec as StageSpec
-from vectorclm.store.result import mend as mend
+from vectorclm.store.result import repair_advice as repair_advice
 from vectorclm.store.storage import TRIES, explained, sha256_of
 from vectorclm.store.work import attempt_folder
 
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 def default_store() -> str:
-    """Where artifacts are kept unless a command is told otherwise."""
+    """The address of the default store: VECTORCLM_STORE, or `./store`."""
     return os.environ.get("VECTORCLM_STORE") or "./store"
 
 
 class Store(ArtifactStorage):
-    """A root for artifacts: a local folder, or an object store that fsspec opens, such as `s3://bucket/prefix`."""
+    """A store of artifacts: a local folder, or an object store that fsspec opens, such as `s3://bucket/prefix`."""
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """The finished artifact at this address, or None.
@@ -54,33 +54,34 @@ class Store(ArtifactStorage):
         return found
 
     def look_up(self, stage: str, fingerprint: str) -> Artifact | None:
-        """What a manifest says of the artifact at this address, whatever its files are; None where there is none.
+        """The artifact at this address as its manifest describes it, without a look at its files; None if absent.
 
         Raises CorruptArtifactError for a broken manifest.
         """
         key = f"{stage}/{fingerprint}"
         tries = 0
         while (data := self.read(f"{key}/{MANIFEST}")) is not None:
-            if self.is_s3 and not data:  # given up, see `withdraw`
+            if self.is_s3 and not data:  # withdrawn, see `withdraw`
                 return None
             try:
                 return Artifact(self, stage, fingerprint, read_manifest(data, self.uri_of(key)))
-            except CorruptArtifactError:  # on the way, or in the store
+            except CorruptArtifactError:  # damaged in transfer, or in the store
                 if (tries := tries + 1) == TRIES:
                     raise
         return None
 
-    def find_whole(self, plan: StageSpec) -> Artifact | None:
-        """The finished artifact of a plan, or None, also where it is damaged, so that its stage makes it again."""
+    def find_whole(self, spec: StageSpec) -> Artifact | None:
+        """The finished artifact of a specification; None where it is absent or damaged, so that its stage builds it."""
         try:
-            return self.find(plan.stage, plan.fingerprint)
+            return self.find(spec.stage, spec.fingerprint)
         except CorruptArtifactError:
             return None
 
     def discard(self, stage: str, fingerprint: str, seen: Mapping[str, Any] | None = None) -> None:
-        """Take the manifest from a damaged artifact, so that its stage makes it again. The caller holds its lease.
+        """Withdraw the manifest of a damaged artifact, so that its stage builds it again. The caller holds its lease.
 
-        One that was made again meanwhile stays: with `seen`, any but that manifest, else any that is not damaged.
+        An artifact that was rebuilt meanwhile stays. With `seen`, only an artifact with exactly that manifest is
+        discarded; without, only a damaged one.
         """
         key = f"{stage}/{fingerprint}/{MANIFEST}"
         data = self.read(key)
@@ -92,50 +93,49 @@ class Store(ArtifactStorage):
             self.withdraw(key, data)
 
     def finished(self, stage: str) -> Iterator["Artifact"]:
-        """All finished artifacts of a stage, by fingerprint, as their manifests say; their files are not looked at."""
+        """All finished artifacts of a stage, ordered by fingerprint, as their manifests describe them."""
         for fingerprint in self.list(stage):
             if (found := self.look_up(stage, fingerprint)) is not None:
                 yield found
 
     def publish(
         self,
-        plan: StageSpec,
+        spec: StageSpec,
         directory: Path,
         summary: Mapping[str, Any],
         describe: Describe | None = None,
         sent: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> Artifact:
-        """Move the files of `directory` to the plan's address, then write the manifest if there is none yet.
+        """Move the files of `directory` to the specification's address, then write the manifest if absent.
 
-        It also has the files that were `sent` before.
-
-        Where another process published the same fingerprint first, its artifact stands and is returned.
+        The manifest also lists the files that were `sent` before. Where another process published the same fingerprint
+        first, the other artifact stays and is returned.
         """
-        return self.publish_first(plan, directory, summary, describe, sent)[0]
+        return self.publish_first(spec, directory, summary, describe, sent)[0]
 
     def publish_first(
         self,
-        plan: StageSpec,
+        spec: StageSpec,
         directory: Path,
         summary: Mapping[str, Any],
         describe: Describe | None,
         sent: Mapping[str, Mapping[str, Any]],
     ) -> tuple[Artifact, bool]:
-        """See `publish`; and whether this process published it."""
-        if (done := self.find(plan.stage, plan.fingerprint)) is not None:
+        """Like `publish`; also returns whether this process published the artifact."""
+        if (done := self.find(spec.stage, spec.fingerprint)) is not None:
             return done, False
         head = {
-            "stage": plan.stage,
-            "fingerprint": plan.fingerprint,
-            "format_version": plan.version,
-            "config": plan.config,
-            "inputs": dict(plan.inputs),
+            "stage": spec.stage,
+            "fingerprint": spec.fingerprint,
+            "format_version": spec.version,
+            "config": spec.config,
+            "inputs": dict(spec.inputs),
             "summary": summary,
         }
-        first = self.publish_directory(f"{plan.stage}/{plan.fingerprint}", directory, head, describe, sent)
-        found = self.find(plan.stage, plan.fingerprint)
+        first = self.publish_directory(f"{spec.stage}/{spec.fingerprint}", directory, head, describe, sent)
+        found = self.find(spec.stage, spec.fingerprint)
         if found is None:
-            raise StoreError(f"the manifest of {plan.stage}/{plan.fingerprint} was written but cannot be read back")
+            raise StoreError(f"the manifest of {spec.stage}/{spec.fingerprint} was written but cannot be read back")
         return found, first
 
     def publish_directory(
@@ -146,9 +146,9 @@ class Store(ArtifactStorage):
         describe: Describe | None = None,
         sent: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> bool:
-        """Publish the files of `directory` at `key` with a manifest of `head` and all of them, if there is none yet.
+        """Publish the files of `directory` at `key` under a manifest of `head` and all files, if there is none yet.
 
-        False where another process published first; what it published is untouched.
+        Returns False where another process published first; the other publication stays untouched.
         """
         files = {}
         for path in sorted(p for p in directory.rglob("*") if p.is_file()):
@@ -165,7 +165,7 @@ class Store(ArtifactStorage):
             return commit(self, f"{key}/{MANIFEST}", manifest)
 
     def send(self, source: Path, key: str, name: str, sha256: str) -> dict[str, str]:
-        """Copy a file of the artifact at `key` to a remote store; what its manifest says of where it lies there."""
+        """Copy a file of the artifact at `key` to a remote store; returns the manifest's entry for its place there."""
         place = self.put(source, key, name, sha256)
         return {} if place == name else {"place": place}
 
@@ -191,13 +191,13 @@ class Store(ArtifactStorage):
             finally:
                 part.unlink(missing_ok=True)
         memory.save()
-        for path in cache.rglob("*"):  # another store may have left its own files here
+        for path in cache.rglob("*"):  # another store may have left files here
             if path.is_file() and not path.name.startswith(".") and path.relative_to(cache).as_posix() not in known:
                 path.unlink()
         return cache
 
     def fetch(self, artifact: Artifact, name: str, target: Path) -> None:
-        """Copy one of its files from the store to `target`. Raises CorruptArtifactError where it is another one."""
+        """Copy a file of the artifact to `target`. Raises CorruptArtifactError where it is missing or differs."""
         want = artifact.manifest["files"][name]["sha256"]
         try:
             found = self.get(artifact.key(name), target, want)
@@ -207,16 +207,16 @@ class Store(ArtifactStorage):
             raise corrupt(artifact, name, found)
 
     def remove(self, key: str) -> None:
-        """Remove `key` and all below it, if it is there. The manifest goes first, so no reader trusts the rest."""
+        """Remove `key` and everything below, the manifest first, so that no reader trusts the rest."""
         self.delete(f"{key}/{MANIFEST}")
         super().remove(key)
 
     @contextmanager
     def lease(self, key: str) -> Iterator["Lease"]:
-        """Be the one writer of `key` while the block runs.
+        """Hold the lease on `key` while the block runs: this process is the only writer of `key`.
 
-        The lease renews itself and expires when its holder dies. Raises InUseError while another process holds it, and
-        for whatever goes wrong after another process has taken it over.
+        The lease renews itself and expires when its holder dies. Raises InUseError while another process holds the
+        lease, and in place of any error that follows a takeover by another process.
         """
         lease = Lease(self, f"leases/{key}.json")
         lease.acquire()
@@ -230,106 +230,107 @@ class Store(ArtifactStorage):
             lease.release()
 
     def lease_holder(self, key: str) -> dict[str, Any] | None:
-        """Who writes `key` at this moment (`host`, `pid`, …); None where nobody alive does."""
+        """The live process that holds the lease on `key` (`host`, `pid`, …); None where there is none."""
         holder = Lease(self, f"leases/{key}.json").holder()
         return holder if holder and is_alive(holder) else None
 
     def check_lease(self, key: str) -> None:
-        """Raise InUseError where this process was the writer of `key`, and another has taken it over."""
+        """Raise InUseError where this process held the lease on `key`, and another process has taken it over."""
         check_held(self, f"leases/{key}.json")
 
-    def work_folder(self, plan: StageSpec, work_dir: str | None) -> Path:
-        """The local folder of this plan's work in progress, in which each attempt at it has a folder of its own."""
-        folder = self.work_root(work_dir) / f"{plan.stage}-{plan.fingerprint[:16]}"
+    def work_folder(self, spec: StageSpec, work_dir: str | None) -> Path:
+        """The local folder for work in progress on a specification; each attempt has its own folder inside."""
+        folder = self.work_root(work_dir) / f"{spec.stage}-{spec.fingerprint[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def work_root(self, work_dir: str | None) -> Path:
-        """Where the work folders lie."""
+        """The local folder that contains the work folders."""
         if work_dir is not None:
             return Path(work_dir)
         if self.is_local:
             return Path(self.root) / "work"
-        return cache_folder() / "work" / digest(self.uri)[:12]  # each store its own, as their leases are apart, too
+        return cache_folder() / "work" / digest(self.uri)[:12]  # one for each store, as leases are
 
 
-def rebuilt_because(plan: StageSpec, error: CorruptArtifactError) -> str:
-    """The warning that an artifact which `find` refuses is built again."""
-    return f"{str(error).removesuffix(': run its stage again')}; {plan.stage} is built again now"
+def rebuilt_because(spec: StageSpec, error: CorruptArtifactError) -> str:
+    """The warning that a damaged artifact is built again."""
+    return f"{str(error).removesuffix(': run its stage again')}; {spec.stage} is built again now"
 
 
 class SentFiles(Protocol):
-    """Files of an artifact that went to the store while it was built."""
+    """Files of an artifact that were sent to the store during its build."""
 
-    files: dict[str, Mapping[str, Any]]  # as the manifest has them
+    files: dict[str, Mapping[str, Any]]  # the manifest's entries by file name
 
     def clear_markers(self, artifact: Artifact) -> None:
-        """Remove what says how far the work was: the manifest is there."""
+        """Remove the progress markers of a finished artifact."""
 
 
 def build(
     store: Store,
-    plan: StageSpec,
+    spec: StageSpec,
     produce: Callable[[Path], Mapping[str, Any]],
     work_dir: str | None = None,
     describe: Describe | None = None,
-    sending: "SentFiles | None" = None,
+    upload: "SentFiles | None" = None,
 ) -> tuple[Artifact, bool]:
-    """The artifact of `plan`, and whether it was there already.
+    """Build the artifact of `spec`, or find it in the store; return it and whether it was there already.
 
-    `produce(out)` writes the files into the empty local folder `out` and returns the summary. It runs only where
-    the store has no such artifact, by one process at a time. `describe(file)` adds to what the manifest says of each.
-    With `sending`, `produce` may have sent some of them already.
+    `produce(out)` writes the files into the empty local folder `out` and returns the summary. It runs only where the
+    store has no such artifact, in one process at a time. `describe(file)` adds fields to a file's entry in the
+    manifest. With `upload`, `produce` may send files to the store early.
     """
-    if (found := store.find_whole(plan)) is not None:
+    if (found := store.find_whole(spec)) is not None:
         return found, True
-    with store.lease(plan.lease) as lease:
+    with store.lease(spec.lease) as lease:
         try:
-            if (found := store.find(plan.stage, plan.fingerprint)) is not None:
+            if (found := store.find(spec.stage, spec.fingerprint)) is not None:
                 return found, True
         except CorruptArtifactError as error:
-            logger.warning("%s", rebuilt_because(plan, error))
+            logger.warning("%s", rebuilt_because(spec, error))
             lease.check()
-            store.discard(plan.stage, plan.fingerprint)
-        with attempt_folder(store.work_folder(plan, work_dir)) as work:
+            store.discard(spec.stage, spec.fingerprint)
+        with attempt_folder(store.work_folder(spec, work_dir)) as work:
             out = work / "out"
             with explained(str(out)):
                 out.mkdir()
                 summary = produce(out)
                 lease.check()
-                sent = {} if sending is None else sending.files
-                artifact, first = store.publish_first(plan, out, summary, describe, sent)
-            if not first:  # another was faster, as this process stood still
+                sent = {} if upload is None else upload.files
+                artifact, first = store.publish_first(spec, out, summary, describe, sent)
+            if not first:  # another process was faster, while this one was suspended
                 lease.check()
-            if sending is not None:
-                sending.clear_markers(artifact)
+            if upload is not None:
+                upload.clear_markers(artifact)
         return artifact, not first
 
 
 def rebuild(
     store: Store,
     artifact: Artifact,
-    plan: StageSpec,
+    spec: StageSpec,
     produce: Callable[[Path], Mapping[str, Any]],
     work_dir: str | None,
 ) -> list[str]:
-    """Make a finished artifact again, beside it, and return the files that came out otherwise; the artifact stays.
+    """Build a finished artifact again in a work folder, and return the names of the files that differ.
 
-    Of `metrics.jsonl` neither the speed is compared nor the order of the lines, which may come some steps late.
+    The artifact stays as it is. In `metrics.jsonl`, neither the speed nor the order of the lines is compared, because
+    lines may be written some steps late.
     """
-    with store.lease(plan.lease) as lease, attempt_folder(store.work_folder(plan, work_dir)) as work:
+    with store.lease(spec.lease) as lease, attempt_folder(store.work_folder(spec, work_dir)) as work:
         out = work / "out"
         with explained(str(out)):
             out.mkdir()
             produce(out)
         lease.check()
-        made = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+        built = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
         files = artifact.manifest["files"]
-        different = set(made) ^ set(files)
-        for name in set(made) & set(files):
-            if sha256_of(made[name]) != files[name]["sha256"]:
-                told = name == "metrics.jsonl"
-                if not told or _without_speed(made[name].read_bytes()) != _without_speed(artifact.read(name)):
+        different = set(built) ^ set(files)
+        for name in set(built) & set(files):
+            if sha256_of(built[name]) != files[name]["sha256"]:
+                has_speed = name == "metrics.jsonl"
+                if not has_speed or _without_speed(built[name].read_bytes()) != _without_speed(artifact.read(name)):
                     different.add(name)
         return sorted(different)
 

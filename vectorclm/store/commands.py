@@ -1,4 +1,4 @@
-"""`vectorclm store ls|verify|gc|create`: look into a store, prove its bytes, and free what nothing needs."""
+"""`vectorclm store ls|verify|gc|create`: list a store, verify its bytes, remove leftovers, create a store."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from vectorclm.store.artifact import Store
 from vectorclm.store.gc import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
 from vectorclm.store.listing import take_inventory, verify
 
-store_app = new_app("store", "Look into the store, verify it, remove what nothing needs.")
+store_app = new_app("store", "List and verify a store, remove leftovers, create a store.")
 
 
 def _opened(uri: str) -> Store:
@@ -22,7 +22,7 @@ def _opened(uri: str) -> Store:
 
 @store_app.command(name="ls", help_epilogue="Example: vectorclm store ls --json")
 def list_store(*, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
-    """List artifacts, checkpoints of trainings in progress, and who writes what at this moment."""
+    """List artifacts, checkpoints of trainings in progress, and the processes that build something now."""
     _list(_opened(store), as_json=json)
 
 
@@ -35,11 +35,14 @@ def verify_store(
     *,
     store: StoreUri = LOCAL_STORE,
     discard: Annotated[
-        bool, Parameter(help="Give up what differs, so that its stage builds it again; `store gc` takes its files")
+        bool,
+        Parameter(
+            help="Discard damaged artifacts, so that their stages build them again; `store gc` removes the files"
+        ),
     ] = False,
     json: Json = False,
 ) -> int:
-    """Read every byte and compare it with the manifests; exit code 1 where something differs."""
+    """Read every byte and compare it with the manifests; exit code 1 for a difference."""
     return _verify(_opened(store), list(addresses), discard=discard, as_json=json)
 
 
@@ -48,10 +51,10 @@ def collect_garbage(
     *,
     store: StoreUri = LOCAL_STORE,
     delete: Annotated[bool, Parameter(help="Remove what is listed")] = False,
-    older_than: Annotated[str, Parameter(help="Spare what was written since then, such as 7d or 12h")] = OLDER_THAN,
+    older_than: Annotated[str, Parameter(help="Keep files written within this time, such as 7d or 12h")] = OLDER_THAN,
     json: Json = False,
 ) -> None:
-    """List what killed processes have left behind; with --delete, remove it."""
+    """List the leftovers of killed processes; with --delete, remove them."""
     _collect(_opened(store), seconds(older_than), delete=delete, as_json=json)
 
 
@@ -70,11 +73,11 @@ def _list(store: Store, *, as_json: bool) -> None:
         return
     for row in (*found["artifacts"], *found["checkpoints"]):
         more = ", ".join(row["used_by"]) if "used_by" in row else f"at step {row['step']:,}"
-        place, told = f"{row['stage']:<13} {row['fingerprint'][:12]}", row["created"] or row["state"]
-        print(f"{place} {_size(row['bytes']):>9} {row['files']:>5} files  {told:<25} {more}".rstrip())
+        place, state = f"{row['stage']:<13} {row['fingerprint'][:12]}", row["created"] or row["state"]
+        print(f"{place} {_size(row['bytes']):>9} {row['files']:>5} files  {state:<25} {more}".rstrip())
     for row in found["leases"]:
-        told = "is at work" if row["alive"] else "has ended"
-        print(f"{row['lease']}: process {row['pid']} on {row['host']} {told}")
+        state = "is at work" if row["alive"] else "has ended"
+        print(f"{row['lease']}: process {row['pid']} on {row['host']} {state}")
     total = sum(row["bytes"] for row in (*found["artifacts"], *found["checkpoints"]))
     print(f"{store.uri}: {len(found['artifacts'])} artifacts, {_size(total)}")
 
@@ -92,7 +95,7 @@ def _verify(store: Store, addresses: list[str], *, discard: bool, as_json: bool)
         for difference in differences:
             print(f"   {difference}")
         if discard and differences:
-            print("   given up: its stage makes it again" if gone else "   in use, kept")
+            print("   discarded: its stage builds it again" if gone else "   in use, kept")
     if not as_json:
         print(f"{folders:,} verified, {wrong:,} differ")
     return 1 if wrong else 0
@@ -107,8 +110,8 @@ def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) ->
         if as_json:
             print(json.dumps({**item.as_json(), "removed": gone}), flush=True)
         else:
-            told = "removed" if gone else "in use meanwhile, kept" if delete else "can go"
-            print(f"{told}: {item.what} {_size(item.bytes)} ({item.why})", flush=True)
+            state = "removed" if gone else "in use meanwhile, kept" if delete else "can go"
+            print(f"{state}: {item.what} {_size(item.bytes)} ({item.why})", flush=True)
     if as_json:
         return
     if delete:
@@ -119,7 +122,7 @@ def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) ->
 
 
 def _size(count: float) -> str:
-    """A number of bytes in the unit that fits."""
+    """A number of bytes in a readable unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,7 +1,7 @@
 """Atomic and durable files: temporary names, fsync of files and folders, write by rename or by exclusive link.
 
-After a power loss a file system may keep a name without its bytes, or the bytes without the name. So a file is synced
-before it gets its final name, and its folder after that.
+After a power loss a file system may keep a name without its bytes, or the bytes without the name. A file is
+therefore synced before it gets its final name, and its folder afterwards.
 """
 
 import errno
@@ -20,9 +20,9 @@ from vectorclm.errors import StoreError
 
 OWN = ".vectorclm-"  # the beginning of the name of every hidden file and folder of this product
 TEMPORARY = f"{OWN}tmp-"  # of the temporary ones
-LOCK_SECONDS = 10.0  # for a lock that is held for milliseconds
-TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-z_]{{8,16}}")  # `tempfile` has letters of its own
-UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)  # from file systems that sync no folder
+LOCK_SECONDS = 10.0  # to wait for a lock that is held for milliseconds
+TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-z_]{{8,16}}")  # `tempfile` uses its own alphabet
+UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)  # errors of file systems that cannot sync a folder
 
 
 def temporary_beside(path: Path) -> Path:
@@ -45,7 +45,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk (fsync), where its file system can."""
+    """Flush the names in a folder to the disk (fsync), where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -57,7 +57,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_folders(paths: Iterable[Path], root: Path) -> None:
-    """Flush the folders of these files to the disk, and all folders above them up to `root`, the deepest first."""
+    """Flush the folders of these files, and their parents up to `root`, to the disk, the deepest first."""
     folders = {folder for path in paths for folder in path.parents if folder.is_relative_to(root)}
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
         sync_folder(folder)
@@ -72,7 +72,7 @@ def sync_tree(root: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents where they are missing, each on the disk before this returns."""
+    """Create a folder and its missing parents, durably (fsync)."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -81,9 +81,9 @@ def make_folder(folder: Path) -> None:
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Rename or copy a file to `target`, its bytes on the disk before it has that name; its folder is not synced.
+    """Rename or copy a file to `target`, after an fsync of its bytes. The caller syncs the folder.
 
-    So whoever moves many files syncs their folders once.
+    A caller that moves many files can thus sync their folders once.
     """
     sync_file(source)
     try:
@@ -103,9 +103,9 @@ def move_file(source: Path, target: Path) -> None:
 
 
 def write_file(path: Path, data: bytes, *, only_if_absent: bool = False) -> bool:
-    """Write a file whole or not at all, on the disk when this returns: a temporary file, then a rename.
+    """Write a file atomically and durably: a temporary file, fsync, then a rename.
 
-    With `only_if_absent` by an exclusive link instead of a rename; False where the name exists.
+    With `only_if_absent`, an exclusive link replaces the rename; returns False where the name exists.
     """
     part = temporary_beside(path)
     try:
@@ -127,9 +127,9 @@ def write_file(path: Path, data: bytes, *, only_if_absent: bool = False) -> bool
 
 @contextmanager
 def exclusive(file: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-    """Hold a lock on a file (flock), which the system gives back when its holder ends; over NFS, as NFS does it.
+    """Hold a lock on a file (flock); the system releases the lock when its holder ends. NFS has its own locking.
 
-    Raises StoreError where another process holds it for longer than `seconds`, which is only one that stands still.
+    Raises StoreError where another process holds the lock for longer than `seconds`: a suspended process.
     """
     make_folder(file.parent)
     with file.open("ab") as opened:
@@ -141,14 +141,14 @@ def exclusive(file: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise StoreError(
-                        f"{file} is held by a process that stands still: let it continue, or end it"
+                        f"a suspended process holds the lock {file}: resume that process, or end it"
                     ) from None
                 time.sleep(0.01)
         yield
 
 
 def _sync(descriptor: int) -> None:
-    if sys.platform == "darwin":  # whose fsync leaves the bytes in the drive's cache
+    if sys.platform == "darwin":  # fsync leaves the bytes in the drive's cache there
         with suppress(OSError):  # not every file system can
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return

@@ -1,6 +1,6 @@
-"""SHA-256 of files, remembered in the user's cache folder: a file is hashed once for each change of it.
+"""A cache of SHA-256 hashes in the user's cache folder: a file is hashed again only after a change.
 
-Nothing depends on it: where the cache folder cannot be read or written, files are hashed again.
+The cache is optional: where the cache folder cannot be read or written, files are hashed again.
 """
 
 import hashlib
@@ -13,23 +13,23 @@ from pathlib import Path
 
 from vectorclm.store.durable import temporary_beside
 
-UNSETTLED_SECONDS = 2.0  # a file that changed so lately may change again without another time stamp
-ENTRIES = 4096  # folders that are remembered; the oldest go
-State = Sequence[int | float | str]  # what changes whenever a file does: size, times, inode, device, or an ETag
+UNSETTLED_SECONDS = 2.0  # a younger file may change again within the same time stamp
+ENTRIES = 4096  # folders that are remembered; the oldest are removed
+State = Sequence[int | float | str]  # changes whenever the file changes: size, times, inode, device, or an ETag
 
 
 def cache_folder() -> Path:
-    """Where copies of remote artifacts lie on this machine."""
+    """The cache folder of this machine, for copies of remote artifacts and hashes."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vectorclm"
 
 
 def state_of(stat: os.stat_result) -> State:
-    """What changes whenever a local file does."""
+    """The state of a local file, which changes whenever the file changes."""
     return (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev)
 
 
 class HashMemory:
-    """The hashes of the files of one folder or address, by their names in it."""
+    """The remembered hashes of the files of one folder or address, by file name."""
 
     def __init__(self, uri: str) -> None:
         self.path = cache_folder() / "sha256" / f"{hashlib.sha256(uri.encode()).hexdigest()}.json"
@@ -40,12 +40,12 @@ class HashMemory:
             self._entries = {name: entry for name, entry in kept if isinstance(entry, list) and entry}
 
     def known(self, name: str, state: State) -> str | None:
-        """The hash of a file that was in this state when it was read, or None."""
+        """The hash of a file that had this state when it was read, or None."""
         sha256, *seen = self._entries.get(name) or [None]
         return str(sha256) if seen == list(state) else None
 
     def remember(self, name: str, state: State, sha256: str) -> None:
-        """Keep a file's hash, until `save` in this process alone."""
+        """Remember a file's hash in this process; `save` makes it permanent."""
         self._entries[name] = [sha256, *state]
         self._changed = True
 
@@ -55,7 +55,7 @@ class HashMemory:
             return found
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-            with suppress(OSError):  # what is remembered must be what is on the disk; not every file system can
+            with suppress(OSError):  # the hash must be that of the bytes on the disk; not every file system can sync
                 os.fsync(file.fileno())
             stat = os.fstat(file.fileno())
         settled = time.time() - max(stat.st_mtime, stat.st_ctime) > UNSETTLED_SECONDS
@@ -64,7 +64,7 @@ class HashMemory:
         return found
 
     def save(self) -> None:
-        """Write what is new to the cache folder, where that is possible."""
+        """Write new hashes to the cache folder, where that is possible."""
         if not self._changed:
             return
         part = temporary_beside(self.path)

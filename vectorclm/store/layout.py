@@ -1,10 +1,9 @@
-"""The folders of a store: one for each stage, one for measurements, one for curves."""
+"""Names of the stages, and of the other folders of a store: measurements and curves."""
 
 from typing import Literal, get_args
 
 CURVES = "curves"
 MEASURE = "measure"
-
 
 StageName = Literal[
     "sample",
@@ -17,6 +16,5 @@ StageName = Literal[
     "evaluate",
     "export",
 ]
-
 
 STAGES: tuple[str, ...] = get_args(StageName)

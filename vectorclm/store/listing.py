@@ -1,4 +1,4 @@
-"""What is in a store: artifacts, checkpoints and leases, and whether the bytes are what the manifests promise."""
+"""Inventory and verification of a store: its artifacts, checkpoints and leases, and their bytes."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,20 +12,20 @@ from vectorclm.store.layout import MEASURE, STAGES
 from vectorclm.store.lease import is_alive, read_claim
 from vectorclm.store.storage import StoredFile
 
-STAGE_FOLDERS = (*STAGES, MEASURE)  # of a store, those whose folders are artifacts
+STAGE_FOLDERS = (*STAGES, MEASURE)  # the folders of a store that contain artifacts
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-STEP = re.compile(r"(?:again/)?step-[0-9]+(?:-[0-9a-f]{8})?")  # of a training, or of one that is made once more
+STEP = re.compile(r"(?:again/)?step-[0-9]+(?:-[0-9a-f]{8})?")  # of a training, or of a training that is built again
 LEASE = re.compile(r"leases/[a-z_]+-[0-9a-f]{16}\.json")
-READERS = 8  # manifests fetched at once
+READERS = 8  # manifests that are fetched in parallel
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What has a manifest, or should have one: `{stage}/{fingerprint}` or `checkpoints/{fingerprint}/…/step-…`."""
+    """A folder that has or needs a manifest: `{stage}/{fingerprint}` or `checkpoints/{fingerprint}/…/step-…`."""
 
     key: str
-    files: Mapping[str, StoredFile]  # below it, as they lie in the store
-    artifact: Artifact | None  # None without a manifest, or with a broken one
+    files: Mapping[str, StoredFile]  # in the folder, by name
+    artifact: Artifact | None  # None where the manifest is missing or broken
     problem: str | None  # what is wrong with the manifest, or with the names and sizes of the files
 
     @property
@@ -35,23 +35,23 @@ class Folder:
 
     @property
     def fingerprint(self) -> str:
-        """Of the artifact, or of the one that a checkpoint is to become."""
+        """The fingerprint of the artifact, or of the artifact that a checkpoint belongs to."""
         return self.key.split("/")[1]
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
+        """The size of all files, in bytes."""
         return sum(file.bytes for file in self.files.values())
 
     @property
     def modified(self) -> float:
-        """When something was written here last, in seconds since 1970."""
+        """The time of the last write, in seconds since 1970."""
         return max(file.modified for file in self.files.values())
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A lease, as its holder wrote it, and whether the holder lives."""
+    """A lease as its holder wrote it, and whether the holder is alive."""
 
     key: str
     holder: Mapping[str, Any]
@@ -62,14 +62,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All of a store that has a fingerprint, and who makes what at this moment."""
+    """All artifacts and checkpoints of a store, and the leases of processes that build something now."""
 
     artifacts: Sequence[Folder]
     checkpoints: Sequence[Folder]
     leases: Sequence[Claim]
 
     def used_by(self) -> dict[str, set[str]]:
-        """The names of the experiments whose export was made from an artifact, by its fingerprint."""
+        """The names of the experiments whose export was built from an artifact, by the artifact's fingerprint."""
         known = {folder.fingerprint: folder.artifact.manifest for folder in self.artifacts if folder.artifact}
         users: dict[str, set[str]] = {}
 
@@ -85,7 +85,7 @@ class Inventory:
         return users
 
     def as_json(self) -> dict[str, Any]:
-        """For `store ls --json`."""
+        """The inventory as `store ls --json` prints it."""
         users = self.used_by()
         return {
             "artifacts": [
@@ -114,7 +114,7 @@ def _row(folder: Folder) -> dict[str, Any]:
 
 
 def take_inventory(store: Store) -> Inventory:
-    """List the store's own folders and read all manifests. Raises StoreError where it cannot be read."""
+    """List the store's own folders and read all manifests. Raises StoreError where the store cannot be read."""
     there = set(store.list(""))
     stages = [stage for stage in STAGE_FOLDERS if stage in there]
     artifacts = [folder for stage in stages for folder in _folders(store, stage, rf"{stage}/{FINGERPRINT.pattern}")]
@@ -123,7 +123,7 @@ def take_inventory(store: Store) -> Inventory:
 
 
 def _folders(store: Store, below: str, pattern: str) -> list[Folder]:
-    """The folders below a key whose own key is of this pattern, in the order of their keys."""
+    """The folders below a key that match this pattern, ordered by key."""
     found: dict[str, dict[str, StoredFile]] = {}
     for key, file in store.files(below).items():
         if matched := re.match(f"({pattern})/(.+)", key):
@@ -135,7 +135,7 @@ def _folders(store: Store, below: str, pattern: str) -> list[Folder]:
 
 
 def read_folder(store: Store, key: str, files: Mapping[str, StoredFile]) -> Folder:
-    """A folder with these files, and its manifest if it has one."""
+    """Read the manifest of a folder with these files, if there is one."""
     try:
         found = store.look_up(*key.rsplit("/", 1))
         return Folder(key, files, found, None if found is None else found.damage(files))
@@ -144,10 +144,10 @@ def read_folder(store: Store, key: str, files: Mapping[str, StoredFile]) -> Fold
 
 
 def read_leases(store: Store) -> list[Claim]:
-    """All claims; one that cannot be read is of nobody. Other files beside them are none."""
+    """Read all leases. A lease that cannot be parsed has no holder; other files in the folder are ignored."""
     claims = []
     for key, file in store.files("leases").items():
-        if LEASE.fullmatch(key) is None or not file.bytes:  # an empty one was given back, see `Storage.withdraw`
+        if LEASE.fullmatch(key) is None or not file.bytes:  # an empty lease is released, see `Storage.withdraw`
             continue
         holder = read_claim(store.read(key) or b"")
         claims.append(Claim(key, holder, bool(holder) and is_alive(holder), file.bytes, file.modified))
@@ -155,10 +155,10 @@ def read_leases(store: Store) -> list[Claim]:
 
 
 def verify(store: Store, addresses: Sequence[str]) -> Iterator[tuple[Folder, list[str]]]:
-    """Read every byte of the artifacts and checkpoints at these addresses, or of all, and tell what differs.
+    """Read every byte of the artifacts and checkpoints at these addresses, or of all, and yield the differences.
 
-    An address is `STAGE`, `STAGE/FINGERPRINT` or the beginning of either, with the store before it or without. What is
-    unfinished is passed over. Raises ConfigError for an address at which there is nothing.
+    An address is `STAGE`, `STAGE/FINGERPRINT` or the beginning of either, with or without the store's address before.
+    Unfinished folders are skipped. Raises ConfigError for an address that matches nothing.
     """
     inventory = take_inventory(store)
     folders = [folder for folder in (*inventory.artifacts, *inventory.checkpoints) if folder.state != "unfinished"]
@@ -177,8 +177,10 @@ def _differences(folder: Folder) -> Iterator[str]:
         return
     yield from artifact.differences()
     manifest = artifact.manifest
-    if "format_version" not in manifest:  # a checkpoint, which is named by its step
+    if "format_version" not in manifest:  # a checkpoint, whose name is its step
         return
-    told = StageSpec(manifest["stage"], manifest["format_version"], manifest["config"], manifest["inputs"]).fingerprint
-    if told != artifact.fingerprint:
-        yield f"{artifact.uri}: the settings and inputs in its manifest are those of {told[:12]}…"
+    computed = StageSpec(
+        manifest["stage"], manifest["format_version"], manifest["config"], manifest["inputs"]
+    ).fingerprint
+    if computed != artifact.fingerprint:
+        yield f"{artifact.uri}: its manifest's settings and inputs have the fingerprint {computed[:12]}…"

@@ -1,4 +1,4 @@
-"""Which model an address means: a local folder, or a place in a store. Nothing is loaded to know its content."""
+"""Model addresses: find a model in a local folder or a store, and its content hash, without loading the model."""
 
 import glob
 import hashlib
@@ -9,53 +9,59 @@ from pathlib import Path
 
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
 from vectorclm.settings import digest
-from vectorclm.store.artifact import MANIFEST, Artifact, Store, default_store, mend
+from vectorclm.store.artifact import MANIFEST, Artifact, Store, default_store, repair_advice
 from vectorclm.tokenizer import IM_END
 
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what scores depend on
-MODEL_STAGES = ("pretrain", "finetune", "export")  # whose artifacts are, or hold, models
-# An artifact of a store, or a folder in it.
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)  # the files that scores depend on
+MODEL_STAGES = ("pretrain", "finetune", "export")  # stages whose artifacts are or contain models
+# An artifact of a store, or a folder inside an artifact.
 ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
 SHORT = re.compile(r"((?P<root>.+)/)?(?P<stage>[a-z_]+)/(?P<start>[0-9a-f]{3,64})(/(?P<inside>.+))?")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was found, before anything is loaded."""
+    """A model that was found, but not loaded."""
 
     address: str
     content: str  # SHA-256 over the files that scores depend on
-    chat: bool  # whether it ends its texts with an end of turn
-    artifact: Artifact | None = None  # where it lies in a store
-    inside: str = ""  # its folder in that artifact
+    chat: bool  # whether the model ends its texts with an end-of-turn token
+    artifact: Artifact | None = None  # of a model in a store
+    inside: str = ""  # the model's folder in that artifact
 
     def local(self) -> Path:
-        """A local directory with its files, verified where it lies in a store: each file once for each change of it.
+        """A local directory with the model's files; files from a store are verified, once for each change.
 
-        Raises CorruptArtifactError where a file is not what the manifest promises.
+        Raises CorruptArtifactError where a file differs from the manifest.
         """
         if self.artifact is None:
             return Path(self.address)
         return self.artifact.local(f"{glob.escape(self.inside)}*", remembered=True) / self.inside
 
     def verify(self, store: Store) -> None:
-        """Verify its files in a local store, and in any other than `store`, which keeps the results.
+        """Verify the model's files, unless they lie in `store`, the remote store that keeps the results.
 
-        A manifest may claim the content of a better model, and so its scores: then raises CorruptArtifactError.
+        A forged manifest could claim the content of a better model, and so its scores. Raises CorruptArtifactError
+        where a file differs from the manifest.
         """
         if self.artifact is not None and (self.artifact.store.is_local or self.artifact.store.uri != store.uri):
             self.local()
 
 
 def find_model(address: str) -> Model:
-    """The model in a local folder, or at `<store>/<stage>/<fingerprint>` of any store; nothing is loaded.
+    """Find the model in a local folder, or at `<store>/<stage>/<fingerprint>`, without loading the model.
 
-    Of a fingerprint its beginning is enough, and without a store it is the default one (see `expand_prefix`).
-    Raises DataError where no model is there, StoreError where the store cannot be read, and ConfigError for an
+    The beginning of a fingerprint is enough, and the store defaults to the default store (see `expand_prefix`).
+    Raises DataError where there is no model, StoreError where the store cannot be read, and ConfigError for an
     address of another kind.
     """
     if address.startswith("models:/"):
-        raise ConfigError(f"{address} is known to MLflow only: give it to the `vectorclm` command or to the platform")
+        raise ConfigError(f"{address} is known only to MLflow: use the `vectorclm` command or the platform")
     address = expand_prefix(address)
     if "://" in address:
         return _find_in_store(address)
@@ -74,10 +80,11 @@ def find_model(address: str) -> Model:
 
 
 def expand_prefix(address: str, store: Store | None = None) -> str:
-    """An address with all digits of its fingerprint, where it has the first of them; any other as it is.
+    """Complete the fingerprint of an address that has its first digits; return any other address unchanged.
 
-    Without a store in it, as in `finetune/7fa0`, it is of `store`, or else of the default one. Raises ConfigError where
-    it begins several artifacts, DataError where it begins none, and StoreError where the store cannot be read.
+    An address without a store, such as `finetune/7fa0`, refers to `store`, or else to the default store. Raises
+    ConfigError where several artifacts match, DataError where none matches, and StoreError where the store cannot be
+    read.
     """
     address = address.rstrip("/")
     match = SHORT.fullmatch(address)
@@ -91,14 +98,14 @@ def expand_prefix(address: str, store: Store | None = None) -> str:
     except Exception as error:  # each file system has errors of its own
         raise StoreError(f"{place.uri} cannot be read: {str(error) or type(error).__name__}") from error
     if len(found) > 1:
-        raise ConfigError(f"{address} begins {len(found)} artifacts of {place.uri}: write more digits")
+        raise ConfigError(f"{address} matches {len(found)} artifacts of {place.uri}: write more digits")
     if not found:
         raise DataError(f"{place.uri} has no finished {match['stage']}/{match['start']}…")
     return "/".join([place.uri, match["stage"], found[0], *([match["inside"]] if match["inside"] else [])])
 
 
 def _place_in_store(folder: Path) -> str | None:
-    """The address of a local folder that belongs to an artifact of a store, also where links lead to it, or None."""
+    """The address of a local folder inside an artifact of a store, also through links; None for other folders."""
     for place in (str(folder), str(folder.resolve())):
         if match := ADDRESS.fullmatch(place):
             manifest = Path(match["root"], match["stage"], match["fingerprint"], MANIFEST)
@@ -127,7 +134,7 @@ def _find_in_store(address: str) -> Model:
     prints = {name: files[inside + name]["sha256"] for name in MODEL_FILES}
     if tokenizer is None or hashlib.sha256(tokenizer).hexdigest() != prints["tokenizer_config.json"]:
         raise CorruptArtifactError(
-            f"{address}/tokenizer_config.json is not what the manifest promises: {mend(artifact)}"
+            f"{address}/tokenizer_config.json differs from the manifest: {repair_advice(artifact)}"
         )
     return Model(address, digest(prints), _is_chat(tokenizer, address), artifact, inside)
 
@@ -136,11 +143,11 @@ def _check_files(where: str, names: set[str]) -> None:
     if lost := [name for name in MODEL_FILES if name not in names]:
         inner = sorted(name.partition("/")[0] for name in names if name.endswith("/config.json"))
         hint = f"; the models in it are {', '.join(f'{where}/{name}' for name in inner)}" if inner else ""
-        raise DataError(f"{where} is no model directory, it lacks {', '.join(lost)}{hint}")
+        raise DataError(f"{where} is not a model directory: it lacks {', '.join(lost)}{hint}")
 
 
 def _is_chat(tokenizer_config: bytes, where: str) -> bool:
-    """Whether the model's texts end where a turn ends."""
+    """Whether the model's end-of-text token is the end of a turn."""
     try:
         eos = json.loads(tokenizer_config)["eos_token"]
         return bool((eos["content"] if isinstance(eos, dict) else eos) == IM_END)
@@ -149,7 +156,7 @@ def _is_chat(tokenizer_config: bytes, where: str) -> bool:
 
 
 def content_of(artifact: Artifact, inside: str = "") -> str | None:
-    """The content of a model by its manifest, as a `Model` has it."""
+    """The content hash of a model from its manifest, equal to `Model.content`; None where files are missing."""
     files = artifact.manifest["files"]
     if any(inside + name not in files for name in MODEL_FILES):
         return None

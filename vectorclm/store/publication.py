@@ -1,18 +1,18 @@
-"""How a finished folder becomes visible in a store: whole, once, and never over what another writer published.
+"""Publication of a finished folder in a store: atomic, once, and never over another writer's publication.
 
-A writer that stood still between its last look and its write finds that its work has a successor. Whatever it does
-then must not touch what the successor made, so nothing here relies on a look:
+A writer may be suspended between its last check and its write, and find a successor's work afterwards. Its write must
+not touch the successor's files, so nothing here relies on a check before a write:
 
-- A local store: files and manifest are brought into a folder of a name of their own, which is then renamed. A rename
-  fails where the name has a folder with anything in it. What lies there without a manifest, left by an earlier version
-  or given up, is moved away before, and only under the store's lock, so that no finished folder is ever moved.
-- A remote store, which has no rename: each file is created under its name only if that is absent. Where the name has
-  the same bytes already, they are taken; where it has others, the file goes to a name of its own, and the manifest says
-  where (`place`). No object is replaced, so the bytes behind a manifest stay what they were. The manifest is created
-  only if absent, after all files.
+- A local store: files and manifest go into a folder with a unique name, which is then renamed. A rename fails where the
+  target is a folder that is not empty. A target without a manifest, left by an earlier version or discarded, is moved
+  away first, only under the store's lock, so that no finished folder is ever moved.
+- A remote store has no rename: each file is created under its name only if the name is absent. Where the name has the
+  same bytes already, they are used; where it has other bytes, the file goes to a unique name, and the manifest records
+  the place (`place`). No object is replaced, so the bytes behind a manifest never change. The manifest is created only
+  if absent, after all files.
 
-Whoever comes second gets False, and what was there stands. A removal touches only names that nobody else can have
-got meanwhile: temporary ones, a writer's own, and those of checkpoints, which have random parts.
+The second writer gets False, and the first publication stays. A removal touches only names that no other process can
+use: temporary names, a writer's own names, and names of checkpoints, which have random parts.
 """
 
 import errno
@@ -29,9 +29,9 @@ OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 def publish_locally(store: Storage, key: str, directory: Path, names: Sequence[str], manifest: bytes) -> bool:
-    """Move these files of a directory into a local store, with a manifest, by one rename.
+    """Publish these files of a directory in a local store, with a manifest, by one rename.
 
-    False where there is a folder with a manifest already.
+    Returns False where there is a folder with a manifest already.
     """
     final = Path(store.path(key))
     make_folder(final.parent)
@@ -57,13 +57,15 @@ def publish_locally(store: Storage, key: str, directory: Path, names: Sequence[s
                 continue
             sync_folder(final.parent)
             return True
-        raise StoreError(f"{store.uri_of(key)} is written to by something else again and again: find out what it is")
+        raise StoreError(
+            f"{store.uri_of(key)} is written to by another program again and again: find and stop that program"
+        )
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
 
 
 def move_away(store: Storage, key: str) -> bool:
-    """Remove a folder of a local store that has no manifest. False, and nothing is changed, where it has one."""
+    """Remove a folder of a local store that has no manifest. With a manifest: False, and nothing changes."""
     folder = Path(store.path(key))
     aside = temporary_beside(folder)
     with store.locked():
@@ -73,7 +75,7 @@ def move_away(store: Storage, key: str) -> bool:
             folder.rename(aside)
         except FileNotFoundError:
             return True
-        if (aside / MANIFEST).exists():  # it was removed, and another published, since the line before
+        if (aside / MANIFEST).exists():  # another process published a folder since the check above
             aside.rename(folder)
             return False
     shutil.rmtree(aside)
@@ -81,10 +83,10 @@ def move_away(store: Storage, key: str) -> bool:
 
 
 def commit(store: Storage, key: str, manifest: bytes) -> bool:
-    """Create a manifest in a remote store, and see that it arrived as it is. False where there is another one."""
+    """Create a manifest in a remote store, and verify its bytes there. False where another manifest exists."""
     for _ in range(TRIES):
         if not store.write(key, manifest, only_if_absent=True) and not store.replace(key, b"", manifest):
-            return False  # an empty one is one that was given up
+            return False  # an empty manifest was withdrawn
         if manifest in (found := (store.read(key), store.read(key))):
             return True
         if found[-1] is not None:

@@ -1,4 +1,4 @@
-"""What a stage is asked to make, and the finished result in a store with its files, read and verified."""
+"""StageSpec (what a stage shall build) and Artifact (the finished result: its files, read and verified)."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -20,10 +20,10 @@ from vectorclm.store.storage import TRIES, Storage, StoredFile
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What one stage is asked to make: its settings and the fingerprints of its inputs, before anything runs."""
+    """The specification of one stage, known before anything runs: its settings and its inputs' fingerprints."""
 
     stage: str
-    version: int  # of the stage's output format and meaning; raise it when code changes what equal settings give
+    version: int  # of the stage's output; raise it when new code builds something else from equal settings
     config: Mapping[str, Any]
     inputs: Mapping[str, str]  # stage name -> fingerprint
 
@@ -36,12 +36,12 @@ class StageSpec:
 
     @property
     def lease(self) -> str:
-        """The key that whoever makes this holds."""
+        """The key of the lease that a builder of this artifact holds."""
         return f"{self.stage}-{self.fingerprint[:16]}"
 
 
 class ArtifactStorage(Storage, ABC):
-    """What an artifact asks of its store: itself and its neighbours by fingerprint, and its files on this machine."""
+    """The part of a store that an artifact uses: artifacts by fingerprint, and files on this machine."""
 
     @abstractmethod
     def find(self, stage: str, fingerprint: str) -> "Artifact | None":
@@ -53,14 +53,14 @@ class ArtifactStorage(Storage, ABC):
 
     @abstractmethod
     def look_up(self, stage: str, fingerprint: str) -> "Artifact | None":
-        """What a manifest says of the artifact at this address, whatever its files are; None where there is none.
+        """The artifact at this address as its manifest describes it, without a look at its files; None if absent.
 
         Raises CorruptArtifactError for a broken manifest.
         """
 
     @abstractmethod
     def finished(self, stage: str) -> Iterator["Artifact"]:
-        """All finished artifacts of a stage, by fingerprint, as their manifests say; their files are not looked at."""
+        """All finished artifacts of a stage, ordered by fingerprint, as their manifests describe them."""
 
     @abstractmethod
     def download(self, artifact: "Artifact", only: str = "*", *, remembered: bool = False) -> Path:
@@ -68,12 +68,12 @@ class ArtifactStorage(Storage, ABC):
 
     @abstractmethod
     def fetch(self, artifact: "Artifact", name: str, target: Path) -> None:
-        """Copy one of its files from the store to `target`. Raises CorruptArtifactError where it is another one."""
+        """Copy a file of the artifact to `target`. Raises CorruptArtifactError where it is missing or differs."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished result in a store."""
+    """A finished artifact in a store."""
 
     store: "ArtifactStorage"
     stage: str
@@ -82,37 +82,36 @@ class Artifact:
 
     @property
     def uri(self) -> str:
-        """Where it is, as a path or URI."""
+        """The path or URI of the artifact."""
         return self.store.uri_of(f"{self.stage}/{self.fingerprint}")
 
     def key(self, name: str) -> str:
-        """Where one of its files lies in the store."""
+        """The key of a file of the artifact in the store."""
         return f"{self.stage}/{self.fingerprint}/{place_of(self.manifest['files'][name], name)}"
 
     @property
     def identity(self) -> str:
-        """SHA-256 (hex) of what its files hold: the same wherever and whenever they were made."""
+        """SHA-256 (hex) over the content of all files, independent of where and when they were built."""
         return digest({name: file["sha256"] for name, file in self.manifest["files"].items()})
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the stage said about its result: counts, losses, scores."""
+        """The stage's summary of its result: counts, losses, scores."""
         return dict(self.manifest["summary"])
 
     def local(self, only: str = "*", *, remembered: bool = False) -> Path:
-        """A local directory with this artifact's files, verified; a remote store's are copied to the cache first.
+        """A local directory with this artifact's verified files; files of a remote store are cached locally first.
 
-        `only` is a pattern, as of a shell, for the names of those files that are needed. With `remembered`, a file is
-        not read again while it is as it was when it was hashed last. Raises CorruptArtifactError where one of them
-        differs from the manifest.
+        `only` is a shell pattern for the names of the needed files. With `remembered`, a file that has not changed
+        since it was hashed last is not read again. Raises CorruptArtifactError where a file differs from the manifest.
         """
         return self.store.download(self, only, remembered=remembered)
 
     @contextmanager
     def borrowed(self, name: str, folder: Path) -> Iterator[Path]:
-        """One of its files, verified, for reading while the block runs: in place, or as a copy in `folder`.
+        """One verified file, for reading while the block runs: in place, or as a copy in `folder`.
 
-        Raises CorruptArtifactError where it differs from the manifest.
+        Raises CorruptArtifactError where the file differs from the manifest.
         """
         if self.store.is_local:
             yield self.local(name) / name
@@ -125,9 +124,9 @@ class Artifact:
             copy.unlink(missing_ok=True)
 
     def read(self, name: str) -> bytes:
-        """One of its files, verified, in memory alone.
+        """The verified bytes of one file, without a local copy.
 
-        Raises CorruptArtifactError where it differs from the manifest.
+        Raises CorruptArtifactError where the file differs from the manifest.
         """
         for _ in range(TRIES):
             if (data := self.store.read(self.key(name))) is None:
@@ -137,40 +136,41 @@ class Artifact:
         raise corrupt(self, name, found)
 
     def verify(self, only: str = "*", *, remembered: bool = False) -> None:
-        """Compare files in the store with the manifest. Raises CorruptArtifactError naming the first that differs.
+        """Compare the files in the store with the manifest. Raises CorruptArtifactError for the first difference.
 
-        A file that the manifest does not list is one, too, as readers of a local store read in place.
+        A file that the manifest does not list is a difference, because readers of a local store read in place.
         """
         for difference in self.differences(only, remembered=remembered):
             raise CorruptArtifactError(difference)
 
     def differences(self, only: str = "*", *, remembered: bool = False) -> Iterator[str]:
-        """What differs between the files in the store and the manifest, and what to do, a line each.
+        """The differences between the files in the store and the manifest, one line each, with what to do.
 
-        With `remembered`, a local file is not read again while it is as it was when it was hashed last.
+        With `remembered`, a local file that has not changed since it was hashed last is not read again.
         """
         known, memory = self.manifest["files"], HashMemory(self.uri)
         for name, want in known.items():
             if not fnmatchcase(name, only):
                 continue
             path, found = self.store.path(self.key(name)), self._sha256(name, memory if remembered else None)
-            if found not in (None, want["sha256"]):  # read once more, as the bit may have turned on its way
+            if found not in (None, want["sha256"]):  # read once more: the bit may have flipped in transfer
                 found = self._sha256(name, None)
             if found is None:
-                yield f"{path} is missing: {mend(self)}"
+                yield f"{path} is missing: {repair_advice(self)}"
             elif found != want["sha256"]:
                 self.note_damage(name, found)
-                yield f"{path}: SHA-256 is {found[:12]}…, the manifest says {want['sha256'][:12]}…: {mend(self)}"
+                differs = f"SHA-256 is {found[:12]}…, the manifest says {want['sha256'][:12]}…"
+                yield f"{path}: {differs}: {repair_advice(self)}"
         memory.save()
         for name in (key.removeprefix(f"{self._key}/") for key in self.store.files(self._key)):
-            hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)  # as a writer's own files are
+            hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)  # a writer's temporary files
             if not hidden and name != MANIFEST and name not in known and fnmatchcase(name, only):
                 yield f"{self.uri}/{name} is not in the artifact's manifest: move it elsewhere"
 
     def damage(self, there: Mapping[str, StoredFile] | None = None) -> str | None:
-        """The first file that is missing, of another size, or was found to have another hash; None where none is.
+        """The first file that is missing, of another size, or known to have another hash; None where there is none.
 
-        `there` are the files that lie there, by place; without it they are listed. No file is read.
+        `there` maps places to the stored files; without `there`, the store is listed. No file is read.
         """
         memory = HashMemory(self.uri)
         if there is None:
@@ -186,7 +186,7 @@ class Artifact:
         return None
 
     def note_damage(self, name: str, found: str) -> None:
-        """Remember that this file, as it is now, has a wrong hash, so that the artifact is not reused."""
+        """Remember that this file, in its present state, has a wrong hash, so that the artifact is not reused."""
         memory = HashMemory(self.uri)
         for file in self.store.files(self.key(name)).values():
             memory.remember(name, file.state, found)
@@ -197,7 +197,7 @@ class Artifact:
         return f"{self.stage}/{self.fingerprint}"
 
     def _sha256(self, name: str, memory: HashMemory | None) -> str | None:
-        """The hash of a file, of a local store by `memory` where it knows it; None where there is no such file."""
+        """The hash of a file; `memory` may know that of a local file. None where there is no such file."""
         if memory is None or not self.store.is_local:
             return self.store.sha256(self.key(name))
         with suppress(FileNotFoundError):
@@ -205,15 +205,15 @@ class Artifact:
         return None
 
 
-def mend(artifact: Artifact) -> str:
-    """What to do about files that are not what the manifest promises."""
+def repair_advice(artifact: Artifact) -> str:
+    """The advice for files that differ from the manifest: discard the artifact, then run its stage again."""
     place = f"{artifact.stage}/{artifact.fingerprint} --store {artifact.store.uri}"
-    return f"`vectorclm store verify --discard {place}` gives it up, then run its stage again"
+    return f"run `vectorclm store verify --discard {place}`, then run its stage again"
 
 
 def corrupt(artifact: Artifact, name: str, found: str | None = None) -> CorruptArtifactError:
-    """That one of its files has this hash, which is another one, or is not there."""
+    """The error for a file that has the wrong hash `found`, or is missing."""
     if found is not None:
         artifact.note_damage(name, found)
     what = " is missing" if found is None else f": SHA-256 is {found[:12]}…"
-    return CorruptArtifactError(f"{artifact.uri}/{name}{what}: {mend(artifact)}")
+    return CorruptArtifactError(f"{artifact.uri}/{name}{what}: {repair_advice(artifact)}")

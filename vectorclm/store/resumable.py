@@ -1,4 +1,4 @@
-"""Work in slices: what one process finished, no later one does again, however the first one ended."""
+"""Resumable work in slices: a slice that one process finished is never computed again by a later process."""
 
 import json
 import os
@@ -14,24 +14,24 @@ from typing import Any
 import xxhash
 
 from vectorclm.store.durable import TEMPORARY, sync_folder, sync_tree, temporary_beside
-from vectorclm.store.uploads import Sending
+from vectorclm.store.uploads import EarlyUpload
 
 RECORD = "slice.json"
 
 
 class Slices:
-    """Slices of the work on some sources, in their order: each makes `shard-00000.*` and so on of its source.
+    """Slices of the work on some sources, in order; each slice writes `shard-00000.*` and so on of its source.
 
-    They are finished in folders below `folder`, where a later process finds them, and get second names in `out`, in
-    which the shards of a source are numbered through: `a/train-00000.*`.
+    Finished slices lie in folders below `folder`, where a later process finds them. Their files get second names in
+    `out`, where the shards of a source are numbered consecutively: `a/train-00000.*`.
     """
 
     def __init__(self, folder: Path, out: Path) -> None:
         self.folder = folder
         self.out = out
-        self.shards: Counter[str] = Counter()  # so far, by source
+        self.shards: Counter[str] = Counter()  # number of shards so far, by source
         self.placed: list[Path] = []
-        self.used = set(_slices(folder))  # that earlier processes left, and those finished here
+        self.used = set(_slices(folder))  # slices of earlier processes, and those finished here
 
     def finish(self, source: str, number: int, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """What `make` returned of the source's next slice, now or in an earlier process."""
@@ -43,7 +43,7 @@ class Slices:
         return result
 
     def start_again(self) -> None:
-        """Count nothing as finished, and look at no slice that was finished until now."""
+        """Count no slice as finished, and ignore all slices that were finished until now."""
         self.folder = self.folder.with_name(f"{self.folder.name}-second")
         self.used |= set(_slices(self.folder))
         for path in self.placed:
@@ -52,15 +52,15 @@ class Slices:
         self.placed.clear()
 
     def clear(self) -> None:
-        """Remove the slices that are in the artifact now, and what earlier processes left of them."""
+        """Remove the slices that the artifact now contains, and the leftovers of earlier processes."""
         for folder in self.used:
             shutil.rmtree(folder, ignore_errors=True)
         for parent in sorted({up for folder in self.used for up in folder.parents[:3]}, reverse=True):
-            with suppress(OSError):  # another process has something in it
+            with suppress(OSError):  # another process has files there
                 parent.rmdir()
 
     def _numbered(self, folder: Path, source: str) -> Iterator[tuple[Path, str]]:
-        """The files of a slice, and their names among all of the source."""
+        """The files of a slice, and their names in the numbering of the whole source."""
         shards = sorted({path.name.partition(".")[0] for path in folder.glob("shard-*")})
         for path in sorted(folder.glob("shard-*")):
             shard, _, suffix = path.name.partition(".")
@@ -69,44 +69,44 @@ class Slices:
 
 
 class ResumableUpload(Slices):
-    """Slices whose files go to a remote store, and the note of each: `folder` holds one at a time.
+    """Slices whose files go to a remote store, with a note for each slice; `folder` holds one slice at a time.
 
-    So a later process goes on wherever it runs.
+    A later process can therefore resume on any machine.
     """
 
-    def __init__(self, folder: Path, sending: Sending) -> None:
+    def __init__(self, folder: Path, upload: EarlyUpload) -> None:
         super().__init__(folder, folder)
-        self.sending = sending
+        self.upload = upload
 
     def finish(self, source: str, number: int, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """What `make` returned of the source's next slice, now or in an earlier process."""
         work = f"{source}-{number:05d}"
-        done = self.sending.noted(work)
+        done = self.upload.noted(work)
         if done is None:
             with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as part:
                 result, names = make(Path(part)), []
                 for path, name in list(self._numbered(Path(part), source)):
                     named = Path(part) / name
                     named.parent.mkdir(parents=True, exist_ok=True)
-                    self.sending.send(path.rename(named), name)
+                    self.upload.send(path.rename(named), name)
                     names.append(name)
             done = {"result": result, "shards": self.shards[source]}
-            self.sending.note(work, done, names)
+            self.upload.note(work, done, names)
         self.shards[source] = done["shards"]
         return dict(done["result"])
 
     def start_again(self) -> None:
-        """Count nothing as finished."""
-        self.sending.start_again()
+        """Count no slice as finished."""
+        self.upload.start_again()
         self.shards.clear()
 
 
 def finish(folder: Path, make: Callable[[Path], Mapping[str, Any]], work: Path) -> tuple[Path, dict[str, Any]]:
-    """Where a slice is and what `make(out)` returns; both as an earlier process left them, where they are whole.
+    """Compute a slice, or reuse an intact one of an earlier process; return its folder and the result of `make(out)`.
 
-    A slice is made in a folder of its own in `work` and renamed at the end to `folder` with a random part, so that each
-    process finds it whole or not at all, and none replaces what another made. One that is not what its record says is
-    made again beside it.
+    A slice is built in a folder of its own in `work`, and renamed at the end to `folder` with a random suffix. A
+    process therefore finds a slice complete or not at all, and replaces no other slice. A slice that differs from its
+    record is built again beside the damaged one.
     """
     for found in sorted(folder.parent.glob(f"{folder.name}.*")):
         if (result := _read(found)) is not None:
@@ -116,10 +116,10 @@ def finish(folder: Path, make: Callable[[Path], Mapping[str, Any]], work: Path) 
     part.mkdir(parents=True)
     own.parent.mkdir(parents=True, exist_ok=True)
     try:
-        made = make(part)
+        produced = make(part)
         files = {path.name: _hash(path) for path in sorted(part.iterdir())}
-        (part / RECORD).write_text(json.dumps({"files": files, "result": made}))
-        sync_tree(part)  # what one process finished stays finished, also after a power loss
+        (part / RECORD).write_text(json.dumps({"files": files, "result": produced}))
+        sync_tree(part)  # a finished slice survives a power loss
         part.rename(own)
         sync_folder(own.parent)
     finally:
@@ -130,12 +130,12 @@ def finish(folder: Path, make: Callable[[Path], Mapping[str, Any]], work: Path) 
 
 
 def _slices(folder: Path) -> list[Path]:
-    """All slices below a folder, whole or not."""
+    """All slices below a folder, intact or damaged."""
     return [path for path in folder.glob("*/*") if not path.name.startswith(".")]
 
 
 def place(source: Path, target: Path) -> None:
-    """Let `target` be the file `source`, which stays: a second name where the file system can, else a copy."""
+    """Link `target` to the file `source` where the file system can, else copy it; `source` stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -1,7 +1,7 @@
-"""Where bytes lie: a local folder, or an object store that fsspec opens. They go there whole and verified.
+"""Verified storage of bytes in a local folder, or in an object store that fsspec opens.
 
-A file that went to a remote store is read back, and one that came from it is hashed, because no client notices a
-flipped bit or an answer that is too short: s3fs and botocore repeat what fails, not what is wrong.
+A file that was sent to a remote store is read back, and a file that was fetched is hashed, because no client notices a
+flipped bit or a truncated answer: s3fs and botocore retry failures, not wrong bytes.
 """
 
 import errno
@@ -30,30 +30,30 @@ from vectorclm.store.s3 import GARBLED as GARBLED
 from vectorclm.store.s3 import TRIES as TRIES
 
 logger = logging.getLogger(__name__)
-PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "memory")  # what keeps a store
-LOCK = f"{OWN}lock"  # of a local store, under which what is there is compared and replaced
-ATTEMPT = f"{OWN}file-"  # in a remote store, the beginning of the folder of a file whose own name was taken
-RACERS = 8  # that try to create one object at once, to find a store that only says it lets one
-READ_BYTES = 8 * 2**20  # fetched at once where a remote file is only hashed
+PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "memory")  # protocols of a store's address
+LOCK = f"{OWN}lock"  # lock file of a local store, for compare-and-swap
+ATTEMPT = f"{OWN}file-"  # in a remote store, prefix of the folder of a file whose name was taken
+RACERS = 8  # threads that create one object at once, to detect a store that lets several succeed
+READ_BYTES = 8 * 2**20  # block size where a remote file is only hashed
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as a listing tells it."""
+    """A file in a listing of the store."""
 
     bytes: int
     modified: float  # seconds since 1970, by the store's clock
-    state: State = ()  # what changes whenever the file does
+    state: State = ()  # changes whenever the file changes
 
 
 class Storage:
-    """A root URI, and how to write, read and list below it; a key is a path below the root."""
+    """Read, write and list below a root URI; a key is a path below the root."""
 
     def __init__(self, uri: str) -> None:
         if "@" in urlsplit(uri).netloc:
             where = uri.partition("://")[0] + "://…" + uri.rpartition("@")[2]
             raise StoreError(f"store {where}: put credentials into the environment, not into the address")
-        # An address may be a stranger's: no web pages of this network, no archives that name further files.
+        # An address may come from a stranger: refuse web pages of this network, and archives that name other files.
         protocol = fsspec.core.split_protocol(uri)[0] or "file"
         if "::" in uri or protocol not in PROTOCOLS:
             shown = uri.partition("::")[0] + "::…" if "::" in uri else uri
@@ -81,7 +81,7 @@ class Storage:
         return f"{self.uri}/{key}"
 
     def check_reachable(self) -> None:
-        """Ask a remote store for an object. Raises StoreError, with what to change, without much waiting."""
+        """Ask a remote store for an object, with few retries. Raises StoreError with what to change."""
         if self.is_local:
             return
         with suppress(FileNotFoundError), self._translate_errors(f"store {self.uri}"):
@@ -90,12 +90,14 @@ class Storage:
             quick.cat_file(self.path(f"{TEMPORARY}none"), **self._in_one)
 
     def check_writable(self) -> None:
-        """Write and remove a probe. Raises StoreError, with what to change, where that fails or several writers win."""
+        """Write and remove a probe. Raises StoreError where that fails, or where a store lets several writers win."""
         self.check_reachable()
         key = temporary_beside(Path("probe")).name
 
         def first(number: int) -> bool:
-            return self.write(key, b"probe %d" % number, only_if_absent=True)  # what leases and manifests need
+            return self.write(
+                key, b"probe %d" % number, only_if_absent=True
+            )  # the operation that leases and manifests need
 
         try:
             with ThreadPoolExecutor(RACERS) as racers:
@@ -110,26 +112,26 @@ class Storage:
         if late or won != 1:
             found = "overwrites an object" if late else f"let {won} of {RACERS} writers create one object"
             raise StoreError(
-                f"store {self.uri} {found} that was to be created only if absent (If-None-Match: *), so two runs could "
-                "write the same artifact: choose a store that honours it, with --store or VECTORCLM_STORE"
+                f"store {self.uri} {found} despite If-None-Match: *, so two runs could write the same artifact: choose "
+                "a store that honours it, with --store or VECTORCLM_STORE"
             )
         if not replaces:
             logger.warning(
-                "store %s does not honour If-Match: finished artifacts are safe, but two processes that take over the "
-                "work of a dead one at the same moment may do it twice",
+                "store %s does not honour If-Match: finished artifacts are safe, but two processes that take over a "
+                "dead process's work at the same moment may both do the work",
                 self.uri,
             )
 
     def _replaces_only_what_was_read(self, key: str) -> bool:
-        """Whether the store refuses to replace an object by the state of another (If-Match), and does it by its own."""
+        """Whether the store honours If-Match: refuses a wrong ETag, and accepts the right one."""
         if not self.is_s3:
-            return True  # a local store does by its lock; others have no such request, and nothing to be told of it
+            return True  # a local store uses its lock; other stores have no such request
         bucket, _, name = self.path(key).partition("/")
         tag = s3.tag_of(self.fs.call_s3("head_object", Bucket=bucket, Key=name))
         return not self._put_matching(key, b"probe", "0" * 32) and self._put_matching(key, b"probe", tag)
 
     def create(self) -> None:
-        """Make the bucket, or the folder, if it is not there. Raises StoreError where that fails."""
+        """Create the bucket or the folder if absent. Raises StoreError where that fails."""
         if self.is_local:
             Path(self.root).mkdir(parents=True, exist_ok=True)
         else:
@@ -137,7 +139,7 @@ class Storage:
                 self.fs.makedirs(self.root.lstrip("/").partition("/")[0], exist_ok=True)
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
-        """Write one small object; with `only_if_absent`, False where another writer wrote other bytes first."""
+        """Write one small object; with `only_if_absent`, return False where another writer wrote other bytes first."""
         path = self.path(key)
         if self.is_local:
             make_folder(Path(path).parent)
@@ -148,15 +150,15 @@ class Storage:
             except OSError as error:
                 if not (only_if_absent and s3.refused_by_condition(error)):
                     raise
-                # Where an answer was lost on its way, the request was repeated and found what it had written itself.
+                # After a lost answer, the repeated request finds the bytes that the first request wrote.
                 return self.read(key) == data
         return True
 
     def replace(self, key: str, before: bytes, after: bytes) -> bool:
-        """Replace an object that still is what was read of it (`before`); False where it is another by now, or gone.
+        """Compare-and-swap: replace an object whose bytes are still `before`; False where they differ, or are gone.
 
-        In a local store the comparison holds a lock on a file, in S3 it is `If-Match`; other stores have nothing of the
-        kind, and there a writer that stands still between the comparison and the write replaces what it did not read.
+        A local store compares under a file lock, S3 by `If-Match`. Other stores have no such operation: there, a writer
+        that is suspended between comparison and write may replace bytes that it did not read.
         """
         if self.is_local:
             path = Path(self.path(key))
@@ -177,13 +179,13 @@ class Storage:
             found, tag = s3.read_tagged(self.fs, self.path(key))
             if found != before:
                 return False
-            # Where an answer was lost on its way, the request was repeated and found what it had written itself.
+            # After a lost answer, the repeated request finds the bytes that the first request wrote.
             return self._put_matching(key, after, tag) or self.read(key) == after
 
     def withdraw(self, key: str, before: bytes) -> bool:
-        """Remove an object that still is what was read of it; False where it is another by now, or gone.
+        """Remove an object whose bytes are still `before`; False where they differ, or are gone.
 
-        S3 cannot remove on a condition: there it becomes empty, which counts as none.
+        S3 has no conditional removal: there the object becomes empty, which counts as absent.
         """
         if self.is_s3:
             return self.replace(key, before, b"")
@@ -194,9 +196,9 @@ class Storage:
         return True
 
     def locked(self) -> AbstractContextManager[None]:
-        """Be the only process that replaces or moves anything in this local store while the block runs.
+        """Hold the lock of this local store, for replacing or moving files, while the block runs.
 
-        Raises StoreError where another process stands still in such a block.
+        Raises StoreError where a suspended process holds the lock.
         """
         return exclusive(Path(self.root) / LOCK)
 
@@ -234,7 +236,7 @@ class Storage:
     def files(self, key: str) -> dict[str, StoredFile]:
         """All files at and below `key`, by their own keys; empty where there is nothing.
 
-        Links to folders are not followed: each is listed like a file. `key` itself may be one.
+        Links to folders are not followed: each is listed like a file. `key` itself may be a link.
         """
         if self.is_local:
             found = dict(_local_files(Path(self.path(key))))
@@ -245,7 +247,7 @@ class Storage:
         return {path.removeprefix(f"{self.root}/"): found[path] for path in sorted(found)}
 
     def sha256(self, key: str) -> str | None:
-        """The hash of a file's bytes as they are read from the store, or None where there is no such file."""
+        """The SHA-256 of a file's bytes as read from the store, or None where there is no such file."""
         try:
             with (
                 self._translate_errors(f"cannot read {self.uri_of(key)}"),
@@ -256,38 +258,38 @@ class Storage:
             return None
 
     def delete(self, key: str) -> None:
-        """Remove one object, if it is there."""
+        """Remove one object, if present."""
         with suppress(FileNotFoundError), self._translate_errors(f"cannot remove {self.uri_of(key)}"):
             self.fs.rm_file(self.path(key))
 
     def remove(self, key: str) -> None:
-        """Remove `key` and all below it, if it is there."""
+        """Remove `key` and everything below, if present."""
         with suppress(FileNotFoundError), self._translate_errors(f"cannot remove {self.uri_of(key)}"):
             self.fs.rm(self.path(key), recursive=True)
-        # Of many objects at once, s3fs does not say which it could not remove.
+        # s3fs does not report which of many objects it could not remove.
         if not self.is_local and self.files(key):
-            raise StoreError(f"{self.uri_of(key)} was removed, but some of it is still there: see who may delete in it")
+            raise StoreError(f"{self.uri_of(key)} was removed only in part: check the rights to delete objects there")
 
     def _translate_errors(self, where: str) -> AbstractContextManager[None]:
-        """Have the block's errors say what to change, where they are those of a remote store's client."""
+        """Translate errors of a remote store's client in the block into StoreError with advice."""
         return nullcontext() if self.is_local else s3.translate_errors(where)
 
     def put(self, source: Path, folder: str, name: str, sha256: str) -> str:
-        """Copy a file into a folder of a remote store, until what is read back has this hash; returns its name there.
+        """Copy a file into a folder of a remote store, until the bytes read back have this hash; returns its name.
 
-        Nothing is ever replaced. Where the name has other bytes already, as of a writer that was killed or stands
-        still, the file goes to a name that is nobody else's.
+        No object is replaced. Where the name has other bytes already, for example of a writer that was killed or
+        suspended, the file goes to a unique name.
         """
         place = name
         for _ in range(TRIES):
             key = f"{folder}/{place}"
             with self._translate_errors(f"cannot write {self.uri_of(key)}"):
                 if self.is_s3 and source.stat().st_size > s3.LARGEST_PUT and place == name:
-                    place = _own(name)  # uploads in parts replace what is there, at too many servers
+                    place = _own(name)  # multipart uploads replace an existing object on many servers
                     continue
                 self._create(source, self.path(key))
             found = self.sha256(key)
-            if found not in (None, sha256):  # read once more, as the bit may have turned on its way
+            if found not in (None, sha256):  # read once more: the bit may have flipped in transfer
                 found = self.sha256(key)
             if found == sha256:
                 return place
@@ -296,7 +298,7 @@ class Storage:
         raise StoreError(f"{self.uri_of(f'{folder}/{name}')} {GARBLED}")
 
     def _create(self, source: Path, path: str) -> None:
-        """Send a file to a path at which there is none; what is there stays."""
+        """Send a file to a path; an object that exists there stays."""
         with suppress(FileExistsError):
             if not self.is_s3:
                 self.fs.put_file(str(source), path, mode="create")
@@ -306,7 +308,7 @@ class Storage:
                 s3.create(self.fs, source, path)
 
     def get(self, key: str, target: Path, sha256: str) -> str:
-        """Fetch a file until it has this hash; returns the hash that it has. Raises FileNotFoundError."""
+        """Fetch a file until it has this hash; returns the hash of the last copy. Raises FileNotFoundError."""
         for _ in range(TRIES):
             with self._translate_errors(f"cannot read {self.uri_of(key)}"), explained(str(target)):
                 self.fs.get_file(self.path(key), str(target), **self._in_parts)
@@ -316,24 +318,24 @@ class Storage:
 
 
 def _own(name: str) -> str:
-    """A name in the same folder tree that no other writer has."""
+    """A unique name in the same folder, which no other writer uses."""
     return f"{ATTEMPT}{secrets.token_hex(8)}/{name}"
 
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """Say what to do where the block fails for lack of space."""
+    """Raise StoreError with advice where the block fails for lack of disk space."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, or a limit of the process
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, a quota, a limit of the process
         if getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full):
             raise StoreError(f"no space left while writing {where}: free some, or choose another store") from error
         raise
 
 
 def _local_files(root: Path) -> Iterator[tuple[str, StoredFile]]:
-    """The files at and below a path, and the links to folders below it; what vanishes meanwhile is left out."""
+    """The files at and below a path, and the links to folders below; files that vanish meanwhile are left out."""
     upward = root.is_symlink() and root.parent.resolve().is_relative_to(root.resolve())
     places = [root] if root.is_file() or upward else []
     for place, folders, names in os.walk(root) if not upward else ():
@@ -346,13 +348,13 @@ def _local_files(root: Path) -> Iterator[tuple[str, StoredFile]]:
 
 
 def _stored(info: Mapping[str, Any]) -> StoredFile:
-    """A file as a remote store's listing tells it."""
+    """A file in a remote store's listing."""
     modified = _modified(info)
     return StoredFile(info["size"], modified, (info["size"], modified, str(info.get("ETag", ""))))
 
 
 def _modified(info: Mapping[str, Any]) -> float:
-    """When a listed object was written; file systems name it in their own ways."""
+    """The time of a listed object's last write; each file system has its own name for the field."""
     known = (info.get(name) for name in ("LastModified", "mtime", "last_modified", "updated", "created"))
     when = next((value for value in known if value is not None), None)
     if isinstance(when, str):
@@ -361,6 +363,6 @@ def _modified(info: Mapping[str, Any]) -> float:
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file on this machine."""
+    """The SHA-256 (hex) of a file on this machine."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

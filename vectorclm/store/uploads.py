@@ -1,4 +1,4 @@
-"""Files of an artifact that leave for a remote store while it is made, and notes of how far that is."""
+"""Early uploads: files of an artifact go to a remote store during its build, with notes that let a rerun resume."""
 
 import json
 import secrets
@@ -17,63 +17,63 @@ NOTE = f"{OWN}note-"
 
 
 class Describer(Protocol):
-    """A `Describe` that is also told of files which it does not see, as they were described before."""
+    """A `Describe` with state over the files, which can also skip files that an earlier process described."""
 
     def __call__(self, path: Path) -> Mapping[str, Any]:
-        """What there is to say of a file."""
+        """The fields that a file's manifest entry gets besides size and SHA-256."""
 
-    def pass_over(self, name: str, said: Mapping[str, Any]) -> None:
-        """Go on after a file of which this was said."""
+    def pass_over(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Continue after a file that has this manifest entry already."""
 
 
-class Sending:
-    """Files of an artifact that go to a remote store one by one as they are finished, so that no disk must hold all.
+class EarlyUpload:
+    """Upload of an artifact's files to a remote store one by one, so that no disk must hold all of them.
 
-    Nobody takes them for the artifact before its manifest is there. What is noted beside them is how far the work is.
-    A note is never changed: each has a name of its own, and of several about the same work any that holds is right.
+    No reader takes the files for the artifact before the manifest exists. Notes beside the files record the progress.
+    A note is never changed: each has a name of its own, and of several notes about the same work any valid one counts.
     """
 
-    def __init__(self, store: Store, plan: StageSpec, describer: Callable[[], Describer]) -> None:
+    def __init__(self, store: Store, spec: StageSpec, describer: Callable[[], Describer]) -> None:
         self.store = store
-        self.key, self.lease = f"{plan.stage}/{plan.fingerprint}", plan.lease
+        self.key, self.lease = f"{spec.stage}/{spec.fingerprint}", spec.lease
         self.describer = describer
         self.describe = describer()
-        self.files: dict[str, Mapping[str, Any]] = {}  # as the manifest has them
-        self.abandoned: set[str] = set()  # keys of what is not counted as sent any more
-        self.round = "first"  # of the work, whose notes are no other's
+        self.files: dict[str, Mapping[str, Any]] = {}  # the manifest's entries by file name
+        self.abandoned: set[str] = set()  # keys of files that do not count as sent any more
+        self.round = "first"  # of the work; each round has notes of its own
 
     @cached_property
     def there(self) -> Mapping[str, StoredFile]:
-        """What earlier processes left at the artifact's address."""
+        """The files that earlier processes left at the artifact's address."""
         return self.store.files(self.key)
 
     def send(self, path: Path, name: str) -> None:
         """Move a finished file to the store. Raises InUseError where another process took the stage over."""
         self.store.check_lease(self.lease)
-        said = file_entry(path, self.describe)
+        entry = file_entry(path, self.describe)
         with explained(self.store.uri_of(f"{self.key}/{name}")):
-            said |= self.store.send(path, self.key, name, said["sha256"])
+            entry |= self.store.send(path, self.key, name, entry["sha256"])
         path.unlink(missing_ok=True)
-        self.files[name] = said
+        self.files[name] = entry
 
     def note(self, work: str, done: Mapping[str, Any], files: Sequence[str]) -> None:
-        """Note that these files were sent, and what is `done` with them, under the name of a piece of work."""
+        """Write a note that a piece of `work` is `done`, and which files were sent for it."""
         self.store.check_lease(self.lease)
         noted = {"done": done, "files": {file: self.files[file] for file in files}}
         self.store.write(f"{self._notes(work)}-{secrets.token_hex(8)}.json", sealed(noted), only_if_absent=True)
 
     def noted(self, work: str) -> dict[str, Any] | None:
-        """What is done of that work, whose files are counted as sent; None where no note says so and holds."""
+        """Read what is done of a piece of work, and count its files as sent; None without a valid note."""
         for key in self.there:
             if key.startswith(f"{self._notes(work)}-") and (found := self._read(key)) is not None:
-                for file, said in found["files"].items():
-                    self.describe.pass_over(file, said)
+                for file, entry in found["files"].items():
+                    self.describe.pass_over(file, entry)
                 self.files |= found["files"]
                 return dict(found["done"])
         return None
 
     def _read(self, key: str) -> dict[str, Any] | None:
-        """A note, where it is whole, and all its files are there."""
+        """A note that is intact and whose files are all in the store; None otherwise."""
         try:
             found: dict[str, Any] = json.loads(self.store.read(key) or b"")
             seal = found.pop(SEAL)
@@ -81,24 +81,24 @@ class Sending:
             return None
         if seal != digest(found):
             return None
-        for file, said in found["files"].items():
-            stored = self.there.get(f"{self.key}/{place_of(said, file)}")
-            if stored is None or stored.bytes != said["bytes"]:
+        for file, entry in found["files"].items():
+            stored = self.there.get(f"{self.key}/{place_of(entry, file)}")
+            if stored is None or stored.bytes != entry["bytes"]:
                 return None
         return found
 
     def _notes(self, work: str) -> str:
-        """What the keys of all notes of that work begin with."""
+        """The common prefix of the keys of all notes about a piece of work."""
         where, _, name = work.rpartition("/")
         return f"{self.key}/{where}/{NOTE}{self.round}-{name}"
 
     def start_again(self) -> None:
-        """Count nothing as sent, and look at no note that was written until now."""
-        self.abandoned |= {f"{self.key}/{place_of(said, name)}" for name, said in self.files.items()}
+        """Count no file as sent, and ignore all notes that were written until now."""
+        self.abandoned |= {f"{self.key}/{place_of(entry, name)}" for name, entry in self.files.items()}
         self.files, self.describe, self.round = {}, self.describer(), "second"
 
     def clear_markers(self, artifact: Artifact) -> None:
-        """Remove the notes, as with the manifest all is said, and the files of attempts that it does not name."""
+        """Remove the notes of a finished artifact, and the files of attempts that its manifest does not name."""
         if artifact.store.is_local:
             return
         used = {artifact.key(name) for name in artifact.manifest["files"]}
@@ -107,7 +107,7 @@ class Sending:
 
 
 def superseded(artifact: Artifact, there: Iterable[str]) -> Iterator[str]:
-    """Of the keys at a finished artifact's address, notes and attempts' files that its manifest does not name."""
+    """The keys at a finished artifact's address of notes and attempts' files that its manifest does not name."""
     names = artifact.manifest["files"]
     used = {artifact.key(name) for name in names}
     for key in there:

@@ -1,7 +1,7 @@
-"""Work folders on this machine: one of each attempt at a stage, below the folder of the stage's plan.
+"""Work folders on this machine: one for each attempt at a stage, inside the folder of the stage's specification.
 
-A process that stood still and continues writes into its own, never into its successor's. Those of dead attempts are
-removed by the next one; what they finished for all, as slices, lies beside them.
+A process that was suspended and continues writes into its own folder, never into its successor's. The next attempt
+removes the folders of dead attempts. Finished slices, which all attempts share, lie beside the attempts' folders.
 """
 
 import json
@@ -19,18 +19,18 @@ from vectorclm.runtime.processes import find_process, process_identity
 from vectorclm.store.durable import temporary_beside
 from vectorclm.store.lease import is_here, read_claim
 
-HOLDER = "holder.json"  # whose attempt it is, until it ends
+HOLDER = "holder.json"  # identifies the process of the attempt, until the attempt ends
 ATTEMPT = re.compile(r"[0-9a-f]{16}")
 
 
 @contextmanager
-def attempt_folder(plan_folder: Path) -> Iterator[Path]:
-    """A folder for one attempt, removed at its end; where the attempt fails, the next one removes it."""
-    if plan_folder.is_dir():
-        for left in list(plan_folder.iterdir()):
+def attempt_folder(stage_folder: Path) -> Iterator[Path]:
+    """A folder for one attempt, removed at its end; after a failure, the next attempt removes the folder."""
+    if stage_folder.is_dir():
+        for left in list(stage_folder.iterdir()):
             if ATTEMPT.fullmatch(left.name) and is_abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)
-    folder = plan_folder / secrets.token_hex(8)
+    folder = stage_folder / secrets.token_hex(8)
     part = temporary_beside(folder)
     part.mkdir(parents=True)
     (part / HOLDER).write_text(
@@ -43,12 +43,12 @@ def attempt_folder(plan_folder: Path) -> Iterator[Path]:
         (folder / HOLDER).unlink(missing_ok=True)
         raise
     shutil.rmtree(folder)
-    with suppress(OSError):  # others work in it, or left something
-        plan_folder.rmdir()
+    with suppress(OSError):  # other attempts work in the folder, or slices lie there
+        stage_folder.rmdir()
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether the attempt of this folder has ended, or its process on this machine has; elsewhere, who knows."""
+    """Whether the attempt of this folder, or its process on this machine, has ended; False for other machines."""
     try:
         holder = read_claim((folder / HOLDER).read_bytes())
     except FileNotFoundError:
@@ -56,8 +56,8 @@ def is_abandoned(folder: Path) -> bool:
     return is_here(holder) and find_process(holder) is None
 
 
-def is_in_use(plan_folder: Path) -> bool:
-    """Whether a live process of this machine has an attempt in a plan's folder, even one that lost its lease."""
-    attempts = [path for path in plan_folder.iterdir() if ATTEMPT.fullmatch(path.name)]
+def is_in_use(stage_folder: Path) -> bool:
+    """Whether a live process of this machine has an attempt in the folder, even a process that lost its lease."""
+    attempts = [path for path in stage_folder.iterdir() if ATTEMPT.fullmatch(path.name)]
     holders = [read_claim((path / HOLDER).read_bytes()) for path in attempts if (path / HOLDER).is_file()]
     return any(is_here(holder) and find_process(holder) is not None for holder in holders)

@@ -1,5 +1,5 @@
-"""Parts of a training.
+"""Optimizers, learning-rate schedules, checkpoints and metrics of a training run.
 
 In: a model's parameters and state.
-Out: optimizer steps, checkpoints, metrics.
+Out: optimizer steps, learning rates, checkpoints, metrics.
 """

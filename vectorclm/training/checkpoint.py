@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: weights and optimizer in safetensors, manifest last.
+"""Checkpoints of a training run: weights and optimizer state in safetensors, with the manifest written last.
 
-They lie at `{store}/checkpoints/{fingerprint}/step-…/`, so any worker can carry on where another was killed. A name
-ends in a random part of the attempt that wrote it: one that stood still and continues neither writes into its
-successor's checkpoints nor removes them. A resume takes the newest one that verifies. Its place in the data is its step
-and two hashes, of the training order and of the data set: on others than these it does not resume.
+They are stored at `{store}/checkpoints/{fingerprint}/step-…/`, so any worker can resume a killed run. A name ends in
+random digits of the attempt that wrote it, so an attempt that stalls and continues neither overwrites nor removes the
+checkpoints of its successor. A resume uses the newest checkpoint that verifies. A checkpoint records its step and
+the hashes of the training order and of the data set, and a run with another order or data set does not resume from it.
 """
 
 import re
@@ -24,26 +24,26 @@ from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.storage import explained
 
-KEEP = 2  # older checkpoints are removed
-STEP = re.compile(r"step-([0-9]+)(-[0-9a-f]{8})?")  # and the attempt that wrote it
-AGAIN = "again"  # the folder beside them with those of a finished training that is made once more
+KEEP = 2  # checkpoints; older ones are removed
+STEP = re.compile(r"step-([0-9]+)(-[0-9a-f]{8})?")  # step number, and the attempt that wrote it
+AGAIN = "again"  # subfolder for the checkpoints of a finished training that is rebuilt
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of everything that the next step depends on."""
+    """A copy of the training state: all that the next step depends on."""
 
-    step: int  # steps done
+    step: int  # number of steps done
     model: Mapping[str, Tensor]
     optimizers: Mapping[str, Tensor]
     metrics: str  # the lines of metrics.jsonl and samples.jsonl up to this step
-    order: str  # digest of the plan that says what the steps read
+    order: str  # digest of the training order
 
 
 def snapshot(
     step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], metrics: str, order: str
 ) -> Snapshot:
-    """Copy the tensors, so that training can go on while they are written."""
+    """Copy the weights and the optimizer state to host memory, so that training continues while they are written."""
     tensors = {}
     for number, optimizer in enumerate(optimizers):
         for index, entries in optimizer.state_dict()["state"].items():
@@ -54,7 +54,7 @@ def snapshot(
 
 
 def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Put a snapshot's tensors back."""
+    """Load a snapshot into the model and the optimizers."""
     model.load_state_dict(saved.model)
     for number, optimizer in enumerate(optimizers):
         entries: dict[int, dict[str, Tensor]] = {}
@@ -66,24 +66,24 @@ def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.
 
 
 class Checkpoints:
-    """The checkpoints of one plan, of a training on the data set whose identity is `data`.
+    """The checkpoints of one stage specification, trained on the data set with the identity `data`.
 
-    `save` returns at once and writes in a thread of its own, whose errors the next call raises. With `keep_all`, older
-    checkpoints stay. A training that is made `again` has its own, so that it proves every step.
+    `save` returns at once and writes in a background thread. The next call raises the thread's error. With `keep_all`,
+    older checkpoints stay. A rebuild (`again`) has checkpoints of its own, so that it computes every step itself.
     """
 
     def __init__(
-        self, store: Store, plan: StageSpec, work: Path, data: str, *, keep_all: bool = False, again: bool = False
+        self, store: Store, spec: StageSpec, work: Path, data: str, *, keep_all: bool = False, again: bool = False
     ) -> None:
         self.store = store
-        self.plan = plan
+        self.spec = spec
         self.work = work
         self.data = data
         self.keep_all = keep_all
-        self.root = f"checkpoints/{plan.fingerprint}" + (f"/{AGAIN}" if again else "")
+        self.root = f"checkpoints/{spec.fingerprint}" + (f"/{AGAIN}" if again else "")
         self.attempt = secrets.token_hex(4)
-        self.known: list[str] = []  # those that were there when this attempt began, and its own
-        self.resumed: str | None = None  # the one that `latest` found
+        self.known: list[str] = []  # names of this attempt's checkpoints and of those found at its start
+        self.resumed: str | None = None  # name of the checkpoint that `latest` returned
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
 
@@ -98,17 +98,17 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until the last save is in the store; raises what it raised."""
+        """Wait until the last save is in the store; raise its error, if it failed."""
         if self.pending is not None:
             self.pending.result()
             self.pending = None
 
     def save(self, saved: Snapshot) -> None:
-        """Write a snapshot in the background, after the one before it.
+        """Write a snapshot in the background, after the previous one is written.
 
-        Raises InUseError where another process has taken the training over.
+        Raises InUseError where another process has taken over the training.
         """
-        self.store.check_lease(self.plan.lease)
+        self.store.check_lease(self.spec.lease)
         self.wait()
         self.pending = self.writer.submit(self._write, saved)
 
@@ -121,7 +121,7 @@ class Checkpoints:
             save_file(dict(saved.model), folder / "model.safetensors")
             save_file(dict(saved.optimizers), folder / "optim.safetensors")
             (folder / "metrics.jsonl").write_text(saved.metrics)
-        head = {"step": saved.step, "plan": self.plan.fingerprint, "order": saved.order, "data": self.data}
+        head = {"step": saved.step, "plan": self.spec.fingerprint, "order": saved.order, "data": self.data}
         self.store.publish_directory(f"{self.root}/{name}", folder, head)
         shutil.rmtree(folder)
         self.known.append(name)
@@ -129,24 +129,24 @@ class Checkpoints:
             self.store.remove(f"{self.root}/{self.known.pop(0)}")
 
     def clear(self) -> None:
-        """Remove this training's checkpoints, but for those that a later attempt has written."""
+        """Remove this training's checkpoints, except those of later attempts."""
         for name in self.known:
             self.store.remove(f"{self.root}/{name}")
         if self.store.is_local:
             for folder in (
                 Path(self.store.path(self.root)),
-                Path(self.store.path(f"checkpoints/{self.plan.fingerprint}")),
+                Path(self.store.path(f"checkpoints/{self.spec.fingerprint}")),
             ):
-                with suppress(OSError):  # another attempt has something in it
+                with suppress(OSError):  # it holds another attempt's checkpoints
                     folder.rmdir()
 
     def _steps(self) -> list[str]:
         return [name for name in self.store.list(self.root) if STEP.fullmatch(name)]
 
     def latest(self, order: str) -> Snapshot | None:
-        """The newest checkpoint that verifies, or None. One that does not is removed, to be written anew.
+        """The newest checkpoint that verifies, or None. A newer checkpoint that does not verify is removed.
 
-        Raises DataError where it belongs to another data set, or to another training order than `order`.
+        Raises DataError where it belongs to another data set or to a training order other than `order`.
         """
         self.known = self._steps()
         for name in reversed(self.known.copy()):
@@ -162,23 +162,23 @@ class Checkpoints:
         return None
 
     def named(self, name: str) -> Snapshot:
-        """The checkpoint of this name. Raises CorruptArtifactError where it is gone or does not verify."""
+        """The checkpoint with this name. Raises CorruptArtifactError where it is missing or does not verify."""
         if (found := self.store.find(self.root, name)) is None:
             raise CorruptArtifactError(f"{self.store.uri_of(self.root)}/{name} is gone: run the stage again")
         return self._load(found)
 
     def _check(self, found: Artifact, order: str) -> None:
-        """Whether the training that goes on reads what this one read."""
+        """Raise DataError where the checkpoint has another data set or training order than this run."""
         for key, here, what in (("data", self.data, "data set"), ("order", order, "training order")):
             before = str(found.manifest.get(key))
             if before != here:
                 raise DataError(
-                    f"{found.uri} was trained on the {what} {before[:12]}…, which is now {here[:12]}…: bring back what "
-                    f"it was, or delete {self.store.uri_of(self.root)} to train from the beginning"
+                    f"{found.uri} was trained on the {what} {before[:12]}…, which is now {here[:12]}…: restore the old "
+                    f"{what}, or delete {self.store.uri_of(self.root)} to train from the beginning"
                 )
 
     def _load(self, found: Artifact) -> Snapshot:
-        """Its content; a remote store's files come as copies of this process's own, as all its ranks read at once."""
+        """Read a checkpoint. Each process copies the files of a remote store, as all ranks read at once."""
         self.work.mkdir(parents=True, exist_ok=True)
         with found.borrowed("model.safetensors", self.work) as file:
             model = load_file(file)

@@ -1,92 +1,32 @@
-"""Muon for the hidden matrices, AdamW for the rest, and the learning rate over the steps."""
+"""The Muon optimizer: momentum, orthogonalised by Newton-Schulz iterations, for the hidden matrices."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vectorclm.nn.layers import StackedLinear
 from vectorclm.nn.matmul import matmul, takes_onednn
 from vectorclm.runtime.distributed import ALONE, Group
-from vectorclm.settings import Settings
 
 # Coefficients of the quintic iteration: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
-class OptimizerConfig(Settings):
-    """Muon on the hidden matrices, AdamW on embeddings and norms.
+class WeightDecay(NamedTuple):
+    """Decoupled weight decay of Muon."""
 
-    A setting that older experiments lack stays out of their fingerprints where it changes nothing.
-    """
-
-    learning_rate: float = Field(gt=0, description="Peak learning rate of Muon")
-    adamw_learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW")
-    matrices: Literal["muon", "adamw"] = Field(
-        "muon",
-        exclude_if=lambda value: value == "muon",
-        description="What trains the hidden matrices; adamw does so at learning_rate, too",
-    )
-    momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov momentum of Muon")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    weight_decay: float = Field(
-        0.0, ge=0, description="Decoupled decay of the hidden matrices, per unit of learning rate"
-    )
-    cautious_weight_decay: bool = Field(
-        False,
-        exclude_if=lambda value: not value,
-        description="Decay only what the update, too, moves towards zero; Muon only",
-    )
-
-    @model_validator(mode="after")
-    def _muon_is_cautious(self) -> Self:
-        if self.cautious_weight_decay and self.matrices != "muon":
-            raise ValueError("cautious_weight_decay needs matrices = 'muon'")
-        return self
-
-
-class ScheduleConfig(Settings):
-    """The learning rate's factor over the steps: linear warm-up, then down to the floor."""
-
-    kind: Literal["cosine", "warmup_stable_decay"] = "cosine"
-    warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps spent warming up")
-    floor: float = Field(0.1, ge=0, le=1, description="The last step's share of the peak")
-    decay: float = Field(0.2, gt=0, le=1, description="Share of the steps spent decaying; warmup_stable_decay only")
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
-        if self.kind == "warmup_stable_decay" and self.warmup + self.decay > 1 + 1e-9:
-            raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are more than all steps: lower one")
-        return self
-
-
-def schedule(config: ScheduleConfig, step: int, steps: int) -> float:
-    """The learning rate's factor in step `step` (from 0) of `steps`: a pure function, so resuming needs no state.
-
-    Cosine: Loshchilov & Hutter, arXiv 1608.03983, without restarts. Warmup-stable-decay: Hu et al.,
-    arXiv 2404.06395, section 4, with a linear decay.
-    """
-    warmup = max(1, round(config.warmup * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.kind == "cosine":
-        done = (step - warmup) / max(1, steps - 1 - warmup)
-        return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    decay = max(1, round(config.decay * steps))
-    left = min(1.0, (steps - 1 - step) / decay)
-    return config.floor + (1 - config.floor) * left
+    rate: float  # per unit of learning rate
+    cautious: bool = False  # decay only the weights that the update moves towards zero as well
 
 
 def orthogonalise(g_NRC: Tensor, steps: int = 5) -> Tensor:
-    """Roughly U Vᵀ of each matrix in `g_NRC` [N, rows, columns], by Newton-Schulz.
+    """Orthogonalise each matrix U S Vᵀ in `g_NRC` [N, rows, columns] to about U Vᵀ, by Newton-Schulz iterations.
 
-    On GPUs all at once in bf16; on CPUs one by one, in the cache, and in fp32: most multiply bf16 by software, 10 to 20
-    times slower, and where they do not, half a tenth of a step is not worth other bits for one rank than for two.
+    A GPU computes all matrices at once, in bf16. A CPU computes one at a time, in its cache and in fp32. Most CPUs
+    multiply bf16 in software, 10 to 20 times slower. On the others bf16 saves 5 % of a step, but the bits then depend
+    on the number of ranks.
     """
     if g_NRC.is_cuda:
         return _newton_schulz(g_NRC.bfloat16(), steps).to(g_NRC.dtype)
@@ -94,7 +34,7 @@ def orthogonalise(g_NRC: Tensor, steps: int = 5) -> Tensor:
 
 
 def _newton_schulz(x_RC: Tensor, steps: int) -> Tensor:
-    """Of a matrix, or of several in one tensor."""
+    """Orthogonalise a matrix [R, C], or several in one tensor [N, R, C]."""
     tall = x_RC.shape[-2] > x_RC.shape[-1]
     if tall:
         x_RC = x_RC.mT
@@ -110,15 +50,15 @@ def _plus_product(x: Tensor, beta: float, a: Tensor, b: Tensor, alpha: float) ->
     """`beta * x + alpha * a @ b.T`."""
     if takes_onednn(a):
         return matmul(a, b).mul_(alpha).add_(x, alpha=beta)
-    fused = torch.addmm if a.ndim == 2 else torch.baddbmm  # which round once, a bf16 result too
+    fused = torch.addmm if a.ndim == 2 else torch.baddbmm  # these round once, also to bf16
     return fused(x, a, b.mT, beta=beta, alpha=alpha)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al., 2024).
+    """Muon: momentum, orthogonalised (Jordan et al., 2024).
 
-    Matrices of one shape go through Newton-Schulz together, each rank of `group` taking its share of them. A parameter
-    in `stacked` is several matrices, of so many rows each, and each is orthogonalised on its own.
+    Matrices of one shape go through Newton-Schulz together. Each rank of `group` computes its share of them.
+    `stacked` maps a parameter that holds several matrices to the number of rows of each. Each is orthogonalised alone.
     """
 
     def __init__(
@@ -126,13 +66,12 @@ class Muon(torch.optim.Optimizer):
         params: Iterable[nn.Parameter],
         lr: float,
         momentum: float,
-        weight_decay: float,
+        weight_decay: WeightDecay,
         group: Group = ALONE,
         stacked: Mapping[Tensor, list[int]] | None = None,
-        cautious: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.cautious = cautious
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay.rate})
+        self.cautious = weight_decay.cautious
         self.group = group
         self.stacked = stacked or {}
 
@@ -168,32 +107,3 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer: Tensor = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(buffer, momentum)
-
-
-def build_optimizers(
-    model: nn.Module, config: OptimizerConfig, group: Group = ALONE
-) -> tuple[torch.optim.Optimizer, torch.optim.AdamW]:
-    """Muon (or AdamW) over the decoder layers' matrices, AdamW over embeddings and norms."""
-    hidden: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        (hidden if p.ndim == 2 and ".layers." in name else rest).append(p)
-
-    def adamw(params: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-        betas = (config.beta1, config.beta2)
-        return torch.optim.AdamW(params, learning_rate, betas, eps=1e-10, weight_decay=weight_decay, fused=True)
-
-    others = adamw(rest, config.adamw_learning_rate, 0.0)
-    if config.matrices == "adamw":
-        return adamw(hidden, config.learning_rate, config.weight_decay), others
-    stacked = {m.weight: list(m.rows.values()) for m in model.modules() if isinstance(m, StackedLinear)}
-    settings = (config.learning_rate, config.momentum, config.weight_decay)
-    return Muon(hidden, *settings, group, stacked, config.cautious_weight_decay), others
-
-
-def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
-    """Set every group's learning rate to its peak times `factor`."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("peak", group["lr"])
-            group["lr"] = group["peak"] * factor

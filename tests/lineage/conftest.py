@@ -1,0 +1,67 @@
+"""Two curricula in one store, recorded by a real MLflow server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flows.tracking.tracker import Tracker
+from tests.services.browser import PICTURES
+from tests.services.mlflow_server import MLflowServer
+from tests.test_curriculum import mini
+from vectorclm.config import ExperimentConfig, load_experiment, override
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
+from vectorclm.stages import plans, run_stage
+from vectorclm.store.artifact import Store
+from vectorclm.store.layout import STAGES
+
+LEARNING = ["pretrain.phases=[{tokens = 180000}, {tokens = 80000}]", "pretrain.validation_interval=10"]
+LEARNING += [
+    "finetune.epochs=0.3",
+    "finetune.validation_interval=5",
+    "evaluate.tasks.0.limit=80",
+    "evaluate.chat_prompts=8",
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+    server = MLflowServer(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        yield server
+    server.stop()
+
+
+def pinned(*changes: str) -> ExperimentConfig:
+    """The experiment of these tests; for pictures, one that learns more than theirs."""
+    experiment = override(load_experiment("tiny")[0], LEARNING) if PICTURES else mini()
+    return pin(override(experiment, changes), Path("mini.toml"), None, resolve=False)[0]
+
+
+def curriculum(experiment: ExperimentConfig, store: Store) -> dict[str, str]:
+    """Run every stage in this process, recorded in MLflow. Returns the address of each artifact."""
+    addresses, stages = {}, plans(experiment)
+    with Tracker(store, experiment, stages) as tracker:
+        for name in STAGES:
+            if (found := store.find(name, stages[name].fingerprint)) is not None:
+                tracker.reused(name, found)
+                addresses[name] = found.uri
+                continue
+            with tracker.stage(name, 1, store.work_folder(stages[name], None)) as run:
+                artifact, _ = run_stage(name, experiment, store, Runtime(threads=1), None)
+                run.finished(artifact)
+            addresses[name] = artifact.uri
+    return addresses
+
+
+@pytest.fixture(scope="module")
+def world(server: MLflowServer, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two curricula that differ in the epochs of fine-tuning."""
+    store = Store(str(tmp_path_factory.mktemp("lineage") / "store"))
+    first = curriculum(pinned(), store)
+    second = curriculum(pinned(f"finetune.epochs={pinned().finetune.epochs / 2}"), store)
+    return SimpleNamespace(store=store, first=first, second=second)
