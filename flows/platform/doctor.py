@@ -122,10 +122,7 @@ def _deployment_id(config: PlatformConfig) -> str:
 
 
 def point_at(config: PlatformConfig) -> None:
-    """Set the environment so that Prefect in this process and its children uses the platform.
-
-    Call it before Prefect is imported.
-    """
+    """Have Prefect in this process and its children use the platform. Call it before Prefect is imported."""
     os.environ |= config.client_environment()
 
 
@@ -248,9 +245,7 @@ def _store(config: PlatformConfig) -> Iterator[Finding]:
 def _disk(config: PlatformConfig) -> Iterator[Finding]:
     there = next(folder for folder in (config.home, *config.home.parents) if folder.exists())
     free = shutil.disk_usage(there).free / 1e9
-    yield Finding(
-        free >= FREE_GIGABYTES, f"{free:.0f} GB free at {config.home}; at least {FREE_GIGABYTES} GB are recommended"
-    )
+    yield Finding(free >= FREE_GIGABYTES, f"{free:.0f} GB free at {config.home}; {FREE_GIGABYTES} GB are recommended")
 
 
 def _gpu(config: PlatformConfig) -> Iterator[Finding]:
@@ -282,9 +277,7 @@ def _database(config: PlatformConfig) -> Iterator[Finding]:
     server.start()
     server.wait()
     if _writes(config):
-        yield Finding(
-            True, f"Prefect's database accepted no write within {WRITE_SECONDS} s: {server.name} started again"
-        )
+        yield Finding(True, f"Prefect's database took no write in {WRITE_SECONDS} s: {server.name} started again")
     else:
         yield Finding(
             False,
