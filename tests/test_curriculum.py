@@ -30,6 +30,7 @@ from vectorclm.lineage.chain import TITLES
 from vectorclm.shards.order import format_epochs
 from vectorclm.stages import TRAININGS
 from vectorclm.store.layout import STAGES
+from vectorclm.store.storage import LOCK
 
 SHRUNK = {
     "name": "mini",
@@ -138,7 +139,8 @@ def test_the_store_holds_what_the_page_draws_of_it(first: SimpleNamespace) -> No
     drawn = {
         name for line in tree.splitlines() for name in re.findall(r"(?:[├└]── |, | )([.\w]+)(?:/|(?=\.db))", line[:38])
     }
-    made = {path.stem for path in first.store.iterdir()}  # a database and its lock are one
+    made = {path.stem for path in first.store.iterdir() if path.name != LOCK}  # a database and its lock are one
+    assert f"`{LOCK}`" in README
     assert (
         made <= drawn and {*STAGES, "reports", "leases", "work", "locks", ".prefect", "mlflow", "mlartifacts"} <= drawn
     )

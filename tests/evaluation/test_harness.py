@@ -247,11 +247,13 @@ def test_programs_are_tested_and_only_where_that_is_allowed(
 @contextmanager
 def no_sandbox(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A system where bubblewrap is not installed."""
-    with monkeypatch.context() as changed:
-        changed.setenv("PATH", str(folder))
+    try:
+        with monkeypatch.context() as changed:
+            changed.setenv("PATH", str(folder))
+            find_sandbox.cache_clear()
+            yield
+    finally:
         find_sandbox.cache_clear()
-        yield
-    find_sandbox.cache_clear()
 
 
 @pytest.mark.usefixtures("sandboxed")
@@ -352,8 +354,8 @@ def test_a_base_model_is_not_asked_in_a_template(folder: Path, tmp_path: Path, c
 def test_without_the_harness_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.instance", None)
     for name in ("harness", "harness_tasks"):
-        monkeypatch.delitem(sys.modules, f"vectorclm.{name}")
-        monkeypatch.delattr(f"vectorclm.{name}")
+        monkeypatch.delitem(sys.modules, f"vectorclm.evaluation.{name}")
+        monkeypatch.delattr(f"vectorclm.evaluation.{name}")
     check_tasks([TaskSource(label="own", path="json")])  # needs none
     with pytest.raises(ConfigError, match=r"which is not installed: pip install .*'vectorclm\[eval\]'"):
         check_tasks([TaskSource(label="x", path="json", task="hellaswag")])

@@ -265,7 +265,7 @@ def test_a_chat_in_the_terminal(chat_folder: Path) -> None:
 
 def test_a_chat_that_cannot_be_is_refused_before_it_begins(chat_folder: Path, tmp_path: Path) -> None:
     for prompt, message in {
-        "\udcff": "half a surrogate pair",
+        "\udcff": "a lone surrogate",
         "Be. " * 400: "the system prompt and the message",
     }.items():
         with pytest.raises(DataError, match=message):

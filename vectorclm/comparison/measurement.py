@@ -165,4 +165,5 @@ def _scoring_data(suite: Suite, spec: StageSpec, model: Model, store: Store, set
     labels = [source.label for source in suite.experiment.sample.sources] if suite.experiment is not None else []
     sample, read = finished.get("sample"), trained_on(model, store)
     text = SampleDocuments(sample, labels, spec.config["documents"]) if sample is not None else None
-    return ScoringData(setup, text, finished.get("chat_shards"), partial(training_text, read) if read else None)
+    repeats = partial(training_text, read) if read else None
+    return ScoringData(setup, text, finished.get("chat_shards"), repeats, spec.config.get("not_run", ()))

@@ -51,6 +51,7 @@ class ScoringData(NamedTuple):
     text: ShardWindows | SampleDocuments | None
     conversations: Artifact | None  # with held-out prompts
     training_text: Callable[[Tokenizer], Iterator[bytes]] | None = None  # in which the questions are looked for
+    not_run: Sequence[str] = ()  # labels of tasks that cannot run on this machine
 
 
 def score_model(
@@ -63,6 +64,8 @@ def score_model(
     found, scores = ItemScores(), dict[str, Any]()
     with Progress(stage, _text_parts(data.text) + len(questions.tasks) + 1, "parts") as progress:
         scores |= {**_held_out_text(loaded, data, runtime, found, progress), "tasks": {}}
+        if data.not_run:
+            scores["not_run"] = list(data.not_run)
         for kind, label, scored in score_tasks(loaded, questions.tasks, data.setup, runtime, found):
             scores[kind][label] = scored
             progress.advance(1, label)
