@@ -25,6 +25,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_layout.py
 
 bench: install # each a ratio to a peer measured in the same run
 	$(BIN)/vectorclm bench train
