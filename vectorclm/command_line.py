@@ -45,7 +45,7 @@ def new_app(name: str, about: str) -> App:
     return App(
         name=name,
         help=about,
-        default_parameter=Parameter(negative=(), show_default=_shown),
+        default_parameter=Parameter(negative=(), show_default=_shown, allow_repeating=True),
         result_action="return_value",
         help_format="plaintext",
         version_flags=(),
