@@ -324,7 +324,7 @@ def test_a_wrong_address_is_told_before_any_work(made: SimpleNamespace, evaluate
         done.code == 2 and "no suite 'tinny': use generation, standard, an experiment (base, small, tiny)" in done.err
     )
     done = evaluate(made.uris["pretrain"], "--suite", "tiny", "--documents", "1")
-    assert done.code == 2 and "documents: Input should be greater than or equal to 2" in done.err
+    assert done.code == 2 and "--documents 1: Input should be greater than or equal to 2" in done.err
 
 
 def test_a_text_is_scored_by_a_model_at_any_address(

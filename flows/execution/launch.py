@@ -171,16 +171,18 @@ class Launcher:
                 env={
                     **neutral(os.environ),
                     "PYTHONUNBUFFERED": "1",
+                    "PYTHONSAFEPATH": "1",  # imports nothing from the working directory
                 },  # the core uses neither Prefect nor MLflow
                 start_new_session=True,
             )
             self._children.add(child)
         try:
-            with child:
-                yield child
-        except BaseException:
-            _end(child, CANCEL_SECONDS)
-            raise
+            with child:  # which waits for the child, so an error ends the child first
+                try:
+                    yield child
+                except BaseException:
+                    _end(child, CANCEL_SECONDS)
+                    raise
         finally:
             with self._lock:
                 self._children.discard(child)

@@ -87,7 +87,7 @@ def serve_mlflow(arguments: Sequence[str]) -> None:
         bootstrap_admin_user()
     names = allowed_hosts(os.environ)
     further = names[len(LOOPBACK) :]
-    hosts = [pattern for name in names for pattern in (name.replace("[", "[[]"), f"{name.replace('[', '[[]')}:*")]
+    hosts = [pattern for name in names for pattern in (name, f"{name.replace('[', '[[]')}:*")]
     origins = [f"{scheme}://{name}{port}" for name in further for scheme in ("http", "https") for port in ("", ":*")]
     options = ["--app-name", app, "--allowed-hosts", ",".join(hosts)]
     options += ["--cors-allowed-origins", ",".join(origins)] if origins else []

@@ -65,7 +65,7 @@ class PrivateServer:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 dying_with_parent(command),
-                env={**os.environ, **settings},
+                env={**os.environ, **settings, "PYTHONSAFEPATH": "1"},  # imports nothing from the working directory
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -24,6 +24,7 @@ from vectorclm.runtime.processes import find_process, process_identity, process_
 from vectorclm.settings import digest
 
 HOST = "127.0.0.1"
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` imports nothing from the working directory
 START_SECONDS = 180  # a cold start migrates a new database
 STOP_SECONDS = 20
 
@@ -98,14 +99,14 @@ class Service:
             _end(_of_session(known))  # children of a killed process may hold the port
         if self.port is not None and (held := holder(self.port)) is not None:
             raise ServiceError(f"port {self.port} is taken by {held}: end it, or give {self.name} another port")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # logs, records and a password
         if self.prepare is not None:
             self.prepare()
         self.log.touch(mode=0o600)
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 self.command,
-                env={**neutral(os.environ), **self.environment},
+                env={**neutral(os.environ), **self.environment, **SAFE_PATH},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

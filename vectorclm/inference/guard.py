@@ -115,4 +115,4 @@ def allowed_hosts(environment: Mapping[str, str]) -> list[str]:
     for name in further:
         if (split := split_authority(name)) is None or split[1] is not None:
             raise ConfigError(f"{ALLOWED}: {name!r} is not a host's name, such as mlflow.example.com, without a port")
-    return [*LOOPBACK, *further]
+    return [*LOOPBACK, *map(normalized, further)]

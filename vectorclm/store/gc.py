@@ -238,7 +238,7 @@ def _uploads(store: Store) -> Iterator[Garbage]:
         return
     for upload in listed:
         path, begun = f"{bucket}/{upload['Key']}", upload["Initiated"].timestamp()
-        if path.startswith(f"{store.root}/"):
-            key, named = path.removeprefix(f"{store.root}/"), {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+        key, named = path.removeprefix(f"{store.root}/"), {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+        if path.startswith(f"{store.root}/") and key.partition("/")[0] in WRITTEN:
             abort = partial(store.fs.call_s3, "abort_multipart_upload", Bucket=bucket, **named)
-            yield Garbage(key, "upload never completed", 0, begun, _owners(key) if "/" in key else [], abort)
+            yield Garbage(key, "upload never completed", 0, begun, _owners(key) if OWNED.match(key) else [], abort)

@@ -58,6 +58,12 @@ def is_abandoned(folder: Path) -> bool:
 
 def is_in_use(stage_folder: Path) -> bool:
     """Whether a live process of this machine has an attempt in the folder, even a process that lost its lease."""
-    attempts = [path for path in stage_folder.iterdir() if ATTEMPT.fullmatch(path.name)]
-    holders = [read_claim((path / HOLDER).read_bytes()) for path in attempts if (path / HOLDER).is_file()]
+    try:
+        attempts = [path for path in stage_folder.iterdir() if ATTEMPT.fullmatch(path.name)]
+    except FileNotFoundError:  # its writer has just removed the folder
+        return True
+    holders = []
+    for path in attempts:
+        with suppress(FileNotFoundError):
+            holders.append(read_claim((path / HOLDER).read_bytes()))
     return any(is_here(holder) and find_process(holder) is not None for holder in holders)
