@@ -282,3 +282,10 @@ def test_an_age_has_a_unit(store: Store, capsys: pytest.CaptureFixture[str]) -> 
     assert [seconds(text) for text in ("90s", "2m", "1h", "7d", "1w")] == [90, 120, 3600, 604800, 604800]
     assert main(["store", "gc", "--older-than", "7", "--store", store.uri]) == 2
     assert "--older-than 7: give a number and" in capsys.readouterr().err
+
+
+def test_a_store_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("ls", "verify", "gc"):
+        assert main(["store", action, "--store", str(tmp_path / "none")]) == 2
+        assert capsys.readouterr().err.startswith(f"error: there is no store at {tmp_path / 'none'}: name one")
+    assert not (tmp_path / "none").exists()

@@ -16,6 +16,7 @@ from vectorclm.corpus.files import revision_of
 from vectorclm.corpus.hub import hub_error
 from vectorclm.corpus.source_reader import open_source
 from vectorclm.corpus.sources import (
+    GENERATED,
     BenchmarkSource,
     Source,
     TaskSource,
@@ -25,7 +26,6 @@ from vectorclm.corpus.sources import (
     local_place,
 )
 from vectorclm.corpus.synthetic_world import WorldConfig
-from vectorclm.corpus.synthetic_world import rows as world_rows
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.tasks import check_tasks
 from vectorclm.pretrain import Phase
@@ -193,7 +193,7 @@ class _Pinner:
         if source.is_generated:
             if self.world is None:
                 raise ConfigError(f"{describe(source)} reads the generated world, but there is no [world]")
-            found = f"sha256:{digest(world_rows(self.world, source.name or ''))}"
+            found = f"sha256:{digest(GENERATED[source.path](self.world, source.name or ''))}"
         elif (place := local_place(source, self.data)) is not None:
             files = local_files(source, self.data)
             if not files:

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
+from vectorclm.errors import StoreError
 from vectorclm.store.artifact import Store
 from vectorclm.store.gc import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
 from vectorclm.store.listing import take_inventory, verify
@@ -17,6 +19,8 @@ store_app = new_app("store", "List and verify a store, remove leftovers, create 
 def _opened(uri: str) -> Store:
     store = Store(uri)
     store.check_reachable()
+    if store.is_local and not Path(store.root).is_dir():
+        raise StoreError(f"there is no store at {store.uri}: name one with --store or VECTORCLM_STORE")
     return store
 
 
