@@ -49,7 +49,7 @@ def test_the_bench_is_whole_and_a_second_one_trains_nothing(tmp_path: Path) -> N
 def test_the_command_does_not_train_on_another_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for what in ("quality", "rates"):
         assert main(["bench", what, "--store", str(tmp_path)]) == 2
-        assert f"bench {what} needs --data DIR" in capsys.readouterr().err
+        assert f'"bench {what}" parameter --data requires an argument' in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

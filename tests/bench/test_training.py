@@ -170,8 +170,8 @@ def test_products_and_their_gradients_are_torchs_by_either_library(
         x = torch.randn(2, rows, 24, generator=GENERATOR)[:, ::2].requires_grad_()  # with gaps
         expected = x.double() @ weight.double().T
         with torch.no_grad():
-            torch.testing.assert_close(matmul.product(x, weight), expected.float(), rtol=0, atol=1e-4)
-            one = matmul.product(x[:, -1], weight)
+            torch.testing.assert_close(matmul.matmul(x, weight), expected.float(), rtol=0, atol=1e-4)
+            one = matmul.matmul(x[:, -1], weight)
             torch.testing.assert_close(one, expected[:, -1].float(), rtol=0, atol=1e-4)
         slopes = torch.randn(expected.shape, generator=GENERATOR)
         theirs = torch.autograd.grad(expected, [x, weight], slopes.double())
