@@ -25,7 +25,6 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFil
 from prefect.client.schemas.objects import State
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
 from selenium.webdriver.remote.webdriver import WebDriver
 
@@ -347,7 +346,7 @@ def test_the_dead_are_found_and_start_again_twice_at_most(platform: Platform, mo
     assert "It crashed 3 times within an hour" in str(becomes(run_id, "Failed").message)
 
     monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run_id))
-    with temporary_settings({PREFECT_API_URL: f"{platform.config.prefect_url}/api"}):
+    with platform.addressed():
         with pytest.raises(StageFailedError, match="this run crashed 3 times and was started again each time"):
             opened_store(Runtime())  # where the crashes lie further apart, the run itself says so
         platform.client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
