@@ -171,7 +171,6 @@ class Launcher:
                 env={
                     **neutral(os.environ),
                     "PYTHONUNBUFFERED": "1",
-                    "PYTHONSAFEPATH": "1",  # imports nothing from the working directory
                 },  # the core uses neither Prefect nor MLflow
                 start_new_session=True,
             )
