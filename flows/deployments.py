@@ -143,8 +143,8 @@ def _give_up_after_rescues() -> None:
     with get_client(sync_client=True) as client:
         states = sorted(client.read_flow_run_states(flow_run.id), key=lambda state: state.timestamp)
     names = [state.name for state in states]
-    by_hand = max((place for place, name in enumerate(names) if name == "AwaitingRetry"), default=0)
-    if names[by_hand:].count(RESCUED) > MAX_RESCUES:
+    last_retry = max((place for place, name in enumerate(names) if name == "AwaitingRetry"), default=0)
+    if names[last_retry:].count(RESCUED) > MAX_RESCUES:
         raise StageFailedError(
             f"this run crashed {MAX_RESCUES + 1} times and was started again each time: check the machine "
             "(memory, disk, the worker's log), then press Retry; finished stages are kept"
