@@ -230,7 +230,7 @@ def test_a_weight_that_fp16_cannot_hold_is_refused(folder: Path, tmp_path: Path)
 def test_the_bench_takes_documents_from_everywhere_and_asks_for_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert spread(list("abcdef"), 3) == ["a", "c", "e"] and spread(["a"], 3) == ["a"]
     assert vectorclm(["bench", "gguf"]) == 2
-    assert "bench gguf needs --model MODEL" in capsys.readouterr().err
+    assert "--model requires an argument" in capsys.readouterr().err
 
 
 def test_what_is_no_gguf_file_is_named(tmp_path: Path) -> None:

@@ -128,22 +128,29 @@ def test_the_page_switches_a_schedule_on_and_off(platform: Platform, page: WebDr
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
     page.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
 
-    def switches(*, on: bool) -> list[WebElement]:
-        return page.find_elements(By.CSS_SELECTOR, f"[role='switch'][aria-checked='{str(on).lower()}']")
+    def switches() -> list[WebElement]:
+        return page.find_elements(By.CSS_SELECTOR, "[role='switch']")
+
+    def shown(number: int) -> bool:
+        return switches()[number].get_attribute("aria-checked") == "true"
 
     def active() -> bool:
         return any(schedule.active for schedule in platform.client.read_deployment(deployment.id).schedules)
 
+    def click_to(on: bool, number: int) -> bool:
+        """Click the switch where it shows the other state: a click while the page renews itself is lost."""
+        if shown(number) != on:
+            page.execute_script("arguments[0].click()", switches()[number])
+        return active() == on and shown(number) == on
+
     asked = "input[type='password']"
-    until(lambda: switches(on=False) or page.find_elements(By.CSS_SELECTOR, asked), "the page is there", 60)
-    if not switches(on=False):  # this test runs alone
+    until(lambda: switches() or page.find_elements(By.CSS_SELECTOR, asked), "the page is there", 60)
+    if not switches():  # this test runs alone
         log_in(page, platform)
-    shown, others = until(lambda: switches(on=False), "the schedules' switches", 60), len(switches(on=True))
-    page.execute_script("arguments[0].click()", shown[-1])
-    until(active, "a schedule is on", 60)
-    until(lambda: len(switches(on=True)) > others, "the page shows it", 60)
-    page.execute_script("arguments[0].click()", switches(on=True)[-1])
-    until(lambda: not active(), "the schedule is off", 60)
+    until(lambda: switches() and not all(map(shown, range(len(switches())))), "the schedules' switches", 60)
+    number = max(number for number in range(len(switches())) if not shown(number))
+    for on in (True, False):
+        until(lambda on=on: click_to(on, number), f"the schedule's switch is {'on' if on else 'off'}", 60)
 
 
 def test_retry_from_the_command_line(platform: Platform) -> None:
