@@ -1,93 +1,145 @@
 """The run form in the Prefect UI: the settings of an experiment that a person may change before a run.
 
-Prefect draws the form from these classes. An empty field changes nothing.
+Prefect draws a form from the JSON schema of these classes. Each deployment has the form of one experiment, filled with
+its values. A field that is left out changes nothing.
 """
 
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from vectorclm.config import ExperimentConfig, changed, load_experiment
-from vectorclm.settings import Settings
+from flows.experiments import load_known
+from vectorclm.config import ExperimentConfig, changed
+from vectorclm.errors import ConfigError
+from vectorclm.settings import Settings, validate
 from vectorclm.store.layout import StageName
 
-Name = Literal["tiny", "small", "base"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 SuiteName = Literal["tiny", "small", "base", "standard", "generation"]
 Again = Literal["nothing", StageName]
 
 
 class SampleChanges(Settings):
-    """The sample of documents."""
+    """Documents that are drawn from the sources."""
 
     bytes: int | None = Field(
-        None, ge=10_000, description="Size of the sample over all sources, in bytes, at least 10,000"
+        None, ge=10_000, title="Size of the sample", description="Over all sources, in bytes, at least 10,000"
     )
-    validation_share: float | None = Field(None, gt=0, lt=0.5, description="Share of documents held out, 0 to 0.5")
+    validation_share: float | None = Field(
+        None, gt=0, lt=0.5, title="Share held out", description="Share of the documents, between 0 and 0.5"
+    )
 
 
 class TokenizerChanges(Settings):
     """The byte-level BPE tokenizer."""
 
     vocab_size: int | None = Field(
-        None, ge=300, le=65_536, description="Size of the vocabulary of tokenizer and model, in tokens, 300 to 65,536"
+        None, ge=300, le=65_536, title="Vocabulary", description="Of tokenizer and model, in tokens, 300 to 65,536"
     )
     bytes: int | None = Field(
-        None, ge=10_000, description="Text that merges are learned from, in bytes, at least 10,000"
+        None, ge=10_000, title="Text to learn from", description="For the merges, in bytes, at least 10,000"
+    )
+
+
+class ShardsChanges(Settings):
+    """Documents as windows of tokens."""
+
+    sequence_length: int | None = Field(
+        None, ge=8, le=65_536, title="Length of a window", description="In tokens, 8 to 65,536"
+    )
+
+
+class ChatChanges(Settings):
+    """Conversations as windows of tokens."""
+
+    sequence_length: int | None = Field(
+        None, ge=8, le=65_536, title="Length of a window", description="In tokens, 8 to 65,536"
+    )
+    validation_share: float | None = Field(
+        None, gt=0, lt=0.5, title="Share held out", description="Share of the conversations, between 0 and 0.5"
     )
 
 
 class ModelChanges(Settings):
-    """The decoder's shape."""
+    """The shape of the decoder."""
 
-    num_hidden_layers: int | None = Field(None, ge=1, le=128, description="Layers, 1 to 128")
-    hidden_size: int | None = Field(None, ge=16, le=8192, description="Width of the residual stream, 16 to 8,192")
-    intermediate_size: int | None = Field(None, ge=16, le=32_768, description="Width inside the MLP, 16 to 32,768")
+    num_hidden_layers: int | None = Field(None, ge=1, le=128, title="Layers", description="1 to 128")
+    hidden_size: int | None = Field(
+        None, ge=16, le=8192, title="Width", description="Of the residual stream, in features, 16 to 8,192"
+    )
+    intermediate_size: int | None = Field(
+        None, ge=16, le=32_768, title="Width inside the MLP", description="In features, 16 to 32,768"
+    )
 
 
 class TrainingChanges(Settings):
     """The optimizer and the batches."""
 
-    learning_rate: float | None = Field(None, gt=0, le=1, description="Muon's peak learning rate, 0 to 1")
-    adamw_learning_rate: float | None = Field(None, gt=0, le=1, description="AdamW's peak learning rate, 0 to 1")
-    batch_size: int | None = Field(None, ge=1, le=65_536, description="Windows in one optimizer step, 1 to 65,536")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, title="Learning rate", description="Peak rate of the hidden matrices, above 0 and at most 1"
+    )
+    adamw_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        title="Learning rate of AdamW",
+        description="Peak rate of embeddings and norms, above 0 and at most 1",
+    )
+    batch_size: int | None = Field(
+        None, ge=1, le=65_536, title="Batch size", description="Windows in one optimizer step, 1 to 65,536"
+    )
 
 
 class PretrainChanges(TrainingChanges):
-    """Pretraining."""
+    """Training of the base model."""
 
     tokens: int | None = Field(
-        None, ge=1_000, description="Token budget of all phases together; each keeps its share, at least 1,000"
+        None,
+        ge=1_000,
+        title="Token budget",
+        description="Tokens of all phases together, at least 1,000; each phase keeps its share",
     )
 
 
 class FinetuneChanges(TrainingChanges):
-    """Instruction fine-tuning."""
+    """Training of the chat model on conversations."""
 
-    epochs: float | None = Field(None, gt=0, le=100, description="Passes over the conversations, up to 100")
+    epochs: float | None = Field(
+        None, gt=0, le=100, title="Epochs", description="Passes over the conversations, above 0 and at most 100"
+    )
+    replay: float | None = Field(
+        None, ge=0, lt=1, title="Replayed text", description="Share of pretraining text in each batch, from 0, below 1"
+    )
 
 
 class EvaluateChanges(Settings):
-    """The evaluation."""
+    """The scores of both models."""
 
     chat_prompts: int | None = Field(
-        None, ge=1, description="Number of held-out conversations whose answers are checked, at least 1"
+        None, ge=1, title="Held-out conversations", description="How many get an answer that is checked, at least 1"
     )
     max_new_tokens: int | None = Field(
-        None, ge=1, le=4096, description="Maximum length of an answer, in tokens, 1 to 4,096"
+        None, ge=1, le=4096, title="Longest answer", description="In tokens, 1 to 4,096"
     )
 
 
 class Changes(Settings):
-    """Changes to the experiment, in the order of the pipeline; an empty field changes nothing."""
+    """Settings of the experiment, in the order of the pipeline; a field that is left out changes nothing."""
 
-    seed: int | None = Field(None, ge=0, lt=2**32, description="Seed of all random choices, 0 to 4,294,967,295")
-    sample: SampleChanges = SampleChanges()
-    tokenizer: TokenizerChanges = TokenizerChanges()
-    model: ModelChanges = ModelChanges()
-    pretrain: PretrainChanges = PretrainChanges()
-    finetune: FinetuneChanges = FinetuneChanges()
-    evaluate: EvaluateChanges = EvaluateChanges()
+    seed: int | None = Field(
+        None, ge=0, lt=2**32, title="Random seed", description="Of all random choices, 0 to 4,294,967,295"
+    )
+    sample: SampleChanges = Field(SampleChanges(), title="Documents")
+    tokenizer: TokenizerChanges = Field(TokenizerChanges(), title="Tokenizer")
+    shards: ShardsChanges = Field(ShardsChanges(), title="Windows of text")
+    chat: ChatChanges = Field(ChatChanges(), title="Conversations")
+    model: ModelChanges = Field(ModelChanges(), title="Model")
+    pretrain: PretrainChanges = Field(PretrainChanges(), title="Pretraining")
+    finetune: FinetuneChanges = Field(FinetuneChanges(), title="Fine-tuning")
+    evaluate: EvaluateChanges = Field(EvaluateChanges(), title="Evaluation")
     settings: dict[str, Any] = Field(
         default={},
         title="Any other setting",
@@ -95,26 +147,111 @@ class Changes(Settings):
     )
 
 
-def chosen(name: str, changes: Changes) -> tuple[ExperimentConfig, Path]:
-    """The experiment that a run form describes, and its file. Raises ConfigError naming the setting that is wrong."""
-    experiment, path = load_experiment(name)
-    values = changes.model_dump(exclude_none=True)
+SECTIONS: dict[str, type[Settings]] = {
+    name: field.annotation
+    for name, field in Changes.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+}
+STAGE_SECTIONS = {
+    "sample": ("sample",),
+    "tokenizer": ("tokenizer",),
+    "shards": ("shards",),
+    "chat_shards": ("chat",),
+    "pretrain": ("model", "pretrain"),
+    "evaluate_base": ("evaluate",),
+    "finetune": ("finetune",),
+    "evaluate": ("evaluate",),
+    "export": (),
+}
+_SETTING = {
+    "learning_rate": "optimizer.learning_rate",
+    "adamw_learning_rate": "optimizer.adamw_learning_rate",
+}
+
+
+def chosen(name: str, changes: Changes, settings: Mapping[str, Any] | None = None) -> tuple[ExperimentConfig, Path]:
+    """The experiment that a run form describes, and its file. Raises ConfigError naming the setting that is wrong.
+
+    `settings`, by dotted names, win over the fields. Settings of every section need no file of the experiment.
+    """
+    dotted = {**changes.settings, **(settings or {})}
+    if set(ExperimentConfig.model_fields) - {"name", "world"} <= set(dotted):
+        return validate(ExperimentConfig, {"name": name, **dotted}, name), Path(f"{name}.toml")
+    experiment, path = load_known(name)
+    own = values(experiment)
     wanted: dict[str, Any] = {}
-    for section, fields in values.items():
+    for section, fields in changes.model_dump(exclude_none=True, exclude={"settings"}).items():
         if section == "seed":
             wanted["seed"] = fields
-        elif section != "settings":
-            wanted |= {f"{section}.{_SETTING.get(key, key)}": value for key, value in fields.items()}
+            continue
+        for key, value in fields.items():
+            if own[section].get(key) != value:
+                wanted[f"{section}.{_SETTING.get(key, key)}"] = value
     if (size := wanted.get("tokenizer.vocab_size")) is not None:
         wanted["model.vocab_size"] = size
     if (tokens := wanted.pop("pretrain.tokens", None)) is not None:
         whole = experiment.pretrain.tokens
         for number, phase in enumerate(experiment.pretrain.phases):
             wanted[f"pretrain.phases.{number}.tokens"] = max(1, round(phase.tokens * tokens / whole))
-    return changed(experiment, wanted | changes.settings), path
+    return changed(experiment, wanted | dotted), path
 
 
-_SETTING = {
-    "learning_rate": "optimizer.learning_rate",
-    "adamw_learning_rate": "optimizer.adamw_learning_rate",
-}
+def values(experiment: ExperimentConfig) -> dict[str, Any]:
+    """The values of an experiment for the fields of the form; a value outside the bounds of its field is left out."""
+    found: dict[str, Any] = {"seed": experiment.seed}
+    for section, fields in SECTIONS.items():
+        found[section] = {}
+        for key in fields.model_fields:
+            value: Any = getattr(experiment, section)
+            for part in _SETTING.get(key, key).split("."):
+                value = getattr(value, part)
+            if _fits(fields, key, value):
+                found[section][key] = value
+    return found
+
+
+def _fits(fields: type[Settings], key: str, value: Any) -> bool:
+    try:
+        validate(fields, {key: value}, key)
+    except ConfigError:
+        return False
+    return value is not None
+
+
+def form(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
+    """The JSON schema of the form of an experiment, or of one of its stages, from the schema of the flow.
+
+    Every field shows the experiment's value. Fields with a value are required: Prefect marks others as optional.
+    """
+    made = deepcopy(dict(schema))
+    properties = made["properties"]
+    properties["experiment"] |= {"enum": [experiment.name], "default": experiment.name, "title": "Experiment"}
+    if stage is not None:
+        properties["stage"] |= {"enum": [stage], "default": stage, "title": "Stage"}
+    properties["changes"] = {
+        **_section(Changes, shown(experiment, stage), properties["changes"]),
+        "title": "Settings of the experiment",
+    }
+    made["required"] = [name for name in properties if name in ("experiment", "stage", "changes")]
+    return made
+
+
+def shown(experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
+    """The values of an experiment that the form shows: of one stage, only those that no stage above it reads."""
+    all_values = values(experiment)
+    return all_values if stage is None else {name: all_values[name] for name in STAGE_SECTIONS[stage]}
+
+
+def _section(fields: type[BaseModel], filled: Mapping[str, Any], around: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a section, with its sub-sections inside, as Prefect's two pages draw it."""
+    drawn = fields.model_json_schema()["properties"]
+    properties: dict[str, Any] = {}
+    for name, value in filled.items():
+        shape = {key: part for key, part in drawn[name].items() if key not in ("$ref", "allOf", "default")}
+        if isinstance(value, Mapping):
+            properties[name] = _section(SECTIONS[name], value, {**shape, "description": SECTIONS[name].__doc__})
+        else:
+            properties[name] = {**shape, "default": value}
+    kept = {key: part for key, part in around.items() if key in ("title", "description", "position")}
+    shape = {"type": "object", "properties": properties, "required": list(properties), "default": dict(filled)}
+    return {**kept, **shape, "additionalProperties": False}
