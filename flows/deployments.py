@@ -2,8 +2,9 @@
 
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
@@ -11,15 +12,19 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Crashed
+from prefect.states import Completed, Crashed
+from pydantic import Field
 
 from flows.curriculum import curriculum
+from flows.execution.labels import name_of_this_run, record_process
 from flows.execution.launch import StageFailedError
 from flows.execution.stage_tasks import Stages
 from flows.execution.watch import watched
 from flows.form import Again, Changes, Name, chosen
 from flows.handle import MAX_RESCUES, RESCUED, Handle
 from flows.paths import local_folder
+from flows.platform.experiment_forms import refresh_description
+from flows.reports.plan import plan_of
 from flows.reports.summary import Summary
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import ConfigError
@@ -28,66 +33,98 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import StageName
 
+DryRun = Annotated[
+    bool,
+    Field(title="Dry run", description="Build nothing: show what the run would reuse, build and cost, under Artifacts"),
+]
+OtherSettings = Annotated[
+    dict[str, Any],
+    Field(
+        title="Any other setting",
+        description="By its dotted name in the experiment's file, such as "
+        '{"pretrain.optimizer.momentum": 0.9}; wins over the fields above',
+    ),
+]
+Mirror = Annotated[
+    str,
+    Field(
+        title="Local mirror of the sources",
+        description="Folder on the worker with the sources in the hub's schemas. Empty: they are read from the hub",
+    ),
+]
+AgainFrom = Annotated[
+    Again,
+    Field(
+        title="Rebuild from",
+        description="Rebuild this finished stage and all that depend on it, and compare every byte",
+    ),
+]
+RebuildStage = Annotated[
+    bool, Field(title="Rebuild", description="Rebuild the stage beside its finished artifact, and compare every byte")
+]
+Machine = Annotated[
+    Runtime, Field(title="Machine", description="How the machine runs it; never part of a result's fingerprint")
+]
 
-@flow(name="curriculum", flow_run_name="{experiment}", persist_result=False)
-def curriculum_run(
+
+@flow(name="curriculum", flow_run_name=name_of_this_run, persist_result=False)
+def curriculum_run(  # noqa: PLR0913 - its parameters are the fields of the form
     experiment: Name = "tiny",
+    dry_run: DryRun = False,
     changes: Changes = Changes(),
-    data: str = "",
-    runtime: Runtime = Runtime(),
-    again_from: Again = "nothing",
-) -> dict[str, Handle]:
+    settings: OtherSettings = {},  # noqa: B006
+    data: Mirror = "",
+    again_from: AgainFrom = "nothing",
+    runtime: Machine = Runtime(),
+) -> Any:
     """Run a whole curriculum: from raw text to an evaluated, instruction-tuned model.
 
     Finished stages are reused, so Retry continues where a run stopped; a training continues from its last checkpoint.
-
-    Args:
-        experiment: tiny: a generated world, minutes on two cores. small: 8.6M parameters, an hour or two on a
-            laptop. base: 50M parameters and 3.5 billion tokens, for GPUs.
-        changes: What to change of the experiment, in the order of the pipeline. An empty field changes nothing.
-        data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
-        runtime: How the machine runs it. Never part of a result's fingerprint.
-        again_from: Rebuild this finished stage and all stages that depend on it, and compare every byte.
     """
-    pinned, store = _prepared(experiment, changes, data, runtime)
+    if dry_run:
+        return _dry_run(experiment, changes, settings, data)
+    pinned, store = _prepared(experiment, changes, settings, data, runtime)
     again = None if again_from == "nothing" else again_from
     with watched():
         handles = curriculum.fn(pinned, runtime, store.uri, data or None, again)
     create_markdown_artifact(Summary(pinned, store, handles).as_markdown(), key="report", description=pinned.name)
+    refresh_description(experiment)
     return handles
 
 
-@flow(name="stage", flow_run_name="{stage} of {experiment}", persist_result=False)
+@flow(name="stage", flow_run_name=name_of_this_run, persist_result=False)
 def stage_run(
     stage: StageName,
     experiment: Name = "tiny",
     changes: Changes = Changes(),
-    data: str = "",
-    runtime: Runtime = Runtime(),
-    again: bool = False,
+    data: Mirror = "",
+    again: RebuildStage = False,
+    runtime: Machine = Runtime(),
 ) -> dict[str, Handle]:
-    """Run one stage of an experiment alone; a finished stage is reused.
-
-    Args:
-        stage: The stages before it must be finished, for the same experiment and changes.
-        experiment: The experiment of the stage.
-        changes: What to change of the experiment, in the order of the pipeline. An empty field changes nothing.
-        data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
-        runtime: How the machine runs it. Never part of a result's fingerprint.
-        again: Rebuild the stage beside its finished artifact, and compare every byte.
-    """
+    """Run one stage of an experiment alone; the stages before it must be finished, and are reused."""
     runtime = runtime.model_copy(update={"placement": "inline"})  # the stage is already placed: it runs here
-    pinned, store = _prepared(experiment, changes, data, runtime)
+    pinned, store = _prepared(experiment, changes, {}, data, runtime)
     again_from = stage if again else None
     with watched(), Stages(pinned, runtime, store.uri, Path(data) if data else None, again_from) as stages:
         stages(stage)
         return stages.handles()
 
 
-def _prepared(name: str, changes: Changes, data: str, runtime: Runtime) -> tuple[ExperimentConfig, Store]:
+def _dry_run(name: str, changes: Changes, settings: Mapping[str, Any], data: str) -> State[Any]:
+    """Show what a run would reuse, build and cost as an artifact; no network is used and nothing is built."""
+    store = _store()
+    experiment, path = chosen(name, changes, settings)
+    plan = plan_of(experiment, local_folder(store) / "locks" / path.name, Path(data) if data else None, store)
+    create_markdown_artifact(plan, key="plan", description=f"What a run of {name} with these settings does")
+    return Completed(name="DryRun", message="nothing was run: the plan is under Artifacts")
+
+
+def _prepared(
+    name: str, changes: Changes, settings: Mapping[str, Any], data: str, runtime: Runtime
+) -> tuple[ExperimentConfig, Store]:
     """Return the pinned experiment and the store, both checked. Raises a VectorCLMError that says what to change."""
     store = opened_store(runtime)
-    experiment, path = chosen(name, changes)
+    experiment, path = chosen(name, changes, settings)
     mirror = Path(data) if data else None
     pinned = pinned_here(experiment, path, mirror, store)
     check_sources(pinned, mirror, hub=True)
@@ -113,14 +150,19 @@ def opened_store(runtime: Runtime) -> Store:
 
     Raises ConfigError where the worker has no store, and StageFailedError after too many crashes of this run.
     """
+    record_process()
     _give_up_after_rescues()
     _end_lost_tasks()
-    if not (uri := os.environ.get("VECTORCLM_STORE")):
-        raise ConfigError("this worker has no store: set VECTORCLM_STORE in its environment and restart it")
+    store = _store()
     runtime.check()
-    store = Store(uri)
     store.check_writable()
     return store
+
+
+def _store() -> Store:
+    if not (uri := os.environ.get("VECTORCLM_STORE")):
+        raise ConfigError("this worker has no store: set VECTORCLM_STORE in its environment and restart it")
+    return Store(uri)
 
 
 def pinned_here(experiment: ExperimentConfig, path: Path, mirror: Path | None, store: Store) -> ExperimentConfig:

@@ -121,9 +121,7 @@ class EvaluateChanges(Settings):
     chat_prompts: int | None = Field(
         None, ge=1, title="Held-out conversations", description="How many get an answer that is checked, at least 1"
     )
-    max_new_tokens: int | None = Field(
-        None, ge=1, le=4096, title="Longest answer", description="In tokens, 1 to 4,096"
-    )
+    max_new_tokens: int | None = Field(None, ge=1, le=4096, title="Longest answer", description="In tokens, 1 to 4,096")
 
 
 class Changes(Settings):
@@ -228,10 +226,11 @@ def form(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | N
     properties["experiment"] |= {"enum": [experiment.name], "default": experiment.name, "title": "Experiment"}
     if stage is not None:
         properties["stage"] |= {"enum": [stage], "default": stage, "title": "Stage"}
-    properties["changes"] = {
-        **_section(Changes, shown(experiment, stage), properties["changes"]),
-        "title": "Settings of the experiment",
-    }
+    section = _section(Changes, shown(experiment, stage), properties["changes"])
+    properties["changes"] = {**section, "title": "Settings of the experiment"}
+    if stage is not None:  # of a curriculum they are a parameter of their own
+        other = Changes.model_json_schema()["properties"]["settings"]
+        section["properties"]["settings"] = other
     made["required"] = [name for name in properties if name in ("experiment", "stage", "changes")]
     return made
 

@@ -7,6 +7,7 @@ from vectorclm.store.artifact import Artifact
 
 RESCUED = "Rescued"  # the state that an automation sets on a crashed run
 MAX_RESCUES = 2
+CURRICULA = "curricula"  # the work queue of the pool cpu in which curricula wait for each other
 FELL = "vectorclm.score.fell"  # the event that a score fell
 
 

@@ -44,6 +44,9 @@ class PlatformConfig(Settings):
         description="Prefect's block to notify when a score falls, as type/name: webhook/team; none = no message",
     )
     vectorclm_home: str | None = Field(None, description="The folder on this machine for databases and logs")
+    vectorclm_experiments: str | None = Field(
+        None, description="A folder of experiment files (TOML or JSON), each offered with a form of its own"
+    )
     prefect_port: int = Field(4200, ge=1, le=65_535)
     mlflow_port: int = Field(5000, ge=1, le=65_535)
     postgres_port: int = Field(5432, ge=1, le=65_535)
@@ -129,6 +132,8 @@ class PlatformConfig(Settings):
             "VECTORCLM_HOME": str(self.home),
             "VECTORCLM_STORE": store if "://" in store else str(Path(store).absolute()),
         }
+        if self.vectorclm_experiments is not None:
+            environment["VECTORCLM_EXPERIMENTS"] = str(Path(self.vectorclm_experiments).absolute())
         if (auth := self.prefect_password) is not None:
             environment["PREFECT_API_AUTH_STRING"] = auth
         if self.mlflow_admin_password is not None:
@@ -211,7 +216,9 @@ def _prefect_server(config: PlatformConfig) -> Service:
         "--port",
         str(config.prefect_port),
     ]
+    known = config.client_environment()  # for the attendant of the runs
     environment = {
+        **{name: known[name] for name in known if name.startswith(("VECTORCLM_", "MLFLOW_", "AWS_"))},
         **QUIET,
         "PREFECT_HOME": str(config.home / ".prefect"),
         "PREFECT_API_URL": f"{config.prefect_url}/api",

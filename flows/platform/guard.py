@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from flows.platform.password import is_complete
+from flows.platform.run_origin import RunOrigin
 from vectorclm.errors import ConfigError
 from vectorclm.inference.guard import LOOPBACK, Guard, allowed_hosts
 
@@ -25,7 +26,7 @@ def prefect_app() -> ASGIApp:
     """Prefect's server with its services, behind the guard."""
     from prefect.server.api.server import create_app
 
-    return Guard(create_app(final=True), allowed_hosts(os.environ))
+    return Guard(RunOrigin(create_app(final=True)), allowed_hosts(os.environ))
 
 
 def mlflow_app() -> ASGIApp:
@@ -46,6 +47,8 @@ def serve_prefect(arguments: Sequence[str]) -> None:
     """Serve Prefect's API, UI and services until a signal. Raises ConfigError for an incomplete password."""
     from prefect.settings import get_current_settings
 
+    from flows.platform import attendant
+
     parser = argparse.ArgumentParser("prefect")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
@@ -53,6 +56,8 @@ def serve_prefect(arguments: Sequence[str]) -> None:
     auth = server.api.auth_string
     if auth is not None and not is_complete(auth.get_secret_value()):
         raise ConfigError("PREFECT_SERVER_API_AUTH_STRING must be user:password")
+    if attendant.is_wanted():
+        attendant.attend(f"http://127.0.0.1:{args.port}/api", auth.get_secret_value() if auth else None)
     uvicorn.run(
         prefect_app(),
         host=args.host,

@@ -20,9 +20,10 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
-from flows.handle import FELL, MAX_RESCUES, RESCUED
+from flows.handle import CURRICULA, FELL, MAX_RESCUES, RESCUED
 from flows.net import HEARTBEAT_SECONDS, QUIET
 from flows.platform.config import POOLS
+from flows.platform.experiment_forms import fill_forms
 from vectorclm.errors import VectorCLMError
 
 POOL_FILE = Path(__file__).parent / "pools" / "process.json"
@@ -47,14 +48,18 @@ def provision(client: SyncPrefectClient, report: Report, notify: str) -> str | N
     """Create what is missing and repair what differs; `report` is called with a line for each change.
 
     `notify` is the block that is notified when a score falls, as `type/name`, or `none`. Returns a message if the block
-    is missing or unsuitable: at the first start there cannot be one yet. Raises ProvisionError.
+    is missing or unsuitable, as at the first start, or if an experiment's file is not offered. Raises ProvisionError.
     """
     for pool in POOLS:
         _pool(client, pool, report)
     for automation in automations():
         _automation(client, automation, report)
+    _queue(client, report)
     _deploy(client, report)
-    return _notification(client, notify, report)
+    problems = fill_forms(client, report)
+    if (problem := _notification(client, notify, report)) is not None:
+        problems.append(problem)
+    return "\n".join(problems) or None
 
 
 def automations() -> list[AutomationCore]:
@@ -201,6 +206,19 @@ def _pool(client: SyncPrefectClient, name: str, report: Report) -> None:
         wanted = WorkPoolUpdate(is_paused=False, concurrency_limit=limit, base_job_template=template)
         client.update_work_pool(name, wanted)
         report(f"work pool {name} {', '.join(changes)}")
+
+
+def _queue(client: SyncPrefectClient, report: Report) -> None:
+    """Create the queue in which curricula wait for the one before them; a limit that a person set stays."""
+    try:
+        found = client.read_work_queue_by_name(CURRICULA, work_pool_name="cpu")
+    except ObjectNotFound:
+        client.create_work_queue(CURRICULA, concurrency_limit=1, work_pool_name="cpu")
+        report(f"work queue {CURRICULA} created")
+        return
+    if found.is_paused:
+        client.update_work_queue(found.id, is_paused=False)
+        report(f"work queue {CURRICULA} was paused: resumed")
 
 
 def _automation(client: SyncPrefectClient, wanted: AutomationCore, report: Report) -> None:

@@ -1,0 +1,72 @@
+"""Name and tag a flow run of the platform, and record its process, so that its end is noticed from outside."""
+
+import json
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+
+from flows.run_names import is_generated, run_name, run_tags
+from vectorclm.runtime.processes import find_process, process_identity, process_space
+
+PROCESS = "vectorclm.process"  # the label with the identity of a run's process, as JSON
+TAGGED = "experiment: "  # the tag of a run that was named already
+
+
+def name_of_this_run() -> str:
+    """The name of the present flow run: as a person typed it, else one that says what it runs."""
+    known = str(flow_run.name)
+    if flow_run.id is None or not is_generated(known):
+        return known
+    with get_client(sync_client=True) as client:
+        return label(client, client.read_flow_run(UUID(flow_run.id)))
+
+
+def label(client: SyncPrefectClient, run: FlowRun) -> str:
+    """Give a run of a deployment its name, unless a person typed one, and its tags; returns the name."""
+    usual: Mapping[str, Any] = {}
+    if run.deployment_id is not None:
+        with suppress(ObjectNotFound):
+            usual = client.read_deployment(run.deployment_id).parameters
+    when = (run.created or datetime.now(UTC)).astimezone()
+    name = run_name(usual, run.parameters, when, run.id) if is_generated(run.name) else run.name
+    tags = run_tags(usual, run.parameters, run.tags, scheduled=run.auto_scheduled)
+    client.update_flow_run(run.id, name=name, tags=tags)
+    return name
+
+
+def record_process() -> None:
+    """Record the identity of the process of the present flow run as a label of the run."""
+    if flow_run.id is None:
+        return
+    with get_client(sync_client=True) as client:
+        pid = client.read_flow_run(UUID(flow_run.id)).infrastructure_pid
+        known = {**process_identity(psutil.Process()), "infrastructure_pid": pid, "machine": _machine()}
+        client.update_flow_run_labels(UUID(flow_run.id), {PROCESS: json.dumps(known)})
+
+
+def is_dead(run: FlowRun) -> bool:
+    """Whether the recorded process of a run was on this machine and has ended; False where that is not known."""
+    with suppress(ValueError, TypeError, KeyError):
+        known = json.loads(str(run.labels.get(PROCESS, "")))
+        if known["infrastructure_pid"] != run.infrastructure_pid or known["machine"] != _machine():
+            return False  # a newer process is starting, or it runs elsewhere
+        (boot, _, container), (now, _, mine) = (str(space).partition(" ") for space in (known["pids"], process_space()))
+        return boot != now or (container == mine and find_process(known) is None)
+    return False
+
+
+def _machine() -> str:
+    """The name and id of this machine, which outlive a reboot."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {Path('/etc/machine-id').read_text(encoding='ascii').strip()}"
+    return socket.gethostname()

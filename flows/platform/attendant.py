@@ -1,0 +1,163 @@
+"""The attendant of the runs, a thread beside Prefect's server: names new runs, says for whom one waits, finds the dead.
+
+Every action can be repeated, and a lost server or a run that changes meanwhile does no harm: the next look decides.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Crashed, Scheduled
+
+from flows.execution.labels import TAGGED, is_dead, label
+from flows.experiments import known_files
+from flows.handle import CURRICULA, RESCUED
+from flows.platform.config import POOLS
+from flows.platform.mlflow_runs import close_runs
+
+LOOK_SECONDS = 2.0
+DEAD_LOOKS = 2  # a run is dead if this many looks find no process: its worker, if there is one, reports it first
+RESCUE_SECONDS = 35  # after which a crashed run starts again, where no automation has started it
+RECENT = timedelta(hours=6)  # older crashes are left alone
+ACTIVE = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+QUEUED = "Queued"  # the state of a run that waits for another
+
+logger = logging.getLogger(__name__)
+
+
+class Attendant:
+    """Looks at the runs of the platform again and again, until the process ends."""
+
+    def __init__(self, client: SyncPrefectClient) -> None:
+        self.client = client
+        self._missed: dict[UUID, int] = {}  # looks that found no process of a run
+        self._crashed: set[UUID] = set()  # states whose run was closed in MLflow
+        self._files = _stamps()
+
+    def look(self) -> None:
+        """Look once at all unfinished and recently crashed runs, and at the folder of experiments."""
+        runs = self._runs()
+        for run in runs:
+            if not any(tag.startswith(TAGGED) for tag in run.tags) and "experiment" in run.parameters:
+                label(self.client, run)
+        self._queue([run for run in runs if run.work_queue_name == CURRICULA])
+        for run in runs:
+            if run.state is not None and run.state.is_crashed():
+                self._attend(run, run.state)
+            elif run.state is not None and run.state.type in ACTIVE and run.state.type != StateType.PENDING:
+                self._check(run)
+        if (stamps := _stamps()) != self._files:
+            self._files = stamps
+            self._fill_forms()
+
+    def _runs(self) -> list[FlowRun]:
+        """Runs of the pools that are due or run, and those that crashed lately, by the time at which they were due."""
+        now = datetime.now(UTC)
+        types = [StateType.SCHEDULED, *ACTIVE, StateType.CRASHED]
+        wanted = {
+            "state": {"type": {"any_": types}},
+            "expected_start_time": {"before_": now + timedelta(seconds=LOOK_SECONDS)},
+        }
+        found = self.client.read_flow_runs(
+            flow_run_filter=FlowRunFilter.model_validate(wanted),
+            work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": list(POOLS)}}),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        )
+        recent = [
+            run
+            for run in found
+            if run.state is not None and (not run.state.is_crashed() or now - run.state.timestamp < RECENT)
+        ]
+        return sorted(recent, key=lambda run: run.next_scheduled_start_time or run.expected_start_time or now)
+
+    def _queue(self, runs: list[FlowRun]) -> None:
+        """Say of each run that waits in the queue of curricula for whom it waits, and at which place."""
+        active = [run for run in runs if run.state is not None and run.state.type in ACTIVE]
+        waiting = [run for run in runs if run.state is not None and run.state.type == StateType.SCHEDULED]
+        if not active:
+            return
+        for place, run in enumerate(waiting, 1):
+            message = f"waits for {active[0].name} to end; place {place} in the queue"
+            assert run.state is not None
+            if run.state.name != QUEUED or run.state.message != message:
+                due = run.next_scheduled_start_time or run.expected_start_time
+                state: State[Any] = Scheduled(name=QUEUED, scheduled_time=due, message=message)
+                self.client.set_flow_run_state(run.id, state)
+                self._log(run, message)
+
+    def _check(self, run: FlowRun) -> None:
+        """Mark a run as crashed whose process on this machine has ended without a word, as after a reboot."""
+        if not is_dead(run):
+            self._missed.pop(run.id, None)
+            return
+        self._missed[run.id] = self._missed.get(run.id, 0) + 1
+        if self._missed[run.id] >= DEAD_LOOKS:
+            gone: State[Any] = Crashed(message="its process is gone: it was killed, or its machine started again")
+            self.client.set_flow_run_state(run.id, gone, force=True)
+
+    def _attend(self, run: FlowRun, state: State[Any]) -> None:
+        """Close a crashed run in MLflow at once, say that it goes on, and start it again if nothing else does."""
+        if state.id not in self._crashed:
+            self._crashed.add(state.id)
+            self._log(run, f"crashed: {state.message}; it starts again by itself, and finished work is kept")
+            close_runs(str(run.id))
+        if datetime.now(UTC) - state.timestamp > timedelta(seconds=RESCUE_SECONDS):
+            message = "It crashed, and starts again: finished stages are reused."
+            again: State[Any] = Scheduled(name=RESCUED, message=message)
+            self.client.set_flow_run_state(run.id, again)
+
+    def _log(self, run: FlowRun, message: str) -> None:
+        line = {"name": "vectorclm", "level": logging.WARNING, "message": message}
+        self.client.create_logs([{**line, "timestamp": datetime.now(UTC).isoformat(), "flow_run_id": str(run.id)}])
+
+    def _fill_forms(self) -> None:
+        command = [sys.executable, "-m", "flows.platform.experiment_forms"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        for line in (done.stdout + done.stderr).splitlines():
+            logger.warning("%s", line)
+
+
+def _stamps() -> Mapping[str, tuple[str, int, int]]:
+    """The experiments' files, each with its time and size."""
+    found = {}
+    for name, path in known_files().items():
+        try:
+            status = path.stat()
+        except OSError:
+            continue  # removed meanwhile
+        found[name] = (str(path), status.st_mtime_ns, status.st_size)
+    return found
+
+
+def attend(url: str, auth: str | None) -> None:
+    """Attend the runs of the server at `url` in a thread of this process, whatever goes wrong meanwhile."""
+
+    def work() -> None:
+        while True:
+            try:
+                with SyncPrefectClient(url, auth_string=auth) as client:
+                    attendant = Attendant(client)
+                    while True:
+                        time.sleep(LOOK_SECONDS)
+                        attendant.look()
+            except Exception as error:  # of any kind: the server is starting, or a run has changed meanwhile
+                logger.debug("the runs were not looked at: %s", error)
+                time.sleep(LOOK_SECONDS)
+
+    threading.Thread(target=work, daemon=True, name="attendant").start()
+
+
+def is_wanted() -> bool:
+    """Whether this server is a platform's, which has a store."""
+    return bool(os.environ.get("VECTORCLM_STORE"))
