@@ -14,13 +14,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from inspect import BoundArguments
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 
 from flows.bench.cli import bench_app
-from flows.form import Name
 from flows.net import has_own_server
 from flows.paths import local_folder
 from flows.platform.prefect_server import PrivateServer, prefect_server
@@ -29,7 +28,7 @@ from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interr
 from flows.tracking import lookup
 from vectorclm.__main__ import MODEL_COMMANDS
 from vectorclm.command_line import LOCAL_STORE, Json, Place, Setting, StoreUri, explain, new_app, parse, run
-from vectorclm.config import ExperimentConfig
+from vectorclm.config import ExperimentConfig, assignments
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.model_commands import MODELS, ServeOptions, evaluate, models, serve
@@ -87,6 +86,7 @@ class RunOptions:
     json: Annotated[bool, Parameter(help="Print the results as one JSON object, and nothing else")] = False
     dry_run: Annotated[bool, Parameter(help="Print fingerprints and costs, and do nothing")] = False
     verbose: Annotated[bool, Parameter(help="Show every log line")] = False
+    on_platform: Annotated[bool, Parameter(help="Start it on the platform of the store, as its form does")] = False
 
 
 @app.command(name="run", help_epilogue="Example: vectorclm run tiny --set finetune.epochs=2.0")
@@ -277,6 +277,9 @@ def _record(address: str, scores: Artifact, store: Store) -> None:
 
 
 def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
+    if options.on_platform:
+        _start(named, runtime, options)
+        return
     (experiment, path), place = chosen(named, options.settings), options.place
     store = Store(place.store)
     if options.dry_run:
@@ -285,10 +288,6 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
     runtime.check()
     if runtime.placement == "pools" and not has_own_server():
         raise ConfigError("placement pools needs a Prefect server with workers: set PREFECT_API_URL, or use inline")
-    if runtime.placement == "pools" and experiment.name not in get_args(Name):
-        raise ConfigError(
-            f"placement pools knows {', '.join(get_args(Name))}, not {experiment.name}: run that one inline"
-        )
     store.check_writable()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if options.verbose else "CRITICAL")
     with interruptible(), prefect_server(local_folder(store) / ".prefect") as server:  # starts while sources are pinned
@@ -305,6 +304,29 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
         print(as_line(summary))
     else:
         summary.show(Console())
+
+
+def _start(named: str, runtime: Runtime, options: RunOptions) -> None:
+    """Start a curriculum on the platform and print the page of its run."""
+    from flows.platform.config import read_platform
+    from flows.platform.doctor import point_at
+    from flows.platform.ownership import remembered
+
+    config = read_platform(None, vectorclm_store=options.place.store)
+    if not has_own_server():
+        point_at(remembered(config))
+    from flows.platform.retry import start
+
+    data = options.place.data
+    parameters = {
+        "settings": assignments(options.settings),
+        "runtime": runtime.model_dump(exclude_defaults=True),
+        "data": str(data.absolute()) if data is not None else "",
+        "dry_run": options.dry_run,
+    }
+    run_id = start(Path(named).stem if named.endswith((".toml", ".json")) else named, parameters)
+    place = os.environ["PREFECT_API_URL"].rstrip("/").removesuffix("/api")
+    print(f"{place}/runs/flow-run/{run_id}")
 
 
 def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, options: RunOptions) -> None:

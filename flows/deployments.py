@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
@@ -13,7 +13,6 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Crashed
-from pydantic import Field
 
 from flows.curriculum import curriculum
 from flows.execution.labels import name_of_this_run, record_process
@@ -33,49 +32,16 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import StageName
 
-DryRun = Annotated[
-    bool,
-    Field(title="Dry run", description="Build nothing: show what the run would reuse, build and cost, under Artifacts"),
-]
-OtherSettings = Annotated[
-    dict[str, Any],
-    Field(
-        title="Any other setting",
-        description="By its dotted name in the experiment's file, such as "
-        '{"pretrain.optimizer.momentum": 0.9}; wins over the fields above',
-    ),
-]
-Mirror = Annotated[
-    str,
-    Field(
-        title="Local mirror of the sources",
-        description="Folder on the worker with the sources in the hub's schemas. Empty: they are read from the hub",
-    ),
-]
-AgainFrom = Annotated[
-    Again,
-    Field(
-        title="Rebuild from",
-        description="Rebuild this finished stage and all that depend on it, and compare every byte",
-    ),
-]
-RebuildStage = Annotated[
-    bool, Field(title="Rebuild", description="Rebuild the stage beside its finished artifact, and compare every byte")
-]
-Machine = Annotated[
-    Runtime, Field(title="Machine", description="How the machine runs it; never part of a result's fingerprint")
-]
-
 
 @flow(name="curriculum", flow_run_name=name_of_this_run, persist_result=False)
 def curriculum_run(  # noqa: PLR0913 - its parameters are the fields of the form
     experiment: Name = "tiny",
-    dry_run: DryRun = False,
+    dry_run: bool = False,
     changes: Changes = Changes(),
-    settings: OtherSettings = {},  # noqa: B006
-    data: Mirror = "",
-    again_from: AgainFrom = "nothing",
-    runtime: Machine = Runtime(),
+    settings: dict[str, Any] = {},  # noqa: B006
+    data: str = "",
+    again_from: Again = "nothing",
+    runtime: Runtime = Runtime(),
 ) -> Any:
     """Run a whole curriculum: from raw text to an evaluated, instruction-tuned model.
 
@@ -97,9 +63,9 @@ def stage_run(
     stage: StageName,
     experiment: Name = "tiny",
     changes: Changes = Changes(),
-    data: Mirror = "",
-    again: RebuildStage = False,
-    runtime: Machine = Runtime(),
+    data: str = "",
+    again: bool = False,
+    runtime: Runtime = Runtime(),
 ) -> dict[str, Handle]:
     """Run one stage of an experiment alone; the stages before it must be finished, and are reused."""
     runtime = runtime.model_copy(update={"placement": "inline"})  # the stage is already placed: it runs here

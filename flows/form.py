@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from flows.experiments import load_known
 from vectorclm.config import ExperimentConfig, changed
 from vectorclm.errors import ConfigError
+from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import Settings, validate
 from vectorclm.store.layout import StageName
 
@@ -161,6 +162,23 @@ STAGE_SECTIONS = {
     "evaluate": ("evaluate",),
     "export": (),
 }
+FIELDS = {  # title and description of the flow's parameters
+    "stage": ("Stage", "The stages before it must be finished, for the same values; they are reused"),
+    "experiment": ("Experiment", "Each experiment has a deployment of its own, with its own values"),
+    "dry_run": ("Dry run", "Build nothing: show under Artifacts what the run would reuse, build and cost"),
+    "changes": ("Settings of the experiment", "In the order of the pipeline"),
+    "settings": (
+        "Any other setting",
+        'By its dotted name in the file, such as {"pretrain.optimizer.momentum": 0.9}; wins over the fields',
+    ),
+    "data": (
+        "Local mirror",
+        "Folder on the worker with the sources in the hub's schemas; empty: they are read from the hub",
+    ),
+    "again_from": ("Rebuild from", "Rebuild this finished stage and all that depend on it, and compare every byte"),
+    "again": ("Rebuild", "Rebuild the stage beside its finished artifact, and compare every byte"),
+    "runtime": ("Machine", "How the machine runs it; never part of a result's fingerprint"),
+}
 _SETTING = {
     "learning_rate": "optimizer.learning_rate",
     "adamw_learning_rate": "optimizer.adamw_learning_rate",
@@ -223,22 +241,47 @@ def form(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | N
     """
     made = deepcopy(dict(schema))
     properties = made["properties"]
-    properties["experiment"] |= {"enum": [experiment.name], "default": experiment.name, "title": "Experiment"}
+    for name, shape in properties.items():
+        title, about = FIELDS[name]
+        properties[name] = {**shape, "title": title, "description": about}
+    properties["experiment"] |= {"enum": [experiment.name], "default": experiment.name}
     if stage is not None:
-        properties["stage"] |= {"enum": [stage], "default": stage, "title": "Stage"}
+        properties["stage"] |= {"enum": [stage], "default": stage}
     section = _section(Changes, shown(experiment, stage), properties["changes"])
-    properties["changes"] = {**section, "title": "Settings of the experiment"}
     if stage is not None:  # of a curriculum they are a parameter of their own
-        other = Changes.model_json_schema()["properties"]["settings"]
-        section["properties"]["settings"] = other
-    made["required"] = [name for name in properties if name in ("experiment", "stage", "changes")]
+        section["properties"]["settings"] = Changes.model_json_schema()["properties"]["settings"]
+    properties["changes"] = section
+    made["required"] = list(properties)
     return made
+
+
+def parameters(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
+    """The values of all fields of a form, which a run takes where its request leaves one out."""
+    found = {name: shape["default"] for name, shape in schema["properties"].items() if "default" in shape}
+    return {**found, "changes": shown(experiment, stage), "runtime": Runtime().model_dump(exclude_none=True)}
 
 
 def shown(experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
     """The values of an experiment that the form shows: of one stage, only those that no stage above it reads."""
     all_values = values(experiment)
     return all_values if stage is None else {name: all_values[name] for name in STAGE_SECTIONS[stage]}
+
+
+def completed(usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters for a deployment whose parameters are `usual`: fields that `given` leaves out keep their values.
+
+    Other settings inside `changes`, where older forms had them, become a parameter of their own.
+    """
+    changes = dict(given.get("changes") or {})
+    other = {**changes.pop("settings", {}), **(given.get("settings") or {})}
+    filled: dict[str, Any] = dict(usual.get("changes") or {})
+    for name, value in changes.items():
+        if isinstance(value, Mapping):
+            left = {key: each for key, each in value.items() if each is not None}
+            filled[name] = {**filled.get(name, {}), **left}
+        elif value is not None:
+            filled[name] = value
+    return {**given, "changes": filled, **({"settings": other} if other else {})}
 
 
 def _section(fields: type[BaseModel], filled: Mapping[str, Any], around: Mapping[str, Any]) -> dict[str, Any]:

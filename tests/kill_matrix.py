@@ -30,7 +30,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import AwaitingRetry
 
-from flows.form import Changes, chosen
+from flows.form import Changes, chosen, completed
 from flows.platform.config import PlatformConfig, read_platform
 from flows.platform.process import Service
 from vectorclm.config import ExperimentConfig
@@ -136,9 +136,9 @@ class Killer:
     def run(self, cell: Cell, reference: Reference) -> Outcome:
         """Kill one part in one stage; AssertionError where the run does not end as it must."""
         self._clean()
-        deployment = self.client.read_deployment_by_name("curriculum/curriculum")
+        deployment = self.client.read_deployment_by_name("curriculum/tiny")
         runtime = {**RUNTIME, "placement": "pools" if cell.part == "worker of the GPU" else "inline"}
-        parameters = {"experiment": "tiny", "changes": CHANGES, "runtime": runtime}
+        parameters = completed(deployment.parameters, {"experiment": "tiny", "changes": CHANGES, "runtime": runtime})
         run_id = self.client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
         self._wait_for_stage(cell.stage, reference.plans[cell.stage])
         killed = self._kill(cell.part, run_id)

@@ -81,7 +81,7 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
     console.print()
     form = f"{config.prefect_url}/deployments/deployment/{_deployment_id(config)}/run"
     for name, link in (
-        ("run the curriculum", form),
+        ("run tiny", form),
         ("Prefect", config.prefect_url),
         ("MLflow", f"{config.mlflow_url}/?workflowType=machine_learning"),
         ("store", Store(config.vectorclm_store).uri),
@@ -118,7 +118,7 @@ def _deployment_id(config: PlatformConfig) -> str:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        return str(client.read_deployment_by_name("curriculum/curriculum").id)
+        return str(client.read_deployment_by_name("curriculum/tiny").id)
 
 
 def point_at(config: PlatformConfig) -> None:

@@ -15,7 +15,7 @@ from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.responses import DeploymentResponse
 
 from flows.experiments import clashes, known_files, load_known
-from flows.form import form, shown
+from flows.form import form, parameters
 from flows.paths import local_folder
 from flows.reports.plan import plan_of
 from vectorclm.config import ExperimentConfig
@@ -91,22 +91,17 @@ def _about(path: Path) -> str:
 
 
 def _wanted(experiment: ExperimentConfig, path: Path, templates: Mapping[str, DeploymentResponse]) -> Iterator[_Wanted]:
-    schemas = {flow: found.parameter_openapi_schema or {} for flow, found in templates.items()}
-    yield _Wanted(
-        "curriculum",
-        experiment.name,
-        "cpu",
-        describe(experiment, path),
-        {"experiment": experiment.name, "changes": shown(experiment)},
-        form(schemas["curriculum"], experiment),
-    )
+    schema = form(templates["curriculum"].parameter_openapi_schema or {}, experiment)
+    about = describe(experiment, path)
+    yield _Wanted("curriculum", experiment.name, "cpu", about, parameters(schema, experiment), schema)
     for stage in ALONE:
+        schema = form(templates["stage"].parameter_openapi_schema or {}, experiment, stage)
         about = (
             f"The stage {stage} of {experiment.name} alone: {BY_NAME[stage].about}. The stages before it are reused."
         )
-        parameters = {"stage": stage, "experiment": experiment.name, "changes": shown(experiment, stage)}
-        schema = form(schemas["stage"], experiment, stage)
-        yield _Wanted("stage", f"{experiment.name}-{stage}", "gpu", about, parameters, schema)
+        yield _Wanted(
+            "stage", f"{experiment.name}-{stage}", "gpu", about, parameters(schema, experiment, stage), schema
+        )
 
 
 def _put(

@@ -21,6 +21,14 @@ def remember(config: PlatformConfig) -> None:
     file.write_text(json.dumps(_about(config)), encoding="utf-8")
 
 
+def remembered(config: PlatformConfig) -> PlatformConfig:
+    """The settings with the ports that the platform of the home was started with."""
+    with suppress(OSError, ValueError):
+        known = json.loads((config.home / "platform" / ABOUT).read_text(encoding="utf-8"))
+        return config.model_copy(update={name: int(known[name]) for name in ("prefect_port", "mlflow_port")})
+    return config
+
+
 def ran_here(config: PlatformConfig) -> bool:
     """Whether a platform ever ran in the home."""
     return (config.home / "platform").is_dir()

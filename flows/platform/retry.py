@@ -1,6 +1,7 @@
-"""`vectorclm retry`: run a curriculum again, with other settings, or with finished stages rebuilt and compared."""
+"""Start curricula on the platform from the command line: `vectorclm run --on-platform`, and `vectorclm retry`."""
 
-from collections.abc import Iterator, Sequence
+import getpass
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -12,13 +13,12 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
-from flows.form import Changes, chosen
+from flows.form import Changes, chosen, completed
 from flows.net import without_password
+from flows.run_names import COMMAND_LINE, FROM
 from vectorclm.config import assignments
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.settings import validate
-
-CURRICULUM = "curriculum/curriculum"
 
 
 def retry(run: str, again_from: str | None, changes: Sequence[str]) -> str:
@@ -29,16 +29,35 @@ def retry(run: str, again_from: str | None, changes: Sequence[str]) -> str:
     """
     with get_client(sync_client=True) as client, _explained(client):
         before = _find(client, run)
-        parameters: dict[str, Any] = dict(before.parameters)
-        if changes:
-            form = dict(parameters.get("changes") or {})
-            form["settings"] = {**(form.get("settings") or {}), **assignments(changes)}
-            chosen(parameters["experiment"], validate(Changes, form, "changes"))
-            parameters["changes"] = form
+        parameters: dict[str, Any] = {key: value for key, value in before.parameters.items() if key != "dry_run"}
+        parameters["settings"] = {**(parameters.get("settings") or {}), **assignments(changes)}
         if again_from is not None:
             parameters["again_from"] = again_from
-        deployment = client.read_deployment_by_name(CURRICULUM)
-        return str(client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id)
+        return _create(client, str(parameters["experiment"]), parameters)
+
+
+def start(experiment: str, parameters: Mapping[str, Any]) -> str:
+    """Start a curriculum on the platform as its form does; returns the id of the run.
+
+    Raises ConfigError where the platform has no such experiment or refuses a setting, and VectorCLMError where the
+    platform does not run.
+    """
+    with get_client(sync_client=True) as client, _explained(client):
+        return _create(client, experiment, parameters)
+
+
+def _create(client: SyncPrefectClient, experiment: str, parameters: Mapping[str, Any]) -> str:
+    try:
+        deployment = client.read_deployment_by_name(f"curriculum/{experiment}")
+    except ObjectNotFound as error:
+        raise ConfigError(
+            f"Prefect has no deployment curriculum/{experiment}: create it with `vectorclm up`, whose setting "
+            "VECTORCLM_EXPERIMENTS names the folder of experiments of your own"
+        ) from error
+    wanted = completed(deployment.parameters, {**parameters, "experiment": experiment})
+    chosen(experiment, validate(Changes, wanted["changes"], "changes"), wanted.get("settings"))
+    tags = [FROM + COMMAND_LINE, f"user: {getpass.getuser()}"]
+    return str(client.create_flow_run_from_deployment(deployment.id, parameters=wanted, tags=tags).id)
 
 
 @contextmanager
@@ -49,8 +68,6 @@ def _explained(client: SyncPrefectClient) -> Iterator[None]:
     except httpx.TransportError as error:
         url = without_password(str(client.api_url))
         raise VectorCLMError(f"no platform answers at {url}: start it with `vectorclm up`") from error
-    except ObjectNotFound as error:
-        raise ConfigError(f"Prefect has no deployment {CURRICULUM}: create it with `vectorclm up`") from error
     except httpx.HTTPStatusError as error:
         if error.response.status_code == httpx.codes.UNAUTHORIZED:
             raise ConfigError(

@@ -18,6 +18,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from flows.form import completed
 from flows.net import free_port
 from flows.platform.config import PlatformConfig, read_platform
 from flows.platform.server_services import loop_errors
@@ -70,9 +71,11 @@ class Platform:
         known = clean() | dict(environment or {})
         return subprocess.run(command, env=known, capture_output=True, text=True, timeout=280, check=False)
 
-    def start(self, **parameters: Any) -> UUID:
-        deployment = self.client.read_deployment_by_name("curriculum/curriculum")
-        return self.client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+    def start(self, name: str | None = None, **parameters: Any) -> UUID:
+        """Start a curriculum as its form does, with these changes of the experiment's values."""
+        deployment = self.client.read_deployment_by_name(f"curriculum/{parameters.get('experiment', 'tiny')}")
+        wanted = completed(deployment.parameters, parameters)
+        return self.client.create_flow_run_from_deployment(deployment.id, parameters=wanted, name=name).id
 
     def run(self, run_id: UUID) -> FlowRun:
         return self.client.read_flow_run(run_id)
