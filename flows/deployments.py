@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, Crashed
+from prefect.states import Completed, Crashed, Failed
 
 from flows.curriculum import curriculum
 from flows.execution.labels import name_of_this_run, record_process
@@ -24,9 +24,8 @@ from flows.handle import MAX_RESCUES, RESCUED, Handle
 from flows.paths import local_folder
 from flows.platform.experiment_forms import refresh_description
 from flows.reports.plan import plan_of
-from flows.reports.summary import Summary
 from vectorclm.config import ExperimentConfig
-from vectorclm.errors import ConfigError
+from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.runtime.devices import Runtime
 from vectorclm.store.artifact import Store
@@ -48,14 +47,18 @@ def curriculum_run(  # noqa: PLR0913 - its parameters are the fields of the form
     Finished stages are reused, so Retry continues where a run stopped; a training continues from its last checkpoint.
     """
     if dry_run:
-        return _dry_run(experiment, changes, settings, data)
-    pinned, store = _prepared(experiment, changes, settings, data, runtime)
-    again = None if again_from == "nothing" else again_from
-    with watched():
-        handles = curriculum.fn(pinned, runtime, store.uri, data or None, again)
-    create_markdown_artifact(Summary(pinned, store, handles).as_markdown(), key="report", description=pinned.name)
+        return explained(lambda: _dry_run(experiment, changes, settings, data))
+
+    def run() -> dict[str, Handle]:
+        pinned, store = _prepared(experiment, changes, settings, data, runtime)
+        with watched():
+            return curriculum.fn(
+                pinned, runtime, store.uri, data or None, None if again_from == "nothing" else again_from
+            )
+
+    result = explained(run)
     refresh_description(experiment)
-    return handles
+    return result
 
 
 @flow(name="stage", flow_run_name=name_of_this_run, persist_result=False)
@@ -66,14 +69,26 @@ def stage_run(
     data: str = "",
     again: bool = False,
     runtime: Runtime = Runtime(),
-) -> dict[str, Handle]:
+) -> Any:
     """Run one stage of an experiment alone; the stages before it must be finished, and are reused."""
-    runtime = runtime.model_copy(update={"placement": "inline"})  # the stage is already placed: it runs here
-    pinned, store = _prepared(experiment, changes, {}, data, runtime)
-    again_from = stage if again else None
-    with watched(), Stages(pinned, runtime, store.uri, Path(data) if data else None, again_from) as stages:
-        stages(stage)
-        return stages.handles()
+    here = runtime.model_copy(update={"placement": "inline"})  # the stage is already placed: it runs here
+
+    def run() -> dict[str, Handle]:
+        pinned, store = _prepared(experiment, changes, {}, data, here)
+        again_from = stage if again else None
+        with watched(), Stages(pinned, here, store.uri, Path(data) if data else None, again_from) as stages:
+            stages(stage)
+            return stages.handles()
+
+    return explained(run)
+
+
+def explained(run: Callable[[], Any]) -> Any:
+    """The result of `run`; for an expected error, a failed state, whose message ends the log in one line."""
+    try:
+        return run()
+    except VectorCLMError as error:
+        return Failed(message=" ".join(str(error).split("\n")))
 
 
 def _dry_run(name: str, changes: Changes, settings: Mapping[str, Any], data: str) -> State[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from prefect import Task, flow, get_run_logger
 from prefect.artifacts import create_table_artifact
@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from flows.deployments import opened_store
+from flows.deployments import explained, opened_store
 from flows.execution.launch import Launcher
 from flows.execution.progress import live, show_waiting
 from flows.execution.stage_tasks import RETRY_DELAY, may_help
@@ -59,6 +59,10 @@ def evaluate_run(
         data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
         runtime: How the machine runs it. Never part of a result.
     """
+    return cast(State[Any], explained(lambda: _evaluate(model, suite, limits, data, runtime)))
+
+
+def _evaluate(model: str, suite: str, limits: Limits, data: str, runtime: Runtime) -> State[Any]:
     store = opened_store(runtime)
     registry = Registry(store)
     subject = registry.find(model)

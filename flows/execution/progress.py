@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
+from dataclasses import replace
 from typing import Any, cast
 from uuid import UUID
 
@@ -38,6 +39,7 @@ def live(stage: str, log: Callable[[str], None]) -> Iterator[None]:
     thread.start()
     try:
         yield
+        handler.whole = True
     finally:
         ticks.removeHandler(handler)
         handler.ended.set()
@@ -65,6 +67,7 @@ class _Live(logging.Handler):
         self.stage, self.log = stage, log
         self.ended = threading.Event()
         self._tick: Tick | None = None
+        self.whole = False  # the stage is done, however much its last tick had counted
         self._first: tuple[float, int] | None = None
         self._chip: UUID | None = None
         self._shown, self._share, self._when = -1, -100.0, 0.0  # the shown progress, and its time
@@ -84,6 +87,8 @@ class _Live(logging.Handler):
         with self._stack:
             while not self.ended.wait(CHIP_SECONDS):
                 self._show()
+            if self.whole and self._tick is not None:
+                self._tick = replace(self._tick, done=self._tick.total)
             self._show()
 
     def _show(self) -> None:

@@ -22,7 +22,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, wait
-from prefect.states import Completed
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.execution.launch import (
@@ -32,12 +33,16 @@ from flows.execution.launch import (
     StageInterruptedError,
     under_torchrun,
 )
+from flows.execution.overview import BUILT, FAILED, REUSED, Overview
 from flows.execution.placement import run_in_pool
 from flows.execution.progress import live, show_waiting
 from flows.execution.watch import is_cancelled
 from flows.handle import Handle, duration, stage_handle
+from flows.net import without_password
 from flows.paths import local_folder
 from flows.reports.report import report
+from flows.reports.summary import Summary
+from flows.tracking.client import REGISTERED, run_page
 from flows.tracking.tracker import Tracker
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError, VectorCLMError
@@ -82,6 +87,8 @@ class Stages:
         self.tracker.common["device"] = runtime.torch_device().type
         if own is not None and (page := prefect.runtime.flow_run.ui_url):
             self.tracker.common["prefect.flow_run_url"] = str(page)
+        self.served = prefect.runtime.deployment.id is not None  # by a platform, whose server shows reports
+        self.overview = Overview(experiment.name, list(self.plans))
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -91,6 +98,7 @@ class Stages:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vectorclm-")))
             (self.folder / "experiment.json").write_text(self.experiment.model_dump_json(), encoding="utf-8")
             (self.folder / "runtime.json").write_text(self.runtime.model_dump_json(), encoding="utf-8")
+            stack.enter_context(self.overview)
             stack.enter_context(self.tracker)
             stack.enter_context(self.launcher)  # entered last: children end before their MLflow run is closed
             self._stack = stack.pop_all()
@@ -137,7 +145,8 @@ class Stages:
         Raises StageFailedError naming the first stage that failed, after the stages beside it have ended.
         """
         if (page := self.tracker.page(LINK_SECONDS)) is not None:
-            create_link_artifact(page, link_text="this run in MLflow", key="mlflow")
+            create_link_artifact(page, link_text="this run in MLflow", key="mlflow", description="Curves and lineage")
+            self.overview.links["run in MLflow"] = page
         wait(list(self._futures.values()))
         handles: dict[str, Handle] = {}
         for name, future in self._futures.items():
@@ -155,6 +164,7 @@ class Stages:
         An error here costs the report, never the curriculum: its artifacts are built.
         """
         try:
+            self.overview.results = Summary(self.experiment, self.store, handles).as_markdown()
             champion = self.tracker.champion(CHAMPION_SECONDS)
             page = report(
                 lineage(handles["finetune"]["uri"], self.store),
@@ -165,32 +175,60 @@ class Stages:
             key = f"reports/{handles['export']['fingerprint']}.html"
             self.store.write(key, page.encode())
             place = self.tracker.report(page) or self.store.uri_of(key)
-            create_link_artifact(place, link_text="the report", key="page")
-            logger.info("report: %s", self.store.uri_of(key))
+            create_link_artifact(place, link_text="the report", key="page", description="Curves, scores, samples, data")
+            self._link(f"/{key}")
         except Exception as error:
             logger.warning("no report: %s: %s", type(error).__name__, error)
 
+    def _link(self, report: str) -> None:
+        """Link the report, the models and the data in the overview, where a server shows them in a browser."""
+        links = self.overview.links
+        if self.served and (api := PREFECT_API_URL.value()):
+            links["report"] = without_password(api).rstrip("/").removesuffix("/api") + report
+        if (mlflow := without_password(self.tracker.uri)).startswith("http"):
+            view = "workflowType=machine_learning"
+            links["chat model"] = f"{mlflow.rstrip('/')}/#/models/{REGISTERED['finetune']}?{view}"
+            links["base model"] = f"{mlflow.rstrip('/')}/#/models/{REGISTERED['pretrain']}?{view}"
+            if (run_id := self.tracker.run_ids.get("shards")) is not None:
+                links["data"] = f"{mlflow.rstrip('/')}/{run_page(self.tracker.experiment_id, run_id)}"
+
     def _run(self, name: str) -> State[Handle]:
+        """Build or reuse a stage, and show it; an error that a retry cannot help ends the task in one line."""
+        try:
+            return self._build(name)
+        except (VectorCLMError, OSError) as error:
+            self.overview.ends(name, FAILED, note=str(error).partition("\n")[0])
+            context = TaskRunContext.get()
+            last = context is None or context.task_run.run_count > self.runtime.retries
+            if not last and helps(error):
+                raise
+            return Failed(message="failed: the end of the run's log says why", data=error)
+
+    def _build(self, name: str) -> State[Handle]:
         began = time.monotonic()
         found = self._found(name)
         if found is not None and name not in self.again:
             self.tracker.reused(name, found)
             logger.info("%s reused", name)
+            self.overview.ends(name, REUSED)
             handle = stage_handle(name, found, "reused", began)
-            return Completed(name="Reused", message=f"reused {found.uri}", data=handle)
+            return Completed(name="Reused", message=f"reused {found.fingerprint[:16]}", data=handle)
+        self.overview.begins(name, self.store.work_folder(self.plans[name], self.runtime.work_dir))
         artifact = self._in_pool(name) if self.runtime.placement == "pools" else self._here(name)
         if found is not None:
             logger.info("%s rebuilt, identical to the byte", name)
+            self.overview.ends(name, REUSED, note="rebuilt, identical to the byte")
             return Completed(
                 name="Reproduced",
-                message=f"rebuilt, identical to the byte: {found.uri}",
+                message=f"rebuilt, identical to the byte: {found.fingerprint[:16]}",
                 data=stage_handle(name, found, "reused", began),
             )
         handle = stage_handle(name, artifact, "built", began)
+        self.overview.ends(name, BUILT, handle["seconds"])
         logger.info("%s built in %s", name, duration(handle["seconds"]))
         for line in summary_lines(name, artifact.summary):
             logger.info("%s", line)
-        return Completed(message=f"built {artifact.uri} in {duration(handle['seconds'])}", data=handle)
+        return Completed(message=f"built in {duration(handle['seconds'])}", data=handle)
 
     def _found(self, name: str) -> Artifact | None:
         """The artifact of a stage; None if it is missing or damaged, so that it is built again."""
@@ -268,14 +306,17 @@ def default_workers() -> int:
 
 
 def may_help(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a retry may help, which is then said in the log."""
+    if useful := helps(state.data):
+        logger.warning("%s: %s; trying again", run.name, str(state.data).partition("\n")[0])
+    return useful
+
+
+def helps(error: object) -> bool:
     """Whether a retry may help: the store or the machine failed, not the settings or the data."""
-    error = state.data
     if isinstance(error, CorruptArtifactError | StageCancelledError):
         return False
-    helps = isinstance(error, StoreError | OSError | StageInterruptedError)
-    if helps:
-        logger.warning("%s: %s; trying again", run.name, str(error).partition("\n")[0])
-    return helps
+    return isinstance(error, StoreError | OSError | StageInterruptedError)
 
 
 def _failure(name: str, error: BaseException) -> StageFailedError:

@@ -4,7 +4,6 @@ Every action can be repeated, and a lost server or a run that changes meanwhile 
 """
 
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -156,8 +155,3 @@ def attend(url: str, auth: str | None) -> None:
                 time.sleep(LOOK_SECONDS)
 
     threading.Thread(target=work, daemon=True, name="attendant").start()
-
-
-def is_wanted() -> bool:
-    """Whether this server is a platform's, which has a store."""
-    return bool(os.environ.get("VECTORCLM_STORE"))

@@ -15,18 +15,25 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from flows.platform.password import is_complete
+from flows.platform.report_pages import ReportPages
 from flows.platform.run_origin import RunOrigin
 from vectorclm.errors import ConfigError
 from vectorclm.inference.guard import LOOPBACK, Guard, allowed_hosts
+from vectorclm.store.artifact import Store
 
 OPEN, WITH_USERS = "vectorclm", "vectorclm-basic-auth"  # the entry points of the apps that `mlflow server` starts
 
 
 def prefect_app() -> ASGIApp:
-    """Prefect's server with its services, behind the guard."""
+    """Prefect's server with its services and, of a platform, the reports in its store, behind the guard."""
     from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings
 
-    return Guard(RunOrigin(create_app(final=True)), allowed_hosts(os.environ))
+    app: ASGIApp = RunOrigin(create_app(final=True))
+    if store := os.environ.get("VECTORCLM_STORE"):
+        auth = get_current_settings().server.api.auth_string
+        app = ReportPages(app, Store(store), auth.get_secret_value() if auth is not None else None)
+    return Guard(app, allowed_hosts(os.environ))
 
 
 def mlflow_app() -> ASGIApp:
@@ -56,7 +63,7 @@ def serve_prefect(arguments: Sequence[str]) -> None:
     auth = server.api.auth_string
     if auth is not None and not is_complete(auth.get_secret_value()):
         raise ConfigError("PREFECT_SERVER_API_AUTH_STRING must be user:password")
-    if attendant.is_wanted():
+    if os.environ.get("VECTORCLM_STORE"):
         attendant.attend(f"http://127.0.0.1:{args.port}/api", auth.get_secret_value() if auth else None)
     uvicorn.run(
         prefect_app(),

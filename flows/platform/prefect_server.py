@@ -65,7 +65,11 @@ class PrivateServer:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 dying_with_parent(command),
-                env={**os.environ, **settings, "PYTHONSAFEPATH": "1"},  # imports nothing from the working directory
+                env={
+                    **_without_store(),
+                    **settings,
+                    "PYTHONSAFEPATH": "1",
+                },  # imports nothing from the working directory
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -99,6 +103,11 @@ class PrivateServer:
                 process.wait()
         self._watcher.shutdown()
         self._lock.release()
+
+
+def _without_store() -> dict[str, str]:
+    """The environment of a private server, which attends no runs of a platform and shows no reports."""
+    return {name: value for name, value in os.environ.items() if name != "VECTORCLM_STORE"}
 
 
 @contextmanager
