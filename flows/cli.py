@@ -4,6 +4,7 @@ Prefect and MLflow take seconds to import, so only the commands that need them i
 """
 
 import gc
+import getpass
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import datetime
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +26,7 @@ from flows.net import has_own_server
 from flows.paths import local_folder
 from flows.platform.prefect_server import PrivateServer, prefect_server
 from flows.reports import lineage_cli, report
+from flows.run_names import COMMAND_LINE, FROM, run_name, run_tags
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
 from vectorclm.__main__ import MODEL_COMMANDS
@@ -352,6 +355,8 @@ def _curriculum(
     server: PrivateServer | None,
 ) -> dict[str, Any]:
     """Run the flow on the user's Prefect server or the private one, with progress on standard error."""
+    from prefect import tags
+
     from flows.curriculum import curriculum
 
     if server is not None:
@@ -362,7 +367,11 @@ def _curriculum(
         if not options.verbose:
             stack.enter_context(attached(LogLines(console), LOG_LEVELS))
         place = str(data.absolute()) if (data := options.place.data) is not None else None
-        return curriculum(experiment, runtime, store.uri, place)
+        given = {"experiment": experiment.name, "settings": assignments(options.settings)}
+        began = datetime.now().astimezone()
+        named = curriculum.with_options(flow_run_name=run_name({}, given, began, f"{began:%S%f}"))
+        stack.enter_context(tags(*run_tags({}, given, [FROM + COMMAND_LINE, f"user: {getpass.getuser()}"])))
+        return named(experiment, runtime, store.uri, place)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def run_name(usual: Mapping[str, Any], given: Mapping[str, Any], when: datetime,
     return f"{' '.join(parts)}, {when:%d %b %H:%M} ({str(run_id)[:4]})"
 
 
-def run_tags(usual: Mapping[str, Any], given: Mapping[str, Any], tags: list[str], *, scheduled: bool) -> list[str]:
+def run_tags(
+    usual: Mapping[str, Any], given: Mapping[str, Any], tags: list[str], *, scheduled: bool = False
+) -> list[str]:
     """The tags of a run: those it has, its experiment, what it changes, and from where it was started."""
     names = list(differences(usual, given))
     found = [*tags, f"experiment: {given.get('experiment', '')}"]

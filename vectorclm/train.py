@@ -1,6 +1,7 @@
 """The training loop of pretraining and of instruction fine-tuning, which differ in starting weights and labels."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from vectorclm.training.schedule import ScheduleConfig, schedule, set_learning_r
 
 LossFunction = Callable[[Tensor, Tensor, Documents | None], Tensor]  # input_ids, labels, documents
 Scores = dict[str, dict[str, float]]
+logger = logging.getLogger(__name__)
 FLUSH_STEPS = 10  # steps between two reads of the metrics from the device
 RANK_SEED = 0x9E3779B1  # makes the ranks' seeds differ in their low 32 bits: the CPU's generator uses no others
 
@@ -110,6 +112,8 @@ class Record:
             self.scores = line.get("validation", self.scores)
             self._seen |= {kind: line["step"] for kind in ("validation", "samples") if kind in line}
         self._kept = saved.step if saved is not None else 0
+        if saved is not None and self.run.group.rank == 0:
+            logger.info("the training goes on from step %d of %d", saved.step, self.steps)
         self._measure(self._kept)
 
     def add(self, step: int, loss: Tensor, norm: Tensor, learning_rate: float) -> str:

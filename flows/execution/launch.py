@@ -41,13 +41,19 @@ PDEATHSIG = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(s
 class StageFailedError(VectorCLMError):
     """A stage failed; the message says why and what to do."""
 
+    killed = False
+
 
 class StageInterruptedError(StageFailedError):
     """A stage was ended from outside, killed or after a checkpoint: another attempt continues where it stopped."""
 
+    killed = True  # the status in MLflow
+
 
 class StageCancelledError(StageFailedError):
     """A stage was ended because its curriculum ends."""
+
+    killed = True
 
 
 def device_names(dev: Path = Path("/dev")) -> list[str]:

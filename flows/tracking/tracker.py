@@ -126,7 +126,8 @@ class Tracker(Session):
             yield run
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
-            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            killed = not isinstance(error, Exception) or getattr(error, "killed", False)
+            status = "KILLED" if killed else "FAILED"
             self.do(lambda: self._finish(run, status, {"error": message}))
             raise
         self.do(lambda: self._finish(run, "FINISHED", {}))

@@ -3,6 +3,7 @@
 Servers, workers and browser are the real ones, on ports of their own and in a temporary store.
 """
 
+import getpass
 import json
 import os
 import signal
@@ -31,30 +32,25 @@ from flows.platform import doctor
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, says
 from tests.services.platform import Platform, platform_at, until
+from tests.services.trigger import by_prefect, check_form, check_links, offered, on_platform
+from vectorclm.config import EXPERIMENTS
 from vectorclm.runtime.progress import Tick, say
 from vectorclm.store.artifact import Store
+from vectorclm.store.layout import STAGES
 
 __all__ = ["browser", "page"]  # fixtures
 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with platform_at(tmp_path_factory.mktemp("platform") / "store") as made:
+    folder = tmp_path_factory.mktemp("own")
+    with platform_at(tmp_path_factory.mktemp("platform") / "store", vectorclm_experiments=str(folder)) as made:
         yield made
 
 
-def test_the_form_shows_the_pipeline_in_its_order(platform: Platform) -> None:
-    schema = platform.client.read_deployment_by_name("curriculum/curriculum").parameter_openapi_schema
-    assert list(schema["properties"]) == ["experiment", "changes", "data", "runtime", "again_from"]
-    definitions = schema["definitions"]
-    sections = definitions["Changes"]["properties"]
-    assert sorted(sections, key=lambda name: sections[name]["position"]) == [
-        "seed", "sample", "tokenizer", "model", "pretrain", "finetune", "evaluate", "settings"
-    ]  # fmt: skip
-    for name in ("SampleChanges", "TokenizerChanges", "PretrainChanges", "FinetuneChanges", "Runtime"):
-        for shown in definitions[name]["properties"].values():
-            assert shown["description"] and "anyOf" not in shown
-            assert shown["type"] not in ("integer", "number") or {"minimum", "exclusiveMinimum"} & set(shown)
+@pytest.mark.parametrize("name", ["tiny", "small", "base"])
+def test_the_form_of_an_experiment_shows_its_values_in_the_pipelines_order(platform: Platform, name: str) -> None:
+    check_form(platform, name)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -77,16 +73,17 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     """A person opens the form, is refused, mends it, and starts; the disk breaks a stage, Retry goes on."""
     store = Path(platform.config.vectorclm_store)
     (store / "shards").write_text("a file where a folder must be: the stage cannot write its artifact")
-    deployment = platform.client.read_deployment_by_name("curriculum/curriculum")
+    deployment = platform.client.read_deployment_by_name("curriculum/tiny")
     page.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}/run")
     log_in(page, platform)
-    fill(page, "Pretrain", "Tokens", "5")
-    fill(page, "Finetune", "Epochs", "0.02")
-    fill(page, "Evaluate", "Chat Prompts", "3")
+    fill(page, "Pretraining", "Token budget", "5")
+    fill(page, "Fine-tuning", "Epochs", "0.02")
+    fill(page, "Evaluation", "Held-out conversations", "3")
+    assert "(Optional)" not in page.find_element(By.TAG_NAME, "body").text.partition("Machine")[0]
     click(page, "button", "Submit")
     until(lambda: says(page, "5 is less than the minimum of 1000"), "the form refuses", 60)
     assert "changes.pretrain.tokens" in page.find_element(By.TAG_NAME, "body").text
-    fill(page, "Pretrain", "Tokens", "16384")
+    fill(page, "Pretraining", "Token budget", "16384")
     page.execute_script("window.scrollTo(0, 0)")
     picture(page, "form")
     click(page, "button", "Submit")
@@ -97,9 +94,15 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     (run,) = until(started, "the run is there")
     assert run.parameters["changes"]["pretrain"]["tokens"] == 16384
     assert platform.ended(run.id) == "Failed"
-    state = platform.run(run.id).state
-    assert state is not None and "stage shards failed" in (state.message or "")
+    run = platform.run(run.id)
+    assert run.state is not None and "stage shards failed" in (run.state.message or "")
+    assert run.name.startswith("tiny pretrain.tokens=16384 finetune.epochs=0.02 and 1 more, ")
+    assert {"experiment: tiny", "changed: finetune.epochs", "from: UI"} <= set(run.tags)
     assert platform.tasks(run.id)["tokenizer"] == ["Completed"]
+    log = until(lambda: [line for line in platform.log(run.id) if "stage shards failed" in line], "the log says why")
+    assert len(log) == 1 and platform.log(run.id)[-1] == log[0]
+    assert "Traceback" not in "".join(platform.log(run.id))
+    until(lambda: "| ✘ | shards" in platform.overview(run.id), "the overview shows what failed", 30)
 
     (store / "shards").unlink()
     page.get(f"{platform.config.prefect_url}/runs/flow-run/{run.id}")
@@ -118,9 +121,70 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
         until(lambda name=name: says(page, name), f"the graph shows {name}", 60)
     picture(page, "retried")
     shown = {str(found.key): found for found in platform.client.read_artifacts()}
-    assert {"pretrain-progress", "finetune-progress", "mlflow", "report"} <= set(shown)
+    assert {"pretrain-progress", "finetune-progress", "mlflow", "overview"} <= set(shown)
+    assert all(found.description for found in shown.values())
+    assert {float(str(shown[f"{name}-progress"].data)) for name in ("pretrain", "finetune")} == {100.0}
     assert platform.config.mlflow_url in str(shown["mlflow"].data)
-    assert "| world | 25.0% |" in str(shown["report"].data)
+    assert "| tokenizer | **reused** |" in str(platform.client.read_deployment(deployment.id).description)
+    assert all(len(word) < 100 for line in platform.log(run.id) for word in line.split())
+
+
+def test_the_overview_links_what_a_browser_opens(platform: Platform, page: WebDriver) -> None:
+    """First under the artifacts of the run before: 100 %, the results, and links, the report behind the password."""
+    (run,) = platform.client.read_flow_runs()
+    text = platform.overview(run.id)
+    assert ": 100 %" in text and "| world | 25.0% |" in text and text.count("| 100 % |") == len(STAGES)
+    check_links(platform, text, page)
+
+
+def test_both_pages_show_the_values_and_a_dry_run_shows_the_plan(platform: Platform, page: WebDriver) -> None:
+    run_id = platform.start(name="my-own name", dry_run=True, changes={"finetune": {"epochs": 2.5}})
+    deployment = platform.client.read_deployment_by_name("curriculum/tiny")
+    page.get(f"{platform.config.prefect_url}/v2/deployments/deployment/{deployment.id}/run")
+
+    def filled() -> set[str]:
+        return {str(field.get_attribute("value")) for field in page.find_elements(By.TAG_NAME, "input")}
+
+    asked = "input[type='password']"
+    until(lambda: filled() > {"0.004"} or page.find_elements(By.CSS_SELECTOR, asked), "the new page is there", 60)
+    if page.find_elements(By.CSS_SELECTOR, asked):
+        log_in(page, platform)
+    until(lambda: filled() >= {"6000000", "0.02", "0.004", "1000000", "1.2"}, "the new page shows the values", 60)
+    assert "Fine-tuning (Optional)" not in page.find_element(By.TAG_NAME, "body").text and says(page, "Token budget")
+    assert platform.ended(run_id) == "DryRun"
+    run = platform.run(run_id)
+    assert run.name == "my-own name" and run.work_queue_name == "default"  # it waits for nobody
+    (plan,) = [found for found in platform.client.read_artifacts() if found.key == "plan"]
+    assert "| sample | **reused** |" in str(plan.data) and "| finetune | **built** |" in str(plan.data)
+
+
+def test_a_file_of_ones_own_is_offered_without_a_restart_and_the_command_line_starts_it(platform: Platform) -> None:
+    folder = Path(str(platform.config.vectorclm_experiments))
+    text = (EXPERIMENTS / "tiny.toml").read_text().replace('name = "tiny"', 'name = "own"')
+    (folder / "own.toml").write_text(text.replace("epochs = 1.2", "epochs = 0.02"))
+
+    until(lambda: offered(platform, "own"), "the file is offered", 60)
+    (folder / "own.toml").write_text(text.replace("epochs = 1.2", "epochs = 0.03"))
+
+    def shown() -> float:
+        found = offered(platform, "own")
+        return 0.0 if found is None else float(found.parameters["changes"]["finetune"]["epochs"])
+
+    until(lambda: shown() == 0.03, "the form shows the new value", 60)
+    done = on_platform(platform, "own", "--dry-run", "--set", "pretrain.batch_size=16")
+    assert done.returncode == 0, done.stderr
+    run_id = UUID(done.stdout.strip().rpartition("/")[2])
+    by_prefect(platform, "curriculum/own", "dry_run=true", 'settings={"finetune.epochs": 3.0}')
+    assert platform.ended(run_id) == "DryRun"
+    started = platform.run(run_id)
+    assert started.name.startswith("own pretrain.batch_size=16 dry run, ")
+    user = f"user: {getpass.getuser()}"
+    assert {"experiment: own", "changed: pretrain.batch_size", "from: command line", user} <= set(started.tags)
+    named = "own finetune.epochs=3 dry run"
+    until(lambda: any(named in run.name for run in platform.client.read_flow_runs()), "Prefect's own run is named")
+    assert on_platform(platform, "owl").returncode == 2
+    (folder / "own.toml").unlink()
+    until(lambda: offered(platform, "own") is None, "what is gone is offered no more", 60)
 
 
 def test_the_page_switches_a_schedule_on_and_off(platform: Platform, page: WebDriver) -> None:
@@ -184,6 +248,14 @@ def torch_processes(platform: Platform) -> list[psutil.Process]:
     return found
 
 
+def mlflow_status(platform: Platform, run_id: UUID) -> set[str]:
+    """The statuses of the unfinished and killed runs of a flow run in MLflow: its own and those of its trainings."""
+    client = MlflowClient(platform.config.mlflow_url)
+    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+    query = f"tags.`prefect.flow_run_id` = '{run_id}' and attributes.status != 'FINISHED'"
+    return {run.info.status for run in client.search_runs([experiment.experiment_id], query)}
+
+
 LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}
 
 
@@ -200,25 +272,30 @@ def test_the_chip_follows_a_stage_to_its_end(platform: Platform, monkeypatch: py
             say(Tick("of_a_test", done, 1000, "tokens", "loss 2.5"))
             until(lambda percent=percent: shown()[0] == percent, f"the chip shows {percent}", 60)
         assert "515 of 1,000 tokens, loss 2.5" in shown()[1]
-        say(Tick("of_a_test", 516, 1000, "tokens"))  # less than a percent: told by the end, if not by then
-    assert shown()[0] == 51.6
+        say(Tick("of_a_test", 516, 1000, "tokens"))
+    assert shown()[0] == 100.0  # it ended without an error
 
 
 def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDriver) -> None:
     """Another run waits for the devices meanwhile, shows so, and gets its turn."""
-    run_id = platform.start(experiment="tiny", changes=LONG, runtime={"threads": 1})
+    run_id = platform.start(name="the first", changes=LONG, runtime={"threads": 1})
     until(lambda: torch_processes(platform), "a training runs")
-    second = platform.start(experiment="tiny", changes=LONG, runtime={"threads": 1})
-    until(lambda: platform.run(second).state_name == "Queued", "the second run waits")
+    second, third = (platform.start(changes=LONG, runtime={"threads": 1}) for _ in range(2))
+    until(lambda: platform.run(third).state_name == "Queued", "the others wait")
+    state = platform.run(second).state
+    assert state is not None and state.message == "waits for the first to end; place 1 in the queue"
     page.get(f"{platform.config.prefect_url}/runs/flow-run/{run_id}")
     until(lambda: says(page, "Running"), "the page shows it", 60)
     picture(page, "graph")
     click(page, "button", "Cancel")
     click(page, "button", "Confirm")
     assert platform.ended(run_id) == "Cancelled"
+    until(lambda: mlflow_status(platform, run_id) == {"KILLED"}, "MLflow's runs are closed", 60)
     until(lambda: platform.run(second).state_name == "Running" and torch_processes(platform), "the second has its turn")
+    assert platform.run(third).state_name == "Queued"
+    platform.client.set_flow_run_state(third, Cancelling())
     platform.client.set_flow_run_state(second, Cancelling())
-    assert platform.ended(second) == "Cancelled"
+    assert {platform.ended(second), platform.ended(third)} == {"Cancelled"}
     until(lambda: not torch_processes(platform), "no process is left", 15)
 
 

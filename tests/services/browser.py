@@ -56,7 +56,7 @@ def click(window: WebDriver, tag: str, text: str) -> None:
 
 def fill(window: WebDriver, section: str, label: str, value: str) -> None:
     """Write into the field `label` of the form's section."""
-    named = "//span[contains(@class, 'schema-form-property__label') and normalize-space(.)='{} (Optional)']"
+    named = "//span[contains(@class, 'schema-form-property__label') and normalize-space(.)='{}']"
     place = f"{named.format(section)}/following::{named.format(label)[2:]}[1]/following::input[1]"
     field = until(lambda: window.find_elements(By.XPATH, place), f"{section} {label}", 60)[0]
     window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psutil
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
@@ -49,6 +49,7 @@ class Platform:
 
     config: PlatformConfig
     options: list[str]
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further settings of every command
     client: SyncPrefectClient = dataclasses.field(init=False)  # once it is up
     broken: bool = False  # a test broke what the server's loops need, so they may well log errors
 
@@ -68,12 +69,12 @@ class Platform:
         self, *arguments: str, environment: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "flows.cli", *arguments, *self.options]
-        known = clean() | dict(environment or {})
+        known = clean() | dict(self.environment) | dict(environment or {})
         return subprocess.run(command, env=known, capture_output=True, text=True, timeout=280, check=False)
 
-    def start(self, name: str | None = None, **parameters: Any) -> UUID:
-        """Start a curriculum as its form does, with these changes of the experiment's values."""
-        deployment = self.client.read_deployment_by_name(f"curriculum/{parameters.get('experiment', 'tiny')}")
+    def start(self, deployment_name: str = "curriculum/tiny", name: str | None = None, **parameters: Any) -> UUID:
+        """Start a deployment as its form does, with these changes of the experiment's values."""
+        deployment = self.client.read_deployment_by_name(deployment_name)
         wanted = completed(deployment.parameters, parameters)
         return self.client.create_flow_run_from_deployment(deployment.id, parameters=wanted, name=name).id
 
@@ -89,6 +90,18 @@ class Platform:
 
         return until(final, f"run {run_id} ends")
 
+    def overview(self, run_id: UUID) -> str:
+        """The text of the overview of a run."""
+        mine = {"flow_run_id": {"any_": [run_id]}, "key": {"any_": ["overview"]}}
+        found = self.client.read_artifacts(artifact_filter=ArtifactFilter.model_validate(mine))
+        return str(max(found, key=lambda artifact: str(artifact.created)).data) if found else ""
+
+    def log(self, run_id: UUID) -> list[str]:
+        """The lines of the log of a run, oldest first."""
+        mine = LogFilter.model_validate({"flow_run_id": {"any_": [run_id]}})
+        lines = self.client.read_logs(log_filter=mine, limit=200)
+        return [line.message for line in sorted(lines, key=lambda line: line.timestamp)]
+
     def tasks(self, run_id: UUID) -> dict[str, list[str]]:
         """State names of each stage's task runs, oldest first."""
         found: dict[str, list[str]] = {}
@@ -99,15 +112,17 @@ class Platform:
 
 
 @contextmanager
-def platform_at(place: Path) -> Iterator[Platform]:
+def platform_at(place: Path, **settings: str) -> Iterator[Platform]:
     """A platform, up while the block runs; then nothing of it is left. `place`: its settings file, or its store."""
     if place.suffix == ".env":
         config, options = read_platform(place), ["--env-file", str(place)]
     else:
-        config = PlatformConfig(vectorclm_store=str(place), prefect_port=free_port(), mlflow_port=free_port())
+        config = PlatformConfig(
+            vectorclm_store=str(place), prefect_port=free_port(), mlflow_port=free_port(), **settings
+        )
         options = ["--store", str(place), "--prefect-port", str(config.prefect_port)]
         options += ["--mlflow-port", str(config.mlflow_port)]
-    made = Platform(config, options)
+    made = Platform(config, options, {name.upper(): value for name, value in settings.items()})
     try:
         done = made.command("up")
         assert done.returncode == 0, done.stdout + done.stderr
