@@ -100,7 +100,8 @@ def _measured(spec: StageSpec, model: Model, arguments: Sequence[str], store: St
             return Completed(name="Reused", message=f"measured already: {found.uri}")
         command = [sys.executable, "-m", "vectorclm", "evaluate", *arguments, "--relay"]
         log = get_run_logger().info
-        with Launcher(local_folder(store) / "locks") as launcher, live(MEASURE, log):
+        name = flow_run.name or "an evaluation"
+        with Launcher(local_folder(store) / "locks", name) as launcher, live(MEASURE, log):
             launcher.take_turn(show_waiting)
             launcher.run(command, log)
         if (artifact := store.find(spec.stage, spec.fingerprint)) is None:

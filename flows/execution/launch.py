@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -74,7 +74,8 @@ class Launcher:
     claimed by a file lock in `locks`, which the system frees when its holder dies.
     """
 
-    def __init__(self, locks: Path) -> None:
+    def __init__(self, locks: Path, name: str = "another run") -> None:
+        self.name = name  # for runs that wait for this one
         self._lock = threading.Lock()
         locks.mkdir(parents=True, exist_ok=True)
         self._devices = [FileLock(locks / f"device-{name}.lock", thread_local=False) for name in device_names()]
@@ -99,10 +100,10 @@ class Launcher:
         for device in self._devices:
             device.release()
 
-    def take_turn(self, waits: Callable[[bool], None]) -> None:
+    def take_turn(self, waits: Callable[[str | None], None]) -> None:
         """Wait until no other curriculum uses the devices of this machine, and claim them until the block ends.
 
-        Calls `waits(True)` if it has to wait, and `waits(False)` when the devices are free. Raises
+        Calls `waits` with the name of the run that has them if it has to wait, and with None when they are free. Raises
         StageCancelledError where the block ends first.
         """
         with self._turn:
@@ -111,12 +112,12 @@ class Launcher:
             reported = False
             while not self._claimed():
                 if not reported:
-                    waits(True)
+                    waits(self._holder())
                 reported = True
                 if self.closed.wait(TURN_SECONDS):
                     raise StageCancelledError("ended with the curriculum")
             if reported:
-                waits(False)
+                waits(None)
 
     def _claimed(self) -> bool:
         """Try to lock all devices. All processes lock in the same order and keep their locks: no deadlock."""
@@ -126,7 +127,16 @@ class Launcher:
                     device.acquire(timeout=0)
                 except Timeout:
                     return False
+                Path(device.lock_file).with_suffix(".txt").write_text(self.name, encoding="utf-8")
         return True
+
+    def _holder(self) -> str:
+        """The name of the run that holds the first device which is not ours."""
+        for device in self._devices:
+            if not device.is_locked:
+                with suppress(OSError):
+                    return Path(device.lock_file).with_suffix(".txt").read_text(encoding="utf-8")
+        return "another run"
 
     def run(self, command: Sequence[str], log: Callable[[str], None]) -> None:
         """Run `command` to its end; progress goes to `vectorclm.runtime.progress`, every other line to `log`.

@@ -46,18 +46,16 @@ def live(stage: str, log: Callable[[str], None]) -> Iterator[None]:
         thread.join(CHIP_SECONDS)  # for the last update, and no longer
 
 
-def show_waiting(waits: bool) -> None:
-    """Set the flow run to `Queued` while it waits for the devices of this machine, else `Running`; log it."""
-    message = (
-        "another run uses the devices of this machine: waiting for its end" if waits else "the devices are free now"
-    )
+def show_waiting(holder: str | None) -> None:
+    """Set the flow run to `Queued` while it waits for the run `holder` on this machine, else `Running`; log it."""
+    message = f"waits for {holder}, which uses the devices of this machine" if holder else "the devices are free now"
     get_run_logger().info(message)
     if flow_run.id is None:
         return
     with suppress(Exception), get_client(sync_client=True) as client:  # a lost server stops no run
         now = client.read_flow_run(UUID(flow_run.id)).state
         if now is not None and now.is_running():  # not being cancelled
-            state: State[Any] = Running(name="Queued" if waits else "Running", message=message)
+            state: State[Any] = Running(name="Queued" if holder else "Running", message=message)
             client.set_flow_run_state(UUID(flow_run.id), state, force=True)
 
 

@@ -78,7 +78,7 @@ class Stages:
         for name, spec in self.plans.items():
             if self.again & set(spec.inputs):
                 self.again.add(name)
-        self.launcher = Launcher(local_folder(self.store) / "locks")
+        self.launcher = Launcher(local_folder(self.store) / "locks", prefect.runtime.flow_run.name or experiment.name)
         self._futures: dict[str, PrefectFuture[Any]] = {}
         context = FlowRunContext.get()
         flow_run = context.flow_run if context is not None else None

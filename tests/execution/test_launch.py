@@ -48,25 +48,25 @@ def test_a_killed_child_is_an_interruption(tmp_path: Path) -> None:
 
 def test_one_curriculum_at_a_time_has_the_devices(tmp_path: Path) -> None:
     """The stages of one curriculum share its turn; another waits for the end of it, and says so."""
-    said: list[bool] = []
+    said: list[str | None] = []
     with Launcher(tmp_path) as second, ThreadPoolExecutor(1) as other:
-        with Launcher(tmp_path) as first:
+        with Launcher(tmp_path, "the first") as first:
             first.take_turn(said.append)
             first.take_turn(said.append)
             waiting = other.submit(second.take_turn, said.append)
             while not said:
                 time.sleep(0.01)
-            assert said == [True]
+            assert said == ["the first"]
         waiting.result()
-        assert said == [True, False]
+        assert said == ["the first", None]
 
 
 def test_sets_of_devices_exclude_each_other_where_they_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[bool] = []
+    said: list[str | None] = []
 
     def launcher(devices: str) -> Launcher:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
-        return Launcher(tmp_path)
+        return Launcher(tmp_path, "the first")
 
     with launcher("2,1") as second, launcher("3") as third, ThreadPoolExecutor(1) as other:
         with launcher("0, 1") as first:
@@ -77,7 +77,7 @@ def test_sets_of_devices_exclude_each_other_where_they_overlap(tmp_path: Path, m
             while not said:
                 time.sleep(0.01)
         waiting.result()
-        assert said == [True, False]
+        assert said == ["the first", None]
 
 
 def test_without_a_choice_all_gpus_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_without_a_choice_all_gpus_are_taken(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_run_that_waits_for_the_devices_can_be_cancelled(tmp_path: Path) -> None:
-    said: list[bool] = []
+    said: list[str | None] = []
     with Launcher(tmp_path) as first, ThreadPoolExecutor(1) as other:
         first.take_turn(said.append)
         with Launcher(tmp_path) as second:

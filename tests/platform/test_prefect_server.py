@@ -64,7 +64,7 @@ with get_client(sync_client=True) as client:
         print(main(["retry", run, *sys.argv[1:]]), file=sys.stderr)
     schema = {"type": "object", "properties": {"experiment": {"type": "string", "title": "experiment"}}}
     client.create_deployment(
-        flow_id, "curriculum", parameter_openapi_schema=schema | {"additionalProperties": False},
+        flow_id, "tiny", parameter_openapi_schema=schema | {"additionalProperties": False},
         enforce_parameter_schema=True,
     )
     print(main(["retry", "by-form", "--from", "export", *sys.argv[1:]]), file=sys.stderr)
@@ -86,7 +86,7 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp
         (
             "no run 'nowhere': give the id or the name",
             "run 'by-run' was started by `vectorclm run`, not by the platform: start it again with `vectorclm run`",
-            "Prefect has no deployment curriculum/curriculum: create it with `vectorclm up`",
+            "Prefect has no deployment curriculum/tiny: create it with `vectorclm up`",
             "Prefect refuses the run: ",
         ),
         strict=True,

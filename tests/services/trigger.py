@@ -1,4 +1,4 @@
-"""Checks of what a platform offers and shows: the form of an experiment, the links of an overview, a file's deployment."""
+"""Checks of what a platform offers and shows: an experiment's form, an overview's links, a deployment of a file."""
 
 import re
 import subprocess
