@@ -13,6 +13,7 @@ from torch import Tensor
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
+from vectorclm.nn.attention import ATTENTION
 from vectorclm.store.durable import move_file, sync_folder, temporary_beside
 from vectorclm.store.model_ref import Model
 from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, load_tokenizer
@@ -40,10 +41,14 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
     """
     folder = found.local()
     model = CausalLM.from_pretrained(folder)
+    kind_of_attention = model.config.attention.kind
+    architecture = ATTENTION[kind_of_attention].gguf
+    if architecture is None:
+        raise DataError(f"{folder}: llama.cpp lacks the model's attention ({kind_of_attention}), so no GGUF file of it")
     size, tuned = gguf.size_label(model.config.parameters, 0, 0, 0), "chat" if found.chat else "base"
     path = out or Path(gguf.naming_convention(None, "vectorclm", tuned, None, size, kind) + ".gguf")
     part = temporary_beside(path)
-    writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    writer = gguf.GGUFWriter(part, architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"vectorclm {size} {tuned}")
     writer.add_basename("vectorclm")
