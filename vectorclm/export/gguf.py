@@ -37,7 +37,7 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
     Matrices are stored as `kind`, norms in fp32; q8_0 is blocks of 32 whole numbers with one fp16 scale, so a matrix
     whose rows do not divide into such blocks stays fp16. Equal models give equal bytes. Without `out`, the file gets
     the name that GGUF's naming convention gives it, in the current folder. Raises DataError for a model that llama.cpp
-    would read otherwise than we do, and ConfigError where the file cannot be written.
+    would read differently, and ConfigError where the file cannot be written.
     """
     folder = found.local()
     model = CausalLM.from_pretrained(folder)
@@ -94,7 +94,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, *, ch
     where = folder / "tokenizer.json"
     raw = json.loads(where.read_text(encoding="utf-8"))
     if other := _differences(raw):
-        raise DataError(f"{where}: llama.cpp would split texts otherwise than this tokenizer does: {', '.join(other)}")
+        raise DataError(f"{where}: llama.cpp would split texts differently from this tokenizer: {', '.join(other)}")
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     if [vocabulary[token] for token in tokens] != list(range(vocab_size)):
         raise DataError(
