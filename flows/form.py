@@ -264,7 +264,7 @@ def parameters(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: s
 def shown(experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
     """The values of an experiment that the form shows: of one stage, only those that no stage above it reads."""
     all_values = values(experiment)
-    return all_values if stage is None else {name: all_values[name] for name in STAGE_SECTIONS[stage]}
+    return all_values if stage is None else {name: all_values[name] for name in STAGE_SECTIONS.get(stage, ())}
 
 
 def completed(usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -355,6 +355,33 @@ def test_the_doctor_starts_a_dead_worker_and_mends_what_was_removed(platform: Pl
     until(lambda: not torch_processes(platform), "no process is left", 30)
 
 
+def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(platform: Platform) -> None:
+    """It is noticed while the server lives, closed in MLflow, and starts again after the next `up`, from its step."""
+    run_id = platform.start(changes=LONG, runtime={"threads": 1, "checkpoint_interval": 4})
+    store = Store(platform.config.vectorclm_store)
+
+    def saved() -> bool:
+        kept = [step for one in store.list("checkpoints") for step in store.list(f"checkpoints/{one}")]
+        return bool(torch_processes(platform)) and bool(kept)
+
+    until(saved, "the training has a checkpoint")
+    killer = Killer(platform.config, lambda: None, platform.client)
+    killer._gone(killer._kill("worker and flow", run_id))
+    until(lambda: platform.run(run_id).state_name == "Crashed", "its end is noticed", 15)
+    until(lambda: mlflow_status(platform, run_id) == {"KILLED"}, "MLflow's runs are closed", 15)
+    until(lambda: any("it starts again by itself" in line for line in platform.log(run_id)), "the log says so", 15)
+    platform.broken = True
+    (process,) = [found for one in platform.config.servers()[:1] if (found := one.process())]
+    process.kill()
+    process.wait(60)
+    assert platform.command("up").returncode == 0
+    until(lambda: any("goes on from step" in line for line in platform.log(run_id)), "it goes on", 120)
+    assert [state.name for state in platform.client.read_flow_run_states(run_id)].count("Rescued") == 1
+    platform.client.set_flow_run_state(run_id, Cancelling())
+    assert platform.ended(run_id) == "Cancelled"
+    until(lambda: not torch_processes(platform), "no process is left", 30)
+
+
 def test_a_locked_database_is_noticed(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect's server stays healthy while nothing can be written."""
     monkeypatch.setattr(doctor, "WRITE_SECONDS", 2)
