@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 from prefect.client.schemas.filters import ArtifactFilter
@@ -33,7 +32,15 @@ from tests.conftest import following
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, says
 from tests.services.platform import Platform, platform_at, until
-from tests.services.trigger import by_prefect, check_form, check_links, offered, on_platform
+from tests.services.trigger import (
+    by_prefect,
+    check_form,
+    check_links,
+    mlflow_status,
+    offered,
+    on_platform,
+    torch_processes,
+)
 from vectorclm.config import EXPERIMENTS
 from vectorclm.runtime.progress import Tick, say
 from vectorclm.stages import TABLE
@@ -238,24 +245,6 @@ def test_retry_from_the_command_line(platform: Platform) -> None:
         ["Reused"], ["Reused"], ["Reproduced"], ["Reproduced"], ["Reproduced"]
     ]  # fmt: skip
     assert platform.command("retry", "no such run").returncode == 2
-
-
-def torch_processes(platform: Platform) -> list[psutil.Process]:
-    """Processes that train or score for this platform's store."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if "vectorclm" in line and "--relay" in line and platform.config.vectorclm_store in line:
-            found.append(process)
-    return found
-
-
-def mlflow_status(platform: Platform, run_id: UUID) -> set[str]:
-    """The statuses of the unfinished and killed runs of a flow run in MLflow: its own and those of its trainings."""
-    client = MlflowClient(platform.config.mlflow_url)
-    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
-    query = f"tags.`prefect.flow_run_id` = '{run_id}' and attributes.status != 'FINISHED'"
-    return {run.info.status for run in client.search_runs([experiment.experiment_id], query)}
 
 
 LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}

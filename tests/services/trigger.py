@@ -4,8 +4,11 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from uuid import UUID
 
 import httpx
+import psutil
+from mlflow import MlflowClient
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -80,3 +83,21 @@ def by_prefect(platform: Platform, deployment: str, *parameters: str) -> None:
     command += [part for parameter in parameters for part in ("--param", parameter)]
     environment = clean() | platform.config.client_environment()
     subprocess.run(command, env=environment, capture_output=True, timeout=100, check=True)
+
+
+def torch_processes(platform: Platform) -> list[psutil.Process]:
+    """Processes that train or score for this platform's store."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "vectorclm" in line and "--relay" in line and platform.config.vectorclm_store in line:
+            found.append(process)
+    return found
+
+
+def mlflow_status(platform: Platform, run_id: UUID) -> set[str]:
+    """The statuses of the unfinished and killed runs of a flow run in MLflow: its own and those of its trainings."""
+    client = MlflowClient(platform.config.mlflow_url)
+    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+    query = f"tags.`prefect.flow_run_id` = '{run_id}' and attributes.status != 'FINISHED'"
+    return {run.info.status for run in client.search_runs([experiment.experiment_id], query)}
