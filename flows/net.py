@@ -18,6 +18,9 @@ QUIET = {
 }
 
 
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` and `python -c` import nothing from the working directory
+
+
 def has_own_server() -> bool:
     """Whether PREFECT_API_URL names a Prefect server of the user."""
     return bool(os.environ.get("PREFECT_API_URL"))

@@ -17,7 +17,7 @@ import psutil
 from filelock import FileLock
 
 from flows.execution.launch import dying_with_parent
-from flows.net import HEARTBEAT_SECONDS, QUIET, answers, free_port, has_own_server, past_proxies
+from flows.net import HEARTBEAT_SECONDS, QUIET, SAFE_PATH, answers, free_port, has_own_server, past_proxies
 from flows.platform import password
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.inference.guard import ALLOWED
@@ -65,7 +65,7 @@ class PrivateServer:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 dying_with_parent(command),
-                env={**os.environ, **settings, "PYTHONSAFEPATH": "1"},  # imports nothing from the working directory
+                env={**os.environ, **settings, **SAFE_PATH},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

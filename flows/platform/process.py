@@ -18,13 +18,12 @@ from typing import Any
 
 import psutil
 
-from flows.net import neutral
+from flows.net import SAFE_PATH, neutral
 from vectorclm.errors import VectorCLMError
 from vectorclm.runtime.processes import find_process, process_identity, process_space
 from vectorclm.settings import digest
 
 HOST = "127.0.0.1"
-SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` imports nothing from the working directory
 START_SECONDS = 180  # a cold start migrates a new database
 STOP_SECONDS = 20
 
