@@ -40,10 +40,6 @@ def up(config: PlatformConfig, console: Console) -> None:
         password.ensure(config.home, f"{config.prefect_url}/api")
     point_at(config)
     remember(config)
-    for service in config.stores():
-        if service.start():
-            console.print(f"starting {service.name} …", highlight=False)
-        service.wait()
     store = Store(config.vectorclm_store)
     store.create()
     store.check_writable()
@@ -68,7 +64,7 @@ def up(config: PlatformConfig, console: Console) -> None:
 
 def down(config: PlatformConfig, console: Console) -> None:
     """Stop all services, the workers first. Their runs end, and continue where they stopped after the next `up`."""
-    services = [*config.stores(), *config.servers(), *config.workers()]
+    services = [*config.servers(), *config.workers()]
     stopped = [service for service in reversed(services) if service.stop()]
     for service in stopped:
         console.print(f"{service.name} stopped", highlight=False)
@@ -170,7 +166,7 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
         for reason in reasons:
             _report(Finding(False, reason), console)
         return False
-    well &= _checked((_stores, _store, _servers), config, console)
+    well &= _checked((_store, _servers), config, console)
     if config.servers()[0].process() is None:
         message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
         return _report(Finding(False, message), console)
@@ -221,11 +217,6 @@ def _unsuitable() -> Iterator[str]:
             continue
         if not needed.specifier.contains(found, prereleases=True):
             yield f"{needed.name} {found} does not work here: {fix}"
-
-
-def _stores(config: PlatformConfig) -> Iterator[Finding]:
-    for service in config.stores():
-        yield _kept_running(service)
 
 
 def _kept_running(service: Service) -> Finding:

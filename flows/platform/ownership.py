@@ -28,7 +28,7 @@ def ran_here(config: PlatformConfig) -> bool:
 
 def reasons_to_leave_alone(config: PlatformConfig) -> list[str]:
     """Reasons why a command with these settings must not touch the platform, a line each; empty if it may."""
-    services = [*config.stores(), *config.servers(), *config.workers()]
+    services = [*config.servers(), *config.workers()]
     started = [service for service in services if service.record.exists()]
     if not started:
         state = f"the platform of {config.home} is stopped" if ran_here(config) else f"no platform ran in {config.home}"

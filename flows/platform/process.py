@@ -43,8 +43,6 @@ class Service:
     port: int | None = None
     ready: Callable[[], bool] | None = None  # whether it answers
     prepare: Callable[[], None] | None = None  # runs before its start
-    finish: Callable[[], None] | None = None  # runs once it answers
-    stop_signal: signal.Signals = signal.SIGTERM
     umask: int = 0o077  # only the owner can read its files
 
     @property
@@ -129,43 +127,17 @@ class Service:
                 words = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
                 raise ServiceError(f"{self.name} {what}; {self.log} ends with:\n{words}")
             time.sleep(0.2)
-        if self.finish is not None:
-            self.finish()
 
     def stop(self) -> bool:
         """End the process and all its descendants; returns False if it did not run."""
         process, known = self.process(), self._known()
         if process is not None:
             family = [process, *process.children(recursive=True)]
-            _end([process], self.stop_signal)
+            _end([process])
             _end(family)
         _end(_of_session(known))
         self.record.unlink(missing_ok=True)
         return process is not None
-
-
-def run_tool(command: list[str], what: str, *, secret_input: str | None = None, **environment: str) -> str:
-    """Run a command and return its standard output; secrets are passed by input or environment only.
-
-    Raises ServiceError, naming the task `what`, with the last lines of the command's output.
-    """
-    try:
-        done = subprocess.run(
-            command,
-            input=secret_input or "",
-            env={**os.environ, **environment},
-            cwd="/",  # its user may have no access to our folder
-            capture_output=True,
-            text=True,
-            timeout=START_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ServiceError(f"{what} took more than {START_SECONDS} s: {command[0]} does not end") from error
-    if done.returncode:
-        words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
-        raise ServiceError(f"{what} failed:\n{words}")
-    return done.stdout
 
 
 def listens(port: int) -> bool:
@@ -213,10 +185,10 @@ def _of_session(known: Mapping[str, Any]) -> list[psutil.Process]:
     return found
 
 
-def _end(processes: Iterable[psutil.Process], first: signal.Signals = signal.SIGTERM) -> None:
-    """Send a signal to the processes, then kill those that do not end."""
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Send SIGTERM to the processes, then kill those that do not end."""
     left = list(processes)
-    for number in (first, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
