@@ -29,8 +29,8 @@ from vectorclm.store.artifact import Store
 POOLS = ("cpu", "gpu")
 EVENTS_KEPT = "P30D"  # ISO 8601
 NO_STORE = (
-    "S3_ACCESS_KEY belongs to an S3 store of your own, and `vectorclm up` starts none: set AWS_ENDPOINT_URL to its URL; "
-    "for Amazon's own, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead"
+    "S3_ACCESS_KEY belongs to an S3 store of your own, as `vectorclm up` starts none: set AWS_ENDPOINT_URL to its URL; "
+    "for Amazon's S3, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead"
 )
 SCHEDULE_SECONDS = 10  # between two checks for new schedules
 
@@ -175,9 +175,10 @@ def read_platform(env_file: Path | None, **options: Any) -> PlatformConfig:
     values = {name: value for name, value in values.items() if value != ""}
     for name, successor in RETIRED.items():
         if values.pop(name, None) is not None and successor not in values:
+            kind = "Postgres" if name.startswith("postgres") else "S3 store"
             raise ConfigError(
-                f"{name.upper()} is a setting of docker/compose.yaml: `vectorclm up` starts no {name.partition('_')[0].title()} "
-                f"server. Name a server of your own by {successor.upper()}, or remove {name.upper()}"
+                f"{name.upper()} is read by docker/compose.yaml only, as `vectorclm up` starts no {kind}: name one of "
+                f"your own by {successor.upper()}, or remove {name.upper()}"
             )
     return validate(PlatformConfig, values, "platform settings")
 

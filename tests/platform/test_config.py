@@ -58,16 +58,63 @@ def placeholders(part: object) -> set[str]:
     return {name for text in _texts(part) for name in re.findall(r"{{\s*(.+?)\s*}}", text)}
 
 
-def test_the_example_once_filled_in_starts_the_platform_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in example():
+OWN = {"VECTORCLM_DATABASE": "postgresql://me:mine@db:5432", "AWS_ENDPOINT_URL": "http://s3:9000"}
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*example(), *OWN]:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_settings")
+def test_the_file_of_compose_starts_the_platform_too_once_servers_are_named(tmp_path: Path) -> None:
     filled = {**example(), **{name: f"{name.lower()}:0123456789" for name in SECRETS}}
     file = tmp_path / "platform.env"
-    file.write_text("\n".join(f"{name}={value}" for name, value in filled.items()), encoding="utf-8")
+    for number, (name, successor) in enumerate(
+        (("POSTGRES_PASSWORD", "VECTORCLM_DATABASE"), ("S3_PORT", "AWS_ENDPOINT_URL"), ("", ""))
+    ):
+        named = dict(list(OWN.items())[:number])
+        file.write_text("\n".join(f"{name}={value}" for name, value in (filled | named).items()), encoding="utf-8")
+        if name:
+            with pytest.raises(ConfigError, match=f"{name} is read by .* name one of your own by {successor}, or"):
+                read_platform(file)
     config = read_platform(file)
+    assert config.database("mlflow", "psycopg2") == "postgresql+psycopg2://me:mine@db:5432/mlflow"
+    assert config.client_environment()["AWS_ENDPOINT_URL"] == OWN["AWS_ENDPOINT_URL"]
     assert config.vectorclm_store == "s3://vectorclm/store"
     assert config.prefect_auth is not None
     assert config.prefect_auth.get_secret_value() == "prefect_auth:0123456789"
+
+
+@pytest.mark.usefixtures("no_settings")
+def test_what_started_postgres_and_s3_names_its_successor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("POSTGRES_PASSWORD", "hunter2")
+        with pytest.raises(
+            ConfigError, match=r"POSTGRES_PASSWORD .* starts no Postgres: .* by VECTORCLM_DATABASE"
+        ) as told:
+            read_platform(None)
+        assert "hunter2" not in str(told.value)
+    file = tmp_path / "platform.env"
+    file.write_text("VECTORCLM_STORE=s3://b/p\nS3_ACCESS_KEY=one\nS3_SECRET_KEY=hunter2\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"S3_ACCESS_KEY .* starts none: set AWS_ENDPOINT_URL to its URL") as told:
+        read_platform(file)
+    assert "hunter2" not in str(told.value)
+
+
+@pytest.mark.usefixtures("no_settings")
+def test_a_file_of_settings_is_read_as_compose_reads_it(tmp_path: Path) -> None:
+    file = tmp_path / "platform.env"
+    lines = ["# a comment", "", " PREFECT_PORT = 4300 ", "export MLFLOW_PORT='5300'", "PREFECT_AUTH=me:7c%1d@/= #x"]
+    file.write_text("\n".join([*lines, "VECTORCLM_ALLOWED_HOSTS=", 'VECTORCLM_HOME="/a b"']), encoding="utf-8")
+    config = read_platform(file)
+    assert (config.prefect_port, config.mlflow_port, config.vectorclm_home) == (4300, 5300, "/a b")
+    assert config.prefect_password == "me:7c%1d@/=" and config.vectorclm_allowed_hosts == ""
+    for wrong in ("PREFECT_PORT 4300", "PREFECT_PORT", "='x'"):
+        file.write_text(f"# a comment\n\n\n{wrong}\nMLFLOW_PORT=5300\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match="line 4: write NAME=value"):
+            read_platform(file)
 
 
 def test_a_secret_left_empty_in_the_file_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from flows.net import HEARTBEAT_SECONDS
-from flows.platform.config import PlatformConfig
+from flows.platform.config import RETIRED, PlatformConfig
 from tests.platform.test_config import ROOT, SECRETS, example, pool_template, program_passes
 
 COMPOSE = ROOT / "docker" / "compose.yaml"
@@ -93,7 +93,7 @@ def test_volumes_are_named_and_workers_beat() -> None:
 def test_compose_and_the_example_name_the_same_variables() -> None:
     used = {match["name"] for match in VARIABLE.finditer(COMPOSE.read_text(encoding="utf-8"))}
     assert used == set(example())
-    assert used <= {name.upper() for name in PlatformConfig.model_fields}
+    assert used <= {name.upper() for name in [*PlatformConfig.model_fields, *RETIRED]}
 
 
 def test_nothing_starts_without_its_secrets() -> None:
