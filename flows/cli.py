@@ -148,8 +148,10 @@ def retry(
 ) -> None:
     """Run a curriculum again with other settings, or rebuild finished stages and compare them."""
     from flows.platform.doctor import point_at
+    from flows.platform.ownership import check_listeners
 
     config = platform.config()
+    check_listeners(config)
     point_at(config)
     from flows.platform.retry import retry as start
 

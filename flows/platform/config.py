@@ -20,7 +20,7 @@ from pydantic import Field, SecretStr, model_validator
 from flows.net import HEARTBEAT_SECONDS, QUIET, answers, past_proxies
 from flows.paths import local_folder
 from flows.platform import password
-from flows.platform.process import HOST, Service
+from flows.platform.process import HOST, PREFECT, Service
 from vectorclm.errors import ConfigError
 from vectorclm.inference.guard import ALLOWED, allowed_hosts
 from vectorclm.settings import Settings, validate
@@ -233,7 +233,7 @@ def _prefect_server(config: PlatformConfig) -> Service:
     if (auth := config.prefect_password) is not None:
         environment |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_API_AUTH_STRING": auth}
     ready = partial(answers, f"{config.prefect_url}/api/health")
-    return Service("prefect-server", command, environment, _folder(config), config.prefect_port, ready)
+    return Service(PREFECT, command, environment, _folder(config), config.prefect_port, ready)
 
 
 def _mlflow_server(config: PlatformConfig) -> Service:

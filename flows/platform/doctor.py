@@ -18,7 +18,7 @@ from rich.console import Console
 
 from flows.platform import password
 from flows.platform.config import POOLS, PlatformConfig
-from flows.platform.ownership import ran_here, reasons_to_leave_alone, remember
+from flows.platform.ownership import check_folders, check_listeners, ran_here, reasons_to_leave_alone, remember
 from flows.platform.process import Service, ServiceError
 from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Store
@@ -126,11 +126,13 @@ def point_at(config: PlatformConfig) -> None:
 def alone(config: PlatformConfig, console: Console, *, starts: bool) -> Iterator[None]:
     """Lock the platform against other `up`, `down` and `doctor` commands while the block runs.
 
-    If no platform ever ran here, only a command that `starts` one creates the home.
+    If no platform ever ran here, only a command that `starts` one creates the home. Raises ConfigError where other
+    users control the platform's folders.
     """
     if not starts and not ran_here(config):
         yield
         return
+    check_folders(config)
     config.home.mkdir(parents=True, exist_ok=True)
     lock = FileLock(config.home / "platform.lock")
     try:
@@ -167,7 +169,7 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
             _report(Finding(False, reason), console)
         return False
     well &= _checked((_store, _servers), config, console)
-    if config.servers()[0].process() is None:
+    if not config.servers()[0].holds_its_port():
         message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
         return _report(Finding(False, message), console)
     return _checked((_database, _inside_prefect, _workers, _waiting), config, console) and well
@@ -360,8 +362,10 @@ def _waiting(config: PlatformConfig) -> Iterator[Finding]:
 def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:
     """The workers that `up` starts, each with its pool: those of pools of type `process`.
 
-    If a pool became a cluster's, the worker that was started for it before is stopped.
+    If a pool became a cluster's, the worker that was started for it before is stopped. Raises ConfigError where a
+    program of somebody else would get a password.
     """
+    check_listeners(config)
     from prefect.client.orchestration import get_client
 
     found = []

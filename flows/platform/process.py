@@ -19,11 +19,13 @@ from typing import Any
 import psutil
 
 from flows.net import SAFE_PATH, neutral
+from flows.platform import private
 from vectorclm.errors import VectorCLMError
 from vectorclm.runtime.processes import find_process, process_identity, process_space
 from vectorclm.settings import digest
 
 HOST = "127.0.0.1"
+PREFECT = "prefect-server"  # the name of the service
 START_SECONDS = 180  # a cold start migrates a new database
 STOP_SECONDS = 20
 
@@ -65,6 +67,14 @@ class Service:
                 time.sleep(0.01)  # it is just starting, or was killed and still holds its files
         return None
 
+    def holds_its_port(self) -> bool:
+        """Whether the program that listens on its port is the recorded process or a child, and not a stranger."""
+        process = self.process()
+        with suppress(psutil.Error):
+            if process is not None:
+                return any(_listens(each, self.port) for each in (process, *process.children(recursive=True)))
+        return False
+
     def _known(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
             return dict(json.loads(self.record.read_text(encoding="utf-8")))
@@ -96,7 +106,7 @@ class Service:
             _end(_of_session(known))  # children of a killed process may hold the port
         if self.port is not None and (held := holder(self.port)) is not None:
             raise ServiceError(f"port {self.port} is taken by {held}: end it, or give {self.name} another port")
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # logs, records and a password
+        private.create_folder(self.folder)
         if self.prepare is not None:
             self.prepare()
         self.log.touch(mode=0o600)
@@ -120,7 +130,7 @@ class Service:
     def wait(self) -> None:
         """Wait until it answers. Raises ServiceError with the last lines of its log where it ends or takes too long."""
         deadline = time.monotonic() + START_SECONDS
-        while self.ready is not None and not self.ready():
+        while self.ready is not None and not (self.ready() and (self.port is None or self.holds_its_port())):
             ended = self.process() is None
             if ended or time.monotonic() > deadline:
                 what = "ended during its start" if ended else f"does not answer after {START_SECONDS} s"
@@ -145,6 +155,14 @@ def listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((HOST, port)) == 0
+
+
+def _listens(process: psutil.Process, port: int | None) -> bool:
+    with suppress(psutil.Error):
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr == (HOST, port):
+                return True
+    return False
 
 
 def holder(port: int) -> str | None:
