@@ -35,18 +35,18 @@ def check_folders(config: PlatformConfig) -> None:
 
 
 def check_listeners(config: PlatformConfig) -> None:
-    """Raise ConfigError where a server's port is held by a program that `up` did not start: it must get no password.
+    """Raise ConfigError where a program that `up` did not start would get the password of Prefect or MLflow.
 
-    After a restart of the machine any user's program can listen there.
+    After a restart of the machine any user's program can listen at their ports.
     """
     prefect, mlflow = config.servers()
-    for server, auth in ((prefect, config.prefect_password), (mlflow, config.mlflow_admin_password)):
-        if auth is None or server.port is None or server.holds_its_port():
+    for server, secret in ((prefect, config.prefect_password), (mlflow, config.mlflow_admin_password)):
+        if secret is None or server.port is None or server.holds_its_port():
             continue
         if (held := holder(server.port)) is not None:
             raise ConfigError(
                 f"port {server.port} is held by {held}, not by the {server.name} that `vectorclm up` started, so no "
-                "password is sent to it: end it and run `vectorclm up`, or give the --store, --env-file or ports of `up`"
+                "password is sent there: end it and run `vectorclm up`, or give the options that `up` had"
             )
 
 
