@@ -54,6 +54,16 @@ def test_the_images_run_without_root() -> None:
     assert "--uid 10001" in dockerfile
 
 
+def test_the_images_have_the_sandbox_of_programs_that_a_model_wrote() -> None:
+    """Its packages are those that this machine's tests of the sandbox need."""
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    (runtime,) = [part for part in re.split(r"^(?=FROM )", dockerfile, flags=re.MULTILINE) if "AS runtime" in part]
+    installed = set(re.findall(r"--no-install-recommends ([^&]+)", runtime)[0].split())
+    packages = set((ROOT / "infra" / "debian-packages.txt").read_text(encoding="utf-8").split())
+    assert installed == {"bubblewrap", "libseccomp2"} <= packages
+    assert len(re.findall(r"^FROM runtime AS (?:cpu|gpu)$", dockerfile, re.MULTILINE)) == 2
+
+
 def test_ports_are_published_on_loopback_only() -> None:
     services = _services()
     ports = [port for service in services.values() for port in service.get("ports", [])]
