@@ -32,6 +32,7 @@ NO_STORE = (
     "S3_ACCESS_KEY belongs to an S3 store of your own, as `vectorclm up` starts none: set AWS_ENDPOINT_URL to its URL; "
     "for Amazon's S3, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead"
 )
+CONNECT_SECONDS = 10
 SCHEDULE_SECONDS = 10  # between two checks for new schedules
 
 
@@ -114,6 +115,23 @@ class PlatformConfig(Settings):
             return None
         at = urlsplit(self.vectorclm_database.get_secret_value()).netloc
         return f"postgresql+{driver}://{at}/{name}"
+
+    def check_database(self) -> str | None:
+        """The address of the Postgres that VECTORCLM_DATABASE names; None for SQLite.
+
+        Raises ConfigError where nothing answers there: the servers of Prefect and MLflow would not start.
+        """
+        if self.vectorclm_database is None:
+            return None
+        at = urlsplit(self.vectorclm_database.get_secret_value())
+        host, port = at.hostname or HOST, at.port or 5432
+        try:
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ConfigError(
+                f"no Postgres answers at {host}:{port}, which VECTORCLM_DATABASE names: start it ({error})"
+            ) from error
+        return f"{host}:{port}"
 
     def client_environment(self) -> dict[str, str]:
         """The environment of a worker, or of a command that talks to the platform."""

@@ -38,6 +38,7 @@ def up(config: PlatformConfig, console: Console) -> None:
     """
     if config.prefect_auth is None:
         password.ensure(config.home, f"{config.prefect_url}/api")
+    config.check_database()
     point_at(config)
     remember(config)
     store = Store(config.vectorclm_store)
@@ -168,7 +169,10 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
         for reason in reasons:
             _report(Finding(False, reason), console)
         return False
-    well &= _checked((_store, _servers), config, console)
+    well &= _checked((_store,), config, console)
+    if not _checked((_postgres,), config, console):
+        return False  # no server starts without its database
+    well &= _checked((_servers,), config, console)
     if not config.servers()[0].holds_its_port():
         message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
         return _report(Finding(False, message), console)
@@ -233,6 +237,11 @@ def _store(config: PlatformConfig) -> Iterator[Finding]:
     store.create()
     store.check_writable()
     yield Finding(True, f"store {store.uri} can be read and written")
+
+
+def _postgres(config: PlatformConfig) -> Iterator[Finding]:
+    if (address := config.check_database()) is not None:
+        yield Finding(True, f"Postgres answers at {address}")
 
 
 def _disk(config: PlatformConfig) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import SecretStr
 
 from flows.deployments import stage_run
 from flows.execution.placement import DEPLOYMENTS
@@ -142,6 +144,17 @@ def test_a_bad_setting_is_told_without_any_secret(given: dict[str, object], mess
     with pytest.raises(ConfigError, match=message) as refused:
         validate(PlatformConfig, given, "platform settings")
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_postgres_that_does_not_answer_is_named_without_its_password() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        at = f"127.0.0.1:{listening.getsockname()[1]}"
+        config = PlatformConfig(vectorclm_database=SecretStr(f"postgresql://me:hunter2@{at}"))
+        assert config.check_database() == at
+    with pytest.raises(ConfigError, match=f"no Postgres answers at {at}, which VECTORCLM_DATABASE names") as told:
+        config.check_database()
+    assert "hunter2" not in str(told.value)
+    assert PlatformConfig().check_database() is None
 
 
 @pytest.mark.parametrize("kind", POOLS)
