@@ -371,8 +371,7 @@ def _waiting(config: PlatformConfig) -> Iterator[Finding]:
 def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:
     """The workers that `up` starts, each with its pool: those of pools of type `process`.
 
-    If a pool became a cluster's, the worker that was started for it before is stopped. Raises ConfigError where a
-    program of somebody else would get a password.
+    The worker of a pool that became a cluster's is stopped. Raises ConfigError where a stranger would get a password.
     """
     check_listeners(config)
     from prefect.client.orchestration import get_client
