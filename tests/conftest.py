@@ -20,8 +20,8 @@ from filelock import FileLock
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 
-from flows.platform.objectstore import PACKAGES, object_store
 from flows.platform.prefect_server import PrivateServer
+from tests.services.ceph import PACKAGES, object_store
 from vectorclm.evaluation.sandbox import Sandbox, find_sandbox
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.writer import ShardWriter
