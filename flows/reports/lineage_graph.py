@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from flows.reports.plots import short
+from flows.reports.plots import plain, short
 from vectorclm.lineage.chain import Lineage, Node, facts
 
 WIDTH, TOP = 420, 12  # units
@@ -102,9 +102,9 @@ def _cut(text: str, length: int) -> str:
 
 
 def _text(x: float, y: float, text: str, kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(plain(text))}</text>'
 
 
 def _svg(title: str, parts: Sequence[str], height: float) -> Markup:
     box = f"0 0 {WIDTH} {height:.0f}"
-    return Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>')
+    return Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(plain(title))}">{"".join(parts)}</svg>')
