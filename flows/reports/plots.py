@@ -61,7 +61,7 @@ def curves(
     figure.text(1 - RIGHT / WIDTH, 3 / HEIGHT, plain(unit), ha="right", color=_ink("quiet"), parse_math=False)
     for label, place in (marks or {}).items():
         axes.axvline(place, color=_ink("quiet"), linewidth=1, linestyle=DASHES, clip_on=False, gid="mark")
-        at = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
+        at: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
         axes.annotate(plain(label), (place, 1), (4, 0), color=_ink("quiet"), fontsize=11, parse_math=False, **at)
     for number, points in enumerate(drawn):
         xs, ys = zip(*points, strict=True)
@@ -175,12 +175,11 @@ def _svg(figure: "Figure", title: str, hints: Mapping[str, str] | None = None) -
     Removed are ids, which would exist twice on the page, and style sheets, which would apply to all of it.
     """
     from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     written = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "vectorclm", "font.size": 12}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser chooses the font
-        FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None})
+        figure.savefig(written, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(written.getvalue())
     for parent in root.iter():
         parent.tag = parent.tag.rpartition("}")[2]
