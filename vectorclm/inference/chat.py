@@ -13,7 +13,7 @@ from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, read_conversation, render_prompt
-from vectorclm.store.model_ref import find_model
+from vectorclm.store.model_ref import Model, find_model
 from vectorclm.tokenizer import SPECIAL_TOKENS
 
 HELP = """/reset          forget what was said, all but the system prompt
@@ -23,12 +23,13 @@ Ctrl-C          ends an answer, or leaves"""
 
 
 @dataclass(frozen=True)
-class ChatModel:
-    """A chat model, ready to answer."""
+class LanguageModel:
+    """A model in memory, ready to answer or to continue a text."""
 
     model: CausalLM
     tokenizer: Tokenizer
     content: str  # SHA-256 over the model's files
+    chat: bool = True  # whether the model answers in the chat template
 
     @property
     def context(self) -> int:
@@ -45,20 +46,29 @@ class TextDelta:
     finish: Literal["stop", "length"] | None = None  # why the answer ends here
 
 
-def open_chat_model(address: str, runtime: Runtime) -> ChatModel:
-    """Load the chat model at an address that `find_model` knows, on this runtime's device.
-
-    Raises what `find_model` does, and DataError where it is a base model, or the tokenizer is another model's.
-    """
+def open_chat_model(address: str, runtime: Runtime) -> LanguageModel:
+    """Load the chat model at an address as `open_language_model` does. Raises DataError also for a base model."""
     found = find_model(address)
     if not found.chat:
         raise DataError(
             f"{address} is a base model, which never ends a turn: name a chat model, such as one of `finetune`"
         )
+    return _load(found, address, runtime)
+
+
+def open_language_model(address: str, runtime: Runtime) -> LanguageModel:
+    """Load the model at an address that `find_model` knows, on this runtime's device.
+
+    Raises what `find_model` does, and DataError where the tokenizer is another model's.
+    """
+    return _load(find_model(address), address, runtime)
+
+
+def _load(found: Model, address: str, runtime: Runtime) -> LanguageModel:
     runtime.check()
     device, folder = runtime.configure_torch(), found.local()
     model, tokenizer = open_model(folder, address)
-    return ChatModel(model.to(device), tokenizer, found.content)
+    return LanguageModel(model.to(device), tokenizer, found.content, found.chat)
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
@@ -79,7 +89,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
 
 
 def fit_turns(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[Turn]:
-    """Shorten a conversation to a prompt of at most `length` tokens: the oldest questions go, each with its answer.
+    """Shorten a conversation to a prompt of at most `length` tokens: drop the oldest questions and their answers.
 
     The system turn and the last question stay. Raises DataError where these alone are too long.
     """
@@ -91,23 +101,28 @@ def fit_turns(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[
 
 
 def reply(
-    chat_model: ChatModel,
+    chat_model: LanguageModel,
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
     sampling: SamplingParams = GREEDY,
     stop: Sequence[str] = (),
+    ignore_eos: bool = False,
 ) -> Iterator[TextDelta]:
     """Stream the answer to a prompt of token ids: one piece for each token; its text may come with a later piece.
 
-    The answer ends with the end of the turn (or any other special token), before the first of the `stop` strings, after
-    `max_new_tokens`, or where the context is full; the last piece names the reason. The pieces together are the text of
-    all tokens.
+    The answer ends with the end of the turn (or any other special token, unless `ignore_eos`), before the first of the
+    `stop` strings, after `max_new_tokens`, or where the context is full; the last piece names the reason. The pieces
+    together are the text of all tokens but the special ones.
     """
     pending: list[int] = []  # tokens whose last character is incomplete
     held = ""  # text that may be the beginning of a stop string
     special = range(len(SPECIAL_TOKENS))
-    for token in generate(chat_model.model, prompt, max_new_tokens, stop_ids=special, sampling=sampling):
+    ends = () if ignore_eos else special
+    for token in generate(chat_model.model, prompt, max_new_tokens, stop_ids=ends, sampling=sampling):
+        if token in special and ignore_eos:
+            yield TextDelta("", 1)
+            continue
         if token in special:
             yield TextDelta(held + _text(chat_model, pending), 1, "stop")
             return
@@ -126,7 +141,7 @@ def reply(
     yield TextDelta(held + _text(chat_model, pending), 0, "length")
 
 
-def _text(chat_model: ChatModel, ids: Sequence[int]) -> str:
+def _text(chat_model: LanguageModel, ids: Sequence[int]) -> str:
     text: str = chat_model.tokenizer.decode(list(ids), skip_special_tokens=False)
     return text
 
@@ -145,7 +160,7 @@ def overlap(text: str, stop: Sequence[str]) -> int:
 class Conversation:
     """A conversation with a chat model, shortened as it outgrows the context."""
 
-    def __init__(self, chat_model: ChatModel, max_new_tokens: int, system: str = "") -> None:
+    def __init__(self, chat_model: LanguageModel, max_new_tokens: int, system: str = "") -> None:
         """Raises DataError where the system prompt is not text, or leaves no room for a question."""
         self.chat_model = chat_model
         self.max_new_tokens = min(max_new_tokens, chat_model.context // 2)
