@@ -23,8 +23,9 @@ SECRET = "a-key-of-this-test-0123"
 QUESTION = [{"role": "user", "content": "Who swims?"}]
 ANSWER = ANSWERS["Who swims?"]
 LOG_LINE = re.compile(
-    r"[-0-9]+ [:,0-9]+ INFO 127\.0\.0\.1 (GET|HEAD|POST|OPTIONS|other) (other|/[a-z0-9/{}:_]*) \d{3}"
-    r"(, \d+ prompt and \d+ new tokens)?, \d+\.\d{3} s(, the client left)?"
+    r"[-0-9]+ [:,0-9]+ (WARNING Invalid HTTP request received\.|"
+    r"INFO 127\.0\.0\.1 (GET|HEAD|POST|OPTIONS|other) (other|/[a-z0-9/{}:_]*) \d{3}"
+    r"(, \d+ prompt and \d+ new tokens)?, \d+\.\d{3} s(, the client left)?)"
 )
 
 

@@ -18,6 +18,7 @@ class Engine:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.waiting = 0  # requests that wait for their turn
+        self._closed = False
         self._turn = asyncio.Lock()  # wakes waiters in their order
         self._thread = ThreadPoolExecutor(1, "generate")  # of its own, so that reading requests never delays an answer
 
@@ -25,6 +26,10 @@ class Engine:
     def is_busy(self) -> bool:
         """Whether an answer is being generated."""
         return self._turn.locked()
+
+    def close(self) -> None:
+        """End the answer that is being generated, and refuse all others, because the server shuts down."""
+        self._closed = True
 
     def check_room(self) -> None:
         """Raise Refusal where too many requests wait."""
@@ -34,8 +39,8 @@ class Engine:
     async def answer(self, choice: Choice, *, first: bool = True) -> AsyncGenerator[TextDelta, None]:
         """Stream the pieces of an answer. Closing the stream ends the answer and lets the next request begin.
 
-        A caller that reads slowly does not delay the next request. Raises Refusal where too many requests wait, unless
-        this is not the `first` answer of its request.
+        A caller that reads slowly does not delay the next request. Raises Refusal when the engine is closed, and where
+        too many requests wait, unless this is not the `first` answer of its request.
         """
         if first:
             self.check_room()
@@ -48,8 +53,10 @@ class Engine:
         left, loop = threading.Event(), asyncio.get_running_loop()
         work = asyncio.ensure_future(self._in_thread(choice, deltas, left, loop))
         try:
-            while (delta := await deltas.get()) is not None:
+            while not self._closed and (delta := await deltas.get()) is not None:
                 yield delta
+            if self._closed:
+                raise Refusal("the server shuts down", 503, code="shutting_down")
             await work  # raises the error of the thread
         finally:
             left.set()

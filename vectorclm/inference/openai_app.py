@@ -22,7 +22,6 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Send
 
-from vectorclm.inference.chat import LanguageModel
 from vectorclm.inference.engine import Engine
 from vectorclm.inference.http_limits import BodyLimit
 from vectorclm.inference.openai_errors import Refusal, explain
@@ -41,7 +40,6 @@ READ = ["GET", "HEAD"]
 class ServedModel:
     """The model of a server, its name in the API, and its engine."""
 
-    model: LanguageModel
     name: str
     engine: Engine
     metrics: ServerMetrics
@@ -51,11 +49,11 @@ class ServedModel:
     def description(self) -> dict[str, Any]:
         """The model as `/v1/models` lists it."""
         model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "vectorclm"}
-        return {**model, "max_model_len": self.model.context}  # vLLM's field
+        return {**model, "max_model_len": self.engine.model.context}  # vLLM's field
 
     def builder(self, kind: type[ResponseBuilder], generation: Generation) -> ResponseBuilder:
         """The builder of the response to a request."""
-        fingerprint, used = f"vc_{self.model.content[:12]}", generation.prompt_tokens
+        fingerprint, used = f"vc_{self.engine.model.content[:12]}", generation.prompt_tokens
         return kind(self.name, fingerprint, used, generation.include_usage, generation.continuous_usage)
 
 
@@ -68,15 +66,12 @@ def served_model(request: Request) -> ServedModel:
 Served = Annotated[ServedModel, Depends(served_model)]
 
 
-def make_app(
-    model: LanguageModel, name: str, key: str, hosts: Sequence[str] | None, origins: Sequence[str] = ()
-) -> ASGIApp:
+def make_app(engine: Engine, name: str, key: str, hosts: Sequence[str] | None, origins: Sequence[str] = ()) -> ASGIApp:
     """The ASGI application. It answers to the host names in `hosts`, or to any, and to pages of `origins`."""
-    engine = Engine(model)
     metrics = ServerMetrics(engine)
     page = files("vectorclm.inference").joinpath("chat.html").read_text(encoding="utf-8")
     api = FastAPI(title="VectorCLM", docs_url=None, redoc_url=None, openapi_url=None, strict_content_type=False)
-    api.state.served = ServedModel(model, name, engine, metrics, page)
+    api.state.served = ServedModel(name, engine, metrics, page)
     api.include_router(router)
     for kind, handler in HANDLERS.items():
         api.add_exception_handler(kind, handler)
@@ -136,7 +131,7 @@ async def respond(
 ) -> Response:
     """Generate the answers to a request, as a stream or whole. Raises Refusal where that is impossible."""
     check_name(body.model, served.name)
-    generation = await asyncio.to_thread(body.read, served.model)
+    generation = await asyncio.to_thread(body.read, served.engine.model)
     builder, record = served.builder(kind, generation), request.state.record
     record.prompt_tokens = generation.prompt_tokens
     if generation.stream:

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-KINDS = {429: "rate_limit_error", 500: "server_error"}
+KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
 class Refusal(Exception):

@@ -4,6 +4,7 @@ Answers are generated one at a time, in the order of the requests. Options that 
 OpenAI's own errors.
 """
 
+import asyncio
 import os
 import socket
 import sys
@@ -15,13 +16,15 @@ import uvicorn
 
 from vectorclm.errors import ConfigError
 from vectorclm.inference.chat import open_language_model
+from vectorclm.inference.engine import Engine
 from vectorclm.inference.guard import ALLOWED, allowed_hosts, allowed_origins
 from vectorclm.inference.http_limits import BACKLOG, HEAD_BYTES, HEAD_SECONDS, LimitedHTTP
 from vectorclm.inference.openai_app import make_app
 from vectorclm.inference.server_access import KEY, find_key, is_loopback
 from vectorclm.runtime.devices import Runtime
 
-SHUTDOWN_SECONDS = 5
+ANSWER_SECONDS = 3  # that answers may take after a signal
+SHUTDOWN_SECONDS = 5  # until connections are cut
 LOGGING: dict[str, Any] = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -32,6 +35,23 @@ LOGGING: dict[str, Any] = {
         "vectorclm": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
     },
 }
+
+
+class ModelServer(uvicorn.Server):
+    """A uvicorn server that ends long answers with an error of the API before connections are cut."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self.engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the server after a signal."""
+        timer = asyncio.get_running_loop().call_later(ANSWER_SECONDS, self.engine.close)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+            self.engine.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -50,13 +70,13 @@ def serve(address: str, runtime: Runtime, host: str, port: int, name: str | None
     """Serve the model at an address until interrupted. Raises VectorCLMError where the server cannot start."""
     key, made = find_key(os.environ, host, terminal=sys.stdout.isatty())
     origins = allowed_origins(cors)
-    model = open_language_model(address, runtime)
+    engine = Engine(open_language_model(address, runtime))
     name = name or Path(address).absolute().name
     with listen(host, port) as listening:
         shown, port = f"[{host}]" if ":" in host else host, listening.getsockname()[1]
         hosts = [*allowed_hosts(os.environ), shown] if is_loopback(host) or os.environ.get(ALLOWED) else None
         config = uvicorn.Config(
-            make_app(model, name, key, hosts, origins),
+            make_app(engine, name, key, hosts, origins),
             log_config=LOGGING,
             access_log=False,
             server_header=False,
@@ -72,4 +92,4 @@ def serve(address: str, runtime: Runtime, host: str, port: int, name: str | None
         print(f"{name} at http://{shown}:{port}/{secret} and http://{shown}:{port}/v1", flush=True)  # noqa: T201
         if made:
             print(f"the key of this run is {key}; set {KEY} for one that stays", flush=True)  # noqa: T201
-        uvicorn.Server(config).run(sockets=[listening])
+        ModelServer(config, engine).run(sockets=[listening])
