@@ -187,6 +187,14 @@ def test_http_is_read_by_what_limits_headers(chat_folder: Path, monkeypatch: pyt
     assert [config.http for config in configs] == [LimitedHTTP]  # also where httptools, without limits, is installed
 
 
+def test_help_imports_no_server() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "flows.cli", "serve", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "--cors" in done.stdout and "vectorclm.model_commands" in imported
+    assert not imported & {"fastapi", "uvicorn", "prometheus_client", "starlette.applications"}
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[WebDriver]:
     window = chromium(900, 900, loggingPrefs={"browser": "ALL"})
