@@ -22,6 +22,7 @@ from vectorclm.inference import serve
 SECRET = "a-key-of-this-test-0123"
 QUESTION = [{"role": "user", "content": "Who swims?"}]
 ANSWER = ANSWERS["Who swims?"]
+PAGE = "https://chat.example.com"  # the origin of another site's page, which may use the server
 LOG_LINE = re.compile(
     r"[-0-9]+ [:,0-9]+ (WARNING Invalid HTTP request received\.|"
     r"INFO 127\.0\.0\.1 (GET|HEAD|POST|OPTIONS|other) (other|/[a-z0-9/{}:_]*) \d{3}"
@@ -56,7 +57,7 @@ def served(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     output = tmp_path_factory.mktemp("serve") / "output"
     (output.parent / "runtime.toml").write_text("threads = 1")
     command = [sys.executable, "-m", "flows.cli", "serve", str(chat_folder), "--port", "0"]
-    command += ["--runtime", str(output.parent / "runtime.toml")]
+    command += ["--runtime", str(output.parent / "runtime.toml"), "--cors", "http://localhost:1", "--cors", PAGE]
     with output.open("w") as file:
         process = subprocess.Popen(
             command, env={**os.environ, serve.KEY: SECRET}, stdout=subprocess.PIPE, stderr=file, text=True

@@ -16,7 +16,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.inference.conftest import ANSWER, QUESTION, SECRET, Served, check_log, serve_while
+from tests.inference.conftest import ANSWER, PAGE, QUESTION, SECRET, Served, check_log, serve_while
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.export.hugging_face import write_model_files
 from vectorclm.inference import serve
@@ -31,8 +31,6 @@ from vectorclm.inference.openai_requests import ChatRequest, join_system
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, render_prompt
 from vectorclm.tokenizer import BOS_ID, SPECIAL_TOKENS, encode
-
-PAGE = "https://chat.example.com"
 
 
 @pytest.fixture(scope="module")
@@ -217,26 +215,21 @@ def test_a_base_model_continues_texts_and_refuses_to_chat(base_folder: Path, mod
         open_chat_model(str(base_folder), Runtime(threads=1))
 
 
-def test_pages_of_an_allowed_origin_use_the_api_and_others_do_not(chat_folder: Path) -> None:
+def test_pages_of_an_allowed_origin_use_the_api_and_others_do_not(served: Served) -> None:
     ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
-
-    def client(url: str) -> None:
-        path, key = f"{url}/v1/models", {"Authorization": f"Bearer {SECRET}"}
-        allowed = httpx.options(path, headers={"Origin": PAGE, **ask})
-        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == PAGE
-        assert {"authorization", "x-stainless-os"} <= set(
-            re.split(", ?", allowed.headers["access-control-allow-headers"].lower())
-        )
-        read = httpx.get(path, headers={"Origin": PAGE, "Sec-Fetch-Site": "cross-site", **key})
-        assert read.status_code == 200 and read.headers["access-control-allow-origin"] == PAGE
-        unkeyed = httpx.get(path, headers={"Origin": PAGE})  # the page can read why
-        assert unkeyed.status_code == 401 and unkeyed.headers["access-control-allow-origin"] == PAGE
-        for origin in ("https://evil.example", "null", f"{PAGE}.evil.example", "http://chat.example.com"):
-            assert httpx.options(path, headers={"Origin": origin, **ask}).status_code == 403
-            assert httpx.get(path, headers={"Origin": origin, **key}).status_code == 403
-        assert httpx.get(path, headers={"Origin": PAGE, "Host": "evil.example", **key}).status_code == 403
-
-    in_process(chat_folder, client, (PAGE,))
+    path, key = f"{served.url}/v1/models", served.headers
+    allowed = httpx.options(path, headers={"Origin": PAGE, **ask})
+    assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == PAGE
+    headers = set(re.split(", ?", allowed.headers["access-control-allow-headers"].lower()))
+    assert {"authorization", "x-stainless-os"} <= headers
+    read = httpx.get(path, headers={"Origin": PAGE, "Sec-Fetch-Site": "cross-site", **key})
+    assert read.status_code == 200 and read.headers["access-control-allow-origin"] == PAGE
+    unkeyed = httpx.get(path, headers={"Origin": PAGE})  # the page can read the reason
+    assert unkeyed.status_code == 401 and unkeyed.headers["access-control-allow-origin"] == PAGE
+    for origin in ("https://evil.example", "null", f"{PAGE}.evil.example", "http://chat.example.com"):
+        assert httpx.options(path, headers={"Origin": origin, **ask}).status_code == 403
+        assert httpx.get(path, headers={"Origin": origin, **key}).status_code == 403
+    assert httpx.get(path, headers={"Origin": PAGE, "Host": "evil.example", **key}).status_code == 403
 
 
 def test_any_page_may_use_the_api_where_that_is_asked_for_but_not_under_another_name(chat_folder: Path) -> None:
