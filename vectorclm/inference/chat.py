@@ -1,4 +1,4 @@
-"""Chat with a model: shorten conversations, stream answers as text, and talk in the terminal."""
+"""Chat with a model: shorten conversations, stream answers as text, chat in the terminal."""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
@@ -16,10 +16,10 @@ from vectorclm.shards.conversations import Turn, read_conversation, render_promp
 from vectorclm.store.model_ref import Model, find_model
 from vectorclm.tokenizer import SPECIAL_TOKENS
 
-HELP = """/reset          forget what was said, all but the system prompt
-/system TEXT    forget what was said, and begin anew with this system prompt (without TEXT, with none)
-/exit           leave; so does an empty line
-Ctrl-C          ends an answer, or leaves"""
+HELP = """/reset          start a new conversation with the same system prompt
+/system TEXT    start a new conversation with this system prompt; without TEXT, with none
+/exit           leave the chat; an empty line does so, too
+Ctrl-C          stop the answer, or leave the chat"""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """The next piece of an answer: text of whole characters, and the number of tokens generated for it."""
+    """The next piece of an answer: whole characters of text, and the number of tokens generated for them."""
 
     text: str
     tokens: int
-    finish: Literal["stop", "length"] | None = None  # why the answer ends here
+    finish: Literal["stop", "length"] | None = None  # the reason for the end, in the last piece
 
 
 def open_chat_model(address: str, runtime: Runtime) -> LanguageModel:
@@ -72,19 +72,22 @@ def _load(found: Model, address: str, runtime: Runtime) -> LanguageModel:
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
-    """Raise DataError unless user and assistant alternate, after at most one system turn, and the user is last."""
+    """Check the order of roles: at most one system turn, then user and assistant alternate, and the user is last.
+
+    Raises DataError for another order, and for an empty message.
+    """
     first = 1 if turns and turns[0].role == "system" else 0
     for place, turn in enumerate(turns[first:], first):
         expected = "assistant" if (place - first) % 2 else "user"
         if turn.role != expected:
             raise DataError(
-                f"message {place} is the {turn.role}'s where the {expected}'s is due: after at most one system message "
-                "user and assistant take turns, the user first"
+                f"message {place} is the {turn.role}'s where the {expected}'s is due: after at most one system "
+                "message, user and assistant alternate, the user first"
             )
     if (len(turns) - first) % 2 == 0:
-        raise DataError("the last message must be the user's: there is nothing to answer")
+        raise DataError("the last message must be the user's, because the model answers it")
     for place, turn in enumerate(turns):
-        if turn.role != "assistant" and not turn.content.strip():  # a model may have had nothing to say
+        if turn.role != "assistant" and not turn.content.strip():  # an answer may be empty
             raise DataError(f"message {place} is empty")
 
 
@@ -96,7 +99,7 @@ def fit_turns(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[
     kept = drop_oldest(tokenizer, turns, length)
     if (size := len(render_prompt(tokenizer, kept))) > length:
         what = "the system prompt and the message" if kept[0].role == "system" else "the message"
-        raise DataError(f"{what} would take {size:,} tokens, and there is room for {length:,}: make it shorter")
+        raise DataError(f"{what} would take {size:,} tokens, and there is room for {length:,}: shorten the text")
     return kept
 
 
@@ -109,14 +112,16 @@ def reply(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
 ) -> Iterator[TextDelta]:
-    """Stream the answer to a prompt of token ids: one piece for each token; its text may come with a later piece.
+    """Generate the answer to a prompt of token ids as a stream of pieces, one for each token.
+
+    The text of a token may be in a later piece, because a piece has whole characters.
 
     The answer ends with the end of the turn (or any other special token, unless `ignore_eos`), before the first of the
     `stop` strings, after `max_new_tokens`, or where the context is full; the last piece names the reason. The pieces
     together are the text of all tokens but the special ones.
     """
     pending: list[int] = []  # tokens whose last character is incomplete
-    held = ""  # text that may be the beginning of a stop string
+    held = ""  # text that may be a prefix of a stop string
     special = range(len(SPECIAL_TOKENS))
     ends = () if ignore_eos else special
     for token in generate(chat_model.model, prompt, max_new_tokens, stop_ids=ends, sampling=sampling):
@@ -147,28 +152,31 @@ def _text(chat_model: LanguageModel, ids: Sequence[int]) -> str:
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """The place of the first stop string in a text; None without one."""
+    """The position of the first stop string in a text; None where there is none."""
     return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
 
 
 def overlap(text: str, stop: Sequence[str]) -> int:
-    """The length of the longest end of a text that begins a stop string."""
+    """The length of the longest suffix of a text that is a prefix of a stop string."""
     lengths = (size for one in stop for size in range(min(len(one), len(text)), 0, -1) if text.endswith(one[:size]))
     return max(lengths, default=0)
 
 
 class Conversation:
-    """A conversation with a chat model, shortened as it outgrows the context."""
+    """A conversation with a chat model; the oldest turns are dropped when the context is full."""
 
     def __init__(self, chat_model: LanguageModel, max_new_tokens: int, system: str = "") -> None:
-        """Raises DataError where the system prompt is not text, or leaves no room for a question."""
+        """Start a conversation.
+
+        Raises DataError where the system prompt is not valid text, or leaves no room for a question.
+        """
         self.chat_model = chat_model
         self.max_new_tokens = min(max_new_tokens, chat_model.context // 2)
         self.turns: list[Turn] = []
         self.begin(system)
 
     def begin(self, system: str = "") -> None:
-        """Start a new conversation. Raises DataError as the constructor does, and keeps the old conversation then."""
+        """Start a new conversation. Raises DataError as the constructor does; the old conversation then stays."""
         turns = read_conversation([{"role": "system", "content": system}], "system prompt") if system.strip() else []
         fit_turns(self.chat_model.tokenizer, [*turns, Turn("user", "?")], self._room)
         self.turns = turns
@@ -176,14 +184,14 @@ class Conversation:
     def ask(self, question: str) -> int:
         """Add a question, and return the number of old turns that were dropped to make room.
 
-        Raises DataError where the question is not text or too long by itself, and leaves the conversation as it was.
+        Raises DataError where the question is not valid text or too long; the conversation then stays as it was.
         """
         turns = [*self.turns, *read_conversation([{"role": "user", "content": question}], "message")]
         self.turns = fit_turns(self.chat_model.tokenizer, turns, self._room)
         return len(turns) - len(self.turns)
 
     def answer(self, sampling: SamplingParams, stop: Sequence[str]) -> Generator[TextDelta, None, None]:
-        """Stream the answer, and add what was generated to the conversation."""
+        """Stream the answer, and add it to the conversation, also when the stream is closed early."""
         prompt, text = render_prompt(self.chat_model.tokenizer, self.turns), ""
         try:
             for piece in reply(self.chat_model, prompt, self.max_new_tokens, sampling=sampling, stop=stop):

@@ -1,7 +1,7 @@
 """ASGI middleware against requests of other web pages: checks the Host and the Origin of each request and websocket.
 
-A browser lets any page send requests to a server on this machine, and a page whose name resolves to this machine (DNS
-rebinding) can read the answers, too. Such requests have another Host, or another Origin.
+A browser lets any page send requests to a server on this machine. A page whose name resolves to this machine (DNS
+rebinding) can read the responses, too. Such requests have another Host or another Origin.
 """
 
 import ipaddress
@@ -100,7 +100,7 @@ def is_own(origin: str, host: tuple[str, int | None]) -> bool:
 
 
 def is_embedded(headers: Headers, method: str) -> bool:
-    """Whether another site's page embeds this as a script, an image or a frame, by the browser's headers."""
+    """Whether the browser's headers say that a page of another site embeds this as a script, an image or a frame."""
     if headers.get("sec-fetch-site") not in ("cross-site", "same-site"):
         return False
     followed = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest", "document") == "document"

@@ -21,9 +21,9 @@ DESCRIPTORS = 64 + 4 * BACKLOG  # kept free for files, and for connections that 
 
 
 class LimitedHTTP(H11Protocol):
-    """One connection; of too many, the one that has waited longest for a head is closed.
+    """One HTTP connection. Beyond the limit, the server closes the connection that has waited longest for a head.
 
-    h11 also limits the size of a head, before the key is checked; httptools does not.
+    The parser is h11, which limits the size of a head; httptools does not.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -71,7 +71,7 @@ class LimitedHTTP(H11Protocol):
 
 
 def most_connections() -> int:
-    """The most connections that a server may have open: fewer than this process may have open files."""
+    """The limit of open connections: CONNECTIONS, or fewer where this process may open few files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, soft - DESCRIPTORS))
 
