@@ -187,6 +187,7 @@ def torch_processes(platform: Platform) -> list[psutil.Process]:
 LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}
 
 
+@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow")  # the test is no flow
 def test_the_chip_follows_a_stage_to_its_end(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "CHIP_SECONDS", 0.05)
 

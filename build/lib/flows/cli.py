@@ -1,0 +1,347 @@
+"""The command line `vectorclm`: run an experiment, operate the platform, or use a model.
+
+Prefect and MLflow take seconds to import, so only the commands that need them import them.
+"""
+
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from inspect import BoundArguments
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from flows.bench.cli import bench_app
+from flows.form import Name
+from flows.net import has_own_server
+from flows.paths import local_folder
+from flows.platform.prefect_server import PrivateServer, prefect_server
+from flows.reports import lineage_cli, report
+from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
+from flows.tracking import lookup
+from vectorclm.__main__ import MODEL_COMMANDS
+from vectorclm.command_line import LOCAL_STORE, Json, Place, Setting, StoreUri, explain, new_app, parse, run
+from vectorclm.config import ExperimentConfig
+from vectorclm.errors import ConfigError, VectorCLMError
+from vectorclm.lineage.pinning import check_sources, pin
+from vectorclm.model_commands import MODELS, ServeOptions, evaluate, models, serve
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.progress import bars
+from vectorclm.settings import validate
+from vectorclm.stage_commands import add_stages, chosen, load_runtime
+from vectorclm.stages import plans
+from vectorclm.store.artifact import Artifact, Store, default_store
+from vectorclm.store.commands import store_app
+from vectorclm.store.layout import STAGES, StageName
+
+PROGRESS = {"vectorclm.runtime.progress": logging.INFO}
+LOG_LEVELS = {
+    "flows": logging.INFO,
+    "vectorclm": logging.WARNING,
+}  # shown without --verbose
+
+
+app = new_app("vectorclm", "From raw text to an evaluated, instruction-tuned language model.")
+stages = new_app("stage", "Build one stage of an experiment alone, without Prefect and MLflow.")
+add_stages(stages, STAGES, "vectorclm stage")
+app.command(stages)
+app.command(store_app)
+app.command(bench_app)
+app.update(models)
+app.register_install_completion_command()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class PlatformOptions:
+    """The options that name a platform."""
+
+    store: Annotated[str | None, Parameter(help="The store of the artifacts [default: ./store]")] = None
+    env_file: Annotated[Path | None, Parameter(help="A file of settings, as docker/platform.env.example")] = None
+    prefect_port: Annotated[int | None, Parameter(help="Port of Prefect's server [default: 4200]")] = None
+    mlflow_port: Annotated[int | None, Parameter(help="Port of MLflow's server [default: 5000]")] = None
+
+    def config(self) -> Any:
+        """Read the platform's settings; options override the environment, which overrides the file."""
+        from flows.platform.config import read_platform
+
+        ports = {"prefect_port": self.prefect_port, "mlflow_port": self.mlflow_port}
+        return read_platform(self.env_file, vectorclm_store=self.store, **ports)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RunOptions:
+    """How `vectorclm run` runs a curriculum and prints its results."""
+
+    place: Place = Place()
+    settings: Setting = ()
+    json: Annotated[bool, Parameter(help="Print the results as one JSON object, and nothing else")] = False
+    dry_run: Annotated[bool, Parameter(help="Print fingerprints and costs, and do nothing")] = False
+    verbose: Annotated[bool, Parameter(help="Show every log line")] = False
+
+
+@app.command(name="run", help_epilogue="Example: vectorclm run tiny --set finetune.epochs=2.0")
+def run_experiment(
+    experiment: Annotated[str, Parameter(help="tiny, small, base, or a TOML file")] = "tiny",
+    /,
+    *,
+    options: RunOptions = RunOptions(),
+    machine: Annotated[
+        Runtime, Parameter(name="*", group="This machine (never part of a result's fingerprint)")
+    ] = Runtime(),
+) -> None:
+    """Run a whole experiment: text in, an evaluated chat model out."""
+    known = load_runtime(options.place.runtime).model_dump()
+    given = machine.model_dump(include=machine.model_fields_set)
+    _run(experiment, validate(Runtime, {**known, **given}, "options"), options)
+
+
+@app.command(help_epilogue="Example: vectorclm up --store ./store")
+def up(*, platform: PlatformOptions = PlatformOptions()) -> None:
+    """Start the platform: Prefect server, MLflow, workers, deployments with run forms."""
+    from flows.platform import doctor as parts
+
+    config, console = platform.config(), Console()
+    with parts.alone(config, console, starts=True):
+        parts.up(config, console)
+
+
+@app.command(help_epilogue="Example: vectorclm down")
+def down(*, platform: PlatformOptions = PlatformOptions()) -> None:
+    """Stop the platform; `vectorclm up` goes on from there."""
+    from flows.platform import doctor as parts
+
+    config, console = platform.config(), Console()
+    with parts.alone(config, console, starts=False):
+        parts.down(config, console)
+
+
+@app.command(help_epilogue="Example: vectorclm doctor")
+def doctor(*, platform: PlatformOptions = PlatformOptions()) -> int:
+    """Check every part of the platform and repair it where possible; exit code 1 if a problem is left."""
+    from flows.platform import doctor as parts
+
+    config, console = platform.config(), Console()
+    with parts.alone(config, console, starts=False):
+        return 0 if parts.doctor(config, console) else 1
+
+
+@app.command(help_epilogue="Example: vectorclm retry RUN --set finetune.epochs=2.0")
+def retry(
+    run: Annotated[str, Parameter(help="The run's id, or its name for the newest of that name")],
+    /,
+    *,
+    platform: PlatformOptions = PlatformOptions(),
+    again_from: Annotated[
+        StageName | None, Parameter(name="--from", help="Rebuild this stage and those that follow, and compare them")
+    ] = None,
+    settings: Setting = (),
+) -> None:
+    """Run a curriculum again with other settings, or rebuild finished stages and compare them."""
+    from flows.platform.doctor import point_at
+
+    config = platform.config()
+    point_at(config)
+    from flows.platform.retry import retry as start
+
+    run_id = start(run, again_from, list(settings))
+    Console().print(f"{config.prefect_url}/runs/flow-run/{run_id}", highlight=False, soft_wrap=True)
+
+
+@app.command(help_epilogue="Example: vectorclm promote --task hellaswag")
+def promote(
+    model: str = "models:/vectorclm-chat@candidate",
+    /,
+    *,
+    store: StoreUri = LOCAL_STORE,
+    task: Annotated[
+        tuple[str, ...],
+        Parameter(
+            show_default=False,
+            help="A score that must improve, such as hellaswag or bits_per_byte.stories; may be repeated",
+        ),
+    ] = (),
+) -> int:
+    """Make a registered model the champion if it beats the present champion by more than the noise."""
+    from flows.tracking.promotion import promote as move_alias
+
+    return move_alias(model, list(task), Store(store), Console())
+
+
+@app.command(name="lineage", help_epilogue="Example: vectorclm lineage MODEL --verify")
+def show_lineage(
+    model: Annotated[str, Parameter(help=f"{MODELS}, models:/NAME@ALIAS")],
+    /,
+    *,
+    store: StoreUri = LOCAL_STORE,
+    verify: Annotated[bool, Parameter(help="Hash every file again; exit code 1 if one differs")] = False,
+    diff: Annotated[str | None, Parameter(help="Print the differences from this model, setting by setting")] = None,
+    json: Json = False,
+) -> int:
+    """Print the lineage of a model, back to its sources."""
+    return lineage_cli.print_lineage(model, Store(store), verify=verify, diff=diff, as_json=json)
+
+
+@app.command(name="report", help_epilogue="Example: vectorclm report MODEL --out report.html")
+def show_report(
+    model: Annotated[str, Parameter(help="An address as `vectorclm lineage` takes it")],
+    /,
+    *,
+    store: StoreUri = LOCAL_STORE,
+    against: Annotated[str | None, Parameter(help="A model to compare with, such as the champion")] = None,
+    out: Annotated[Path, Parameter(help="The file to write")] = Path("report.html"),
+) -> None:
+    """Write the report of a model as one HTML page: curves, scores, samples, data, lineage, costs."""
+    report.write_report(model, Store(store), against, out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (see `vectorclm.command_line`)."""
+    gc.freeze()  # imported modules stay, so the garbage collector need not scan them
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, so that children and servers end
+    try:
+        if arguments and arguments[0] in STAGES and arguments[0] not in ("evaluate", "export"):
+            raise ConfigError(f"stages are commands of `vectorclm stage`: run vectorclm stage {' '.join(arguments)}")
+        command, bound = parse(app, arguments)
+    except VectorCLMError as error:
+        explain(error)
+        return 2
+    code = run(lambda: _called(command, bound))
+    if code == 130 and command is run_experiment:
+        print("stopped: finished work is kept, and the same command continues from here", file=sys.stderr)
+    return code
+
+
+def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:
+    """Call a command; for commands about models, replace the name of a registered model by its folder."""
+    if command not in MODEL_COMMANDS:
+        return command(*bound.args, **bound.kwargs)
+    store = _store_of(bound)
+    if command is evaluate and not _takes_model(bound):
+        return command(*bound.args, **bound.kwargs)
+    for name, value in bound.arguments.items():
+        if isinstance(value, str) and value.startswith("models:/"):
+            if command is serve:
+                options = bound.arguments.get("options", ServeOptions())
+                bound.arguments["options"] = replace(options, name=options.name or value.removeprefix("models:/"))
+            bound.arguments[name] = _registered(value, store)
+    found = command(*bound.args, **bound.kwargs)
+    if isinstance(found, Artifact):
+        _record(bound.args[0].rstrip("/"), found, Store(store))
+    return None
+
+
+def _store_of(bound: BoundArguments) -> str:
+    options = bound.arguments.get("options")
+    place = getattr(options, "place", options)
+    return str(bound.arguments.get("store") or getattr(place, "store", None) or default_store())
+
+
+def _takes_model(bound: BoundArguments) -> bool:
+    scored = bound.arguments.get("scored")
+    return scored is not None and bool(scored.suite or scored.text)
+
+
+def _registered(address: str, store: str) -> str:
+    """The address of the files of a registered model; any other address unchanged."""
+    if not address.startswith("models:/"):
+        return address
+    from flows.tracking.registry import Registry
+
+    return Registry(Store(store)).find(address).address
+
+
+def _record(address: str, scores: Artifact, store: Store) -> None:
+    """Record the scores of a registered model in MLflow, if there is an MLflow."""
+    if not lookup.has_record(store):
+        return
+    from flows.tracking.registry import Registry, RegistryError
+
+    try:
+        page = Registry(store).record_cli_evaluation(address, scores)
+    except RegistryError as error:
+        print(f"warning: {error}; the result is in the store and not in MLflow", file=sys.stderr)
+    else:
+        if page is not None:
+            print(f"recorded in MLflow: {page}", file=sys.stderr)
+
+
+def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
+    (experiment, path), place = chosen(named, options.settings), options.place
+    store = Store(place.store)
+    if options.dry_run:
+        _dry_run(experiment, path, store, options)
+        return
+    runtime.check()
+    if runtime.placement == "pools" and not has_own_server():
+        raise ConfigError("placement pools needs a Prefect server with workers: set PREFECT_API_URL, or use inline")
+    if runtime.placement == "pools" and experiment.name not in get_args(Name):
+        raise ConfigError(
+            f"placement pools knows {', '.join(get_args(Name))}, not {experiment.name}: run that one inline"
+        )
+    store.check_writable()
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if options.verbose else "CRITICAL")
+    with interruptible(), prefect_server(local_folder(store) / ".prefect") as server:  # starts while sources are pinned
+        experiment, notes = pin(experiment, path, place.data, resolve=True)
+        check_sources(experiment, place.data, hub=True)
+        console = Console(stderr=True)
+        for note in notes:
+            console.print(note, style="yellow", highlight=False)
+        handles = _curriculum(experiment, runtime, store, options, console, server)
+    from flows.reports.summary import Summary, as_line
+
+    summary = Summary(experiment, store, handles)
+    if options.json:
+        print(as_line(summary))
+    else:
+        summary.show(Console())
+
+
+def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, options: RunOptions) -> None:
+    from flows.reports.cost_estimate import budget, known_windows, show
+
+    pinned, notes = pin(experiment, path, options.place.data, resolve=False)
+    specs = plans(pinned)
+    costs = budget(pinned, specs, known_windows(store, specs["shards"]))
+    if options.json:
+        print(json.dumps(costs))
+        return
+    for note in notes:
+        print(note, file=sys.stderr)
+    show(pinned, costs, Console())
+
+
+def _curriculum(
+    experiment: ExperimentConfig,
+    runtime: Runtime,
+    store: Store,
+    options: RunOptions,
+    console: Console,
+    server: PrivateServer | None,
+) -> dict[str, Any]:
+    """Run the flow on the user's Prefect server or the private one, with progress on standard error."""
+    from flows.curriculum import curriculum
+
+    if server is not None:
+        server.wait()
+    with ExitStack() as stack:
+        stack.callback(flush_logs)  # before the server stops
+        stack.enter_context(bars(console) if console.is_terminal else attached(ProgressLines(console), PROGRESS))
+        if not options.verbose:
+            stack.enter_context(attached(LogLines(console), LOG_LEVELS))
+        place = str(data.absolute()) if (data := options.place.data) is not None else None
+        return curriculum(experiment, runtime, store.uri, place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

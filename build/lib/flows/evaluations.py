@@ -1,0 +1,212 @@
+"""The Prefect deployment `evaluate`: score any model on any suite, compare it with earlier results, report a fall."""
+
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import Task, flow, get_run_logger
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.events import emit_event
+from prefect.runtime import flow_run
+from prefect.states import Completed
+from pydantic import Field
+
+from flows.deployments import opened_store
+from flows.execution.launch import Launcher
+from flows.execution.progress import live, show_waiting
+from flows.execution.stage_tasks import RETRY_DELAY, may_help
+from flows.execution.watch import watched
+from flows.form import SuiteName
+from flows.handle import FELL
+from flows.paths import local_folder
+from flows.tracking.registry import SHOWN, Registry, RegistryError, Result, Subject
+from vectorclm.comparison.measurement import Limits, left_out, measure_plan
+from vectorclm.config import load_suite
+from vectorclm.errors import StoreError
+from vectorclm.evaluation.statistics import Change, changes, figures
+from vectorclm.lineage.pinning import pin_suite
+from vectorclm.runtime.devices import Runtime
+from vectorclm.store.artifact import Artifact, StageSpec, Store
+from vectorclm.store.layout import MEASURE
+from vectorclm.store.model_ref import Model, find_model
+
+Address = Annotated[str, Field(pattern=r"^(models:/[^/@:]+(@[^/@]+|/[0-9]+)|/.+|[a-z0-9]+://[^@]+)$")]
+
+
+@flow(name="evaluate", flow_run_name="{model} on {suite}", persist_result=False)
+def evaluate_run(
+    model: Address = "models:/vectorclm-chat@candidate",
+    suite: SuiteName = "tiny",
+    limits: Limits = Limits(),
+    data: str = "",
+    runtime: Runtime = Runtime(),
+) -> State[Any]:
+    """Evaluate any model on a suite and compare it with its earlier results. Finished results are reused.
+
+    Args:
+        model: `models:/NAME@ALIAS` or `models:/NAME/VERSION` of MLflow's registry; `<store>/<stage>/<fingerprint>` of
+            any store; or the absolute path of a model's folder on the worker.
+        suite: A file of benchmarks (`standard`, `generation`), or an experiment whose evaluation is used: its tasks,
+            and its held-out text and conversations if the store has them.
+        limits: How much is measured. Results with different limits are not compared.
+        data: Folder on the worker that mirrors the sources in the hub's schemas. Empty: they are read from the hub.
+        runtime: How the machine runs it. Never part of a result.
+    """
+    store = opened_store(runtime)
+    registry = Registry(store)
+    subject = registry.find(model)
+    found = find_model(subject.address)
+    mirror = Path(data) if data else None
+    asked, path = load_suite(suite)
+    locks = local_folder(store) / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    pinned, notes = pin_suite(asked, locks / path.name, mirror)
+    spec = measure_plan(pinned, limits, found, store, runtime)
+    for line in [*notes, *left_out(spec, pinned, limits, runtime)]:
+        get_run_logger().warning(line)
+    with tempfile.TemporaryDirectory(prefix="vectorclm-") as name:
+        folder = Path(name)
+        (folder / "suite.json").write_text(pinned.model_dump_json(), encoding="utf-8")
+        (folder / "runtime.json").write_text(runtime.model_dump_json(), encoding="utf-8")
+        options = ["--suite", str(folder / "suite.json"), "--runtime", str(folder / "runtime.json")]
+        options += ["--data", data] if data else []
+        for key, value in limits.model_dump(exclude_defaults=True).items():
+            options += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+        with watched():
+            state = _measured(spec, found, [found.address, *options, "--store", store.uri], store, runtime)
+    artifact = store.find(spec.stage, spec.fingerprint)
+    assert artifact is not None
+    _compare(registry, subject, artifact, needed=model.startswith("models:/"))
+    return Completed(name=state.name, message=state.message, data={"uri": artifact.uri, "scores": artifact.summary})
+
+
+def _measured(spec: StageSpec, model: Model, arguments: Sequence[str], store: Store, runtime: Runtime) -> State[Any]:
+    """Run the task that builds the artifact of `spec` in a child process, or reuses it; returns its final state."""
+
+    def measure() -> State[Any]:
+        if (found := store.find_whole(spec)) is not None:
+            model.verify(store)
+            return Completed(name="Reused", message=f"measured already: {found.uri}")
+        command = [sys.executable, "-m", "vectorclm", "evaluate", *arguments, "--relay"]
+        log = get_run_logger().info
+        with Launcher(local_folder(store) / "locks") as launcher, live(MEASURE, log):
+            launcher.take_turn(show_waiting)
+            launcher.run(command, log)
+        if (artifact := store.find(spec.stage, spec.fingerprint)) is None:
+            raise StoreError(f"measured, but {store.uri_of(spec.stage)} lacks {spec.fingerprint}")
+        return Completed(message=f"measured: {artifact.uri}")
+
+    task: Task[[], Any] = Task(
+        measure,
+        name=MEASURE,
+        task_run_name=MEASURE,
+        retries=runtime.retries,
+        retry_delay_seconds=RETRY_DELAY,
+        retry_condition_fn=may_help,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+    state: State[Any] = task(return_state=True)
+    if not state.is_completed():
+        state.result()  # raises the task's error
+    return state
+
+
+def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed: bool) -> None:
+    """Compare the result with earlier ones in a table; record a new one in MLflow and report scores that fell.
+
+    A result is new if it differs from the newest one. It is recorded last, so that a report that a crash interrupts is
+    sent again rather than never. Raises RegistryError where MLflow is `needed` and does not answer.
+    """
+    settings = artifact.manifest["config"]
+    this = Result(subject.title, datetime.now(UTC), artifact.fingerprint, figures(artifact.summary))
+    try:
+        before = registry.history(subject, settings)
+        if before and before[0].fingerprint == this.fingerprint:
+            results = [replace(before[0], title=subject.title), *before[1:]]
+        else:
+            results = [this, *before][:SHOWN]
+            _tell(subject, settings["suite"], results)
+            page = registry.record(subject, artifact, str(flow_run.id) if flow_run.id else None)
+            get_run_logger().info("recorded in MLflow: %s", page)
+    except RegistryError as error:
+        if needed:
+            raise
+        get_run_logger().warning("%s; the result is in the store but not in MLflow, and is not compared", error)
+        results = [this]
+    about = f"`{subject.title}` on `{settings['suite']}`, newest first; each score ± its standard error"
+    rows = table(results, artifact.summary.get("not_run", ()))
+    create_table_artifact(rows, key=_key(subject.name, settings["suite"]), description=about)
+
+
+def table(results: Sequence[Result], not_run: Sequence[str] = ()) -> list[dict[str, str]]:
+    """One row for each result, newest first: every score and its difference from the result before.
+
+    All results of a table have the same settings, so a task that needs a missing sandbox is missing in all.
+    """
+    rows = []
+    for number, result in enumerate(results):
+        row = {"model": result.title, "measured": f"{result.when:%Y-%m-%d %H:%M} UTC"}
+        before = results[number + 1].figures if number + 1 < len(results) else {}
+        found = {change.name: change for change in changes(before, result.figures)}
+        for name, figure in result.figures.items():
+            row[name] = f"{figure.value:.4f} ± {figure.stderr:.4f}"
+            if (change := found.get(name)) is not None:
+                row[name] += f" ({change.difference:+.4f}, {_verdict(change)})"
+        rows.append(row | {f"acc.{label}": "not run" for label in not_run})
+    return rows
+
+
+def _verdict(change: Change) -> str:
+    if not change.beyond_noise:
+        return "within noise"
+    return "worse, beyond noise" if change.fell else "better, beyond noise"
+
+
+def _tell(subject: Subject, suite: str, results: Sequence[Result]) -> None:
+    """Emit one event if scores fell by more than the noise since the result before; an automation forwards it."""
+    if len(results) < 2:
+        return
+    this, before = results[:2]
+    fallen = [change for change in changes(before.figures, this.figures) if change.fell]
+    if not fallen:
+        return
+    lines = [
+        f"{change.name}: {change.before.value:.4f} -> {change.after.value:.4f} (noise {change.noise:.4f})"
+        for change in fallen
+    ]
+    title = f"{this.title} scores worse than {before.title} on {suite}"
+    get_run_logger().warning("%s: %s", title, "; ".join(lines))
+    page = flow_run.ui_url
+    falls = [
+        {"task": change.name, "before": change.before.value, "after": change.after.value, "noise": change.noise}
+        for change in fallen
+    ]
+    emit_event(
+        FELL,
+        resource={
+            "prefect.resource.id": f"vectorclm.{_key(subject.name, suite)}",
+            "prefect.resource.name": f"{subject.name} on {suite}",
+        },
+        payload={
+            "title": title,
+            "text": "\n".join([title, *lines, *([str(page)] if page else [])]),
+            "model": this.title,
+            "before": before.title,
+            "suite": suite,
+            "falls": falls,
+            "links": [str(page)] if page else [],
+        },
+    )
+
+
+def _key(name: str, suite: str) -> str:
+    """The key of the Prefect artifact: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", f"evaluation {name} {suite}".lower()).strip("-")

@@ -1,0 +1,290 @@
+"""Stages as Prefect tasks: reuse the artifact from the store, or have the core build it.
+
+Reuse is decided here and in the core, never by Prefect's cache, so Retry in the UI, a new run and a run after a
+crash all behave alike.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import prefect.runtime
+from prefect import Task, get_run_logger
+from prefect.artifacts import create_link_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import TerminationSignal
+from prefect.futures import PrefectFuture, wait
+from prefect.states import Completed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.execution.launch import (
+    Launcher,
+    StageCancelledError,
+    StageFailedError,
+    StageInterruptedError,
+    under_torchrun,
+)
+from flows.execution.placement import run_in_pool
+from flows.execution.progress import live, show_waiting
+from flows.execution.watch import is_cancelled
+from flows.handle import Handle, duration, stage_handle
+from flows.paths import local_folder
+from flows.reports.report import report
+from flows.tracking.tracker import Tracker
+from vectorclm.config import ExperimentConfig
+from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError, VectorCLMError
+from vectorclm.lineage.chain import lineage
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.library_calls import ending
+from vectorclm.stages import BY_NAME, plans, rebuild_stage, run_stage, summary_lines
+from vectorclm.store.artifact import Artifact, Store, rebuilt_because
+
+RETRY_DELAY = 5  # seconds
+LINK_SECONDS = 15  # to wait for the link to MLflow, while the stages run
+CHAMPION_SECONDS = 30  # to wait for the name of the champion
+WAIT_SECONDS = 3  # between two checks of a stage that another run builds
+
+logger = logging.getLogger(__name__)
+
+
+class Stages:
+    """The stages of one curriculum as Prefect tasks: `with Stages(...) as stage: sample = stage("sample")`."""
+
+    def __init__(
+        self,
+        experiment: ExperimentConfig,
+        runtime: Runtime,
+        store: str,
+        data: Path | None,
+        again_from: str | None = None,
+    ) -> None:
+        self.experiment, self.runtime, self.data = experiment, runtime, data
+        self.store = Store(store)
+        self.plans = plans(experiment)
+        self.again = {again_from} if again_from else set[str]()  # rebuilt and compared, with all that depends on it
+        for name, spec in self.plans.items():
+            if self.again & set(spec.inputs):
+                self.again.add(name)
+        self.launcher = Launcher(local_folder(self.store) / "locks")
+        self._futures: dict[str, PrefectFuture[Any]] = {}
+        context = FlowRunContext.get()
+        flow_run = context.flow_run if context is not None else None
+        own = str(flow_run.id) if flow_run is not None else None
+        self.tracker = Tracker(self.store, experiment, self.plans, own, prefect.runtime.flow_run.root_flow_run_id)
+        self.tracker.common["device"] = runtime.torch_device().type
+        if own is not None and (page := prefect.runtime.flow_run.ui_url):
+            self.tracker.common["prefect.flow_run_url"] = str(page)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            elsewhere = len(self.plans) if self.runtime.placement == "pools" else None
+            workers = self.runtime.parallel_stages or elsewhere or default_workers()
+            self._runner: ThreadPoolTaskRunner[Any] = stack.enter_context(ThreadPoolTaskRunner(max_workers=workers))
+            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vectorclm-")))
+            (self.folder / "experiment.json").write_text(self.experiment.model_dump_json(), encoding="utf-8")
+            (self.folder / "runtime.json").write_text(self.runtime.model_dump_json(), encoding="utf-8")
+            stack.enter_context(self.tracker)
+            stack.enter_context(self.launcher)  # entered last: children end before their MLflow run is closed
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ended = kind is not None and issubclass(kind, TerminationSignal | SystemExit)
+        self.launcher.preempted = ended and not is_cancelled()
+        try:
+            if kind is not None:
+                ending.set()  # for stages that run in threads of this process
+            self._stack.__exit__(kind, error, trace)
+        finally:
+            ending.clear()
+
+    def __call__(self, name: str, *after: PrefectFuture[Any]) -> PrefectFuture[Any]:
+        """Submit the stage `name`, to start when the stages `after` are done.
+
+        Submit stages in topological order: then even one worker cannot deadlock.
+        """
+
+        def stage() -> State[Handle]:
+            return self._run(name)
+
+        task: Task[[], Any] = Task(
+            stage,
+            name=name,
+            task_run_name=name,
+            retries=self.runtime.retries,
+            retry_delay_seconds=RETRY_DELAY,
+            retry_condition_fn=may_help,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            result_serializer="json",
+        )
+        self._futures[name] = self._runner.submit(task, {}, wait_for=list(after))
+        return self._futures[name]
+
+    def handles(self) -> dict[str, Handle]:
+        """Wait for all submitted stages and return the handle of each.
+
+        Raises StageFailedError naming the first stage that failed, after the stages beside it have ended.
+        """
+        if (page := self.tracker.page(LINK_SECONDS)) is not None:
+            create_link_artifact(page, link_text="this run in MLflow", key="mlflow")
+        wait(list(self._futures.values()))
+        handles: dict[str, Handle] = {}
+        for name, future in self._futures.items():
+            result = future.result(raise_on_failure=False)
+            if isinstance(result, BaseException):
+                raise _failure(name, result) from result
+            handles[name] = result
+        if "export" in handles:
+            self._report(handles)
+        return handles
+
+    def _report(self, handles: dict[str, Handle]) -> None:
+        """Write the curriculum's report into the store, and link it in MLflow and Prefect.
+
+        An error here costs the report, never the curriculum: its artifacts are built.
+        """
+        try:
+            champion = self.tracker.champion(CHAMPION_SECONDS)
+            page = report(
+                lineage(handles["finetune"]["uri"], self.store),
+                self.store,
+                lineage(champion, self.store) if champion is not None else None,
+                self.experiment.name,
+            )
+            key = f"reports/{handles['export']['fingerprint']}.html"
+            self.store.write(key, page.encode())
+            place = self.tracker.report(page) or self.store.uri_of(key)
+            create_link_artifact(place, link_text="the report", key="page")
+            logger.info("report: %s", self.store.uri_of(key))
+        except Exception as error:
+            logger.warning("no report: %s: %s", type(error).__name__, error)
+
+    def _run(self, name: str) -> State[Handle]:
+        began = time.monotonic()
+        found = self._found(name)
+        if found is not None and name not in self.again:
+            self.tracker.reused(name, found)
+            logger.info("%s reused", name)
+            handle = stage_handle(name, found, "reused", began)
+            return Completed(name="Reused", message=f"reused {found.uri}", data=handle)
+        artifact = self._in_pool(name) if self.runtime.placement == "pools" else self._here(name)
+        if found is not None:
+            logger.info("%s rebuilt, identical to the byte", name)
+            return Completed(
+                name="Reproduced",
+                message=f"rebuilt, identical to the byte: {found.uri}",
+                data=stage_handle(name, found, "reused", began),
+            )
+        handle = stage_handle(name, artifact, "built", began)
+        logger.info("%s built in %s", name, duration(handle["seconds"]))
+        for line in summary_lines(name, artifact.summary):
+            logger.info("%s", line)
+        return Completed(message=f"built {artifact.uri} in {duration(handle['seconds'])}", data=handle)
+
+    def _found(self, name: str) -> Artifact | None:
+        """The artifact of a stage; None if it is missing or damaged, so that it is built again."""
+        spec = self.plans[name]
+        try:
+            return self.store.find(spec.stage, spec.fingerprint)
+        except CorruptArtifactError as error:
+            if BY_NAME[name].own_process or self.runtime.placement == "pools":  # else the builder warns
+                logger.warning("%s", rebuilt_because(spec, error))
+            return None
+
+    def _here(self, name: str) -> Artifact:
+        """Build the artifact on this machine, with its progress in MLflow and Prefect."""
+        context = TaskRunContext.get()
+        attempt = context.task_run.run_count if context is not None else 1
+        folder = self.store.work_folder(self.plans[name], self.runtime.work_dir)
+        with self.tracker.stage(name, attempt, folder) as tracked, live(name, get_run_logger().info):
+            artifact = self._make_or_wait(name)
+            tracked.finished(artifact)
+        return artifact
+
+    def _in_pool(self, name: str) -> Artifact:
+        """Have a worker of the stage's pool build the artifact, from this experiment with its pinned sources."""
+        parameters = {
+            "stage": name,
+            "experiment": self.experiment.name,
+            "changes": {"settings": self.experiment.model_dump(mode="json", exclude={"name"})},
+            "data": str(self.data or ""),
+            "runtime": self.runtime.model_copy(update={"placement": "inline"}).model_dump(),
+            "again": name in self.again,
+        }
+        run_in_pool(name, parameters, self.launcher.closed, get_run_logger().info)
+        return self._made(name)
+
+    def _make_or_wait(self, name: str) -> Artifact:
+        """Build the artifact, or wait for another run that builds it already."""
+        warned = False
+        while True:
+            try:
+                return self._make(name)
+            except InUseError as error:
+                if not warned:
+                    logger.warning("%s: another run builds it already, so this one waits (%s)", name, error)
+                warned = True
+            if self.launcher.closed.wait(WAIT_SECONDS):
+                raise StageCancelledError("ended with the curriculum")
+
+    def _make(self, name: str) -> Artifact:
+        if not BY_NAME[name].own_process:
+            again = name in self.again
+            build = rebuild_stage if again else run_stage
+            return build(name, self.experiment, self.store, self.runtime, self.data)[0]
+        self.launcher.take_turn(show_waiting)
+        processes = self.runtime.training_processes() if BY_NAME[name].trains else 1
+        command = [sys.executable, "-m", "vectorclm", name, str(self.folder / "experiment.json"), "--relay"]
+        command += ["--store", self.store.uri, "--runtime", str(self.folder / "runtime.json")]
+        command += ["--data", str(self.data)] if self.data is not None else []
+        command += ["--again"] if name in self.again else []
+        if processes > 1:
+            command = under_torchrun(command, processes, self.runtime.threads_each(processes))
+        self.launcher.run(command, get_run_logger().info)
+        return self._made(name)
+
+    def _made(self, name: str) -> Artifact:
+        spec = self.plans[name]
+        if (artifact := self.store.find(spec.stage, spec.fingerprint)) is None:
+            place = self.store.uri_of(spec.stage)
+            raise StoreError(f"{name} ended without an error, but {place} lacks {spec.fingerprint}")
+        return artifact
+
+
+def default_workers() -> int:
+    """The default number of stages that run in parallel: one for each two cores."""
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+def may_help(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a retry may help: the store or the machine failed, not the settings or the data."""
+    error = state.data
+    if isinstance(error, CorruptArtifactError | StageCancelledError):
+        return False
+    helps = isinstance(error, StoreError | OSError | StageInterruptedError)
+    if helps:
+        logger.warning("%s: %s; trying again", run.name, str(error).partition("\n")[0])
+    return helps
+
+
+def _failure(name: str, error: BaseException) -> StageFailedError:
+    """The error of a curriculum whose stage failed: what is wrong, where, and what to do."""
+    if isinstance(error, DataError | CorruptArtifactError | StageCancelledError | StageInterruptedError):
+        todo = "fix it and run the same command again"
+    elif isinstance(error, VectorCLMError | OSError):
+        todo = "fix it and rerun"
+    else:
+        todo = "this is a bug of the program; --verbose shows where"
+    what = str(error) if isinstance(error, VectorCLMError) else f"{type(error).__name__}: {error}"
+    return StageFailedError(f"stage {name} failed: {what}\nFinished stages are kept and will be reused; {todo}.")

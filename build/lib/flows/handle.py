@@ -1,0 +1,34 @@
+"""The handle that a stage returns to its flow, and the names of the Prefect states and events."""
+
+import time
+from typing import TypedDict
+
+from vectorclm.store.artifact import Artifact
+
+RESCUED = "Rescued"  # the state that an automation sets on a crashed run
+MAX_RESCUES = 2
+FELL = "vectorclm.score.fell"  # the event that a score fell
+
+
+class Handle(TypedDict):
+    """The result of a stage in Prefect: the address of its artifact, and whether it was built or reused."""
+
+    stage: str
+    fingerprint: str
+    uri: str
+    state: str  # built, reused
+    seconds: float
+
+
+def duration(seconds: float) -> str:
+    """A duration in seconds as text: `4.2 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def stage_handle(name: str, artifact: Artifact, state: str, began: float) -> Handle:
+    """The handle of an artifact; `began` is the monotonic time at which its stage started."""
+    seconds = round(time.monotonic() - began, 2)
+    return Handle(stage=name, fingerprint=artifact.fingerprint, uri=artifact.uri, state=state, seconds=seconds)

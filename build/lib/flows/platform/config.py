@@ -1,0 +1,292 @@
+"""Settings of the platform, and its services: Prefect, MLflow, the workers, and if asked for Postgres and an S3 store.
+
+Each service is a process that outlives the command which starts it; its log and its record are in `<home>/platform/`.
+Passwords reach services by their environment or a pipe, never by arguments.
+"""
+
+import os
+import re
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, get_args
+from urllib.parse import quote, unquote, urlsplit
+
+from pydantic import Field, SecretStr, model_validator
+
+from flows.net import HEARTBEAT_SECONDS, QUIET, answers, past_proxies
+from flows.paths import local_folder
+from flows.platform import password
+from flows.platform.database import postgres
+from flows.platform.objectstore import object_store
+from flows.platform.process import HOST, Service
+from vectorclm.errors import ConfigError
+from vectorclm.inference.guard import ALLOWED, allowed_hosts
+from vectorclm.settings import Settings, validate
+from vectorclm.store.artifact import Store
+
+POOLS = ("cpu", "gpu")
+EVENTS_KEPT = "P30D"  # ISO 8601
+SCHEDULE_SECONDS = 10  # between two checks for new schedules
+
+
+class PlatformConfig(Settings):
+    """Settings of the platform: the variables of `docker/platform.env`, in lower case."""
+
+    vectorclm_store: str = Field("./store", description="The store of the artifacts: a folder, or s3://bucket/prefix")
+    vectorclm_database: SecretStr | None = Field(
+        None, description="postgresql://user:password@host:port for Prefect and MLflow; default: SQLite in the home"
+    )
+    vectorclm_notify: str = Field(
+        "none",
+        pattern=r"^(none|[a-z0-9-]+/[a-z0-9-]+)$",
+        description="Prefect's block to notify when a score falls, as type/name: webhook/team; none = no message",
+    )
+    vectorclm_home: str | None = Field(None, description="The folder on this machine for databases and logs")
+    prefect_port: int = Field(4200, ge=1, le=65_535)
+    mlflow_port: int = Field(5000, ge=1, le=65_535)
+    postgres_port: int = Field(5432, ge=1, le=65_535)
+    s3_port: int = Field(8333, ge=1, le=65_535)
+    postgres_password: SecretStr | None = None
+    vectorclm_allowed_hosts: str = Field(
+        "", description="Host names of Prefect and MLflow beside localhost, as behind a proxy; separated by commas"
+    )
+    prefect_auth: SecretStr | None = Field(
+        None, description="user:password of Prefect's API and UI; default: `up` creates one; none = no password"
+    )
+    mlflow_admin_password: SecretStr | None = Field(None, min_length=12)
+    mlflow_secret_key: SecretStr | None = None
+    s3_access_key: SecretStr | None = None
+    s3_secret_key: SecretStr | None = None
+    aws_endpoint_url: str | None = Field(None, description="An S3 store that runs already; default: `up` starts one")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        for one, other in (("mlflow_admin_password", "mlflow_secret_key"), ("s3_access_key", "s3_secret_key")):
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                raise ValueError(f"{one.upper()} and {other.upper()} go together: set both, or neither")
+        auth = self.prefect_auth
+        if auth is not None and not password.is_off(auth) and not password.is_complete(auth.get_secret_value()):
+            raise ValueError("PREFECT_AUTH must be user:password, or none")
+        try:
+            allowed_hosts({ALLOWED: self.vectorclm_allowed_hosts})
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        url = self.vectorclm_database
+        if url is not None and not re.match(r"postgres(ql)?://", url.get_secret_value()):
+            raise ValueError("VECTORCLM_DATABASE must be postgresql://user:password@host:port")
+        return self
+
+    @property
+    def home(self) -> Path:
+        """The folder on this machine for databases, logs and locks."""
+        if self.vectorclm_home is not None:
+            return Path(self.vectorclm_home).absolute()
+        return local_folder(Store(self.vectorclm_store))
+
+    @property
+    def prefect_password(self) -> str | None:
+        """user:password of Prefect: as set, else the one that `up` created; None without a password.
+
+        Raises ConfigError where the file that keeps it cannot be read.
+        """
+        if self.prefect_auth is None:
+            return password.read(self.home)
+        return None if password.is_off(self.prefect_auth) else self.prefect_auth.get_secret_value()
+
+    @property
+    def prefect_url(self) -> str:
+        """The URL of Prefect's UI; its API is at `/api`."""
+        return f"http://{HOST}:{self.prefect_port}"
+
+    @property
+    def mlflow_url(self) -> str:
+        """The URL of MLflow's UI and API."""
+        return f"http://{HOST}:{self.mlflow_port}"
+
+    def database(self, name: str, driver: str) -> str | None:
+        """The URL of a Postgres database, `prefect` or `mlflow`; None if SQLite is used."""
+        if self.vectorclm_database is not None:
+            at = urlsplit(self.vectorclm_database.get_secret_value()).netloc
+        elif self.postgres_password is not None:
+            at = f"vectorclm:{quote(self.postgres_password.get_secret_value(), safe='')}@{HOST}:{self.postgres_port}"
+        else:
+            return None
+        return f"postgresql+{driver}://{at}/{name}"
+
+    def client_environment(self) -> dict[str, str]:
+        """The environment of a worker, or of a command that talks to the platform."""
+        store = self.vectorclm_store
+        environment = {
+            **QUIET,
+            **past_proxies(),
+            "PREFECT_HOME": str(self.home / ".prefect"),
+            "PREFECT_API_URL": f"{self.prefect_url}/api",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+            "PREFECT_WORKER_QUERY_SECONDS": "5",
+            "MLFLOW_TRACKING_URI": self.mlflow_url,
+            "VECTORCLM_HOME": str(self.home),
+            "VECTORCLM_STORE": store if "://" in store else str(Path(store).absolute()),
+        }
+        if (auth := self.prefect_password) is not None:
+            environment["PREFECT_API_AUTH_STRING"] = auth
+        if self.mlflow_admin_password is not None:
+            environment["MLFLOW_TRACKING_USERNAME"] = "admin"
+            environment["MLFLOW_TRACKING_PASSWORD"] = self.mlflow_admin_password.get_secret_value()
+        return environment | self._s3_environment()
+
+    @property
+    def _s3_url(self) -> str:
+        return f"http://{HOST}:{self.s3_port}"
+
+    def _s3_environment(self) -> dict[str, str]:
+        if self.s3_access_key is None or self.s3_secret_key is None:
+            return {}
+        endpoint = self.aws_endpoint_url or self._s3_url
+        return {
+            "AWS_ACCESS_KEY_ID": self.s3_access_key.get_secret_value(),
+            "AWS_SECRET_ACCESS_KEY": self.s3_secret_key.get_secret_value(),
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": endpoint,
+            "MLFLOW_S3_ENDPOINT_URL": endpoint,
+        }
+
+    def stores(self) -> list[Service]:
+        """Postgres and the S3 store, if asked for, in the order of their start; each waits for the one before it."""
+        found: list[Service] = []
+        if self.vectorclm_database is None and self.postgres_password is not None:
+            password = self.postgres_password.get_secret_value()
+            found.append(postgres(self.home / "postgres", _folder(self), self.postgres_port, password))
+        own = self.aws_endpoint_url in (None, self._s3_url) and self.vectorclm_store.startswith("s3://")
+        if own and self.s3_access_key is not None and self.s3_secret_key is not None:
+            keys = self.s3_access_key.get_secret_value(), self.s3_secret_key.get_secret_value()
+            found += object_store(self.home / "s3", _folder(self), self.s3_port, *keys)
+        return found
+
+    def servers(self) -> list[Service]:
+        """The servers of Prefect and MLflow, which start in parallel."""
+        return [_prefect_server(self), _mlflow_server(self)]
+
+    def workers(self) -> list[Service]:
+        """A worker for each pool."""
+        return [_worker(self, pool) for pool in POOLS]
+
+
+SECRETS = [name for name, field in PlatformConfig.model_fields.items() if SecretStr in get_args(field.annotation)]
+
+
+def read_platform(env_file: Path | None, **options: Any) -> PlatformConfig:
+    """Read the platform's settings: options override the environment, which overrides the file. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    if env_file is not None:
+        try:
+            lines = env_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{env_file} cannot be read: {error}") from error
+        for number, line in enumerate(lines, 1):
+            name, equals, value = line.strip().partition("=")
+            if not name or name.startswith("#"):
+                continue
+            if not equals:
+                raise ConfigError(f"{env_file}, line {number}: write NAME=value")
+            name, value = name.strip().lower(), value.strip().strip("\"'")
+            if not value and name in SECRETS:
+                raise ConfigError(f"{env_file}, line {number}: {name.upper()} is empty: fill it in, or delete the line")
+            values[name] = value
+    known = PlatformConfig.model_fields
+    values |= {name: os.environ[name.upper()] for name in known if name.upper() in os.environ}
+    values |= {name: value for name, value in options.items() if value is not None}
+    return validate(PlatformConfig, {name: value for name, value in values.items() if value != ""}, "platform settings")
+
+
+def _prefect_server(config: PlatformConfig) -> Service:
+    command = [
+        sys.executable,
+        "-m",
+        "flows.platform.guard",
+        "prefect",
+        "--host",
+        HOST,
+        "--port",
+        str(config.prefect_port),
+    ]
+    environment = {
+        **QUIET,
+        "PREFECT_HOME": str(config.home / ".prefect"),
+        "PREFECT_API_URL": f"{config.prefect_url}/api",
+        ALLOWED: config.vectorclm_allowed_hosts,
+        # The guard refuses other origins; these two settings also work behind a proxy that hides the origin.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{config.prefect_url},http://localhost:{config.prefect_port}",
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        # Automations that fell due while the server was away still fire when it is back.
+        "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": EVENTS_KEPT,
+        # Prefect's default is a minute.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": str(SCHEDULE_SECONDS),
+    }
+    if (url := config.database("prefect", "asyncpg")) is not None:
+        environment["PREFECT_API_DATABASE_CONNECTION_URL"] = url
+    if (auth := config.prefect_password) is not None:
+        environment |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_API_AUTH_STRING": auth}
+    ready = partial(answers, f"{config.prefect_url}/api/health")
+    return Service("prefect-server", command, environment, _folder(config), config.prefect_port, ready)
+
+
+def _mlflow_server(config: PlatformConfig) -> Service:
+    home = config.home
+    command = [
+        sys.executable,
+        "-m",
+        "flows.platform.guard",
+        "mlflow",
+        "--host",
+        HOST,
+        "--port",
+        str(config.mlflow_port),
+    ]
+    command += ["--workers", "2"]
+    destination = (home / "mlartifacts").as_uri() if not _is_remote(config) else f"{config.vectorclm_store}/mlflow"
+    environment = {
+        **QUIET,
+        "MLFLOW_BACKEND_STORE_URI": config.database("mlflow", "psycopg2") or f"sqlite:///{home / 'mlflow.db'}",
+        "MLFLOW_ARTIFACTS_DESTINATION": destination,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        ALLOWED: config.vectorclm_allowed_hosts,
+        **config._s3_environment(),
+    }
+    if config.mlflow_admin_password is not None and config.mlflow_secret_key is not None:
+        command += ["--app-name", "basic-auth"]
+        environment["MLFLOW_AUTH_ADMIN_PASSWORD"] = config.mlflow_admin_password.get_secret_value()
+        environment["MLFLOW_FLASK_SERVER_SECRET_KEY"] = config.mlflow_secret_key.get_secret_value()
+    prepare = None
+    if config.mlflow_admin_password is not None and (url := config.database("mlflow", "psycopg2")) is not None:
+        user, _, at = urlsplit(url).netloc.rpartition("@")
+        name, _, password = user.partition(":")
+        environment["PGPASSWORD"] = unquote(password)  # not in the URL, which is written to a file
+        environment["MLFLOW_AUTH_CONFIG_PATH"] = str(_folder(config) / "mlflow-auth.ini")
+        prepare = partial(_write_users, _folder(config) / "mlflow-auth.ini", f"{name}@{at}")
+    ready = partial(answers, f"{config.mlflow_url}/health")
+    return Service("mlflow", command, environment, _folder(config), config.mlflow_port, ready, prepare)
+
+
+def _write_users(file: Path, at: str) -> None:
+    """Write MLflow's configuration of users, who are kept in Postgres."""
+    lines = ["[mlflow]", "default_permission = READ", f"database_uri = postgresql+psycopg2://{at}/mlflow"]
+    file.write_text("\n".join([*lines, "admin_username = admin", ""]), encoding="utf-8")
+
+
+def _worker(config: PlatformConfig, pool: str) -> Service:
+    name = f"{socket.gethostname()}-{pool}"
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process", "--pool", pool, "--name", name]
+    command += ["--no-create-pool-if-not-found", "--install-policy", "never"]
+    command += ["--limit", "1"] if pool == "gpu" else []  # a stage uses all GPUs of its machine; the next one waits
+    # The user's own umask decides who may read artifacts in a shared folder.
+    return Service(f"worker-{pool}", command, config.client_environment(), _folder(config), umask=-1)
+
+
+def _folder(config: PlatformConfig) -> Path:
+    return config.home / "platform"
+
+
+def _is_remote(config: PlatformConfig) -> bool:
+    return not Store(config.vectorclm_store).is_local

@@ -1,0 +1,397 @@
+"""`vectorclm up`, `down` and `doctor`: start the platform, stop it, check every part and repair it if possible."""
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+
+import httpx
+from filelock import FileLock, Timeout
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from flows.platform import password
+from flows.platform.config import POOLS, PlatformConfig
+from flows.platform.ownership import ran_here, reasons_to_leave_alone, remember
+from flows.platform.process import Service, ServiceError
+from vectorclm.errors import VectorCLMError
+from vectorclm.store.artifact import Store
+
+FREE_GIGABYTES = 5
+OPEN = "none, so every user of this machine can run programs as you; without PREFECT_AUTH=none, `up` creates one"
+HEARTBEAT_SECONDS = 40  # within which a new worker must send a heartbeat
+WRITE_SECONDS = 60  # within which a write must succeed
+TAKE_SECONDS = 20  # within which a worker takes a run that is due
+VERSIONS = ("prefect", "sqlalchemy", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
+
+
+def up(config: PlatformConfig, console: Console) -> None:
+    """Start services that do not run, create what is missing in Prefect, and print the links.
+
+    Raises a VectorCLMError where a service does not start; running services stay up.
+    """
+    if config.prefect_auth is None:
+        password.ensure(config.home, f"{config.prefect_url}/api")
+    point_at(config)
+    remember(config)
+    for service in config.stores():
+        if service.start():
+            console.print(f"starting {service.name} …", highlight=False)
+        service.wait()
+    store = Store(config.vectorclm_store)
+    store.create()
+    store.check_writable()
+    servers = config.servers()
+    for service in servers:
+        if service.start():
+            console.print(f"starting {service.name} …", highlight=False)
+    for service in servers:
+        service.wait()
+    password.settle(config.home, f"{config.prefect_url}/api", own=config.prefect_auth is None)
+    problem = _provision(config, lambda line: console.print(line, highlight=False))
+    if problem is not None:
+        console.print(problem, style="yellow", highlight=False, markup=False)
+    since = datetime.now(UTC)
+    started = [(service, pool) for service, pool in process_workers(config) if service.start()]
+    for service, pool in started:
+        console.print(f"starting {service.name} …", highlight=False)
+        if not _heard(pool, since):
+            raise ServiceError(f"{service.name} started, but Prefect received no heartbeat from it: read {service.log}")
+    _print_links(config, console)
+
+
+def down(config: PlatformConfig, console: Console) -> None:
+    """Stop all services, the workers first. Their runs end, and continue where they stopped after the next `up`."""
+    services = [*config.stores(), *config.servers(), *config.workers()]
+    stopped = [service for service in reversed(services) if service.stop()]
+    for service in stopped:
+        console.print(f"{service.name} stopped", highlight=False)
+    if not stopped:
+        message = f"no service of the platform of {config.home} was running: give the --store or --env-file of `up`"
+        console.print(message, highlight=False, soft_wrap=True)
+
+
+def _print_links(config: PlatformConfig, console: Console) -> None:
+    console.print()
+    form = f"{config.prefect_url}/deployments/deployment/{_deployment_id(config)}/run"
+    for name, link in (
+        ("run the curriculum", form),
+        ("Prefect", config.prefect_url),
+        ("MLflow", f"{config.mlflow_url}/?workflowType=machine_learning"),
+        ("store", Store(config.vectorclm_store).uri),
+        ("logs", str(config.home / "platform")),
+    ):
+        console.print(f"{name:>20}  {link}", highlight=False, soft_wrap=True)
+    console.print(f"{'password':>20}  {_password(config, shown=console.is_terminal)}", highlight=False, soft_wrap=True)
+    if not _gpus():
+        console.print(f"{'gpu':>20}  none: this machine's workers run on its CPU", highlight=False)
+
+
+def _password(config: PlatformConfig, *, shown: bool) -> str:
+    """A line about Prefect's password. The one that `up` created is printed only to a terminal (`shown`)."""
+    if config.prefect_password is None:
+        return OPEN
+    if config.prefect_auth is not None:
+        return "PREFECT_AUTH; Prefect's page asks once for all of it, as user:password"
+    place = password.place(config.home)
+    if not shown:
+        return f"PREFECT_API_AUTH_STRING in {place}; Prefect's page asks for it once"
+    return f"{config.prefect_password}  (Prefect's page asks once for all of it; it is kept in {place})"
+
+
+def _provision(config: PlatformConfig, report: Callable[[str], None]) -> str | None:
+    from prefect.client.orchestration import get_client
+
+    from flows.platform.provision import provision
+
+    with get_client(sync_client=True) as client:
+        return provision(client, report, config.vectorclm_notify)
+
+
+def _deployment_id(config: PlatformConfig) -> str:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return str(client.read_deployment_by_name("curriculum/curriculum").id)
+
+
+def point_at(config: PlatformConfig) -> None:
+    """Have Prefect in this process and its children use the platform. Call it before Prefect is imported."""
+    os.environ |= config.client_environment()
+
+
+@contextmanager
+def alone(config: PlatformConfig, console: Console, *, starts: bool) -> Iterator[None]:
+    """Lock the platform against other `up`, `down` and `doctor` commands while the block runs.
+
+    If no platform ever ran here, only a command that `starts` one creates the home.
+    """
+    if not starts and not ran_here(config):
+        yield
+        return
+    config.home.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(config.home / "platform.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"waiting for another up, down or doctor of {config.home}", highlight=False, soft_wrap=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check, as a line of text."""
+
+    good: bool
+    what: str
+
+
+Check = Callable[[PlatformConfig], Iterator[Finding]]
+
+
+def doctor(config: PlatformConfig, console: Console) -> bool:
+    """Check every part of the platform, repair it if possible, and print a line each; False if a problem is left.
+
+    If `up` started no platform with these settings, doctor reports this, and creates and starts nothing.
+    """
+    point_at(config)
+    well = _checked((_versions, _disk, _gpu), config, console)
+    if reasons := reasons_to_leave_alone(config):
+        for reason in reasons:
+            _report(Finding(False, reason), console)
+        return False
+    well &= _checked((_stores, _store, _servers), config, console)
+    if config.servers()[0].process() is None:
+        message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
+        return _report(Finding(False, message), console)
+    return _checked((_database, _inside_prefect, _workers, _waiting), config, console) and well
+
+
+def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) -> bool:
+    well = True
+    for check in checks:
+        try:
+            for finding in check(config):
+                well &= _report(finding, console)
+        except VectorCLMError as error:
+            well = _report(Finding(False, str(error)), console)
+        except httpx.HTTPError as error:
+            well = _report(Finding(False, f"Prefect does not answer at {config.prefect_url}: {error}"), console)
+    return well
+
+
+def _report(finding: Finding, console: Console) -> bool:
+    mark, style = ("ok", "green") if finding.good else ("!!", "red")
+    console.print(f"[{style}]{mark}[/] ", end="")
+    console.print(finding.what, highlight=False, markup=False, soft_wrap=True)
+    return finding.good
+
+
+def _versions(config: PlatformConfig) -> Iterator[Finding]:
+    wrong = list(_unsuitable())
+    for problem in wrong:
+        yield Finding(False, problem)
+    if not wrong:
+        yield Finding(True, "versions: " + ", ".join(f"{name} {version(name)}" for name in VERSIONS))
+    if config.database("mlflow", "psycopg2") is not None and find_spec("psycopg2") is None:
+        yield Finding(False, "MLflow needs psycopg2 to reach Postgres: pip install 'vectorclm[postgres]'")
+
+
+def _unsuitable() -> Iterator[str]:
+    """Installed packages that do not meet the requirements, each with the command that fixes it."""
+    for line in requires("vectorclm") or []:
+        needed = Requirement(line)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        fix = f"pip install '{needed.name}{needed.specifier}', then `vectorclm down` and `vectorclm up`"
+        try:
+            found = version(needed.name)
+        except PackageNotFoundError:
+            yield f"{needed.name} is not installed: {fix}"
+            continue
+        if not needed.specifier.contains(found, prereleases=True):
+            yield f"{needed.name} {found} does not work here: {fix}"
+
+
+def _stores(config: PlatformConfig) -> Iterator[Finding]:
+    for service in config.stores():
+        yield _kept_running(service)
+
+
+def _kept_running(service: Service) -> Finding:
+    started = service.start()
+    service.wait()
+    runs = "runs" if service.port is None else f"answers at port {service.port}"
+    return Finding(True, f"{service.name} {runs}" + (", started again" if started else ""))
+
+
+def _store(config: PlatformConfig) -> Iterator[Finding]:
+    store = Store(config.vectorclm_store)
+    store.create()
+    store.check_writable()
+    yield Finding(True, f"store {store.uri} can be read and written")
+
+
+def _disk(config: PlatformConfig) -> Iterator[Finding]:
+    there = next(folder for folder in (config.home, *config.home.parents) if folder.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    yield Finding(free >= FREE_GIGABYTES, f"{free:.0f} GB free at {config.home}; {FREE_GIGABYTES} GB are recommended")
+
+
+def _gpu(config: PlatformConfig) -> Iterator[Finding]:
+    found = _gpus()
+    yield Finding(True, f"GPUs: {', '.join(found)}" if found else "no GPU: this machine's workers run on its CPU")
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
+def _servers(config: PlatformConfig) -> Iterator[Finding]:
+    for service in config.servers():
+        try:
+            yield _kept_running(service)
+        except ServiceError as error:  # the next server is still checked
+            yield Finding(False, str(error))
+
+
+def _database(config: PlatformConfig) -> Iterator[Finding]:
+    """Check a write through Prefect's API: a locked database stops all writes, and the health check still passes."""
+    server = config.servers()[0]
+    if _writes(config):
+        yield Finding(True, "Prefect's database accepts writes")
+        return
+    server.stop()
+    server.start()
+    server.wait()
+    if _writes(config):
+        yield Finding(True, f"Prefect's database took no write in {WRITE_SECONDS} s: {server.name} started again")
+    else:
+        yield Finding(
+            False,
+            f"Prefect's database accepts no write within {WRITE_SECONDS} s: another program locks it, or its disk "
+            f"is full; read {server.log}",
+        )
+
+
+def _writes(config: PlatformConfig) -> bool:
+    """Whether Prefect's server creates and deletes a variable within WRITE_SECONDS."""
+    known = config.prefect_password
+    auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
+    name = f"doctor-{secrets.token_hex(4)}"
+    api = f"{config.prefect_url}/api"
+    try:
+        with httpx.Client(auth=auth, timeout=WRITE_SECONDS, trust_env=False) as client:
+            given = client.get(f"{api}/csrf-token", params={"client": name}).raise_for_status().json()["token"]
+            client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": given})
+            client.post(f"{api}/variables/", json={"name": name, "value": "a write"}).raise_for_status()
+            client.delete(f"{api}/variables/name/{name}").raise_for_status()
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
+    """Probe the services inside Prefect's server, and restore pools, automations and deployments meanwhile."""
+    from prefect.client.orchestration import get_client
+
+    from flows.platform import server_services
+
+    log = config.servers()[0].log
+    with get_client(sync_client=True) as client, server_services.probe(client, log) as probe:
+        unplanned = server_services.unplanned(client)
+        try:
+            yield from _provisioned(config)
+        except VectorCLMError as error:
+            yield Finding(False, str(error))
+        for good, what in server_services.findings(client, probe, unplanned, log):
+            yield Finding(good, what)
+
+
+def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
+    changes: list[str] = []
+    problem = _provision(config, changes.append)
+    for change in changes:
+        yield Finding(True, change)
+    yield Finding(True, f"password: {_password(config, shown=False)}")
+    yield Finding(True, "pools, automations and deployments are as they should be")
+    notified = f"the block {config.vectorclm_notify} is notified when a score falls"
+    if config.vectorclm_notify == "none":
+        notified = "nobody is notified when a score falls: VECTORCLM_NOTIFY names no block"
+    yield Finding(problem is None, problem or notified)
+
+
+def _workers(config: PlatformConfig) -> Iterator[Finding]:
+    since = datetime.now(UTC)
+    mine = process_workers(config)
+    for pool in set(POOLS) - {pool for _, pool in mine}:
+        yield Finding(True, f"pool {pool} is not of type process: {_heard(pool, None)} other worker(s) online")
+    for service, pool in mine:
+        again = service.start()
+        online = _heard(pool, since if again else None)
+        if online:
+            yield Finding(True, f"pool {pool} has {online} worker(s) online{', started again' if again else ''}")
+        else:
+            yield Finding(False, f"pool {pool} has a worker process but no heartbeat: read {service.log}")
+
+
+def _waiting(config: PlatformConfig) -> Iterator[Finding]:
+    """Report runs that are late although nothing runs before them; a new worker gets TAKE_SECONDS to take them."""
+    from prefect.client.orchestration import get_client
+
+    from flows.platform.server_services import late_runs
+
+    deadline = time.monotonic() + TAKE_SECONDS
+    with get_client(sync_client=True) as client:
+        while (late := late_runs(client)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+    logs = ", ".join(str(service.log) for service in config.workers())
+    for line in late:
+        yield Finding(
+            False, f"{line}: read the log of its worker ({logs}), and check whether the pool or queue is paused"
+        )
+    if not late:
+        yield Finding(True, "no run is late without a reason")
+
+
+def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:
+    """The workers that `up` starts, each with its pool: those of pools of type `process`.
+
+    If a pool became a cluster's, the worker that was started for it before is stopped.
+    """
+    from prefect.client.orchestration import get_client
+
+    found = []
+    with get_client(sync_client=True) as client:
+        for service, pool in zip(config.workers(), POOLS, strict=True):
+            if client.read_work_pool(pool).type == "process":
+                found.append((service, pool))
+            else:
+                service.stop()
+    return found
+
+
+def _heard(pool: str, since: datetime | None) -> int:
+    """The number of workers of a pool that are online; with `since`, wait for a heartbeat after that time."""
+    from prefect.client.orchestration import get_client
+
+    deadline = time.monotonic() + HEARTBEAT_SECONDS
+    with get_client(sync_client=True) as client:
+        while True:
+            online = [worker for worker in client.read_workers_for_work_pool(pool) if worker.status == "ONLINE"]
+            heard = [worker.last_heartbeat_time for worker in online if worker.last_heartbeat_time is not None]
+            if since is None or any(when > since for when in heard) or time.monotonic() > deadline:
+                return len(online) if since is None or any(when > since for when in heard) else 0
+            time.sleep(0.5)

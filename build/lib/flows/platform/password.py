@@ -1,0 +1,85 @@
+"""The password that `vectorclm up` creates for Prefect: create it, store it, read it.
+
+Its file can also be sourced by a shell: then the user's own `prefect` command uses the platform.
+"""
+
+import os
+import secrets
+import shlex
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from vectorclm.errors import ConfigError
+
+URL, AUTH = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"
+OFF = "none"  # the value of PREFECT_AUTH for no password
+ABOUT = "# Written by `vectorclm up`. For a `prefect` of your own: set -a; . {}; set +a\n"
+
+
+def place(home: Path) -> Path:
+    """The file with the password of the platform of a home."""
+    return home / "platform" / "prefect.env"
+
+
+def make() -> str:
+    """A new random user:password."""
+    return f"admin:{secrets.token_urlsafe(24)}"
+
+
+def is_complete(text: str) -> bool:
+    """Whether a text has the form user:password."""
+    user, _, password = text.partition(":")
+    return bool(user and password)
+
+
+def is_off(setting: SecretStr) -> bool:
+    """Whether PREFECT_AUTH switches the password off."""
+    return setting.get_secret_value().lower() == OFF
+
+
+def read(home: Path, url: str | None = None) -> str | None:
+    """Read the password of the platform of a home; None without one, or if it is for another server than `url`.
+
+    Raises ConfigError where its file cannot be read.
+    """
+    try:
+        lines = place(home).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file of Prefect's password, {place(home)}, cannot be read: {error}") from error
+    values = dict(line.partition("=")[::2] for line in lines if not line.startswith("#"))
+    if url is not None and values.get(URL) != url:
+        return None
+    return values.get(AUTH) or None
+
+
+def ensure(home: Path, url: str) -> None:
+    """Create a password for the Prefect server at `url` unless there is one.
+
+    Raises ConfigError where its file cannot be read.
+    """
+    if read(home) is None:
+        _write(home, url, make())
+
+
+def settle(home: Path, url: str, *, own: bool) -> None:
+    """Write the server's URL beside the password; delete the password if the user set one, or none, instead.
+
+    Raises ConfigError where its file cannot be read.
+    """
+    if not own:
+        place(home).unlink(missing_ok=True)
+    elif (known := read(home)) is not None and read(home, url) is None:
+        _write(home, url, known)
+
+
+def _write(home: Path, url: str, password: str) -> None:
+    file = place(home)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
+        opened.write(f"{ABOUT.format(shlex.quote(str(file)))}{URL}={url}\n{AUTH}={password}\n")
+    draft.replace(file)  # atomic, and never readable for other users

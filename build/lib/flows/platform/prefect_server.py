@@ -1,0 +1,148 @@
+"""A private Prefect server for one command, which ends with the command.
+
+Prefect can start an ephemeral server by itself, but a `kill -9` of the command leaves it running. This server gets a
+signal when its parent dies.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+
+from flows.execution.launch import dying_with_parent
+from flows.net import HEARTBEAT_SECONDS, QUIET, answers, free_port, has_own_server, past_proxies
+from flows.platform import password
+from vectorclm.errors import ConfigError, VectorCLMError
+from vectorclm.inference.guard import ALLOWED
+
+START_SECONDS = 120  # a cold start migrates a new database
+STOP_SECONDS = 5
+# Services that a private server does not need: it has no schedules, deployments, pauses or automations.
+IDLE = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "CANCELLATION_CLEANUP", "PAUSE_EXPIRATIONS", "REPOSSESSOR", "TRIGGERS")
+YIELDS = 10  # its niceness once it is up: trainings have priority
+
+
+class ServerError(VectorCLMError):
+    """The Prefect server did not start, or does not answer."""
+
+
+class PrivateServer:
+    """A Prefect server in a child process, with its database in `home`: `start`, then `wait`."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.log = home / "server.log"
+        self._lock = FileLock(home / "server.lock", thread_local=False)  # one migration of a new database at a time
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher = ThreadPoolExecutor(1)
+
+    def start(self) -> None:
+        """Start the server, and set the environment of this process to use it instead of the user's profile.
+
+        Call it before Prefect is imported, which reads the environment once.
+        """
+        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)  # keys of Prefect's blocks are in its database
+        self._lock.acquire()
+        for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+            if not name.startswith("PREFECT_LOGGING_"):
+                del os.environ[name]
+        port, auth = free_port(), password.make()
+        self.url = f"http://127.0.0.1:{port}/api"
+        os.environ |= {**QUIET, **past_proxies(), "PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
+        os.environ["PREFECT_API_AUTH_STRING"] = auth
+        settings = {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in IDLE}
+        settings |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_SERVER_UI_ENABLED": "false"}
+        settings |= {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}"}
+        settings |= {"PREFECT_SERVER_LOGGING_LEVEL": "ERROR", ALLOWED: ""}
+        command = [sys.executable, "-m", "flows.platform.guard", "prefect", "--port", str(port)]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                dying_with_parent(command),
+                env={**os.environ, **settings, "PYTHONSAFEPATH": "1"},  # imports nothing from the working directory
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C must not reach the server: it outlives the flow
+            )
+        self._up = self._watcher.submit(self._watch, self._process)
+
+    def wait(self) -> None:
+        """Wait until the server answers. Raises ServerError with the end of its log where it does not."""
+        self._up.result()
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(f"{self.url}/health"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                words = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
+                raise ServerError(f"the private Prefect server did not start; {self.log} ends with:\n{words}")
+            time.sleep(0.05)
+        self._lock.release()
+        psutil.Process(process.pid).nice(YIELDS)
+
+    def stop(self) -> None:
+        """Stop the server; may be called twice."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._watcher.shutdown()
+        self._lock.release()
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
+    """Start a private server while the block runs; yields None if PREFECT_API_URL names a server of the user.
+
+    The password of the platform of this store is read from the file that `vectorclm up` wrote. Raises ConfigError where
+    the URL contains a password or the password is missing, and ServerError where no server answers.
+    """
+    if has_own_server():
+        if "@" in os.environ["PREFECT_API_URL"]:
+            raise ConfigError(
+                "PREFECT_API_URL contains a password, which logs would show: remove the part before the @, and set "
+                "PREFECT_API_AUTH_STRING=user:password"
+            )
+        os.environ |= QUIET
+        os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
+        url = os.environ["PREFECT_API_URL"].rstrip("/")
+        if not answers(f"{url}/health"):
+            raise ServerError(f"no Prefect server answers at {url}: start it, or unset PREFECT_API_URL")
+        if "PREFECT_API_AUTH_STRING" not in os.environ and (auth := password.read(home.parent, url)) is not None:
+            os.environ["PREFECT_API_AUTH_STRING"] = auth
+        _check_password(url)
+        yield None
+        return
+    server = PrivateServer(home)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+def _check_password(url: str) -> None:
+    """Raise ConfigError where the user's server refuses the password of this process or of Prefect's profile."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.request("GET", "/admin/version")
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code == 401:
+                raise ConfigError(
+                    f"Prefect at {url} requires a password: give the --store of its platform, or set "
+                    "PREFECT_API_AUTH_STRING=user:password"
+                ) from error

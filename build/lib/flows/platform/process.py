@@ -1,0 +1,224 @@
+"""A service process of the platform: start it, wait for it, find it again, stop it.
+
+The process outlives the command that starts it; its folder keeps its log and a record of the process.
+"""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.net import neutral
+from vectorclm.errors import VectorCLMError
+from vectorclm.runtime.processes import find_process, process_identity, process_space
+from vectorclm.settings import digest
+
+HOST = "127.0.0.1"
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` imports nothing from the working directory
+START_SECONDS = 180  # a cold start migrates a new database
+STOP_SECONDS = 20
+
+
+class ServiceError(VectorCLMError):
+    """A service of the platform did not start; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process of the platform: its command, environment, folder and checks."""
+
+    name: str
+    command: list[str]
+    environment: Mapping[str, str]
+    folder: Path  # of its log and its record
+    port: int | None = None
+    ready: Callable[[], bool] | None = None  # whether it answers
+    prepare: Callable[[], None] | None = None  # runs before its start
+    finish: Callable[[], None] | None = None  # runs once it answers
+    stop_signal: signal.Signals = signal.SIGTERM
+    umask: int = 0o077  # only the owner can read its files
+
+    @property
+    def log(self) -> Path:
+        """The file of its output."""
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def record(self) -> Path:
+        """The file that identifies its process."""
+        return self.folder / f"{self.name}.json"
+
+    def process(self) -> psutil.Process | None:
+        """The running process, or None."""
+        known, deadline = self._known(), time.monotonic() + STOP_SECONDS
+        with suppress(psutil.Error):
+            while (process := find_process(known)) is not None and time.monotonic() < deadline:
+                if process.cmdline():
+                    return process
+                time.sleep(0.01)  # it is just starting, or was killed and still holds its files
+        return None
+
+    def _known(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            return dict(json.loads(self.record.read_text(encoding="utf-8")))
+        return {}
+
+    def _settings(self, salt: str) -> str:
+        """A digest of command and environment; salted, because passwords are part of it."""
+        environment = {name: value for name, value in self.environment.items() if name.lower() != "no_proxy"}
+        return digest({"salt": salt, "command": self.command, "environment": environment})
+
+    def has_these_settings(self) -> bool:
+        """Whether the recorded process, running or dead, was started with these settings."""
+        known = self._known()
+        return self._settings(known.get("salt", "")) == known.get("settings")
+
+    def start(self) -> bool:
+        """Start the process unless it runs; returns False if it ran.
+
+        Raises ServiceError where its port is taken, or where it runs with other settings.
+        """
+        known = self._known()
+        if self.process() is not None:
+            if not self.has_these_settings():
+                raise ServiceError(
+                    f"{self.name} runs with other settings: run `vectorclm down` with those settings first"
+                )
+            return False
+        if self.port is not None:
+            _end(_of_session(known))  # children of a killed process may hold the port
+        if self.port is not None and (held := holder(self.port)) is not None:
+            raise ServiceError(f"port {self.port} is taken by {held}: end it, or give {self.name} another port")
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # logs, records and a password
+        if self.prepare is not None:
+            self.prepare()
+        self.log.touch(mode=0o600)
+        with self.log.open("ab") as log:
+            child = subprocess.Popen(
+                self.command,
+                env={**neutral(os.environ), **self.environment, **SAFE_PATH},
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                umask=self.umask,
+            )
+        salt = secrets.token_hex(16)
+        record = {**process_identity(psutil.Process(child.pid)), "salt": salt, "settings": self._settings(salt)}
+        self.record.touch(mode=0o600)
+        self.record.write_text(json.dumps(record), encoding="utf-8")
+        return True
+
+    def wait(self) -> None:
+        """Wait until it answers. Raises ServiceError with the last lines of its log where it ends or takes too long."""
+        deadline = time.monotonic() + START_SECONDS
+        while self.ready is not None and not self.ready():
+            ended = self.process() is None
+            if ended or time.monotonic() > deadline:
+                what = "ended during its start" if ended else f"does not answer after {START_SECONDS} s"
+                words = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
+                raise ServiceError(f"{self.name} {what}; {self.log} ends with:\n{words}")
+            time.sleep(0.2)
+        if self.finish is not None:
+            self.finish()
+
+    def stop(self) -> bool:
+        """End the process and all its descendants; returns False if it did not run."""
+        process, known = self.process(), self._known()
+        if process is not None:
+            family = [process, *process.children(recursive=True)]
+            _end([process], self.stop_signal)
+            _end(family)
+        _end(_of_session(known))
+        self.record.unlink(missing_ok=True)
+        return process is not None
+
+
+def run_tool(command: list[str], what: str, *, secret_input: str | None = None, **environment: str) -> str:
+    """Run a command and return its standard output; secrets are passed by input or environment only.
+
+    Raises ServiceError, naming the task `what`, with the last lines of the command's output.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            input=secret_input or "",
+            env={**os.environ, **environment},
+            cwd="/",  # its user may have no access to our folder
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServiceError(f"{what} took more than {START_SECONDS} s: {command[0]} does not end") from error
+    if done.returncode:
+        words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
+        raise ServiceError(f"{what} failed:\n{words}")
+    return done.stdout
+
+
+def listens(port: int) -> bool:
+    """Whether a program listens on a port of this machine."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def holder(port: int) -> str | None:
+    """A description of the program that listens on a port of this machine; None if the port is free."""
+    if not listens(port):
+        return None
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status != psutil.CONN_LISTEN or connection.pid is None or not connection.laddr:
+                continue
+            if connection.laddr.port == port:
+                process = psutil.Process(connection.pid)
+                return _service_of([process, *process.parents()]) or f"{process.name()} (process {process.pid})"
+    return "another program"
+
+
+def _service_of(processes: Iterable[psutil.Process]) -> str | None:
+    """The platform's service among these processes, with the platform's home; None without one."""
+    for process in processes:
+        with suppress(psutil.Error, OSError):
+            folder = Path(process.cwd())
+            for record in folder.glob("*.json") if folder.name == "platform" else ():
+                with suppress(ValueError, TypeError):
+                    if find_process(json.loads(record.read_text(encoding="utf-8"))) == process:
+                        return f"{record.stem} of the platform of {folder.parent} (process {process.pid})"
+    return None
+
+
+def _of_session(known: Mapping[str, Any]) -> list[psutil.Process]:
+    """Processes in the session of a recorded process that is gone."""
+    if known.get("pids") != process_space() or psutil.pid_exists(known["pid"]):
+        return []
+    found = []
+    for process in psutil.process_iter():
+        with suppress(OSError):
+            if os.getsid(process.pid) == known["pid"]:
+                found.append(process)
+    return found
+
+
+def _end(processes: Iterable[psutil.Process], first: signal.Signals = signal.SIGTERM) -> None:
+    """Send a signal to the processes, then kill those that do not end."""
+    left = list(processes)
+    for number in (first, signal.SIGKILL):
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        _, left = psutil.wait_procs(left, timeout=STOP_SECONDS)

@@ -1,0 +1,250 @@
+"""Provision Prefect: create work pools, deployments, and automations that restart runs and report fallen scores.
+
+Provisioning is idempotent: what is correct stays untouched.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.actions import CallWebhook, ChangeFlowRunState, SendNotification
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectNotFound
+
+from flows.handle import FELL, MAX_RESCUES, RESCUED
+from flows.net import HEARTBEAT_SECONDS, QUIET
+from flows.platform.config import POOLS
+from vectorclm.errors import VectorCLMError
+
+POOL_FILE = Path(__file__).parent / "pools" / "process.json"
+PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
+ZOMBIE_SECONDS = 5 * HEARTBEAT_SECONDS  # longer than a short absence of the server
+CANCEL_SECONDS = 120  # longer than a worker waits for a run to end
+RESCUE_SECONDS = 20  # a worker reports a crash twice, seconds apart, and the second would undo an earlier rescue
+RUNS = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
+ENDED = ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed")
+
+FALLEN_SCORE = "vectorclm: a score fell by more than its noise"
+NO_BLOCK = "none"
+
+Report = Callable[[str], None]
+
+
+class ProvisionError(VectorCLMError):
+    """Prefect rejected a part of the provisioning."""
+
+
+def provision(client: SyncPrefectClient, report: Report, notify: str) -> str | None:
+    """Create what is missing and repair what differs; `report` is called with a line for each change.
+
+    `notify` is the block that is notified when a score falls, as `type/name`, or `none`. Returns a message if the block
+    is missing or unsuitable: at the first start there cannot be one yet. Raises ProvisionError.
+    """
+    for pool in POOLS:
+        _pool(client, pool, report)
+    for automation in automations():
+        _automation(client, automation, report)
+    _deploy(client, report)
+    return _notification(client, notify, report)
+
+
+def automations() -> list[AutomationCore]:
+    """The automations for runs of the pools: mark dead runs as crashed, restart crashed runs, end lost ones."""
+    of_pools = ResourceSpecification({"prefect.resource.role": "work-pool", "prefect.resource.name": list(POOLS)})
+    zombies = AutomationCore(
+        name="vectorclm: a run without a heartbeat has crashed",
+        description="Its machine or its worker is gone, and cannot report it.",
+        trigger=EventTrigger(
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
+            match=RUNS,
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            within=timedelta(seconds=ZOMBIE_SECONDS),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"No heartbeat for {ZOMBIE_SECONDS} seconds: its worker or machine is gone.",
+            )
+        ],
+    )
+    rescue = AutomationCore(
+        name="vectorclm: a crashed run starts again",
+        description=f"Finished stages are reused. At most {MAX_RESCUES} times; then the run fails.",
+        trigger=_silence("prefect.flow-run.Crashed", RESCUE_SECONDS, of_pools),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.SCHEDULED,
+                name=RESCUED,
+                message="It crashed, and starts again: finished stages are reused.",
+            )
+        ],
+    )
+    hopeless = AutomationCore(
+        name="vectorclm: a run that crashes again and again has failed",
+        description="Also if it crashes before its flow, which counts the rescues, has begun.",
+        trigger=EventTrigger(
+            posture=Posture.Reactive,
+            expect={f"prefect.flow-run.{RESCUED}"},
+            match=RUNS,
+            for_each={"prefect.resource.id"},
+            threshold=MAX_RESCUES + 1,
+            within=timedelta(hours=1),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.FAILED,
+                message=f"It crashed {MAX_RESCUES + 1} times within an hour: read the worker's log, check the machine"
+                " (memory, disk, `make install`), then press Retry; finished stages are kept.",
+            )
+        ],
+    )
+    cancelled = AutomationCore(
+        name="vectorclm: a run without a process is cancelled",
+        description="Its machine or its worker is gone, so no process is left.",
+        trigger=_silence("prefect.flow-run.Cancelling", CANCEL_SECONDS),
+        actions=[ChangeFlowRunState(state=StateType.CANCELLED, message="No process of it was left.")],
+    )
+    return [zombies, rescue, hopeless, cancelled]
+
+
+def _silence(after: str, seconds: int, related: ResourceSpecification | None = None) -> EventTrigger:
+    """A trigger that fires if a run sends no event, not even a heartbeat, for so long after the event `after`."""
+    return EventTrigger(
+        posture=Posture.Proactive,
+        after={after},
+        expect={"prefect.flow-run.*"},
+        match=RUNS,
+        match_related=related or ResourceSpecification({}),
+        for_each={"prefect.resource.id"},
+        threshold=1,
+        within=timedelta(seconds=seconds),
+    )
+
+
+def _notification(client: SyncPrefectClient, notify: str, report: Report) -> str | None:
+    """Create the automation that notifies the operator's block of a fallen score; returns a message if it cannot."""
+    if notify == NO_BLOCK:
+        for extra in client.read_automations_by_name(FALLEN_SCORE):
+            client.delete_automation(extra.id)
+            report(f"automation removed, as VECTORCLM_NOTIFY names no block: {FALLEN_SCORE}")
+        return None
+    kind, _, name = notify.partition("/")
+    try:
+        block = client.read_block_document_by_name(name, kind, include_secrets=False)
+    except ObjectNotFound:
+        return (
+            f"nobody is notified when a score falls: Prefect has no block {notify}, which VECTORCLM_NOTIFY names. "
+            "Create it in the UI under Blocks, then run `vectorclm doctor`"
+        )
+    action: CallWebhook | SendNotification
+    if kind == "webhook":
+        action = CallWebhook(block_document_id=block.id, payload="{{ event.payload | tojson }}")
+    elif block.block_schema is not None and "notify" in block.block_schema.capabilities:
+        subject, body = "{{ event.payload.title }}", "{{ event.payload.text }}"
+        action = SendNotification(block_document_id=block.id, subject=subject, body=body)
+    else:
+        return (
+            f"nobody is notified when a score falls: the block {notify}, which VECTORCLM_NOTIFY names, sends no "
+            "messages. Name a webhook, or a notification block such as slack-webhook/NAME or sendgrid-email/NAME"
+        )
+    trigger = EventTrigger(
+        posture=Posture.Reactive,
+        expect={FELL},
+        match=ResourceSpecification({"prefect.resource.id": ["vectorclm.evaluation-*"]}),
+        threshold=1,
+        within=timedelta(0),
+    )
+    about = f"Compared with the result before, beyond the noise. Sent to the block {notify}."
+    _automation(client, AutomationCore(name=FALLEN_SCORE, description=about, trigger=trigger, actions=[action]), report)
+    return None
+
+
+def _pool(client: SyncPrefectClient, name: str, report: Report) -> None:
+    template = json.loads(POOL_FILE.read_text(encoding="utf-8"))
+    try:
+        found = client.read_work_pool(name)
+    except ObjectNotFound:
+        about = {"cpu": "Curricula, and stages without torch.", "gpu": "Stages that train or score a model."}
+        client.create_work_pool(
+            WorkPoolCreate(
+                name=name,
+                type="process",
+                description=about[name],
+                base_job_template=template,
+            )
+        )
+        report(f"work pool {name} created")
+        return
+    if found.type != "process":
+        return  # it was created for a cluster, with its own template and workers
+    changes = []
+    if found.is_paused:
+        changes.append("was paused: resumed")
+    if found.concurrency_limit == 0:
+        changes.append("took no runs: limit removed")
+    if found.base_job_template != template:
+        changes.append("had another job template: restored")
+    if changes:
+        limit = found.concurrency_limit or None
+        wanted = WorkPoolUpdate(is_paused=False, concurrency_limit=limit, base_job_template=template)
+        client.update_work_pool(name, wanted)
+        report(f"work pool {name} {', '.join(changes)}")
+
+
+def _automation(client: SyncPrefectClient, wanted: AutomationCore, report: Report) -> None:
+    found = client.read_automations_by_name(wanted.name)
+    for extra in found[1:]:
+        client.delete_automation(extra.id)
+    if not found:
+        client.create_automation(wanted)
+        report(f"automation created: {wanted.name}")
+        return
+    current = AutomationCore.model_validate(found[0].model_dump(include=set(AutomationCore.model_fields)))
+    if _essence(current) != _essence(wanted):
+        client.update_automation(found[0].id, wanted)
+        report(f"automation repaired: {wanted.name}")
+
+
+def _essence(automation: AutomationCore) -> object:
+    """The parts of an automation that are compared: whether it is on, its trigger and its actions."""
+    return automation.model_dump(include={"enabled", "trigger", "actions"})
+
+
+def _deploy(client: SyncPrefectClient, report: Report) -> None:
+    """Deploy `prefect.yaml` with Prefect's own command. Raises ProvisionError with the end of its output.
+
+    A schedule that was switched on or off in the UI keeps its state.
+    """
+    before = {deployment.id: _switches(deployment) for deployment in client.read_deployments()}
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
+    environment = {**os.environ, **QUIET}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise ProvisionError(f"Prefect rejected the deployments of {PREFECT_FILE}:\n{words}")
+    deployments = client.read_deployments()
+    for deployment in deployments:
+        for schedule in deployment.schedules:
+            switch = before.get(deployment.id, {}).get(schedule.slug)
+            if switch is not None and switch != schedule.active:
+                client.update_deployment_schedule(deployment.id, schedule.id, active=switch)
+    created = [deployment for deployment in deployments if deployment.id not in before]
+    if created:
+        report(f"{len(created)} deployments created: {', '.join(sorted(deployment.name for deployment in created))}")
+
+
+def _switches(deployment: DeploymentResponse) -> dict[str | None, bool]:
+    """The state of each schedule of a deployment: on or off."""
+    return {schedule.slug: schedule.active for schedule in deployment.schedules}

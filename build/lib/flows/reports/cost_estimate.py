@@ -1,0 +1,140 @@
+"""Estimate the costs of an experiment from its settings: tokens, FLOPs, memory, hours (`--dry-run`).
+
+If its shards are in a local store, also how often each source is read. No network is used.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+
+from vectorclm.config import ExperimentConfig
+from vectorclm.lineage.pinning import UNRESOLVED
+from vectorclm.shards.order import format_epochs
+from vectorclm.shards.writer import token_dtype
+from vectorclm.stages import BY_NAME
+from vectorclm.store.artifact import StageSpec, Store
+
+# Training FLOP/s assumed for the estimate: a fifth of the dense bf16 peak on GPUs, because the matrix products of a
+# small model are short, and 25 GFLOP/s for each core in fp32 on CPUs with AVX2.
+DEVICES: Mapping[str, float] = {
+    "2 CPU cores": 0.05e12,
+    "16 CPU cores": 0.4e12,
+    "RTX 4090": 33e12,
+    "A100": 62e12,
+    "H100 or H200": 200e12,
+}
+
+
+def known_windows(store: Store, shards: StageSpec) -> dict[str, int] | None:
+    """Training windows of each source; None unless the shards are built and in a local store."""
+    if not store.is_local or (found := store.find_whole(shards)) is None:
+        return None
+    return {label: splits["train"]["windows"] for label, splits in found.summary.items()}
+
+
+def budget(
+    experiment: ExperimentConfig, plans: Mapping[str, StageSpec], windows: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The budget of an experiment: tokens, parameters, FLOPs, bytes, hours and fingerprints.
+
+    A fingerprint is `unresolved` while a source has no commit. With the `windows` of each source, the budget says how
+    often it is read; with a token budget for fine-tuning (`chat.tokens`), what fine-tuning costs. Memory is that of
+    training in fp32: weights, gradients, one moment for Muon's matrices, two moments for AdamW's parameters, and the
+    activations of one window. Raises ConfigError where a source runs out in a phase that forbids it.
+    """
+    model, shards = experiment.model, experiment.shards
+    tokens = experiment.pretrain.tokens
+    flops = model.flops_per_token(shards.sequence_length) * tokens
+    embedding = model.vocab_size * model.hidden_size
+    state = 4 * (3 * model.parameters + embedding)
+    window = 4 * shards.sequence_length * model.num_hidden_layers
+    window *= 10 * model.hidden_size + 4 * model.intermediate_size
+    return {
+        "stages": {name: _fingerprint(name, experiment, plans) for name in plans},
+        "parameters": model.parameters,
+        "pretrain_tokens": tokens,
+        "phases": [phase.model_dump() for phase in experiment.pretrain.phases],
+        "tokens_per_step": experiment.pretrain.batch_size * shards.sequence_length,
+        "steps": tokens // (experiment.pretrain.batch_size * shards.sequence_length),
+        "epochs": None if windows is None else _epochs(experiment, windows),
+        "sample_bytes": experiment.sample.bytes,
+        "conversations": sum(source.conversations for source in experiment.chat.sources),
+        "flops": flops,
+        "memory_bytes": {"model_and_optimizer": state, "one_window": window},
+        "hours": _hours_on(flops),
+        "tuning": _tuning(experiment),
+    }
+
+
+def _tuning(experiment: ExperimentConfig) -> dict[str, Any] | None:
+    """Tokens of fine-tuning including replayed text, FLOPs and hours; None without a token budget."""
+    chat, finetune = experiment.chat, experiment.finetune
+    if not chat.tokens:
+        return None
+    tokens = round(finetune.epochs * chat.tokens / (1 - finetune.replay))
+    flops = experiment.model.flops_per_token(chat.sequence_length) * tokens
+    return {"tokens": tokens, "flops": flops, "hours": _hours_on(flops)}
+
+
+def _hours_on(flops: float) -> dict[str, float]:
+    return {device: flops / speed / 3600 for device, speed in DEVICES.items()}
+
+
+def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[str, float]:
+    weights = {source.label: source.weight for source in experiment.sample.sources}
+    length, itemsize = experiment.shards.sequence_length, token_dtype(experiment.tokenizer.vocab_size).itemsize
+    order = experiment.pretrain.plan(weights, windows, length, itemsize, experiment.seed)
+    return order.epochs(order.windows // experiment.pretrain.batch_size * experiment.pretrain.batch_size)
+
+
+def _fingerprint(name: str, experiment: ExperimentConfig, plans: Mapping[str, StageSpec]) -> str:
+    """The stage's fingerprint; `unresolved` if it or a stage before it reads a source without a commit."""
+    own = any(source.revision == UNRESOLVED for source in BY_NAME[name].sources(experiment))
+    before = any(_fingerprint(stage, experiment, plans) == UNRESOLVED for stage in plans[name].inputs)
+    return UNRESOLVED if own or before else plans[name].fingerprint
+
+
+def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Console) -> None:
+    """Print the budget for a person."""
+    stages = Table("stage", "fingerprint", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for name, fingerprint in costs["stages"].items():
+        known = fingerprint != UNRESOLVED
+        stages.add_row(name, fingerprint if known else f"[yellow]{fingerprint}[/]")
+    facts = Table.grid(padding=(0, 2))
+    for number, phase in enumerate(costs["phases"], 1):
+        mix = phase["weights"] or {source.label: source.weight for source in experiment.sample.sources}
+        total = sum(mix.values())
+        parts = ", ".join(f"{label} {100 * weight / total:.3g}%" for label, weight in mix.items())
+        facts.add_row(f"phase {number}", f"{phase['tokens']:,} tokens: {parts}")
+    facts.add_row(
+        "pretraining",
+        f"{costs['pretrain_tokens']:,} tokens in {costs['steps']:,} steps of {costs['tokens_per_step']:,}",
+    )
+    if costs["epochs"] is not None:
+        facts.add_row("", f"of the shards in the store: {format_epochs(costs['epochs'])}")
+    facts.add_row("sample", f"{costs['sample_bytes']:,} bytes of text")
+    facts.add_row(
+        "fine-tuning", f"up to {costs['conversations']:,} conversations, read {experiment.finetune.epochs:g} times"
+    )
+    tuning = costs["tuning"]
+    if tuning is not None:
+        again = ", replayed text included" if experiment.finetune.replay else ""
+        facts.add_row("", f"about {tuning['tokens']:,} tokens{again}")
+    facts.add_row("parameters", f"{costs['parameters']:,}")
+    facts.add_row("training FLOPs", f"{costs['flops']:.3g}" + (f" and {tuning['flops']:.3g}" if tuning else ""))
+    memory = costs["memory_bytes"]
+    facts.add_row("memory", f"{memory['model_and_optimizer'] / 1e9:.2f} GB for model and optimizer")
+    facts.add_row("", f"and about {memory['one_window'] / 1e9:.2f} GB for each window of a micro-batch")
+    trainings = {"pretraining": costs["hours"], **({"fine-tuning": tuning["hours"]} if tuning else {})}
+    hours = Table("device", "TFLOP/s assumed", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for device, speed in DEVICES.items():
+        hours.add_row(device, f"{speed / 1e12:g}", *(_hours(training[device]) for training in trainings.values()))
+    console.print(Panel(Group(stages, facts, hours), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED))
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

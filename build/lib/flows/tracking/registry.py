@@ -1,0 +1,243 @@
+"""MLflow's model registry: find a model by its address, record evaluations and promotions, read earlier results."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelInput, Metric
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from flows.net import answers, without_password
+from flows.paths import local_folder
+from flows.tracking.client import ALIAS, CHAMPION, VALUE_LENGTH, run_page, tracking_uri
+from vectorclm.errors import ConfigError, VectorCLMError
+from vectorclm.evaluation.statistics import Figure, figures
+from vectorclm.settings import digest
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.model_ref import ADDRESS
+
+EVALUATIONS = "evaluations"  # MLflow's experiment
+STDERR = "stderr."  # prefix of a metric that is the standard error of another
+SHOWN = 10  # number of results of a suite that are compared
+REGISTERED_MODEL = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
+
+
+class RegistryError(VectorCLMError):
+    """MLflow does not answer: a retry may help."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An evaluated model; results of equal names form one series."""
+
+    name: str
+    title: str
+    address: str  # a folder, or <store>/<stage>/<fingerprint>
+    model_id: str | None  # MLflow's logged model
+
+
+@dataclass(frozen=True)
+class Result:
+    """The scores of one evaluation of a model."""
+
+    title: str
+    when: datetime
+    fingerprint: str  # of the artifact with the scores
+    figures: Mapping[str, Figure]
+
+
+class Registry:
+    """The part of MLflow that evaluations use. Each call raises RegistryError where MLflow does not answer."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.uri = store, tracking_uri(store)
+        folder = local_folder(store)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.asked(), FileLock(folder / "mlflow.lock"):  # the first client of a new database migrates it
+            self.client = MlflowClient(self.uri)
+
+    def find(self, address: str) -> Subject:
+        """The model that `address` names: `models:/name@alias`, `models:/name/version`, or any other place as it is.
+
+        Raises ConfigError where the registry has no such model, or does not know where its files are.
+        """
+        if not address.startswith("models:/"):
+            address = address.rstrip("/")
+            match = _in_store(address)
+            name = f"{match['stage']}/{match['fingerprint'][:12]}" if match is not None else address
+            return Subject(name, name, address, None)
+        version = self.version(address)
+        if not (place := version.tags.get("uri")):
+            raise ConfigError(f"{address} was registered by another program: name the folder of its files instead")
+        return Subject(version.name, f"{version.name} {version.version}", place, _logged_model(version))
+
+    def version(self, address: str) -> ModelVersion:
+        """The version that `models:/name@alias` or `models:/name/version` names; raises ConfigError without one."""
+        match = REGISTERED_MODEL.fullmatch(address)
+        if match is None:
+            raise ConfigError(f"{address}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+        with self.asked(address):
+            if match["alias"] is None:
+                return self.client.get_model_version(match["name"], match["version"])
+            return self.client.get_model_version_by_alias(match["name"], match["alias"])
+
+    def page(self, experiment_id: str, run_id: str) -> str:
+        """The URL of a run's page; without a server, the run's id."""
+        if not self.uri.startswith("http"):
+            return f"run {run_id}"
+        return f"{without_password(self.uri).rstrip('/')}/{run_page(experiment_id, run_id)}"
+
+    def _model_id(self, subject: Subject) -> str | None:
+        """The logged model of a subject, also if the subject is an artifact in the store that is registered."""
+        match = _in_store(subject.address)
+        if subject.model_id is not None or match is None:
+            return subject.model_id
+        found = self.client.search_model_versions(f"tags.fingerprint = '{match['fingerprint']}'", max_results=1)
+        return _logged_model(found[0]) if found else None
+
+    def history(self, subject: Subject, settings: Mapping[str, Any]) -> list[Result]:
+        """The last results of a subject with these settings of a suite, newest first."""
+        query = f"tags.series = '{_series(subject, settings)}' and attributes.status = 'FINISHED'"
+        with self.asked():
+            runs = self.client.search_runs(
+                [self._experiment_id()], query, max_results=SHOWN, order_by=["attributes.start_time DESC"]
+            )
+        results = []
+        for run in runs:
+            values, tags = run.data.metrics, run.data.tags
+            found = {
+                name: Figure(value, values.get(STDERR + name, 0.0))
+                for name, value in values.items()
+                if not name.startswith(STDERR)
+            }
+            when = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
+            results.append(Result(tags["title"], when, tags["fingerprint"], found))
+        return results
+
+    def record(self, subject: Subject, artifact: Artifact, flow_run_id: str | None) -> str:
+        """Record the scores in `artifact` as a run, linked to their model; returns the URL of the run's page.
+
+        With the id of a flow run, the result becomes part of the `history` of the subject.
+        """
+        settings = artifact.manifest["config"]
+        tags = {
+            "title": subject.title,
+            "model": subject.address,
+            "suite": settings["suite"],
+            "fingerprint": artifact.fingerprint,
+            "uri": artifact.uri,
+            **({"not_run": ", ".join(refused)} if (refused := artifact.summary.get("not_run")) else {}),
+            **({"prefect.flow_run_id": flow_run_id, "series": _series(subject, settings)} if flow_run_id else {}),
+        }
+        values: dict[str, float] = {}
+        for name, figure in figures(artifact.summary).items():
+            values |= {name: figure.value, STDERR + name: figure.stderr}
+        with self.asked():
+            experiment_id = self._experiment_id()
+            name = f"{subject.title} on {settings['suite']}"
+            run = self.client.create_run(
+                experiment_id, tags={key: value[:VALUE_LENGTH] for key, value in tags.items()}, run_name=name
+            )
+            run_id, now = run.info.run_id, run.info.start_time
+            if (model_id := self._model_id(subject)) is not None:
+                self.client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
+            metrics = [Metric(key, value, now, 0, model_id) for key, value in values.items()]
+            self.client.log_batch(run_id, metrics=metrics)
+            self.client.set_terminated(run_id)
+        return self.page(experiment_id, run_id)
+
+    def record_cli_evaluation(self, address: str, artifact: Artifact) -> str | None:
+        """Record the scores of a registered model that a command evaluated, unless they are recorded already.
+
+        Returns the URL of the run's page; None if the model at `address` is not registered, or has these scores. The
+        run is not part of the `history`, so that the next scheduled evaluation still reports a fall.
+        """
+        if (match := _in_store(address)) is None:
+            return None
+        place = without_password(self.uri).rstrip("/")
+        if place.startswith("http") and not answers(f"{place}/health"):  # faster than the client's retries
+            raise RegistryError(f"MLflow at {place} does not answer")
+        with self.asked():
+            query = f"tags.fingerprint = '{match['fingerprint']}'"
+            found = self.client.search_model_versions(query, max_results=1)
+            recorded = f"tags.fingerprint = '{artifact.fingerprint}' and attributes.status = 'FINISHED'"
+            runs = self.client.search_runs([self._experiment_id()], recorded) if found else []
+        if not found or any(run.data.tags.get("model") == address[:VALUE_LENGTH] for run in runs):
+            return None
+        subject = Subject(found[0].name, f"{found[0].name} {found[0].version}", address, _logged_model(found[0]))
+        return self.record(subject, artifact, None)
+
+    def champion(self, name: str) -> ModelVersion | None:
+        """The champion among the versions of a registered model; None without one."""
+        with self.asked():
+            model = self.client.get_registered_model(name)
+            number = dict(model.aliases).get(CHAMPION)
+            return None if number is None else self.client.get_model_version(name, str(number))
+
+    def decide(
+        self, version: ModelVersion, about: Mapping[str, str], rows: Sequence[Mapping[str, str]], good: bool
+    ) -> str:
+        """Record a comparison as a run with a table and as tags of the version; move the alias if `good`.
+
+        Returns the URL of the run's page.
+        """
+        tags = {f"promotion.{key}": value[:VALUE_LENGTH] for key, value in about.items()}
+        with self.asked():
+            experiment_id = self._experiment_id()
+            title = f"{version.name} {version.version} against {about['over']}"
+            run = self.client.create_run(
+                experiment_id, tags={**tags, "fingerprint": version.tags["fingerprint"]}, run_name=title
+            )
+            columns = {key: [row[key] for row in rows] for key in rows[0]}
+            self.client.log_table(run.info.run_id, columns, "comparison.json")
+            self.client.set_terminated(run.info.run_id)
+            for key, value in tags.items():
+                self.client.set_model_version_tag(version.name, version.version, key, value)
+            if good:
+                self.client.set_registered_model_alias(version.name, CHAMPION, version.version)
+        return self.page(experiment_id, run.info.run_id)
+
+    def _experiment_id(self) -> str:
+        if (found := self.client.get_experiment_by_name(EVALUATIONS)) is not None:
+            return str(found.experiment_id)
+        own = self.uri.startswith("sqlite:")
+        place = Path(local_folder(self.store), "mlartifacts").as_uri() if own else None
+        return str(self.client.create_experiment(EVALUATIONS, artifact_location=place))
+
+    @contextmanager
+    def asked(self, address: str = "") -> Iterator[None]:
+        """Translate MLflow's errors: ConfigError for an unknown model, RegistryError where MLflow does not answer."""
+        try:
+            yield
+        except MlflowException as error:
+            first = without_password(str(error).strip().splitlines()[0])[:200]
+            if address and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise ConfigError(
+                    f"MLflow at {without_password(self.uri)} has no {address}: {first}. A curriculum that completes "
+                    f"registers vectorclm-base and vectorclm-chat, the newest as @{ALIAS}"
+                ) from error
+            raise RegistryError(f"MLflow at {without_password(self.uri)} does not answer: {first}") from error
+
+
+def _in_store(address: str) -> re.Match[str] | None:
+    """The stage and fingerprint in an address; None unless it names a whole artifact of a store."""
+    match = ADDRESS.fullmatch(address)
+    return match if match is not None and match["inside"] is None else None
+
+
+def _logged_model(version: ModelVersion) -> str | None:
+    """The logged model of a version; MLflow keeps its id only in the version's source."""
+    match = re.fullmatch(r"models:/(m-[0-9a-f]+)", version.source or "")
+    return match[1] if match is not None else None
+
+
+def _series(subject: Subject, settings: Mapping[str, Any]) -> str:
+    """The id of a series of comparable results: one name, equal settings."""
+    return digest({"name": subject.name, "settings": dict(settings)})

@@ -1,0 +1,102 @@
+"""Command-line base on cyclopts: shared options, parsing, exit codes, and errors in one line.
+
+Exit codes: 0 success; 1 a check found a difference; 2 an error with a message; 75 SIGTERM ended a training after a
+checkpoint; 130 Ctrl-C; 143 SIGTERM.
+"""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from cyclopts import App, Parameter
+from cyclopts.exceptions import CycloptsError
+
+from vectorclm.errors import ConfigError, VectorCLMError
+
+StoreUri = Annotated[
+    str, Parameter(name="--store", env_var="VECTORCLM_STORE", help="Store of the artifacts: a folder or s3://…")
+]
+Json = Annotated[bool, Parameter(name="--json", help="Print JSON")]
+Setting = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", show_default=False, help="Change a setting, as in finetune.epochs=2.0; may be repeated"),
+]
+LOCAL_STORE = "./store"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Place:
+    """Options for the store, the mirror of the sources, and the settings of this machine."""
+
+    store: StoreUri = LOCAL_STORE
+    data: Annotated[Path | None, Parameter(help="Read every source from this local mirror")] = None
+    runtime: Annotated[Path | None, Parameter(help="TOML or JSON file with settings of this machine")] = None
+
+
+def new_app(name: str, about: str) -> App:
+    """A cyclopts app whose commands return their exit code, and whose flags have no --no-… form."""
+    return App(
+        name=name,
+        help=about,
+        default_parameter=Parameter(negative=(), show_default=_shown, allow_repeating=True),
+        result_action="return_value",
+        help_format="plaintext",
+        version_flags=(),
+    )
+
+
+def _shown(default: object) -> object:
+    """A default as help texts show it; None for an empty default."""
+    return default if default not in (False, "", ()) or (default == 0 and default is not False) else None
+
+
+def parse(app: App, arguments: Sequence[str] | None) -> tuple[Callable[..., Any], inspect.BoundArguments]:
+    """Parse a command line into a command and its arguments. Raises ConfigError, in one line, for a wrong argument."""
+    if os.environ.get("VECTORCLM_STORE") == "":
+        del os.environ["VECTORCLM_STORE"]  # an empty variable means no setting
+    try:
+        command, bound, _ = app.parse_args(
+            list(sys.argv[1:] if arguments is None else arguments), exit_on_error=False, print_error=False
+        )
+    except CycloptsError as error:
+        raise ConfigError(f"{_explain(error)}; --help lists commands and options") from error
+    return command, bound
+
+
+def _explain(error: CycloptsError) -> str:
+    cause = error.__cause__
+    if not isinstance(cause, pydantic.ValidationError):
+        return str(error).strip().rstrip(".")
+    lines = []
+    for item in cause.errors(include_url=False):
+        option = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-")
+        lines.append(f"{option} {item['input']}: {item['msg']}")
+    return "; ".join(lines)
+
+
+def explain(error: VectorCLMError, *, relay: bool = False) -> None:
+    """Print an error to the terminal; with `relay`, as a line of JSON for the parent process."""
+    if relay:
+        line = json.dumps({"error": {"type": type(error).__name__, "message": str(error)}})
+        print(line + "\n", end="", flush=True)  # one write, because ranks share the pipe
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def run(command: Callable[[], Any], *, relay: bool = False) -> int:
+    """Run a parsed command and return its exit code. With `relay`, errors go to the parent process as JSON lines."""
+    try:
+        code = command()
+    except VectorCLMError as error:
+        explain(error, relay=relay)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code if isinstance(code, int) else 0

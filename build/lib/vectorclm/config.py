@@ -1,0 +1,216 @@
+"""Experiment and suite files: one TOML file holds every setting that defines a result, and none of the machine."""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from vectorclm.corpus.decontamination import benchmark_sources
+from vectorclm.corpus.sources import CorpusConfig
+from vectorclm.corpus.synthetic_world import WorldConfig
+from vectorclm.errors import ConfigError
+from vectorclm.evaluation.config import EvaluateConfig, Questions
+from vectorclm.finetune import FinetuneConfig
+from vectorclm.model_config import ModelConfig
+from vectorclm.pretrain import PretrainConfig
+from vectorclm.settings import Settings, validate
+from vectorclm.shards.chat_writer import ChatConfig
+from vectorclm.shards.writer import ShardsConfig
+from vectorclm.train_tokenizer import TokenizerConfig
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+
+
+class ExperimentConfig(Settings):
+    """The settings of all stages, in the order of the data flow."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    seed: int = Field(ge=0, lt=2**32, description="The seed of every random choice")
+    world: WorldConfig | None = None
+    sample: CorpusConfig
+    tokenizer: TokenizerConfig
+    shards: ShardsConfig
+    model: ModelConfig
+    pretrain: PretrainConfig
+    chat: ChatConfig
+    finetune: FinetuneConfig
+    evaluate: EvaluateConfig
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Self:
+        if self.model.vocab_size != self.tokenizer.vocab_size:
+            raise ValueError(
+                f"model.vocab_size ({self.model.vocab_size}) and tokenizer.vocab_size "
+                f"({self.tokenizer.vocab_size}) must be equal"
+            )
+        for where, length in (("shards", self.shards.sequence_length), ("chat", self.chat.sequence_length)):
+            if length > self.model.max_position_embeddings:
+                raise ValueError(
+                    f"{where}.sequence_length ({length}) is longer than the model's "
+                    f"max_position_embeddings ({self.model.max_position_embeddings})"
+                )
+        step = self.pretrain.batch_size * self.shards.sequence_length
+        if self.pretrain.tokens < step:
+            raise ValueError(
+                f"pretrain.phases have {self.pretrain.tokens} tokens, less than one step: batch_size "
+                f"({self.pretrain.batch_size}) windows of {self.shards.sequence_length}"
+            )
+        labels = {source.label for source in self.sample.sources}
+        for number, phase in enumerate(self.pretrain.phases, 1):
+            if unknown := sorted(set(phase.weights) - labels):
+                raise ValueError(
+                    f"phase {number} weighs {', '.join(unknown)}, but the sources are {', '.join(sorted(labels))}"
+                )
+        if self.finetune.replay:
+            if self.shards.sequence_length != self.chat.sequence_length:
+                raise ValueError(
+                    f"finetune.replay mixes text and conversations: shards.sequence_length "
+                    f"({self.shards.sequence_length}) and chat.sequence_length ({self.chat.sequence_length}) must be "
+                    "equal"
+                )
+            if same := labels & {"chat", *(source.label for source in self.chat.sources)}:
+                raise ValueError(
+                    f"finetune.replay mixes the sources of sample and chat: {', '.join(sorted(same))} need other "
+                    "labels in sample.sources"
+                )
+        benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
+        everything = [*self.sample.sources, *benchmarks, *self.chat.sources, *self.evaluate.tasks]
+        if self.world is None and (lost := sorted({source.label for source in everything if source.path == "world"})):
+            raise ValueError(f"{', '.join(lost)} read the generated world, but there is no [world]")
+        return self
+
+
+def load_experiment(name_or_path: str) -> tuple[ExperimentConfig, Path]:
+    """Load the experiment of a name (`tiny`, `small`, `base`) or file (TOML or JSON); return it and its path.
+
+    Raises ConfigError that names the file, every bad key and the valid keys.
+    """
+    path = Path(name_or_path)
+    if not path.suffix:
+        path = EXPERIMENTS / f"{name_or_path}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.toml")))
+        raise ConfigError(f"no experiment {name_or_path!r}: use {known}, or the path of a TOML file")
+    return validate(ExperimentConfig, read_config(path), str(path)), path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Parse a TOML or JSON file. Raises ConfigError with the place of a syntax error."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return values
+
+
+def override(experiment: ExperimentConfig, texts: Sequence[str]) -> ExperimentConfig:
+    """Apply `a.b.0.c=VALUE` assignments to an experiment; a value is TOML, or else a plain string.
+
+    Raises ConfigError for a text that is not an assignment, and for an unknown key or an invalid value.
+    """
+    return changed(experiment, assignments(texts))
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """Parse `a.b.0.c=VALUE` assignments. Raises ConfigError for a text that is not an assignment."""
+    changes: dict[str, Any] = {}
+    for assignment in texts:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment}: write KEY=VALUE, such as finetune.epochs=2.0")
+        try:
+            changes[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = text
+    return changes
+
+
+def changed(experiment: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
+    """The experiment with new values at the dotted keys `a.b.0.c`.
+
+    Raises ConfigError for an unknown key or an invalid value.
+    """
+    values: Any = experiment.model_dump()
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        inside = values
+        for part in path:
+            inside = _member(inside, part, key)
+        _member(inside, last, key, value)
+    return validate(ExperimentConfig, values, "changed settings") if changes else experiment
+
+
+_ABSENT = object()
+
+
+def _member(inside: Any, part: str, key: str, value: Any = _ABSENT) -> Any:
+    """Return the member `part` of a table or list, after setting it to `value` if given."""
+    if isinstance(inside, list) and part.isdigit() and int(part) < len(inside):
+        if value is not _ABSENT:
+            inside[int(part)] = value
+        return inside[int(part)]
+    if not isinstance(inside, dict):
+        where = f"number 0 to {len(inside) - 1}" if isinstance(inside, list) else "setting"
+        raise ConfigError(f"{key}: {part!r} is not a {where} here")
+    if value is not _ABSENT:
+        inside[part] = value
+    elif inside.get(part) is None:
+        inside[part] = {}  # the validation of the experiment then reports an unknown key
+    return inside[part]
+
+
+SUITES = EXPERIMENTS / "suites"
+
+
+class Suite(Questions):
+    """An evaluation suite: benchmarks and other questions for any model."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    seed: int = Field(1, ge=0, lt=2**32, description="Seed of the choice of items")
+    experiment: ExperimentConfig | None = Field(
+        None, description="An experiment whose held-out text and conversations are scored, too"
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if not self.tasks and self.experiment is None:
+            raise ValueError("a suite needs [[tasks]]")
+        if self.world is None and (lost := [task.label for task in self.tasks if task.is_generated]):
+            raise ValueError(f"{', '.join(lost)} read the generated world, which only an experiment has")
+        return self
+
+    @property
+    def world(self) -> WorldConfig | None:
+        """The settings of the generated world that tasks read."""
+        return self.experiment.world if self.experiment is not None else None
+
+    @classmethod
+    def of(cls, experiment: ExperimentConfig) -> Self:
+        """The suite of an experiment's own evaluation."""
+        return cls(name=experiment.name, seed=experiment.seed, experiment=experiment, **dict(experiment.evaluate))
+
+
+def load_suite(name_or_path: str) -> tuple[Suite, Path]:
+    """Load a suite by the name or file of a suite or an experiment; return it and its path.
+
+    Raises ConfigError that names the file, every bad key and the valid keys.
+    """
+    path = Path(name_or_path)
+    if not path.suffix:
+        places = (SUITES / f"{name_or_path}.toml", EXPERIMENTS / f"{name_or_path}.toml")
+        path = next((place for place in places if place.is_file()), path)
+    if not path.is_file():
+        suites, experiments = (
+            ", ".join(sorted(file.stem for file in folder.glob("*.toml"))) for folder in (SUITES, EXPERIMENTS)
+        )
+        raise ConfigError(
+            f"no suite {name_or_path!r}: use {suites}, an experiment ({experiments}), or the path of a TOML file"
+        )
+    values = read_config(path)
+    if "sample" in values:
+        return Suite.of(validate(ExperimentConfig, values, str(path))), path
+    return validate(Suite, values, str(path)), path

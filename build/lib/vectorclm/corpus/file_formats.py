@@ -1,0 +1,317 @@
+"""Readers of data files: Parquet, JSON Lines and WikiText pages, recognised by their suffixes.
+
+To add a format, add one row to FORMATS.
+"""
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic_core import from_json
+
+from vectorclm.corpus.filters import Filter
+from vectorclm.errors import DataError
+
+LONGEST = 2**26  # characters of a line, or of a file that is one JSON array; each is in memory as a whole
+BATCH_ROWS = 1000
+BATCH_BYTES = 16 * 1024 * 1024  # of Parquet in memory at once; a single larger row is read as a whole
+
+
+class RowBatch(NamedTuple):
+    """A batch of rows: the number of rows read, and the texts of the rows that pass the filter.
+
+    A text is bytes (from Parquet), a string, or a value of another type where the column holds no text.
+    """
+
+    rows: int
+    texts: list[Any]
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How files of one format are recognised and read. Every reader raises DataError naming the file."""
+
+    name: str  # the `path` of a source whose `data_files` have this format
+    suffixes: tuple[str, ...]
+    columns: Callable[[Path], list[str]]  # a file's columns; empty for a file without rows
+    column_type: Callable[[Path, str], pa.DataType | None]  # a column's type; None where the format has no types
+    rows: Callable[
+        [Path, tuple[str, ...]], Iterator[dict[str, Any]]
+    ]  # rows with these columns, or all columns where the tuple is empty
+    batches: Callable[[Path, str, Filter | None], Iterator[RowBatch]]  # the texts of one column
+    in_folders: bool = True  # whether files of this format are found in folders; else a source must name them
+
+
+def format_of(path: Path) -> FileFormat:
+    """The format of a data file, by its suffix; JSON for an unknown suffix."""
+    return next((known for known in FORMATS if path.name.endswith(known.suffixes)), JSON)
+
+
+def columns_of(path: Path) -> list[str]:
+    """The columns of a file; empty for a file without rows. Raises DataError where it cannot be read."""
+    return format_of(path).columns(path)
+
+
+def column_type(path: Path, column: str) -> pa.DataType | None:
+    """The type of a column of a file; None where its format has no types."""
+    return format_of(path).column_type(path, column)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts, or bytes that may be text."""
+    try:
+        pa.array([], kind).cast(pa.large_binary())
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def read_file_batches(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
+    """Read the texts in `column` of a file, some megabytes at a time, from the rows that pass the filter `condition`.
+
+    In JSON, bytes that are not UTF-8 become lone surrogates. Raises DataError naming a file that cannot be read, or
+    whose column types the filter cannot compare.
+    """
+    yield from format_of(path).batches(path, column, condition)
+
+
+def row_batches(
+    rows: Iterator[dict[str, Any]], column: str, condition: Filter | None, where: str
+) -> Iterator[RowBatch]:
+    """Batch rows that are dictionaries, such as those of JSON; see `read_file_batches`."""
+    while part := list(itertools.islice(rows, BATCH_ROWS)):
+        kept = part
+        if condition is not None:
+            try:
+                table = pa.table({name: [row.get(name) for row in part] for name in condition.columns})
+                kept = [part[number] for number in condition.holds(table)]
+            except pa.ArrowException as error:
+                raise _no_filter(condition, where, error) from error
+        yield RowBatch(len(part), [row.get(column) for row in kept])
+
+
+def filtered(table: pa.Table, column: str, condition: Filter | None, where: str) -> RowBatch:
+    """The texts in `column`, as bytes, of the table's rows that pass the filter. Raises DataError as above."""
+    texts = table[column]
+    if condition is not None:
+        try:
+            texts = texts.take(condition.holds(table.select(condition.columns)))
+        except pa.ArrowException as error:
+            raise _no_filter(condition, where, error) from error
+    return RowBatch(len(table), texts.cast(pa.large_binary()).to_pylist())
+
+
+def _no_filter(condition: Filter, where: str, error: pa.ArrowException) -> DataError:
+    return DataError(f"{where}: the filter {condition.text!r} does not fit the columns' types: {error}")
+
+
+def read_rows(files: Sequence[Path], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Read the rows of `files` in turn, with the named columns, or all columns where `columns` is empty.
+
+    Raises DataError naming a file (and line) that cannot be read.
+    """
+    for path in files:
+        yield from format_of(path).rows(path, columns)
+
+
+def read_parquet(source: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[dict[str, Any]]:
+    """Read the rows of a Parquet file on disk or in memory; `where` names the file in errors. See `read_rows`."""
+    for batch in _parquet_batches(source, columns, where):
+        try:
+            yield from batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where} holds text that is not UTF-8: {error}") from error
+
+
+def _parquet_batches(source: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[pa.RecordBatch]:
+    with _parquet(source, where) as file:
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            rows = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+            batches = file.iter_batches(
+                max(1, min(BATCH_ROWS, rows)), row_groups=[number], columns=list(columns) or None, use_threads=False
+            )
+            while True:
+                try:
+                    batch = next(batches, None)
+                except (OSError, pa.ArrowException) as error:
+                    raise DataError(f"cannot read {where}: {error}; download it again") from error
+                if batch is None:
+                    break
+                yield batch
+
+
+def _parquet(source: Path | bytes, where: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"cannot read {where}: {error}; it is not a Parquet file or is cut short: download it again"
+        ) from error
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    with _parquet(path, str(path)) as file:
+        return list(file.schema_arrow.names) if file.metadata.num_rows else []
+
+
+def _parquet_type(path: Path, column: str) -> pa.DataType | None:
+    with _parquet(path, str(path)) as file:
+        return file.schema_arrow.field(column).type
+
+
+def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    return read_parquet(path, columns, str(path))
+
+
+def _parquet_texts(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
+    columns = tuple(dict.fromkeys([column, *(condition.columns if condition else [])]))
+    for batch in _parquet_batches(path, columns, str(path)):
+        yield filtered(pa.Table.from_batches([batch]), column, condition, str(path))
+
+
+def _no_type(path: Path, column: str) -> pa.DataType | None:
+    return None
+
+
+def _json_columns(path: Path) -> list[str]:
+    return list(next(_labelled(path, errors="surrogateescape"), ()))
+
+
+def _json_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for row in _labelled(path):
+        # A JSON row may omit null columns.
+        yield {name: row.get(name) for name in columns} if columns else row
+
+
+def _json_texts(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
+    yield from row_batches(_read_json(path, errors="surrogateescape"), column, condition, str(path))
+
+
+def labels_of(path: Path) -> Path | None:
+    """The file of answers beside a file of questions, one answer a line, as in PIQA: `X-labels.lst` for `X.jsonl`."""
+    name = path.name
+    stem, _, rest = name.partition(".jsonl")
+    labels = path.with_name(f"{stem}-labels.lst{rest}")
+    return labels if ".jsonl" in name and labels.is_file() else None
+
+
+def _labelled(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
+    labels = labels_of(path)
+    if labels is None:
+        yield from _read_json(path, errors)
+        return
+    try:
+        answers = [int(line) for line in _lines(labels) if line.strip()]
+    except ValueError as error:
+        raise DataError(f"{labels}: every line must be one number: {error}") from error
+    rows = list(_read_json(path, errors))
+    if len(rows) != len(answers):
+        raise DataError(f"{path} has {len(rows)} rows, but {labels} has {len(answers)} labels")
+    for row, answer in zip(rows, answers, strict=True):
+        yield {**row, "label": answer}
+
+
+def _pages(path: Path, errors: str) -> Iterator[str]:
+    """The articles of a WikiText file, each starting with its title `= Title =`, as in the hub's document-level set."""
+    lines: list[str] = []
+    for line in _lines(path, errors):
+        title = line.replace("= = =", "===").replace("= =", "==").strip()
+        if title.startswith("= ") and title.endswith(" ="):
+            if (page := "".join(lines).removesuffix("\n")).strip():
+                yield page
+            lines = []
+        lines.append(line)
+    yield "".join(lines)
+
+
+def _page_columns(path: Path) -> list[str]:
+    return ["page"] if next(_pages(path, "surrogateescape"), None) is not None else []
+
+
+def _page_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for page in _pages(path, "strict"):
+        yield {name: page if name == "page" else None for name in columns or ("page",)}
+
+
+def _page_texts(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
+    rows = ({"page": page} for page in _pages(path, "surrogateescape"))
+    yield from row_batches(rows, column, condition, str(path))
+
+
+def _read_json(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file, or of a file that is one JSON array."""
+    lines = _lines(path, errors)
+    first = next(lines, "")
+    if first.lstrip().startswith("["):
+        for number, row in enumerate(_parsed(_whole([first], lines, path), path, 1), 1):
+            yield _object(row, path, number)
+        return
+    for number, line in enumerate(itertools.chain([first], lines), 1):
+        if line.strip():
+            yield _object(_parsed(line, path, number), path, number)
+
+
+def _whole(parts: list[str], lines: Iterator[str], path: Path) -> str:
+    """Join `parts` and all remaining `lines`. Raises DataError beyond LONGEST characters."""
+    length = sum(map(len, parts))
+    for number, line in enumerate(lines, len(parts) + 1):
+        length += len(line)
+        if length > LONGEST:
+            raise DataError(
+                f"{path}, line {number}: the JSON array has more than {LONGEST:,} characters; write it as JSON Lines"
+            )
+        parts.append(line)
+    return "".join(parts)
+
+
+def _parsed(text: str, path: Path, line: int) -> Any:
+    try:
+        try:
+            return from_json(text, cache_strings="keys")  # three times as fast as json
+        except (ValueError, TypeError):  # json reads what from_json refuses: lone surrogates, deep nesting
+            return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {line}: {error}") from error
+
+
+def _object(row: Any, path: Path, line: int) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, row {line}: expected an object of columns, found {type(row).__name__}")
+    return row
+
+
+def _lines(path: Path, errors: str = "strict") -> Iterator[str]:
+    """The lines of a UTF-8 file, decompressed, each at most LONGEST: a small file may unpack to more than memory holds.
+
+    Arrow decompresses, because zstandard's reader ends a truncated file silently.
+    """
+    try:
+        with pa.input_stream(str(path)) as stream:
+            text: TextIO = io.TextIOWrapper(stream, encoding="utf-8", errors=errors, newline="\n")
+            for number in itertools.count(1):
+                line = text.readline(LONGEST + 1)
+                if len(line) > LONGEST:
+                    raise DataError(
+                        f"{path}, line {number}: the line has more than {LONGEST:,} characters; split the document"
+                    )
+                if not line:
+                    return
+                yield line
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}; it may be cut short: download it again") from error
+
+
+PARQUET = FileFormat("parquet", (".parquet",), _parquet_columns, _parquet_type, _parquet_rows, _parquet_texts)
+JSON_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".json.zst", ".json.gz")
+JSON = FileFormat("json", JSON_SUFFIXES, _json_columns, _no_type, _json_rows, _json_texts)
+# WikiText's own files; read only where a source names them.
+PAGE_SUFFIXES = (".txt", ".txt.zst", ".txt.gz")
+PAGES = FileFormat("pages", PAGE_SUFFIXES, _page_columns, _no_type, _page_rows, _page_texts, in_folders=False)
+FORMATS = (PARQUET, JSON, PAGES)

@@ -1,0 +1,174 @@
+"""Reads the rows of sources, one by one or in batches: local files, hub data sets and the generated world."""
+
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, AnyStr, NamedTuple
+
+import pyarrow as pa
+
+from vectorclm.corpus.file_formats import (
+    RowBatch,
+    column_type,
+    columns_of,
+    filtered,
+    is_text,
+    read_file_batches,
+    read_rows,
+    row_batches,
+)
+from vectorclm.corpus.files import revision_of
+from vectorclm.corpus.filters import Filter
+from vectorclm.corpus.hub import hub_error, open_hub
+from vectorclm.corpus.sources import GENERATED, Source, TextSource, describe, is_remote, local_files, local_place
+from vectorclm.corpus.synthetic_world import WorldConfig
+from vectorclm.errors import ConfigError, DataError, VectorCLMError
+
+if TYPE_CHECKING:  # `datasets` takes a second to import, and a training process reads no source
+    from datasets import IterableDataset
+
+OPEN_FILES = 8  # files of a hub repository that are read in turn
+
+
+class SourceRoots(NamedTuple):
+    """Where sources are read from: a local mirror of the hub, and the settings of the generated world."""
+
+    data: Path | None = None
+    world: WorldConfig | None = None
+
+
+def open_source(
+    source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
+) -> "IterableDataset":
+    """Open a source as a stream of rows with the named columns, or all columns where `columns` is empty.
+
+    `data` is a local mirror of the hub, or None. Local files are read in the order of their content hashes. Raises
+    DataError, before any row is read, for a source that cannot be reached, is empty, lacks a column or differs from
+    its pinned revision. Iterate with `draw`, which explains later failures.
+    """
+    if source.is_generated:
+        from datasets import Dataset
+
+        if world is None:
+            raise ConfigError(f"{describe(source)} reads the generated world, but there is no [world]")
+        rows = GENERATED[source.path](world, source.name or "")
+        if not rows:
+            raise DataError(f"{describe(source)} is empty")
+        stream = Dataset.from_list(rows).to_iterable_dataset()
+    elif not is_remote(source, data):
+        from datasets import IterableDataset
+
+        # `datasets` splits lists into shards, so the files are a list and the columns a tuple.
+        kwargs = {"files": _check_local(source, data, columns), "columns": tuple(columns)}
+        return IterableDataset.from_generator(read_rows, gen_kwargs=kwargs)
+    else:
+        stream = open_hub(source)
+    known = stream.column_names
+    _require(columns, known, describe(source))
+    if isinstance(source, TextSource):
+        _require_text(source, stream.features.arrow_schema.field(source.text_column).type, describe(source))
+    return stream.select_columns(list(columns)) if columns else stream
+
+
+def _require(columns: Sequence[str], known: Sequence[str], where: str) -> None:
+    if lost := [name for name in columns if name not in known]:
+        raise DataError(f"{where}: no column {', '.join(map(repr, lost))}; it has {', '.join(known)}")
+
+
+def _require_text(source: TextSource, kind: pa.DataType, where: str) -> None:
+    if not is_text(kind):
+        raise DataError(f"{where}: column {source.text_column!r} is {kind}, not text: set text_column to one that is")
+
+
+def _check_local(source: Source, data: Path | None, columns: Sequence[str]) -> list[Path]:
+    """The source's local files that have rows. Raises DataError as `open_source` does."""
+    place, files = local_place(source, data), local_files(source, data)
+    if not files:
+        raise DataError(f"{describe(source)}: no Parquet or JSON files of this split at {place}")
+    filled = []
+    for path in files:
+        if known := columns_of(path):
+            _require(columns, known, f"{describe(source)}, {path}")
+            if isinstance(source, TextSource) and (kind := column_type(path, source.text_column)) is not None:
+                _require_text(source, kind, f"{describe(source)}, {path}")
+            filled.append(path)
+    if not filled:
+        raise DataError(f"{describe(source)} is empty: no rows in {', '.join(map(str, files))}")
+    pinned, found = source.revision or "", revision_of(files)
+    if pinned.startswith("sha256:") and pinned != found:
+        raise DataError(f"{describe(source)} is pinned to {pinned}, but {place} holds {found}")
+    return filled
+
+
+def draw(source: Source, stream: "IterableDataset") -> Iterator[dict[str, Any]]:
+    """Iterate over a stream of `open_source`. Raises DataError where reading fails."""
+    try:
+        yield from stream
+    except VectorCLMError:
+        raise
+    except Exception as error:
+        if source.is_generated or (source.revision or "").startswith("sha256:"):
+            raise
+        raise hub_error(source, error) from error
+
+
+def read_source(
+    source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Read the rows of a source, as `open_source` and `draw` do; local files are several times as fast."""
+    if source.is_generated or is_remote(source, data):
+        return draw(source, open_source(source, data, world, columns))
+    return read_rows(_check_local(source, data, columns), tuple(columns))
+
+
+def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[RowBatch]:
+    """Read the texts of a source that pass its filter, some megabytes at a time.
+
+    A hub repository is read from OPEN_FILES files in turn, in an order that `seed` shuffles; the next file is opened
+    when one ends. Raises DataError as `open_source` does, and where reading fails later.
+    """
+    condition = Filter(source.filter) if source.filter is not None else None
+    if not (source.is_generated or is_remote(source, data)):
+        for path in _check_local(source, data, source.columns()):
+            yield from read_file_batches(path, source.text_column, condition)
+        return
+    stream = open_source(source, data, world, source.columns())
+    if source.is_generated:
+        yield from row_batches(iter(stream), source.text_column, condition, describe(source))
+    else:
+        try:
+            for table in _round_robin(stream, seed):
+                yield filtered(table, source.text_column, condition, describe(source))
+        except VectorCLMError:
+            raise
+        except Exception as error:
+            raise hub_error(source, error) from error
+
+
+def _round_robin(stream: "IterableDataset", seed: int) -> Iterator[pa.Table]:
+    count = stream.num_shards
+    waiting = deque(random.Random(seed).sample(range(count), count))
+    files: deque[Iterator[pa.Table]] = deque()
+    while waiting or files:
+        while waiting and len(files) < OPEN_FILES:
+            part = stream.shard(count, waiting.popleft()).with_format("arrow")
+            files.append(part.iter(batch_size=1000))
+        file = files.popleft()
+        if (table := next(file, None)) is not None:
+            yield table
+            files.append(file)
+
+
+def in_groups(texts: Iterable[AnyStr], length: int, count: int | None = None) -> Iterator[list[AnyStr]]:
+    """Group texts: a group ends when it has `length` characters or bytes, or `count` texts."""
+    group: list[AnyStr] = []
+    total = 0
+    for text in texts:
+        group.append(text)
+        total += len(text)
+        if total >= length or len(group) == count:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group

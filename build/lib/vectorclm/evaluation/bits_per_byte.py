@@ -1,0 +1,136 @@
+"""Bits per byte of text: of windows of shards, or of any text."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from vectorclm.dataset import to_batch
+from vectorclm.errors import DataError
+from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.model import CausalLM
+from vectorclm.nn.attention import Documents
+from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.nn.matmul import matmul
+from vectorclm.shards.reader import ShardReader
+from vectorclm.tokenizer import BOS_ID, encode
+
+
+def logits(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of hidden states with their targets, in chunks of 2,048 rows."""
+    weight_VD = model.model.embed_tokens.weight
+    for hidden_CD, targets_C in zip(torch.split(hidden_ND, 2048), torch.split(targets_N, 2048), strict=True):
+        yield matmul(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C
+
+
+@torch.inference_mode()
+def token_losses(model: CausalLM, input_ids: Tensor, targets: Tensor, documents: Documents | None = None) -> Tensor:
+    """Loss of each target [B, T] in nats; the target is the token after each input, and IGNORE_INDEX costs 0.
+
+    Logits are computed only where there is a target.
+    """
+    device = input_ids.device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        hidden_BTD = model.model(input_ids, documents=documents)
+    kept_BT = targets != IGNORE_INDEX
+    losses_BT = torch.zeros(targets.shape, device=device)
+    losses_BT[kept_BT] = _nats(model, hidden_BTD[kept_BT], targets[kept_BT])
+    return losses_BT
+
+
+def _nats(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """Cross-entropy of each target."""
+    return torch.cat([F.cross_entropy(*part, reduction="none") for part in logits(model, hidden_ND, targets_N)])
+
+
+class HeldOutWindows(NamedTuple):
+    """Windows of held-out tokens, source by source."""
+
+    sources: Mapping[str, ShardReader]
+    token_lengths: Sequence[int]  # bytes of text that each token stands for
+    document_mask: bool = False  # whether a token sees only the tokens of its own document
+
+
+def windows_scores(
+    model: CausalLM, held_out: HeldOutWindows, micro_batch: int, limit: int = 0, found: ItemScores | None = None
+) -> dict[str, dict[str, float]]:
+    """Loss (nats per token) and bits per byte of text on the first `limit` windows of each source; 0 = all windows.
+
+    Bits per byte compare across tokenizers, losses do not. Special tokens stand for no text and count in the loss
+    alone. The score of each window is added to `found`.
+    """
+    model.eval()
+    device = model.model.embed_tokens.weight.device
+    lengths_V = torch.tensor(held_out.token_lengths, device=device)
+    scores = {}
+    for label, reader in held_out.sources.items():
+        nats = text_nats = 0.0
+        tokens = size = 0
+        for windows in reader.in_order(micro_batch, limit):
+            batch = to_batch(windows, held_out.document_mask)
+            targets_BT = batch.labels[:, 1:].to(device)
+            documents = Documents.at(None if batch.position_ids is None else batch.position_ids[:, :-1], device)
+            losses_BT = token_losses(model, batch.input_ids[:, :-1].to(device), targets_BT, documents)
+            bytes_BT = lengths_V[targets_BT.clamp(min=0)] * (targets_BT != IGNORE_INDEX)
+            nats += float(losses_BT.double().sum())
+            tokens += int((targets_BT != IGNORE_INDEX).sum())
+            text_nats += float((losses_BT.double() * (bytes_BT > 0)).sum())
+            size += int(bytes_BT.sum())
+            if found is not None:
+                nats_B, bytes_B = (losses_BT.double() * (bytes_BT > 0)).sum(1).tolist(), bytes_BT.sum(1).tolist()
+                for ids, window_nats, window_bytes in zip(batch.input_ids.numpy(), nats_B, bytes_B, strict=True):
+                    found.add_text(label, ids.tobytes(), window_nats, window_bytes)
+        scores[label] = {
+            "loss": nats / max(1, tokens),
+            "bits_per_byte": text_nats / math.log(2) / max(1, size),
+        }
+    return scores
+
+
+def scoring_windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]:
+    """Split a text into windows for a model of context `length`; each with the place of the first token to score.
+
+    The first token is scored after BOS. Windows do not overlap; each begins with the last token of the one before (the
+    harness's rolling log-likelihood, context 1). The last window is moved back to be full, so that its tokens see the
+    text before them.
+    """
+    for start in range(0, len(ids), length):
+        end = min(start + length, len(ids))
+        first = max(0, end - length)  # first token of the window
+        yield [BOS_ID if first == 0 else ids[first - 1], *ids[first:end]], 1 + start - first
+
+
+def text_scores(
+    model: CausalLM, tokenizer: Tokenizer, text: str, device: torch.device, length: int | None = None
+) -> dict[str, float]:
+    """Bits per byte and nats per token of any text, with the counts of tokens and bytes.
+
+    Each token is scored once, see `scoring_windows`; without `length`, windows are as long as the model's context.
+    Raises DataError for an empty text.
+    """
+    ids = encode(tokenizer, text)
+    if not ids:
+        raise DataError("there is no text to score: the file is empty")
+    model.eval()
+    nats = 0.0
+    for ids_of_window, scored in scoring_windows(ids, length or model.config.max_position_embeddings):
+        window = torch.tensor(ids_of_window)
+        targets = window[1:].clone()
+        targets[: scored - 1] = IGNORE_INDEX
+        losses = token_losses(model, window[None, :-1].to(device), targets[None].to(device))
+        nats += float(losses.double().sum())
+    return rates(nats, len(ids), len(text.encode()))
+
+
+def rates(nats: float, tokens: int, size: int) -> dict[str, float]:
+    """Bits per byte and nats per token of a text that costs `nats` in all."""
+    return {
+        "bits_per_byte": nats / math.log(2) / size,
+        "nats_per_token": nats / tokens,
+        "tokens": tokens,
+        "bytes": size,
+    }

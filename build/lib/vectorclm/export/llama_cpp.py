@@ -1,0 +1,108 @@
+"""Run a GGUF file in llama.cpp, to compare its answers and scores with ours."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import httpx
+
+from vectorclm.errors import ConfigError, DataError
+from vectorclm.evaluation.bits_per_byte import rates, scoring_windows
+
+INSTALL = "pip install 'vectorclm[llama]'"
+SURE = 1000.0  # bias on a logit that forces a token
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp's own server, inside this process and on 127.0.0.1.
+
+    Keys, values and attention are in fp32, so that differences from our figures come from the file. Raises ConfigError
+    where llama.cpp is not installed, DataError for a file that it cannot open.
+    """
+
+    def __init__(self, file: Path, threads: int = 1) -> None:
+        if find_spec("xllamacpp") is None:
+            raise ConfigError(f"llama.cpp is not installed: {INSTALL}")
+        import xllamacpp
+
+        fields = _fields(file)
+        self.longest = int(fields["llama.context_length"]) - 1  # of a prompt, in tokens
+        self.vocab_size = int(fields["llama.vocab_size"])
+        params = xllamacpp.CommonParams()
+        params.model.path, params.port, params.verbosity = str(file), 0, 0
+        params.n_parallel, params.n_ctx = 1, self.longest + 1  # its server needs room after a prompt
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.warmup = False
+        try:
+            self._server = xllamacpp.Server(params)  # ends with this object
+        except RuntimeError as error:
+            raise DataError(f"{file}: llama.cpp cannot open it: {error}") from error
+        self._client = httpx.Client(base_url=self._server.listening_address, timeout=600)
+        self._letter = self.tokenize("a")[0]
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of `text` without a BOS; with `special`, special tokens written in it are such."""
+        body = {"content": text, "add_special": False, "parse_special": special}
+        return list(self._ask("/tokenize", body)["tokens"])
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return str(self._ask("/detokenize", {"tokens": list(ids)})["content"])
+
+    def prompt(self, messages: Sequence[dict[str, str]]) -> str:
+        """The file's chat template on messages, an answer begun; llama.cpp puts the BOS before it, not the template."""
+        return str(self._ask("/apply-template", {"messages": list(messages)})["prompt"])
+
+    def greedy(self, input_ids: Sequence[int], count: int) -> list[int]:
+        """Up to `count` likeliest ids after `input_ids`, ended by an end of text or of a turn."""
+        return list(self._complete(input_ids, n_predict=count)["tokens"])
+
+    def log_probability(self, input_ids: Sequence[int], token: int) -> float:
+        """Natural logarithm of the probability of `token` after `input_ids`; what both calls share is kept."""
+        # The server tells a token's logit as it was before the bias that has it chosen.
+        found = self._complete(input_ids, n_predict=1, logit_bias=[[token, SURE]], n_probs=1)
+        if chosen := found.get("completion_probabilities"):
+            return float(chosen[0]["logprob"])
+        # Of a token that ends amid a character it tells nothing: have a letter chosen, and all others listed.
+        found = self._complete(input_ids, n_predict=1, logit_bias=[[self._letter, SURE]], n_probs=self.vocab_size)
+        listed = found["completion_probabilities"][0]["top_logprobs"]
+        return next(float(one["logprob"]) for one in listed if one["id"] == token)
+
+    def text_scores(self, text: str) -> dict[str, float]:
+        """Bits per byte and the like, as `evaluate.text_scores` has them for windows of `longest` tokens.
+
+        Raises DataError for an empty text.
+        """
+        ids = self.tokenize(text)
+        if not ids:
+            raise DataError("there is no text to score: the file is empty")
+        nats = 0.0
+        for window, scored in scoring_windows(ids, self.longest):
+            nats -= sum(self.log_probability(window[:i], window[i]) for i in range(scored, len(window)))
+        return rates(nats, len(ids), len(text.encode()))
+
+    def _complete(self, input_ids: Sequence[int], **options: Any) -> Any:
+        body = {"prompt": list(input_ids), "temperature": 0, "samplers": ["temperature"], "return_tokens": True}
+        return self._ask("/completion", body | options)
+
+    def _ask(self, path: str, body: dict[str, Any]) -> Any:
+        answer = self._client.post(path, json=body)
+        if answer.is_error:
+            raise DataError(f"llama.cpp refuses {path}: {answer.text[:300]}")
+        return answer.json()
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file. Raises DataError where it is none of a Llama."""
+    try:
+        reader = gguf.GGUFReader(file)
+        found = {name: field.contents() for name, field in reader.fields.items() if name.startswith("llama.")}
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"{file} is not a GGUF file: {error}") from error
+    if "llama.context_length" not in found:
+        raise DataError(f"{file} holds no Llama")
+    return found

@@ -1,0 +1,243 @@
+"""Chat with a model: shorten conversations, stream answers as text, and talk in the terminal."""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from vectorclm.errors import DataError
+from vectorclm.inference.generate import GREEDY, SamplingParams, drop_oldest, generate
+from vectorclm.inference.load import open_model
+from vectorclm.model import CausalLM
+from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.conversations import Turn, read_conversation, render_prompt
+from vectorclm.store.model_ref import find_model
+from vectorclm.tokenizer import SPECIAL_TOKENS
+
+HELP = """/reset          forget what was said, all but the system prompt
+/system TEXT    forget what was said, and begin anew with this system prompt (without TEXT, with none)
+/exit           leave; so does an empty line
+Ctrl-C          ends an answer, or leaves"""
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A chat model, ready to answer."""
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    content: str  # SHA-256 over the model's files
+
+    @property
+    def context(self) -> int:
+        """The longest conversation with its answer, in tokens."""
+        return self.model.config.max_position_embeddings
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """The next piece of an answer: text of whole characters, and the number of tokens generated for it."""
+
+    text: str
+    tokens: int
+    finish: Literal["stop", "length"] | None = None  # why the answer ends here
+
+
+def open_chat_model(address: str, runtime: Runtime) -> ChatModel:
+    """Load the chat model at an address that `find_model` knows, on this runtime's device.
+
+    Raises what `find_model` does, and DataError where it is a base model, or the tokenizer is another model's.
+    """
+    found = find_model(address)
+    if not found.chat:
+        raise DataError(
+            f"{address} is a base model, which never ends a turn: name a chat model, such as one of `finetune`"
+        )
+    runtime.check()
+    device, folder = runtime.configure_torch(), found.local()
+    model, tokenizer = open_model(folder, address)
+    return ChatModel(model.to(device), tokenizer, found.content)
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raise DataError unless user and assistant alternate, after at most one system turn, and the user is last."""
+    first = 1 if turns and turns[0].role == "system" else 0
+    for place, turn in enumerate(turns[first:], first):
+        expected = "assistant" if (place - first) % 2 else "user"
+        if turn.role != expected:
+            raise DataError(
+                f"message {place} is the {turn.role}'s where the {expected}'s is due: after at most one system message "
+                "user and assistant take turns, the user first"
+            )
+    if (len(turns) - first) % 2 == 0:
+        raise DataError("the last message must be the user's: there is nothing to answer")
+    for place, turn in enumerate(turns):
+        if turn.role != "assistant" and not turn.content.strip():  # a model may have had nothing to say
+            raise DataError(f"message {place} is empty")
+
+
+def fit_turns(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[Turn]:
+    """Shorten a conversation to a prompt of at most `length` tokens: the oldest questions go, each with its answer.
+
+    The system turn and the last question stay. Raises DataError where these alone are too long.
+    """
+    kept = drop_oldest(tokenizer, turns, length)
+    if (size := len(render_prompt(tokenizer, kept))) > length:
+        what = "the system prompt and the message" if kept[0].role == "system" else "the message"
+        raise DataError(f"{what} would take {size:,} tokens, and there is room for {length:,}: make it shorter")
+    return kept
+
+
+def reply(
+    chat_model: ChatModel,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    sampling: SamplingParams = GREEDY,
+    stop: Sequence[str] = (),
+) -> Iterator[TextDelta]:
+    """Stream the answer to a prompt of token ids: one piece for each token; its text may come with a later piece.
+
+    The answer ends with the end of the turn (or any other special token), before the first of the `stop` strings, after
+    `max_new_tokens`, or where the context is full; the last piece names the reason. The pieces together are the text of
+    all tokens.
+    """
+    pending: list[int] = []  # tokens whose last character is incomplete
+    held = ""  # text that may be the beginning of a stop string
+    special = range(len(SPECIAL_TOKENS))
+    for token in generate(chat_model.model, prompt, max_new_tokens, stop_ids=special, sampling=sampling):
+        if token in special:
+            yield TextDelta(held + _text(chat_model, pending), 1, "stop")
+            return
+        pending.append(token)
+        fresh = _text(chat_model, pending)
+        if fresh.endswith("\ufffd"):  # the next tokens may hold the other bytes of a character
+            yield TextDelta("", 1)
+            continue
+        pending, held = [], held + fresh
+        if (end := find_stop(held, stop)) is not None:
+            yield TextDelta(held[:end], 1, "stop")
+            return
+        safe = len(held) - overlap(held, stop)
+        yield TextDelta(held[:safe], 1)
+        held = held[safe:]
+    yield TextDelta(held + _text(chat_model, pending), 0, "length")
+
+
+def _text(chat_model: ChatModel, ids: Sequence[int]) -> str:
+    text: str = chat_model.tokenizer.decode(list(ids), skip_special_tokens=False)
+    return text
+
+
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """The place of the first stop string in a text; None without one."""
+    return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
+
+
+def overlap(text: str, stop: Sequence[str]) -> int:
+    """The length of the longest end of a text that begins a stop string."""
+    lengths = (size for one in stop for size in range(min(len(one), len(text)), 0, -1) if text.endswith(one[:size]))
+    return max(lengths, default=0)
+
+
+class Conversation:
+    """A conversation with a chat model, shortened as it outgrows the context."""
+
+    def __init__(self, chat_model: ChatModel, max_new_tokens: int, system: str = "") -> None:
+        """Raises DataError where the system prompt is not text, or leaves no room for a question."""
+        self.chat_model = chat_model
+        self.max_new_tokens = min(max_new_tokens, chat_model.context // 2)
+        self.turns: list[Turn] = []
+        self.begin(system)
+
+    def begin(self, system: str = "") -> None:
+        """Start a new conversation. Raises DataError as the constructor does, and keeps the old conversation then."""
+        turns = read_conversation([{"role": "system", "content": system}], "system prompt") if system.strip() else []
+        fit_turns(self.chat_model.tokenizer, [*turns, Turn("user", "?")], self._room)
+        self.turns = turns
+
+    def ask(self, question: str) -> int:
+        """Add a question, and return the number of old turns that were dropped to make room.
+
+        Raises DataError where the question is not text or too long by itself, and leaves the conversation as it was.
+        """
+        turns = [*self.turns, *read_conversation([{"role": "user", "content": question}], "message")]
+        self.turns = fit_turns(self.chat_model.tokenizer, turns, self._room)
+        return len(turns) - len(self.turns)
+
+    def answer(self, sampling: SamplingParams, stop: Sequence[str]) -> Generator[TextDelta, None, None]:
+        """Stream the answer, and add what was generated to the conversation."""
+        prompt, text = render_prompt(self.chat_model.tokenizer, self.turns), ""
+        try:
+            for piece in reply(self.chat_model, prompt, self.max_new_tokens, sampling=sampling, stop=stop):
+                text += piece.text
+                yield piece
+        finally:
+            self.turns = [*self.turns, Turn("assistant", text)]
+
+    @property
+    def _room(self) -> int:
+        return self.chat_model.context - self.max_new_tokens
+
+
+def talk(conversation: Conversation, sampling: SamplingParams, stop: Sequence[str]) -> None:
+    """Chat in the terminal until an empty line or end of input; answers are streamed."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (input() then edits lines and remembers them)
+    while question := _read("you  > "):
+        try:
+            if question.startswith("/"):
+                if question == "/exit":
+                    return
+                _command(conversation, question)
+                continue
+            if gone := conversation.ask(question):
+                _show(f"(the oldest {gone} turns are forgotten: {conversation.chat_model.context:,} tokens are full)\n")
+        except DataError as error:
+            _show(f"({error})\n")
+            continue
+        _show("model> ")
+        pieces = conversation.answer(sampling, stop)
+        try:
+            for piece in pieces:
+                _show(_harmless(piece.text))
+                if piece.finish == "length":
+                    _show(f" (cut after {conversation.max_new_tokens:,} tokens)")
+        except KeyboardInterrupt:
+            _show(" (stopped)")
+        finally:
+            pieces.close()
+        _show("\n")
+
+
+def _command(conversation: Conversation, line: str) -> None:
+    name, _, text = line.partition(" ")
+    if name == "/reset":
+        system = conversation.turns[0] if conversation.turns and conversation.turns[0].role == "system" else None
+        conversation.begin(system.content if system else "")
+    elif name == "/system":
+        conversation.begin(text)
+    else:
+        _show(HELP + "\n")
+        return
+    _show("(a new conversation)\n")
+
+
+def _read(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise DataError(f"the input is not UTF-8: {error}") from error
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)  # noqa: T201
+
+
+def _harmless(text: str) -> str:
+    """The text without control characters, which a terminal could act on."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")

@@ -1,0 +1,102 @@
+"""Decoding with a KV cache, one token a step; on a GPU each step replays a CUDA graph.
+
+A step of a small model is hundreds of kernels of microseconds, which a GPU finishes faster than Python starts them. A
+CUDA graph starts all of them at once. A graph repeats the same work in the same memory, so the place of the token is a
+tensor, and attention reads the whole cache with a mask.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vectorclm.model import CausalLM, KVCache
+from vectorclm.nn.matmul import project
+
+WARM_UP = 3  # steps before a capture, in which libraries allocate their memory
+
+
+def decoding(
+    model: CausalLM, batch_size: int, length: int, padding_B: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A function of the next tokens [B, T] that returns the logits [B, V] after the last of them.
+
+    The first call takes the prompts, each later one a token of each. A prompt and its continuation have at most
+    `length` tokens. `padding_B` counts the padding tokens at the left of each prompt.
+    """
+    if model.model.embed_tokens.weight.is_cuda:
+        return SteadyDecoding(model, batch_size, length, padding_B, captured=True)
+    cache = model.new_cache(batch_size, length)
+    return lambda input_ids: model.next_logits(input_ids, cache, padding_B)
+
+
+class _SteadyCache(KVCache):
+    """A KV cache that writes the last token at a place given by a tensor, and returns its whole memory."""
+
+    def __init__(self, model: CausalLM, batch_size: int, length: int) -> None:
+        like = model.model.embed_tokens.weight
+        super().__init__(model.config, batch_size, length, like)
+        self.place_1 = torch.zeros(1, dtype=torch.long, device=like.device)
+
+    def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        if k_BKTE.shape[2] > 1:
+            return super().append(layer, k_BKTE, v_BKTE)
+        keys_BKSE, values_BKSE = self.keys_BKSE[layer], self.values_BKSE[layer]
+        return keys_BKSE.index_copy_(2, self.place_1, k_BKTE), values_BKSE.index_copy_(2, self.place_1, v_BKTE)
+
+
+class SteadyDecoding:
+    """Decoding where each step is the same work on the same memory; with `captured`, as a CUDA graph."""
+
+    def __init__(
+        self, model: CausalLM, batch_size: int, length: int, padding_B: Tensor | None = None, *, captured: bool
+    ) -> None:
+        self.model, self.padding_B, self.captured = model, padding_B, captured
+        self.cache = _SteadyCache(model, batch_size, length)
+        self.place_1 = self.cache.place_1
+        self.places_S = torch.arange(length, device=self.place_1.device)
+        self.fed_B1 = self.place_1.new_zeros(batch_size, 1)
+        self.logits_BV: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.begun = False
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, V], which the next call overwrites. Raises ValueError as `CausalLM.next_logits` does."""
+        if not self.begun:
+            self.begun = True
+            self.place_1.fill_(input_ids.shape[1])
+            if input_ids.shape[1] > 1:
+                return self.model.next_logits(input_ids, self.cache, self.padding_B)
+            self.place_1.zero_()
+        self.fed_B1.copy_(input_ids)
+        if self.captured and self.graph is None:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._step()
+        assert self.logits_BV is not None
+        return self.logits_BV
+
+    def _step(self) -> None:
+        place_B1, seen_BS = self.place_1.expand(len(self.fed_B1), 1), self.places_S <= self.place_1
+        if self.padding_B is not None:
+            place_B1, seen_BS = place_B1 - self.padding_B[:, None], seen_BS & (self.places_S >= self.padding_B[:, None])
+        seen_B1S = seen_BS.expand(len(self.fed_B1), -1)[:, None]
+        hidden_B1D = self.model.model(self.fed_B1, self.cache, place_B1, seen_B1S)
+        self.logits_BV = project(hidden_B1D[:, -1], self.model.model.embed_tokens.weight)
+        self.place_1.add_(1)
+
+    def _capture(self) -> None:
+        """Warm up on another stream, as torch's documentation says, then capture; the warm-up has no visible effect."""
+        place_1, stream = self.place_1.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._step()
+                self.place_1.copy_(place_1)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step()

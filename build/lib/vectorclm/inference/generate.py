@@ -1,0 +1,239 @@
+"""Sampling with a KV cache, and answers in the chat template."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from vectorclm.inference.decode import decoding
+from vectorclm.model import CausalLM
+from vectorclm.runtime.progress import Progress
+from vectorclm.settings import Settings
+from vectorclm.shards.conversations import Turn, render_prompt
+from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, encode
+
+
+class SamplingParams(Settings):
+    """How the next token is drawn; each setting's default leaves the model's probabilities as they are."""
+
+    temperature: float = Field(0.0, ge=0, le=100, description="Divides the logits; 0 takes the likeliest token")
+    top_k: int = Field(0, ge=0, description="Draw from so many of the likeliest tokens; 0 = from all")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens that hold this much probability")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Draw from tokens at least this share as probable as the likeliest one"
+    )
+    repetition_penalty: float = Field(
+        1.0, ge=0.01, le=100, description="Above 1, tokens of the prompt and the answer become less likely"
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="Equal seeds repeat an answer; without one each is new"
+    )
+
+
+GREEDY = SamplingParams(temperature=0.0)
+LOOK = 8  # tokens between two checks for the text that ends an answer
+COLDEST = 1e-6  # a lower temperature takes the likeliest token: divided logits could overflow
+
+
+def generate(
+    model: CausalLM,
+    input_ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    stop_ids: Sequence[int] = (EOS_ID,),
+    sampling: SamplingParams = GREEDY,
+) -> Iterator[int]:
+    """Generate token ids after `input_ids`, one at a time, the stop token included; ends where the context is full."""
+    generator = torch.Generator()  # on the CPU, so that a seed draws alike whatever the model's device
+    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    seen = list(input_ids)
+    room = model.config.max_position_embeddings - len(input_ids)
+    model.eval()
+    device = model.model.embed_tokens.weight.device
+    next_logits = decoding(model, 1, min(len(input_ids) + max_new_tokens, model.config.max_position_embeddings))
+    fed = torch.tensor([list(input_ids)], device=device)
+    for _ in range(min(max_new_tokens, room)):
+        with torch.inference_mode():
+            logits_V = next_logits(fed)[0].float()
+            chosen = choose(logits_V, seen, sampling, generator)
+        yield chosen
+        if chosen in stop_ids:
+            return
+        seen.append(chosen)
+        fed = torch.tensor([[chosen]], device=device)
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: CausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    stop_ids: Sequence[int] = (EOS_ID,),
+    padding_B: Tensor | None = None,
+    finished: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Greedy continuations [B, N] of prompts [B, T]; a row is padding after its stop token.
+
+    Shorter prompts are padded at the left, by `padding_B` tokens. Generation ends when all rows have ended, after
+    `max_new_tokens`, or where the model's context is full. `finished` says every LOOK tokens which of the rows [B, n]
+    need no more tokens.
+    """
+    model.eval()
+    batch, prompt = input_ids.shape
+    end = min(prompt + max_new_tokens, model.config.max_position_embeddings)
+    next_logits = decoding(model, batch, end, padding_B)
+    made = input_ids.new_full((batch, end - prompt), PAD_ID)
+    stops = torch.tensor(stop_ids, dtype=torch.long, device=input_ids.device)
+    over = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    fed = input_ids
+    for place in range(end - prompt):
+        chosen_B = next_logits(fed).argmax(dim=1)
+        made[:, place] = chosen_B.masked_fill(over, PAD_ID)
+        if len(stop_ids):
+            over |= torch.isin(chosen_B, stops)
+        if finished is not None and place % LOOK == LOOK - 1:
+            over |= finished(made[:, : place + 1])
+        if over.all():
+            return made[:, : place + 1]
+        fed = chosen_B[:, None]
+    return made
+
+
+def choose(logits_V: Tensor, seen: Sequence[int], sampling: SamplingParams, generator: torch.Generator) -> int:
+    """Draw the next token after `seen` from logits [V]; the order of the steps is that of transformers."""
+    if sampling.repetition_penalty != 1:
+        logits_V = penalized(logits_V, seen, sampling.repetition_penalty)
+    if sampling.temperature < COLDEST:
+        return int(logits_V.argmax())
+    logits_V = logits_V.cpu() / sampling.temperature
+    if sampling.top_k:
+        logits_V = keep_top_k(logits_V, sampling.top_k)
+    if sampling.top_p < 1:
+        logits_V = keep_top_p(logits_V, sampling.top_p)
+    if sampling.min_p:
+        logits_V = keep_min_p(logits_V, sampling.min_p)
+    return int(torch.multinomial(logits_V.softmax(dim=0), 1, generator=generator))
+
+
+def penalized(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    """Logits with a repetition penalty on the tokens seen (Keskar et al., CTRL, arXiv 1909.05858, section 4.1).
+
+    Special tokens are exempt: each turn has to end, however many turns ended before.
+    """
+    ids = torch.tensor(sorted({i for i in seen if i >= len(SPECIAL_TOKENS)}), dtype=torch.long, device=logits_V.device)
+    chosen = logits_V[ids]
+    return logits_V.index_copy(0, ids, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
+
+
+def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
+    """Logits of the `k` likeliest tokens and of ties with the last one; the others -inf (arXiv 1805.04833)."""
+    least = logits_V.topk(min(k, len(logits_V))).values[-1]
+    return logits_V.masked_fill(logits_V < least, -torch.inf)
+
+
+def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
+    """Logits of the fewest tokens that together hold probability `p`, the others -inf (nucleus, arXiv 1904.09751)."""
+    probabilities, ids = logits_V.softmax(dim=0).sort(descending=True)
+    outside = probabilities.cumsum(dim=0) - probabilities >= p
+    outside[0] = False  # the likeliest token always stays
+    return logits_V.masked_fill(torch.empty_like(outside).index_copy(0, ids, outside), -torch.inf)
+
+
+def keep_min_p(logits_V: Tensor, p: float) -> Tensor:
+    """Logits of tokens at least `p` times as probable as the likeliest, the others -inf (min-p, arXiv 2407.01082)."""
+    probabilities = logits_V.softmax(dim=0)
+    return logits_V.masked_fill(probabilities < p * probabilities.max(), -torch.inf)
+
+
+def drop_oldest(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[Turn]:
+    """Shorten a conversation to a prompt of `length` tokens: the oldest questions go, each with its answer.
+
+    The system turn and the last question stay, even where these alone are longer.
+    """
+    kept = list(turns)
+    first = 1 if kept and kept[0].role == "system" else 0
+    while len(kept) > first + 2 and len(render_prompt(tokenizer, kept)) > length:
+        del kept[first : first + 2]
+    return kept
+
+
+def cut_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[int]:
+    """The prompt of a conversation, cut to at most `length` tokens where nobody can shorten the text.
+
+    The oldest questions go first, as in a chat. Where the last question leaves no room for the system turn, this goes,
+    as in training; a question that is too long by itself loses its beginning.
+    """
+    kept = drop_oldest(tokenizer, turns, length)
+    prompt = render_prompt(tokenizer, kept)
+    if len(prompt) > length and kept[0].role == "system":
+        prompt = render_prompt(tokenizer, kept[1:])
+    return prompt if len(prompt) <= length else [BOS_ID, *prompt[1 - length :]]
+
+
+def answer(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    conversation: Sequence[Turn],
+    max_new_tokens: int,
+    sampling: SamplingParams = GREEDY,
+) -> Iterator[int]:
+    """Token ids of the assistant's next turn, its end-of-turn token included.
+
+    An answer takes at most half of the context; a conversation that is too long for the rest is cut by `cut_prompt`.
+    """
+    context = model.config.max_position_embeddings
+    max_new_tokens = min(max_new_tokens, context // 2)
+    prompt = cut_prompt(tokenizer, conversation, context - max_new_tokens)
+    yield from generate(model, prompt, max_new_tokens, stop_ids=(IM_END_ID, EOS_ID), sampling=sampling)
+
+
+def plain_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of tokens, without special tokens."""
+    text: str = tokenizer.decode([i for i in ids if i >= len(SPECIAL_TOKENS)], skip_special_tokens=False)
+    return text
+
+
+def answer_text(
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
+) -> str:
+    """The answer to one question, without the end-of-turn token."""
+    return plain_text(tokenizer, answer(model, tokenizer, [Turn("user", prompt)], max_new_tokens, sampling))
+
+
+def continuation(
+    model: CausalLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingParams = GREEDY
+) -> str:
+    """The continuation of a text, or of the end of a long one; at most half the model's context."""
+    context = model.config.max_position_embeddings
+    max_new_tokens = min(max_new_tokens, context // 2)
+    prompt_ids = [BOS_ID, *encode(tokenizer, prompt)[1 + max_new_tokens - context :]]
+    return plain_text(tokenizer, generate(model, prompt_ids, max_new_tokens, sampling=sampling))
+
+
+def template_scores(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[tuple[Sequence[Turn], str]],
+    max_new_tokens: int,
+    sampling: SamplingParams = GREEDY,
+) -> dict[str, int]:
+    """Count the answers to held-out prompts that end with the end-of-turn token, and those that keep to the template.
+
+    In the template: some text, then the end-of-turn token, and no other special token. `exact` counts the answers
+    equal to the reference; only questions with one right wording can reach that.
+    """
+    ended = in_template = exact = 0
+    with Progress("answer prompts", len(prompts), "prompts") as progress:
+        for conversation, reference in prompts:
+            ids = list(answer(model, tokenizer, conversation, max_new_tokens, sampling))
+            body = ids[:-1]
+            finished = bool(ids) and ids[-1] == IM_END_ID
+            ended += finished
+            text: str = tokenizer.decode(body, skip_special_tokens=False)
+            in_template += finished and bool(text.strip()) and all(i >= len(SPECIAL_TOKENS) for i in body)
+            exact += finished and text == reference
+            progress.advance(1)
+    return {"prompts": len(prompts), "ended": ended, "answered_in_template": in_template, "exact": exact}

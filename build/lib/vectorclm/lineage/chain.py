@@ -1,0 +1,342 @@
+"""Lineage of models: the chain of artifacts back to the data sources, read only from the manifests of a store.
+
+A fingerprint covers a stage's settings and the fingerprints of its inputs, so the chain is a Merkle tree: `verify`
+recomputes every fingerprint from its manifest, and the hash of every file.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.stages import EVALUATED
+from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, repair_advice
+from vectorclm.store.layout import STAGES
+from vectorclm.store.model_ref import ADDRESS, Model, content_of, expand_prefix, find_model
+from vectorclm.store.result import ArtifactStorage
+
+SHORT = 12  # digits of a fingerprint in output
+
+
+def _figure(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+TITLES = {"finetune": "chat model", "pretrain": "base model", "chat_shards": "chat shards"}
+EXPORTED = {"chat": "finetune", "base": "pretrain"}  # folder of an export -> stage whose model it contains
+MODELS = ("finetune", "pretrain")
+READ_BY = ("sample", "chat_shards")  # stages whose settings name sources of training data
+
+
+class SourceRead(NamedTuple):
+    """A source of training data at its revision: a commit of the hub, or `sha256:` of the content."""
+
+    label: str
+    revision: str
+    path: str  # hub id and config; empty for a source that its content identifies
+
+
+@dataclass(frozen=True)
+class Node:
+    """An artifact in a chain, with its inputs."""
+
+    stage: str
+    fingerprint: str
+    artifact: Artifact | None  # None where the store no longer has it
+    inputs: tuple["Node", ...] = ()
+    sources: tuple[SourceRead, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The name of the stage's result in output."""
+        return TITLES.get(self.stage, self.stage)
+
+    @property
+    def names(self) -> Any:
+        """Stages, fingerprints and sources of the chain, nested; two records of the same model must agree in these."""
+        inputs = sorted((node.names for node in self.inputs), key=lambda names: str(names["stage"]))
+        sources = sorted([source.label, source.revision] for source in self.sources)
+        return {"stage": self.stage, "fingerprint": self.fingerprint, "inputs": inputs, "sources": sources}
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A model's chain and scores, and the copy of the model that was asked about."""
+
+    root: Node
+    scores: tuple[Artifact, ...] = ()
+    copy: Artifact | None = None  # the export that contains the address
+    folder: Path | None = None  # the folder of a copy outside any store
+    nodes: Mapping[str, Node] = field(default_factory=dict)  # the whole chain by fingerprint, inputs first
+
+    @property
+    def stages(self) -> dict[str, Node]:
+        """The chain by stage."""
+        return {node.stage: node for node in self.nodes.values()}
+
+
+class Change(NamedTuple):
+    """A difference between two models at one place; None where a model has no value."""
+
+    place: str  # `pretrain.optimizer.learning_rate`
+    before: Any
+    after: Any
+
+
+def lineage(address: str, store: Store) -> Lineage:
+    """The lineage of `<store>/<stage>/<fingerprint>`, of a folder in it, or of any copy of a model in `store`.
+
+    An abbreviated address such as `finetune/7fa0` is looked up in `store`. Raises DataError where nothing is found,
+    and ConfigError where several artifacts match.
+    """
+    artifact, inside, folder = _find(address, store)
+    export = artifact if artifact.stage == "export" else None
+    if export is not None:
+        stage, fingerprint = _exported(export, inside)
+        model = export.store.look_up(stage, fingerprint)
+        if model is None:
+            raise DataError(
+                f"{export.store.uri} no longer has {stage}/{fingerprint}, from which {export.uri} was built"
+            )
+        artifact = model
+    nodes = _chain(artifact)
+    root = nodes[artifact.fingerprint]
+    return Lineage(root, tuple(_scores(root)), export, folder, nodes)
+
+
+def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
+    """The artifacts with a model's training text that the store has: `sample`, and `chat_shards` for a chat model."""
+    training = _training(model, store)
+    nodes = _chain(training).values() if training is not None else ()
+    return {node.stage: node.artifact for node in nodes if node.stage in READ_BY and node.artifact is not None}
+
+
+def _exported(export: Artifact, inside: str) -> tuple[str, str]:
+    """Stage and fingerprint of the training whose model is at a path inside an export."""
+    stage = EXPORTED.get(inside.partition("/")[0] or "chat", "finetune")
+    return stage, str(export.manifest.get("inputs", {}).get(stage))
+
+
+def _training(model: Model, store: Store) -> Artifact | None:
+    """The training artifact of a model: the artifact that its address names, or else one with the same content."""
+    match = ADDRESS.fullmatch(model.address)
+    if match is not None and Store(match["root"]).uri == store.uri:
+        named = store.look_up(match["stage"], match["fingerprint"])
+        if named is not None and named.stage == "export":
+            named = store.look_up(*_exported(named, match["inside"] or ""))
+        if named is not None and named.stage in MODELS and content_of(named) == model.content:
+            return named
+    trainings = (artifact for stage in MODELS for artifact in store.finished(stage))
+    return next((artifact for artifact in trainings if content_of(artifact) == model.content), None)
+
+
+def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
+    """The artifact at an address, the path inside it, and the folder where the address is a copy outside a store."""
+    address = expand_prefix(address, store)
+    place = address if "://" in address else str(Path(address).absolute())
+    match = ADDRESS.fullmatch(place)
+    if match is not None:
+        artifact = Store(match["root"]).look_up(match["stage"], match["fingerprint"])
+        if artifact is None:
+            raise DataError(f"{match['root']} has no finished {match['stage']}/{match['fingerprint']}")
+        return artifact, match["inside"] or "", None
+    artifact = _training(find_model(address), store)
+    if artifact is None:
+        raise DataError(
+            f"no model of {store.uri} has the content of {address}: name the store it comes from with --store"
+        )
+    return artifact, "", Path(place)
+
+
+def _chain(artifact: Artifact) -> dict[str, Node]:
+    """An artifact and all its direct and indirect inputs, by fingerprint, inputs first."""
+    nodes: dict[str, Node] = {}
+    _node(artifact.store, artifact.stage, artifact.fingerprint, nodes)
+    return nodes
+
+
+def _node(store: ArtifactStorage, stage: str, fingerprint: str, known: dict[str, Node]) -> Node:
+    """The node of an artifact. Raises CorruptArtifactError where a manifest is not a valid one of its stage."""
+    if fingerprint in known:
+        return known[fingerprint]
+    artifact = store.look_up(stage, fingerprint)
+    if artifact is None:
+        node = Node(stage, fingerprint, None)
+    else:
+        try:
+            before = {**known, fingerprint: Node(stage, fingerprint, artifact)}  # a forged chain may be circular
+            inputs = [_node(store, name, print_, before) for name, print_ in artifact.manifest["inputs"].items()]
+            known.update({key: node for key, node in before.items() if key != fingerprint})
+            node = Node(stage, fingerprint, artifact, tuple(inputs), tuple(_sources(stage, artifact)))
+            _described(node), facts(node), artifact.manifest["created"]  # raises where a reported value is missing
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptArtifactError(
+                f"{artifact.uri}/{MANIFEST} is not a manifest of {stage}: {error!r}; {repair_advice(artifact)}"
+            ) from error
+    known[fingerprint] = node
+    return node
+
+
+def _sources(stage: str, artifact: Artifact | None) -> Iterator[SourceRead]:
+    if artifact is not None and stage in READ_BY:
+        for source in artifact.manifest["config"]["sources"]:
+            path = "/".join(source[key] for key in ("path", "name") if source.get(key))
+            yield SourceRead(source["label"], str(source.get("revision")), path)
+
+
+def _scores(root: Node) -> Iterator[Artifact]:
+    """All evaluation results of the model in its store, of any suite."""
+    if root.artifact is None or root.stage not in MODELS:
+        return
+    store, content = root.artifact.store, content_of(root.artifact)
+    for stage in (*EVALUATED, "measure"):
+        for found in store.finished(stage):
+            inputs = found.manifest.get("inputs", {})
+            of_it = inputs.get("model") == content if stage == "measure" else inputs.get(root.stage) == root.fingerprint
+            if of_it and (stage == "measure" or EVALUATED[stage] == root.stage):
+                yield found
+
+
+def verify(found: Lineage) -> Iterator[str]:
+    """Verify every artifact of a lineage against its manifest, and yield a line for each difference.
+
+    The scores and the copy that was asked about are verified, too.
+    """
+    for node in found.nodes.values():
+        if node.artifact is None:
+            yield f"{node.stage}/{node.fingerprint} is gone from the store: its inputs are unknown"
+    chain = [node.artifact for node in found.nodes.values() if node.artifact is not None]
+    for artifact in (*chain, *found.scores, *([found.copy] if found.copy is not None else [])):
+        manifest = artifact.manifest
+        spec = StageSpec(artifact.stage, manifest["format_version"], manifest["config"], manifest["inputs"])
+        if spec.fingerprint != artifact.fingerprint:
+            yield (
+                f"{artifact.uri}/{MANIFEST}: the fingerprint of its settings and inputs is {spec.fingerprint[:12]}…, "
+                "not that of its folder: the manifest was changed"
+            )
+        yield from artifact.differences()
+    root = found.root.artifact
+    if found.copy is not None and root is not None:
+        inside = next(f"{name}/" for name, stage in EXPORTED.items() if stage == root.stage)
+        if content_of(found.copy, inside) != content_of(root):
+            yield f"{found.copy.uri}/{inside} is not the model of {root.uri}"
+
+
+def facts(node: Node) -> dict[str, Any]:
+    """The main figures of an artifact: its size, and its quality."""
+    if node.artifact is None:
+        return {}
+    summary = node.artifact.summary
+    match node.stage:
+        case "sample":
+            return {"documents": summary["documents"], "bytes": summary["bytes"]}
+        case "tokenizer":
+            return {"vocabulary": summary["vocab_size"], "bytes_per_token": summary["bytes_per_token"]}
+        case "shards":
+            return {"tokens": sum(tokens_by_source(node.artifact).values())}
+        case "chat_shards":
+            return {key: summary["train"][key] for key in ("tokens", "supervised_tokens")}
+        case "pretrain" | "finetune":
+            keys = ("parameters", "tokens", "steps", "last_loss")
+            return {key: summary[key] for key in keys if key in summary} | _mean_bits(summary["validation"])
+    return {}
+
+
+def _mean_bits(validation: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    bits = [figures["bits_per_byte"] for figures in validation.values()]
+    return {"bits_per_byte": sum(bits) / len(bits)} if bits else {}
+
+
+def tokens_by_source(shards: Artifact) -> dict[str, int]:
+    """Training tokens of each source in an artifact of `shards`."""
+    sources = {label: splits for label, splits in shards.summary.items() if isinstance(splits, Mapping)}
+    return {label: splits["train"]["tokens"] for label, splits in sources.items() if "train" in splits}
+
+
+def score_facts(scores: Artifact) -> dict[str, float]:
+    """Accuracy of each task and bits per byte of each text, of an evaluation of any kind."""
+    summary = scores.summary
+    found = {f"acc.{label}": task["acc"] for label, task in summary["tasks"].items()}
+    for label, text in summary.get("text", {}).items():
+        found[f"bits_per_byte.{label}"] = text["bits_per_byte"]
+    for label, value in summary.get("bits_per_byte", {}).items():
+        found[f"bits_per_byte.{label}"] = value
+    return found
+
+
+def as_object(found: Lineage) -> dict[str, Any]:
+    """The whole lineage as `--json` prints it; a shared input is repeated under each artifact."""
+    scores = [{"uri": item.uri, "stage": item.stage, "scores": score_facts(item)} for item in found.scores]
+    return {"tree": _as_object(found.root), "scores": scores}
+
+
+def _as_object(node: Node) -> dict[str, Any]:
+    about: dict[str, Any] = {"missing": True}
+    if node.artifact is not None:
+        manifest = node.artifact.manifest
+        about = {"uri": node.artifact.uri, "created": manifest["created"], "git": manifest["environment"].get("git")}
+    return {
+        "stage": node.stage,
+        "fingerprint": node.fingerprint,
+        **about,
+        "facts": facts(node),
+        "sources": [source._asdict() for source in node.sources],
+        "inputs": [_as_object(part) for part in node.inputs],
+    }
+
+
+def changes(before: Lineage, after: Lineage) -> list[Change]:
+    """The differences between two models: settings, sources, inputs, versions and scores, in pipeline order."""
+    found: list[Change] = []
+    for stage in STAGES:
+        nodes = [side.stages.get(stage) for side in (before, after)]
+        if None in nodes:  # only one of the two models has this stage
+            found.append(Change(stage, *(node.fingerprint if node is not None else None for node in nodes)))
+            continue
+        a, b = (_described(node) for node in nodes)
+        found += [Change(f"{stage}.{key}", a.get(key), b.get(key)) for key in {**a, **b}]
+    sides = [
+        {f"scores.{key}": value for item in side.scores for key, value in _named(item)} for side in (before, after)
+    ]
+    found += [Change(key, *(side.get(key) for side in sides)) for key in {**sides[0], **sides[1]}]
+    return [change for change in found if change.before != change.after]
+
+
+def _named(scores: Artifact) -> Iterator[tuple[str, float]]:
+    suite = f"{scores.manifest['config']['suite']}." if scores.stage == "measure" else ""
+    for key, value in score_facts(scores).items():
+        yield suite + key, value
+
+
+def _described(node: Node | None) -> dict[str, Any]:
+    """The settings, inputs and versions of an artifact, flattened."""
+    if node is None:
+        return {}
+    if node.artifact is None:
+        return {"fingerprint": node.fingerprint}
+    manifest = node.artifact.manifest
+    return {
+        **_flat(manifest["config"]),
+        **{f"input {stage}": fingerprint for stage, fingerprint in manifest["inputs"].items()},
+        "format_version": manifest["format_version"],
+        **{f"made with {key}": value for key, value in manifest["environment"].items()},
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to keys such as `a.b.0.c`; a labelled list item has its label instead of its index."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Sequence) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(item.get("label", number)): item for number, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def describe_node(node: Node) -> str:
+    """Format the main figures of an artifact in one line."""
+    return ", ".join(f"{_figure(value)} {key.replace('_', ' ')}" for key, value in facts(node).items())

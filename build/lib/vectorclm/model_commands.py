@@ -1,0 +1,298 @@
+"""Commands about models: evaluate, export, compare, chat and serve."""
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from pydantic import Field
+
+from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
+from vectorclm.comparison.compare import print_comparison
+from vectorclm.comparison.curves import measure_checkpoints, write_curves
+from vectorclm.comparison.measurement import Limits, left_out, measure, measure_plan, not_run
+from vectorclm.config import Suite, load_suite
+from vectorclm.errors import ConfigError, DataError
+from vectorclm.evaluation.bits_per_byte import text_scores
+from vectorclm.evaluation.statistics import figures
+from vectorclm.export.gguf import export_gguf
+from vectorclm.export.llama_cpp import LlamaCpp
+from vectorclm.inference.chat import Conversation, open_chat_model, talk
+from vectorclm.inference.generate import SamplingParams
+from vectorclm.inference.load import open_model
+from vectorclm.lineage.pinning import pin, pin_suite
+from vectorclm.runtime import progress
+from vectorclm.runtime.devices import Runtime
+from vectorclm.stage_commands import StageOptions, build_stage, chosen, load_runtime
+from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.model_ref import find_model
+
+MODELS = "a folder, <store>/<stage>/<fingerprint>, or a short form such as finetune/7fa0"
+models = new_app("models", "Models: score, export, compare, chat, serve.")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Options for the text or the suite that a model is scored on."""
+
+    text: Annotated[Path | None, Parameter(help="Score the model, or a GGUF file, on this UTF-8 text")] = None
+    suite: Annotated[
+        str | None,
+        Parameter(
+            help="Score the model on this suite (standard, generation, a file), or on an experiment's evaluation"
+        ),
+    ] = None
+    every_checkpoint: Annotated[
+        bool, Parameter(help="Score the kept checkpoints of an experiment's trainings, and write the curves")
+    ] = False
+    allow_unsandboxed: Annotated[
+        bool, Parameter(help="Run the programs that the model writes even where the system offers no sandbox")
+    ] = False
+    json: Json = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class FileOptions:
+    """Options for a GGUF file for llama.cpp."""
+
+    format: Annotated[Literal["gguf"] | None, Parameter(help="Write a model as one GGUF file for llama.cpp")] = None
+    type: Annotated[
+        Literal["f32", "f16", "q8_0"] | None, Parameter(help="Number format of the matrices in the file [default: f16]")
+    ] = None
+    out: Annotated[Path | None, Parameter(help="Output file [default: vectorclm-SIZE-KIND-TYPE.gguf]")] = None
+
+
+class ChatSampling(SamplingParams):
+    """Sampling parameters of a chat, with a chat's defaults."""
+
+    temperature: float = Field(0.7, ge=0, le=100, description="0 always takes the most likely token")
+    top_p: float = Field(
+        0.95, gt=0, le=1, description="Sample from the most likely tokens that have this probability together"
+    )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options for a conversation in the terminal."""
+
+    store: StoreUri = LOCAL_STORE
+    runtime: Annotated[Path | None, Parameter(help="TOML or JSON file with settings of this machine")] = None
+    system: Annotated[str, Parameter(help="System prompt")] = ""
+    stop: Annotated[tuple[str, ...], Parameter(show_default=False, help="End before this text; may be repeated")] = ()
+    max_new_tokens: Annotated[int, Parameter(help="Longest answer, in tokens")] = 256
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ServeOptions:
+    """Options for the address of a server."""
+
+    store: StoreUri = LOCAL_STORE
+    runtime: Annotated[Path | None, Parameter(help="TOML or JSON file with settings of this machine")] = None
+    host: Annotated[str, Parameter(help="Address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="0 takes a free port")] = 8000
+    name: Annotated[str | None, Parameter(help="Name of the model in the API [default: the last part of MODEL]")] = None
+
+
+@models.command(help_epilogue="Example: vectorclm evaluate MODEL --suite standard --data DIR --items 1000")
+def evaluate(
+    target: Annotated[str, Parameter(name="MODEL", help=f"{MODELS}; with --every-checkpoint an experiment")],
+    /,
+    *,
+    options: StageOptions = StageOptions(),
+    scored: ScoreOptions = ScoreOptions(),
+    limits: Annotated[Limits, Parameter(name="*", group="Limits of a suite")] = Limits(),
+) -> Artifact | None:
+    """Score a model on a text (--text) or on a suite (--suite), or an experiment's chat model as its stage does."""
+    if (scored.suite or scored.text) and not scored.every_checkpoint:
+        _refuse_settings(target, options)
+    if scored.every_checkpoint:
+        measure_curves(target, options, scored, limits)
+    elif scored.suite is not None:
+        if scored.text is not None:
+            raise ConfigError("--text and --suite exclude each other: give one of them")
+        return measure_model(target, options, scored, limits)
+    elif limits.model_fields_set:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(limits.model_fields_set))
+        raise ConfigError(f"{names} need --suite NAME")
+    elif scored.text is not None:
+        score_text(target, scored.text, as_json=scored.json)
+    else:
+        _build_of_experiment("evaluate", target, options, "--text FILE to score it on a text, or --suite NAME")
+    return None
+
+
+@models.command(help_epilogue="Example: vectorclm export MODEL --format gguf --type q8_0")
+def export(
+    target: Annotated[str, Parameter(name="MODEL", help=f"{MODELS}; without --format an experiment")],
+    /,
+    *,
+    options: StageOptions = StageOptions(),
+    file: FileOptions = FileOptions(),
+) -> None:
+    """Write a model as one GGUF file (--format), or an experiment's models as Hugging Face directories."""
+    if file.format is not None:
+        _refuse_settings(target, options)
+        path = export_gguf(find_model(target), file.type or "f16", file.out)
+        print(f"{path}: {path.stat().st_size:,} bytes")
+    elif file.type or file.out:
+        raise ConfigError("--type and --out need --format gguf")
+    else:
+        _build_of_experiment("export", target, options, "--format gguf")
+
+
+def _build_of_experiment(stage: str, target: str, options: StageOptions, missing: str) -> None:
+    if Path(target).is_dir():
+        raise ConfigError(f"{target} is a model: add {missing}")
+    build_stage(stage, target, options)
+
+
+def _refuse_settings(target: str, options: StageOptions) -> None:
+    if options.settings:
+        raise ConfigError(f"--set changes an experiment, and {target} is a model here: leave it out")
+
+
+@models.command(help_epilogue="Example: vectorclm compare A B --suite standard")
+def compare(
+    before: Annotated[str, Parameter(name="A", help=MODELS)],
+    after: Annotated[str, Parameter(name="B", help="The same")],
+    /,
+    *,
+    store: StoreUri = LOCAL_STORE,
+    suite: Annotated[
+        str | None, Parameter(help="Suite that both models were scored on [default: the one with the most items]")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare two models on the same items: differences, their 95 % intervals, and which are beyond noise."""
+    print_comparison(before, after, Store(store), suite, as_json=json)
+
+
+@models.command(help_epilogue="Example: vectorclm chat MODEL --temperature 0.5")
+def chat(
+    model: Annotated[str, Parameter(help=f"A chat model: {MODELS}")],
+    /,
+    *,
+    options: ChatOptions = ChatOptions(),
+    sampling: Annotated[ChatSampling, Parameter(name="*", group="SamplingParams")] = ChatSampling(),
+) -> None:
+    """Talk to a model in the terminal."""
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be 1 or more, not {options.max_new_tokens}")
+    if "" in options.stop:
+        raise ConfigError("--stop must not be empty: an empty text would end every answer at once")
+    chat_model = open_chat_model(model, load_runtime(options.runtime))
+    talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop)
+
+
+@models.command(help_epilogue="Example: VECTORCLM_API_KEY=… vectorclm serve MODEL --port 8000")
+def serve(
+    model: Annotated[str, Parameter(help=f"A chat model: {MODELS}")], /, *, options: ServeOptions = ServeOptions()
+) -> None:
+    """Serve a model over OpenAI's API, with a chat page."""
+    from vectorclm.inference.serve import serve as start_server
+
+    start_server(model, load_runtime(options.runtime), options.host, options.port, options.name)
+
+
+def score_text(address: str, file: Path, *, as_json: bool) -> None:
+    """Print the bits per byte of a model on a text; llama.cpp scores a GGUF file."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8: byte {error.start} cannot be read; convert the file first") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    if address.endswith(".gguf"):
+        scores = LlamaCpp(Path(address)).text_scores(text)
+    else:
+        folder, device = find_model(address).local(), Runtime().configure_torch()
+        model, tokenizer = open_model(folder, address)
+        scores = text_scores(model.to(device), tokenizer, text, device)
+    if as_json:
+        print(json.dumps(scores))
+    else:
+        print(
+            f"{scores['bits_per_byte']:.4f} bits per byte, {scores['nats_per_token']:.4f} nats per token",
+            end=" ",
+        )
+        print(f"({scores['bytes']:,} bytes, {scores['tokens']:,} tokens)")
+
+
+def _scoring_runtime(options: StageOptions, scored: ScoreOptions) -> Runtime:
+    """The runtime settings, with the option --allow-unsandboxed applied."""
+    runtime = load_runtime(options.place.runtime)
+    runtime.check()
+    return runtime.model_copy(update={"allow_unsandboxed": True}) if scored.allow_unsandboxed else runtime
+
+
+def measure_model(address: str, options: StageOptions, scored: ScoreOptions, limits: Limits) -> Artifact:
+    """Score a model on a suite, or reuse finished scores; print them and return their artifact."""
+    place, relay = options.place, options.relay
+    model = find_model(address)
+    suite, path = load_suite(scored.suite or "")
+    store, runtime = Store(place.store), _scoring_runtime(options, scored)
+    if not relay:
+        store.check_writable()
+        suite, notes = pin_suite(suite, path, place.data)
+        spec = measure_plan(suite, limits, model, store, runtime)
+        for note in [*notes, *left_out(spec, suite, limits, runtime)]:
+            print(note, file=sys.stderr)
+    show: AbstractContextManager[None] = progress.json_lines() if relay else progress.bars()
+    with show:
+        artifact, reused = measure(suite, limits, model, store, runtime, place.data)
+    state, refused = "reused" if reused else "built", not_run(suite, limits, runtime)
+    if scored.json:
+        found = {"state": state, "uri": artifact.uri, "scores": artifact.summary}
+        print(json.dumps({**found, **({"not_run": refused} if refused else {})}))
+    elif not relay:
+        for name, figure in figures(artifact.summary).items():
+            print(f"{name:<24} {figure.value:.4f} ± {figure.stderr:.4f}{_about(artifact.summary, name)}")
+        for label in refused:
+            print(f"{f'acc.{label}':<24} not run")
+        print(f"measure {state}: {artifact.uri}")
+    return artifact
+
+
+def _about(scores: Mapping[str, Any], name: str) -> str:
+    """Details of a task's score: acc_norm, chance, items, contaminated items."""
+    task = scores["tasks"].get(name.removeprefix("acc."))
+    if task is None:
+        return ""
+    normed = f", acc_norm {task['acc_norm']:.4f} ± {task['stderr_norm']:.4f}" if "acc_norm" in task else ""
+    repeated = f", {task['contaminated']:,} repeated in training" if "contaminated" in task else ""
+    return f"{normed}, chance {task['chance']:.3f}, {task['items']:,} items{repeated}"
+
+
+def measure_curves(named: str, options: StageOptions, scored: ScoreOptions, limits: Limits) -> None:
+    """Score the checkpoints of an experiment's trainings on a suite (default: its own), and write the curves."""
+    place = options.place
+    store, runtime = Store(place.store), _scoring_runtime(options, scored)
+    store.check_writable()
+    experiment, path = chosen(named, options.settings)
+    experiment, notes = pin(experiment, path, place.data, resolve=True)
+    suite = Suite.of(experiment)
+    if scored.suite is not None:
+        suite, others = pin_suite(*load_suite(scored.suite), place.data)
+        notes += others
+    for note in [*notes, *(f"{label} not run: {why}" for label, why in not_run(suite, limits, runtime).items())]:
+        print(note, file=sys.stderr)
+    measured = []
+    with progress.bars():
+        for point, result in measure_checkpoints(experiment, suite, limits, store, runtime, place.data):
+            measured.append((point, result))
+    uri = write_curves(measured, suite, store)
+    if scored.json:
+        print(json.dumps({"uri": uri, "points": [(point.stage, point.step, result.uri) for point, result in measured]}))
+        return
+    for point, result in measured:
+        found = "  ".join(f"{name} {figure.value:.4f}" for name, figure in figures(result.summary).items())
+        print(f"{point.stage} {point.step:>6}  {found}")
+    print(f"curves: {uri}")

@@ -1,0 +1,92 @@
+"""The decoder's configuration: the model's shape, and its `config.json` in Hugging Face's format for Llama."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from vectorclm.errors import DataError
+from vectorclm.settings import Settings, validate
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
+
+
+class ModelConfig(Settings):
+    """The decoder's shape, with the names of Hugging Face's LlamaConfig."""
+
+    vocab_size: int = Field(ge=300, description="Rows of the embedding; must equal tokenizer.vocab_size")
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, description="Width of SwiGLU")
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0, description="Key/value heads; each is shared by a group of query heads")
+    head_dim: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0, le=2**20, description="The longest sequence, in tokens")
+    rope_theta: float = Field(10_000.0, gt=0)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    initializer_range: float = Field(0.02, gt=0)
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights")
+    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the output of attention and MLP")
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings rotate pairs of dimensions")
+        return self
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters, with the tied embedding counted once."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        return self.vocab_size * self.hidden_size + self.num_hidden_layers * block + self.hidden_size
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Training FLOPs a token: 6 for each parameter, plus causal attention (PaLM, arXiv 2204.02311, appendix B)."""
+        attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
+        return 6.0 * self.parameters + attention
+
+
+def write_config(config: ModelConfig, directory: Path) -> None:
+    """Write `config.json` in the format of transformers."""
+    (directory / "config.json").write_text(json.dumps(hugging_face_config(config), indent=2) + "\n")
+
+
+def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
+    """`config.json` for transformers' LlamaForCausalLM."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **config.model_dump(),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+        "use_cache": True,
+    }
+
+
+def model_config(raw: Any, where: str) -> ModelConfig:
+    """The ModelConfig of a Hugging Face `config.json`. Raises DataError where the file has another architecture."""
+    if not isinstance(raw, dict) or raw.get("model_type") != "llama" or not raw.get("tie_word_embeddings", False):
+        raise DataError(f"{where}: only Llama models with tied embeddings are supported")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    ours = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+    other = [f"{key} = {raw[key]!r}" for key, value in ours.items() if raw.get(key, value) != value]
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        other.append(f"scaled positions ({kind})")
+    if other:
+        raise DataError(f"{where}: this Llama has unsupported settings: {', '.join(other)}")
+    known = {name: raw[name] for name in ModelConfig.model_fields if name in raw}
+    if "rope_theta" in rope:
+        known["rope_theta"] = rope["rope_theta"]
+    return validate(ModelConfig, known, where)

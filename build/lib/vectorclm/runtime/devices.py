@@ -1,0 +1,178 @@
+"""Runtime settings of a machine (device, threads, micro-batch size), never part of a fingerprint; torch set-up."""
+
+import ctypes
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from vectorclm.errors import ConfigError, OutOfMemoryError
+from vectorclm.runtime.distributed import ALONE, Group
+from vectorclm.settings import Settings
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameter numbers of mallopt in glibc's malloc.h
+
+
+class Runtime(Settings):
+    """Settings of the machine, which do not change the result."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device that torch runs on; auto uses a GPU if there is one"
+    )
+    processes: int = Field(
+        0, ge=0, description="Processes that train together under torchrun; 0 = one for each GPU, or one on a CPU"
+    )
+    threads: int = Field(
+        0, ge=0, description="CPU threads of torch in each process; 0 = the cores, divided by the processes"
+    )
+    micro_batch_size: int = Field(
+        0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length"
+    )
+    loader_workers: int = Field(
+        0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
+    )
+    checkpoint_interval: int = Field(
+        0,
+        ge=0,
+        description="Steps between checkpoints; 0 = a twentieth of the run, at least 25 and at most 1,000 steps",
+    )
+    keep_checkpoints: bool = Field(
+        False,
+        description="Keep every checkpoint, also after the training has finished, for "
+        "`vectorclm evaluate --every-checkpoint`; `vectorclm store gc` removes them",
+    )
+    deterministic: bool = Field(
+        False,
+        description="On a GPU, use only deterministic kernels, which take a sixth to a quarter more time; otherwise "
+        "a repeated or resumed training differs by rounding. A CPU always produces the same bytes",
+    )
+    parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
+    placement: Literal["inline", "pools"] = Field(
+        "inline",
+        description="Where the stages of a curriculum run: inline = on the curriculum's machine; pools = each as a "
+        "run of its own on a worker of the pool cpu or gpu",
+    )
+    allow_unsandboxed: bool = Field(
+        False,
+        description="Run the programs that a model writes even where the system offers no sandbox: they have all your "
+        "rights, and can cheat the tests",
+    )
+    retries: int = Field(2, ge=0, description="How often a stage is retried after an error that a retry can fix")
+    block_cache: str | None = Field(
+        None,
+        description="Local folder that caches the blocks of tokens that a training reads from a remote store; each "
+        "read verifies them; default: no folder, blocks stay in memory only",
+    )
+    work_dir: str | None = Field(
+        None,
+        description="Local folder for work in progress; default: inside a local store, else the cache folder",
+    )
+
+    def check(self, group: Group = ALONE) -> None:
+        """Raise ConfigError where this machine cannot run these settings."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is cuda, but torch sees no GPU here: use auto or cpu, or install a CUDA build")
+        processes, gpus = max(self.processes, group.local_world_size), torch.cuda.device_count()
+        if processes > 1 and self.torch_device().type == "cuda" and processes > gpus:
+            raise ConfigError(f"{processes} processes need a GPU each, but torch sees {gpus}: lower processes")
+        if self.work_dir is not None:
+            try:
+                Path(self.work_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"work_dir {self.work_dir} cannot be created: {error.strerror}") from error
+
+    def torch_device(self) -> torch.device:
+        """The torch device of these settings; auto is resolved."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def training_processes(self) -> int:
+        """How many processes train together on this machine."""
+        return self.processes or (torch.cuda.device_count() if self.torch_device().type == "cuda" else 1)
+
+    def threads_each(self, processes: int) -> int:
+        """CPU threads of each process, for a number of processes on this machine."""
+        return self.threads or max(1, (os.cpu_count() or 1) // processes)
+
+    def windows_at_once(self, window_tokens: int, device: torch.device) -> int:
+        """Windows in one forward pass: the setting, or 2**12 tokens (CPU), 2**16 (GPU), 2**17 (GPU above 60 GB)."""
+        tokens = 2**12
+        if device.type == "cuda":
+            tokens = 2**17 if torch.cuda.get_device_properties(device).total_memory > 60e9 else 2**16
+        return self.micro_batch_size or max(1, tokens // window_tokens)
+
+    def configure_torch(self, group: Group = ALONE) -> torch.device:
+        """Set torch's threads and precision for this process; return the device, on GPUs that of the local rank."""
+        _keep_memory()
+        torch.set_num_threads(self.threads_each(group.local_world_size))
+        torch.set_float32_matmul_precision("high")
+        device = self.torch_device()
+        if device.type == "cuda" and self.deterministic:
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # torch's flag forbids matrix products without this setting
+            torch.use_deterministic_algorithms(True)
+        if device.type == "cuda" and group.world_size > 1:
+            device = torch.device("cuda", group.local_rank)
+            torch.cuda.set_device(device)
+        return device
+
+
+def _keep_memory() -> None:
+    """Keep freed memory in the process (glibc): each step needs it again, and new pages cost 5 % of its time."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def memory_explained(micro_batch_size: int) -> Iterator[None]:
+    """Raise OutOfMemoryError, with the setting to change, where the block runs out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError, on GPUs a subclass
+        message = str(error)
+        on_cpu, on_gpu = "DefaultCPUAllocator: can't allocate memory" in message, "out of memory" in message
+        if not (on_cpu or on_gpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+            raise
+        now = f"it is {micro_batch_size}" if micro_batch_size else "it is chosen from the sequence length"
+        what = message.partition("\n")[0].rpartition("] ")[2] or "the system gave none"
+        raise OutOfMemoryError(
+            f"out of memory ({what}): lower micro_batch_size ({now}), or take a smaller model"
+        ) from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and git revision: what byte identity depends on besides the settings."""
+    packages = ("torch", "tokenizers", "datasets", "pyarrow", "numpy", "safetensors")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),  # matters only on GPUs
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "git": git_revision(),
+    }
+
+
+def git_revision() -> str | None:
+    """The git commit of this package, with `-dirty` for uncommitted changes; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,42 @@
+"""Process identity that survives pid reuse: pid, start time, machine and container."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def process_identity(process: psutil.Process) -> dict[str, Any]:
+    """The identity of a process, which no later process with the same pid has, however the clock is set."""
+    return {"pid": process.pid, "started": _started(process), "pids": process_space()}
+
+
+def find_process(known: Mapping[str, Any]) -> psutil.Process | None:
+    """The live process with this identity; None where it has ended, or belongs to another machine or container.
+
+    A zombie has ended, and only waits for a parent that may never collect its exit code.
+    """
+    with suppress(psutil.Error, KeyError):
+        process = psutil.Process(known["pid"])
+        if (known["started"], known["pids"]) == (_started(process), process_space()):
+            return None if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else process
+    return None
+
+
+def _started(process: psutil.Process) -> float:
+    """Seconds from the machine's start to the process's start, in hundredths, the resolution of the system."""
+    while True:
+        boot = psutil.boot_time()
+        started = psutil.Process(process.pid).create_time()
+        if psutil.boot_time() == boot:  # otherwise the clock was set between the two reads
+            return round(started - boot, 2)
+
+
+def process_space() -> str:
+    """The namespace in which a pid is unique: the machine's boot id and the container's pid namespace."""
+    with suppress(OSError):  # macOS has neither file, and no containers of this kind
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return ""

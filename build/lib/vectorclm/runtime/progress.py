@@ -1,0 +1,148 @@
+"""Progress reports as log records, shown as progress bars or as JSON lines.
+
+`Progress` logs to the logger `vectorclm.runtime.progress`. A terminal shows the records as bars (`bars()`), a parent
+process reads them as JSON lines (`json_lines()`), and without a handler nothing is shown.
+"""
+
+import json
+import logging
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+logger = logging.getLogger("vectorclm.runtime.progress")
+logger.setLevel(logging.INFO)
+logger.propagate = False
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One progress report of a stage: `done` of `total` `unit`s, and a short note such as the loss."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+    note: str = ""
+
+
+class Progress:
+    """Reporter of one stage's progress, at most five times a second: `with Progress("shards", n, "documents") as p`."""
+
+    def __init__(self, stage: str, total: int, unit: str) -> None:
+        self.tick = Tick(stage, 0, total, unit)
+        self._last = 0.0
+
+    def __enter__(self) -> "Progress":
+        self._say(self.tick)
+        return self
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Report that `count` more units are done."""
+        self.at(self.tick.done + count, note)
+
+    def at(self, done: int, note: str = "") -> None:
+        """Report that `done` units are done in total."""
+        self.tick = Tick(self.tick.stage, done, self.tick.total, self.tick.unit, note or self.tick.note)
+        if time.monotonic() - self._last > 0.2:
+            self._say(self.tick)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._say(self.tick)
+
+    def _say(self, tick: Tick) -> None:
+        self._last = time.monotonic()
+        logger.info("%s %d/%d %s", tick.stage, tick.done, tick.total, tick.unit, extra={"tick": tick})
+
+
+def say(tick: Tick) -> None:
+    """Log a tick that another process reported."""
+    logger.info("%s %d/%d %s", tick.stage, tick.done, tick.total, tick.unit, extra={"tick": tick})
+
+
+class _Handler(logging.Handler, ABC):
+    def emit(self, record: logging.LogRecord) -> None:
+        tick = getattr(record, "tick", None)
+        if isinstance(tick, Tick):
+            self.show(tick)
+
+    @abstractmethod
+    def show(self, tick: Tick) -> None:
+        """Show the tick."""
+
+
+class JsonLines(_Handler):
+    """Handler that writes each tick as a line `{"tick": {...}}`, for the parent process of this stage."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def show(self, tick: Tick) -> None:
+        self.stream.write(json.dumps({"tick": asdict(tick)}) + "\n")
+        self.stream.flush()
+
+
+def parse_tick(line: str) -> Tick | None:
+    """Parse the tick in a line that `JsonLines` wrote; None for any other line."""
+    if not line.startswith('{"tick"'):
+        return None
+    values: dict[str, Any] = json.loads(line)["tick"]
+    return Tick(**values)
+
+
+class Bars(_Handler):
+    """Handler that shows one progress bar for each stage."""
+
+    def __init__(self, live: RichProgress) -> None:
+        super().__init__()
+        self.live = live
+        self.tasks: dict[str, TaskID] = {}
+
+    def show(self, tick: Tick) -> None:
+        task = self.tasks.get(tick.stage)
+        if task is None:
+            task = self.tasks[tick.stage] = self.live.add_task(tick.stage, total=tick.total, unit=tick.unit, note="")
+        self.live.update(task, completed=tick.done, total=tick.total, unit=tick.unit, note=tick.note)
+
+
+@contextmanager
+def bars(console: Console | None = None) -> Iterator[None]:
+    """Show progress as bars on standard error while the block runs."""
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    with RichProgress(*columns, console=console or Console(stderr=True)) as live, _attached(Bars(live)):
+        yield
+
+
+@contextmanager
+def json_lines() -> Iterator[None]:
+    """Write progress as JSON lines to standard output while the block runs."""
+    with _attached(JsonLines(sys.stdout)):
+        yield
+
+
+@contextmanager
+def _attached(handler: logging.Handler) -> Iterator[None]:
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

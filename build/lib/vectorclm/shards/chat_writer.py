@@ -1,0 +1,245 @@
+"""Writes chat shards for instruction tuning: filters, renders and packs conversations, and holds some out."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from tokenizers import Tokenizer
+
+from vectorclm.corpus.decontamination import Benchmarks
+from vectorclm.corpus.sampler import drop_counts
+from vectorclm.corpus.sources import Source, check_labels
+from vectorclm.errors import DataError
+from vectorclm.runtime.progress import Progress
+from vectorclm.settings import Settings, canonical_json
+from vectorclm.shards.conversations import Turn, find_fault, fit, read_conversation
+from vectorclm.shards.packing import Packing, pack
+from vectorclm.shards.writer import SPLITS, ShardWriter, token_dtype
+from vectorclm.store.artifact import Artifact
+from vectorclm.tokenizer import PAD_ID
+
+BATCH = 256  # conversations checked against the benchmarks at a time
+
+
+class ChatSource(Source):
+    """A source of conversations."""
+
+    column: str = Field("messages", description="Column with the turns")
+    conversations: int = Field(gt=0, description="Conversations to draw, at most")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        exclude_if=lambda weight: weight == 1,
+        description="Share of chat.tokens, relative to the other sources",
+    )
+
+
+class ChatConfig(Settings):
+    """Conversations for instruction tuning, and how they are packed."""
+
+    sources: list[ChatSource] = Field(min_length=1)
+    tokens: int = Field(
+        0,
+        ge=0,
+        exclude_if=lambda tokens: tokens == 0,
+        description="Training tokens, divided among the sources by weight; each source then has its own windows. "
+        "0 = all drawn conversations, packed together",
+    )
+    sequence_length: int = Field(ge=8, description="Tokens in a window of packed conversations")
+    validation_share: float = Field(0.01, gt=0, lt=0.5, description="Share of conversations held out")
+    shuffle_buffer: int = Field(10_000, ge=1, description="Conversations held in memory for shuffling")
+    packing: Packing = Field(
+        "best_fit", description="best_fit keeps conversations whole, concatenate cuts them where a window ends"
+    )
+    malformed: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="On an empty turn or roles out of order: stop with an error, or drop and count the conversation",
+    )
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        check_labels(self.sources)
+        return self
+
+    def budget(self, source: ChatSource) -> int | None:
+        """Training tokens of a source; None = all."""
+        return round(self.tokens * source.weight / sum(s.weight for s in self.sources)) if self.tokens else None
+
+
+@dataclass
+class _Read:
+    """Counts of one source's conversations: kept, shortened and dropped."""
+
+    read: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    shortened: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    contaminated: Counter[str] = field(default_factory=Counter)
+
+    def drop_unread(self) -> None:
+        """Count conversations that were read, but neither kept nor dropped, as `over_budget`."""
+        over = self.read - self.splits.total() - self.dropped.total()
+        self.dropped.update({"over_budget": over} if over else {})
+
+    def summary(self) -> dict[str, Any]:
+        splits = {split: self.splits[split] for split in SPLITS}
+        counts = {name: dict(sorted(getattr(self, name).items())) for name in ("dropped", "contaminated")}
+        return {**splits, "read": self.read, "shortened": self.shortened, **counts}
+
+
+def write_chat_shards(
+    config: ChatConfig,
+    rows: Mapping[str, Iterable[Any]],
+    tokenizer: Tokenizer,
+    seed: int,
+    out: Path,
+    benchmarks: Benchmarks | None = None,
+) -> dict[str, Any]:
+    """Render and pack the conversations of all sources: `chat/{split}-00000.arrow`, and held-out `prompts.jsonl`.
+
+    With a budget of `config.tokens`, a source is read until its share of the training tokens is reached, and its
+    windows go to `{label}/{split}-00000.arrow`.
+
+    `rows[label]` yields the turns of each row. Dropped conversations are counted by reason: `duplicate` (the same turns
+    occurred before, in this source or an earlier one), `contaminated` (shares words with `benchmarks`), `no_assistant`
+    (nothing to learn), `too_long` (the last question and answer do not fit in a window), with `config.malformed`
+    "drop" also `empty_turn` and `role_order`, and `over_budget` (read, but not needed for the budget). `shortened`
+    counts conversations from which `fit` removed turns.
+
+    Returns `{"sources": {label: {"train", "validation", "read", "shortened", "dropped": {reason: count},
+    "contaminated": {benchmark: count}}}, "train": {"windows", "tokens", …}, "validation": {…}}`. Raises DataError for a
+    malformed row, for a source without usable conversations, and for a split without supervised tokens.
+    """
+    summary: dict[str, Any] = {"sources": {}, **{split: Counter[str]() for split in SPLITS}}
+    kept: dict[str, dict[str, list[NDArray[Any]]]] = {}  # by folder and split, ids and supervision [2, n]
+    dtype = token_dtype(tokenizer.get_vocab_size())
+    prompts: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    with Progress("chat_shards", sum(s.conversations for s in config.sources), "conversations") as progress:
+        for source in config.sources:
+            found, before, left = _Read(), progress.tick.done, config.budget(source)
+            mine = kept.setdefault("chat" if left is None else source.label, {split: [] for split in SPLITS})
+            for conversation in _distinct(source, rows[source.label], config, benchmarks, seen, found):
+                progress.at(before + found.read)
+                split = "validation" if _is_held_out(conversation, seed, config.validation_share) else "train"
+                item = fit(tokenizer, conversation, config.sequence_length)
+                if isinstance(item, str):
+                    found.dropped[item] += 1
+                    continue
+                found.splits[split] += 1
+                found.shortened += len(item.turns) < len(conversation)
+                mine[split].append(np.array([item.ids, item.supervised], dtype))
+                found.tokens[split] += len(item.ids)
+                if split == "validation":
+                    prompts.append(_prompt(source.label, item.turns))
+                if left is not None and found.tokens["train"] >= left:
+                    found.drop_unread()
+                    break
+            summary["sources"][source.label] = found.summary()
+            if left is not None:
+                summary["sources"][source.label]["tokens"] = {"budget": left, **found.tokens}
+            if not found.splits["train"]:
+                lost = drop_counts(found.dropped, found.contaminated) if found.read else "the source is empty"
+                raise DataError(f"{source.label}: no usable conversation for training; dropped: {lost}")
+    parts = [(folder, split, items) for folder, splits in kept.items() for split, items in splits.items()]
+    for number, (folder, split, items) in enumerate(parts):
+        summary[split].update(_write_packed(out / folder / split, items, config, seed << 32 | number))
+    with (out / "prompts.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(canonical_json(prompt) + "\n" for prompt in prompts)
+    return summary
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """One line for each source: the conversations that `write_chat_shards` kept and dropped."""
+    lines = []
+    for label, source in summary["sources"].items():
+        kept = sum(source[split] for split in SPLITS)
+        lost = drop_counts(source["dropped"], source["contaminated"])
+        read, short = f"{kept:,} of {source['read']:,} conversations kept", f"{source['shortened']:,} shortened"
+        of = f", {source['tokens']['train']:,} of {source['tokens']['budget']:,} tokens" if "tokens" in source else ""
+        lines.append(f"chat_shards {label}: {read}{of}, {short}; dropped: {lost}")
+    return lines
+
+
+def _distinct(
+    source: ChatSource,
+    rows: Iterable[Any],
+    config: ChatConfig,
+    benchmarks: Benchmarks | None,
+    seen: set[int],
+    found: _Read,
+) -> Iterator[list[Turn]]:
+    """The well-formed, distinct conversations that share no words with a benchmark; the others are counted."""
+    drawn = islice(rows, source.conversations)
+    while batch := list(islice(drawn, BATCH)):
+        fresh = []
+        for number, row in enumerate(batch, found.read):
+            where = f"{source.label}, row {number} as drawn, column {source.column}"
+            conversation = read_conversation(row, where)
+            if fault := find_fault(conversation):
+                if config.malformed == "refuse":
+                    raise DataError(f"{where}: {fault[1]}. Fix the row, or set chat.malformed to drop")
+                found.dropped[fault[0]] += 1
+                continue
+            if (key := xxhash.xxh3_128_intdigest(canonical_json(conversation).encode())) in seen:
+                found.dropped["duplicate"] += 1
+                continue
+            seen.add(key)
+            fresh.append(conversation)
+        found.read += len(batch)
+        texts = ["\n".join(turn.content for turn in conversation).encode() for conversation in fresh]
+        shared = benchmarks.found(texts) if benchmarks is not None else {}
+        for labels in shared.values():
+            found.dropped["contaminated"] += 1
+            found.contaminated.update(labels)
+        yield from (conversation for number, conversation in enumerate(fresh) if number not in shared)
+
+
+def _is_held_out(conversation: Sequence[Turn], seed: int, share: float) -> bool:
+    return xxhash.xxh3_64_intdigest(canonical_json(conversation).encode(), seed=seed) < share * 2**64
+
+
+def _prompt(label: str, conversation: Sequence[Turn]) -> dict[str, Any]:
+    """The messages before the first answer, and this answer."""
+    first = next(i for i, turn in enumerate(conversation) if turn.role == "assistant")
+    messages = [{"role": turn.role, "content": turn.content} for turn in conversation[:first]]
+    return {"source": label, "messages": messages, "answer": conversation[first].content}
+
+
+def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfig, seed: int) -> dict[str, int]:
+    length = config.sequence_length
+    writer = ShardWriter(prefix, length, 64 * 1024 * 1024)
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(items))
+    supervised_tokens = 0
+    # Shuffled, so that a single buffer also mixes all sources.
+    for packed in pack((items[i] for i in order), length, (PAD_ID, 0), config.packing, seed):
+        ids, supervised = packed.columns
+        writer.write(packed.pieces, input_ids=ids, supervised=supervised.astype(np.uint8))
+        supervised_tokens += int(supervised.sum())
+    windows, tokens = writer.close(), sum(item.shape[1] for item in items)
+    if not supervised_tokens:
+        what = f"{prefix.parent.name} {prefix.name}"
+        raise DataError(f"{what}: no supervised token; draw more conversations or raise chat.validation_share")
+    return {
+        "windows": windows,
+        "tokens": tokens,
+        "padding_tokens": windows * length - tokens,
+        "supervised_tokens": supervised_tokens,
+    }
+
+
+def read_prompts(chat_shards: Artifact, limit: int, seed: int) -> list[tuple[list[Turn], str]]:
+    """Draw `limit` held-out prompts over all sources by seed: turns up to the first answer, and the answer."""
+    rows = [json.loads(line) for line in chat_shards.read("prompts.jsonl").splitlines()]
+    rows = random.Random(f"{seed} prompts").sample(rows, min(limit, len(rows)))
+    return [(read_conversation(row["messages"], "prompts.jsonl"), row["answer"]) for row in rows]

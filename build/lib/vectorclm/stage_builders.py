@@ -1,0 +1,210 @@
+"""The builders of the stages: one function for each, which writes files into a folder and returns a summary."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vectorclm.config import ExperimentConfig
+from vectorclm.corpus.decontamination import Benchmarks, benchmark_sources, read_benchmarks
+from vectorclm.corpus.sampler import write_sample
+from vectorclm.corpus.source_reader import SourceRoots, draw, open_source
+from vectorclm.errors import DataError
+from vectorclm.evaluation.run import ScoringData, ShardWindows, score_model
+from vectorclm.evaluation.tasks import TaskSetup
+from vectorclm.export.hugging_face import export, write_model_files
+from vectorclm.finetune import finetune
+from vectorclm.inference.generate import answer_text, continuation
+from vectorclm.inference.load import load_model
+from vectorclm.model import CausalLM
+from vectorclm.pretrain import pretrain
+from vectorclm.runtime.devices import Runtime, memory_explained
+from vectorclm.runtime.distributed import Group
+from vectorclm.settings import digest
+from vectorclm.shards.chat_writer import write_chat_shards
+from vectorclm.shards.writer import write_shards
+from vectorclm.store.artifact import Artifact, StageSpec, Store
+from vectorclm.store.resumable import ResumableUpload, Slices
+from vectorclm.store.uploads import EarlyUpload
+from vectorclm.store.work import attempt_folder
+from vectorclm.tokenizer import load_tokenizer, token_lengths
+from vectorclm.train import TrainConfig, TrainingRun
+from vectorclm.train_tokenizer import train_tokenizer
+from vectorclm.training.checkpoint import Checkpoints
+
+STREAMED = frozenset({"shards", "chat_shards"})  # data sets that trainings stream, and never copy as a whole
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One run of a stage: the experiment, the input artifacts, and the place where the stage runs."""
+
+    name: str
+    experiment: ExperimentConfig
+    store: Store
+    runtime: Runtime
+    data: Path | None  # a local mirror to read sources from
+    group: Group
+    specs: Mapping[str, StageSpec]  # of all stages
+    inputs: Mapping[str, Artifact]
+    upload: EarlyUpload | None = None  # sends large files to a remote store one by one
+    again: bool = False  # the artifact exists, and is built once more for a comparison
+    kept: list[Checkpoints | Slices] = field(default_factory=list)  # removed once the artifact exists
+
+    @property
+    def seed(self) -> int:
+        """The experiment's seed."""
+        return self.experiment.seed
+
+    def benchmarks(self) -> Benchmarks | None:
+        """The texts that no document or conversation for training may repeat."""
+        sources = benchmark_sources(self.experiment.sample, self.experiment.evaluate.tasks)
+        return read_benchmarks(sources, self.data, self.experiment.world)
+
+    def clear_kept(self) -> None:
+        """Remove checkpoints and slices that the finished artifact replaces."""
+        for leftover in self.kept:
+            leftover.clear()
+
+
+def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Draw the documents of all text sources."""
+    upload = job.upload
+    sent = None if upload is None else lambda path: upload.send(path, path.relative_to(out).as_posix())
+    config, world = job.experiment.sample, job.experiment.world
+    roots = SourceRoots(job.data, world)
+    return write_sample(config, job.seed, out, roots, benchmarks=job.benchmarks(), finished=sent)
+
+
+def build_tokenizer(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Learn the vocabulary from the sample."""
+    length = job.experiment.model.max_position_embeddings
+    return train_tokenizer(job.experiment.tokenizer, job.inputs["sample"], length, out)
+
+
+def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Encode and pack the documents of the sample."""
+    encoder = load_tokenizer(job.inputs["tokenizer"].local())
+    slices: Slices
+    if job.upload is None:
+        slices = Slices(out.parent.parent / "slices", out)
+        job.kept.append(slices)
+    else:
+        slices = ResumableUpload(out.parent, job.upload)
+    return write_shards(job.experiment.shards, job.inputs["sample"], encoder, out, seed=job.seed, slices=slices)
+
+
+def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Draw, render and pack the conversations of all chat sources."""
+    config, rows = job.experiment.chat, {}
+    for source in config.sources:
+        opened = open_source(source, job.data, job.experiment.world, [source.column])
+        shuffled = opened.shuffle(seed=job.seed, buffer_size=config.shuffle_buffer)
+        rows[source.label] = _column(draw(source, shuffled), source.column)
+    encoder = load_tokenizer(job.inputs["tokenizer"].local())
+    return write_chat_shards(config, rows, encoder, job.seed, out, job.benchmarks())
+
+
+def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Train or fine-tune the base model with all ranks of the group; the other ranks run `follow`."""
+    folders = _training_inputs(job.name, job.store, job.specs)
+    # The other ranks start only now, when all inputs are on this machine.
+    job.group.call(json.dumps([job.experiment.model_dump(mode="json"), job.again]))
+    data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
+    spec, keep = job.specs[job.name], job.runtime.keep_checkpoints
+    with Checkpoints(job.store, spec, out.parent, _identity(data), keep_all=keep, again=job.again) as checkpoints:
+        run = TrainingRun(job.name, job.seed, out.parent, checkpoints, job.runtime, job.group)
+        model, summary = _train(job.experiment, folders, data, run)
+    if job.again or not keep:
+        job.kept.append(checkpoints)
+    model.save_pretrained(out)
+    length = job.experiment.model.max_position_embeddings
+    write_model_files(folders["tokenizer"], length, chat=job.name == "finetune", out=out)
+    for written in ("metrics.jsonl", *(["samples.jsonl"] if _training_of(job.experiment, job.name).samples else [])):
+        (out.parent / written).rename(out / written)
+    return summary
+
+
+def follow(job: StageJob) -> None:
+    """Train as a rank other than the first."""
+    folders = _training_inputs(job.name, job.store, job.specs)
+    data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
+    spec = job.specs[job.name]
+    with (
+        attempt_folder(job.store.work_folder(spec, job.runtime.work_dir)) as folder,
+        Checkpoints(job.store, spec, folder, _identity(data), again=job.again) as checkpoints,
+    ):
+        run = TrainingRun(job.name, job.seed, folder, checkpoints, job.runtime, job.group)
+        _train(job.experiment, folders, data, run)
+
+
+def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Score the base or the chat model."""
+    with memory_explained(job.runtime.micro_batch_size):
+        chat, experiment = "finetune" in job.inputs, job.experiment
+        folder = job.inputs["finetune" if chat else "pretrain"].local()
+        loaded = load_model(folder, job.runtime.configure_torch(), chat=chat)
+        trained = experiment.finetune if chat else experiment.pretrain
+        text = ShardWindows(job.inputs["shards"], trained.document_mask)  # as the model was trained
+        setup = TaskSetup(job.seed, job.data, experiment.world)
+        data = ScoringData(setup, text, job.inputs["chat_shards"] if chat else None)
+        return score_model(loaded, experiment.evaluate, data, job.runtime, out, job.name)
+
+
+def build_export(job: StageJob, out: Path) -> Mapping[str, Any]:
+    """Write both models as Hugging Face directories with their cards."""
+    ancestors = _ancestors(job.name, job.specs)
+    lineage = {stage: find_input(job.store, spec) for stage, spec in job.specs.items() if stage in ancestors}
+    return export(job.experiment.name, job.inputs, lineage, out)
+
+
+def _ancestors(name: str, specs: Mapping[str, StageSpec]) -> set[str]:
+    """The stages whose artifacts a stage depends on, directly or through others."""
+    direct = set(specs[name].inputs)
+    return direct.union(*(_ancestors(stage, specs) for stage in direct))
+
+
+def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -> dict[str, Path]:
+    """Local folders of the tokenizer and the other inputs of a training, without the streamed windows."""
+    wanted = {"tokenizer", *stages[name].inputs} - STREAMED
+    return {stage: find_input(store, stages[stage]).local() for stage in sorted(wanted)}
+
+
+def _train(
+    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], run: TrainingRun
+) -> tuple[CausalLM, dict[str, Any]]:
+    tokenizer = load_tokenizer(folders["tokenizer"])
+    say = answer_text if run.stage == "finetune" else continuation
+    run = replace(run, respond=lambda model, prompt, longest: say(model, tokenizer, prompt, longest))
+    lengths, weights = token_lengths(tokenizer), {source.label: source.weight for source in experiment.sample.sources}
+    with memory_explained(run.runtime.micro_batch_size):
+        if run.stage == "finetune":
+            texts = (data["shards"], weights) if "shards" in data else None
+            return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, run, texts)
+        return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, run)
+
+
+def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
+    return experiment.finetune if name == "finetune" else experiment.pretrain
+
+
+def _identity(data: Mapping[str, Artifact]) -> str:
+    """The identity of a training's data: checkpoints of other data are not resumed."""
+    prints = [artifact.identity for artifact in data.values()]
+    return prints[0] if len(prints) == 1 else digest(prints)
+
+
+def find_input(store: Store, spec: StageSpec) -> Artifact:
+    """The finished artifact that a stage reads. Raises DataError where it is not in the store yet."""
+    found = store.find(spec.stage, spec.fingerprint)
+    if found is None:
+        raise DataError(
+            f"{store.uri} has no {spec.stage}/{spec.fingerprint[:12]}…, which this stage reads: run {spec.stage} first"
+        )
+    return found
+
+
+def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[Any]:
+    for row in rows:
+        yield row[column]

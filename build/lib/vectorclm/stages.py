@@ -1,0 +1,264 @@
+"""The stages of the pipeline (the DAG) as one table: the purpose, inputs and builder of each stage.
+
+A new stage is a new row. `plans` computes every fingerprint before anything runs. `run_stage` builds one artifact, or
+finds it in the store.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vectorclm.config import ExperimentConfig
+from vectorclm.corpus.decontamination import benchmark_sources
+from vectorclm.corpus.sampler import summary_lines as document_summary_lines
+from vectorclm.corpus.sources import Source, identity
+from vectorclm.errors import ConfigError, ReproducibilityError
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.distributed import ALONE, Group
+from vectorclm.settings import validate
+from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.chat_writer import summary_lines as conversation_summary_lines
+from vectorclm.stage_builders import (
+    StageJob,
+    build_chat_shards,
+    build_export,
+    build_model,
+    build_sample,
+    build_scores,
+    build_shards,
+    build_tokenizer,
+    find_input,
+    follow,
+)
+from vectorclm.store.artifact import Artifact, StageSpec, Store, build, rebuild
+from vectorclm.store.layout import STAGES
+from vectorclm.store.uploads import EarlyUpload
+
+
+def _no_sources(experiment: ExperimentConfig) -> Sequence[Source]:
+    return ()
+
+
+def _no_lines(summary: Mapping[str, Any]) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: everything that the rest of the product asks about a stage."""
+
+    name: str
+    about: str  # the purpose of the stage, for help texts and forms
+    inputs: tuple[str, ...]  # the stages whose artifacts this stage reads
+    settings: Callable[[ExperimentConfig], Mapping[str, Any]]  # the settings that enter the fingerprint
+    build: Callable[[StageJob, Path], Mapping[str, Any]]
+    version: int = 1  # raise it when new code builds something else from equal settings
+    reads: str | None = None  # a training only: the stage whose windows the training streams
+    scores: str | None = None  # an evaluation only: the training whose model the stage scores
+    model: str | None = None  # the kind of the model in the artifact: tokenizer, base, chat
+    columns: Mapping[str, str] | None = None  # a data set only: the columns and their types
+    sources: Callable[[ExperimentConfig], Sequence[Source]] = _no_sources  # the data that the stage reads
+    summary_lines: Callable[[Mapping[str, Any]], list[str]] = _no_lines  # what the stage kept and dropped
+    optional_inputs: Callable[[ExperimentConfig], tuple[str, ...]] = lambda experiment: ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether several processes can build the artifact together."""
+        return self.reads is not None
+
+    @property
+    def own_process(self) -> bool:
+        """Whether the stage runs torch, and therefore runs in one or more processes of its own."""
+        return self.trains or self.scores is not None
+
+
+def _with_identities(config: Any, name: str) -> dict[str, Any]:
+    return {**config.model_dump(), name: [identity(source) for source in getattr(config, name)]}
+
+
+def _benchmarks(experiment: ExperimentConfig) -> list[dict[str, Any]]:
+    return [identity(source) for source in benchmark_sources(experiment.sample, experiment.evaluate.tasks)]
+
+
+TABLE = (
+    Stage(
+        "sample",
+        about="draw the documents and write them as Parquet",
+        inputs=(),
+        settings=lambda e: {**_with_identities(e.sample, "sources"), "decontaminate_with": _benchmarks(e)},
+        build=build_sample,
+        version=2,
+        columns={"text": "string", "id": "string"},
+        sources=lambda e: e.sample.sources,
+        summary_lines=document_summary_lines,
+    ),
+    Stage(
+        "tokenizer",
+        about="learn the byte-level BPE",
+        inputs=("sample",),
+        settings=lambda e: e.tokenizer.model_dump(),
+        build=build_tokenizer,
+        model="tokenizer",
+    ),
+    Stage(
+        "shards",
+        about="tokenize the documents into windows",
+        inputs=("sample", "tokenizer"),
+        settings=lambda e: e.shards.model_dump(),
+        build=build_shards,
+        version=3,
+        columns={"input_ids": "integer"},
+    ),
+    Stage(
+        "chat_shards",
+        about="render and pack the conversations",
+        inputs=("tokenizer",),
+        settings=lambda e: {**_with_identities(e.chat, "sources"), "decontaminate_with": _benchmarks(e)},
+        build=build_chat_shards,
+        version=5,
+        columns={"input_ids": "integer", "supervised": "integer"},
+        sources=lambda e: e.chat.sources,
+        summary_lines=conversation_summary_lines,
+    ),
+    Stage(
+        "pretrain",
+        about="train the base model over the curriculum",
+        inputs=("shards",),
+        settings=lambda e: {"model": e.model.model_dump(), **e.pretrain.model_dump()},
+        build=build_model,
+        version=5,
+        reads="shards",
+        model="base",
+    ),
+    Stage(
+        "evaluate_base",
+        about="score the base model",
+        inputs=("pretrain", "shards"),
+        settings=lambda e: _with_identities(e.evaluate, "tasks"),
+        build=build_scores,
+        version=6,
+        scores="pretrain",
+        sources=lambda e: e.evaluate.tasks,
+    ),
+    Stage(
+        "finetune",
+        about="fine-tune the base model on the conversations",
+        inputs=("pretrain", "chat_shards"),
+        settings=lambda e: e.finetune.model_dump(),
+        build=build_model,
+        version=5,
+        reads="chat_shards",
+        model="chat",
+        optional_inputs=lambda e: ("shards",) if e.finetune.replay else (),
+    ),
+    Stage(
+        "evaluate",
+        about="score the chat model",
+        inputs=("finetune", "chat_shards", "shards"),
+        settings=lambda e: _with_identities(e.evaluate, "tasks"),
+        build=build_scores,
+        version=6,
+        scores="finetune",
+        sources=lambda e: e.evaluate.tasks,
+    ),
+    Stage(
+        "export",
+        about="write the models as Hugging Face directories with their cards",
+        inputs=("pretrain", "evaluate_base", "finetune", "evaluate"),
+        settings=lambda e: {"name": e.name},
+        build=build_export,
+    ),
+)
+BY_NAME = {stage.name: stage for stage in TABLE}
+READS = {stage.name: stage.reads for stage in TABLE if stage.reads is not None}
+TRAININGS = frozenset(READS)
+EVALUATED = {stage.name: stage.scores for stage in TABLE if stage.scores is not None}
+
+
+def plans(experiment: ExperimentConfig) -> dict[str, StageSpec]:
+    """The specification of every stage, inputs before the stages that read them. The experiment must be pinned."""
+    specs: dict[str, StageSpec] = {}
+    for stage in TABLE:
+        inputs = {name: specs[name].fingerprint for name in (*stage.inputs, *stage.optional_inputs(experiment))}
+        config = {**stage.settings(experiment), "seed": experiment.seed}
+        specs[stage.name] = StageSpec(stage.name, stage.version, config, inputs)
+    return specs
+
+
+def run_stage(
+    name: str, experiment: ExperimentConfig, store: Store, runtime: Runtime, data: Path | None, group: Group = ALONE
+) -> tuple[Artifact, bool]:
+    """Build the artifact of one stage, or find it in the store; return it and whether it was there already.
+
+    `data` is a local mirror to read sources from. The first rank of `group` runs this function, the others run
+    `follow_stage`. Raises ConfigError for an unknown stage, and DataError where an input is not in the store yet.
+    """
+    spec = _spec_of(name, experiment)
+    found = store.find_whole(spec)
+    if found is not None:
+        return found, True
+    job = _new_job(name, experiment, store, runtime, data, group)
+    if not store.is_local:  # a remote store gets large files one by one, while the stage still runs
+        job = replace(job, upload=EarlyUpload(store, spec, ShardDescriber))
+    produce = partial(BY_NAME[name].build, job)
+    artifact, reused = build(store, spec, produce, runtime.work_dir, ShardDescriber(), job.upload)
+    job.clear_kept()
+    return artifact, reused
+
+
+def rebuild_stage(
+    name: str, experiment: ExperimentConfig, store: Store, runtime: Runtime, data: Path | None, group: Group = ALONE
+) -> tuple[Artifact, bool]:
+    """Build a finished stage once more and compare the bytes; build a stage without an artifact as `run_stage` does.
+
+    The artifact in the store stays as it is. Parameters, result and errors are those of `run_stage`; also raises
+    ReproducibilityError where a file differs from the artifact's.
+    """
+    spec = _spec_of(name, experiment)
+    found = store.find_whole(spec)
+    if found is None:
+        return run_stage(name, experiment, store, runtime, data, group)
+    job = replace(_new_job(name, experiment, store, runtime, data, group), again=True)
+    different = rebuild(store, found, spec, partial(BY_NAME[name].build, job), runtime.work_dir)
+    job.clear_kept()
+    if different:
+        raise ReproducibilityError(
+            f"{name} built again differs from {found.uri} in {', '.join(different)}; the artifact stays as it is. "
+            f"It was built with {found.manifest['environment']}; on a GPU, the runtime setting deterministic must be "
+            "true"
+        )
+    return found, True
+
+
+def _spec_of(name: str, experiment: ExperimentConfig) -> StageSpec:
+    """The specification of one stage. Raises ConfigError for an unknown stage."""
+    if name not in BY_NAME:
+        raise ConfigError(f"no stage {name!r}: there are {', '.join(STAGES)}")
+    return plans(experiment)[name]
+
+
+def _new_job(
+    name: str, experiment: ExperimentConfig, store: Store, runtime: Runtime, data: Path | None, group: Group
+) -> StageJob:
+    """The job of one stage, with its inputs from the store. Raises DataError where one is missing."""
+    specs = plans(experiment)
+    inputs = {stage: find_input(store, specs[stage]) for stage in specs[name].inputs}
+    return StageJob(name, experiment, store, runtime, data, group, specs, inputs)
+
+
+def summary_lines(name: str, summary: Mapping[str, Any]) -> list[str]:
+    """What a stage that draws data kept and dropped, one line for each source; an empty list for other stages."""
+    return BY_NAME[name].summary_lines(summary)
+
+
+def follow_stage(name: str, store: Store, runtime: Runtime, group: Group) -> None:
+    """Train as a rank other than the first. Returns without work where the first rank needs no training."""
+    task = group.call()
+    if task is None:
+        return
+    values, again = json.loads(task)
+    experiment = validate(ExperimentConfig, values, "the first rank's experiment")
+    follow(replace(_new_job(name, experiment, store, runtime, None, group), again=again))

@@ -1,0 +1,134 @@
+"""`vectorclm store ls|verify|gc|create`: list a store, verify its bytes, remove leftovers, create a store."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
+from vectorclm.errors import StoreError
+from vectorclm.store.artifact import Store
+from vectorclm.store.gc import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
+from vectorclm.store.listing import take_inventory, verify
+
+store_app = new_app("store", "List and verify a store, remove leftovers, create a store.")
+
+
+def _opened(uri: str) -> Store:
+    store = Store(uri)
+    store.check_reachable()
+    if store.is_local and not Path(store.root).is_dir():
+        raise StoreError(f"there is no store at {store.uri}: name one with --store or VECTORCLM_STORE")
+    return store
+
+
+@store_app.command(name="ls", help_epilogue="Example: vectorclm store ls --json")
+def list_store(*, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
+    """List artifacts, checkpoints of trainings in progress, and the processes that build something now."""
+    _list(_opened(store), as_json=json)
+
+
+@store_app.command(name="verify", help_epilogue="Example: vectorclm store verify pretrain")
+def verify_store(
+    addresses: Annotated[
+        tuple[str, ...], Parameter(help="STAGE, STAGE/FINGERPRINT or the beginning of either; all without one")
+    ] = (),
+    /,
+    *,
+    store: StoreUri = LOCAL_STORE,
+    discard: Annotated[
+        bool,
+        Parameter(
+            help="Discard damaged artifacts, so that their stages build them again; `store gc` removes the files"
+        ),
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Read every byte and compare it with the manifests; exit code 1 for a difference."""
+    return _verify(_opened(store), list(addresses), discard=discard, as_json=json)
+
+
+@store_app.command(name="gc", help_epilogue="Example: vectorclm store gc --older-than 12h --delete")
+def collect_garbage(
+    *,
+    store: StoreUri = LOCAL_STORE,
+    delete: Annotated[bool, Parameter(help="Remove what is listed")] = False,
+    older_than: Annotated[str, Parameter(help="Keep files written within this time, such as 7d or 12h")] = OLDER_THAN,
+    json: Json = False,
+) -> None:
+    """List the leftovers of killed processes; with --delete, remove them."""
+    _collect(_opened(store), seconds(older_than), delete=delete, as_json=json)
+
+
+@store_app.command(name="create", help_epilogue="Example: vectorclm store create --store s3://bucket/prefix")
+def create_store(*, store: StoreUri = LOCAL_STORE) -> None:
+    """Create the bucket of an S3 store, or the folder of a local one."""
+    found = Store(store)
+    found.create()
+    print(f"{found.uri} is there")
+
+
+def _list(store: Store, *, as_json: bool) -> None:
+    found = take_inventory(store).as_json()
+    if as_json:
+        print(json.dumps(found))
+        return
+    for row in (*found["artifacts"], *found["checkpoints"]):
+        more = ", ".join(row["used_by"]) if "used_by" in row else f"at step {row['step']:,}"
+        place, state = f"{row['stage']:<13} {row['fingerprint'][:12]}", row["created"] or row["state"]
+        print(f"{place} {_size(row['bytes']):>9} {row['files']:>5} files  {state:<25} {more}".rstrip())
+    for row in found["leases"]:
+        state = "is at work" if row["alive"] else "has ended"
+        print(f"{row['lease']}: process {row['pid']} on {row['host']} {state}")
+    total = sum(row["bytes"] for row in (*found["artifacts"], *found["checkpoints"]))
+    print(f"{store.uri}: {len(found['artifacts'])} artifacts, {_size(total)}")
+
+
+def _verify(store: Store, addresses: list[str], *, discard: bool, as_json: bool) -> int:
+    folders = wrong = 0
+    for folder, differences in verify(store, addresses):
+        folders, wrong = folders + 1, wrong + bool(differences)
+        gone = discard and bool(differences) and discard_folder(store, folder)
+        if as_json:
+            row = {"key": folder.key, "files": len(folder.files), "bytes": folder.bytes, "differences": differences}
+            print(json.dumps({**row, "discarded": gone} if discard else row), flush=True)
+            continue
+        print(f"{'!!' if differences else 'ok'} {folder.key} {_size(folder.bytes)}", flush=True)
+        for difference in differences:
+            print(f"   {difference}")
+        if discard and differences:
+            print("   discarded: its stage builds it again" if gone else "   in use, kept")
+    if not as_json:
+        print(f"{folders:,} verified, {wrong:,} differ")
+    return 1 if wrong else 0
+
+
+def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) -> None:
+    found = find_garbage(store, older_than)
+    removed = 0
+    for item in found:
+        gone = delete and remove_garbage(store, item)
+        removed += item.bytes if gone else 0
+        if as_json:
+            print(json.dumps({**item.as_json(), "removed": gone}), flush=True)
+        else:
+            state = "removed" if gone else "in use meanwhile, kept" if delete else "can go"
+            print(f"{state}: {item.what} {_size(item.bytes)} ({item.why})", flush=True)
+    if as_json:
+        return
+    if delete:
+        print(f"{_size(removed)} freed")
+    else:
+        total = _size(sum(item.bytes for item in found))
+        print(f"{len(found):,} of them, {total}" + ("; --delete removes them" if found else ""), file=sys.stderr)
+
+
+def _size(count: float) -> str:
+    """A number of bytes in a readable unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

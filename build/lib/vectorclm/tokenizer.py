@@ -1,0 +1,83 @@
+"""The model's tokenizer: special tokens, chat template, loading and encoding."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from vectorclm.errors import DataError
+from vectorclm.runtime.library_calls import interruptibly
+
+BOS, EOS, IM_START, IM_END, PAD = SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|pad|>",
+)
+
+
+BOS_ID, EOS_ID, IM_START_ID, IM_END_ID, PAD_ID = range(len(SPECIAL_TOKENS))
+
+
+# ChatML after a BOS. Each turn is `<|im_start|>role\ncontent<|im_end|>\n`; conversations.py builds the same tokens.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+LONG_TEXT = 500_000  # characters; encoding them takes some tenths of a second
+
+
+def write_tokenizer_config(directory: Path, model_max_length: int, eos_token: str) -> None:
+    """Write `tokenizer_config.json` for transformers. `eos_token` ends a document, or a turn of a chat model."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": eos_token,
+        "pad_token": PAD,
+        "additional_special_tokens": [IM_START, IM_END],
+        "model_max_length": model_max_length,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Load `tokenizer.json` from a directory; special tokens written in a text are encoded as ordinary text.
+
+    Raises DataError where the file is missing or invalid, or has other special tokens.
+    """
+    path = directory / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{path} is not a tokenizer: {error}") from error
+    found = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+    if found != list(range(len(SPECIAL_TOKENS))):
+        raise DataError(f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}")
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()  # transformers saves the last setting, and a truncated text would score far too well
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode `text` without a BOS; special tokens written in the text are encoded as ordinary text."""
+    if len(text) < LONG_TEXT:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+    # encode_batch_fast releases the GIL and records no offsets.
+    (long,) = interruptibly(lambda left: tokenizer.encode_batch_fast([text], add_special_tokens=False))
+    return list(long.ids)
+
+
+def token_lengths(tokenizer: Tokenizer) -> list[int]:
+    """UTF-8 bytes of each token [V], 0 for special tokens; they convert nats to bits per byte."""
+    special = set(range(len(SPECIAL_TOKENS)))
+    # A byte-level token has one character for each byte.
+    lengths = {i: len(token) for token, i in tokenizer.get_vocab().items()}
+    return [0 if i in special else lengths[i] for i in range(len(lengths))]

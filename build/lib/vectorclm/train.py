@@ -1,0 +1,375 @@
+"""The training loop of pretraining and of instruction fine-tuning, which differ in starting weights and labels."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vectorclm.dataset import Batch, StreamingLanguageModelDataset
+from vectorclm.errors import DataError, PreemptedError
+from vectorclm.evaluation.bits_per_byte import HeldOutWindows, windows_scores
+from vectorclm.model import CausalLM
+from vectorclm.nn.attention import Documents, has_flash
+from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.distributed import ALONE, Group, PeerLostError
+from vectorclm.runtime.preemption import FINISH, ignore_sigterm, preemption
+from vectorclm.runtime.progress import Progress
+from vectorclm.settings import Settings
+from vectorclm.shards.order import TrainingOrder
+from vectorclm.shards.reader import ShardReader
+from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot
+from vectorclm.training.metrics import Metrics
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
+from vectorclm.training.schedule import ScheduleConfig, schedule, set_learning_rates
+
+LossFunction = Callable[[Tensor, Tensor, Documents | None], Tensor]  # input_ids, labels, documents
+Scores = dict[str, dict[str, float]]
+FLUSH_STEPS = 10  # steps between two reads of the metrics from the device
+RANK_SEED = 0x9E3779B1  # makes the ranks' seeds differ in their low 32 bits: the CPU's generator uses no others
+
+
+class GenerationSamplesConfig(Settings):
+    """Text samples from the model during training, always for the same prompts."""
+
+    prompts: list[str] = Field(min_length=1, description="Beginnings of texts in pretraining, questions in fine-tuning")
+    interval: int = Field(gt=0, description="Steps between samples; the first and the last step have one too")
+    max_new_tokens: int = Field(48, ge=1, description="Longest sample, in tokens")
+
+
+class TrainConfig(Settings):
+    """Settings of the training loop that pretraining and fine-tuning share."""
+
+    batch_size: int = Field(gt=0, description="Windows in one optimizer step, over all devices")
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient")
+    validation_interval: int = Field(gt=0, description="Steps between validations")
+    validation_windows: int = Field(64, gt=0, description="Held-out windows of each source in a validation")
+    document_mask: bool = Field(True, description="No attention between the documents of a window")
+    samples: GenerationSamplesConfig | None = Field(
+        None, exclude_if=lambda samples: samples is None, description="Text samples during training; none if left out"
+    )
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run of a stage: its seed, its folder, its checkpoints, its machine."""
+
+    stage: str
+    seed: int
+    folder: Path  # of metrics.jsonl and samples.jsonl
+    checkpoints: Checkpoints
+    runtime: Runtime
+    group: Group = ALONE
+    respond: Callable[[CausalLM, str, int], str] | None = None  # answers a prompt in at most so many tokens
+
+    def samples(self, model: CausalLM, config: GenerationSamplesConfig) -> list[dict[str, str]]:
+        """The likeliest answer to each prompt."""
+        assert self.respond is not None
+        return [
+            {"prompt": prompt, "answer": self.respond(model, prompt, config.max_new_tokens)}
+            for prompt in config.prompts
+        ]
+
+
+class Record:
+    """The first rank's work beside the steps: it writes metrics, validates, samples and saves checkpoints."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        optimizers: Sequence[torch.optim.Optimizer],
+        config: TrainConfig,
+        dataset: StreamingLanguageModelDataset,
+        validate: Callable[[], Scores],
+        run: TrainingRun,
+    ) -> None:
+        self.model, self.optimizers, self.config, self.run = model, optimizers, config, run
+        self.validate = validate
+        self.order = dataset.plan.digest(config.batch_size)
+        self.steps, self.step_tokens = dataset.steps, config.batch_size * dataset.window_tokens
+        self.interval = run.runtime.checkpoint_interval or max(25, min(1000, self.steps // 20))
+        self.metrics = Metrics(run.folder / "metrics.jsonl", dataset.describe)
+        self.scores: Scores = {}
+        self.complete = True  # whether the last step has its validation and its samples
+        self._kept = 0  # step of the newest checkpoint
+        self._seen: dict[str, int] = {}  # last step with a validation, and with samples
+
+    def begin(self, saved: Snapshot | None) -> None:
+        """Start, or resume from a checkpoint and complete the validation and the samples of its last step."""
+        self.metrics.restart(saved.metrics if saved is not None else "")
+        for line in map(json.loads, saved.metrics.splitlines() if saved is not None else ()):
+            self.scores = line.get("validation", self.scores)
+            self._seen |= {kind: line["step"] for kind in ("validation", "samples") if kind in line}
+        self._kept = saved.step if saved is not None else 0
+        self._measure(self._kept)
+
+    def add(self, step: int, loss: Tensor, norm: Tensor, learning_rate: float) -> str:
+        """Record a finished step; return the progress bar's note."""
+        last = step == self.steps
+        self.metrics.add(step, step * self.step_tokens, loss, norm, learning_rate)
+        if step % FLUSH_STEPS == 0 or last:
+            self.metrics.flush()
+        self._measure(step)
+        if step % self.interval == 0 and not last and self.complete:
+            self.keep(step)
+        return self.metrics.note
+
+    def _measure(self, step: int) -> None:
+        """Validate and sample where this step is due and not yet measured; SIGTERM cancels both."""
+        last, samples = step == self.steps, self.config.samples
+        due: dict[str, Callable[[], Any]] = {}
+        if step and (step % self.config.validation_interval == 0 or last):
+            due["validation"] = self.validate
+        if samples is not None and (step % samples.interval == 0 or last):
+            due["samples"] = partial(self.run.samples, self.model, samples)
+        self.complete = True
+        for kind, measure in due.items():
+            if self._seen.get(kind) == step:
+                continue
+            self.metrics.flush()  # keeps the lines in the order of the steps, wherever the training is interrupted
+            if (found := preemption.unless_requested(measure)) is None:
+                self.complete = False
+                return
+            self.metrics.write({"step": step, "tokens": step * self.step_tokens, kind: found})
+            self._seen[kind] = step
+            self.scores = found if kind == "validation" else self.scores
+
+    def keep(self, step: int) -> None:
+        """Save a checkpoint of the steps done, unless it exists or the loss is diverging."""
+        self.metrics.flush()
+        if step > self._kept and not self.metrics.is_diverging:
+            saved = snapshot(step, self.model, self.optimizers, self.metrics.text(), self.order)
+            self.run.checkpoints.save(saved)
+            self._kept = step
+
+    def stop(self, step: int) -> str:
+        """Save a checkpoint and wait until it is in the store; return the message for the user."""
+        self.keep(step)
+        self.run.checkpoints.wait()
+        place = f"interrupted by SIGTERM after step {step} of {self.steps}, checkpoint at step {self._kept}"
+        return f"{place}: run the same command again to resume from there"
+
+    def summary(self) -> dict[str, Any]:
+        """Losses, speed and the last validation scores."""
+        return {**self.metrics.summary(), "validation": self.scores}
+
+
+def own_share(
+    readers: Mapping[str, ShardReader], order: TrainingOrder, config: TrainConfig, group: Group
+) -> StreamingLanguageModelDataset:
+    """This rank's rows of every batch in the training order."""
+    return StreamingLanguageModelDataset(readers, order, config.batch_size, group, document_mask=config.document_mask)
+
+
+def train(
+    model: CausalLM,
+    config: TrainConfig,
+    dataset: StreamingLanguageModelDataset,
+    validation: Mapping[str, ShardReader],
+    token_lengths: Sequence[int],
+    run: TrainingRun,
+) -> dict[str, Any]:
+    """Train `model` in place over the whole `dataset`, from the newest checkpoint if there is one.
+
+    The first rank measures and writes. It returns steps, tokens, losses and scores; the other ranks return an empty
+    dict. Raises DivergedError, with the step's windows, where the loss is not finite or rises far above its first
+    values; the checkpoints before that step stay. Raises DataError where the checkpoint belongs to another data set
+    or training order. Raises PreemptedError on all ranks, after a checkpoint, where SIGTERM reached one of them.
+    """
+    group, runtime = run.group, run.runtime
+    device = runtime.configure_torch(group)
+    model.to(device)
+    optimizers = build_optimizers(model, config.optimizer, group)
+    set_learning_rates(optimizers, 1.0)
+    saved = _resume(model, optimizers, dataset, run)
+    micro_batch = runtime.windows_at_once(dataset.window_tokens, device)
+    step = TrainStep(model, optimizers, config.gradient_clipping, micro_batch, group, loss_function(model, device))
+    preemption.begin_training()
+    record = None
+    if group.rank == 0:
+
+        def validate() -> Scores:
+            held_out = HeldOutWindows(validation, token_lengths, config.document_mask)
+            return windows_scores(model, held_out, micro_batch, config.validation_windows)
+
+        record = Record(model, optimizers, config, dataset, validate, run)
+        record.begin(saved)
+    batches = iter(load(dataset, runtime, device))  # its workers end with this function, after the last checkpoint
+    done, stopped = _run_steps(step, config, dataset, batches, run, record)
+    preemption.limit(FINISH)
+    if stopped:
+        raise PreemptedError(group.share(record.stop(done) if record is not None else ""))
+    if record is None:
+        return {}
+    return {"steps": dataset.steps, "tokens": dataset.steps * record.step_tokens, **record.summary()}
+
+
+def _resume(
+    model: CausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    dataset: StreamingLanguageModelDataset,
+    run: TrainingRun,
+) -> Snapshot | None:
+    """Restore the newest checkpoint on all ranks, if there is one; the first rank chooses it."""
+    order = dataset.plan.digest(dataset.batch_size)
+    saved = run.checkpoints.latest(order) if run.group.rank == 0 else None
+    if (name := run.group.share(run.checkpoints.resumed)) is not None:
+        saved = saved or run.checkpoints.named(name)
+        restore(saved, model, optimizers)
+        dataset.start_step = saved.step
+    return saved
+
+
+def _run_steps(
+    step: "TrainStep",
+    config: TrainConfig,
+    dataset: StreamingLanguageModelDataset,
+    batches: Iterator[Batch],
+    run: TrainingRun,
+    record: Record | None,
+) -> tuple[int, bool]:
+    """Train from the dataset's first step to its last; the steps done, and whether SIGTERM stopped the training."""
+    group, steps, step_tokens = run.group, dataset.steps, config.batch_size * dataset.window_tokens
+    with Progress(run.stage, steps * step_tokens, "tokens") as progress:
+        for done in range(dataset.start_step, steps):
+            batch = preemption.unless_requested(partial(next, batches))
+            supervised, stopped = _agreed(batch, group, record, done)
+            if stopped or batch is None:
+                return done, stopped
+            # Dropout is a function of step and rank, so a checkpoint needs no generator state.
+            torch.manual_seed(run.seed * 1_000_003 + done + group.rank * RANK_SEED)
+            factor = schedule(config.schedule, done, steps)
+            set_learning_rates(step.optimizers, factor)
+            compute = partial(step.accumulate, batch, supervised)
+            # The ranks have agreed on this step. A single process may cancel it: nothing changes before its end.
+            total = compute() if group.world_size > 1 else preemption.unless_requested(compute)
+            if total is None:
+                return done, True
+            loss, norm = step.update(total)
+            if record is not None:
+                note = record.add(done + 1, loss, norm, factor * config.optimizer.learning_rate)
+                progress.at((done + 1) * step_tokens, note)
+        _, stopped = group.agree(0, record is not None and not record.complete)
+    return steps, stopped
+
+
+def _agreed(batch: Batch | None, group: Group, record: Record | None, done: int) -> tuple[int, bool]:
+    """The supervised tokens of a batch over all ranks, and whether a rank must stop before this step.
+
+    Where another rank is lost, the first rank saves a checkpoint of the steps done.
+    """
+    try:
+        return group.agree(0 if batch is None else supervised_tokens(batch), preemption.requested)
+    except PeerLostError:
+        if record is not None:
+            record.keep(done)
+        raise
+
+
+def load(dataset: StreamingLanguageModelDataset, runtime: Runtime, device: torch.device) -> "DataLoader[Batch]":
+    """A DataLoader over a dataset's batches, with the runtime's number of worker processes."""
+    workers = runtime.loader_workers
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="forkserver" if workers else None,  # a fork copies the locks of other threads
+        worker_init_fn=ignore_sigterm,
+    )
+
+
+def loss_function(model: CausalLM, device: torch.device) -> LossFunction:
+    """The model's loss, compiled on a GPU: as one graph, unless attention runs document by document.
+
+    The environment variable TORCHDYNAMO_DISABLE=1 switches the compiler off.
+    """
+    if device.type != "cuda":
+        return model.loss
+    whole = has_flash(device) and not model.config.attention_dropout
+    # A deterministic compiler chooses no kernel by its time, which differs between processes.
+    fixed = torch.are_deterministic_algorithms_enabled()
+    compiled: LossFunction = torch.compile(model.loss, fullgraph=whole, options={"deterministic": fixed})
+    return compiled
+
+
+def supervised_tokens(batch: Batch) -> int:
+    """The number of tokens of a batch that carry loss."""
+    return int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """One optimizer step over a batch, with gradient accumulation over micro-batches and a sum over ranks.
+
+    The loss is the mean over the supervised tokens of the whole batch, for any number of ranks and micro-batches.
+    No method waits for the device.
+    """
+
+    model: CausalLM
+    optimizers: Sequence[torch.optim.Optimizer]
+    gradient_clipping: float
+    micro_batch: int  # windows in one forward and backward pass
+    group: Group = ALONE
+    loss_of: LossFunction | None = None  # the model's loss, compiled or not
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Train on a batch; return the mean loss (nats a supervised token) and the gradient's norm.
+
+        Raises DataError where the batch has no supervised token.
+        """
+        return self.update(self.accumulate(batch, self.group.total(supervised_tokens(batch))))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's weights."""
+        return self.model.model.embed_tokens.weight.device
+
+    def accumulate(self, batch: Batch, supervised: int) -> Tensor:
+        """Sum up a batch's gradients and its loss, each divided by the supervised tokens of all ranks.
+
+        Raises DataError where `supervised` is 0.
+        """
+        self.model.train()
+        if not supervised:
+            raise DataError(
+                "a batch has no supervised token: its labels are all -100, so there is nothing to learn from"
+            )
+        loss_of, device = self.loss_of or self.model.loss, self.device
+        total = torch.zeros((), device=device)
+        for start in range(0, len(batch.input_ids), self.micro_batch):
+            here = slice(start, start + self.micro_batch)
+            input_ids = batch.input_ids[here].to(device, non_blocking=True)
+            labels = batch.labels[here].to(device, non_blocking=True)
+            documents = Documents.at(None if batch.position_ids is None else batch.position_ids[here], device)
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                loss = loss_of(input_ids, labels, documents) / supervised
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def update(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Change the weights by the gradients of all ranks; return the loss over all ranks and the gradient's norm."""
+        if self.group.world_size > 1:
+            self.group.add([total, *self._gradients()])
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clipping)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    def _gradients(self) -> Iterator[Tensor]:
+        """Every parameter's gradient; zeros where this rank has no rows."""
+        for p in self.model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            yield p.grad

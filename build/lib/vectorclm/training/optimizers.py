@@ -1,0 +1,89 @@
+"""The optimizers of a model: one for the hidden matrices, AdamW for embeddings and norms."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from vectorclm.nn.layers import StackedLinear
+from vectorclm.runtime.distributed import ALONE, Group
+from vectorclm.settings import Settings
+from vectorclm.training.muon import Muon, WeightDecay
+
+MatrixOptimizer = Literal["muon", "adamw"]
+
+
+class OptimizerConfig(Settings):
+    """The optimizers' settings.
+
+    A setting that older experiments lack stays out of the fingerprint at its default value.
+    """
+
+    learning_rate: float = Field(gt=0, description="Peak learning rate of the hidden matrices")
+    adamw_learning_rate: float = Field(gt=0, description="Peak learning rate of embeddings and norms, under AdamW")
+    matrices: MatrixOptimizer = Field(
+        "muon",
+        exclude_if=lambda value: value == "muon",
+        description="Optimizer of the hidden matrices, at learning_rate",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov momentum of Muon")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled decay of the hidden matrices, per unit of learning rate"
+    )
+    cautious_weight_decay: bool = Field(
+        False,
+        exclude_if=lambda value: not value,
+        description="Decay only the weights that the update moves towards zero as well; Muon only",
+    )
+
+    @model_validator(mode="after")
+    def _muon_is_cautious(self) -> Self:
+        if self.cautious_weight_decay and self.matrices != "muon":
+            raise ValueError("cautious_weight_decay needs matrices = 'muon'")
+        return self
+
+
+def _adamw(
+    params: Sequence[nn.Parameter], config: OptimizerConfig, learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(params, learning_rate, betas, eps=1e-10, weight_decay=weight_decay, fused=True)
+
+
+def _adamw_of_matrices(
+    params: Sequence[nn.Parameter], config: OptimizerConfig, model: nn.Module, group: Group
+) -> torch.optim.Optimizer:
+    return _adamw(params, config, config.learning_rate, config.weight_decay)
+
+
+def _muon_of_matrices(
+    params: Sequence[nn.Parameter], config: OptimizerConfig, model: nn.Module, group: Group
+) -> torch.optim.Optimizer:
+    stacked = {m.weight: list(m.rows.values()) for m in model.modules() if isinstance(m, StackedLinear)}
+    weight_decay = WeightDecay(config.weight_decay, config.cautious_weight_decay)
+    return Muon(params, config.learning_rate, config.momentum, weight_decay, group, stacked)
+
+
+# The optimizer of the hidden matrices, from these, the config, the model that has them, and the group of ranks.
+MATRIX_OPTIMIZERS: Mapping[
+    MatrixOptimizer, Callable[[Sequence[nn.Parameter], OptimizerConfig, nn.Module, Group], torch.optim.Optimizer]
+] = {
+    "muon": _muon_of_matrices,
+    "adamw": _adamw_of_matrices,
+}
+
+
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, group: Group = ALONE
+) -> tuple[torch.optim.Optimizer, torch.optim.AdamW]:
+    """`config.matrices` over the decoder layers' matrices, AdamW over embeddings and norms."""
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        (hidden if p.ndim == 2 and ".layers." in name else rest).append(p)
+    matrices = MATRIX_OPTIMIZERS[config.matrices](hidden, config, model, group)
+    return matrices, _adamw(rest, config, config.adamw_learning_rate, 0.0)

@@ -1,0 +1,65 @@
+"""Learning-rate schedules: warm-up, then cosine or a constant stretch with a linear decay."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from vectorclm.settings import Settings
+
+ScheduleKind = Literal["cosine", "warmup_stable_decay"]
+
+
+class ScheduleConfig(Settings):
+    """The learning rate's factor over the steps: a linear warm-up, then a fall to the floor."""
+
+    kind: ScheduleKind = "cosine"
+    warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps in the warm-up")
+    floor: float = Field(0.1, ge=0, le=1, description="Learning rate of the last step, as a share of the peak")
+    decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in the decay; warmup_stable_decay only")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.kind == "warmup_stable_decay" and self.warmup + self.decay > 1 + 1e-9:
+            raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are more than all steps: lower one")
+        return self
+
+
+def _cosine(config: ScheduleConfig, step: int, steps: int, warmup: int) -> float:
+    done = (step - warmup) / max(1, steps - 1 - warmup)
+    return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _warmup_stable_decay(config: ScheduleConfig, step: int, steps: int, warmup: int) -> float:
+    decay = max(1, round(config.decay * steps))
+    left = min(1.0, (steps - 1 - step) / decay)
+    return config.floor + (1 - config.floor) * left
+
+
+# The factor after the warm-up, from the config, the step, the number of steps, and the number of warm-up steps.
+SCHEDULES: Mapping[ScheduleKind, Callable[[ScheduleConfig, int, int, int], float]] = {
+    "cosine": _cosine,
+    "warmup_stable_decay": _warmup_stable_decay,
+}
+
+
+def schedule(config: ScheduleConfig, step: int, steps: int) -> float:
+    """The learning rate's factor in step `step` (from 0) of `steps`. A pure function: a resumed run needs no state.
+
+    Cosine: Loshchilov & Hutter, arXiv 1608.03983, without restarts. Warmup-stable-decay: Hu et al.,
+    arXiv 2404.06395, section 4, with a linear decay.
+    """
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return SCHEDULES[config.kind](config, step, steps, warmup)
+
+
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set every parameter group's learning rate to its peak times `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("peak", group["lr"])
+            group["lr"] = group["peak"] * factor
