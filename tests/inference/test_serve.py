@@ -171,6 +171,7 @@ def test_without_a_key_it_starts_where_a_person_reads_its_own_and_not_elsewhere(
         assert done.returncode == 2 and "others can reach 0.0.0.0" in done.stderr
         with subprocess.Popen(command, **options) as server:  # type: ignore[call-overload]
             try:
+                held.close()  # so that reading ends where the server does
                 url = shown.readline().split()[-1]
                 key = shown.readline().removeprefix("the key of this run is ").partition(";")[0]
                 assert httpx.get(f"{url}/models").status_code == 401
