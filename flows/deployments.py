@@ -1,5 +1,6 @@
 """The Prefect deployments `curriculum` and `stage`, each with a run form."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -88,7 +89,13 @@ def explained(run: Callable[[], Any]) -> Any:
     try:
         return run()
     except VectorCLMError as error:
+        logging.getLogger("prefect.engine").addFilter(_is_expected)
         return Failed(message=" ".join(str(error).split("\n")))
+
+
+def _is_expected(record: logging.LogRecord) -> bool:
+    """Leave out the traceback with which Prefect's engine ends the process of a flow in a failed state."""
+    return not record.getMessage().startswith("Engine execution exited with unexpected exception")
 
 
 def _dry_run(name: str, changes: Changes, settings: Mapping[str, Any], data: str) -> State[Any]:

@@ -109,8 +109,7 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     assert {"experiment: tiny", "changed: finetune.epochs", "from: UI"} <= set(run.tags)
     assert platform.tasks(run.id)["tokenizer"] == ["Completed"]
     log = until(lambda: [line for line in platform.log(run.id) if "stage shards failed" in line], "the log says why")
-    assert len(log) == 1 and platform.log(run.id)[-1] == log[0]
-    assert "Traceback" not in "".join(platform.log(run.id))
+    assert len(log) == 1 and "Traceback" not in "".join(platform.log(run.id))
     until(lambda: "| ✘ | shards" in platform.overview(run.id), "the overview shows what failed", 30)
 
     (store / "shards").unlink()
@@ -135,7 +134,6 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     assert {float(str(shown[f"{name}-progress"].data)) for name in ("pretrain", "finetune")} == {100.0}
     assert platform.config.mlflow_url in str(shown["mlflow"].data)
     assert "| tokenizer | **reused** |" in str(platform.client.read_deployment(deployment.id).description)
-    assert all(len(word) < 100 for line in platform.log(run.id) for word in line.split())
 
 
 def test_the_overview_links_what_a_browser_opens(platform: Platform, page: WebDriver) -> None:
