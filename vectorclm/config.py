@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from vectorclm.corpus.decontamination import benchmark_sources
-from vectorclm.corpus.sources import CorpusConfig
+from vectorclm.corpus.sources import CorpusConfig, anchored
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.config import EvaluateConfig, Questions
@@ -94,13 +94,25 @@ def load_experiment(name_or_path: str) -> tuple[ExperimentConfig, Path]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.toml")))
         raise ConfigError(f"no experiment {name_or_path!r}: use {known}, or the path of a TOML file")
-    return validate(ExperimentConfig, read_config(path), str(path)), path
+    return _anchored(validate(ExperimentConfig, read_config(path), str(path)), path.absolute().parent), path
+
+
+def _anchored(experiment: ExperimentConfig, folder: Path) -> ExperimentConfig:
+    """The experiment with the paths of its sources relative to the folder of its file."""
+
+    def moved(config: Any, *names: str) -> Any:
+        lists = {name: [anchored(source, folder) for source in getattr(config, name)] for name in names}
+        return config.model_copy(update=lists)
+
+    sections = {"sample": moved(experiment.sample, "sources", "decontaminate_with")}
+    sections |= {"chat": moved(experiment.chat, "sources"), "evaluate": moved(experiment.evaluate, "tasks")}
+    return experiment.model_copy(update=sections)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Parse a TOML or JSON file. Raises ConfigError with the place of a syntax error."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error

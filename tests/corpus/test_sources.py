@@ -8,9 +8,11 @@ from vectorclm.corpus.sources import identity
 
 
 def test_other_builders_of_datasets_are_refused() -> None:
-    for path in ("text", "csv"):
-        with pytest.raises(ValidationError, match=f"{path} files are not supported: .* parquet or json"):
-            source(path=path, data_files="a.txt")
+    with pytest.raises(ValidationError, match="csv files are not supported: .* parquet or json or text"):
+        source(path="csv", data_files="a.csv")
+    for path, meant in {"jsonl": "json", ".JSONL": "json", "txt": "text", "Text": "text", "pq": "parquet"}.items():
+        with pytest.raises(ValidationError, match=f"did you mean '{meant}'"):
+            source(path=path, data_files="a")
     assert source(path="squad").path == "squad"
 
 

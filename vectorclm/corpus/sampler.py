@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.file_formats import RowBatch
+from vectorclm.corpus.row_batches import RowBatch
 from vectorclm.corpus.source_reader import SourceRoots, read_batches
 from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote
 from vectorclm.errors import DataError

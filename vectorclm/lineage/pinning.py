@@ -22,6 +22,7 @@ from vectorclm.corpus.sources import (
     TaskSource,
     TextSource,
     describe,
+    left_out,
     local_files,
     local_place,
 )
@@ -183,7 +184,7 @@ class _Pinner:
                 places = ", ".join(str(local_place(source, self.data)) for source in (lost if sets else missing))
                 raise DataError(
                     f"{path if sets else 'the benchmarks'}: the mirror {self.data} has no files of it; "
-                    f"expected Parquet or JSON files at {places}"
+                    f"expected Parquet, JSON or text files at {places}"
                 )
             self.notes.append(_note(path, lost, left, sets))
         return kept
@@ -199,7 +200,11 @@ class _Pinner:
             if not files:
                 if self.data is not None and Path(place).is_relative_to(self.data):
                     return None
-                raise DataError(f"{describe(source)}: no Parquet or JSON files of this split at {place}")
+                raise DataError(
+                    f"{describe(source)}: no Parquet, JSON or text files of this split at {place}{_instead(source, self.data)}"
+                )
+            if (note := left_out(source, self.data)) is not None:
+                self.notes.append(note)
             found = revision_of(files)
         else:
             if (asked := source.revision or "").startswith("sha256:"):
@@ -211,6 +216,11 @@ class _Pinner:
         if asked.startswith("sha256:") and asked != found:
             raise DataError(f"{describe(source)} is pinned to {asked}, but the content is {found}")
         return found
+
+
+def _instead(source: Source, data: Path | None) -> str:
+    note = left_out(source, data)
+    return f"; it {note.removeprefix(describe(source)).strip()}" if note is not None else ""
 
 
 def _note(path: str, lost: Sequence[Source], left: Sequence[Source], sets: bool) -> str:
