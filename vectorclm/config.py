@@ -17,7 +17,7 @@ from vectorclm.finetune import FinetuneConfig
 from vectorclm.model_config import ModelConfig
 from vectorclm.pretrain import PretrainConfig
 from vectorclm.settings import Settings, validate
-from vectorclm.shards.chat_writer import ChatConfig
+from vectorclm.shards.chat_writer import ChatConfig, ChatSource
 from vectorclm.shards.writer import ShardsConfig
 from vectorclm.train_tokenizer import TokenizerConfig
 
@@ -35,9 +35,23 @@ class ExperimentConfig(Settings):
     shards: ShardsConfig
     model: ModelConfig
     pretrain: PretrainConfig
-    chat: ChatConfig
-    finetune: FinetuneConfig
+    chat: ChatConfig | None = Field(
+        None, exclude_if=lambda chat: chat is None, description="If left out, the experiment ends at the base model"
+    )
+    finetune: FinetuneConfig | None = Field(
+        None, exclude_if=lambda finetune: finetune is None, description="Needed with chat, and only then"
+    )
     evaluate: EvaluateConfig
+
+    @property
+    def chat_sources(self) -> list[ChatSource]:
+        """The sources of conversations; none where the experiment ends at the base model."""
+        return self.chat.sources if self.chat is not None else []
+
+    @property
+    def replay(self) -> float:
+        """The share of pretraining text in fine-tuning."""
+        return self.finetune.replay if self.finetune is not None else 0.0
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
@@ -46,7 +60,13 @@ class ExperimentConfig(Settings):
                 f"model.vocab_size ({self.model.vocab_size}) and tokenizer.vocab_size "
                 f"({self.tokenizer.vocab_size}) must be equal"
             )
-        for where, length in (("shards", self.shards.sequence_length), ("chat", self.chat.sequence_length)):
+        if (self.chat is None) != (self.finetune is None):
+            given, absent = ("chat", "finetune") if self.chat is not None else ("finetune", "chat")
+            raise ValueError(f"[{given}] needs [{absent}]: give both, or leave out both to end at the base model")
+        lengths = {"shards": self.shards.sequence_length}
+        if self.chat is not None:
+            lengths["chat"] = self.chat.sequence_length
+        for where, length in lengths.items():
             if length > self.model.max_position_embeddings:
                 raise ValueError(
                     f"{where}.sequence_length ({length}) is longer than the model's "
@@ -64,20 +84,20 @@ class ExperimentConfig(Settings):
                 raise ValueError(
                     f"phase {number} weighs {', '.join(unknown)}, but the sources are {', '.join(sorted(labels))}"
                 )
-        if self.finetune.replay:
+        if self.replay and self.chat is not None:
             if self.shards.sequence_length != self.chat.sequence_length:
                 raise ValueError(
                     f"finetune.replay mixes text and conversations: shards.sequence_length "
                     f"({self.shards.sequence_length}) and chat.sequence_length ({self.chat.sequence_length}) must be "
                     "equal"
                 )
-            if same := labels & {"chat", *(source.label for source in self.chat.sources)}:
+            if same := labels & {"chat", *(source.label for source in self.chat_sources)}:
                 raise ValueError(
                     f"finetune.replay mixes the sources of sample and chat: {', '.join(sorted(same))} need other "
                     "labels in sample.sources"
                 )
         benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
-        everything = [*self.sample.sources, *benchmarks, *self.chat.sources, *self.evaluate.tasks]
+        everything = [*self.sample.sources, *benchmarks, *self.chat_sources, *self.evaluate.tasks]
         if self.world is None and (lost := sorted({source.label for source in everything if source.path == "world"})):
             raise ValueError(f"{', '.join(lost)} read the generated world, but there is no [world]")
         return self
@@ -105,7 +125,9 @@ def _anchored(experiment: ExperimentConfig, folder: Path) -> ExperimentConfig:
         return config.model_copy(update=lists)
 
     sections = {"sample": moved(experiment.sample, "sources", "decontaminate_with")}
-    sections |= {"chat": moved(experiment.chat, "sources"), "evaluate": moved(experiment.evaluate, "tasks")}
+    sections["evaluate"] = moved(experiment.evaluate, "tasks")
+    if experiment.chat is not None:
+        sections["chat"] = moved(experiment.chat, "sources")
     return experiment.model_copy(update=sections)
 
 

@@ -62,7 +62,7 @@ def budget(
         "steps": tokens // (experiment.pretrain.batch_size * shards.sequence_length),
         "epochs": None if windows is None else _epochs(experiment, windows),
         "sample_bytes": experiment.sample.bytes,
-        "conversations": sum(source.conversations for source in experiment.chat.sources),
+        "conversations": sum(source.conversations for source in experiment.chat_sources),
         "flops": flops,
         "memory_bytes": {"model_and_optimizer": state, "one_window": window},
         "hours": _hours_on(flops),
@@ -73,7 +73,7 @@ def budget(
 def _tuning(experiment: ExperimentConfig) -> dict[str, Any] | None:
     """Tokens of fine-tuning including replayed text, FLOPs and hours; None without a token budget."""
     chat, finetune = experiment.chat, experiment.finetune
-    if not chat.tokens:
+    if chat is None or finetune is None or not chat.tokens:
         return None
     tokens = round(finetune.epochs * chat.tokens / (1 - finetune.replay))
     flops = experiment.model.flops_per_token(chat.sequence_length) * tokens
@@ -117,12 +117,12 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     if costs["epochs"] is not None:
         facts.add_row("", f"of the shards in the store: {format_epochs(costs['epochs'])}")
     facts.add_row("sample", f"{costs['sample_bytes']:,} bytes of text")
-    facts.add_row(
-        "fine-tuning", f"up to {costs['conversations']:,} conversations, read {experiment.finetune.epochs:g} times"
-    )
+    if experiment.finetune is not None:
+        often = f"read {experiment.finetune.epochs:g} times"
+        facts.add_row("fine-tuning", f"up to {costs['conversations']:,} conversations, {often}")
     tuning = costs["tuning"]
     if tuning is not None:
-        again = ", replayed text included" if experiment.finetune.replay else ""
+        again = ", replayed text included" if experiment.replay else ""
         facts.add_row("", f"about {tuning['tokens']:,} tokens{again}")
     facts.add_row("parameters", f"{costs['parameters']:,}")
     facts.add_row("training FLOPs", f"{costs['flops']:.3g}" + (f" and {tuning['flops']:.3g}" if tuning else ""))

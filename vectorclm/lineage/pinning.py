@@ -54,7 +54,7 @@ def pin(
     _check_mirror(data)
     pinner = _Pinner(experiment.world, Lock(experiment_path.with_suffix(".lock.json")), data, resolve)
     texts = pinner.pin(experiment.sample.sources)
-    chats = pinner.pin(experiment.chat.sources)
+    chats = pinner.pin(experiment.chat_sources)
     tasks = pinner.pin(experiment.evaluate.tasks, sets=False)
     others = pinner.pin(experiment.sample.decontaminate_with, sets=False)
     texts, phases = _reweighted(experiment.sample.sources, texts, experiment.pretrain.phases)
@@ -62,7 +62,7 @@ def pin(
         update={
             "sample": experiment.sample.model_copy(update={"sources": texts, "decontaminate_with": others}),
             "pretrain": experiment.pretrain.model_copy(update={"phases": phases}),
-            "chat": experiment.chat.model_copy(update={"sources": chats}),
+            **({"chat": experiment.chat.model_copy(update={"sources": chats})} if experiment.chat is not None else {}),
             "evaluate": experiment.evaluate.model_copy(update={"tasks": tasks}),
         }
     )
@@ -95,7 +95,7 @@ def check_sources(experiment: ExperimentConfig, data: Path | None, *, hub: bool)
     """
     check_tasks(experiment.evaluate.tasks)
     sample = [*experiment.sample.sources, *experiment.sample.decontaminate_with]
-    for source in [*sample, *experiment.chat.sources, *experiment.evaluate.tasks]:
+    for source in [*sample, *experiment.chat_sources, *experiment.evaluate.tasks]:
         if hub or (source.revision or "").startswith("sha256:"):
             open_source(source, data, experiment.world, _columns(source))
 
