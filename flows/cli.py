@@ -27,7 +27,7 @@ from flows.platform.prefect_server import PrivateServer, prefect_server
 from flows.reports import lineage_cli, report
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
-from vectorclm.__main__ import MODEL_COMMANDS
+from vectorclm.__main__ import ALONE, MODEL_COMMANDS
 from vectorclm.command_line import LOCAL_STORE, Json, Place, Setting, StoreUri, explain, new_app, parse, run
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import ConfigError, VectorCLMError
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, so that children and servers end
     try:
-        if arguments and arguments[0] in STAGES and arguments[0] not in ("evaluate", "export"):
+        if arguments and arguments[0] in ALONE:
             raise ConfigError(f"stages are commands of `vectorclm stage`: run vectorclm stage {' '.join(arguments)}")
         command, bound = parse(app, arguments)
     except VectorCLMError as error:

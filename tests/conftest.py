@@ -29,6 +29,7 @@ from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
     from tests.kill_matrix import Reference
+    from tests.services.curricula import Recorded
     from vectorclm.export.llama_cpp import LlamaCpp
     from vectorclm.model import CausalLM
     from vectorclm.model_config import ModelConfig
@@ -108,6 +109,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> "Reference":
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "reference"
     with FileLock(f"{folder}.lock"):
         return Reference(folder)
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> "Recorded":
+    """A very small curriculum in a store, recorded in MLflow. Tests leave its artifacts as they are."""
+    from tests.services.curricula import record_mini
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return record_mini(tmp_path_factory.mktemp("recorded") / "store")
 
 
 @pytest.fixture(scope="session")
