@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from inspect import BoundArguments
 from pathlib import Path
@@ -30,9 +30,9 @@ from flows.tracking import lookup
 from vectorclm.__main__ import ALONE, MODEL_COMMANDS
 from vectorclm.command_line import LOCAL_STORE, Json, Place, Setting, StoreUri, explain, new_app, parse, run
 from vectorclm.config import ExperimentConfig
-from vectorclm.errors import ConfigError, VectorCLMError
+from vectorclm.errors import ConfigError, StoreError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
-from vectorclm.model_commands import MODELS, ServeOptions, evaluate, models, serve
+from vectorclm.model_commands import ServeOptions, compare, evaluate, export, models, serve
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import bars
 from vectorclm.settings import validate
@@ -41,6 +41,7 @@ from vectorclm.stages import plans
 from vectorclm.store.artifact import Artifact, Store, default_store
 from vectorclm.store.commands import store_app
 from vectorclm.store.layout import STAGES, StageName
+from vectorclm.store.model_names import NAMES, REGISTERED, UnknownModelError, existing_store, is_place
 
 PROGRESS = {"vectorclm.runtime.progress": logging.INFO}
 LOG_LEVELS = {
@@ -159,7 +160,9 @@ def retry(
 
 @app.command(help_epilogue="Example: vectorclm promote --task hellaswag")
 def promote(
-    model: str = "models:/vectorclm-chat@candidate",
+    model: Annotated[
+        str, Parameter(help=f"A registered model: {NAMES.partition(' [')[0]}")
+    ] = "models:/vectorclm-chat@candidate",
     /,
     *,
     store: StoreUri = LOCAL_STORE,
@@ -174,12 +177,12 @@ def promote(
     """Make a registered model the champion if it beats the present champion by more than the noise."""
     from flows.tracking.promotion import promote as move_alias
 
-    return move_alias(model, list(task), Store(store), Console())
+    return move_alias(model, list(task), existing_store(store), Console())
 
 
 @app.command(name="lineage", help_epilogue="Example: vectorclm lineage MODEL --verify")
 def show_lineage(
-    model: Annotated[str, Parameter(help=f"{MODELS}, models:/NAME@ALIAS")],
+    model: Annotated[str | None, Parameter(help=NAMES)] = None,
     /,
     *,
     store: StoreUri = LOCAL_STORE,
@@ -188,12 +191,13 @@ def show_lineage(
     json: Json = False,
 ) -> int:
     """Print the lineage of a model, back to its sources."""
-    return lineage_cli.print_lineage(model, Store(store), verify=verify, diff=diff, as_json=json)
+    found = existing_store(store)
+    return lineage_cli.print_lineage(lookup.named_model(model, found), found, verify=verify, diff=diff, as_json=json)
 
 
 @app.command(name="report", help_epilogue="Example: vectorclm report MODEL --out report.html")
 def show_report(
-    model: Annotated[str, Parameter(help="An address as `vectorclm lineage` takes it")],
+    model: Annotated[str | None, Parameter(help=NAMES)] = None,
     /,
     *,
     store: StoreUri = LOCAL_STORE,
@@ -201,7 +205,8 @@ def show_report(
     out: Annotated[Path, Parameter(help="The file to write")] = Path("report.html"),
 ) -> None:
     """Write the report of a model as one HTML page: curves, scores, samples, data, lineage, costs."""
-    report.write_report(model, Store(store), against, out)
+    found = existing_store(store)
+    report.write_report(lookup.named_model(model, found), found, against, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,12 +234,18 @@ def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:
     store = _store_of(bound)
     if command is evaluate and not _takes_model(bound):
         return command(*bound.args, **bound.kwargs)
-    for name, value in bound.arguments.items():
-        if isinstance(value, str) and value.startswith("models:/"):
-            if command is serve:
-                options = bound.arguments.get("options", ServeOptions())
-                bound.arguments["options"] = replace(options, name=options.name or value.removeprefix("models:/"))
-            bound.arguments[name] = _registered(value, store)
+    if command is export and not _writes_file(bound):
+        return command(*bound.args, **bound.kwargs)
+    for name in ("before", "after") if command is compare else (next(iter(bound.signature.parameters)),):
+        value = bound.arguments.get(name)
+        if command is serve and value and not is_place(value):
+            options = bound.arguments.get("options", ServeOptions())
+            bound.arguments["options"] = replace(options, name=options.name or value.removeprefix(REGISTERED))
+        if value and value.startswith(REGISTERED):
+            bound.arguments[name] = lookup.named_model(value, Store(store))
+        elif value and not is_place(value):
+            with suppress(UnknownModelError, StoreError):  # the command checks its options, and then raises the same
+                bound.arguments[name] = lookup.named_model(value, Store(store))
     found = command(*bound.args, **bound.kwargs)
     if isinstance(found, Artifact):
         _record(bound.args[0].rstrip("/"), found, Store(store))
@@ -252,13 +263,9 @@ def _takes_model(bound: BoundArguments) -> bool:
     return scored is not None and bool(scored.suite or scored.text)
 
 
-def _registered(address: str, store: str) -> str:
-    """The address of the files of a registered model; any other address unchanged."""
-    if not address.startswith("models:/"):
-        return address
-    from flows.tracking.registry import Registry
-
-    return Registry(Store(store)).find(address).address
+def _writes_file(bound: BoundArguments) -> bool:
+    file = bound.arguments.get("file")
+    return file is not None and file.format is not None
 
 
 def _record(address: str, scores: Artifact, store: Store) -> None:

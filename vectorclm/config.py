@@ -78,7 +78,15 @@ class ExperimentConfig(Settings):
                 f"pretrain.phases have {self.pretrain.tokens} tokens, less than one step: batch_size "
                 f"({self.pretrain.batch_size}) windows of {self.shards.sequence_length}"
             )
-        labels = {source.label for source in self.sample.sources}
+        self._check_mixes({source.label for source in self.sample.sources})
+        benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
+        everything = [*self.sample.sources, *benchmarks, *self.chat_sources, *self.evaluate.tasks]
+        if self.world is None and (lost := sorted({source.label for source in everything if source.path == "world"})):
+            raise ValueError(f"{', '.join(lost)} read the generated world, but there is no [world]")
+        return self
+
+    def _check_mixes(self, labels: set[str]) -> None:
+        """Raise ValueError where phases or the replayed text name sources that the sample cannot mix."""
         for number, phase in enumerate(self.pretrain.phases, 1):
             if unknown := sorted(set(phase.weights) - labels):
                 raise ValueError(
@@ -96,11 +104,6 @@ class ExperimentConfig(Settings):
                     f"finetune.replay mixes the sources of sample and chat: {', '.join(sorted(same))} need other "
                     "labels in sample.sources"
                 )
-        benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
-        everything = [*self.sample.sources, *benchmarks, *self.chat_sources, *self.evaluate.tasks]
-        if self.world is None and (lost := sorted({source.label for source in everything if source.path == "world"})):
-            raise ValueError(f"{', '.join(lost)} read the generated world, but there is no [world]")
-        return self
 
 
 def load_experiment(name_or_path: str) -> tuple[ExperimentConfig, Path]:

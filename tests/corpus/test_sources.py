@@ -8,7 +8,7 @@ from vectorclm.corpus.sources import identity
 
 
 def test_other_builders_of_datasets_are_refused() -> None:
-    with pytest.raises(ValidationError, match="csv files are not supported: .* parquet or json or text"):
+    with pytest.raises(ValidationError, match=r"csv files are not supported: .* parquet or json or text"):
         source(path="csv", data_files="a.csv")
     for path, meant in {"jsonl": "json", ".JSONL": "json", "txt": "text", "Text": "text", "pq": "parquet"}.items():
         with pytest.raises(ValidationError, match=f"did you mean '{meant}'"):

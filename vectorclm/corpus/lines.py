@@ -33,7 +33,7 @@ def open_decompressed(path: Path) -> BinaryIO:
     start = first_bytes(path)
     kind = next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
     if kind == "xz":
-        return cast(BinaryIO, lzma.open(path))  # noqa: SIM115
+        return cast(BinaryIO, lzma.open(path))
     return cast(BinaryIO, pa.input_stream(str(path), compression=kind))
 
 

@@ -200,9 +200,8 @@ class _Pinner:
             if not files:
                 if self.data is not None and Path(place).is_relative_to(self.data):
                     return None
-                raise DataError(
-                    f"{describe(source)}: no Parquet, JSON or text files of this split at {place}{_instead(source, self.data)}"
-                )
+                instead = _instead(source, self.data)
+                raise DataError(f"{describe(source)}: no Parquet, JSON or text files of this split at {place}{instead}")
             if (note := left_out(source, self.data)) is not None:
                 self.notes.append(note)
             found = revision_of(files)
