@@ -29,7 +29,8 @@ from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interr
 from flows.tracking import lookup
 from vectorclm.__main__ import ALONE, MODEL_COMMANDS
 from vectorclm.command_line import LOCAL_STORE, Json, Place, Setting, StoreUri, explain, new_app, parse, run
-from vectorclm.config import ExperimentConfig
+from vectorclm.config import ExperimentConfig, experiment_here
+from vectorclm.draft.draft_commands import init
 from vectorclm.errors import ConfigError, StoreError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.model_commands import ServeOptions, compare, evaluate, export, models, serve
@@ -57,6 +58,7 @@ app.command(stages)
 app.command(store_app)
 app.command(bench_app)
 app.update(models)
+app.command(init, help_epilogue="Example: vectorclm init --text books/ --minutes 30")
 app.register_install_completion_command()
 
 
@@ -92,7 +94,10 @@ class RunOptions:
 
 @app.command(name="run", help_epilogue="Example: vectorclm run tiny --set finetune.epochs=2.0")
 def run_experiment(
-    experiment: Annotated[str, Parameter(help="tiny, small, base, or a TOML file")] = "tiny",
+    experiment: Annotated[
+        str | None,
+        Parameter(help="tiny, small, base, or a TOML file [default: the one in this folder, or else tiny]"),
+    ] = None,
     /,
     *,
     options: RunOptions = RunOptions(),
@@ -103,7 +108,7 @@ def run_experiment(
     """Run a whole experiment: text in, an evaluated chat model out."""
     known = load_runtime(options.place.runtime).model_dump()
     given = machine.model_dump(include=machine.model_fields_set)
-    _run(experiment, validate(Runtime, {**known, **given}, "options"), options)
+    _run(experiment or experiment_here() or "tiny", validate(Runtime, {**known, **given}, "options"), options)
 
 
 @app.command(help_epilogue="Example: vectorclm up --store ./store")
@@ -287,7 +292,7 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
     (experiment, path), place = chosen(named, options.settings), options.place
     store = Store(place.store)
     if options.dry_run:
-        _dry_run(experiment, path, store, options)
+        _dry_run(experiment, path, store, runtime, options)
         return
     runtime.check()
     if runtime.placement == "pools" and not has_own_server():
@@ -314,12 +319,23 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
         summary.show(Console())
 
 
-def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, options: RunOptions) -> None:
+def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Runtime, options: RunOptions) -> None:
     from flows.reports.cost_estimate import budget, known_windows, show
+    from vectorclm.draft.estimate import estimate
 
+    runtime.check()
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
     specs = plans(pinned)
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
+    here = estimate(pinned, options.place.data, runtime)
+    costs["here"] = {
+        "device": runtime.torch_device().type,
+        "text_bytes": dict(here.available),
+        "drawn_bytes": here.drawn,
+        "epochs": here.epochs,
+        "tokens_per_second": here.speed,
+        "seconds": dict(here.seconds),
+    }
     if options.json:
         print(json.dumps(costs))
         return

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -107,17 +108,33 @@ class ExperimentConfig(Settings):
 
 
 def load_experiment(name_or_path: str) -> tuple[ExperimentConfig, Path]:
-    """Load the experiment of a name (`tiny`, `small`, `base`) or file (TOML or JSON); return it and its path.
+    """Load the experiment of a name (`tiny`, `small`, `base`, or `x` of `x.toml` here) or file; return it and its path.
 
     Raises ConfigError that names the file, every bad key and the valid keys.
     """
     path = Path(name_or_path)
     if not path.suffix:
         path = EXPERIMENTS / f"{name_or_path}.toml"
+        if not path.is_file() and Path(f"{name_or_path}.toml").is_file():
+            path = Path(f"{name_or_path}.toml")
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.toml")))
         raise ConfigError(f"no experiment {name_or_path!r}: use {known}, or the path of a TOML file")
     return _anchored(validate(ExperimentConfig, read_config(path), str(path)), path.absolute().parent), path
+
+
+def experiment_here() -> str | None:
+    """The experiment file in the working directory; None without one. Raises ConfigError where there are several."""
+    found = [path.name for path in sorted(Path.cwd().glob("*.toml")) if _is_experiment(path)]
+    if len(found) > 1:
+        raise ConfigError(f"this folder has several experiments: name one of {', '.join(found)}")
+    return found[0] if found else None
+
+
+def _is_experiment(path: Path) -> bool:
+    with suppress(ConfigError):
+        return {"name", "sample", "pretrain"} <= read_config(path).keys()
+    return False
 
 
 def _anchored(experiment: ExperimentConfig, folder: Path) -> ExperimentConfig:

@@ -210,7 +210,7 @@ def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> I
     for text in texts:
         try:
             data = text if isinstance(text, bytes) else text.encode()
-            reason = _fault(source, data)
+            reason = document_fault(source, data)
         except AttributeError:
             reason = "not_text"
         except UnicodeError:
@@ -221,7 +221,7 @@ def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> I
             dropped[reason] += 1
 
 
-def _fault(source: TextSource, text: bytes) -> str | None:
+def document_fault(source: TextSource, text: bytes) -> str | None:
     """The reason to drop a text, or None for a valid document. Raises UnicodeDecodeError where it is not UTF-8."""
     if len(text) > source.max_bytes:
         return "too_long"
