@@ -29,7 +29,7 @@ BASE = ["sample", "tokenizer", "shards", "pretrain", "evaluate_base", "export"]
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: stories as text and conversations, and a machine of a known speed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(draft_commands, "training_speed", lambda model, *_: 4e10 / model.parameters)
+    monkeypatch.setattr(draft_commands, "training_speed", lambda model, *_: 2e9 / model.parameters)
     stories = [row["text"] for row in rows_of(WORLD, "stories")]
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"id": 1, "body": text}) + "\n" for text in stories))
     for number in range(60):

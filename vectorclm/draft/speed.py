@@ -13,6 +13,7 @@ MEASURE_SECONDS = 2.0  # of steps, after two that warm up
 LEAST_STEPS = 2
 PASS_FLOPS = 3e10  # of one pass on a CPU: half a second on two cores
 LEAST_TOKENS = 128
+LARGE, FEW_LAYERS = 10_000_000, 1  # parameters, above which a CPU measures a part of the model
 
 
 def training_speed(model: ModelConfig, length: int, windows: int, runtime: Runtime) -> float:
@@ -21,6 +22,10 @@ def training_speed(model: ModelConfig, length: int, windows: int, runtime: Runti
     The optimizer's step is counted as often as in a training with `windows` windows a step.
     """
     device = runtime.configure_torch()
+    if device.type == "cpu" and model.parameters > LARGE and model.num_hidden_layers > FEW_LAYERS:
+        part = model.model_copy(update={"num_hidden_layers": FEW_LAYERS})  # a few layers stand for all
+        ratio = part.flops_per_token(length) / model.flops_per_token(length)
+        return ratio * training_speed(part, length, windows, runtime)
     at_once = min(windows, runtime.windows_at_once(length, device))
     width = length
     if device.type == "cpu":  # a large model is measured on fewer tokens

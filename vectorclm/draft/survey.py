@@ -13,7 +13,8 @@ from typing import Any
 
 import xxhash
 
-from vectorclm.corpus.file_formats import TEXT, column_type, columns_of, format_of, is_text, read_rows
+from vectorclm.corpus.file_formats import TEXT, TEXT_SUFFIXES, column_type, columns_of, format_of, is_text, read_rows
+from vectorclm.corpus.files import TABLES
 from vectorclm.corpus.remote_files import is_address
 from vectorclm.corpus.sampler import document_fault
 from vectorclm.corpus.source_reader import read_batches, read_source
@@ -133,7 +134,8 @@ def _clean(source: TextSource, seed: int, dropped: Counter[str]) -> Iterator[byt
 def _is_own(place: str) -> bool:
     """Whether a place is on this machine or at an address, and not a hub id."""
     local = Path(place).expanduser()
-    return is_address(place) or local.exists() or glob.has_magic(place) or HUB_ID.fullmatch(place) is None
+    is_file = local.name.lower().endswith((*TABLES, *TEXT_SUFFIXES))
+    return is_address(place) or is_file or local.exists() or glob.has_magic(place) or HUB_ID.fullmatch(place) is None
 
 
 def _source_of(place: str, folder: Path) -> dict[str, Any]:
