@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pytest
 import s3fs
@@ -20,11 +20,12 @@ from filelock import FileLock
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 
-from flows.platform.objectstore import PACKAGES, object_store
 from flows.platform.prefect_server import PrivateServer
+from tests.services.ceph import PACKAGES, object_store
 from vectorclm.evaluation.sandbox import Sandbox, find_sandbox
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.writer import ShardWriter
+from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
@@ -41,6 +42,23 @@ PROCESSES.set_forkserver_preload(
     ["tests.store.test_storage", "tests.shards.test_block_readers", "tests.store.test_publication"]
 )
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
+SEED = int(os.environ.get("VECTORCLM_SEED", "0"))  # chooses the cell of each slow kind that `make test` runs
+
+
+def following(name: str) -> set[str]:
+    """A stage and all stages that depend on it."""
+    found = {name}
+    for stage in TABLE:
+        found |= {stage.name} if found & {*stage.inputs} else set()
+    return found
+
+
+T = TypeVar("T")
+
+
+def one_of(cells: Sequence[T]) -> Sequence[T]:
+    """One seeded cell of a slow kind; with VECTORCLM_KILLS=10 and more, all of them."""
+    return cells if KILLS >= 10 else [cells[SEED % len(cells)]]
 
 
 class S3(NamedTuple):

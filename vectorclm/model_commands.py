@@ -99,6 +99,10 @@ class ServeOptions:
     host: Annotated[str, Parameter(help="Address to listen on")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="0 takes a free port")] = 8000
     name: Annotated[str | None, Parameter(help="Name of the model in the API [default: the last part of MODEL]")] = None
+    cors: Annotated[
+        tuple[str, ...],
+        Parameter(show_default=False, help="Origin of web pages that may use the API, or *; may be repeated"),
+    ] = ()
 
 
 @models.command(help_epilogue="Example: vectorclm evaluate MODEL --suite standard --data DIR --items 1000")
@@ -222,7 +226,7 @@ def serve(
 
     address = resolve_model(model, options.store)
     name = options.name or (model if model and not is_place(model) else None)
-    start_server(address, load_runtime(options.runtime), options.host, options.port, name)
+    start_server(address, load_runtime(options.runtime), options.host, options.port, name, options.cors)
 
 
 def score_text(address: str, file: Path, *, as_json: bool) -> None:

@@ -72,6 +72,7 @@ class Stage:
     reads: StageName | None = None  # a training only: the stage whose windows the training streams
     scores: StageName | None = None  # an evaluation only: the training whose model the stage scores
     model: str | None = None  # the kind of the model in the artifact: tokenizer, base, chat
+    runs_torch: bool = False  # of a stage that neither trains nor scores
     columns: Mapping[str, str] | None = None  # a data set only: the columns and their types
     sources: Callable[[ExperimentConfig], Sequence[Source]] = _no_sources  # the data that the stage reads
     summary_lines: Callable[[Mapping[str, Any]], list[str]] = _no_lines  # what the stage kept and dropped
@@ -96,7 +97,7 @@ class Stage:
     @property
     def own_process(self) -> bool:
         """Whether the stage runs torch, and therefore runs in one or more processes of its own."""
-        return self.trains or self.scores is not None
+        return self.trains or self.scores is not None or self.runs_torch
 
     @property
     def draws(self) -> bool:

@@ -52,12 +52,13 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
     """The README.md of a model directory: metadata of the Hugging Face hub, data, scores and lineage."""
     from huggingface_hub import ModelCard, ModelCardData  # takes longer to import than most commands run
 
-    sample = lineage["sample"]
+    sample, config = lineage["sample"], json.loads((model / "config.json").read_text())
+    tags = ["vectorclm", config["model_type"]]
     card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["vectorclm", "llama"]),
+        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags),
         template_path=str(Path(__file__).with_name("model_card.md.jinja")),
         title=title,
-        config=json.loads((model / "config.json").read_text()),
+        config=config,
         trained=lineage["pretrain"].summary,
         documents=sample.summary["sources"],
         revisions={source["label"]: source.get("revision") for source in sample.manifest["config"]["sources"]},

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
+from vectorclm.command_line import Json, StoreOptions, new_app
 from vectorclm.store.artifact import Store
 from vectorclm.store.gc import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
 from vectorclm.store.listing import take_inventory, verify
@@ -16,9 +16,9 @@ store_app = new_app("store", "List and verify a store, remove leftovers, create 
 
 
 @store_app.command(name="ls", help_epilogue="Example: vectorclm store ls --json")
-def list_store(*, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
+def list_store(*, place: StoreOptions = StoreOptions(), json: Json = False) -> None:
     """List artifacts, checkpoints of trainings in progress, and the processes that build something now."""
-    _list(existing_store(store), as_json=json)
+    _list(existing_store(place.store), as_json=json)
 
 
 @store_app.command(name="verify", help_epilogue="Example: vectorclm store verify pretrain")
@@ -28,7 +28,7 @@ def verify_store(
     ] = (),
     /,
     *,
-    store: StoreUri = LOCAL_STORE,
+    place: StoreOptions = StoreOptions(),
     discard: Annotated[
         bool,
         Parameter(
@@ -38,25 +38,25 @@ def verify_store(
     json: Json = False,
 ) -> int:
     """Read every byte and compare it with the manifests; exit code 1 for a difference."""
-    return _verify(existing_store(store), list(addresses), discard=discard, as_json=json)
+    return _verify(existing_store(place.store), list(addresses), discard=discard, as_json=json)
 
 
 @store_app.command(name="gc", help_epilogue="Example: vectorclm store gc --older-than 12h --delete")
 def collect_garbage(
     *,
-    store: StoreUri = LOCAL_STORE,
+    place: StoreOptions = StoreOptions(),
     delete: Annotated[bool, Parameter(help="Remove what is listed")] = False,
     older_than: Annotated[str, Parameter(help="Keep files written within this time, such as 7d or 12h")] = OLDER_THAN,
     json: Json = False,
 ) -> None:
     """List the leftovers of killed processes; with --delete, remove them."""
-    _collect(existing_store(store), seconds(older_than), delete=delete, as_json=json)
+    _collect(existing_store(place.store), seconds(older_than), delete=delete, as_json=json)
 
 
 @store_app.command(name="create", help_epilogue="Example: vectorclm store create --store s3://bucket/prefix")
-def create_store(*, store: StoreUri = LOCAL_STORE) -> None:
+def create_store(*, place: StoreOptions = StoreOptions()) -> None:
     """Create the bucket of an S3 store, or the folder of a local one."""
-    found = Store(store)
+    found = Store(place.store)
     found.create()
     print(f"{found.uri} is there")
 
@@ -71,7 +71,7 @@ def _list(store: Store, *, as_json: bool) -> None:
         place, state = f"{row['stage']:<13} {row['fingerprint'][:12]}", row["created"] or row["state"]
         print(f"{place} {_size(row['bytes']):>9} {row['files']:>5} files  {state:<25} {more}".rstrip())
     for row in found["leases"]:
-        state = "is at work" if row["alive"] else "has ended"
+        state = "is running" if row["alive"] else "has ended"
         print(f"{row['lease']}: process {row['pid']} on {row['host']} {state}")
     total = sum(row["bytes"] for row in (*found["artifacts"], *found["checkpoints"]))
     print(f"{store.uri}: {len(found['artifacts'])} artifacts, {_size(total)}")
