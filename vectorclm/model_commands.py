@@ -193,8 +193,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare two models on the same items: differences, their 95 % intervals, and which are beyond noise."""
-    models = [resolve_model(name, store) for name in (before, after)]
-    print_comparison(*models, existing_store(store), suite, as_json=json)
+    first, second = (resolve_model(name, store) for name in (before, after))
+    print_comparison(first, second, existing_store(store), suite, as_json=json)
 
 
 @models.command(help_epilogue="Example: vectorclm chat MODEL --temperature 0.5")

@@ -62,7 +62,7 @@ def estimate(experiment: ExperimentConfig, data: Path | None, runtime: Runtime) 
         seconds["chat_shards"] = 1 + count / RENDERED
         seconds["finetune"] = STARTED + VALIDATED * tokens / (1 - experiment.replay) / speed
         seconds["evaluate"] = scored + (answers + questions.chat_prompts) * spoken
-    ordered = {stage.name: seconds.get(stage.name, 1.0) for stage in stages_of(experiment)}
+    ordered: dict[str, float] = {stage.name: seconds.get(stage.name, 1.0) for stage in stages_of(experiment)}
     epochs = pretrain.tokens * per_token / max(1.0, drawn * (1 - experiment.sample.validation_share))
     return Estimate(available, drawn, epochs, speed, ordered)
 

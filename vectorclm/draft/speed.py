@@ -54,7 +54,9 @@ def training_speed(model: ModelConfig, length: int, windows: int, runtime: Runti
         return time.perf_counter() - began
 
     gradients(), update()
-    passes, updates, began = [], [], time.perf_counter()
+    passes: list[float] = []
+    updates: list[float] = []
+    began = time.perf_counter()
     while len(passes) < LEAST_STEPS or time.perf_counter() - began < MEASURE_SECONDS:
         passes.append(gradients())
         updates.append(update())
