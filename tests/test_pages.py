@@ -242,10 +242,14 @@ def test_the_tables_of_keys_are_those_of_the_config_classes() -> None:
     assert set(config_reference.UNITS) <= {name for name, *_ in rows}
 
 
-def test_a_page_of_keys_that_is_old_is_found() -> None:
+def test_an_old_page_of_keys_is_found_and_written_anew(tmp_path: Path) -> None:
     page = PAGES["vectorclm/experiments/README.md"]
     meaning = str(ExperimentConfig.model_fields["seed"].description)
-    assert config_reference.updated(page.replace(meaning, "other words")) == page
+    old = tmp_path / "README.md"
+    old.write_text(page.replace(meaning, "other words"), encoding="utf-8")
+    assert old.read_text(encoding="utf-8") != page
+    config_reference.main(old)
+    assert old.read_text(encoding="utf-8") == page
     with pytest.raises(ValueError, match="lacks the line"):
         config_reference.updated("a page without marks")
 
