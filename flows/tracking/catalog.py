@@ -1,22 +1,26 @@
 """Data sets, logged models and registered model versions in MLflow, with their lineage."""
 
 import json
+from collections.abc import Mapping
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput
 
-from flows.tracking.client import ALIAS, MODELS, NOTE, REGISTERED, flatten, run_page
+from flows.tracking.client import ALIAS, NOTE, REGISTERED, flatten, run_page
 from flows.tracking.session import Session
 from vectorclm.lineage.chain import SHORT, describe_node, lineage, score_facts
-from vectorclm.stages import BY_NAME, EVALUATED, TABLE
+from vectorclm.stage_builders import ancestors
+from vectorclm.stages import BY_NAME, MODELS, TABLE
 from vectorclm.store.artifact import Artifact
+from vectorclm.store.layout import EXPORT
 
 DIGEST_LENGTH = 36  # of a data set
 PROFILE_LENGTH = 16_000  # of a data set
 REVISION = 23  # characters of a source's revision that are shown
 
-ENDS = {"export": "finetune"}  # a copy of a model is described as the model
-COLUMNS = {stage.name: stage.columns for stage in TABLE if stage.columns is not None}  # of data sets
+COLUMNS: dict[str, Mapping[str, str]] = {
+    stage.name: stage.columns for stage in TABLE if stage.columns is not None
+}  # of data sets
 
 
 class Catalog:
@@ -41,7 +45,7 @@ class Catalog:
                     source_run_id=self.session.run_of(name),
                     tags={"fingerprint": spec.fingerprint, "uri": built.uri, "stage": name},
                     params=flatten({"config": spec.config, "summary": built.summary}),
-                    model_type="tokenizer" if name == "tokenizer" else "llama",
+                    model_type="llama" if BY_NAME[name].language_model else MODELS[name],
                     experiment_id=self.session.experiment_id,
                 )
                 self.model_ids[spec.fingerprint] = model.model_id
@@ -98,10 +102,18 @@ class Catalog:
         elif name in MODELS and (model_id := self.model_id(name, artifact)) is not None:
             self.session.client.log_outputs(parent, [LoggedModelOutput(model_id, step=0)])
 
-    def register_models(self) -> None:
-        """Register a new version of each model whose fingerprint is new; describe the curriculum by its lineage."""
-        self.describe(self.session.parent_id, "export")
+    def register_models(self, completed: str) -> None:
+        """Register a new version of each model that the stage `completed` completes and whose fingerprint is new.
+
+        The export completes all models behind it, and describes the curriculum by its lineage; any other model is
+        complete with its own stage.
+        """
+        behind = ancestors(EXPORT, self.plans)
+        if completed == EXPORT:
+            self.describe(self.session.parent_id, EXPORT)
         for stage, name in REGISTERED.items():
+            if completed != (EXPORT if stage in behind else stage):
+                continue
             spec = self.plans[stage]
             query = f"name = '{name}' and tags.fingerprint = '{spec.fingerprint}'"
             if self.session.client.search_model_versions(query, max_results=1):
@@ -127,7 +139,7 @@ class Catalog:
 
     def describe(self, run_id: str, stage: str) -> None:
         """Set the description of a run to the lineage of the stage's artifact."""
-        self.session.client.set_tag(run_id, NOTE, self._chain(EVALUATED.get(stage, ENDS.get(stage, stage))))
+        self.session.client.set_tag(run_id, NOTE, self._chain(BY_NAME[stage].described_by))
 
     def _chain(self, stage: str) -> str:
         """The lineage of a stage's artifact as a markdown table with links to runs in MLflow."""
