@@ -28,7 +28,9 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 class ExperimentConfig(Settings):
     """The settings of all stages, in the order of the data flow."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the experiment in runs, reports and cards"
+    )
     seed: int = Field(ge=0, lt=2**32, description="The seed of every random choice")
     world: WorldConfig | None = None
     sample: CorpusConfig
@@ -223,7 +225,7 @@ SUITES = EXPERIMENTS / "suites"
 class Suite(Questions):
     """An evaluation suite: benchmarks and other questions for any model."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the suite in results and curves")
     seed: int = Field(1, ge=0, lt=2**32, description="Seed of the choice of items")
     experiment: ExperimentConfig | None = Field(
         None, description="An experiment whose held-out text and conversations are scored, too"

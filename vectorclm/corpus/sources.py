@@ -37,9 +37,9 @@ class Source(Settings):
         description="Hub id, local folder or file, s3://…, parquet, json or text (with data_files), or world"
     )
     name: str | None = Field(None, description="The hub's config")
-    split: str = "train"
-    data_dir: str | None = None
-    data_files: str | list[str] | None = None
+    split: str = Field("train", description="Split of the data set")
+    data_dir: str | None = Field(None, description="Folder of the files inside `path`")
+    data_files: str | list[str] | None = Field(None, description="Files, or patterns such as texts/*.jsonl")
     revision: str | None = Field(
         None, description="Commit, branch or tag; if unset, the first run pins the commit in the lock file"
     )
@@ -70,7 +70,7 @@ class Source(Settings):
 class TextSource(Source):
     """A source of documents for training."""
 
-    text_column: str = "text"
+    text_column: str = Field("text", description="Column with the documents")
     weight: float = Field(gt=0, description="Share of the sample's bytes, relative to the other sources")
     filter: str | None = Field(None, description="Condition on the rows, such as int_score >= 3 and token_count < 8000")
     min_bytes: int = Field(1, ge=1, description="Shorter documents are dropped (UTF-8 bytes)")
