@@ -18,9 +18,8 @@ DIGEST_LENGTH = 36  # of a data set
 PROFILE_LENGTH = 16_000  # of a data set
 REVISION = 23  # characters of a source's revision that are shown
 
-COLUMNS: dict[str, Mapping[str, str]] = {
-    stage.name: stage.columns for stage in TABLE if stage.columns is not None
-}  # of data sets
+# Of data sets.
+COLUMNS: dict[str, Mapping[str, str]] = {stage.name: stage.columns for stage in TABLE if stage.columns is not None}
 
 
 class Catalog:
