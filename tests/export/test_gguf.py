@@ -221,8 +221,8 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_computes_the_models_attention_or_there_is_no_file(folder: Path, tmp_path: Path, kind: str) -> None:
     other, out = copied(folder, tmp_path / "model"), tmp_path / "x.gguf"
-    write_config(with_attention(CONFIG, kind), other)
     with registered(kind):
+        write_config(with_attention(CONFIG, kind), other)
         if not ATTENTION_KINDS[kind].is_causal:  # type: ignore[index]
             with pytest.raises(DataError, match=rf"{kind} attention, .* use the model without a GGUF file$"):
                 export_gguf(find_model(str(other)), "f32", out)
