@@ -8,7 +8,7 @@ Shape letters, used in names and docstrings here and in nn/:
     D  hidden_size   H  query heads               K  key/value heads      G  heads of q, k and v together (H + 2K)
     E  head_dim      F  intermediate_size         V  vocab_size           P  max_position_embeddings
     N  tokens of all rows in one list             C  tokens of a chunk of that list
-    I, O  inputs and outputs of any linear projection
+    I, O  inputs and outputs of any linear projection                    1  a dimension of size 1
 """
 
 import json
