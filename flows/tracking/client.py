@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.paths import local_folder
+from vectorclm.errors import VectorCLMError
 from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Store
 
@@ -13,6 +14,10 @@ ALIAS = "candidate"
 CHAMPION = "champion"
 MODELS = {stage.name: stage.model for stage in TABLE if stage.model is not None}
 REGISTERED = {stage: f"vectorclm-{model}" for stage, model in MODELS.items()}
+
+
+class RegistryError(VectorCLMError):
+    """MLflow does not answer, or cannot be used; the message says what to do."""
 
 
 class NotOpenError(Exception):
@@ -44,7 +49,7 @@ def readable(line: Mapping[str, Any]) -> dict[str, float]:
             for label, figures in line["validation"].items()
             for figure, value in figures.items()
         }
-    return {f"train/{key}": float(value) for key, value in line.items() if key not in ("step", "tokens")}
+    return {f"train/{key}": float(value) for key, value in line.items() if key != "step"}
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

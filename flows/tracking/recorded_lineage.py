@@ -1,7 +1,6 @@
 """The lineage of a model as MLflow recorded it: versions, runs, their data sets and models."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +42,9 @@ def record_of(registry: Registry, found: Lineage) -> Record:
 def registered_names(registry: Registry, address: str) -> Any:
     """The lineage of a registered model from MLflow alone, without a store: nested names (see `Node.names`)."""
     version = registry.version(address)
-    match = re.fullmatch(r"models:/(m-[0-9a-f]+)", version.source or "")
     with registry.asked(address):
-        tags = registry.client.get_logged_model(match[1]).tags if match is not None else {}
-        return _Walker(registry).names(tags.get("stage", ""), version.tags["fingerprint"])
+        tags = registry.tags(version)
+        return _Walker(registry).names(tags.get("stage", ""), tags["fingerprint"])
 
 
 def _title(registry: Registry, version: ModelVersion) -> str:

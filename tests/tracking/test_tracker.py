@@ -238,7 +238,7 @@ def test_settings_and_scores_become_flat_keys() -> None:
         "names": "['x', 'y']",
     }
     assert numbers({"tasks": {"world": {"acc": 0.5, "ok": True}}, "text": "x"}) == {"tasks.world.acc": 0.5}
-    assert readable({"step": 1, "tokens": 9, "loss": 2.0}) == {"train/loss": 2.0}
+    assert readable({"step": 1, "tokens": 9, "loss": 2.0}) == {"train/tokens": 9.0, "train/loss": 2.0}
 
 
 def test_a_password_in_an_address_is_never_told(
