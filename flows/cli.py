@@ -177,17 +177,27 @@ def promote(
     return move_alias(model, list(task), Store(store), Console())
 
 
-@app.command(name="lineage", help_epilogue="Example: vectorclm lineage MODEL --verify")
+@app.command(
+    name="lineage", help_epilogue="Examples: vectorclm lineage MODEL --verify; vectorclm lineage --uses wikipedia"
+)
 def show_lineage(
-    model: Annotated[str, Parameter(help=f"{MODELS}, models:/NAME@ALIAS")],
+    model: Annotated[str | None, Parameter(help=f"{MODELS}, models:/NAME@ALIAS", show_default=False)] = None,
     /,
     *,
     store: StoreUri = LOCAL_STORE,
     verify: Annotated[bool, Parameter(help="Hash every file again; exit code 1 if one differs")] = False,
     diff: Annotated[str | None, Parameter(help="Print the differences from this model, setting by setting")] = None,
+    uses: Annotated[
+        str | None, Parameter(help="Without MODEL: print the models trained on this source, by label, path or revision")
+    ] = None,
     json: Json = False,
 ) -> int:
-    """Print the lineage of a model, back to its sources."""
+    """Print the lineage of a model, back to its sources; or the models that were trained on a source."""
+    if (model is None) == (uses is None):
+        raise ConfigError("name a model, or a source by --uses")
+    if uses is not None:
+        return lineage_cli.print_users(uses, Store(store), as_json=json)
+    assert model is not None
     return lineage_cli.print_lineage(model, Store(store), verify=verify, diff=diff, as_json=json)
 
 

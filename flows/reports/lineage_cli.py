@@ -10,11 +10,24 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.tree import Tree
 
-from flows.tracking.lookup import opened, recorded
+from flows.tracking.lookup import opened, recorded, versions
 from vectorclm.errors import VectorCLMError
-from vectorclm.lineage.chain import SHORT, Change, Lineage, Node, as_object, changes, describe_node, score_facts, verify
+from vectorclm.lineage.chain import (
+    SHORT,
+    TITLES,
+    Change,
+    Lineage,
+    Node,
+    as_object,
+    changes,
+    describe_node,
+    models_that_read,
+    score_facts,
+    verify,
+)
 from vectorclm.store.artifact import Store
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
@@ -126,3 +139,27 @@ def print_lineage(model: str, store: Store, *, verify: bool, diff: str | None, a
             raise VectorCLMError("--diff and --verify exclude each other: give one of them")
         return print_differences(diff, model, store, console, as_json=as_json)
     return run(model, store, console, check=verify, as_json=as_json)
+
+
+def print_users(source: str, store: Store, *, as_json: bool) -> int:
+    """Print the models of a store that were trained on a source, oldest first, with their registered versions."""
+    found = models_that_read(source, store)
+    registered, why = versions(dict.fromkeys(model.fingerprint for model, _ in found), store)
+    if as_json:
+        fields = [
+            {"model": model.uri, **read._asdict(), "versions": registered.get(model.fingerprint, [])}
+            for model, read in found
+        ]
+        print(json.dumps(fields, ensure_ascii=False))
+        return 0
+    table = Table("model", "", "source", "revision", "registered", box=None, pad_edge=False)
+    for model, read in found:
+        names = ", ".join(registered.get(model.fingerprint, ())) or "-"
+        address = f"{model.stage}/{model.fingerprint[:SHORT]}"
+        label = f"{read.label} ({read.path})" if read.path else read.label
+        table.add_row(address, TITLES[model.stage], escape(label), escape(read.revision), escape(names))
+    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    console.print(table, highlight=False)
+    if why:
+        console.print(why, style="dim", highlight=False, markup=False, soft_wrap=True)
+    return 0

@@ -1,6 +1,7 @@
 """Look up models in MLflow, if there is one. MLflow takes seconds to import, so functions import it on demand."""
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from flows.paths import local_folder
@@ -36,3 +37,16 @@ def recorded(found: Lineage, store: Store) -> "tuple[Record | None, str]":
         return record_of(Registry(store), found), ""
     except RegistryError as error:
         return None, str(error)
+
+
+def versions(fingerprints: Iterable[str], store: Store) -> tuple[dict[str, list[str]], str]:
+    """The registered versions of artifacts by fingerprint; where there are none to be known, also the reason."""
+    if not has_record(store):
+        return {}, "no MLflow: set MLFLOW_TRACKING_URI for registered versions"
+    from flows.tracking.recorded_lineage import registered_versions
+    from flows.tracking.registry import Registry, RegistryError
+
+    try:
+        return registered_versions(Registry(store), fingerprints), ""
+    except RegistryError as error:
+        return {}, str(error)

@@ -22,6 +22,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from flows.handle import StageCancelledError
 from flows.net import answers, without_password
 from flows.paths import local_folder
 from flows.tracking.catalog import Catalog
@@ -125,7 +126,8 @@ class Tracker(Session):
             yield run
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
-            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            cancelled = isinstance(error, StageCancelledError) or not isinstance(error, Exception)
+            status = "KILLED" if cancelled else "FAILED"
             self.do(lambda: self._finish(run, status, {"error": message}))
             raise
         self.do(lambda: self._finish(run, "FINISHED", {}))
