@@ -7,6 +7,7 @@ are missing at the end are sent by the next run of the curriculum, from the arti
 
 import json
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from flows.handle import StageCancelledError
 from flows.net import answers, without_password
 from flows.paths import local_folder
 from flows.tracking.catalog import Catalog
-from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, run_page
+from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, RegistryError, run_page
 from flows.tracking.database import check_database, relocate, sqlite_path
 from flows.tracking.experiments import open_experiment
 from flows.tracking.outbox import Outbox
@@ -193,13 +194,17 @@ class Tracker(Session):
             return  # its run could not be opened, which has been reported
         first = without_password((str(error).strip() or type(error).__name__).splitlines()[0])
         level = logging.DEBUG if self._warned else logging.WARNING
-        logger.log(level, "MLflow at %s: %s; the run goes on without it", without_password(self.uri), first[:160])
+        where = "" if isinstance(error, RegistryError) else f"MLflow at {without_password(self.uri)}: "
+        logger.log(level, "%s%s; the run goes on without it", where, first[:300])
         self._warned = True
 
     def _open(self) -> None:
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
-        mlflow.set_tracking_uri(self.uri)
+        named = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(self.uri)  # which MLflow's registry asks for, beside the client
+        if named is None:  # MLflow has set it: another store of this process has another database
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
         folder = local_folder(self.store)
         folder.mkdir(parents=True, exist_ok=True)
         own = sqlite_path(self.uri) is not None
