@@ -12,35 +12,17 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from flows.handle import StageCancelledError
 from flows.tracking.client import flatten, numbers, readable
 from flows.tracking.tracker import StageRun, Tracker
 from tests.services.platform import until
-from vectorclm.config import ExperimentConfig, load_experiment
-from vectorclm.lineage.pinning import pin
+from vectorclm.config import ExperimentConfig
 from vectorclm.runtime.processes import process_identity
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
 from vectorclm.training.metrics import Metrics
 
 DEAD = 2**22 + 1  # above the largest process id of Linux
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """One database for all tests here: a new one takes seconds to migrate."""
-    return Store(str(tmp_path_factory.mktemp("store")))
-
-
-@pytest.fixture(scope="module")
-def experiment() -> ExperimentConfig:
-    tiny, path = load_experiment("tiny")
-    pinned, _ = pin(tiny, path, None, resolve=False)
-    return pinned
-
-
-@pytest.fixture(autouse=True)
-def local(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 def tracker(store: Store, experiment: ExperimentConfig, name: str) -> Tracker:
@@ -249,3 +231,27 @@ def test_a_password_in_an_address_is_never_told(
         pass
     assert "the run goes on without it" in caplog.text
     assert "s3cr3t" not in caplog.text and "bob" not in caplog.text
+
+
+def test_a_cancelled_stage_is_killed_and_runs_are_told_apart(
+    store: Store, experiment: ExperimentConfig, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with (
+            suppress(StageCancelledError),
+            tracker(store, experiment, "names") as told,
+            told.stage("sample", 1, tmp_path),
+        ):
+            raise StageCancelledError("ended with the curriculum")
+    runs = client(store).search_runs([told.experiment_id])
+    names, short = (
+        sorted(run.info.run_name for run in runs),
+        {key: spec.fingerprint[:8] for key, spec in told.plans.items()},
+    )
+    assert names == [
+        f"names {short['export']}",
+        f"names {short['export']} run 2",
+        f"sample {short['sample']}",
+        f"sample {short['sample']} attempt 2",
+    ]
+    assert {run.info.status for run in runs if run.data.tags["stage"] == "sample"} == {"KILLED"}
