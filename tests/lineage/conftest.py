@@ -63,7 +63,7 @@ def curriculum(experiment: ExperimentConfig, store: Store) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def world(server: MLflowServer, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Two curricula that differ in the epochs of fine-tuning; a second module records those that the first has built."""
+    """Two curricula that differ in the epochs of fine-tuning, built for the first module that asks."""
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "lineage-store"
     store = Store(str(tmp_path_factory.mktemp("lineage") / "store"))

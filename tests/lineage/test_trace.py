@@ -160,14 +160,17 @@ def test_each_score_names_its_data_and_has_its_items(world: SimpleNamespace, cli
     assert set(filter(None, measured.values())) <= {item.dataset.name for item in run.inputs.dataset_inputs}
     (world_set,) = (item.dataset for item in run.inputs.dataset_inputs if item.dataset.name == "world")
     assert json.loads(world_set.source)["revision"].removeprefix("sha256:").startswith(world_set.digest)
-    questions = mlflow.load_table("questions.json", run_ids=[run.info.run_id])
+    tables = {
+        name: client.load_table(run.info.experiment_id, f"{name}.json", [run.info.run_id])
+        for name in ("questions", "texts", "answers")
+    }
+    questions, texts = tables["questions"], tables["texts"]
     accuracy = scores.summary["tasks"]["world"]["acc"]
     assert questions[questions.task == "world"].correct.mean() == pytest.approx(accuracy) and len(questions) > 8
-    texts = mlflow.load_table("texts.json", run_ids=[run.info.run_id])
     stories = texts[texts.source == "stories"]
     mean = (stories.bits_per_byte * stories.bytes).sum() / stories.bytes.sum()
     assert mean == pytest.approx(scores.summary["text"]["stories"]["bits_per_byte"], rel=1e-6) and math.isfinite(mean)
-    assert len(mlflow.load_table("answers.json", run_ids=[run.info.run_id])) == len(scores.summary["samples"])
+    assert len(tables["answers"]) == len(scores.summary["samples"])
 
 
 def test_curves_have_tokens_and_runs_have_names_and_parameters(world: SimpleNamespace, client: MlflowClient) -> None:
@@ -219,7 +222,7 @@ def test_a_version_has_scores_card_and_links(world: SimpleNamespace, client: Mlf
     assert json.loads(client.get_logged_model(model_id).tags["mlflow.modelVersions"]) == [
         {"name": "vectorclm-chat", "version": 1}
     ]
-    card = Path(mlflow.artifacts.download_artifacts(f"models:/{model_id}/README.md")).read_text()
+    card = Path(mlflow.artifacts.download_artifacts(f"models:/{model_id}"), "README.md").read_text()
     assert "## Lineage" in card and card == Path(world.first["export"], "chat", "README.md").read_text()
     newest = client.get_model_version_by_alias("vectorclm-chat", "candidate").version
     assert str(newest) == str(client.get_model_version_by_alias("vectorclm-chat", pinned().name).version) == "2"
