@@ -25,6 +25,7 @@ from flows.platform.prefect_server import PrivateServer
 from vectorclm.evaluation.sandbox import Sandbox, find_sandbox
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.writer import ShardWriter
+from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ PROCESSES.set_forkserver_preload(
     ["tests.store.test_storage", "tests.shards.test_block_readers", "tests.store.test_publication"]
 )
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
+
+
+def following(name: str) -> set[str]:
+    """A stage and all stages that depend on it."""
+    found = {name}
+    for stage in TABLE:
+        found |= {stage.name} if found & {*stage.inputs} else set()
+    return found
 
 
 class S3(NamedTuple):

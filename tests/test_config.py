@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import following
 from vectorclm.config import EXPERIMENTS, ExperimentConfig, changed, load_experiment
 from vectorclm.errors import ConfigError
 from vectorclm.lineage.pinning import pin
@@ -132,10 +133,10 @@ def test_a_setting_changes_the_fingerprints_of_its_stage_and_what_follows(tmp_pa
         after = fingerprints(**changes)
         return {name for name in STAGES if after[name] != before[name]}
 
-    assert changed(finetune={"epochs": 3.0}) == {"finetune", "evaluate", "export"}
-    assert changed(chat={"validation_share": 0.1}) == {"chat_shards", "finetune", "evaluate", "export"}
-    assert changed(shards={"shard_bytes": 8192}) == set(STAGES) - {"sample", "tokenizer", "chat_shards"}
-    assert changed(name="other") == {"export"}
+    assert changed(finetune={"epochs": 3.0}) == following("finetune") >= {"finetune", "evaluate", "export"}
+    assert changed(chat={"validation_share": 0.1}) == following("chat_shards") >= {"chat_shards", "finetune"}
+    assert changed(shards={"shard_bytes": 8192}) == following("shards") >= {"shards", "pretrain", "evaluate"}
+    assert changed(name="other") == following("export")
     assert changed(seed=2) == set(STAGES)
 
 
@@ -183,4 +184,9 @@ def test_text_is_replayed_in_windows_as_long_as_the_conversations() -> None:
 def test_the_shipped_experiments_keep_their_fingerprints(name: str) -> None:
     """A new setting is left out at its default (`exclude_if`), so that finished artifacts are found again."""
     found = {stage: spec.fingerprint[:16] for stage, spec in plans(load_experiment(name)[0]).items()}
-    assert found == FINGERPRINTS[name]
+    moved = [stage for stage in FINGERPRINTS[name] if found.get(stage) != FINGERPRINTS[name][stage]]
+    assert not moved, (
+        f"{name}: other fingerprints for {', '.join(moved)}, so finished artifacts would not be found. Does a new "
+        "setting lack `exclude_if` for its default? Where a stage builds other bytes from equal settings, raise its "
+        "version and write the new fingerprints down here."
+    )

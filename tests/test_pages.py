@@ -34,7 +34,17 @@ from vectorclm.shards.block_readers import RetryPolicy
 ROOT = Path(__file__).parent.parent
 PAGES = {
     name: (ROOT / name).read_text()
-    for name in ("README.md", "BENCHMARKS.md", "infra/README.md", "docker/README.md", "flows/README.md")
+    for name in (
+        "README.md",
+        "BENCHMARKS.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "docker/README.md",
+        "flows/README.md",
+        "infra/README.md",
+        "vectorclm/README.md",
+    )
 }
 README = PAGES["README.md"]
 SOURCES = [*ROOT.glob("vectorclm/**/*.py"), *ROOT.glob("flows/**/*.py"), *ROOT.glob("docker/*")]
@@ -150,7 +160,7 @@ def test_every_command_in_a_block_is_taken_by_its_program(page: str, least: int)
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_in_the_text_is_one(page: str) -> None:
     told = list(commands(PAGES[page], inline=True))
-    assert ["vectorclm"] in [words[:1] for words in told]
+    assert page != "README.md" or ["vectorclm"] in [words[:1] for words in told]
     assert mistakes(told, named=True) == {}
 
 

@@ -87,7 +87,7 @@ def replay_weights(share: float, weights: Mapping[str, float]) -> dict[str, floa
     small = sorted(label for label, part in found.items() if part * MIX_BLOCK < 1)
     if len(small) == len(found):
         raise ConfigError(
-            f"finetune.replay {share} gives each source less than 1/{MIX_BLOCK} of all windows: raise it, or set 0"
+            f"finetune.replay {share} leaves each source less than 1/{MIX_BLOCK} of all windows: raise it, or set 0"
         )
     if not small:
         return found

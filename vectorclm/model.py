@@ -68,7 +68,7 @@ def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al., arXiv 2305.13245)."""
+    """Grouped-query attention (Ainslie et al., arXiv 2305.13245)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -131,6 +131,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.attention = config.attention
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -148,9 +149,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Normalised hidden states [B, T, D] of the tokens [B, T].
 
-        By default positions continue those in the cache, and attention is causal. `position_ids_BT` [B, T] and
-        `mask_BTS` [B, T, S] (true where a token attends to a key) replace these defaults. With `documents`, attention
-        stays inside each document of a window; `documents` and `cache` exclude each other.
+        By default positions continue those in the cache, and attention is that of `config.attention`.
+        `position_ids_BT` [B, T] replaces the positions. `mask_BTS` [B, T, S] is true where a token may attend to a key,
+        never to a later one. With `documents`, attention stays inside each document of a window; `documents` and
+        `cache` exclude each other.
         """
         start = cache.seen if cache is not None else 0
         end = start + input_ids_BT.shape[1]
@@ -161,7 +163,8 @@ class Decoder(nn.Module):
         positions = slice(start, end) if position_ids_BT is None else position_ids_BT
         wide = torch.promote_types(x_BTD.dtype, torch.float32)  # half precision is too coarse for angles
         cos_T1E, sin_T1E = (table[positions].unsqueeze(-2).to(wide) for table in (self.cos_SE, self.sin_SE))
-        visible = Visibility(documents, None if mask_BTS is None else mask_BTS.unsqueeze(1))
+        mask_B1TS = None if mask_BTS is None else mask_BTS.unsqueeze(1)
+        visible = Visibility(documents, mask_B1TS, position_ids_BT, cache is not None, self.attention)
         for layer in self.layers:
             x_BTD = layer(x_BTD, (cos_T1E, sin_T1E), visible, cache)
         if cache is not None:
@@ -246,7 +249,7 @@ class CausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "CausalLM":
-        """Load the model in a Hugging Face directory. Raises DataError where it is not a Llama with tied embeddings."""
+        """Load the model in a Hugging Face directory. Raises DataError for another architecture than ours."""
         directory = Path(directory)
         weights = directory / "model.safetensors"
         try:

@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from vectorclm.errors import DataError
+from vectorclm.nn.attention import ATTENTION, AttentionConfig
 from vectorclm.settings import Settings, validate
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
@@ -27,6 +28,11 @@ class ModelConfig(Settings):
     initializer_range: float = Field(0.02, gt=0)
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights")
     hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the output of attention and MLP")
+    attention: AttentionConfig = Field(
+        AttentionConfig(),
+        exclude_if=lambda value: value == AttentionConfig(),
+        description="The keys that a token attends to",
+    )
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -58,11 +64,13 @@ def write_config(config: ModelConfig, directory: Path) -> None:
 
 
 def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
-    """`config.json` for transformers' LlamaForCausalLM."""
+    """`config.json` for transformers: LlamaForCausalLM, or the class of another kind of attention."""
+    variant = ATTENTION[config.attention.kind]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **config.model_dump(),
+        "architectures": [variant.architecture],
+        "model_type": variant.model_type,
+        **config.model_dump(exclude={"attention"}),
+        **{key: getattr(config.attention, name) for name, key in variant.names.items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -77,16 +85,20 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
 
 def model_config(raw: Any, where: str) -> ModelConfig:
     """The ModelConfig of a Hugging Face `config.json`. Raises DataError where the file has another architecture."""
-    if not isinstance(raw, dict) or raw.get("model_type") != "llama" or not raw.get("tie_word_embeddings", False):
+    kinds = {variant.model_type: kind for kind, variant in ATTENTION.items()}
+    if not isinstance(raw, dict) or raw.get("model_type") not in kinds or not raw.get("tie_word_embeddings", False):
         raise DataError(f"{where}: only Llama models with tied embeddings are supported")
+    kind = kinds[raw["model_type"]]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     ours = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
     other = [f"{key} = {raw[key]!r}" for key, value in ours.items() if raw.get(key, value) != value]
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        other.append(f"scaled positions ({kind})")
+    if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        other.append(f"scaled positions ({scaling})")
     if other:
         raise DataError(f"{where}: this Llama has unsupported settings: {', '.join(other)}")
     known = {name: raw[name] for name in ModelConfig.model_fields if name in raw}
+    settings = {name: raw[key] for name, key in ATTENTION[kind].names.items() if key in raw}
+    known["attention"] = {"kind": kind, **settings}
     if "rope_theta" in rope:
         known["rope_theta"] = rope["rope_theta"]
     return validate(ModelConfig, known, where)

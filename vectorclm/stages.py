@@ -59,6 +59,7 @@ class Stage:
     reads: str | None = None  # a training only: the stage whose windows the training streams
     scores: str | None = None  # an evaluation only: the training whose model the stage scores
     model: str | None = None  # the kind of the model in the artifact: tokenizer, base, chat
+    runs_torch: bool = False  # of a stage that neither trains nor scores
     columns: Mapping[str, str] | None = None  # a data set only: the columns and their types
     sources: Callable[[ExperimentConfig], Sequence[Source]] = _no_sources  # the data that the stage reads
     summary_lines: Callable[[Mapping[str, Any]], list[str]] = _no_lines  # what the stage kept and dropped
@@ -72,7 +73,7 @@ class Stage:
     @property
     def own_process(self) -> bool:
         """Whether the stage runs torch, and therefore runs in one or more processes of its own."""
-        return self.trains or self.scores is not None
+        return self.trains or self.scores is not None or self.runs_torch
 
 
 def _with_identities(config: Any, name: str) -> dict[str, Any]:

@@ -25,8 +25,13 @@ from vectorclm.errors import ConfigError
 POLL_SECONDS = 2
 CANCEL_TRIES = 5
 CRASH_SECONDS = 90  # within which the platform starts a crashed run again; after that it is lost
-DEPLOYMENTS = {"evaluate": "evaluate_chat"}  # `evaluate` measures any model
+EVALUATE_CHAT = "evaluate_chat"  # the deployment of the stage `evaluate`: another deployment has the stage's name
 UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CRASHED]
+
+
+def deployment_of(stage: str) -> str:
+    """The name of a stage's deployment."""
+    return EVALUATE_CHAT if stage == "evaluate" else stage
 
 
 def run_in_pool(stage: str, parameters: Mapping[str, Any], closed: Event, log: Callable[[str], None]) -> None:
@@ -45,7 +50,7 @@ def run_in_pool(stage: str, parameters: Mapping[str, Any], closed: Event, log: C
 
 
 def _start(stage: str, parameters: Mapping[str, Any], tags: list[str]) -> FlowRun:
-    name = f"stage/{DEPLOYMENTS.get(stage, stage)}"
+    name = f"stage/{deployment_of(stage)}"
     try:
         started: Any = run_deployment(
             name,

@@ -10,7 +10,10 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType
@@ -20,10 +23,12 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
+from flows.execution.placement import deployment_of
 from flows.handle import FELL, MAX_RESCUES, RESCUED
 from flows.net import HEARTBEAT_SECONDS, QUIET
 from flows.platform.config import POOLS
 from vectorclm.errors import VectorCLMError
+from vectorclm.stages import TABLE
 
 POOL_FILE = Path(__file__).parent / "pools" / "process.json"
 PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
@@ -222,15 +227,29 @@ def _essence(automation: AutomationCore) -> object:
     return automation.model_dump(include={"enabled", "trigger", "actions"})
 
 
+def prefect_file() -> dict[str, Any]:
+    """The content of `prefect.yaml`, with one deployment for each stage: `gpu` runs what runs torch, `cpu` the rest."""
+    content: dict[str, Any] = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
+    template = content.pop("definitions")["stage"]
+    for stage in TABLE:
+        pool = {"name": "gpu" if stage.own_process else "cpu"}
+        named = {"name": deployment_of(stage.name), "parameters": {"stage": stage.name}, "work_pool": pool}
+        content["deployments"].append({**template, **named})
+    return content
+
+
 def _deploy(client: SyncPrefectClient, report: Report) -> None:
-    """Deploy `prefect.yaml` with Prefect's own command. Raises ProvisionError with the end of its output.
+    """Deploy `prefect.yaml` and all stages by Prefect's own command. Raises ProvisionError with the end of its output.
 
     A schedule that was switched on or off in the UI keeps its state.
     """
     before = {deployment.id: _switches(deployment) for deployment in client.read_deployments()}
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
-    environment = {**os.environ, **QUIET}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    with TemporaryDirectory() as folder:
+        file = Path(folder, PREFECT_FILE.name)
+        file.write_text(json.dumps(prefect_file()), encoding="utf-8")  # JSON is YAML
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+        environment = {**os.environ, **QUIET}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise ProvisionError(f"Prefect rejected the deployments of {PREFECT_FILE}:\n{words}")

@@ -23,7 +23,7 @@ from vectorclm.config import load_experiment
 from vectorclm.inference.generate import generate, generate_batch
 from vectorclm.model import CausalLM, rotary_table
 from vectorclm.nn import matmul
-from vectorclm.nn.attention import BLOCK, Documents, Visibility, attention, causal_attention, plain_attention
+from vectorclm.nn.attention import BLOCK, causal_attention
 from vectorclm.nn.layers import (
     GatedProjection,
     Linear,
@@ -67,22 +67,6 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, inputs: list[torch.Tensor]) -
         torch.autograd.grad(ours, inputs, slopes), torch.autograd.grad(theirs, inputs, slopes), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
-
-
-def test_attention_is_the_plain_one_whatever_is_visible() -> None:
-    k, v = doubles(2, 2, BLOCK + 22, 8), doubles(2, 2, BLOCK + 22, 8)
-    positions = torch.cat([torch.arange(size).expand(2, -1) for size in (70, 1, BLOCK - 49)], dim=1)
-    mask = torch.rand(2, 1, 5, BLOCK + 22, generator=GENERATOR) < 0.5
-    mask[..., 0] = True
-    for tokens, visible in (
-        (BLOCK + 22, Visibility()),  # a text from its start, in two blocks
-        (5, Visibility()),  # what continues a cache
-        (1, Visibility()),
-        (5, Visibility(mask_B1TS=mask)),
-        (BLOCK + 22, Visibility(Documents.at(positions, torch.device("cpu")))),
-    ):
-        q = doubles(2, 4, tokens, 8)
-        same(attention(q, k, v, visible, 0.0), plain_attention(q, k, v, visible), [q, k, v])
 
 
 def test_layers_with_gradients_of_their_own_are_the_plain_ones() -> None:

@@ -4,12 +4,12 @@ import pytest
 from pydantic import ValidationError
 
 from tests.corpus.source_files import HUB, source
-from vectorclm.corpus.sources import identity
+from vectorclm.corpus.sources import BUILDERS, identity
 
 
 def test_other_builders_of_datasets_are_refused() -> None:
-    for path in ("text", "csv"):
-        with pytest.raises(ValidationError, match=f"{path} files are not supported: .* parquet or json"):
+    for path in sorted({"text", "csv", "xml"} - {*BUILDERS}):
+        with pytest.raises(ValidationError, match=f"{path} files are not supported: .* {' or '.join(BUILDERS)}"):
             source(path=path, data_files="a.txt")
     assert source(path="squad").path == "squad"
 

@@ -241,8 +241,8 @@ def test_a_program_that_does_not_end_fails_in_time(hang: str) -> None:
 
 def test_tests_that_cannot_judge_from_another_process_are_named() -> None:
     for test, why in (
-        ("def check(f):\n    f(len)\n", r"hand over what is no literal \(builtin_function_or_method\)"),
-        ("def check(f):\n    import nowhere\n", "need what is not installed .*nowhere"),
+        ("def check(f):\n    f(len)\n", r"pass an argument that is not a literal \(builtin_function_or_method\)"),
+        ("def check(f):\n    import nowhere\n", "need a package that is not installed .*nowhere"),
         ("def check(f:\n", "cannot be read .SyntaxError"),
         ("x = 1\n", "cannot be read .KeyError"),
     ):

@@ -234,9 +234,9 @@ def test_programs_are_tested_and_only_where_that_is_allowed(
     monkeypatch.setattr(ours, "generate_until", lambda requests: ["    return 1", "    return 2"])
     scores = harness_scores(ours, source, build_tasks(source, [row, row]), 1, found)
     assert scores["metric"] == "pass@1" and scores["acc"] == 0.5 and found.items[0]["answer"] == "    return 1"
-    with pytest.raises(ConfigError, match=r"humaneval runs what the model writes: say runs_code = true"):
+    with pytest.raises(ConfigError, match=r"humaneval runs what the model writes: set runs_code = true"):
         check_tasks([source.model_copy(update={"runs_code": False})])
-    with pytest.raises(DataError, match=r"needs prompt, entry_point, test as texts; entry_point, test is not there"):
+    with pytest.raises(DataError, match=r"needs prompt, entry_point, test as texts; .* lack entry_point, test"):
         build_tasks(source, [{"prompt": "def one():\n"}])
     with no_sandbox(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="--allow-unsandboxed runs the programs without a sandbox"):
@@ -329,9 +329,9 @@ def test_a_suite_of_local_files_is_measured_and_kept(folder: Path, tmp_path: Pat
         ({"columns": {"text": "nothing ~ context.x"}}, "text cannot be computed from a row with context, continuation"),
         (
             {"columns": {}},
-            "lambada_openai reads a column that is not there ('text' is undefined): context, continuation",
+            "lambada_openai reads a column that its rows lack ('text' is undefined): context, continuation",
         ),
-        ({"task": "blimp"}, "blimp are 67 tasks: say by `subset`"),
+        ({"task": "blimp"}, "blimp is a group of 67 tasks: set `subset`"),
         ({"task": "mathqa", "mirror": "gone.jsonl"}, "o/lambada: the mirror has no lambada"),
         ({"format": "arc"}, "format: unknown key"),
     ],

@@ -1,20 +1,33 @@
-"""Packed is the same as alone: positions, labels, and the loss of every token."""
+"""Every kind of attention: fast as plain, cached as whole, and a packed document as one alone."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
+from tests.bench.test_training import doubles, same
 from tests.conftest import publish_shards, write_sample_text, write_tokenizer
 from tests.test_model import CONFIG
 from vectorclm.dataset import Batch, document_labels, position_ids, to_batch
 from vectorclm.evaluation.bits_per_byte import HeldOutWindows, token_losses, windows_scores
+from vectorclm.evaluation.multiple_choice import log_likelihoods
 from vectorclm.model import CausalLM
-from vectorclm.nn.attention import Documents, document_attention
+from vectorclm.nn.attention import (
+    ATTENTION,
+    BLOCK,
+    AttentionConfig,
+    AttentionKind,
+    Documents,
+    Visibility,
+    attention,
+    document_attention,
+    plain_attention,
+)
 from vectorclm.nn.loss import IGNORE_INDEX as NO
 from vectorclm.shards.chat_writer import ChatConfig, ChatSource, write_chat_shards
 from vectorclm.shards.conversations import Turn, render
@@ -25,6 +38,8 @@ from vectorclm.train import TrainStep
 
 CPU = torch.device("cpu")
 LENGTH = 96
+# Each kind of attention, with settings that hide keys within a window of LENGTH tokens.
+KINDS: dict[AttentionKind, AttentionConfig] = {"causal": AttentionConfig()}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +47,11 @@ def tokenizer(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), tiny_text, 307, 20_000, LENGTH))
 
 
-@pytest.fixture(scope="module")
-def model() -> CausalLM:
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> CausalLM:
     torch.manual_seed(0)
-    model = CausalLM(CONFIG.model_copy(update={"vocab_size": 307, "max_position_embeddings": LENGTH}))
+    changes = {"vocab_size": 307, "max_position_embeddings": LENGTH, "attention": KINDS[request.param]}
+    model = CausalLM(CONFIG.model_copy(update=changes))
     with torch.no_grad():
         for p in model.parameters():
             p *= 4.0  # so that attention is no average
@@ -65,6 +81,73 @@ def test_positions_and_labels_by_hand() -> None:
     ]
     documents = Documents.at(torch.from_numpy(positions), CPU)
     assert documents is not None and documents.cu_seqlens.tolist() == [0, 3, 6, 8, 16, 19, 21, 23, 24]
+
+
+def test_every_kind_has_a_row_and_is_tested() -> None:
+    assert set(get_args(AttentionKind)) == set(ATTENTION) == set(KINDS)
+    assert len({row.model_type for row in ATTENTION.values()}) == len(ATTENTION)  # config.json tells them apart
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_the_plain_one_whatever_is_visible(kind: AttentionKind) -> None:
+    keys, config = BLOCK + 22, KINDS[kind]
+    k, v = doubles(2, 2, keys, 8), doubles(2, 2, keys, 8)
+    positions = torch.cat([torch.arange(size).expand(2, -1) for size in (70, 1, BLOCK - 49)], dim=1)
+    mask = torch.rand(2, 1, 5, keys, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask = mask.tril(keys - 5) | torch.ones(5, keys, dtype=torch.bool).triu(keys - 5).tril(
+        keys - 5
+    )  # never without keys
+    for tokens, visible in (
+        (keys, Visibility(config=config)),  # a text from its start, in two blocks
+        (5, Visibility(config=config)),  # what continues a cache
+        (1, Visibility(config=config)),
+        (5, Visibility(mask_B1TS=mask, config=config)),
+        (keys, Visibility(Documents.at(positions, CPU), config=config)),
+    ):
+        q = doubles(2, 4, tokens, 8)
+        same(attention(q, k, v, visible, 0.0), plain_attention(q, k, v, visible), [q, k, v])
+
+
+@torch.no_grad()
+def test_the_next_logits_are_the_same_cached_padded_and_whole(model: CausalLM) -> None:
+    ids = torch.randint(5, 307, (2, 60), generator=torch.Generator().manual_seed(2))
+    whole, padding = model(ids), torch.tensor([0, 17])
+    for pieces in ([60], [1] * 60, [7, 1, 1, 40, 11]):
+        cache, padded = model.new_cache(2, 60), model.new_cache(2, 60)
+        found = torch.cat([model(part, cache) for part in ids.split(pieces, dim=1)], dim=1)
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-9)
+        last = [model.next_logits(part, padded, padding) for part in ids.split(pieces, dim=1)][-1]
+        torch.testing.assert_close(last[0], whole[0, -1], rtol=0, atol=1e-9)
+        torch.testing.assert_close(last[1], model(ids[1:, 17:])[0, -1], rtol=0, atol=1e-9)
+
+
+def test_choices_that_share_a_beginning_score_as_each_alone(model: CausalLM) -> None:
+    shared, generator = list(range(20, 60)), torch.Generator().manual_seed(3)
+    ends = [torch.randint(60, 307, (size,), generator=generator).tolist() for size in (3, 9, 20)]
+    (together,) = log_likelihoods(model, [[([BOS_ID, *shared, *end], len(end)) for end in ends]], 4, "choices")
+    for end, found in zip(ends, together, strict=True):
+        ((single,),) = log_likelihoods(model, [[([BOS_ID, *shared, *end], len(end))]], 4, "choices")
+        logits = model(torch.tensor([[BOS_ID, *shared, *end]]))[0, :-1].log_softmax(-1)
+        plain = logits[-len(end) :].gather(1, torch.tensor(end)[:, None]).sum().item()
+        assert found.log_likelihood == pytest.approx(plain, abs=1e-4)
+        assert single.log_likelihood == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_keeps_its_attention(kind: AttentionKind, tmp_path: Path) -> None:
+    """transformers either computes the same logits or refuses the model."""
+    torch.manual_seed(0)
+    model = CausalLM(CONFIG.model_copy(update={"attention": KINDS[kind]})).eval()
+    model.save_pretrained(tmp_path)
+    assert CausalLM.from_pretrained(tmp_path).config == model.config
+    ids = torch.randint(5, 300, (2, 50), generator=torch.Generator().manual_seed(4))
+    try:
+        judge = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    except ValueError as error:
+        assert ATTENTION[kind].model_type in str(error)
+        return
+    with torch.no_grad():
+        assert (model(ids) - judge(input_ids=ids).logits).abs().max() < 1e-4
 
 
 def test_attention_is_that_of_a_block_diagonal_mask() -> None:

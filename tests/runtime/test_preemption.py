@@ -205,7 +205,9 @@ def test_a_second_sigterm_ends_a_training_at_once_that_does_not_come_to_an_end(
             child.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(1.2 * REPEATED)
-        assert child.returncode in (ENDED, -signal.SIGTERM) and time.monotonic() - began < IN_TIME
+        # torchrun's own process may receive the second signal while it ends, without a handler.
+        assert child.returncode in ((ENDED,) if processes == 1 else (ENDED, -signal.SIGTERM))
+        assert time.monotonic() - began < IN_TIME
 
 
 def test_plain_torchrun_finds_the_reason_in_the_error_files_of_its_ranks(trained: Trained, tmp_path: Path) -> None:

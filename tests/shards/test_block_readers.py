@@ -329,7 +329,7 @@ def test_trainings_from_s3_are_those_from_a_disk_and_put_no_data_on_one(
     texts: list[list[bytes]] = []
     for uri in (str(tmp_path / "store"), f"s3://{s3.bucket}/{tmp_path.name}"):
         store, made = Store(uri), dict[str, Artifact]()
-        for stage in STAGES[:-1]:
+        for stage in STAGES[: STAGES.index("evaluate") + 1]:
             reads = stage in TRAININGS or stage in EVALUATED
             with files_below(LARGEST) if reads and not store.is_local else nullcontext():
                 made[stage], _ = run_stage(stage, experiment, store, Runtime(threads=1), None)

@@ -18,7 +18,7 @@ from vectorclm.__main__ import main
 from vectorclm.errors import CorruptArtifactError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
-from vectorclm.stages import plans, run_stage
+from vectorclm.stages import TABLE, plans, run_stage
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.hash_memory import HashMemory, state_of
 from vectorclm.store.layout import STAGES
@@ -26,16 +26,9 @@ from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
 PLAN = StageSpec("sample", 1, {"a": 1}, {})
 RUNTIME = Runtime(threads=1)
-READER = {  # a stage that reads the first one's files
-    "sample": "tokenizer",
-    "tokenizer": "shards",
-    "shards": "pretrain",
-    "chat_shards": "finetune",
-    "pretrain": "finetune",
-    "finetune": "evaluate",
-    "evaluate_base": "export",
-    "evaluate": "export",
-}
+READER = {
+    name: row.name for row in reversed(TABLE) for name in row.inputs
+}  # the first stage that reads a stage's files
 
 
 def produce(out: Path) -> dict[str, Any]:

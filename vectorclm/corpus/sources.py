@@ -31,7 +31,7 @@ class Source(Settings):
     """
 
     label: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the source in file names and metrics")
-    path: str = Field(description="Hub id, local folder, parquet or json (with data_files), or world")
+    path: str = Field(description=f"Hub id, local folder, {' or '.join(BUILDERS)} (with data_files), or world")
     name: str | None = Field(None, description="The hub's config")
     split: str = "train"
     data_dir: str | None = None
@@ -150,9 +150,8 @@ def local_place(source: Source, data: Path | None) -> str | None:
     if data is not None:
         return str(data / Path(source.path).name / (source.name or ""))
     if Path(source.path).is_file():
-        raise DataError(
-            f'{describe(source)}: {source.path} is a file: set path to "json" or "parquet", and data_files to this file'
-        )
+        formats = " or ".join(f'"{name}"' for name in BUILDERS)
+        raise DataError(f"{describe(source)}: {source.path} is a file: set path to {formats}, and data_files to it")
     if not HUB_ID.fullmatch(source.path) and not (source.revision or "").startswith("sha256:"):
         home = " (~ is not expanded)" if source.path.startswith("~") else ""
         raise DataError(

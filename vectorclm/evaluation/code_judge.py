@@ -1,8 +1,8 @@
-"""The two processes that test a program: one runs the program, the other runs the tests and gives the verdict.
+"""The two processes that test a program: one runs the program, the other runs the tests and writes the verdict.
 
-Both run this file by itself, so it needs the standard library alone. They share two pipes. The tests send each call
-as literals and get a literal back, so nothing that the program defines or changes reaches them. Whatever breaks the
-protocol ends the tests with `failed`.
+Each process runs this file alone, so the file imports only the standard library. The processes share two pipes. The
+tests send the arguments of each call as literals and receive a literal, so nothing that the program defines or changes
+reaches the tests. Any violation of the protocol ends the tests with `failed`.
 """
 
 import builtins
@@ -23,27 +23,27 @@ PASSED, FAILED, UNSUITABLE = "passed", "failed", "unsuitable"
 LENGTH = struct.Struct(">Q")  # of the message that follows
 MOST_BYTES = 1 << 24  # of a message
 MOST_LEVELS = 100  # of lists in lists
-PLAIN_INT = 1 << 53  # larger ones are written in hexadecimal, which is not limited to 4,300 digits
+PLAIN_INT = 1 << 53  # larger integers are written in hexadecimal, which Python does not limit to 4,300 digits
 MEMORY = 1 << 30
 
 
 class NotLiteral(Exception):
-    """A value that is no literal."""
+    """A value that is not a literal."""
 
 
 class TooLarge(Exception):
-    """A value of too many bytes or levels."""
+    """A value with too many bytes or levels."""
 
 
 class ProgramError(Exception):
-    """An error of the program's own kind."""
+    """An error of a class that the program defines."""
 
 
 def encode(value: Any, level: int = 0) -> Any:
-    """Turn a literal into JSON: built-in types as they are, their subclasses as what they hold.
+    """Convert a literal to JSON; a subclass of a built-in type is converted like its base class.
 
-    Numbers of other kinds become Python's, other mappings `dict`, other sets a dictionary's keys. Iterators are read to
-    their end, and other collections of items become `deque`, which equals no list.
+    Other numbers become Python's own, other mappings `dict`, other sets the keys of a dictionary. Iterators are read to
+    their end. Other collections become `deque`, which never equals a list.
 
     Raises NotLiteral and TooLarge.
     """
@@ -91,13 +91,13 @@ def _items(values: Iterable[Any], level: int) -> list[Any]:
 
 
 def decode(data: Any, level: int = 0) -> Any:
-    """Turn what `encode` wrote into values of exactly the built-in types. Raises an Exception for anything else."""
+    """Convert the output of `encode` to values of exactly the built-in types. Raises an Exception for other input."""
     if level > MOST_LEVELS:
         raise TooLarge(f"a value of more than {MOST_LEVELS} levels")
     if isinstance(data, list):
         return [decode(item, level + 1) for item in data]
     if not isinstance(data, dict):
-        return data  # what JSON knows: None, bool, int, float, str
+        return data  # a type of JSON: None, bool, int, float, str
     ((kind, inside),) = data.items()
     if kind == "dict":
         return {decode(key, level + 1): decode(item, level + 1) for key, item in inside}
@@ -124,7 +124,7 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
 
 
 def send(pipe: int, message: Any) -> None:
-    """Write a message as JSON with its length before it. Raises TooLarge."""
+    """Write the length of a message, then the message as JSON. Raises TooLarge."""
     body = json.dumps(message).encode()
     if len(body) > MOST_BYTES:
         raise TooLarge(f"a value of more than {MOST_BYTES:,} bytes")
@@ -134,7 +134,7 @@ def send(pipe: int, message: Any) -> None:
 
 
 def receive(pipe: int, deadline: float) -> Any:
-    """Read the next message. Raises EOFError, TimeoutError after the deadline, and ValueError for what is none."""
+    """Read the next message. Raises EOFError, TimeoutError after the deadline, ValueError for a bad message."""
     (size,) = LENGTH.unpack(_read(pipe, LENGTH.size, deadline))
     if size > MOST_BYTES:
         raise ValueError(f"a message of {size:,} bytes")
@@ -142,8 +142,8 @@ def receive(pipe: int, deadline: float) -> Any:
 
 
 def has_more(pipe: int, deadline: float) -> bool:
-    """Wait until a pipe can be read or has ended; False after the deadline."""
-    waiting = select.poll()  # `select` knows no descriptor above 1,023
+    """Wait until a pipe has data or is closed; False after the deadline."""
+    waiting = select.poll()  # `select` fails for descriptors above 1,023
     waiting.register(pipe, select.POLLIN)
     return bool(waiting.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
@@ -160,7 +160,7 @@ def _read(pipe: int, size: int, deadline: float) -> bytes:
 
 
 def run_program(task: Mapping[str, str], calls: int, answers: int, seconds: float) -> NoReturn:
-    """Define what the program defines, and answer calls of its function until the process is killed."""
+    """Execute the program, then answer calls of its function until the process is killed."""
     deadline = time.monotonic() + seconds
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(task["program"], "program", "exec"), namespace)
@@ -173,11 +173,11 @@ def run_program(task: Mapping[str, str], calls: int, answers: int, seconds: floa
         except Exception as error:
             send(answers, {"raised": [type(error).__name__, str(error)[:1000]]})
         else:
-            send(answers, {"returned": encode(value)})  # ends the process where it is no literal
+            send(answers, {"returned": encode(value)})  # a value that is not a literal ends the process
 
 
 def _compiled(prompt: str) -> Any:
-    """The beginning of a program as code; where it ends before a function's body, with an empty one."""
+    """Compile the beginning of a program; a function without a body gets an empty one."""
     try:
         return compile(prompt, "prompt", "exec")
     except SyntaxError:
@@ -185,17 +185,17 @@ def _compiled(prompt: str) -> Any:
 
 
 class Tests:
-    """The tests of a problem, as they ask a program in another process."""
+    """The tests of a problem, which call a program in another process."""
 
     def __init__(self, task: Mapping[str, str], calls: int, answers: int, verdict: int, seconds: float) -> None:
         self.task, self.calls, self.answers, self.verdict = task, calls, answers, verdict
         self.deadline = time.monotonic() + seconds
 
     def run(self) -> NoReturn:
-        """Define what the prompt and the tests define, wait until the program has started, and check it."""
+        """Execute the prompt and the tests, wait until the program has started, and test it."""
         names: dict[str, Any] = {"__name__": "__main__"}
         try:
-            exec(_compiled(self.task["prompt"]), names)  # the tests may use what it defines
+            exec(_compiled(self.task["prompt"]), names)  # the tests may use its definitions
             names[self.task["entry_point"]] = self.call
             exec(compile(self.task["test"], "test", "exec"), names)
             check = names["check"]
@@ -204,19 +204,19 @@ class Tests:
         self._ask(None, "ready")
         try:
             check(self.call)
-        except ModuleNotFoundError as error:  # never the program's: see `_raise`
-            self.end(UNSUITABLE, f"they need what is not installed ({error})")
+        except ModuleNotFoundError as error:  # never raised by the program: see `_raise`
+            self.end(UNSUITABLE, f"they need a package that is not installed ({error})")
         except BaseException:
             self.end(FAILED)
         self.end(PASSED)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the program's function: what it returns, or an error of the name and text of the one it raised."""
+        """Call the program's function; return its value, or raise an error with the name and text of the program's."""
         try:
             call = encode([list(args), kwargs])
         except NotLiteral as error:
-            self.end(UNSUITABLE, f"they hand over what is no literal ({error})")
-        except TooLarge:  # which the program's answers may have made it
+            self.end(UNSUITABLE, f"they pass an argument that is not a literal ({error})")
+        except TooLarge:  # may be the fault of the program's answers
             self.end(FAILED)
         kind, value = self._ask(call, "returned", "raised")
         if kind == "raised":
@@ -229,9 +229,9 @@ class Tests:
                 send(self.calls, call)
             ((kind, value),) = receive(self.answers, self.deadline).items()
             if kind not in expected:
-                raise ValueError(f"{kind!r} is no answer")
+                raise ValueError(f"{kind!r} is not an answer")
             return kind, decode(value)
-        except BaseException:  # whatever the answer caused; `try` in a test must not catch it
+        except BaseException:  # any error that the answer caused; `try` in a test must not catch it
             self.end(FAILED)
 
     def _raise(self, name: Any, text: Any) -> NoReturn:
@@ -239,33 +239,33 @@ class Tests:
         if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, ImportError):
             kind = ProgramError
         if issubclass(kind, StopIteration | StopAsyncIteration):
-            self.end(FAILED)  # it would end a loop of the tests
+            self.end(FAILED)  # such an error would end a loop of the tests
         try:
             error = kind(str(text))
-        except TypeError:  # one that is made of more than a text
+        except TypeError:  # a class whose constructor needs more than a text
             error = ProgramError(f"{name}: {text}")
         raise error
 
     def end(self, word: str, why: str = "") -> NoReturn:
-        """Give the verdict and end this process."""
+        """Write the verdict and end this process."""
         os.write(self.verdict, f"{word} {why[:1000]}".strip().encode(errors="replace"))
         os._exit(0)
 
 
 def limit(seconds: float) -> None:
-    """Limit what this process can use: memory, time, files."""
+    """Limit this process's memory, CPU time and files."""
     import resource
 
     limits = {"CPU": int(seconds) + 1, "AS": MEMORY, "FSIZE": 0, "NOFILE": 32, "CORE": 0, "NPROC": 64}
     for name, value in limits.items():
         try:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-        except (AttributeError, OSError, ValueError):  # macOS lacks some
+        except (AttributeError, OSError, ValueError):  # macOS lacks some limits
             continue
 
 
 def main(role: str, seconds: str, *pipes: str) -> None:
-    """Take one of the two roles; the task comes as JSON from the standard input. The role `try` only starts."""
+    """Run as `program` or `tests`, with the task as JSON on standard input; the role `try` only sets the limits."""
     limit(float(seconds))
     if role == "try":
         return

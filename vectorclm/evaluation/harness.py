@@ -116,8 +116,8 @@ class VectorCLM(LM):  # type: ignore[misc]
                 numbers.sort(key=lambda i: -len(prompts[i]))  # alike in length: little padding
                 for start in range(0, len(numbers), self.batch_size):
                     group = numbers[start : start + self.batch_size]
-                    made = self._answers([prompts[i] for i in group], [seeds[i] for i in group], settings)
-                    for i, text in zip(group, made, strict=True):
+                    answers = self._answers([prompts[i] for i in group], [seeds[i] for i in group], settings)
+                    for i, text in zip(group, answers, strict=True):
                         answers[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     progress.advance(len(group))
@@ -149,7 +149,7 @@ class VectorCLM(LM):  # type: ignore[misc]
             longest = max(map(len, prompts))
             padded = [[PAD_ID] * (longest - len(prompt)) + prompt for prompt in prompts]
             padding = [longest - len(prompt) for prompt in prompts]
-            made = generate_batch(
+            generated = generate_batch(
                 self.model,
                 torch.tensor(padded, device=self._device),
                 settings.new_tokens,
@@ -157,7 +157,7 @@ class VectorCLM(LM):  # type: ignore[misc]
                 padding_B=torch.tensor(padding, device=self._device) if any(padding) else None,
                 finished=lambda made_BN: torch.tensor([ended(row) for row in made_BN.tolist()], device=self._device),
             )
-            rows = made.tolist()
+            rows = generated.tolist()
         texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
         return [_cut(text, settings.until) for text in texts]
 

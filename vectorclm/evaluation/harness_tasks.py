@@ -1,7 +1,7 @@
 """Benchmarks as lm-evaluation-harness defines them, on rows of a mirror or of the hub.
 
-Prompts, worked examples, filters and metrics are those of the harness's YAML; the rows come from a `TaskSource`, and
-so are pinned like those of every other source.
+Prompts, worked examples, filters and metrics are those of the harness's YAML. The rows come from a `TaskSource`,
+which is pinned like every other source.
 """
 
 import difflib
@@ -34,15 +34,17 @@ from vectorclm.evaluation.statistics import share_stderr
 from vectorclm.runtime.devices import Runtime
 
 FOLDER = Path(lm_eval.tasks.__file__).parent
-METRICS = ("acc", "exact_match", "pass@1")  # 1 for a right item, 0 for others
+METRICS = ("acc", "exact_match", "pass@1")  # 1 for a correct item, 0 for others
 NAMED = re.compile(rb"""^["']?(?:task|group)["']?:[ ]*["']?([^\s"']+)""", re.MULTILINE)
 BITS = "bits_per_byte"  # of texts
 KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
-PROBLEM = Problem._fields  # columns that a task with programs needs
-FEWSHOT_SEED = 1234  # of the harness's own command line
+PROBLEM = Problem._fields  # columns that a task needs whose answers are programs
+FEWSHOT_SEED = 1234  # the default of the harness's command line
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs each setting that a definition leaves out
-lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # these bars and those of datasets would break ours
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each setting that a definition omits
+lm_eval.api.task.tqdm = functools.partial(
+    tqdm, disable=True
+)  # the bars of the harness and of datasets would break ours
 disable_progress_bars()
 
 
@@ -62,7 +64,7 @@ def definitions(name: str) -> Mapping[str, Path]:
 
 @functools.cache
 def _folders() -> Mapping[str, set[Path]]:
-    """The folders of each name. The harness itself takes ten seconds to read its 14,000 files."""
+    """The folders of each task or group. The harness takes ten seconds to index its 14,000 files."""
     found: dict[str, set[Path]] = defaultdict(set)
     for path in FOLDER.rglob("*.yaml"):
         for name in NAMED.findall(path.read_bytes()):
@@ -90,15 +92,15 @@ def check_task(source: TaskSource) -> None:
     found = definitions(source.task)
     if len(found) > 1 and source.subset is None:
         raise ConfigError(
-            f"{source.label}: {source.task} are {len(found)} tasks: say by `subset` which column tells their rows apart"
+            f"{source.label}: {source.task} is a group of {len(found)} tasks: set `subset` to the column of their names"
         )
     for name, path in found.items():
         config = load_yaml(path, resolve_func=False)
         kind = config.get("output_type")
         if kind not in KINDS or "class" in config:
-            raise ConfigError(f"{source.label}: {name} asks in another way ({kind}) than {', '.join(KINDS)}")
+            raise ConfigError(f"{source.label}: {name} is of the kind {kind}; supported are {', '.join(KINDS)}")
         if config.get("unsafe_code") and not source.runs_code:
-            raise ConfigError(f"{source.label}: {name} runs what the model writes: say runs_code = true")
+            raise ConfigError(f"{source.label}: {name} runs what the model writes: set runs_code = true")
 
 
 def build_tasks(
@@ -106,8 +108,8 @@ def build_tasks(
 ) -> dict[str, ConfigurableTask]:
     """The harness's tasks of a source, each on its rows.
 
-    Raises DataError where a task has no rows, or lacks a column that it reads, and ConfigError where it grades by none
-    of the metrics known here, or runs programs and the system offers no sandbox.
+    Raises DataError where a task has no rows, or its rows lack a column. Raises ConfigError where a task has none of
+    the supported metrics, or runs programs and this system has no sandbox.
     """
     assert source.task is not None
     if source.runs_code:
@@ -124,8 +126,8 @@ def build_tasks(
             raise DataError(f"{source.label}: no rows for {name}{column}")
         if source.runs_code and (lost := [column for column in PROBLEM if not isinstance(own[0].get(column), str)]):
             raise DataError(
-                f"{source.label}: {name} runs programs, for which each row needs {', '.join(PROBLEM)} as texts; "
-                f"{', '.join(lost)} is not there: {', '.join(own[0])}"
+                f"{source.label}: {name} runs programs, so each row needs {', '.join(PROBLEM)} as texts; "
+                f"the columns {', '.join(own[0])} lack {', '.join(lost)}"
             )
         config["custom_dataset"] = functools.partial(_dataset, source.split, Dataset.from_list(own))
         try:
@@ -133,19 +135,19 @@ def build_tasks(
             tasks[name].set_fewshot_seed(seed=FEWSHOT_SEED)
         except (KeyError, UndefinedError) as error:
             known = ", ".join(own[0])
-            raise DataError(f"{source.label}: {name} reads a column that is not there ({error}): {known}") from error
+            raise DataError(f"{source.label}: {name} reads a column that its rows lack ({error}): {known}") from error
         if not {*METRICS, BITS} & set(tasks[name].aggregation()):
             raise ConfigError(f"{source.label}: {name} has none of the metrics {', '.join(METRICS)} and {BITS}")
     return tasks
 
 
 class HarnessTask(ConfigurableTask):  # type: ignore[misc]
-    """A task that builds its documents from the rows once, not on each access."""
+    """A task that builds its documents only once."""
 
     _documents: Any = None
 
     def test_docs(self) -> Any:
-        """The documents that are scored."""
+        """The documents to score."""
         if self._documents is None:
             self._documents = super().test_docs()
         return self._documents
@@ -159,7 +161,7 @@ def _config(source: TaskSource, path: Path, runtime: Runtime) -> dict[str, Any]:
     """A task's definition, with the source's rows as its only split."""
     unsafe = load_yaml(path, resolve_func=False).get("unsafe_code")
     config = dict(load_yaml(path, resolve_func=not unsafe))
-    if unsafe:  # its metric would run programs in this process; the functions of its file are not loaded either
+    if unsafe:  # its metric would run programs in this process, so neither it nor its functions are loaded
         config |= {
             "metric_list": [{"metric": "pass@1", "aggregation": "mean", "higher_is_better": True}],
             "process_results": functools.partial(_passed, runtime),
@@ -176,7 +178,7 @@ def _config(source: TaskSource, path: Path, runtime: Runtime) -> dict[str, Any]:
 
 
 def _passed(runtime: Runtime, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """pass@1 of the program that goes on after the prompt, by the tests of HumanEval (arXiv 2107.03374, section 2)."""
+    """pass@1 of the program that continues the prompt, by the tests of HumanEval (arXiv 2107.03374, section 2)."""
     problem = Problem(*(doc[column] for column in PROBLEM))
     return {"pass@1": float(passes(problem, results[0], allow_unsandboxed=runtime.allow_unsandboxed))}
 
@@ -190,12 +192,12 @@ def harness_scores(
     *,
     template: bool = False,
 ) -> dict[str, Any]:
-    """Score a model on the tasks that `build_tasks` built from a source: a seeded draw of `source.limit` items.
+    """Score a model on the tasks that `build_tasks` built from a source, over a seeded draw of `source.limit` items.
 
-    `acc` is the share of right items by the task's first metric, named in `metric`, and its first filter; `acc_norm` is
-    there where the task has it; both have standard errors. `chance` is the accuracy of a blind guess, 0 without
-    choices. `parts` has each task of a group, `others` the harness's other figures of a single task. Texts have
-    `bits_per_byte` and its `stderr`. With `template`, a chat model is asked in its template, with worked examples as
+    `acc` is the share of correct items by the task's first metric (`metric`) and first filter. `acc_norm` is present
+    where the task has it. Both have standard errors. `chance` is the accuracy of a blind guess, 0 without choices.
+    `parts` has the scores of each task of a group, `others` the harness's other figures of a single task. Texts have
+    `bits_per_byte` and its `stderr`. With `template`, a chat model is asked in its template, and worked examples are
     turns. The score of each item is added to `found`.
     """
     places = [(name, number) for name, task in tasks.items() for number in range(len(task.eval_docs))]
@@ -258,7 +260,7 @@ def _graded(
                 right_norm.append(normed)
             likelihoods = [] if task.OUTPUT_TYPE == "generate_until" else [resp[0][0] for resp in sample["resps"]]
             if not all(map(math.isfinite, likelihoods)):
-                raise DataError(f"the model gives no finite likelihood for an item of {name}: it is broken")
+                raise DataError(f"the model returns no finite likelihood for an item of {name}: it is broken")
             text = sample["resps"][0][0] if task.OUTPUT_TYPE == "generate_until" else None
             content = json.dumps(sample["arguments"], default=str).encode()
             score = ItemScore(content, right[-1], normed, likelihoods, strings(sample["doc"]), text)

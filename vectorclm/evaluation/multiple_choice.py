@@ -162,7 +162,7 @@ def accuracies(items: Sequence[Item], sums: Sequence[Sequence[float]]) -> dict[s
     right = right_norm = 0
     for item, values in zip(items, sums, strict=True):
         if not all(math.isfinite(value) for value in values):
-            raise DataError(f"the model gives no finite likelihood for {item.context[-80:]!r}: it is broken")
+            raise DataError(f"the model returns no finite likelihood for {item.context[-80:]!r}: it is broken")
         by_likelihood, by_length = answered(item, values)
         right += by_likelihood
         right_norm += by_length

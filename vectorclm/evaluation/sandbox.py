@@ -1,8 +1,8 @@
-"""Programs that a model wrote, and the tests that judge them, each in a sandbox of its own.
+"""Run the tests of a program that a model wrote: the program and its tests each run in a separate sandbox.
 
-The sandbox is bubblewrap's: namespaces of users, mounts, processes, network and IPC, a read-only root that shows the
-interpreter and its libraries alone, no privileges, and a seccomp filter where libseccomp is installed. The tests' side
-is trusted and alone knows what is expected, so no program can claim to have passed.
+bubblewrap provides the sandbox: namespaces of users, mounts, processes, network and IPC, a read-only root with only the
+interpreter and its libraries, no privileges, and a seccomp filter where libseccomp is installed. Only the trusted
+process of the tests knows the expected results, so a program cannot claim to have passed.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ ISOLATION = (
     "--die-with-parent",
 )
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
-# One thread of a BLAS: what NumPy takes of the memory must not depend on the machine's cores.
+# One BLAS thread, so that the memory of NumPy does not depend on the number of cores.
 ENVIRONMENT = {"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 DENIED = (
     # other processes
@@ -49,7 +49,7 @@ DENIED = (
     # namespaces and mounts
     *("unshare", "setns", "mount", "umount2", "pivot_root", "chroot", "move_mount", "fsopen", "fsconfig", "fsmount"),
     *("fspick", "open_tree", "mount_setattr", "open_by_handle_at", "name_to_handle_at"),
-    # what programs do not need and kernels have had faults in
+    # calls that programs do not need and that have had kernel vulnerabilities
     *("bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register"),
     *("add_key", "request_key", "keyctl", "personality", "modify_ldt", "iopl", "ioperm", "fanotify_init"),
     *("kexec_load", "kexec_file_load", "init_module", "finit_module", "delete_module", "reboot", "swapon", "swapoff"),
@@ -59,7 +59,7 @@ CLONE_THREAD = 0x00010000
 
 
 class Problem(NamedTuple):
-    """What a program is to do: the beginning of it, the function that is tested, and the tests, which are trusted."""
+    """A programming problem: the beginning of the program, the name of the tested function, and the trusted tests."""
 
     prompt: str
     entry_point: str
@@ -67,7 +67,7 @@ class Problem(NamedTuple):
 
 
 class Sandbox(NamedTuple):
-    """The command that puts a program into a sandbox, or why the system offers none."""
+    """The command that runs a program in a sandbox, or the reason why this system has no sandbox."""
 
     command: tuple[str, ...] = ()
     seccomp: bytes = b""
@@ -76,14 +76,14 @@ class Sandbox(NamedTuple):
 
 @functools.cache
 def find_sandbox() -> Sandbox:
-    """The sandbox of this system, tried once; `problem` says what is missing where there is none."""
+    """Find the sandbox of this system, and try it once. Without a sandbox, `problem` says what is missing."""
     if not sys.platform.startswith("linux"):
         return Sandbox(problem="the sandbox needs Linux")
     if (bwrap := shutil.which("bwrap")) is None:
         return Sandbox(problem="bubblewrap is not installed (apt install bubblewrap)")
     found = Sandbox((bwrap, *ISOLATION, *_visible(), "--remount-ro", "/", "--chdir", "/", "--"), seccomp_filter())
-    with contextlib.ExitStack() as files, tempfile.TemporaryFile() as said:
-        process = _start(found, files, ["try", str(SECONDS)], b"", (), said)
+    with contextlib.ExitStack() as files, tempfile.TemporaryFile() as output:
+        process = _start(found, files, ["try", str(SECONDS)], b"", (), output)
         try:
             code = process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -92,13 +92,13 @@ def find_sandbox() -> Sandbox:
             _kill(process)
         if code == 0:
             return found
-        said.seek(0)
-        why = said.read().decode(errors="replace").strip().rpartition("\n")[2]
+        output.seek(0)
+        why = output.read().decode(errors="replace").strip().rpartition("\n")[2]
     return Sandbox(problem=f"bubblewrap cannot make a sandbox ({why or f'it ended with {code}'})")
 
 
 def _visible() -> list[str]:
-    """The options that show the interpreter, the packages and the system's libraries, each read-only at its place."""
+    """bubblewrap's options that mount the interpreter, the packages and the system's libraries read-only."""
     prefixes = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.base_prefix).resolve()}
     parts = [prefix / name for prefix in sorted(prefixes) for name in ("bin", "lib", "lib64", "pyvenv.cfg")]
     paths = dict.fromkeys(str(path) for path in [*parts, *map(Path, LIBRARIES), JUDGE] if path.exists())
@@ -106,10 +106,13 @@ def _visible() -> list[str]:
 
 
 def seccomp_filter() -> bytes:
-    """The compiled filter that refuses DENIED and new processes, threads excepted; empty without libseccomp."""
+    """The compiled seccomp filter: it refuses the calls in DENIED and new processes, but allows threads.
+
+    Empty without libseccomp.
+    """
     try:
         import pyseccomp
-    except (ImportError, RuntimeError):  # the second where the system has no libseccomp
+    except (ImportError, RuntimeError):  # RuntimeError where the system lacks libseccomp
         return b""
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     refused = pyseccomp.ERRNO(errno.EPERM)
@@ -117,7 +120,9 @@ def seccomp_filter() -> bytes:
         with contextlib.suppress(OSError, ValueError):  # a call that this architecture lacks
             rules.add_rule(refused, name)
     rules.add_rule(refused, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, CLONE_THREAD, 0))
-    with contextlib.suppress(OSError, ValueError):  # its flags lie in memory: glibc then takes clone
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # its flags are in memory, out of the filter's reach: glibc then uses clone
         rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
@@ -126,7 +131,7 @@ def seccomp_filter() -> bytes:
 
 
 def check_sandbox(*, allow_unsandboxed: bool) -> Sandbox:
-    """The sandbox, or none where that is allowed. Raises ConfigError where there is none and it is not."""
+    """Return the sandbox. Raises ConfigError where the system has none, unless `allow_unsandboxed`."""
     found = find_sandbox()
     if found.problem and not allow_unsandboxed:
         raise ConfigError(f"{found.problem}; --allow-unsandboxed runs the programs without a sandbox")
@@ -136,14 +141,14 @@ def check_sandbox(*, allow_unsandboxed: bool) -> Sandbox:
 def passes(problem: Problem, completion: str, seconds: float = SECONDS, *, allow_unsandboxed: bool = False) -> bool:
     """Whether the prompt with a model's completion passes the tests, all within `seconds`.
 
-    Raises ConfigError where the system offers no sandbox and none is not allowed, and DataError where the tests cannot
-    be run this way.
+    Raises ConfigError where the system has no sandbox, unless `allow_unsandboxed`, and DataError where the tests cannot
+    test a program in another process.
     """
     sandbox = check_sandbox(allow_unsandboxed=allow_unsandboxed)
     program = {"program": problem.prompt + completion, "entry_point": problem.entry_point}
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as files:
-        (calls, asked), (answered, answers), (told, verdict) = (_pipe(files) for _ in range(3))
+        (calls, asked), (answered, answers), (verdicts, verdict) = (_pipe(files) for _ in range(3))
         sides = (
             ("program", program, (calls, answers)),
             ("tests", problem._asdict(), (asked, answered, verdict)),
@@ -155,7 +160,7 @@ def passes(problem: Problem, completion: str, seconds: float = SECONDS, *, allow
         for _, _, pipes in sides:
             for pipe in pipes:
                 pipe.close()
-        word, _, why = _read(told, deadline).decode(errors="replace").partition(" ")
+        word, _, why = _read(verdicts, deadline).decode(errors="replace").partition(" ")
     if word == UNSUITABLE:
         raise DataError(f"the tests of {problem.entry_point} cannot judge a program in another process: {why}")
     return word == PASSED
@@ -174,13 +179,13 @@ def _start(
     pipes: Sequence[int],
     stderr: IO[bytes] | int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
-    """Start one side; `files` keeps what must stay open until it runs."""
+    """Start the process of the program or of the tests; `files` keeps open what the process inherits."""
     command, passed = list(sandbox.command), list(pipes)
     if sandbox.seccomp:
         filtered = _file(files, sandbox.seccomp)
         command[1:1] = ["--seccomp", str(filtered.fileno())]
         passed.append(filtered.fileno())
-    # A program has the standard library alone, whatever is installed; tests may need packages.
+    # A program may import only the standard library; tests may need packages.
     options = ["-I", "-B", "-S"] if arguments[0] == "program" else ["-I", "-B"]
     return subprocess.Popen(
         [*command, sys.executable, *options, str(JUDGE), *arguments],
@@ -195,7 +200,7 @@ def _start(
 
 
 def _file(files: contextlib.ExitStack, content: bytes) -> IO[bytes]:
-    """A nameless file to read: unlike a pipe, it takes any size at once."""
+    """An unnamed file with this content; unlike a pipe, it holds any size."""
     file: IO[bytes] = files.enter_context(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
     file.write(content)
     file.seek(0)
@@ -203,12 +208,12 @@ def _file(files: contextlib.ExitStack, content: bytes) -> IO[bytes]:
 
 
 def _read(pipe: IO[bytes], deadline: float) -> bytes:
-    """What the tests' side wrote at once; empty where it ended or did not within the time."""
+    """The verdict of the tests; empty where their process ended or the deadline passed without one."""
     return pipe.read(4096) or b"" if has_more(pipe.fileno(), deadline) else b""
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a side with all that it started: bubblewrap's processes are in its group, all others in their namespace."""
+    """Kill a process and all its children: they share its process group or its process namespace."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -13,6 +13,7 @@ from torch import Tensor
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
+from vectorclm.nn.attention import ATTENTION
 from vectorclm.store.durable import move_file, sync_folder, temporary_beside
 from vectorclm.store.model_ref import Model
 from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, load_tokenizer
@@ -36,14 +37,18 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
     Matrices are stored as `kind`, norms in fp32; q8_0 is blocks of 32 whole numbers with one fp16 scale, so a matrix
     whose rows do not divide into such blocks stays fp16. Equal models give equal bytes. Without `out`, the file gets
     the name that GGUF's naming convention gives it, in the current folder. Raises DataError for a model that llama.cpp
-    would read otherwise than we do, and ConfigError where the file cannot be written.
+    would read differently, and ConfigError where the file cannot be written.
     """
     folder = found.local()
     model = CausalLM.from_pretrained(folder)
+    kind_of_attention = model.config.attention.kind
+    architecture = ATTENTION[kind_of_attention].gguf
+    if architecture is None:
+        raise DataError(f"{folder}: llama.cpp lacks the model's attention ({kind_of_attention}), so no GGUF file of it")
     size, tuned = gguf.size_label(model.config.parameters, 0, 0, 0), "chat" if found.chat else "base"
     path = out or Path(gguf.naming_convention(None, "vectorclm", tuned, None, size, kind) + ".gguf")
     part = temporary_beside(path)
-    writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    writer = gguf.GGUFWriter(part, architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"vectorclm {size} {tuned}")
     writer.add_basename("vectorclm")
@@ -89,7 +94,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, *, ch
     where = folder / "tokenizer.json"
     raw = json.loads(where.read_text(encoding="utf-8"))
     if other := _differences(raw):
-        raise DataError(f"{where}: llama.cpp would split texts otherwise than this tokenizer does: {', '.join(other)}")
+        raise DataError(f"{where}: llama.cpp would split texts differently from this tokenizer: {', '.join(other)}")
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     if [vocabulary[token] for token in tokens] != list(range(vocab_size)):
         raise DataError(

@@ -54,7 +54,7 @@ def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], li
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [vectorclm, llama]",
+        f"tags: [vectorclm, {config['model_type']}]",
         "---",
         f"# {title}",
         "",

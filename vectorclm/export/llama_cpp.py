@@ -1,4 +1,4 @@
-"""Run a GGUF file in llama.cpp, to compare its answers and scores with ours."""
+"""Run a GGUF file in llama.cpp, to compare llama.cpp's answers and scores with ours."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ class LlamaCpp:
     """A GGUF file in llama.cpp's own server, inside this process and on 127.0.0.1.
 
     Keys, values and attention are in fp32, so that differences from our figures come from the file. Raises ConfigError
-    where llama.cpp is not installed, DataError for a file that it cannot open.
+    where llama.cpp is not installed, DataError for a file that llama.cpp cannot open.
     """
 
     def __init__(self, file: Path, threads: int = 1) -> None:
@@ -28,11 +28,11 @@ class LlamaCpp:
         import xllamacpp
 
         fields = _fields(file)
-        self.longest = int(fields["llama.context_length"]) - 1  # of a prompt, in tokens
+        self.longest = int(fields["llama.context_length"]) - 1  # tokens of the longest prompt
         self.vocab_size = int(fields["llama.vocab_size"])
         params = xllamacpp.CommonParams()
         params.model.path, params.port, params.verbosity = str(file), 0, 0
-        params.n_parallel, params.n_ctx = 1, self.longest + 1  # its server needs room after a prompt
+        params.n_parallel, params.n_ctx = 1, self.longest + 1  # the server needs room after a prompt
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -45,7 +45,7 @@ class LlamaCpp:
         self._letter = self.tokenize("a")[0]
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of `text` without a BOS; with `special`, special tokens written in it are such."""
+        """The ids of `text` without BOS; with `special`, the text of a special token becomes that token."""
         body = {"content": text, "add_special": False, "parse_special": special}
         return list(self._ask("/tokenize", body)["tokens"])
 
@@ -54,26 +54,26 @@ class LlamaCpp:
         return str(self._ask("/detokenize", {"tokens": list(ids)})["content"])
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> str:
-        """The file's chat template on messages, an answer begun; llama.cpp puts the BOS before it, not the template."""
+        """Messages in the file's chat template, up to the beginning of an answer; llama.cpp itself adds the BOS."""
         return str(self._ask("/apply-template", {"messages": list(messages)})["prompt"])
 
     def greedy(self, input_ids: Sequence[int], count: int) -> list[int]:
-        """Up to `count` likeliest ids after `input_ids`, ended by an end of text or of a turn."""
+        """Greedy continuation of `input_ids`: up to `count` ids, until an end of text or of a turn."""
         return list(self._complete(input_ids, n_predict=count)["tokens"])
 
     def log_probability(self, input_ids: Sequence[int], token: int) -> float:
-        """Natural logarithm of the probability of `token` after `input_ids`; what both calls share is kept."""
-        # The server tells a token's logit as it was before the bias that has it chosen.
+        """Natural logarithm of the probability of `token` after `input_ids`."""
+        # The bias forces the token; the server reports its probability without the bias.
         found = self._complete(input_ids, n_predict=1, logit_bias=[[token, SURE]], n_probs=1)
         if chosen := found.get("completion_probabilities"):
             return float(chosen[0]["logprob"])
-        # Of a token that ends amid a character it tells nothing: have a letter chosen, and all others listed.
+        # The server omits the probability of a token that ends inside a character: force a letter and list all tokens.
         found = self._complete(input_ids, n_predict=1, logit_bias=[[self._letter, SURE]], n_probs=self.vocab_size)
         listed = found["completion_probabilities"][0]["top_logprobs"]
         return next(float(one["logprob"]) for one in listed if one["id"] == token)
 
     def text_scores(self, text: str) -> dict[str, float]:
-        """Bits per byte and the like, as `evaluate.text_scores` has them for windows of `longest` tokens.
+        """Bits per byte and the other scores of `bits_per_byte.text_scores`, in windows of `longest` tokens.
 
         Raises DataError for an empty text.
         """
@@ -97,12 +97,12 @@ class LlamaCpp:
 
 
 def _fields(file: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file. Raises DataError where it is none of a Llama."""
+    """The metadata of a GGUF file. Raises DataError where the file contains no Llama model."""
     try:
         reader = gguf.GGUFReader(file)
         found = {name: field.contents() for name, field in reader.fields.items() if name.startswith("llama.")}
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{file} is not a GGUF file: {error}") from error
     if "llama.context_length" not in found:
-        raise DataError(f"{file} holds no Llama")
+        raise DataError(f"{file} contains no Llama model")
     return found

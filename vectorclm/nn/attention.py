@@ -1,11 +1,19 @@
-"""Causal grouped-query attention: over a window, inside its documents, and with a cache. Shape letters: model.py."""
+"""Grouped-query attention: over a window, inside its documents, and with a cache. Shape letters: model.py.
 
-from typing import Any, NamedTuple
+A variant of attention is a kind, its row in ATTENTION, and its settings in AttentionConfig. Without a fast form of its
+own, a variant runs under a mask.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
+
+from vectorclm.settings import Settings
 
 # torch 2.11 groups heads without this argument.
 GROUPED: Any = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
@@ -37,27 +45,69 @@ class Documents(NamedTuple):
         return moved
 
 
-class Visibility(NamedTuple):
-    """The keys that each query attends to. Without documents or a mask, these are all keys up to its own position.
+AttentionKind = Literal["causal"]
 
-    The queries have the last positions of the keys, so they continue a cache.
+
+class AttentionConfig(Settings):
+    """The kind of attention, and the settings of each kind that has some."""
+
+    kind: AttentionKind = "causal"
+
+
+@dataclass(frozen=True)
+class AttentionVariant:
+    """One row of the table: the keys that a query attends to, and the variant's names in other programs."""
+
+    # Whether queries attend to keys, from the config, the queries' positions [..., T, 1] and the keys' [..., 1, S].
+    attends: Callable[[AttentionConfig, Tensor, Tensor], Tensor]
+    model_type: str  # in config.json; where transformers lacks the variant, a name that transformers refuses
+    architecture: str  # transformers' class of the model
+    gguf: str | None  # llama.cpp's name of the architecture; None where llama.cpp lacks the variant
+    names: Mapping[str, str] = field(default_factory=dict)  # settings of AttentionConfig, and their keys in config.json
+
+
+def _causal(config: AttentionConfig, query_T1: Tensor, key_1S: Tensor) -> Tensor:
+    return key_1S <= query_T1
+
+
+ATTENTION: Mapping[AttentionKind, AttentionVariant] = {
+    "causal": AttentionVariant(_causal, "llama", "LlamaForCausalLM", "llama"),
+}
+
+
+class Visibility(NamedTuple):
+    """The keys that each query attends to: those of the variant, in its own document, where the mask is true.
+
+    The queries are the last of the keys, so they continue a cache. Without position ids, positions start at 0.
     """
 
     documents: Documents | None = None  # attention stays inside the query's own document
-    mask_B1TS: Tensor | None = None  # true where a query attends to a key; replaces causality
+    mask_B1TS: Tensor | None = None  # true where a query attends to a key; contains causality
+    position_ids_BT: Tensor | None = None  # of the queries
+    is_cached: bool = False  # whether the keys are those of a cache, at consecutive positions
+    config: AttentionConfig = AttentionConfig()
+
+
+def attends(visible: Visibility, tokens: int, keys: int, device: torch.device) -> Tensor:
+    """True where a query attends to a key: [T, S], or [B, 1, T, S] with position ids, documents or a mask."""
+    documents, positions_BT = visible.documents, visible.position_ids_BT
+    positions = torch.arange(keys, device=device)
+    if documents is not None:
+        positions = documents.position_ids
+    elif positions_BT is not None:
+        positions = positions + positions_BT[:, -1:] - keys + 1 if visible.is_cached else positions_BT
+    query, key = positions[..., keys - tokens :, None], positions[..., None, :]
+    mask = ATTENTION[visible.config.kind].attends(visible.config, query, key)
+    if documents is not None:
+        document_BT = (documents.position_ids == 0).cumsum(1)
+        mask = mask & (document_BT[:, :, None] == document_BT[:, None])
+    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
+    return mask if visible.mask_B1TS is None else mask & visible.mask_B1TS
 
 
 def plain_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Visibility) -> Tensor:
     """Plain reference of `attention`, without dropout: softmax of masked products, as in the papers."""
-    tokens, keys = q_BHTE.shape[2], k_BKSE.shape[2]
-    key_S = torch.arange(keys, device=q_BHTE.device)
-    query_T = key_S[keys - tokens :]
-    mask = key_S <= query_T[:, None]
-    if visible.documents is not None:
-        document_BT = (visible.documents.position_ids == 0).cumsum(1)
-        mask = (mask & (document_BT[:, :, None] == document_BT[:, None])).unsqueeze(1)
-    if visible.mask_B1TS is not None:
-        mask = visible.mask_B1TS
+    mask = attends(visible, q_BHTE.shape[2], k_BKSE.shape[2], q_BHTE.device)
     groups = q_BHTE.shape[1] // k_BKSE.shape[1]
     k_BHSE, v_BHSE = k_BKSE.repeat_interleave(groups, 1), v_BKSE.repeat_interleave(groups, 1)
     scores_BHTS = q_BHTE @ k_BHSE.mT / q_BHTE.shape[-1] ** 0.5
@@ -121,11 +171,13 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Visibilit
     Each key head serves H / K query heads. `dropout` is the probability of dropping an attention weight.
     """
     tokens, keys, mask = q_BHTE.shape[2], k_BKSE.shape[2], visible.mask_B1TS
-    if visible.documents is not None:
+    if ATTENTION[visible.config.kind].attends is not _causal:
+        mask = attends(visible, tokens, keys, q_BHTE.device)
+    elif visible.documents is not None:
         return document_attention(q_BHTE, k_BKSE, v_BKSE, visible.documents, dropout)
-    if mask is None and 1 < tokens == keys:
+    elif mask is None and 1 < tokens == keys:
         return causal_attention(q_BHTE, k_BKSE, v_BKSE, dropout)
-    if mask is None and tokens > 1:
+    elif mask is None and tokens > 1:
         mask = q_BHTE.new_ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
     grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
     return F.scaled_dot_product_attention(q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)

@@ -109,11 +109,11 @@ class ShardDescriber:
         counts = {"windows": windows, "first_window": first, "sequence_length": length}
         return {**counts, "block_windows": block_windows, "buffers": buffers}
 
-    def pass_over(self, name: str, said: Mapping[str, Any]) -> None:
+    def pass_over(self, name: str, entry: Mapping[str, Any]) -> None:
         """Count a shard that an earlier run described by this entry."""
-        if "windows" in said:
+        if "windows" in entry:
             path = PurePosixPath(name)
-            self.windows[path.parent.name, path.name.partition("-")[0]] = said["first_window"] + said["windows"]
+            self.windows[path.parent.name, path.name.partition("-")[0]] = entry["first_window"] + entry["windows"]
 
 
 def read_shard(artifact: Artifact, name: str) -> Shard:

@@ -80,7 +80,7 @@ def _list(store: Store, *, as_json: bool) -> None:
         place, state = f"{row['stage']:<13} {row['fingerprint'][:12]}", row["created"] or row["state"]
         print(f"{place} {_size(row['bytes']):>9} {row['files']:>5} files  {state:<25} {more}".rstrip())
     for row in found["leases"]:
-        state = "is at work" if row["alive"] else "has ended"
+        state = "is running" if row["alive"] else "has ended"
         print(f"{row['lease']}: process {row['pid']} on {row['host']} {state}")
     total = sum(row["bytes"] for row in (*found["artifacts"], *found["checkpoints"]))
     print(f"{store.uri}: {len(found['artifacts'])} artifacts, {_size(total)}")

@@ -65,7 +65,9 @@ class Lease:
         """Whether the holder lives: by its process on this machine, else by a renewal. No clocks are compared."""
         if is_here(holder):
             return find_process(holder) is not None
-        logger.info("%s is of %s: waiting to see whether it is renewed", self.name, holder.get("host", "nobody known"))
+        logger.info(
+            "%s is held by %s: waiting to see whether it is renewed", self.name, holder.get("host", "an unknown host")
+        )
         began = time.monotonic()
         while time.monotonic() - began < PATIENCE * LEASE_SECONDS:
             time.sleep(LEASE_SECONDS / 60)
