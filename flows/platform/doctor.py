@@ -20,6 +20,7 @@ from flows.platform import password
 from flows.platform.config import POOLS, PlatformConfig
 from flows.platform.ownership import ran_here, reasons_to_leave_alone, remember
 from flows.platform.process import Service, ServiceError
+from flows.tracking.client import EXPERIMENTS_PAGE
 from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Store
 
@@ -83,7 +84,7 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
     for name, link in (
         ("run the curriculum", form),
         ("Prefect", config.prefect_url),
-        ("MLflow", f"{config.mlflow_url}/?workflowType=machine_learning"),
+        ("MLflow", f"{config.mlflow_url}/{EXPERIMENTS_PAGE}"),
         ("store", Store(config.vectorclm_store).uri),
         ("logs", str(config.home / "platform")),
     ):

@@ -34,9 +34,13 @@ EVENT_LENGTH = 5000  # of a tag, in every version of MLflow from 2.0 on
 BATCH = 900  # metrics in one request; MLflow takes 1,000
 
 
+TRAINING_VIEW = "?workflowType=machine_learning"  # MLflow's view for training, not for prompts
+EXPERIMENTS_PAGE = f"#/experiments{TRAINING_VIEW}"
+
+
 def run_page(experiment_id: str, run_id: str) -> str:
     """The path of a run's page in MLflow's UI, in the view for machine learning, not for prompts."""
-    return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    return f"#/experiments/{experiment_id}/runs/{run_id}{TRAINING_VIEW}"
 
 
 def readable(line: Mapping[str, Any]) -> dict[str, float]:

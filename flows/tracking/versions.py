@@ -11,7 +11,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from flows.tracking.catalog import Catalog, source_tags
-from flows.tracking.client import ALIAS, MODELS, NOTE, REGISTERED, VALUE_LENGTH, run_page
+from flows.tracking.client import ALIAS, MODELS, NOTE, REGISTERED, TRAINING_VIEW, VALUE_LENGTH, run_page
 from flows.tracking.model_files import loading_lines
 from flows.tracking.registry import logged_model
 from vectorclm.lineage.chain import EXPORTED, SHORT, Lineage, describe_node, lineage, score_facts
@@ -118,7 +118,7 @@ class Versions:
             parts.append(loading_lines(name, str(number), found.root.artifact))
         if card is not None:
             parts.append(
-                f"The [card](#/experiments/{self.session.experiment_id}/models/{model_id}/artifacts) "
+                f"The [card](#/experiments/{self.session.experiment_id}/models/{model_id}/artifacts{TRAINING_VIEW}) "
                 f"is the file {CARD} of the logged model."
             )
         if not version.description or OWN in version.description:

@@ -1,4 +1,4 @@
-"""A real MLflow server for tests."""
+"""A real MLflow server for tests, started as `vectorclm up` starts it."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ class MLflowServer:
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        command = [sys.executable, "-m", "flows.platform.guard", "mlflow", "--port", str(self.port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
