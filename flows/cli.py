@@ -27,8 +27,20 @@ from flows.platform.prefect_server import PrivateServer, prefect_server
 from flows.reports import lineage_cli, report
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
-from vectorclm.__main__ import MODEL_COMMANDS
-from vectorclm.command_line import LOCAL_STORE, Json, Place, Setting, StoreUri, explain, new_app, parse, run
+from vectorclm.__main__ import ALONE, MODEL_COMMANDS
+from vectorclm.command_line import (
+    LOCAL_STORE,
+    STORE,
+    EnvFile,
+    Json,
+    Place,
+    Setting,
+    StoreOptions,
+    explain,
+    new_app,
+    parse,
+    run,
+)
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
@@ -64,8 +76,9 @@ app.register_install_completion_command()
 class PlatformOptions:
     """The options that name a platform."""
 
-    store: Annotated[str | None, Parameter(help="The store of the artifacts [default: ./store]")] = None
-    env_file: Annotated[Path | None, Parameter(help="A file of settings, as docker/platform.env.example")] = None
+    # None, and not the default itself, which would override the file.
+    store: Annotated[str | None, STORE, Parameter(show_default=lambda _: LOCAL_STORE)] = None
+    env_file: EnvFile = None
     prefect_port: Annotated[int | None, Parameter(help="Port of Prefect's server [default: 4200]")] = None
     mlflow_port: Annotated[int | None, Parameter(help="Port of MLflow's server [default: 5000]")] = None
 
@@ -148,8 +161,10 @@ def retry(
 ) -> None:
     """Run a curriculum again with other settings, or rebuild finished stages and compare them."""
     from flows.platform.doctor import point_at
+    from flows.platform.ownership import check_listeners
 
     config = platform.config()
+    check_listeners(config)
     point_at(config)
     from flows.platform.retry import retry as start
 
@@ -162,7 +177,7 @@ def promote(
     model: str = "models:/vectorclm-chat@candidate",
     /,
     *,
-    store: StoreUri = LOCAL_STORE,
+    place: StoreOptions = StoreOptions(),
     task: Annotated[
         tuple[str, ...],
         Parameter(
@@ -174,7 +189,7 @@ def promote(
     """Make a registered model the champion if it beats the present champion by more than the noise."""
     from flows.tracking.promotion import promote as move_alias
 
-    return move_alias(model, list(task), Store(store), Console())
+    return move_alias(model, list(task), Store(place.store), Console())
 
 
 @app.command(
@@ -184,7 +199,7 @@ def show_lineage(
     model: Annotated[str | None, Parameter(help=f"{MODELS}, models:/NAME@ALIAS", show_default=False)] = None,
     /,
     *,
-    store: StoreUri = LOCAL_STORE,
+    place: StoreOptions = StoreOptions(),
     verify: Annotated[bool, Parameter(help="Hash every file again; exit code 1 if one differs")] = False,
     diff: Annotated[str | None, Parameter(help="Print the differences from this model, setting by setting")] = None,
     uses: Annotated[
@@ -196,9 +211,9 @@ def show_lineage(
     if (model is None) == (uses is None):
         raise ConfigError("name a model, or a source by --uses")
     if uses is not None:
-        return lineage_cli.print_users(uses, Store(store), as_json=json)
+        return lineage_cli.print_users(uses, Store(place.store), as_json=json)
     assert model is not None
-    return lineage_cli.print_lineage(model, Store(store), verify=verify, diff=diff, as_json=json)
+    return lineage_cli.print_lineage(model, Store(place.store), verify=verify, diff=diff, as_json=json)
 
 
 @app.command(name="report", help_epilogue="Example: vectorclm report MODEL --out report.html")
@@ -206,12 +221,12 @@ def show_report(
     model: Annotated[str, Parameter(help="An address as `vectorclm lineage` takes it")],
     /,
     *,
-    store: StoreUri = LOCAL_STORE,
+    place: StoreOptions = StoreOptions(),
     against: Annotated[str | None, Parameter(help="A model to compare with, such as the champion")] = None,
     out: Annotated[Path, Parameter(help="The file to write")] = Path("report.html"),
 ) -> None:
     """Write the report of a model as one HTML page: curves, scores, samples, data, lineage, costs."""
-    report.write_report(model, Store(store), against, out)
+    report.write_report(model, Store(place.store), against, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,9 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, so that children and servers end
     try:
-        if arguments and arguments[0] in STAGES and arguments[0] not in ("evaluate", "export"):
+        if arguments and arguments[0] in ALONE:
             raise ConfigError(f"stages are commands of `vectorclm stage`: run vectorclm stage {' '.join(arguments)}")
-        command, bound = parse(app, arguments)
+        command, bound = parse(app, arguments, _environment_of)
     except VectorCLMError as error:
         explain(error)
         return 2
@@ -230,6 +245,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == 130 and command is run_experiment:
         print("stopped: finished work is kept, and the same command continues from here", file=sys.stderr)
     return code
+
+
+def _environment_of(env_file: Path) -> dict[str, str]:
+    """The environment of commands about the store and the models of a platform; its MLflow is named while it runs."""
+    from flows.platform.config import read_platform
+
+    config = read_platform(env_file)
+    _, mlflow = config.servers()
+    other = ["PREFECT_", *([] if mlflow.holds_its_port() else ["MLFLOW_"])]
+    other += ["VECTORCLM_HOME"] if config.vectorclm_home is None else []
+    return {name: value for name, value in config.client_environment().items() if not name.startswith(tuple(other))}
 
 
 def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:

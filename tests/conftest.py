@@ -20,8 +20,8 @@ from filelock import FileLock
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 
-from flows.platform.objectstore import PACKAGES, object_store
 from flows.platform.prefect_server import PrivateServer
+from tests.services.ceph import PACKAGES, object_store
 from vectorclm.evaluation.sandbox import Sandbox, find_sandbox
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.writer import ShardWriter
@@ -30,6 +30,7 @@ from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
     from tests.kill_matrix import Reference
+    from tests.services.curricula import Recorded
     from vectorclm.export.llama_cpp import LlamaCpp
     from vectorclm.model import CausalLM
     from vectorclm.model_config import ModelConfig
@@ -117,6 +118,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> "Reference":
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "reference"
     with FileLock(f"{folder}.lock"):
         return Reference(folder)
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> "Recorded":
+    """A very small curriculum in a store, recorded in MLflow. Tests leave its artifacts as they are."""
+    from tests.services.curricula import record_mini
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return record_mini(tmp_path_factory.mktemp("recorded") / "store")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The kill matrix: every part of a running platform killed with -9, in every stage, and what comes of it.
 
-    python -m tests.kill_matrix FOLDER --env-file FILE       all cells; those in FOLDER/cells.jsonl are not run again
+    python -m tests.kill_matrix FOLDER --postgres            all cells; those in FOLDER/cells.jsonl are not run again
     python -m tests.kill_matrix FOLDER --table               what was found, as a table
 
 A cell starts a small curriculum, kills one part while one stage is at work, has `vectorclm doctor` start services
@@ -31,8 +31,10 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import AwaitingRetry
 
 from flows.form import Changes, chosen
+from flows.net import free_port
 from flows.platform.config import PlatformConfig, read_platform
-from flows.platform.process import Service
+from flows.platform.process import HOST, Service
+from tests.services.postgres import Postgres
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
@@ -129,8 +131,14 @@ def _make_all(experiment: ExperimentConfig, store: str) -> None:
 class Killer:
     """A platform, and ways to kill its parts."""
 
-    def __init__(self, config: PlatformConfig, doctor: Callable[[], Any], client: SyncPrefectClient) -> None:
-        self.config, self.doctor, self.client = config, doctor, client
+    def __init__(
+        self,
+        config: PlatformConfig,
+        doctor: Callable[[], Any],
+        client: SyncPrefectClient,
+        postgres: Postgres | None = None,
+    ) -> None:
+        self.config, self.doctor, self.client, self.postgres = config, doctor, client, postgres
         self.store = Store(config.vectorclm_store)
 
     def run(self, cell: Cell, reference: Reference) -> Outcome:
@@ -144,6 +152,8 @@ class Killer:
         killed = self._kill(cell.part, run_id)
         began = time.monotonic()
         orphans = self._gone(killed)
+        if cell.part == "database" and self.postgres is not None:
+            self.postgres.start()
         if cell.part not in ("flow", "child"):
             self.doctor()
         mended = time.monotonic() - began
@@ -194,7 +204,8 @@ class Killer:
         return torch if part in ("flow", "worker and flow", "child") else []
 
     def _services(self) -> list[Service]:
-        return [*self.config.stores(), *self.config.servers(), *self.config.workers()]
+        own = [] if self.postgres is None else [self.postgres.service]
+        return [*own, *self.config.servers(), *self.config.workers()]
 
     def _flow(self, run_id: UUID) -> list[psutil.Process]:
         """The processes that run the flow: the worker's child and what is between."""
@@ -272,7 +283,7 @@ class Killer:
 
 
 @contextmanager
-def platform(config: PlatformConfig, options: list[str]) -> Iterator[Killer]:
+def platform(config: PlatformConfig, options: list[str], postgres: Postgres | None) -> Iterator[Killer]:
     """A platform of our own while the block runs."""
 
     def command(name: str) -> None:
@@ -285,7 +296,7 @@ def platform(config: PlatformConfig, options: list[str]) -> Iterator[Killer]:
     try:
         command("up")
         with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as client:
-            yield Killer(config, lambda: command("doctor"), client)
+            yield Killer(config, lambda: command("doctor"), client, postgres)
     finally:
         command("down")
 
@@ -311,7 +322,8 @@ def main() -> None:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--env-file", type=Path, help="settings of the platform, Postgres among them")
+    parser.add_argument("--env-file", type=Path, help="settings of the platform")
+    parser.add_argument("--postgres", action="store_true", help="keep the databases in a Postgres, in FOLDER")
     parser.add_argument("--only", action="append", metavar="CELL", help='such as "flow in pretrain"; may be repeated')
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
@@ -325,13 +337,38 @@ def main() -> None:
     left = [cell for cell in CELLS if (cell.part, cell.stage) not in {(o.part, o.stage) for o in done}]
     left = [cell for cell in left if not args.only or str(cell) in args.only]
     reference = Reference(folder)
+    with _postgres_of(folder, args.postgres) as postgres:
+        _run(folder, args.env_file, left, reference, postgres)
+
+
+@contextmanager
+def _postgres_of(folder: Path, wanted: bool) -> Iterator[Postgres | None]:
+    """A Postgres while the block runs, which the environment names as the platform's database."""
+    if not wanted:
+        yield None
+        return
+    port, password = free_port(), "of-the-kill-matrix"
+    postgres = Postgres(folder / "postgres", folder / "logs", port, password)
+    try:
+        postgres.start()
+        os.environ["VECTORCLM_DATABASE"] = f"postgresql://vectorclm:{password}@{HOST}:{port}"
+        yield postgres
+    finally:
+        postgres.stop()
+
+
+def _run(
+    folder: Path, env_file: Path | None, left: list[Cell], reference: Reference, postgres: Postgres | None
+) -> None:
+    """Run these cells on a platform of their own, and record each outcome."""
+    record = folder / "cells.jsonl"
     options = ["--store", str(folder / "store")]
-    options += ["--env-file", str(args.env_file)] if args.env_file is not None else []
-    config = read_platform(args.env_file, vectorclm_store=str(folder / "store"))
+    options += ["--env-file", str(env_file)] if env_file is not None else []
+    config = read_platform(env_file, vectorclm_store=str(folder / "store"))
     options += ["--prefect-port", str(config.prefect_port), "--mlflow-port", str(config.mlflow_port)]
     environment = config.client_environment()
     os.environ |= {name: value for name, value in environment.items() if name.startswith("MLFLOW_")}  # its password
-    with platform(config, options) as killer:
+    with platform(config, options, postgres) as killer:
         for cell in left:
             try:
                 outcome = killer.run(cell, reference)

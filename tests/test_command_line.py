@@ -1,5 +1,6 @@
 """The command lines: the help of every command, found from the applications themselves, and what is refused."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -120,3 +121,50 @@ def test_a_wrong_command_line_is_one_line(
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
     assert said.out == "" and message in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["up", "down", "doctor", "retry", "lineage", "promote", "report", "store ls"])
+def test_a_command_about_a_platform_shows_how_the_store_is_named(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command.split(), "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "[env var: VECTORCLM_STORE] [default: ./store]" in shown and "--env-file PATH" in shown
+
+
+def test_a_command_about_a_store_takes_the_file_of_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An option overrides the environment, which overrides the file."""
+    monkeypatch.delenv("VECTORCLM_STORE", raising=False)
+    stores = {name: tmp_path / name for name in ("file", "environment", "option")}
+    for store in stores.values():
+        (store / "sample").mkdir(parents=True)
+    file = tmp_path / "platform.env"
+    file.write_text(f"VECTORCLM_STORE={stores['file']}\nPREFECT_PORT=4321\n")
+
+    def listed(*options: object) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.environ", dict(os.environ))
+            assert cli.main(["store", "ls", "--env-file", str(file), *map(str, options)]) == 0
+        return capsys.readouterr().out
+
+    assert listed() == f"{stores['file']}: 0 artifacts, 0 B\n"
+    monkeypatch.setenv("VECTORCLM_STORE", str(stores["environment"]))
+    assert listed() == f"{stores['environment']}: 0 artifacts, 0 B\n"
+    assert listed("--store", stores["option"]) == f"{stores['option']}: 0 artifacts, 0 B\n"
+    monkeypatch.delenv("VECTORCLM_STORE")
+    for command in (["lineage", "pretrain/0"], ["report", "pretrain/0"], ["promote", "pretrain/0"]):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.environ", dict(os.environ))
+            assert cli.main([*command, "--env-file", str(file)]) == 2
+        assert "--env-file" not in capsys.readouterr().err
+
+
+def test_a_wrong_file_of_settings_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "platform.env"
+    file.write_text("VECTORCLM_STORE\n")
+    assert cli.main(["store", "ls", "--env-file", str(file)]) == 2
+    assert capsys.readouterr().err == f"error: {file}, line 1: write NAME=value\n"
+    assert core.main(["store", "ls", "--env-file", str(file)]) == 2
+    assert "only the command `vectorclm` reads" in capsys.readouterr().err

@@ -24,7 +24,7 @@ FINGERPRINTS = {
         "evaluate_base": "31d52913bf41ccb0",
         "finetune": "95a8f8b8c33c60e6",
         "evaluate": "517f38b629052d13",
-        "export": "c7d642fb6bac7710",
+        "export": "4e5e7e707ec514c0",
     },
     "small": {
         "sample": "f1234b691d43ff5d",
@@ -35,7 +35,7 @@ FINGERPRINTS = {
         "evaluate_base": "b66e1693a36a0fd9",
         "finetune": "6a9341d4e301400e",
         "evaluate": "49eb86e19c390a5e",
-        "export": "4b49173d0213b04c",
+        "export": "d86d2c646412a704",
     },
     "base": {
         "sample": "2c07f622bb35ff74",
@@ -46,7 +46,7 @@ FINGERPRINTS = {
         "evaluate_base": "84d21f508935887b",
         "finetune": "564bbfe36c43b438",
         "evaluate": "b85efcf104d50666",
-        "export": "55ed6c9ae7da3ff4",
+        "export": "cbbc20b40ddb21f7",
     },
 }
 

@@ -27,9 +27,8 @@ from tests.test_pages import README, fenced
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.instruction_checks import PARTS
-from vectorclm.lineage.chain import TITLES
 from vectorclm.shards.order import format_epochs
-from vectorclm.stages import TRAININGS
+from vectorclm.stages import BY_NAME, TRAININGS
 from vectorclm.store.layout import STAGES
 from vectorclm.store.storage import LOCK
 
@@ -245,7 +244,9 @@ def test_mlflow_links_data_and_models(first: SimpleNamespace) -> None:
         query = f"name = '{name}' and tags.fingerprint = '{made['fingerprint']}'"
         (version,) = first.client.search_model_versions(query)
         assert version.tags["uri"] == made["uri"]
-        assert all(f"[{part}](#/experiments/" in version.description for part in ("sample", "tokenizer", TITLES[stage]))
+        assert all(
+            f"[{part}](#/experiments/" in version.description for part in ("sample", "tokenizer", BY_NAME[stage].result)
+        )
         assert first.client.get_model_version_by_alias(name, "candidate").name == name
     (model,) = first.client.search_logged_models(
         [runs["pretrain"].info.experiment_id],

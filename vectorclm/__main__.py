@@ -18,7 +18,8 @@ MODEL_COMMANDS = (evaluate, export, compare, chat, serve)
 app = new_app(
     "python -m vectorclm", "Single stages of an experiment, models and the store, without Prefect and MLflow."
 )
-add_stages(app, [name for name in STAGES if name not in ("evaluate", "export")], "python -m vectorclm")
+ALONE = [name for name in STAGES if name not in {command.__name__ for command in MODEL_COMMANDS}]  # their own commands
+add_stages(app, ALONE, "python -m vectorclm")
 app.update(models)
 app.command(store_app)
 

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +19,10 @@ from cyclopts.exceptions import CycloptsError
 
 from vectorclm.errors import ConfigError, VectorCLMError
 
-StoreUri = Annotated[
-    str, Parameter(name="--store", env_var="VECTORCLM_STORE", help="Store of the artifacts: a folder or s3://…")
+STORE = Parameter(name="--store", env_var="VECTORCLM_STORE", help="Store of the artifacts: a folder or s3://…")
+StoreUri = Annotated[str, STORE]
+EnvFile = Annotated[
+    Path | None, Parameter(name="--env-file", help="A file of settings, as docker/platform.env.example")
 ]
 Json = Annotated[bool, Parameter(name="--json", help="Print JSON")]
 Setting = Annotated[
@@ -40,6 +42,15 @@ class Place:
     runtime: Annotated[Path | None, Parameter(help="TOML or JSON file with settings of this machine")] = None
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class StoreOptions:
+    """The options that name a store, by itself or by the settings of its platform."""
+
+    store: StoreUri = LOCAL_STORE
+    env_file: EnvFile = None
+
+
 def new_app(name: str, about: str) -> App:
     """A cyclopts app whose commands return their exit code, and whose flags have no --no-… form."""
     return App(
@@ -57,14 +68,32 @@ def _shown(default: object) -> object:
     return default if default not in (False, "", ()) or (default == 0 and default is not False) else None
 
 
-def parse(app: App, arguments: Sequence[str] | None) -> tuple[Callable[..., Any], inspect.BoundArguments]:
-    """Parse a command line into a command and its arguments. Raises ConfigError, in one line, for a wrong argument."""
+Command = tuple[Callable[..., Any], inspect.BoundArguments]
+
+
+def parse(
+    app: App, arguments: Sequence[str] | None, read_env_file: Callable[[Path], Mapping[str, str]] | None = None
+) -> Command:
+    """Parse a command line into a command and its arguments. Raises ConfigError, in one line, for a wrong argument.
+
+    The file of `StoreOptions.env_file` is read by `read_env_file` into the environment, which the options then follow.
+    """
     if os.environ.get("VECTORCLM_STORE") == "":
         del os.environ["VECTORCLM_STORE"]  # an empty variable means no setting
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command, bound = _parse(app, words)
+    files = [value.env_file for value in bound.arguments.values() if isinstance(value, StoreOptions)]
+    if not files or files[0] is None:
+        return command, bound
+    if read_env_file is None:
+        raise ConfigError("--env-file names the settings of a platform, which only the command `vectorclm` reads")
+    os.environ |= read_env_file(files[0])
+    return _parse(app, words)
+
+
+def _parse(app: App, words: list[str]) -> Command:
     try:
-        command, bound, _ = app.parse_args(
-            list(sys.argv[1:] if arguments is None else arguments), exit_on_error=False, print_error=False
-        )
+        command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         raise ConfigError(f"{_explain(error)}; --help lists commands and options") from error
     return command, bound

@@ -1,4 +1,7 @@
-"""The builders of the stages: one function for each, which writes files into a folder and returns a summary."""
+"""The builders of the stages: one function for each, which writes files into a folder and returns a summary.
+
+Beside them the main figures of each summary, for lineage and reports.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -154,15 +157,15 @@ def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_export(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Write both models as Hugging Face directories with their cards."""
-    ancestors = _ancestors(job.name, job.specs)
-    lineage = {stage: find_input(job.store, spec) for stage, spec in job.specs.items() if stage in ancestors}
+    behind = ancestors(job.name, job.specs)
+    lineage = {stage: find_input(job.store, spec) for stage, spec in job.specs.items() if stage in behind}
     return export(job.experiment.name, job.inputs, lineage, out)
 
 
-def _ancestors(name: str, specs: Mapping[str, StageSpec]) -> set[str]:
+def ancestors(name: str, specs: Mapping[str, StageSpec]) -> set[str]:
     """The stages whose artifacts a stage depends on, directly or through others."""
     direct = set(specs[name].inputs)
-    return direct.union(*(_ancestors(stage, specs) for stage in direct))
+    return direct.union(*(ancestors(stage, specs) for stage in direct))
 
 
 def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -> dict[str, Path]:
@@ -208,3 +211,36 @@ def find_input(store: Store, spec: StageSpec) -> Artifact:
 def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[Any]:
     for row in rows:
         yield row[column]
+
+
+def sample_figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Number of documents and bytes of a sample."""
+    return {"documents": summary["documents"], "bytes": summary["bytes"]}
+
+
+def tokenizer_figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Size of a vocabulary, and bytes per token."""
+    return {"vocabulary": summary["vocab_size"], "bytes_per_token": summary["bytes_per_token"]}
+
+
+def shard_figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Training tokens of shards."""
+    return {"tokens": sum(tokens_by_source(summary).values())}
+
+
+def tokens_by_source(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Training tokens of each source, from the summary of shards."""
+    sources = {label: splits for label, splits in summary.items() if isinstance(splits, Mapping)}
+    return {label: splits["train"]["tokens"] for label, splits in sources.items() if "train" in splits}
+
+
+def chat_shard_figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Training tokens of chat shards, and those that the loss counts."""
+    return {key: summary["train"][key] for key in ("tokens", "supervised_tokens")}
+
+
+def training_figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Size of a trained model, its training, and its mean bits per byte on held-out text."""
+    found = {key: summary[key] for key in ("parameters", "tokens", "steps", "last_loss") if key in summary}
+    bits = [figures["bits_per_byte"] for figures in summary["validation"].values()]
+    return found | ({"bits_per_byte": sum(bits) / len(bits)} if bits else {})

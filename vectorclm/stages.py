@@ -30,11 +30,16 @@ from vectorclm.stage_builders import (
     build_scores,
     build_shards,
     build_tokenizer,
+    chat_shard_figures,
     find_input,
     follow,
+    sample_figures,
+    shard_figures,
+    tokenizer_figures,
+    training_figures,
 )
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build, rebuild
-from vectorclm.store.layout import STAGES
+from vectorclm.store.layout import EXPORT, STAGES, StageName
 from vectorclm.store.uploads import EarlyUpload
 
 
@@ -46,24 +51,31 @@ def _no_lines(summary: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def _no_figures(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One row of the table: everything that the rest of the product asks about a stage."""
 
-    name: str
+    name: StageName
     about: str  # the purpose of the stage, for help texts and forms
-    inputs: tuple[str, ...]  # the stages whose artifacts this stage reads
+    inputs: tuple[StageName, ...]  # the stages whose artifacts this stage reads
     settings: Callable[[ExperimentConfig], Mapping[str, Any]]  # the settings that enter the fingerprint
     build: Callable[[StageJob, Path], Mapping[str, Any]]
     version: int = 1  # raise it when new code builds something else from equal settings
-    reads: str | None = None  # a training only: the stage whose windows the training streams
-    scores: str | None = None  # an evaluation only: the training whose model the stage scores
+    title: str = ""  # the stage as a heading; the name where it is empty
+    result: str = ""  # the artifact in prose, such as "chat model"; the name where it is empty
+    reads: StageName | None = None  # a training only: the stage whose windows the training streams
+    scores: StageName | None = None  # an evaluation only: the training whose model the stage scores
     model: str | None = None  # the kind of the model in the artifact: tokenizer, base, chat
     runs_torch: bool = False  # of a stage that neither trains nor scores
     columns: Mapping[str, str] | None = None  # a data set only: the columns and their types
     sources: Callable[[ExperimentConfig], Sequence[Source]] = _no_sources  # the data that the stage reads
     summary_lines: Callable[[Mapping[str, Any]], list[str]] = _no_lines  # what the stage kept and dropped
-    optional_inputs: Callable[[ExperimentConfig], tuple[str, ...]] = lambda experiment: ()
+    figures: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _no_figures  # the main figures of a summary
+    optional_inputs: Callable[[ExperimentConfig], tuple[StageName, ...]] = lambda experiment: ()
 
     @property
     def trains(self) -> bool:
@@ -74,6 +86,21 @@ class Stage:
     def own_process(self) -> bool:
         """Whether the stage runs torch, and therefore runs in one or more processes of its own."""
         return self.trains or self.scores is not None or self.runs_torch
+
+    @property
+    def draws(self) -> bool:
+        """Whether the stage draws training data from sources, which its settings name."""
+        return self.scores is None and self.sources is not _no_sources
+
+    @property
+    def language_model(self) -> bool:
+        """Whether the artifact is a language model."""
+        return self.model not in (None, "tokenizer")
+
+    @property
+    def described_by(self) -> str:
+        """The stage whose lineage describes this one: of scores and of copies of a model, the model's."""
+        return EXPORTED["chat"] if self.name == EXPORT else self.scores or self.name
 
 
 def _with_identities(config: Any, name: str) -> dict[str, Any]:
@@ -95,6 +122,7 @@ TABLE = (
         columns={"text": "string", "id": "string"},
         sources=lambda e: e.sample.sources,
         summary_lines=document_summary_lines,
+        figures=sample_figures,
     ),
     Stage(
         "tokenizer",
@@ -102,6 +130,7 @@ TABLE = (
         inputs=("sample",),
         settings=lambda e: e.tokenizer.model_dump(),
         build=build_tokenizer,
+        figures=tokenizer_figures,
         model="tokenizer",
     ),
     Stage(
@@ -112,9 +141,11 @@ TABLE = (
         build=build_shards,
         version=3,
         columns={"input_ids": "integer"},
+        figures=shard_figures,
     ),
     Stage(
         "chat_shards",
+        result="chat shards",
         about="render and pack the conversations",
         inputs=("tokenizer",),
         settings=lambda e: {**_with_identities(e.chat, "sources"), "decontaminate_with": _benchmarks(e)},
@@ -123,9 +154,12 @@ TABLE = (
         columns={"input_ids": "integer", "supervised": "integer"},
         sources=lambda e: e.chat.sources,
         summary_lines=conversation_summary_lines,
+        figures=chat_shard_figures,
     ),
     Stage(
         "pretrain",
+        title="Pretraining",
+        result="base model",
         about="train the base model over the curriculum",
         inputs=("shards",),
         settings=lambda e: {"model": e.model.model_dump(), **e.pretrain.model_dump()},
@@ -133,6 +167,7 @@ TABLE = (
         version=5,
         reads="shards",
         model="base",
+        figures=training_figures,
     ),
     Stage(
         "evaluate_base",
@@ -146,6 +181,8 @@ TABLE = (
     ),
     Stage(
         "finetune",
+        title="Fine-tuning",
+        result="chat model",
         about="fine-tune the base model on the conversations",
         inputs=("pretrain", "chat_shards"),
         settings=lambda e: e.finetune.model_dump(),
@@ -153,6 +190,7 @@ TABLE = (
         version=5,
         reads="chat_shards",
         model="chat",
+        figures=training_figures,
         optional_inputs=lambda e: ("shards",) if e.finetune.replay else (),
     ),
     Stage(
@@ -171,19 +209,27 @@ TABLE = (
         inputs=("pretrain", "evaluate_base", "finetune", "evaluate"),
         settings=lambda e: {"name": e.name},
         build=build_export,
+        version=2,
     ),
 )
-BY_NAME = {stage.name: stage for stage in TABLE}
-READS = {stage.name: stage.reads for stage in TABLE if stage.reads is not None}
+BY_NAME: dict[str, Stage] = {stage.name: stage for stage in TABLE}
+READS: dict[str, str] = {stage.name: stage.reads for stage in TABLE if stage.reads is not None}
 TRAININGS = frozenset(READS)
-EVALUATED = {stage.name: stage.scores for stage in TABLE if stage.scores is not None}
+EVALUATED: dict[str, str] = {stage.name: stage.scores for stage in TABLE if stage.scores is not None}
+MODELS: dict[str, str] = {stage.name: stage.model for stage in TABLE if stage.model is not None}
+LANGUAGE_MODELS = tuple(stage.name for stage in reversed(TABLE) if stage.language_model)  # the newest of a chain first
+EXPORTED: dict[str, str] = {  # folder of an export -> the stage whose model it contains
+    MODELS[name]: name for name in BY_NAME[EXPORT].inputs if BY_NAME[name].language_model
+}
 
 
 def plans(experiment: ExperimentConfig) -> dict[str, StageSpec]:
     """The specification of every stage, inputs before the stages that read them. The experiment must be pinned."""
     specs: dict[str, StageSpec] = {}
     for stage in TABLE:
-        inputs = {name: specs[name].fingerprint for name in (*stage.inputs, *stage.optional_inputs(experiment))}
+        inputs: dict[str, str] = {
+            name: specs[name].fingerprint for name in (*stage.inputs, *stage.optional_inputs(experiment))
+        }
         config = {**stage.settings(experiment), "seed": experiment.seed}
         specs[stage.name] = StageSpec(stage.name, stage.version, config, inputs)
     return specs

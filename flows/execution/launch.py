@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from flows.handle import StageCancelledError as StageCancelledError
 from flows.handle import StageFailedError as StageFailedError
 from flows.handle import StageInterruptedError as StageInterruptedError
-from flows.net import neutral
+from flows.net import SAFE_PATH, neutral
 from vectorclm import errors
 from vectorclm.errors import PreemptedError, VectorCLMError
 from vectorclm.runtime.progress import parse_tick, say
@@ -81,8 +81,9 @@ class Launcher:
             patience = PREEMPT_SECONDS if self.preempted else CANCEL_SECONDS
             with _deaf_to_sigterm(), ThreadPoolExecutor(len(children)) as threads:
                 list(threads.map(_end, children, [patience] * len(children)))
-        for device in self._devices:
-            device.release()
+        with self._lock:
+            for device in self._devices:
+                device.release()
 
     def take_turn(self, waits: Callable[[bool], None]) -> None:
         """Wait until no other curriculum uses the devices of this machine, and claim them until the block ends.
@@ -105,13 +106,16 @@ class Launcher:
 
     def _claimed(self) -> bool:
         """Try to lock all devices. All processes lock in the same order and keep their locks: no deadlock."""
-        for device in self._devices:
-            if not device.is_locked:
-                try:
-                    device.acquire(timeout=0)
-                except Timeout:
-                    return False
-        return True
+        with self._lock:  # the end of the block releases the locks, and none may be taken after it
+            if self.closed.is_set():
+                raise StageCancelledError("ended with the curriculum")
+            for device in self._devices:
+                if not device.is_locked:
+                    try:
+                        device.acquire(timeout=0)
+                    except Timeout:
+                        return False
+            return True
 
     def run(self, command: Sequence[str], log: Callable[[str], None]) -> None:
         """Run `command` to its end; progress goes to `vectorclm.runtime.progress`, every other line to `log`.
@@ -159,10 +163,8 @@ class Launcher:
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                env={
-                    **neutral(os.environ),
-                    "PYTHONUNBUFFERED": "1",
-                },  # the core uses neither Prefect nor MLflow
+                # The core uses neither Prefect nor MLflow.
+                env={**neutral(os.environ), **SAFE_PATH, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
             self._children.add(child)

@@ -44,8 +44,9 @@ from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreE
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
-from vectorclm.stages import BY_NAME, plans, rebuild_stage, run_stage, summary_lines
+from vectorclm.stages import BY_NAME, EXPORTED, plans, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
+from vectorclm.store.layout import EXPORT
 
 RETRY_DELAY = 5  # seconds
 LINK_SECONDS = 15  # to wait for the link to MLflow, while the stages run
@@ -145,7 +146,7 @@ class Stages:
             if isinstance(result, BaseException):
                 raise _failure(name, result) from result
             handles[name] = result
-        if "export" in handles:
+        if EXPORT in handles:
             self._report(handles)
         return handles
 
@@ -157,12 +158,12 @@ class Stages:
         try:
             champion = self.tracker.champion(CHAMPION_SECONDS)
             page = report(
-                lineage(handles["finetune"]["uri"], self.store),
+                lineage(handles[EXPORTED["chat"]]["uri"], self.store),
                 self.store,
                 lineage(champion, self.store) if champion is not None else None,
                 self.experiment.name,
             )
-            key = f"reports/{handles['export']['fingerprint']}.html"
+            key = f"reports/{handles[EXPORT]['fingerprint']}.html"
             self.store.write(key, page.encode())
             place = self.tracker.report(page) or self.store.uri_of(key)
             create_link_artifact(place, link_text="the report", key="page")

@@ -1,4 +1,4 @@
-"""Settings of the platform, and its services: Prefect, MLflow, the workers, and if asked for Postgres and an S3 store.
+"""Settings of the platform, and its services: Prefect, MLflow and the workers.
 
 Each service is a process that outlives the command which starts it; its log and its record are in `<home>/platform/`.
 Passwords reach services by their environment or a pipe, never by arguments.
@@ -9,18 +9,18 @@ import re
 import socket
 import sys
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any, Self, get_args
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
+from dotenv.parser import parse_stream
 from pydantic import Field, SecretStr, model_validator
 
 from flows.net import HEARTBEAT_SECONDS, QUIET, answers, past_proxies
 from flows.paths import local_folder
 from flows.platform import password
-from flows.platform.database import postgres
-from flows.platform.objectstore import object_store
-from flows.platform.process import HOST, Service
+from flows.platform.process import HOST, PREFECT, Service
 from vectorclm.errors import ConfigError
 from vectorclm.inference.guard import ALLOWED, allowed_hosts
 from vectorclm.settings import Settings, validate
@@ -28,6 +28,11 @@ from vectorclm.store.artifact import Store
 
 POOLS = ("cpu", "gpu")
 EVENTS_KEPT = "P30D"  # ISO 8601
+NO_STORE = (
+    "S3_ACCESS_KEY belongs to an S3 store of your own, as `vectorclm up` starts none: set AWS_ENDPOINT_URL to its URL; "
+    "for Amazon's S3, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead"
+)
+CONNECT_SECONDS = 10
 SCHEDULE_SECONDS = 10  # between two checks for new schedules
 
 
@@ -46,9 +51,6 @@ class PlatformConfig(Settings):
     vectorclm_home: str | None = Field(None, description="The folder on this machine for databases and logs")
     prefect_port: int = Field(4200, ge=1, le=65_535)
     mlflow_port: int = Field(5000, ge=1, le=65_535)
-    postgres_port: int = Field(5432, ge=1, le=65_535)
-    s3_port: int = Field(8333, ge=1, le=65_535)
-    postgres_password: SecretStr | None = None
     vectorclm_allowed_hosts: str = Field(
         "", description="Host names of Prefect and MLflow beside localhost, as behind a proxy; separated by commas"
     )
@@ -59,13 +61,15 @@ class PlatformConfig(Settings):
     mlflow_secret_key: SecretStr | None = None
     s3_access_key: SecretStr | None = None
     s3_secret_key: SecretStr | None = None
-    aws_endpoint_url: str | None = Field(None, description="An S3 store that runs already; default: `up` starts one")
+    aws_endpoint_url: str | None = Field(None, description="The URL of the S3 store to which S3_ACCESS_KEY belongs")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         for one, other in (("mlflow_admin_password", "mlflow_secret_key"), ("s3_access_key", "s3_secret_key")):
             if (getattr(self, one) is None) != (getattr(self, other) is None):
                 raise ValueError(f"{one.upper()} and {other.upper()} go together: set both, or neither")
+        if self.s3_access_key is not None and self.aws_endpoint_url is None:
+            raise ValueError(NO_STORE)
         auth = self.prefect_auth
         if auth is not None and not password.is_off(auth) and not password.is_complete(auth.get_secret_value()):
             raise ValueError("PREFECT_AUTH must be user:password, or none")
@@ -107,13 +111,27 @@ class PlatformConfig(Settings):
 
     def database(self, name: str, driver: str) -> str | None:
         """The URL of a Postgres database, `prefect` or `mlflow`; None if SQLite is used."""
-        if self.vectorclm_database is not None:
-            at = urlsplit(self.vectorclm_database.get_secret_value()).netloc
-        elif self.postgres_password is not None:
-            at = f"vectorclm:{quote(self.postgres_password.get_secret_value(), safe='')}@{HOST}:{self.postgres_port}"
-        else:
+        if self.vectorclm_database is None:
             return None
+        at = urlsplit(self.vectorclm_database.get_secret_value()).netloc
         return f"postgresql+{driver}://{at}/{name}"
+
+    def check_database(self) -> str | None:
+        """The address of the Postgres that VECTORCLM_DATABASE names; None for SQLite.
+
+        Raises ConfigError where nothing answers there: the servers of Prefect and MLflow would not start.
+        """
+        if self.vectorclm_database is None:
+            return None
+        at = urlsplit(self.vectorclm_database.get_secret_value())
+        host, port = at.hostname or HOST, at.port or 5432
+        try:
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ConfigError(
+                f"no Postgres answers at {host}:{port}, which VECTORCLM_DATABASE names: start it ({error})"
+            ) from error
+        return f"{host}:{port}"
 
     def client_environment(self) -> dict[str, str]:
         """The environment of a worker, or of a command that talks to the platform."""
@@ -136,14 +154,10 @@ class PlatformConfig(Settings):
             environment["MLFLOW_TRACKING_PASSWORD"] = self.mlflow_admin_password.get_secret_value()
         return environment | self._s3_environment()
 
-    @property
-    def _s3_url(self) -> str:
-        return f"http://{HOST}:{self.s3_port}"
-
     def _s3_environment(self) -> dict[str, str]:
         if self.s3_access_key is None or self.s3_secret_key is None:
             return {}
-        endpoint = self.aws_endpoint_url or self._s3_url
+        endpoint = self.aws_endpoint_url or ""
         return {
             "AWS_ACCESS_KEY_ID": self.s3_access_key.get_secret_value(),
             "AWS_SECRET_ACCESS_KEY": self.s3_secret_key.get_secret_value(),
@@ -151,18 +165,6 @@ class PlatformConfig(Settings):
             "AWS_ENDPOINT_URL": endpoint,
             "MLFLOW_S3_ENDPOINT_URL": endpoint,
         }
-
-    def stores(self) -> list[Service]:
-        """Postgres and the S3 store, if asked for, in the order of their start; each waits for the one before it."""
-        found: list[Service] = []
-        if self.vectorclm_database is None and self.postgres_password is not None:
-            password = self.postgres_password.get_secret_value()
-            found.append(postgres(self.home / "postgres", _folder(self), self.postgres_port, password))
-        own = self.aws_endpoint_url in (None, self._s3_url) and self.vectorclm_store.startswith("s3://")
-        if own and self.s3_access_key is not None and self.s3_secret_key is not None:
-            keys = self.s3_access_key.get_secret_value(), self.s3_secret_key.get_secret_value()
-            found += object_store(self.home / "s3", _folder(self), self.s3_port, *keys)
-        return found
 
     def servers(self) -> list[Service]:
         """The servers of Prefect and MLflow, which start in parallel."""
@@ -173,31 +175,51 @@ class PlatformConfig(Settings):
         return [_worker(self, pool) for pool in POOLS]
 
 
+# What older versions of `up` started servers by, and docker/compose.yaml still does; each with its successor.
+RETIRED = {
+    "postgres_password": "vectorclm_database",
+    "postgres_port": "vectorclm_database",
+    "s3_port": "aws_endpoint_url",
+}
 SECRETS = [name for name, field in PlatformConfig.model_fields.items() if SecretStr in get_args(field.annotation)]
 
 
 def read_platform(env_file: Path | None, **options: Any) -> PlatformConfig:
     """Read the platform's settings: options override the environment, which overrides the file. Raises ConfigError."""
-    values: dict[str, Any] = {}
-    if env_file is not None:
-        try:
-            lines = env_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{env_file} cannot be read: {error}") from error
-        for number, line in enumerate(lines, 1):
-            name, equals, value = line.strip().partition("=")
-            if not name or name.startswith("#"):
-                continue
-            if not equals:
-                raise ConfigError(f"{env_file}, line {number}: write NAME=value")
-            name, value = name.strip().lower(), value.strip().strip("\"'")
-            if not value and name in SECRETS:
-                raise ConfigError(f"{env_file}, line {number}: {name.upper()} is empty: fill it in, or delete the line")
-            values[name] = value
-    known = PlatformConfig.model_fields
+    values: dict[str, Any] = {} if env_file is None else _read_file(env_file)
+    known = [*PlatformConfig.model_fields, *RETIRED]
     values |= {name: os.environ[name.upper()] for name in known if name.upper() in os.environ}
     values |= {name: value for name, value in options.items() if value is not None}
-    return validate(PlatformConfig, {name: value for name, value in values.items() if value != ""}, "platform settings")
+    values = {name: value for name, value in values.items() if value != ""}
+    for name, successor in RETIRED.items():
+        if values.pop(name, None) is not None and successor not in values:
+            kind = "Postgres" if name.startswith("postgres") else "S3 store"
+            raise ConfigError(
+                f"{name.upper()} is read by docker/compose.yaml only, as `vectorclm up` starts no {kind}: name one of "
+                f"your own by {successor.upper()}, or remove {name.upper()}"
+            )
+    return validate(PlatformConfig, values, "platform settings")
+
+
+def _read_file(env_file: Path) -> dict[str, Any]:
+    """The settings of a file of lines NAME=value. Raises ConfigError with the number of a wrong line."""
+    try:
+        text = env_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{env_file} cannot be read: {error}") from error
+    values: dict[str, Any] = {}
+    for binding in parse_stream(StringIO(text)):
+        at = binding.original
+        line = at.line + at.string[: len(at.string) - len(at.string.lstrip())].count("\n")
+        if binding.error or (binding.key is not None and binding.value is None):
+            raise ConfigError(f"{env_file}, line {line}: write NAME=value")
+        if binding.key is None:
+            continue  # a comment
+        name = binding.key.lower()
+        if not binding.value and (name in SECRETS or name in RETIRED):
+            raise ConfigError(f"{env_file}, line {line}: {binding.key} is empty: fill it in, or delete the line")
+        values[name] = binding.value
+    return values
 
 
 def _prefect_server(config: PlatformConfig) -> Service:
@@ -229,7 +251,7 @@ def _prefect_server(config: PlatformConfig) -> Service:
     if (auth := config.prefect_password) is not None:
         environment |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_API_AUTH_STRING": auth}
     ready = partial(answers, f"{config.prefect_url}/api/health")
-    return Service("prefect-server", command, environment, _folder(config), config.prefect_port, ready)
+    return Service(PREFECT, command, environment, _folder(config), config.prefect_port, ready)
 
 
 def _mlflow_server(config: PlatformConfig) -> Service:

@@ -18,9 +18,8 @@ from rich.console import Console
 
 from flows.platform import password
 from flows.platform.config import POOLS, PlatformConfig
-from flows.platform.ownership import ran_here, reasons_to_leave_alone, remember
+from flows.platform.ownership import check_folders, check_listeners, ran_here, reasons_to_leave_alone, remember
 from flows.platform.process import Service, ServiceError
-from flows.tracking.client import EXPERIMENTS_PAGE
 from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Store
 
@@ -39,12 +38,9 @@ def up(config: PlatformConfig, console: Console) -> None:
     """
     if config.prefect_auth is None:
         password.ensure(config.home, f"{config.prefect_url}/api")
+    config.check_database()
     point_at(config)
     remember(config)
-    for service in config.stores():
-        if service.start():
-            console.print(f"starting {service.name} …", highlight=False)
-        service.wait()
     store = Store(config.vectorclm_store)
     store.create()
     store.check_writable()
@@ -69,7 +65,7 @@ def up(config: PlatformConfig, console: Console) -> None:
 
 def down(config: PlatformConfig, console: Console) -> None:
     """Stop all services, the workers first. Their runs end, and continue where they stopped after the next `up`."""
-    services = [*config.stores(), *config.servers(), *config.workers()]
+    services = [*config.servers(), *config.workers()]
     stopped = [service for service in reversed(services) if service.stop()]
     for service in stopped:
         console.print(f"{service.name} stopped", highlight=False)
@@ -84,7 +80,7 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
     for name, link in (
         ("run the curriculum", form),
         ("Prefect", config.prefect_url),
-        ("MLflow", f"{config.mlflow_url}/{EXPERIMENTS_PAGE}"),
+        ("MLflow", f"{config.mlflow_url}/#/experiments?workflowType=machine_learning"),
         ("store", Store(config.vectorclm_store).uri),
         ("logs", str(config.home / "platform")),
     ):
@@ -131,11 +127,13 @@ def point_at(config: PlatformConfig) -> None:
 def alone(config: PlatformConfig, console: Console, *, starts: bool) -> Iterator[None]:
     """Lock the platform against other `up`, `down` and `doctor` commands while the block runs.
 
-    If no platform ever ran here, only a command that `starts` one creates the home.
+    If no platform ever ran here, only a command that `starts` one creates the home. Raises ConfigError where other
+    users control the platform's folders.
     """
     if not starts and not ran_here(config):
         yield
         return
+    check_folders(config)
     config.home.mkdir(parents=True, exist_ok=True)
     lock = FileLock(config.home / "platform.lock")
     try:
@@ -171,8 +169,11 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
         for reason in reasons:
             _report(Finding(False, reason), console)
         return False
-    well &= _checked((_stores, _store, _servers), config, console)
-    if config.servers()[0].process() is None:
+    well &= _checked((_store,), config, console)
+    if not _checked((_postgres,), config, console):
+        return False  # no server starts without its database
+    well &= _checked((_servers,), config, console)
+    if not config.servers()[0].holds_its_port():
         message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
         return _report(Finding(False, message), console)
     return _checked((_database, _inside_prefect, _workers, _waiting), config, console) and well
@@ -224,11 +225,6 @@ def _unsuitable() -> Iterator[str]:
             yield f"{needed.name} {found} does not work here: {fix}"
 
 
-def _stores(config: PlatformConfig) -> Iterator[Finding]:
-    for service in config.stores():
-        yield _kept_running(service)
-
-
 def _kept_running(service: Service) -> Finding:
     started = service.start()
     service.wait()
@@ -241,6 +237,11 @@ def _store(config: PlatformConfig) -> Iterator[Finding]:
     store.create()
     store.check_writable()
     yield Finding(True, f"store {store.uri} can be read and written")
+
+
+def _postgres(config: PlatformConfig) -> Iterator[Finding]:
+    if (address := config.check_database()) is not None:
+        yield Finding(True, f"Postgres answers at {address}")
 
 
 def _disk(config: PlatformConfig) -> Iterator[Finding]:
@@ -370,8 +371,9 @@ def _waiting(config: PlatformConfig) -> Iterator[Finding]:
 def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:
     """The workers that `up` starts, each with its pool: those of pools of type `process`.
 
-    If a pool became a cluster's, the worker that was started for it before is stopped.
+    The worker of a pool that became a cluster's is stopped. Raises ConfigError where a stranger would get a password.
     """
+    check_listeners(config)
     from prefect.client.orchestration import get_client
 
     found = []

@@ -5,8 +5,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flows.platform import private
 from flows.platform.config import PlatformConfig
 from flows.platform.process import Service, holder
+from vectorclm.errors import ConfigError
 from vectorclm.store.artifact import Store
 
 ABOUT = "about.json"  # beside the records of the services
@@ -15,7 +17,7 @@ ABOUT = "about.json"  # beside the records of the services
 def remember(config: PlatformConfig) -> None:
     """Write down the store and ports of the platform, for messages of commands with other settings. No secrets."""
     folder = config.home / "platform"
-    folder.mkdir(parents=True, exist_ok=True)
+    private.create_folder(folder)
     file = folder / ABOUT
     file.touch(mode=0o600)
     file.write_text(json.dumps(_about(config)), encoding="utf-8")
@@ -26,9 +28,31 @@ def ran_here(config: PlatformConfig) -> bool:
     return (config.home / "platform").is_dir()
 
 
+def check_folders(config: PlatformConfig) -> None:
+    """Raise ConfigError where other users control the folders of the platform, and so its records and settings."""
+    for folder in (config.home / "platform", config.home / ".prefect"):
+        private.check_folder(folder)
+
+
+def check_listeners(config: PlatformConfig) -> None:
+    """Raise ConfigError where a program that `up` did not start would get the password of Prefect or MLflow.
+
+    After a restart of the machine any user's program can listen at their ports.
+    """
+    prefect, mlflow = config.servers()
+    for server, secret in ((prefect, config.prefect_password), (mlflow, config.mlflow_admin_password)):
+        if secret is None or server.port is None or server.holds_its_port():
+            continue
+        if (held := holder(server.port)) is not None:
+            raise ConfigError(
+                f"port {server.port} is held by {held}, not by the {server.name} that `vectorclm up` started, so no "
+                "password is sent there: end it and run `vectorclm up`, or give the options that `up` had"
+            )
+
+
 def reasons_to_leave_alone(config: PlatformConfig) -> list[str]:
     """Reasons why a command with these settings must not touch the platform, a line each; empty if it may."""
-    services = [*config.stores(), *config.servers(), *config.workers()]
+    services = [*config.servers(), *config.workers()]
     started = [service for service in services if service.record.exists()]
     if not started:
         state = f"the platform of {config.home} is stopped" if ran_here(config) else f"no platform ran in {config.home}"

@@ -6,10 +6,12 @@ Its file can also be sourced by a shell: then the user's own `prefect` command u
 import os
 import secrets
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import SecretStr
 
+from flows.platform import private
 from vectorclm.errors import ConfigError
 
 URL, AUTH = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"
@@ -41,10 +43,10 @@ def is_off(setting: SecretStr) -> bool:
 def read(home: Path, url: str | None = None) -> str | None:
     """Read the password of the platform of a home; None without one, or if it is for another server than `url`.
 
-    Raises ConfigError where its file cannot be read.
+    Raises ConfigError where its file cannot be read, or other users control it.
     """
     try:
-        lines = place(home).read_text(encoding="utf-8").splitlines()
+        lines = private.read_text(place(home)).splitlines()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -70,16 +72,19 @@ def settle(home: Path, url: str, *, own: bool) -> None:
     Raises ConfigError where its file cannot be read.
     """
     if not own:
-        place(home).unlink(missing_ok=True)
+        with suppress(FileNotFoundError), private.opened_folder(place(home).parent) as folder:
+            os.unlink(place(home).name, dir_fd=folder)
     elif (known := read(home)) is not None and read(home, url) is None:
         _write(home, url, known)
 
 
 def _write(home: Path, url: str, password: str) -> None:
     file = place(home)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
-        opened.write(f"{ABOUT.format(shlex.quote(str(file)))}{URL}={url}\n{AUTH}={password}\n")
-    draft.replace(file)  # atomic, and never readable for other users
+    private.create_folder(file.parent)
+    draft = f".{file.name}.{secrets.token_hex(4)}"
+    with private.opened_folder(file.parent) as folder:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
+            opened.write(f"{ABOUT.format(shlex.quote(str(file)))}{URL}={url}\n{AUTH}={password}\n")
+        # Atomic, and never readable for other users.
+        os.replace(draft, file.name, src_dir_fd=folder, dst_dir_fd=folder)

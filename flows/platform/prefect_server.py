@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 from filelock import FileLock
 
 from flows.execution.launch import dying_with_parent
-from flows.net import HEARTBEAT_SECONDS, QUIET, answers, free_port, has_own_server, past_proxies
-from flows.platform import password
+from flows.net import HEARTBEAT_SECONDS, QUIET, SAFE_PATH, answers, free_port, has_own_server, past_proxies
+from flows.platform import password, private
+from flows.platform.process import PREFECT, Service
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.inference.guard import ALLOWED
 
@@ -48,7 +50,7 @@ class PrivateServer:
 
         Call it before Prefect is imported, which reads the environment once.
         """
-        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)  # keys of Prefect's blocks are in its database
+        private.create_folder(self.home)  # keys of Prefect's blocks are in its database
         self._lock.acquire()
         for name in [name for name in os.environ if name.startswith("PREFECT_")]:
             if not name.startswith("PREFECT_LOGGING_"):
@@ -65,7 +67,7 @@ class PrivateServer:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 dying_with_parent(command),
-                env={**os.environ, **settings, "PYTHONSAFEPATH": "1"},  # imports nothing from the working directory
+                env={**os.environ, **settings, **SAFE_PATH},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -120,6 +122,7 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
         if not answers(f"{url}/health"):
             raise ServerError(f"no Prefect server answers at {url}: start it, or unset PREFECT_API_URL")
         if "PREFECT_API_AUTH_STRING" not in os.environ and (auth := password.read(home.parent, url)) is not None:
+            _check_listener(home.parent, url)
             os.environ["PREFECT_API_AUTH_STRING"] = auth
         _check_password(url)
         yield None
@@ -130,6 +133,16 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
         yield server
     finally:
         server.stop()
+
+
+def _check_listener(home: Path, url: str) -> None:
+    """Raise ConfigError where another program than the platform's server listens: it must not get the password."""
+    port = urlsplit(url).port
+    if not Service(PREFECT, [], {}, password.place(home).parent, port).holds_its_port():
+        raise ConfigError(
+            f"the server at {url} is not the one that `vectorclm up` started in {home}, so its password is not sent: "
+            "run `vectorclm up`, or set PREFECT_API_AUTH_STRING=user:password"
+        )
 
 
 def _check_password(url: str) -> None:

@@ -18,13 +18,14 @@ from typing import Any
 
 import psutil
 
-from flows.net import neutral
+from flows.net import SAFE_PATH, neutral
+from flows.platform import private
 from vectorclm.errors import VectorCLMError
 from vectorclm.runtime.processes import find_process, process_identity, process_space
 from vectorclm.settings import digest
 
 HOST = "127.0.0.1"
-SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` imports nothing from the working directory
+PREFECT = "prefect-server"  # the name of the service
 START_SECONDS = 180  # a cold start migrates a new database
 STOP_SECONDS = 20
 
@@ -44,8 +45,6 @@ class Service:
     port: int | None = None
     ready: Callable[[], bool] | None = None  # whether it answers
     prepare: Callable[[], None] | None = None  # runs before its start
-    finish: Callable[[], None] | None = None  # runs once it answers
-    stop_signal: signal.Signals = signal.SIGTERM
     umask: int = 0o077  # only the owner can read its files
 
     @property
@@ -67,6 +66,14 @@ class Service:
                     return process
                 time.sleep(0.01)  # it is just starting, or was killed and still holds its files
         return None
+
+    def holds_its_port(self) -> bool:
+        """Whether the program that listens on its port is the recorded process or a child, and not a stranger."""
+        process = self.process()
+        with suppress(psutil.Error):
+            if process is not None:
+                return any(_listens(each, self.port) for each in (process, *process.children(recursive=True)))
+        return False
 
     def _known(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
@@ -99,7 +106,7 @@ class Service:
             _end(_of_session(known))  # children of a killed process may hold the port
         if self.port is not None and (held := holder(self.port)) is not None:
             raise ServiceError(f"port {self.port} is taken by {held}: end it, or give {self.name} another port")
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # logs, records and a password
+        private.create_folder(self.folder)
         if self.prepare is not None:
             self.prepare()
         self.log.touch(mode=0o600)
@@ -123,50 +130,24 @@ class Service:
     def wait(self) -> None:
         """Wait until it answers. Raises ServiceError with the last lines of its log where it ends or takes too long."""
         deadline = time.monotonic() + START_SECONDS
-        while self.ready is not None and not self.ready():
+        while self.ready is not None and not (self.ready() and (self.port is None or self.holds_its_port())):
             ended = self.process() is None
             if ended or time.monotonic() > deadline:
                 what = "ended during its start" if ended else f"does not answer after {START_SECONDS} s"
                 words = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
                 raise ServiceError(f"{self.name} {what}; {self.log} ends with:\n{words}")
             time.sleep(0.2)
-        if self.finish is not None:
-            self.finish()
 
     def stop(self) -> bool:
         """End the process and all its descendants; returns False if it did not run."""
         process, known = self.process(), self._known()
         if process is not None:
             family = [process, *process.children(recursive=True)]
-            _end([process], self.stop_signal)
+            _end([process])
             _end(family)
         _end(_of_session(known))
         self.record.unlink(missing_ok=True)
         return process is not None
-
-
-def run_tool(command: list[str], what: str, *, secret_input: str | None = None, **environment: str) -> str:
-    """Run a command and return its standard output; secrets are passed by input or environment only.
-
-    Raises ServiceError, naming the task `what`, with the last lines of the command's output.
-    """
-    try:
-        done = subprocess.run(
-            command,
-            input=secret_input or "",
-            env={**os.environ, **environment},
-            cwd="/",  # its user may have no access to our folder
-            capture_output=True,
-            text=True,
-            timeout=START_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ServiceError(f"{what} took more than {START_SECONDS} s: {command[0]} does not end") from error
-    if done.returncode:
-        words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
-        raise ServiceError(f"{what} failed:\n{words}")
-    return done.stdout
 
 
 def listens(port: int) -> bool:
@@ -174,6 +155,14 @@ def listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((HOST, port)) == 0
+
+
+def _listens(process: psutil.Process, port: int | None) -> bool:
+    with suppress(psutil.Error):
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr == (HOST, port):
+                return True
+    return False
 
 
 def holder(port: int) -> str | None:
@@ -214,10 +203,10 @@ def _of_session(known: Mapping[str, Any]) -> list[psutil.Process]:
     return found
 
 
-def _end(processes: Iterable[psutil.Process], first: signal.Signals = signal.SIGTERM) -> None:
-    """Send a signal to the processes, then kill those that do not end."""
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Send SIGTERM to the processes, then kill those that do not end."""
     left = list(processes)
-    for number in (first, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)

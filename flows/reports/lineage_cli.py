@@ -17,7 +17,6 @@ from flows.tracking.lookup import opened, recorded, versions
 from vectorclm.errors import VectorCLMError
 from vectorclm.lineage.chain import (
     SHORT,
-    TITLES,
     Change,
     Lineage,
     Node,
@@ -28,6 +27,7 @@ from vectorclm.lineage.chain import (
     score_facts,
     verify,
 )
+from vectorclm.stages import BY_NAME
 from vectorclm.store.artifact import Store
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
@@ -157,7 +157,7 @@ def print_users(source: str, store: Store, *, as_json: bool) -> int:
         names = ", ".join(registered.get(model.fingerprint, ())) or "-"
         address = f"{model.stage}/{model.fingerprint[:SHORT]}"
         label = f"{read.label} ({read.path})" if read.path else read.label
-        table.add_row(address, TITLES[model.stage], escape(label), escape(read.revision), escape(names))
+        table.add_row(address, BY_NAME[model.stage].result, escape(label), escape(read.revision), escape(names))
     console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
     console.print(table, highlight=False)
     if why:

@@ -1,18 +1,32 @@
-"""Plots as inline SVG: curves, confidence intervals, bars and graphs. The page sets their colours.
+"""Plots as inline SVG, drawn by matplotlib: curves, confidence intervals and bars. The page sets their colours.
 
-Each is 420 units wide with a font size of 12, so that it is readable on a telephone. All text is escaped.
+Each is 420 units wide with a font size of 12, so that it is readable on a telephone. The same data gives the same
+bytes. Labels are never parsed as formulas or markup.
 """
 
+import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, and most commands draw nothing
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30  # margins of the plotting area
 POINTS = 300  # of a curve; longer ones are drawn by means
 COLOURS = 6  # the page defines them as --series-0 and so on
+INKS = (*(f"series-{number}" for number in range(COLOURS)), "quiet", "line", "text")  # colours of the page
+DASHES = (0, (3, 3))
+DOT: Mapping[str, Any] = {"solid_capstyle": "round", "clip_on": False}  # a line of no length with round ends
+UNITS_PER_INCH = 72
 
 Point = tuple[float, float]
 
@@ -26,16 +40,6 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, `about` of them, for the ticks of an axis."""
-    rough = (high - low) / about
-    if not rough > 0:
-        return [low]
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
-    return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
 def thinned(points: Sequence[Point]) -> list[Point]:
     """Reduce a curve to at most POINTS points, each the mean of its neighbours."""
     size = math.ceil(len(points) / POINTS)
@@ -43,53 +47,46 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
-@dataclass(frozen=True)
-class _Plane:
-    """The mapping from values to coordinates of the picture."""
-
-    low: Point
-    high: Point
-
-    def at(self, x: float, y: float) -> str:
-        across = (x - self.low[0]) / ((self.high[0] - self.low[0]) or 1)
-        up = (y - self.low[1]) / ((self.high[1] - self.low[1]) or 1)
-        return f"{LEFT + across * (WIDTH - LEFT - RIGHT):.1f},{HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM):.1f}"
-
-    def frame(self, unit: str) -> Iterator[str]:
-        """Grid lines and tick labels."""
-        for y in ticks(self.low[1], self.high[1]):
-            left, height = self.at(self.low[0], y).split(",")
-            yield f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{height}" y2="{height}"/>'
-            yield _text(LEFT - 6, float(height) + 4, short(y), "end")
-        for x in ticks(self.low[0], self.high[0]):
-            across = float(self.at(x, self.low[1]).split(",")[0])
-            yield _text(across, HEIGHT - BOTTOM + 16, short(x), "middle")
-        yield _text(WIDTH - RIGHT, HEIGHT - 2, unit, "end")
-
-
 def curves(
     title: str, series: Mapping[str, Sequence[Point]], unit: str = "tokens", marks: Mapping[str, float] | None = None
 ) -> Markup:
-    """A line plot; `marks` are labelled positions on the x-axis. Empty if no series has a point."""
-    drawn = {label: thinned(points) for label, points in series.items() if points}
-    every = [point for points in drawn.values() for point in points]
+    """A line plot; `marks` are labelled positions on the x-axis. Empty if no series has a finite point."""
+    finite = [[point for point in points if all(map(math.isfinite, point))] for points in series.values()]
+    drawn = [thinned(points) for points in finite if points]
+    every = [point for points in drawn for point in points]
     if not every:
         return Markup()
-    low, high = min(y for _, y in every), max(y for _, y in every)
-    room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    plane = _Plane((0.0, max(0.0, low - room) if low >= 0 else low - room), (max(x for x, _ in every), high + room))
-    parts = list(plane.frame(unit))
+    figure, axes = _canvas(HEIGHT, (LEFT, BOTTOM, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM))
+    _scale(axes, every)
+    figure.text(1 - RIGHT / WIDTH, 3 / HEIGHT, plain(unit), ha="right", color=_ink("quiet"), parse_math=False)
     for label, place in (marks or {}).items():
-        across = float(plane.at(place, plane.low[1]).split(",")[0])
-        parts.append(f'<line class="mark" x1="{across}" x2="{across}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(_text(across + 4, TOP + 10, label, "start", "marked"))
-    for number, points in enumerate(drawn.values()):
-        path = " ".join(plane.at(*point) for point in points)
-        parts.append(f'<polyline class="curve" style="stroke:var(--series-{number % COLOURS})" points="{path}"/>')
+        axes.axvline(place, color=_ink("quiet"), linewidth=1, linestyle=DASHES, clip_on=False, gid="mark")
+        at: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
+        axes.annotate(plain(label), (place, 1), (4, 0), color=_ink("quiet"), fontsize=11, parse_math=False, **at)
+    for number, points in enumerate(drawn):
+        xs, ys = zip(*points, strict=True)
+        colour = _ink(f"series-{number % COLOURS}")
         if len(points) == 1:
-            x, y = path.split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" style="fill:var(--series-{number % COLOURS})"/>')
-    return _svg(title, parts, HEIGHT)
+            axes.plot(xs * 2, ys * 2, linewidth=6, color=colour, gid="curve", **DOT)
+        else:
+            axes.plot(xs, ys, linewidth=1.8, color=colour, gid="curve", clip_on=False)
+    return _svg(figure, title)
+
+
+def _scale(axes: "Axes", points: Sequence[Point]) -> None:
+    """Scale the axes to the points, and draw horizontal grid lines and short numbers at round values."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    axes.set_xlim(0.0, max(x for x, _ in points) or 1.0)
+    axes.set_ylim(max(0.0, low - room) if low >= 0 else low - room, high + room)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.tick_params(length=0, pad=6, labelcolor=_ink("quiet"), labelsize=12)
+    axes.grid(axis="y", color=_ink("line"), linewidth=1, clip_on=False)
+    axes.set_axisbelow(True)
 
 
 @dataclass(frozen=True)
@@ -104,102 +101,109 @@ class IntervalBar:
 
 def intervals(title: str, rows: Mapping[str, tuple[float, Sequence[IntervalBar]]]) -> Markup:
     """A row for each task: chance as a line, scores as points with confidence intervals, from 0 to 100 %."""
-    parts: list[str] = []
-    top = TOP
+    heights = [22 + 14 * len(items) for _, items in rows.values()]
+    figure, axes = _canvas(TOP + sum(heights) + 24, (LEFT, 0, WIDTH - LEFT - RIGHT, TOP + sum(heights) + 24))
+    axes.set_axis_off()
+    axes.set_xlim(0, 1)
     people = list(dict.fromkeys(item.who for _, items in rows.values() for item in items))
-    across = [LEFT + share * (WIDTH - LEFT - RIGHT) for share in (0.0, 1.0)]
-
-    def at(share: float) -> float:
-        return across[0] + max(0.0, min(1.0, share)) * (across[1] - across[0])
-
-    for task, (chance, items) in rows.items():
-        height = 22 + 14 * len(items)
-        parts.append(_text(LEFT, top + 10, task, "start", "strong"))
-        parts.append(
-            f'<line class="mark" x1="{at(chance)}" x2="{at(chance)}" y1="{top + 14}" y2="{top + height - 4}"/>'
-        )
+    hints: dict[str, str] = {}
+    top = TOP
+    for (task, (chance, items)), height in zip(rows.items(), heights, strict=True):
+        axes.text(0, top + 10, plain(task), color=_ink("text"), gid="strong", parse_math=False)
+        sides = [min(1.0, max(0.0, chance))] * 2
+        ends = [top + 14, top + height - 4]
+        axes.plot(sides, ends, color=_ink("quiet"), linewidth=1, linestyle=DASHES, clip_on=False, gid="mark")
         for number, item in enumerate(items):
-            y = top + 24 + 14 * number
-            colour = f"var(--series-{people.index(item.who) % COLOURS})"
-            parts.append(f'<line class="grid" x1="{across[0]}" x2="{across[1]}" y1="{y}" y2="{y}"/>')
-            parts.append(
-                f"<g><title>{escape(item.who)}: {item.value:.1%}, 95% from {item.low:.1%} to {item.high:.1%}</title>"
-                f'<line class="whisker" style="stroke:{colour}" x1="{at(item.low):.1f}" x2="{at(item.high):.1f}" '
-                f'y1="{y}" y2="{y}"/><circle cx="{at(item.value):.1f}" cy="{y}" r="4" style="fill:{colour}"/></g>'
-            )
+            y, colour = top + 24 + 14 * number, _ink(f"series-{people.index(item.who) % COLOURS}")
+            name = f"item-{len(hints)}"
+            hints[name] = f"{item.who}: {item.value:.1%}, 95% from {item.low:.1%} to {item.high:.1%}"
+            low, value, high = (min(1.0, max(0.0, share)) for share in (item.low, item.value, item.high))
+            axes.plot([0, 1], [y, y], color=_ink("line"), linewidth=1, clip_on=False)
+            axes.plot([low, high], [y, y], linewidth=2.5, alpha=0.65, color=colour, gid=name, **DOT)
+            axes.plot([value, value], [y, y], linewidth=8, color=colour, gid=name, **DOT)
         top += height
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(_text(at(share), top + 16, f"{share:.0%}", "end" if share == 1 else "middle"))
-    return _svg(title, parts, top + 24)
+        axes.text(share, top + 16, f"{share:.0%}", ha="right" if share == 1 else "center", color=_ink("quiet"))
+    return _svg(figure, title, hints)
 
 
 def bars(title: str, shares: Mapping[str, float], labels: Mapping[str, str]) -> Markup:
     """A horizontal bar for each share, with its label."""
-    parts, most = [], max([*shares.values(), 1e-9])
+    height, most = TOP + 40 * len(shares), max([*shares.values(), 1e-9])
+    figure, axes = _canvas(height, (0, 0, WIDTH, height))
+    axes.set_axis_off()
+    axes.set_xlim(0, WIDTH)
     for number, (name, share) in enumerate(shares.items()):
-        y = TOP + 40 * number
-        parts.append(_text(0, y + 10, name, "start", "strong"))
-        parts.append(_text(WIDTH, y + 10, labels[name], "end"))
-        parts.append(f'<rect class="track" x="0" y="{y + 16}" width="{WIDTH}" height="10" rx="5"/>')
-        colour = f"var(--series-{number % COLOURS})"
-        width = max(4.0, share / most * WIDTH)
-        parts.append(f'<rect x="0" y="{y + 16}" width="{width:.1f}" height="10" rx="5" style="fill:{colour}"/>')
-    return _svg(title, parts, TOP + 40 * len(shares))
+        y, width = TOP + 40 * number, max(4.0, share / most * WIDTH)
+        axes.text(0, y + 10, plain(name), color=_ink("text"), gid="strong", parse_math=False)
+        axes.text(WIDTH, y + 10, plain(labels[name]), ha="right", color=_ink("quiet"), parse_math=False)
+        axes.barh(y + 21, WIDTH, 10, color=_ink("line"), alpha=0.55, clip_on=False)
+        axes.barh(y + 21, width, 10, color=_ink(f"series-{number % COLOURS}"), clip_on=False, gid="bar")
+    axes.set_ylim(height, 0)
+    return _svg(figure, title)
 
 
-@dataclass(frozen=True)
-class Box:
-    """A box of a graph: its position, its lines of text, and the boxes that lead to it."""
+def _canvas(height: float, place: tuple[float, float, float, float]) -> "tuple[Figure, Axes]":
+    """A figure without a background, and its axes at left, bottom, width and height in units.
 
-    name: str
-    column: int
-    level: int
-    lines: Sequence[str]  # the first is its heading
-    after: Sequence[str]
+    Until they are scaled, the axes count units downwards from the top.
+    """
+    from matplotlib.figure import Figure
 
-
-def graph(title: str, boxes: Sequence[Box]) -> Markup:
-    """A directed graph: boxes in two columns, one level below the other, with arrows."""
-    wide, gap, line = 198, 26, 15
-    heights: dict[int, int] = {}
-    for box in boxes:
-        heights[box.level] = max(heights.get(box.level, 0), 14 + line * len(box.lines))
-    tops: dict[int, int] = {}
-    top = TOP
-    for level in sorted(heights):
-        tops[level] = top
-        top += heights[level] + gap
-    parts: list[str] = []
-    places: dict[str, tuple[float, float, float]] = {}
-    for box in boxes:
-        x, y, height = box.column * (WIDTH - wide), tops[box.level], 14 + line * len(box.lines)
-        places[box.name] = (x + wide / 2, y, y + height)
-        parts.append(f'<rect class="box" x="{x + 0.5}" y="{y}" width="{wide - 1}" height="{height}" rx="6"/>')
-        for number, text in enumerate(box.lines):
-            kind = "strong" if number == 0 else ""
-            parts.append(_text(x + 10, y + 18 + line * number, _cut(text, 27), "start", kind))
-    arrows = []
-    for box in boxes:
-        to_x, above, _ = places[box.name]
-        for name in box.after:
-            if name in places:
-                from_x, _, below = places[name]
-                bend = min(30.0, (above - below) / 2)
-                path = f"M{from_x},{below} C{from_x},{below + bend} {to_x},{above - bend} {to_x},{above - 3}"
-                arrows.append(f'<path class="arrow" marker-end="url(#tip)" d="{path}"/>')
-    tip = '<marker id="tip" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="6" markerHeight="6" orient="auto">'
-    head = [f'<defs>{tip}<path class="tip" d="M0,0 L6,3 L0,6 z"/></marker></defs>']
-    return _svg(title, [*head, *arrows, *parts], top - gap + 4)
+    figure = Figure((WIDTH / UNITS_PER_INCH, height / UNITS_PER_INCH), UNITS_PER_INCH)
+    figure.patch.set_visible(False)
+    left, bottom, width, high = place
+    axes = figure.add_axes((left / WIDTH, bottom / height, width / WIDTH, high / height), frame_on=False)
+    axes.set_ylim(height, 0)
+    axes.set_autoscale_on(False)
+    return figure, axes
 
 
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _ink(name: str) -> str:
+    """The colour that stands for a colour of the page until the plot is written."""
+    return f"#0000{INKS.index(name) + 1:02x}"
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+def plain(text: str) -> str:
+    """A label without the characters that XML or a line of text cannot contain."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def _svg(title: str, parts: Sequence[str], height: float) -> Markup:
-    box = f"0 0 {WIDTH} {height:.0f}"
-    return Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>')
+def _svg(figure: "Figure", title: str, hints: Mapping[str, str] | None = None) -> Markup:
+    """Write a figure as inline SVG; `hints` are the titles of the groups that matplotlib gave these ids.
+
+    Removed are ids, which would exist twice on the page, and style sheets, which would apply to all of it.
+    """
+    from matplotlib import rc_context
+
+    written = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "vectorclm", "font.size": 12}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser chooses the font
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    root = ElementTree.fromstring(written.getvalue())
+    for parent in root.iter():
+        parent.tag = parent.tag.rpartition("}")[2]
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}defs")):
+                parent.remove(child)
+        _page_style(parent, hints or {})
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": plain(title)}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _page_style(element: ElementTree.Element, hints: Mapping[str, str]) -> None:
+    """Give an element of a plot the page's colours and font, and its title."""
+    name = element.attrib.pop("id", "")
+    if name in hints:
+        title = ElementTree.Element("title")
+        title.text = plain(hints[name])
+        element.insert(0, title)
+    elif name in ("mark", "curve", "strong", "bar"):
+        element.set("class", name)
+    style = re.sub(
+        r"#0000([0-9a-f]{2})", lambda found: f"var(--{INKS[int(found[1], 16) - 1]})", element.get("style", "")
+    )
+    if element.tag == "text":  # the page chooses the font
+        style = "; ".join(part.strip() for part in style.split(";") if not part.strip().startswith("font"))
+    if style:
+        element.set("style", style)

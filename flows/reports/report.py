@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flows.reports.plots import COLOURS, Box, IntervalBar, bars, curves, graph, intervals, short
+from flows.reports.lineage_graph import draw_lineage
+from flows.reports.plots import COLOURS, IntervalBar, bars, curves, intervals, short
 from flows.tracking.lookup import opened
 from vectorclm.comparison.compare import followed, has_items
 from vectorclm.comparison.curves import curves_of
@@ -21,18 +22,19 @@ from vectorclm.corpus.sampler import drop_counts
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change, wilson_interval
-from vectorclm.lineage.chain import Lineage, Node, facts, lineage, tokens_by_source
+from vectorclm.lineage.chain import Lineage, Node, facts, lineage
 from vectorclm.model_config import ModelConfig
 from vectorclm.settings import validate
+from vectorclm.stage_builders import tokens_by_source
+from vectorclm.stages import BY_NAME, EXPORTED, READS
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.durable import write_file
+from vectorclm.store.layout import MEASURE
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = {"sample": 0, "tokenizer": 1, "shards": 0, "chat_shards": 1, "pretrain": 0, "finetune": 1}
 ANSWERS = 12  # number of sample answers shown
 TIMES = 5  # number of steps of a training whose samples are shown
-TITLES = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
 KINDS = {"acc": "accuracy", "bits_per_byte": "bits per byte", "in_template": "answers that end"}  # of scores
 
 
@@ -56,7 +58,7 @@ def report(found: Lineage, store: Store, champion: Lineage | None = None, name: 
         "root": found.root,
         "made": found.root.artifact,
         "headline": _headline(found, models),
-        "trainings": [_training(node) for node in found.stages.values() if node.stage in TITLES and node.artifact],
+        "trainings": [_training(node) for node in found.stages.values() if node.stage in READS and node.artifact],
         "mix": _mix(found),
         "sources": _sources(found),
         "models": models,
@@ -65,7 +67,7 @@ def report(found: Lineage, store: Store, champion: Lineage | None = None, name: 
         "picture": _picture(models),
         "instructions": _instructions(models),
         "samples": [(model.who, model.scores["samples"][:ANSWERS]) for model in models if model.scores.get("samples")],
-        "graph": graph("lineage", _boxes(found)),
+        "graph": draw_lineage(found),
         "costs": _costs(found),
         "nodes": [node for node in found.nodes.values() if node.artifact is not None],
         "colours": range(COLOURS),
@@ -81,10 +83,10 @@ def report(found: Lineage, store: Store, champion: Lineage | None = None, name: 
 
 def _models(found: Lineage, store: Store, champion: Lineage | None) -> list[Measured]:
     """The evaluated models: the base model, the model of the page, and the champion."""
-    base = found.stages.get("pretrain")
+    base = found.stages.get(EXPORTED["base"])
     sides = []
     if base is not None and base is not found.root and base.artifact is not None:
-        sides.append(("base model", lineage(base.artifact.uri, store)))
+        sides.append((base.title, lineage(base.artifact.uri, store)))
     sides.append((found.root.title, found))
     if champion is not None and champion.root.fingerprint != found.root.fingerprint:
         sides.append(("champion", champion))
@@ -93,13 +95,13 @@ def _models(found: Lineage, store: Store, champion: Lineage | None) -> list[Meas
 
 def _own_scores(found: Lineage) -> Artifact | None:
     """The evaluation that the curriculum itself ran."""
-    return next((item for item in found.scores if item.stage != "measure"), None)
+    return next((item for item in found.scores if item.stage != MEASURE), None)
 
 
 def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str]]:
     """The most important figures, as label and text."""
     cards = []
-    base = found.stages.get("pretrain")
+    base = found.stages.get(EXPORTED["base"])
     if base is not None and base.artifact is not None:
         summary = base.artifact.summary
         cards += [("parameters", short(summary["parameters"])), ("tokens of pretraining", short(summary["tokens"]))]
@@ -135,7 +137,7 @@ def _training(node: Node) -> dict[str, Any]:
         return {key: [(line["tokens"], line[key]) for line in steps]}
 
     return {
-        "title": TITLES[node.stage],
+        "title": BY_NAME[node.stage].title,
         "summary": node.artifact.summary,
         "samples": samples_over_time(lines_of(node.artifact, "samples.jsonl")),
         "events": [line for line in lines if "event" in line],
@@ -177,9 +179,9 @@ def samples_over_time(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tupl
 def _mix(found: Lineage) -> list[tuple[str, Any]]:
     """The training data by source, as bar charts."""
     mixes = []
-    base, shards, chat = (found.stages.get(stage) for stage in ("pretrain", "shards", "chat_shards"))
+    base, shards, chat = (found.stages.get(stage) for stage in (EXPORTED["base"], "shards", "chat_shards"))
     if base is not None and shards is not None and base.artifact is not None and shards.artifact is not None:
-        there = tokens_by_source(shards.artifact)
+        there = tokens_by_source(shards.artifact.summary)
         epochs = base.artifact.summary["epochs"]
         read = {label: epochs.get(label, 0.0) * tokens for label, tokens in there.items()}
         labels = {
@@ -252,32 +254,14 @@ def _picture(models: Sequence[Measured]) -> Any:
     return intervals("benchmarks", rows) if rows else ""
 
 
-def _boxes(found: Lineage) -> list[Box]:
-    """The lineage as boxes of a graph: a stage is one level below the lowest of its inputs."""
-    levels: dict[str, int] = {}
-    for node in found.nodes.values():  # inputs first
-        levels[node.stage] = max((levels[part.stage] + 1 for part in node.inputs), default=0)
-    boxes = []
-    for node in found.nodes.values():
-        if node.stage not in COLUMNS:
-            continue
-        lines = [node.title, node.fingerprint[:16]]
-        lines += [f"{short(value)} {key.replace('_', ' ')}" for key, value in list(facts(node).items())[:3]]
-        lines += [f"← {source.label} {source.revision.removeprefix('sha256:')[:10]}" for source in node.sources]
-        boxes.append(
-            Box(node.stage, COLUMNS[node.stage], levels[node.stage], lines, [part.stage for part in node.inputs])
-        )
-    return boxes
-
-
 def _costs(found: Lineage) -> list[dict[str, Any]]:
     """The costs of each training: seconds from its own speed, devices, FLOPs."""
     costs = []
-    base = found.stages.get("pretrain")
+    base = found.stages.get(EXPORTED["base"])
     if base is None or base.artifact is None:
         return []
     model = validate(ModelConfig, base.artifact.manifest["config"]["model"], base.artifact.uri)
-    for stage, data in (("pretrain", "shards"), ("finetune", "chat_shards")):
+    for stage, data in READS.items():
         node, shards = found.stages.get(stage), found.stages.get(data)
         if node is None or node.artifact is None or shards is None or shards.artifact is None:
             continue
@@ -291,7 +275,7 @@ def _costs(found: Lineage) -> list[dict[str, Any]]:
         devices = environment["world_size"]
         costs.append(
             {
-                "stage": TITLES[stage],
+                "stage": BY_NAME[stage].title,
                 "device": environment["device"],
                 "devices": devices,
                 "seconds": seconds,

@@ -24,10 +24,13 @@ from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
 from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change
+from vectorclm.stages import BY_NAME, EVALUATED, EXPORTED, MODELS, READS
 from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.layout import EXPORT
 
 ANSWERS = 3  # number of sample answers shown
-TITLES = {"base": "base model", "chat": "chat model"}
+SCORED = {MODELS[training]: stage for stage, training in EVALUATED.items()}  # kind of a model -> its evaluation
+TITLES = {MODELS[training]: BY_NAME[training].result for training in EVALUATED.values()}
 
 
 class Summary:
@@ -35,12 +38,12 @@ class Summary:
 
     def __init__(self, experiment: ExperimentConfig, store: Store, handles: Mapping[str, Handle]) -> None:
         self.experiment, self.store, self.handles = experiment, store, handles
-        judged = {"base": self._of("evaluate_base"), "chat": self._of("evaluate")}
+        judged = {kind: self._of(stage) for kind, stage in SCORED.items()}
         self.scores = {kind: artifact.summary for kind, artifact in judged.items()}
         self.followed = followed(judged["base"], judged["chat"])
-        export = self._of("export")
+        export = self._of(EXPORT)
         folder = export.local() if not store.is_local else None
-        self.models = {kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in TITLES}
+        self.models = {kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in EXPORTED}
 
     def _of(self, stage: str) -> Artifact:
         found = self.store.find(stage, self.handles[stage]["fingerprint"])
@@ -66,27 +69,28 @@ class Summary:
 
     def as_markdown(self) -> str:
         """The results as Markdown for the Prefect UI: scores, held-out text, answers, model folders."""
-        lines = ["| multiple choice | chance | base model | chat model |", "|---|---:|---:|---:|"]
+        heads, rules = " | ".join(TITLES.values()), "---:|" * len(TITLES)
+        lines = [f"| multiple choice | chance | {heads} |", f"|---|---:|{rules}"]
         for label, task in self.scores["base"]["tasks"].items():
-            base, chat = (f"{self.scores[kind]['tasks'][label]['acc']:.1%}" for kind in TITLES)
-            lines.append(f"| {label} | {task['chance']:.1%} | {base} | {chat} |")
+            found = " | ".join(f"{self.scores[kind]['tasks'][label]['acc']:.1%}" for kind in TITLES)
+            lines.append(f"| {label} | {task['chance']:.1%} | {found} |")
         if self.followed:
             lines += [
                 "",
-                "| instructions followed | base model | chat model | difference, 95 % |",
+                f"| instructions followed | {TITLES['base']} | {TITLES['chat']} | difference, 95 % |",
                 "|---|---:|---:|---:|",
             ]
         for change in self.followed:
             base, chat = f"{change.before.value:.1%}", f"{change.after.value:.1%}"
             lines.append(f"| {FOLLOWED[change.name]} | {base} | {chat} | {_margin(change)} |")
-        lines += ["", "| held-out text, bits per byte | base model | chat model |", "|---|---:|---:|"]
+        lines += ["", f"| held-out text, bits per byte | {heads} |", f"|---|{rules}"]
         for label in self.scores["base"]["bits_per_byte"]:
-            base, chat = (f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES)
-            lines.append(f"| {label} | {base} | {chat} |")
+            found = " | ".join(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES)
+            lines.append(f"| {label} | {found} |")
         for sample in self.scores["chat"]["samples"][:ANSWERS]:
             answer = sample["answer"].strip() or "(nothing)"
             lines += ["", f"**{sample['prompt']}**", "", *(f"    {line}" for line in answer.splitlines())]
-        lines += ["", *(f"- {title}: `{self.models[kind]}`" for kind, title in TITLES.items())]
+        lines += ["", *(f"- {TITLES[kind]}: `{place}`" for kind, place in self.models.items())]
         return "\n".join(lines)
 
     def show(self, console: Console) -> None:
@@ -113,7 +117,7 @@ class Summary:
 
     def _training(self) -> RenderableType:
         table = _table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
-        for stage in ("pretrain", "finetune"):
+        for stage in READS:
             summary = self._of(stage).summary
             held_out = fmean(item["loss"] for item in summary["validation"].values())
             table.add_row(
@@ -146,7 +150,8 @@ class Summary:
         return table
 
     def _instructions(self) -> list[RenderableType]:
-        table = _table("instructions followed", *(f"{title} >" for title in TITLES.values()), "difference, 95 % >")
+        names = [f"{TITLES[kind]} >" for kind in ("base", "chat")]
+        table = _table("instructions followed", *names, "difference, 95 % >")
         for change in self.followed:
             figures = [f"[bold]{item.value:.1%}[/] ± {item.stderr:.1%}" for item in (change.before, change.after)]
             table.add_row(FOLLOWED[change.name], *figures, _margin(change))
@@ -173,7 +178,7 @@ class Summary:
         return [
             *look,
             ("artifacts", self.store.uri),
-            *((title, self.models[kind]) for kind, title in TITLES.items()),
+            *((TITLES[kind], place) for kind, place in self.models.items()),
             ("talk to it", command("vectorclm", "chat", self.models["chat"])),
         ]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelInput, LoggedModelOutput
 
-from flows.tracking.client import MODELS, VALUE_LENGTH, flatten
+from flows.tracking.client import VALUE_LENGTH, flatten
 from flows.tracking.datasets import COLUMNS, artifact_dataset, source_dataset
 from flows.tracking.model_files import write_model_files
 from flows.tracking.pyfunc_model import content
 from flows.tracking.session import Session
 from vectorclm.lineage.chain import sources_of
-from vectorclm.stages import BY_NAME
+from vectorclm.stages import BY_NAME, MODELS
 from vectorclm.store.artifact import Artifact
 
 CONTENT = "content"  # the tag of a logged model: the SHA-256 of the artifact that its files refer to
@@ -49,7 +49,7 @@ class Catalog:
             self.session.run_of(name),
             tags={"fingerprint": built.fingerprint, "uri": built.uri, "stage": name, **source_tags(built)},
             params=flatten({"config": self.plans[name].config, "summary": built.summary}),
-            model_type="tokenizer" if name == "tokenizer" else "llama",
+            model_type="llama" if BY_NAME[name].language_model else MODELS[name],
         )
 
     def _write(self, model: LoggedModel, built: Artifact) -> None:

@@ -6,13 +6,12 @@ from typing import Any
 
 from flows.paths import local_folder
 from vectorclm.errors import VectorCLMError
-from vectorclm.stages import TABLE
+from vectorclm.stages import MODELS
 from vectorclm.store.artifact import Store
 
 NOTE = "mlflow.note.content"  # the tag with the description of a run or an experiment
 ALIAS = "candidate"
 CHAMPION = "champion"
-MODELS = {stage.name: stage.model for stage in TABLE if stage.model is not None}
 REGISTERED = {stage: f"vectorclm-{model}" for stage, model in MODELS.items()}
 
 

@@ -11,7 +11,9 @@ from vectorclm.store.artifact import Artifact, Store
 
 DIGEST_LENGTH = 36  # of a data set
 PROFILE_LENGTH = 16_000  # of a data set
-COLUMNS = {stage.name: stage.columns for stage in TABLE if stage.columns is not None}  # of data sets
+COLUMNS: dict[str, Mapping[str, str]] = {
+    stage.name: stage.columns for stage in TABLE if stage.columns is not None
+}  # of data sets
 TEXTS = ("text.", "bits_per_byte.", "loss.")  # scores of held-out text begin with these
 CONVERSATIONS = "chat."  # scores of held-out conversations begin with this
 

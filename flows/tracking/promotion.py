@@ -16,7 +16,9 @@ from vectorclm.errors import ConfigError
 from vectorclm.evaluation.item_scores import read_scored
 from vectorclm.evaluation.statistics import NOISE, Change, Figure, adjusted_stderr, changes, figures
 from vectorclm.lineage.chain import Lineage
+from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.layout import MEASURE
 
 UNPAIRED = f"{NOISE:.0f} standard errors of the difference"
 
@@ -27,7 +29,7 @@ def compared(candidate: Lineage, champion: Lineage | None) -> tuple[str, list[Ch
     Returns the suite and its changes. Scores are paired if both results have the score of each item. Raises ConfigError
     where no suite measured both models with equal settings, or, without a champion, where no task was measured.
     """
-    for item in sorted(candidate.scores, key=lambda item: item.stage != "measure"):
+    for item in sorted(candidate.scores, key=lambda item: item.stage != MEASURE):
         suite = str(item.manifest["config"].get("suite", OWN_SUITE))
         after = _figures(item)
         if champion is None:
@@ -62,8 +64,9 @@ def _paired(found: Sequence[Change], before: Artifact, after: Artifact) -> list[
 def _asked(scores: Artifact) -> dict[str, Any]:
     """The settings and texts of an evaluation: scores are comparable if these are equal."""
     config = scores.manifest["config"]
-    inputs = {key: value for key, value in scores.manifest["inputs"].items() if key in ("shards", "chat_shards")}
-    return {**config, "measured on": {} if scores.stage == "measure" else inputs}
+    scored = EVALUATED.get(scores.stage)
+    inputs = {key: value for key, value in scores.manifest["inputs"].items() if key != scored}
+    return {**config, "measured on": {} if scores.stage == MEASURE else inputs}
 
 
 def _figures(scores: Artifact) -> dict[str, Figure]:

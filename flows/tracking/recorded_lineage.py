@@ -25,8 +25,8 @@ class Record:
 
 def record_of(registry: Registry, found: Lineage) -> Record:
     """Read MLflow's record of a lineage. Raises RegistryError where MLflow does not answer."""
-    walker = _Walker(registry)
     with registry.asked():
+        walker = _Walker(registry)
         names = walker.names(found.root.stage, found.root.fingerprint)
         runs = {}
         for node in found.nodes.values():

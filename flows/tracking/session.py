@@ -12,12 +12,12 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from flows.tracking.client import BATCH, MODELS, NotOpenError, flatten, tracking_uri
+from flows.tracking.client import BATCH, NotOpenError, flatten, tracking_uri
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.chain import score_facts
 from vectorclm.runtime.devices import git_revision
 from vectorclm.runtime.processes import process_identity
-from vectorclm.stages import EVALUATED
+from vectorclm.stages import EVALUATED, MODELS
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 
 PARAM_BATCH = 90  # parameters in one request; MLflow takes 100

@@ -10,14 +10,14 @@ from typing import Any
 from mlflow.entities import Dataset, LoggedModelOutput, Metric, RunTag
 
 from flows.tracking.catalog import Catalog
-from flows.tracking.client import BATCH, EVENT_LENGTH, MODELS, VALUE_LENGTH, NotOpenError, numbers, readable
+from flows.tracking.client import BATCH, EVENT_LENGTH, VALUE_LENGTH, NotOpenError, numbers, readable
 from flows.tracking.datasets import dataset_of, measured_on, named
 from flows.tracking.item_tables import log_item_tables
 from flows.tracking.session import Session
 from flows.tracking.system_metrics import SystemMetrics
 from flows.tracking.versions import Versions
 from vectorclm.errors import StoreError
-from vectorclm.stages import EVALUATED, TRAININGS
+from vectorclm.stages import EVALUATED, MODELS, READS
 from vectorclm.store.artifact import Artifact
 
 METRICS = "metrics.jsonl"
@@ -151,7 +151,7 @@ class StageRun:
 
     def _checkpoint(self) -> str:
         """The name of the newest checkpoint of a training; empty without one."""
-        if self.name not in TRAININGS or self.folder is None:
+        if self.name not in READS or self.folder is None:
             return ""
         with suppress(StoreError):  # the training reports it
             return next(reversed(self.session.store.list(self._checkpoints)), "")
@@ -179,17 +179,16 @@ class StageRun:
         client.log_dict(self._run_id, dict(artifact.manifest), "manifest.json")
         if name in EVALUATED:
             self._scores(artifact)
-        elif name not in TRAININGS:
+        elif name not in READS:
             self._log(numbers(artifact.summary))
         else:
-            dataset = self.catalog.dataset("chat_shards" if name == "finetune" else "shards")
+            dataset = self.catalog.dataset(READS[name])
             figures = readable({"validation": artifact.summary["validation"], "step": 0})
             self._log({f"final_{key}": value for key, value in figures.items()}, model_id, dataset)
         versions = Versions(self.catalog)
         versions.describe(self._run_id, name)
         self.catalog.show(name, artifact)
-        if name == "export":
-            versions.register_models()
+        versions.register_models(name)
 
     def _scores(self, artifact: Artifact) -> None:
         """Log the scores on this run, on their model, and the most important ones on the curriculum's run.

@@ -37,8 +37,9 @@ from flows.tracking.stage_run import StageRun
 from flows.tracking.versions import Versions
 from vectorclm.errors import VectorCLMError
 from vectorclm.runtime.processes import find_process, process_space
-from vectorclm.stages import EVALUATED
+from vectorclm.stages import EVALUATED, EXPORTED
 from vectorclm.store.artifact import Artifact
+from vectorclm.store.layout import EXPORT
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Tracker(Session):
 
         def ask() -> None:
             try:
-                version = self.client.get_model_version_by_alias(REGISTERED["finetune"], CHAMPION)
+                version = self.client.get_model_version_by_alias(REGISTERED[EXPORTED["chat"]], CHAMPION)
                 found.put(Registry(self.store).place(version))
             except (MlflowException, VectorCLMError):
                 found.put("")  # no champion yet, or its files are gone
@@ -161,8 +162,7 @@ class Tracker(Session):
             if name in EVALUATED:
                 self.log_headline_metrics(name, artifact)
             self.client.set_terminated(run_id)
-            if name == "export":
-                versions.register_models()
+            versions.register_models(name)
 
         self.do(job)
 
@@ -227,7 +227,7 @@ class Tracker(Session):
         if (curriculum := self._curriculum_elsewhere()) is not None:
             self.run_ids["curriculum"], self._part_of_another = curriculum, True
             return
-        whole = self.plans["export"].fingerprint
+        whole = self.plans[EXPORT].fingerprint
         tags = {**self.common, "stage": "curriculum", "fingerprint": whole, NOTE: BEGUN.format(store=self.store.uri)}
         key = f"{self._session}-curriculum"
         query = f"tags.stage = 'curriculum' and tags.fingerprint = '{whole}'"
@@ -254,7 +254,7 @@ class Tracker(Session):
         if not self._part_of_another:
             self.client.set_terminated(self.parent_id, status)
             if status == "FINISHED":
-                self._end("curriculum", self.plans["export"].fingerprint, self.parent_id)
+                self._end("curriculum", self.plans[EXPORT].fingerprint, self.parent_id)
 
     def _close_orphans(self) -> None:
         """Close runs left RUNNING by dead processes of this machine and by earlier attempts of this flow run."""

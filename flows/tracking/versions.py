@@ -11,17 +11,18 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from flows.tracking.catalog import Catalog, source_tags
-from flows.tracking.client import ALIAS, MODELS, NOTE, REGISTERED, TRAINING_VIEW, VALUE_LENGTH, run_page
+from flows.tracking.client import ALIAS, NOTE, REGISTERED, TRAINING_VIEW, VALUE_LENGTH, run_page
 from flows.tracking.model_files import loading_lines
 from flows.tracking.registry import logged_model
-from vectorclm.lineage.chain import EXPORTED, SHORT, Lineage, describe_node, lineage, score_facts
-from vectorclm.stages import EVALUATED
+from vectorclm.lineage.chain import SHORT, Lineage, describe_node, lineage, score_facts
+from vectorclm.stage_builders import ancestors
+from vectorclm.stages import BY_NAME, EXPORTED, MODELS
+from vectorclm.store.layout import EXPORT
 
 logger = logging.getLogger(__name__)
 
 REVISION = 23  # characters of a source's revision that are shown
 DESCRIPTION = 5000  # characters of a version's description that every database of MLflow takes
-ENDS = {"export": "finetune"}  # a copy of a model is described as the model
 CARD = "README.md"
 COMPLETE = "complete"  # the tag of a version: false while its description, scores and aliases are being set
 OWN = "hashes every file again."  # a description that a person wrote lacks it, and is kept
@@ -35,15 +36,20 @@ class Versions:
     def __init__(self, catalog: Catalog) -> None:
         self.catalog, self.session, self.store = catalog, catalog.session, catalog.store
 
-    def register_models(self) -> None:
-        """Register a new version of each model whose fingerprint is new; describe the curriculum by its lineage.
+    def register_models(self, completed: str) -> None:
+        """Register a new version of each model that the stage `completed` completes and whose fingerprint is new.
 
-        A model whose version or logged model was deleted in MLflow is registered anew. The alias `candidate` moves to a
-        new version, and to the present one where the alias was deleted.
+        The export completes all models behind it, and describes the curriculum by its lineage; any other model is
+        complete with its own stage. A model whose version or logged model was deleted in MLflow is registered anew. The
+        alias `candidate` moves to a new version, and to the present one where the alias was deleted.
         """
-        self.describe(self.session.parent_id, "export")
+        behind = ancestors(EXPORT, self.session.plans)
+        if completed == EXPORT:
+            self.describe(self.session.parent_id, EXPORT)
         client = self.session.client
         for stage, name in REGISTERED.items():
+            if completed != (EXPORT if stage in behind else stage):
+                continue
             if (model_id := self.catalog.model_id(stage)) is None:
                 continue
             about = f"The {MODELS[stage]} of each curriculum; the newest has the alias `{ALIAS}`."
@@ -126,14 +132,14 @@ class Versions:
 
     def _card(self, stage: str) -> bytes | None:
         """The model card of a training, from the curriculum's export; None where there is none."""
-        export = self.store.look_up("export", self.session.plans["export"].fingerprint)
+        export = self.store.look_up(EXPORT, self.session.plans[EXPORT].fingerprint)
         folder = next((name for name, kind in EXPORTED.items() if kind == stage), None)
         file = f"{folder}/{CARD}"
         return export.read(file) if export is not None and file in export.manifest["files"] else None
 
     def describe(self, run_id: str, stage: str) -> None:
         """Set the description of a run to the lineage of the stage's artifact."""
-        root = EVALUATED.get(stage, ENDS.get(stage, stage))
+        root = BY_NAME[stage].described_by
         self.session.client.set_tag(run_id, NOTE, self._chain(root, self._lineage(root)))
 
     def _lineage(self, stage: str) -> Lineage:

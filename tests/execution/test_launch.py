@@ -18,6 +18,7 @@ from flows.execution.launch import (
     device_names,
     dying_with_parent,
 )
+from vectorclm import errors
 from vectorclm.errors import ConfigError, DataError, StoreError
 
 
@@ -101,6 +102,27 @@ def test_a_run_that_waits_for_the_devices_can_be_cancelled(tmp_path: Path) -> No
                 time.sleep(0.01)
         with pytest.raises(StageCancelledError):
             waiting.result()
+
+
+def test_a_turn_is_not_taken_after_the_end_of_the_block(tmp_path: Path) -> None:
+    """A stage's thread may ask for its turn while, or after, its curriculum ends."""
+    with Launcher(tmp_path) as ended:
+        pass
+    with pytest.raises(StageCancelledError):
+        ended.take_turn(lambda waits: None)
+    said: list[bool] = []
+    with Launcher(tmp_path) as following:
+        following.take_turn(said.append)
+    assert said == []  # the devices were free
+
+
+def test_a_child_imports_nothing_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vectorclm.py").write_text("print('from the working directory')")
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    with Launcher(tmp_path / "locks") as launcher:
+        launcher.run(child("import vectorclm; print(vectorclm.__file__)"), lines.append)
+    assert lines == [str(Path(errors.__file__).with_name("__init__.py"))]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")

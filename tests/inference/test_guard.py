@@ -225,13 +225,17 @@ def test_another_page_runs_nothing_and_reads_nothing(
 @pytest.mark.parametrize("name", ["prefect without a password", "mlflow", "chat"])
 def test_the_server_s_own_page_may(servers: Servers, browser: WebDriver, name: str) -> None:
     target = servers.targets[name]
+    ways = {"prefect without a password": {"json", "runs", "events"}, "mlflow": {"read"}}
+    expected = ways.get(name, {"page", "models"})
     for host in ("127.0.0.1", "localhost"):
+        address = target.url.replace("127.0.0.1", host)
         browser.get(f"http://{host}:{target.url.rpartition(':')[2]}/")
-        found = browser.execute_async_script(target.script, target.url.replace("127.0.0.1", host), target.known)
-        read = {way for way, what in found.items() if what != "refused"}
-        assert read >= {"prefect without a password": {"json", "runs", "events"}, "mlflow": {"read"}}.get(
-            name, {"page", "models"}
-        ), found
+        for _ in range(3):  # SQLite may be locked by the server's own loops for a moment
+            found = browser.execute_async_script(target.script, address, target.known)
+            if expected <= {way for way, what in found.items() if what != "refused"}:
+                break
+        else:
+            pytest.fail(f"{name} at {host}: {found}")
     assert "json" in target.done() or name == "chat"
 
 

@@ -9,16 +9,13 @@ from types import SimpleNamespace
 import pytest
 from filelock import FileLock
 
-from flows.tracking.tracker import Tracker
 from tests.services.browser import PICTURES
+from tests.services.curricula import curriculum
 from tests.services.mlflow_server import MLflowServer
 from tests.test_curriculum import mini
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.lineage.pinning import pin
-from vectorclm.runtime.devices import Runtime
-from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
-from vectorclm.store.layout import STAGES
 
 LEARNING = ["pretrain.phases=[{tokens = 180000}, {tokens = 80000}]", "pretrain.validation_interval=10"]
 LEARNING += [
@@ -43,22 +40,6 @@ def pinned(*changes: str) -> ExperimentConfig:
     """The experiment of these tests; for pictures, one that learns more than theirs."""
     experiment = override(load_experiment("tiny")[0], LEARNING) if PICTURES else mini()
     return pin(override(experiment, changes), Path("mini.toml"), None, resolve=False)[0]
-
-
-def curriculum(experiment: ExperimentConfig, store: Store) -> dict[str, str]:
-    """Run every stage in this process, recorded in MLflow. Returns the address of each artifact."""
-    addresses, stages = {}, plans(experiment)
-    with Tracker(store, experiment, stages) as tracker:
-        for name in STAGES:
-            if (found := store.find(name, stages[name].fingerprint)) is not None:
-                tracker.reused(name, found)
-                addresses[name] = found.uri
-                continue
-            with tracker.stage(name, 1, store.work_folder(stages[name], None)) as run:
-                artifact, _ = run_stage(name, experiment, store, Runtime(threads=1), None)
-                run.finished(artifact)
-            addresses[name] = artifact.uri
-    return addresses
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def test_the_report_is_one_page_that_fits_and_escapes(
         browser.get(out.as_uri())
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
         assert "taken" not in browser.title
-        curves = browser.find_elements("css selector", "polyline.curve")
+        curves = browser.find_elements("css selector", "svg .curve path")
         assert len(curves) >= 10 and all(curve.size["width"] > 100 for curve in curves)
         picture(browser, "report" if width > 400 else "report-narrow")
 

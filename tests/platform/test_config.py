@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from pydantic import SecretStr
 
+from flows.deployments import stage_run
+from flows.execution.placement import DEPLOYMENTS
 from flows.net import HEARTBEAT_SECONDS
 from flows.platform.config import PlatformConfig, read_platform
+from flows.platform.provision import PREFECT_FILE
 from vectorclm.errors import ConfigError
 from vectorclm.settings import validate
+from vectorclm.stages import TABLE
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "docker" / "platform.env.example"
@@ -58,16 +65,63 @@ def placeholders(part: object) -> set[str]:
     return {name for text in _texts(part) for name in re.findall(r"{{\s*(.+?)\s*}}", text)}
 
 
-def test_the_example_once_filled_in_starts_the_platform_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in example():
+OWN = {"VECTORCLM_DATABASE": "postgresql://me:mine@db:5432", "AWS_ENDPOINT_URL": "http://s3:9000"}
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*example(), *OWN]:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_settings")
+def test_the_file_of_compose_starts_the_platform_too_once_servers_are_named(tmp_path: Path) -> None:
     filled = {**example(), **{name: f"{name.lower()}:0123456789" for name in SECRETS}}
     file = tmp_path / "platform.env"
-    file.write_text("\n".join(f"{name}={value}" for name, value in filled.items()), encoding="utf-8")
+    for number, (name, successor) in enumerate(
+        (("POSTGRES_PASSWORD", "VECTORCLM_DATABASE"), ("S3_PORT", "AWS_ENDPOINT_URL"), ("", ""))
+    ):
+        named = dict(list(OWN.items())[:number])
+        file.write_text("\n".join(f"{name}={value}" for name, value in (filled | named).items()), encoding="utf-8")
+        if name:
+            with pytest.raises(ConfigError, match=f"{name} is read by .* name one of your own by {successor}, or"):
+                read_platform(file)
     config = read_platform(file)
+    assert config.database("mlflow", "psycopg2") == "postgresql+psycopg2://me:mine@db:5432/mlflow"
+    assert config.client_environment()["AWS_ENDPOINT_URL"] == OWN["AWS_ENDPOINT_URL"]
     assert config.vectorclm_store == "s3://vectorclm/store"
     assert config.prefect_auth is not None
     assert config.prefect_auth.get_secret_value() == "prefect_auth:0123456789"
+
+
+@pytest.mark.usefixtures("no_settings")
+def test_what_started_postgres_and_s3_names_its_successor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("POSTGRES_PASSWORD", "hunter2")
+        with pytest.raises(
+            ConfigError, match=r"POSTGRES_PASSWORD .* starts no Postgres: .* by VECTORCLM_DATABASE"
+        ) as told:
+            read_platform(None)
+        assert "hunter2" not in str(told.value)
+    file = tmp_path / "platform.env"
+    file.write_text("VECTORCLM_STORE=s3://b/p\nS3_ACCESS_KEY=one\nS3_SECRET_KEY=hunter2\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"S3_ACCESS_KEY .* starts none: set AWS_ENDPOINT_URL to its URL") as told:
+        read_platform(file)
+    assert "hunter2" not in str(told.value)
+
+
+@pytest.mark.usefixtures("no_settings")
+def test_a_file_of_settings_is_read_as_compose_reads_it(tmp_path: Path) -> None:
+    file = tmp_path / "platform.env"
+    lines = ["# a comment", "", " PREFECT_PORT = 4300 ", "export MLFLOW_PORT='5300'", "PREFECT_AUTH=me:7c%1d@/= #x"]
+    file.write_text("\n".join([*lines, "VECTORCLM_ALLOWED_HOSTS=", 'VECTORCLM_HOME="/a b"']), encoding="utf-8")
+    config = read_platform(file)
+    assert (config.prefect_port, config.mlflow_port, config.vectorclm_home) == (4300, 5300, "/a b")
+    assert config.prefect_password == "me:7c%1d@/=" and config.vectorclm_allowed_hosts == ""
+    for wrong in ("PREFECT_PORT 4300", "PREFECT_PORT", "='x'"):
+        file.write_text(f"# a comment\n\n\n{wrong}\nMLFLOW_PORT=5300\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match="line 4: write NAME=value"):
+            read_platform(file)
 
 
 def test_a_secret_left_empty_in_the_file_is_named(tmp_path: Path) -> None:
@@ -92,6 +146,17 @@ def test_a_bad_setting_is_told_without_any_secret(given: dict[str, object], mess
     assert "hunter2" not in str(refused.value)
 
 
+def test_a_postgres_that_does_not_answer_is_named_without_its_password() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        at = f"127.0.0.1:{listening.getsockname()[1]}"
+        config = PlatformConfig(vectorclm_database=SecretStr(f"postgresql://me:hunter2@{at}"))
+        assert config.check_database() == at
+    with pytest.raises(ConfigError, match=f"no Postgres answers at {at}, which VECTORCLM_DATABASE names") as told:
+        config.check_database()
+    assert "hunter2" not in str(told.value)
+    assert PlatformConfig().check_database() is None
+
+
 @pytest.mark.parametrize("kind", POOLS)
 def test_every_placeholder_of_a_pool_is_declared(kind: str) -> None:
     pool = pool_template(kind)
@@ -109,3 +174,16 @@ def test_pools_take_secrets_from_blocks_only(kind: str) -> None:
         assert default == f"{{{{ prefect.blocks.secret.{name.replace('_', '-')} }}}}"
     assert secrets < placeholders(pool["job_configuration"]["env"])
     assert pool["job_configuration"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == str(HEARTBEAT_SECONDS)
+
+
+def test_every_stage_of_the_table_has_its_deployment_in_the_pool_of_its_kind() -> None:
+    deployments = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))["deployments"]
+    found = [item for item in deployments if item["entrypoint"] == f"flows.deployments.{stage_run.fn.__name__}"]
+    assert [
+        (item["name"], item["parameters"], item["work_pool"]["name"], item["enforce_parameter_schema"])
+        for item in found
+    ] == [
+        (DEPLOYMENTS.get(row.name, row.name), {"stage": row.name}, "gpu" if row.own_process else "cpu", True)
+        for row in TABLE
+    ]
+    assert len({item["name"] for item in deployments}) == len(deployments) == len(TABLE) + 2  # curriculum, evaluate

@@ -1,9 +1,8 @@
-"""The platform on Postgres and S3, which `up` starts from one settings file: the same form, the same runs.
+"""The platform on a Postgres and an S3 store of the user's own, named by a settings file: the same form, the same runs.
 
 Passwords show nowhere, and what is killed with -9 comes back with its data.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import psutil
@@ -19,26 +19,55 @@ from mlflow import MlflowClient
 from prefect.exceptions import PrefectHTTPStatusError
 
 from flows.net import free_port
-from flows.platform.database import INSTALLED
-from flows.platform.objectstore import PACKAGES
+from flows.platform.process import HOST, Service
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
+from tests.services.ceph import PACKAGES, object_store
 from tests.services.platform import Platform, platform_at
+from tests.services.postgres import INSTALLED, Postgres
 from vectorclm.lineage.chain import lineage
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import STAGES
 
 SECRETS = {
-    "POSTGRES_PASSWORD": "of-postgres: 7c%1d@/",
     "PREFECT_AUTH": "admin:of-prefect-7c1d",
     "MLFLOW_ADMIN_PASSWORD": "of-mlflow-7c1d",
     "MLFLOW_SECRET_KEY": "of-cookies-7c1d",
     "S3_ACCESS_KEY": "of-s3-access-7c1d",
     "S3_SECRET_KEY": "of-s3-secret-7c1d",
 }
+OF_POSTGRES = "of-postgres: 7c%1d@/"
+
+
+class Servers:
+    """The user's own Postgres and S3 store, in a folder; each can be started again, S3 also with another secret key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.logs, self._folder, self._port = folder / "logs", folder, free_port()
+        database = free_port()
+        self.postgres = Postgres(folder / "postgres", self.logs, database, OF_POSTGRES)
+        self.use_keys(SECRETS["S3_ACCESS_KEY"], SECRETS["S3_SECRET_KEY"])
+        self.settings = {
+            "VECTORCLM_DATABASE": f"postgresql://vectorclm:{quote(OF_POSTGRES, safe='')}@{HOST}:{database}",
+            "AWS_ENDPOINT_URL": f"http://{HOST}:{self._port}",
+        }
+
+    def use_keys(self, access_key: str, secret_key: str) -> None:
+        self.s3 = object_store(self._folder / "s3", self.logs, self._port, access_key, secret_key)
+
+    def start(self) -> None:
+        self.postgres.start()
+        for service in self.s3:
+            service.start()
+            service.wait()
+
+    def stop(self) -> None:
+        self.postgres.stop()
+        for service in reversed(self.s3):
+            service.stop()
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +77,32 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def platform(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[Platform]:
+def servers() -> Iterator[Servers]:
     missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
     missing += [] if list(INSTALLED.glob("*/bin")) else ["postgresql"]
     if missing:
         told = f"no Postgres or no S3 store here: apt-get install --no-install-recommends {' '.join(missing)}"
         pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+    folder = Path(tempfile.mkdtemp(prefix="vectorclm-servers-"))
+    folder.chmod(0o711)  # where root runs the tests, Postgres is another user
+    made = Servers(folder)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def platform(servers: Servers, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[Platform]:
     home = Path(tempfile.mkdtemp(prefix="vectorclm-"))
-    home.chmod(0o711)  # where root runs the tests, Postgres is another user
     settings = {
         "VECTORCLM_STORE": "s3://vectorclm/store",
         "VECTORCLM_HOME": str(home),
-        **{f"{name}_PORT": str(free_port()) for name in ("PREFECT", "MLFLOW", "POSTGRES", "S3")},
+        **{f"{name}_PORT": str(free_port()) for name in ("PREFECT", "MLFLOW")},
         **SECRETS,
+        **servers.settings,
     }
     file = home / "platform.env"
     file.write_text("".join(f"{name}={value}\n" for name, value in settings.items()), encoding="utf-8")
@@ -73,11 +115,10 @@ def platform(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[Platform]:
     shutil.rmtree(home)
 
 
-def kill(platform: Platform, *names: str) -> None:
-    platform.broken = True
-    for name in names:
-        record = platform.config.home / "platform" / f"{name}.json"
-        process = psutil.Process(json.loads(record.read_text(encoding="utf-8"))["pid"])
+def kill(*services: Service) -> None:
+    for service in services:
+        process = service.process()
+        assert process is not None
         process.kill()
         process.wait(60)
 
@@ -132,7 +173,7 @@ def test_a_stage_finds_what_the_curriculum_made(platform: Platform) -> None:
 
 def test_no_other_machine_is_listened_to(platform: Platform) -> None:
     found = listening(platform)
-    assert {"postgres", "s3-gateway", "prefect-server", "mlflow"} <= set(found)
+    assert {"prefect-server", "mlflow"} <= set(found)
     assert set.union(*found.values()) == {"127.0.0.1"}
 
 
@@ -149,14 +190,25 @@ def test_a_retry_takes_the_settings_file_as_up_did(platform: Platform) -> None:
     )
 
 
-@pytest.mark.parametrize("names", [("postgres", "s3-disk"), ("s3-monitor", "s3-disk", "s3-gateway")])
-def test_what_is_killed_starts_again_with_its_data(platform: Platform, names: tuple[str, ...]) -> None:
+def test_up_starts_no_server_that_is_the_users_own(platform: Platform) -> None:
+    records = {path.stem for path in (platform.config.home / "platform").glob("*.json")}
+    assert records == {"about", "prefect-server", "mlflow", "worker-cpu", "worker-gpu"}
+
+
+def test_servers_that_were_killed_are_missed_and_are_found_again_with_their_data(
+    platform: Platform, servers: Servers
+) -> None:
     runs = {run.id for run in platform.client.read_flow_runs()}
-    kill(platform, *names)
+    platform.broken = True
+    kill(servers.postgres.service, *servers.s3)
+    done = platform.command("doctor")
+    assert done.returncode == 1
+    s3, postgres = [line for line in done.stdout.splitlines() if line.startswith("!!")]
+    assert s3.startswith(f"!! store {platform.config.vectorclm_store}: nothing answers there")
+    assert f"no Postgres answers at {HOST}:{servers.postgres.service.port}, which VECTORCLM_DATABASE names" in postgres
+    servers.start()
     done = platform.command("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
-    again = [line.split()[1] for line in done.stdout.splitlines() if line.endswith("started again")]
-    assert again == list(names)
     assert {run.id for run in platform.client.read_flow_runs()} == runs
     assert MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_model_version_by_alias("vectorclm-chat", "candidate")
     store = Store(platform.config.vectorclm_store)
@@ -166,33 +218,42 @@ def test_what_is_killed_starts_again_with_its_data(platform: Platform, names: tu
 
 
 @pytest.mark.parametrize("cell", [Cell("database", "pretrain"), Cell("worker", "finetune")], ids=str)
-def test_a_run_outlives_what_is_killed_beside_it(platform: Platform, reference: Reference, cell: Cell) -> None:
-    Killer(platform.config, lambda: platform.command("doctor"), platform.client).run(cell, reference)
+def test_a_run_outlives_what_is_killed_beside_it(
+    platform: Platform, servers: Servers, reference: Reference, cell: Cell
+) -> None:
+    platform.broken = True
+    killer = Killer(platform.config, lambda: platform.command("doctor"), platform.client, servers.postgres)
+    killer.run(cell, reference)
 
 
-def test_the_secrets_show_nowhere(platform: Platform) -> None:
+def test_the_secrets_show_nowhere(platform: Platform, servers: Servers) -> None:
     secrets = [value.removeprefix("admin:") for value in SECRETS.values()]
+    secrets += [OF_POSTGRES, quote(OF_POSTGRES, safe="")]
     lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     assert any(str(platform.config.prefect_port) in line for line in lines)
     told = [run.model_dump_json() for run in platform.client.read_flow_runs()]
-    files = [path for path in (platform.config.home / "platform").rglob("*") if path.is_file()]
+    folders = (platform.config.home / "platform", servers.logs)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert {"postgres.log", "s3-gateway.log", "mlflow-auth.ini", "worker-cpu.json"} <= {path.name for path in files}
     for secret in secrets:
         assert not any(secret in text for text in [*lines, *told])
         assert [path.name for path in files if secret in path.read_text(errors="replace")] == []
-    for name in ("postgres", "s3"):
+    for name in (".prefect", "platform"):
         assert (platform.config.home / name).stat().st_mode & 0o077 == 0
 
 
-def test_new_keys_are_taken_by_a_new_up(platform: Platform) -> None:
+def test_new_keys_are_taken_by_a_new_up(platform: Platform, servers: Servers) -> None:
     file = Path(platform.options[-1])
     before = file.read_text(encoding="utf-8")
     assert platform.command("down").returncode == 0
+    servers.s3[-1].stop()
     another = {"S3_SECRET_KEY": "of-s3-another-7c1d", "PREFECT_AUTH": "admin:of-prefect-another-7c1d"}
     settings = before
     for name, value in another.items():
         settings = settings.replace(f"{name}={SECRETS[name]}", f"{name}={value}")
     file.write_text(settings, encoding="utf-8")
+    servers.use_keys(SECRETS["S3_ACCESS_KEY"], another["S3_SECRET_KEY"])
+    servers.start()
     done = platform.command("up")
     assert done.returncode == 0, done.stdout + done.stderr
     for password, status in ((SECRETS["PREFECT_AUTH"], 401), (another["PREFECT_AUTH"], 200)):

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from flows.net import HEARTBEAT_SECONDS
-from flows.platform.config import PlatformConfig
+from flows.platform.config import RETIRED, PlatformConfig
 from tests.platform.test_config import ROOT, SECRETS, example, pool_template, program_passes
 
 COMPOSE = ROOT / "docker" / "compose.yaml"
@@ -54,6 +54,16 @@ def test_the_images_run_without_root() -> None:
     assert "--uid 10001" in dockerfile
 
 
+def test_the_images_have_the_sandbox_of_programs_that_a_model_wrote() -> None:
+    """Its packages are those that this machine's tests of the sandbox need."""
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    (runtime,) = [part for part in re.split(r"^(?=FROM )", dockerfile, flags=re.MULTILINE) if "AS runtime" in part]
+    installed = set(re.findall(r"--no-install-recommends ([^&]+)", runtime)[0].split())
+    packages = set((ROOT / "infra" / "debian-packages.txt").read_text(encoding="utf-8").split())
+    assert installed == {"bubblewrap", "libseccomp2"} <= packages
+    assert len(re.findall(r"^FROM runtime AS (?:cpu|gpu)$", dockerfile, re.MULTILINE)) == 2
+
+
 def test_ports_are_published_on_loopback_only() -> None:
     services = _services()
     ports = [port for service in services.values() for port in service.get("ports", [])]
@@ -93,7 +103,7 @@ def test_volumes_are_named_and_workers_beat() -> None:
 def test_compose_and_the_example_name_the_same_variables() -> None:
     used = {match["name"] for match in VARIABLE.finditer(COMPOSE.read_text(encoding="utf-8"))}
     assert used == set(example())
-    assert used <= {name.upper() for name in PlatformConfig.model_fields}
+    assert used <= {name.upper() for name in [*PlatformConfig.model_fields, *RETIRED]}
 
 
 def test_nothing_starts_without_its_secrets() -> None:

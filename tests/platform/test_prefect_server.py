@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import yaml
 
@@ -17,6 +18,7 @@ from flows.platform import password
 from flows.platform.prefect_server import prefect_server
 from tests.platform.test_config import ROOT, placeholders, pool_template, program_passes
 from vectorclm.errors import ConfigError
+from vectorclm.runtime.processes import process_identity
 
 IN_BLOCK = "from a block"
 # Creates the pool and its blocks on the server, then renders a job from what the server stored, as a worker does.
@@ -116,6 +118,12 @@ def test_a_run_finds_the_password_of_the_platform_of_its_store_and_asks_for_anot
     assert done.stderr.count("\n") == 1 and auth not in done.stderr
     file = password.place(tmp_path)
     file.parent.mkdir()
+    port = urlsplit(prefect_api["PREFECT_API_URL"]).port
+    (process,) = [
+        each.pid for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr[1] == port
+    ]
+    record = process_identity(psutil.Process(process))  # as `vectorclm up` leaves it
+    file.with_name("prefect-server.json").write_text(json.dumps(record))
     file.write_text(f"PREFECT_API_URL={prefect_api['PREFECT_API_URL']}\nPREFECT_API_AUTH_STRING={auth}\n")
     command = [sys.executable, "-c", OWN_SERVER, str(tmp_path / ".prefect")]
     done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)

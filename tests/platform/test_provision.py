@@ -231,7 +231,7 @@ def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebD
 def listening(platform: Platform) -> dict[str, set[str]]:
     """The addresses on which each service and its processes wait for others."""
     found: dict[str, set[str]] = {}
-    for service in [*platform.config.stores(), *platform.config.servers(), *platform.config.workers()]:
+    for service in [*platform.config.servers(), *platform.config.workers()]:
         main = service.process()
         assert main is not None
         for process in (main, *main.children(recursive=True)):

@@ -149,7 +149,8 @@ with joined() as group:
 
 
 def test_a_step_is_the_same_however_rows_and_labels_fall_on_ranks() -> None:
-    assert "both refused" in run(under_torchrun([sys.executable, "-c", STEP], 2, 1))
+    here = f"PYTHONPATH={Path(__file__).parents[2]}"  # the program imports the tests
+    assert "both refused" in run(["env", here, *under_torchrun([sys.executable, "-c", STEP], 2, 1)])
 
 
 @contextmanager

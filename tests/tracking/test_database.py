@@ -14,7 +14,7 @@ from flows.tracking import database
 from flows.tracking.registry import Registry
 from flows.tracking.tracker import Tracker
 from tests.services.platform import until
-from tests.tracking.test_tracker import client, tracker
+from tests.tracking.conftest import client, tracker
 from vectorclm.config import ExperimentConfig
 from vectorclm.store.artifact import Store
 

@@ -2,103 +2,23 @@
 
 import json
 import logging
-import shutil
 import socket
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from mlflow import MlflowClient
 
 from flows.handle import StageCancelledError
-from flows.tracking.client import flatten, numbers, readable
-from flows.tracking.tracker import StageRun, Tracker
+from flows.tracking.tracker import Tracker
 from tests.services.platform import until
+from tests.tracking.conftest import client, step, tracker
 from vectorclm.config import ExperimentConfig
 from vectorclm.runtime.processes import process_identity
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
-from vectorclm.training.metrics import Metrics
 
 DEAD = 2**22 + 1  # above the largest process id of Linux
-
-
-def tracker(store: Store, experiment: ExperimentConfig, name: str) -> Tracker:
-    """A tracker in an MLflow experiment of its own."""
-    renamed = experiment.model_copy(update={"name": name})
-    return Tracker(store, renamed, plans(renamed))
-
-
-def client(store: Store) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{store.root}/mlflow.db")
-
-
-def step(number: int, loss: float) -> str:
-    return json.dumps({"step": number, "tokens": 10 * number, "loss": loss, "learning_rate": 0.1}) + "\n"
-
-
-def test_each_step_is_sent_once_however_the_file_is_cut_back(
-    store: Store, experiment: ExperimentConfig, tmp_path: Path
-) -> None:
-    file = tmp_path / "metrics.jsonl"
-    validation = json.dumps({"step": 2, "tokens": 20, "validation": {"a": {"bits_per_byte": 1.5}}}) + "\n"
-    versions = [
-        step(1, 3.0) + step(2, 2.5) + validation + '{"step": 3, "lo',  # a line in the making
-        step(1, 3.0),  # back to a checkpoint
-        step(1, 3.0) + step(2, 2.5) + validation + step(3, 2.25),
-    ]
-    with tracker(store, experiment, "relay") as told, told.stage("pretrain", 1, tmp_path) as run:
-        for text in versions:
-
-            def look(text: str = text, run: StageRun = run) -> None:
-                file.write_text(text)
-                run.relay()
-
-            told.do(look)
-    found = client(store)
-    run_id = told.run_ids["pretrain"]
-    assert [(m.step, m.value) for m in found.get_metric_history(run_id, "train/loss")] == [
-        (1, 3.0),
-        (2, 2.5),
-        (3, 2.25),
-    ]
-    assert [m.step for m in found.get_metric_history(run_id, "validation/bits_per_byte.a")] == [2]
-
-
-def test_the_curve_of_a_training_resumed_three_times_reads_as_one(
-    store: Store, experiment: ExperimentConfig, tmp_path: Path
-) -> None:
-    """Each attempt is a run that begins with the steps up to its checkpoint, and has every step once."""
-    file, saved, runs = tmp_path / "metrics.jsonl", "", []
-    for before, checkpoint, end in ((0, 4, 6), (4, 8, 9), (8, 0, 11), (8, 0, 14)):
-        with (
-            suppress(KeyboardInterrupt),
-            tracker(store, experiment, "resumed") as told,
-            told.stage("pretrain", 1, tmp_path),
-        ):
-            kept = Path(store.root, "checkpoints", told.plans["pretrain"].fingerprint)
-            until(lambda told=told: "pretrain" in told.run_ids, "its run is open", 60)
-            metrics = Metrics(file, lambda step: "")
-            metrics.restart(saved)
-            for number in range(before + 1, end + 1):
-                metrics.add(number, 10 * number, torch.tensor(5 - number / 10), torch.tensor(1.0), 0.1)
-                metrics.flush()
-                if number == checkpoint:
-                    saved = metrics.text()
-                    (kept / f"step-{number:08d}").mkdir(parents=True)
-            if end < 14:
-                raise KeyboardInterrupt
-        run_id = told.run_ids["pretrain"]
-        points = sorted((m.step, round(m.value, 3)) for m in client(store).get_metric_history(run_id, "train/loss"))
-        assert points == [(number, round(5 - number / 10, 3)) for number in range(1, end + 1)]
-        runs.append(client(store).get_run(run_id))
-    assert [run.info.status for run in runs] == ["KILLED", "KILLED", "KILLED", "FINISHED"]
-    assert [(run.data.tags["attempt"], run.data.tags.get("resumed_step")) for run in runs] == [
-        ("1", None), ("2", "4"), ("3", "8"), ("4", "8")
-    ]  # fmt: skip
-    shutil.rmtree(Path(store.root, "checkpoints"))
 
 
 def test_a_failed_stage_and_its_curriculum_are_marked_failed(
@@ -204,23 +124,6 @@ def test_an_unreachable_server_is_warned_of_once(
         (tmp_path / "metrics.jsonl").write_text(step(1, 3.0))
     said = [record.getMessage() for record in caplog.records if record.name == "flows.tracking.tracker"]
     assert len(said) == 1 and "goes on without it" in said[0]
-
-
-def test_settings_and_scores_become_flat_keys() -> None:
-    config = {
-        "optimizer": {"rate": 0.5},
-        "phases": [{"tokens": 3, "weights": {"a": 1}}],
-        "names": ["x", "y"],
-        "no": None,
-    }
-    assert flatten(config) == {
-        "optimizer.rate": "0.5",
-        "phases.0.tokens": "3",
-        "phases.0.weights.a": "1",
-        "names": "['x', 'y']",
-    }
-    assert numbers({"tasks": {"world": {"acc": 0.5, "ok": True}}, "text": "x"}) == {"tasks.world.acc": 0.5}
-    assert readable({"step": 1, "tokens": 9, "loss": 2.0}) == {"train/tokens": 9.0, "train/loss": 2.0}
 
 
 def test_a_password_in_an_address_is_never_told(

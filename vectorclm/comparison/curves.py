@@ -16,9 +16,9 @@ from vectorclm.evaluation.statistics import figures
 from vectorclm.export.hugging_face import write_model_files
 from vectorclm.model_config import write_config
 from vectorclm.runtime.devices import Runtime
-from vectorclm.stages import READS, plans
+from vectorclm.stages import BY_NAME, READS, plans
 from vectorclm.store.artifact import Artifact, Store
-from vectorclm.store.layout import CURVES
+from vectorclm.store.layout import CURVES, MEASURE
 from vectorclm.store.model_ref import content_of, find_model
 from vectorclm.store.storage import Storage
 from vectorclm.training.checkpoint import STEP
@@ -80,7 +80,7 @@ def measure_checkpoints(
                 (folder / "model.safetensors").symlink_to(weights.absolute())
                 write_config(experiment.model, folder)
                 length = experiment.model.max_position_embeddings
-                write_model_files(tokenizer.local(), length, chat=point.stage == "finetune", out=folder)
+                write_model_files(tokenizer.local(), length, chat=BY_NAME[point.stage].model == "chat", out=folder)
                 address = name
             else:
                 raise DataError(f"{store.uri} has no tokenizer of {experiment.name}, which its checkpoints need")
@@ -115,7 +115,7 @@ def curves_of(training: Artifact) -> dict[str, dict[str, list[tuple[int, float]]
         if not rows:
             continue
         last = max(rows, key=lambda row: int(row["step"]))
-        result = store.find("measure", last["uri"].rstrip("/").rpartition("/")[2])
+        result = store.find(MEASURE, last["uri"].rstrip("/").rpartition("/")[2])
         if result is None or result.manifest["inputs"].get("model") != content:
             continue
         curves: dict[str, list[tuple[int, float]]] = {}

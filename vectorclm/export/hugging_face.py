@@ -47,84 +47,24 @@ def export(name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Arti
 
 
 def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], lineage: Mapping[str, Artifact]) -> str:
-    """The README.md of a model directory."""
-    config = json.loads((model / "config.json").read_text())
-    trained = lineage["pretrain"].summary
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        f"tags: [vectorclm, {config['model_type']}]",
-        "---",
-        f"# {title}",
-        "",
-        f"A decoder of {trained['parameters']:,} parameters ({config['num_hidden_layers']} layers, hidden size "
-        f"{config['hidden_size']}, {config['num_attention_heads']} query and {config['num_key_value_heads']} key/value "
-        f"heads, vocabulary {config['vocab_size']:,}, up to {config['max_position_embeddings']:,} tokens), "
-        + (
-            "instruction-tuned with a loss on the assistant's tokens only." if kind == "chat" else "pretrained on text."
-        ),
-        "",
-    ]
-    lines += [*_data_section(kind, lineage), *_scores_section(scores)]
-    lines += ["", "## Lineage", "", "| stage | fingerprint |", "|---|---|"]
-    lines += [f"| {stage} | `{artifact.fingerprint}` |" for stage, artifact in lineage.items()]
-    return "\n".join(lines) + "\n"
+    """The README.md of a model directory: metadata of the Hugging Face hub, data, scores and lineage."""
+    from huggingface_hub import ModelCard, ModelCardData  # takes longer to import than most commands run
 
-
-def _data_section(kind: str, lineage: Mapping[str, Artifact]) -> list[str]:
-    """The card's section on training data, source by source."""
-    trained, sample = lineage["pretrain"].summary, lineage["sample"]
-    sources = {source["label"]: source for source in sample.manifest["config"]["sources"]}
-    lines = [
-        "## Data",
-        "",
-        f"Pretrained on {trained['tokens']:,} tokens.",
-        "",
-        "| source | documents sampled | bytes | epochs | revision |",
-        "|---|---:|---:|---:|---|",
-    ]
-    for label, counts in sample.summary["sources"].items():
-        revision = str(sources[label].get("revision"))
-        epochs = trained["epochs"].get(label, 0.0)
-        lines.append(f"| {label} | {counts['documents']:,} | {counts['bytes']:,} | {epochs:.2f} | `{revision[:19]}` |")
-    if kind == "chat":
-        lines += [
-            "",
-            "Instruction-tuned on:",
-            "",
-            "| source | conversations | shortened | dropped |",
-            "|---|---:|---:|---|",
-        ]
-        for label, counts in lineage["chat_shards"].summary["sources"].items():
-            lost = drop_counts(counts["dropped"], counts["contaminated"])
-            lines.append(f"| {label} | {counts['train']:,} | {counts['shortened']:,} | {lost} |")
-    return lines
-
-
-def _scores_section(scores: Mapping[str, Any]) -> list[str]:
-    """The card's section on scores."""
-    lines = ["", "## Scores", "", "| held-out text | bits per byte |", "|---|---:|"]
-    lines += [f"| {label} | {value:.4f} |" for label, value in scores["bits_per_byte"].items()]
-    lines += [
-        "",
-        "| benchmark | acc | acc_norm | standard error | chance | items |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for label, score in scores["tasks"].items():
-        columns = ("acc", "acc_norm", "stderr", "chance")
-        figures = " | ".join(f"{score[key]:.3f}" if key in score else "" for key in columns)
-        lines.append(f"| {label} | {figures} | {score['items']:,} |")
-    if "chat" in scores:
-        counts = scores["chat"]
-        lines += [
-            "",
-            f"{counts['ended']} of {counts['prompts']} held-out prompts are answered to the end of the turn.",
-        ]
-    if "instructions" in scores:
-        lines += ["", "| instructions | share followed | standard error | prompts |", "|---|---:|---:|---:|"]
-        for name in PARTS:
-            if followed := scores["instructions"].get(name):
-                figures = f"{followed['share']:.3f} | {followed['stderr']:.3f} | {followed['items']:,}"
-                lines.append(f"| {FOLLOWED[name]} | {figures} |")
-    return lines
+    sample, config = lineage["sample"], json.loads((model / "config.json").read_text())
+    tags = ["vectorclm", config["model_type"]]
+    card = ModelCard.from_template(
+        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags),
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        title=title,
+        config=config,
+        trained=lineage["pretrain"].summary,
+        documents=sample.summary["sources"],
+        revisions={source["label"]: source.get("revision") for source in sample.manifest["config"]["sources"]},
+        conversations=lineage["chat_shards"].summary["sources"] if kind == "chat" else None,
+        scores=scores,
+        parts=PARTS,
+        followed_names=FOLLOWED,
+        drop_counts=drop_counts,
+        lineage=lineage,
+    )
+    return str(card)

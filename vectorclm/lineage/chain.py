@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vectorclm.errors import CorruptArtifactError, DataError
-from vectorclm.stages import EVALUATED
+from vectorclm.stages import BY_NAME, EVALUATED, EXPORTED, LANGUAGE_MODELS
 from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, repair_advice
-from vectorclm.store.layout import STAGES
+from vectorclm.store.layout import EXPORT, MEASURE, STAGES
 from vectorclm.store.model_ref import ADDRESS, Model, content_of, expand_prefix, find_model
 from vectorclm.store.result import ArtifactStorage
 
@@ -24,10 +24,9 @@ def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-TITLES = {"finetune": "chat model", "pretrain": "base model", "chat_shards": "chat shards"}
-EXPORTED = {"chat": "finetune", "base": "pretrain"}  # folder of an export -> stage whose model it contains
-MODELS = ("finetune", "pretrain")
-READ_BY = ("sample", "chat_shards")  # stages whose settings name sources of training data
+def _draws(stage: str) -> bool:
+    """Whether the settings of a stage name sources of training data."""
+    return stage in BY_NAME and BY_NAME[stage].draws
 
 
 class SourceRead(NamedTuple):
@@ -51,7 +50,7 @@ class Node:
     @property
     def title(self) -> str:
         """The name of the stage's result in output."""
-        return TITLES.get(self.stage, self.stage)
+        return (BY_NAME[self.stage].result if self.stage in BY_NAME else "") or self.stage
 
     @property
     def names(self) -> Any:
@@ -92,7 +91,7 @@ def lineage(address: str, store: Store) -> Lineage:
     and ConfigError where several artifacts match.
     """
     artifact, inside, folder = _find(address, store)
-    export = artifact if artifact.stage == "export" else None
+    export = artifact if artifact.stage == EXPORT else None
     if export is not None:
         stage, fingerprint = _exported(export, inside)
         model = export.store.look_up(stage, fingerprint)
@@ -110,7 +109,7 @@ def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
     """The artifacts with a model's training text that the store has: `sample`, and `chat_shards` for a chat model."""
     training = _training(model, store)
     nodes = _chain(training).values() if training is not None else ()
-    return {node.stage: node.artifact for node in nodes if node.stage in READ_BY and node.artifact is not None}
+    return {node.stage: node.artifact for node in nodes if _draws(node.stage) and node.artifact is not None}
 
 
 def sources_of(artifact: Artifact) -> list[SourceRead]:
@@ -125,7 +124,7 @@ def models_that_read(source: str, store: Store) -> list[tuple[Artifact, SourceRe
     no model of the store has read it, naming the sources that were read.
     """
     found, known = list[tuple[Artifact, SourceRead]](), set[str]()
-    for stage in MODELS:
+    for stage in LANGUAGE_MODELS:
         for model in store.finished(stage):
             for read in sources_of(model):
                 known.add(read.label)
@@ -145,7 +144,7 @@ def _is_named(source: str, read: SourceRead) -> bool:
 
 def _exported(export: Artifact, inside: str) -> tuple[str, str]:
     """Stage and fingerprint of the training whose model is at a path inside an export."""
-    stage = EXPORTED.get(inside.partition("/")[0] or "chat", "finetune")
+    stage = EXPORTED.get(inside.partition("/")[0], EXPORTED["chat"])
     return stage, str(export.manifest.get("inputs", {}).get(stage))
 
 
@@ -154,11 +153,11 @@ def _training(model: Model, store: Store) -> Artifact | None:
     match = ADDRESS.fullmatch(model.address)
     if match is not None and Store(match["root"]).uri == store.uri:
         named = store.look_up(match["stage"], match["fingerprint"])
-        if named is not None and named.stage == "export":
+        if named is not None and named.stage == EXPORT:
             named = store.look_up(*_exported(named, match["inside"] or ""))
-        if named is not None and named.stage in MODELS and content_of(named) == model.content:
+        if named is not None and named.stage in LANGUAGE_MODELS and content_of(named) == model.content:
             return named
-    trainings = (artifact for stage in MODELS for artifact in store.finished(stage))
+    trainings = (artifact for stage in LANGUAGE_MODELS for artifact in store.finished(stage))
     return next((artifact for artifact in trainings if content_of(artifact) == model.content), None)
 
 
@@ -210,7 +209,7 @@ def _node(store: ArtifactStorage, stage: str, fingerprint: str, known: dict[str,
 
 
 def _sources(stage: str, artifact: Artifact | None) -> Iterator[SourceRead]:
-    if artifact is not None and stage in READ_BY:
+    if artifact is not None and _draws(stage):
         for source in artifact.manifest["config"]["sources"]:
             path = "/".join(source[key] for key in ("path", "name") if source.get(key))
             yield SourceRead(source["label"], str(source.get("revision")), path)
@@ -218,14 +217,17 @@ def _sources(stage: str, artifact: Artifact | None) -> Iterator[SourceRead]:
 
 def _scores(root: Node) -> Iterator[Artifact]:
     """All evaluation results of the model in its store, of any suite."""
-    if root.artifact is None or root.stage not in MODELS:
+    if root.artifact is None or root.stage not in LANGUAGE_MODELS:
         return
     store, content = root.artifact.store, content_of(root.artifact)
-    for stage in (*EVALUATED, "measure"):
+    for stage in (*EVALUATED, MEASURE):
         for found in store.finished(stage):
             inputs = found.manifest.get("inputs", {})
-            of_it = inputs.get("model") == content if stage == "measure" else inputs.get(root.stage) == root.fingerprint
-            if of_it and (stage == "measure" or EVALUATED[stage] == root.stage):
+            if stage == MEASURE:
+                of_it = content is not None and inputs.get("model") == content
+            else:
+                of_it = EVALUATED[stage] == root.stage and inputs.get(root.stage) == root.fingerprint
+            if of_it:
                 yield found
 
 
@@ -249,40 +251,16 @@ def verify(found: Lineage) -> Iterator[str]:
         yield from artifact.differences()
     root = found.root.artifact
     if found.copy is not None and root is not None:
-        inside = next(f"{name}/" for name, stage in EXPORTED.items() if stage == root.stage)
+        inside = f"{BY_NAME[root.stage].model}/"
         if content_of(found.copy, inside) != content_of(root):
             yield f"{found.copy.uri}/{inside} is not the model of {root.uri}"
 
 
 def facts(node: Node) -> dict[str, Any]:
     """The main figures of an artifact: its size, and its quality."""
-    if node.artifact is None:
+    if node.artifact is None or node.stage not in BY_NAME:
         return {}
-    summary = node.artifact.summary
-    match node.stage:
-        case "sample":
-            return {"documents": summary["documents"], "bytes": summary["bytes"]}
-        case "tokenizer":
-            return {"vocabulary": summary["vocab_size"], "bytes_per_token": summary["bytes_per_token"]}
-        case "shards":
-            return {"tokens": sum(tokens_by_source(node.artifact).values())}
-        case "chat_shards":
-            return {key: summary["train"][key] for key in ("tokens", "supervised_tokens")}
-        case "pretrain" | "finetune":
-            keys = ("parameters", "tokens", "steps", "last_loss")
-            return {key: summary[key] for key in keys if key in summary} | _mean_bits(summary["validation"])
-    return {}
-
-
-def _mean_bits(validation: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    bits = [figures["bits_per_byte"] for figures in validation.values()]
-    return {"bits_per_byte": sum(bits) / len(bits)} if bits else {}
-
-
-def tokens_by_source(shards: Artifact) -> dict[str, int]:
-    """Training tokens of each source in an artifact of `shards`."""
-    sources = {label: splits for label, splits in shards.summary.items() if isinstance(splits, Mapping)}
-    return {label: splits["train"]["tokens"] for label, splits in sources.items() if "train" in splits}
+    return dict(BY_NAME[node.stage].figures(node.artifact.summary))
 
 
 def score_facts(scores: Artifact) -> dict[str, float]:
@@ -335,7 +313,7 @@ def changes(before: Lineage, after: Lineage) -> list[Change]:
 
 
 def _named(scores: Artifact) -> Iterator[tuple[str, float]]:
-    suite = f"{scores.manifest['config']['suite']}." if scores.stage == "measure" else ""
+    suite = f"{scores.manifest['config']['suite']}." if scores.stage == MEASURE else ""
     for key, value in score_facts(scores).items():
         yield suite + key, value
 

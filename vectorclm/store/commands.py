@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
+from vectorclm.command_line import Json, StoreOptions, new_app
 from vectorclm.errors import StoreError
 from vectorclm.store.artifact import Store
 from vectorclm.store.gc import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
@@ -25,9 +25,9 @@ def _opened(uri: str) -> Store:
 
 
 @store_app.command(name="ls", help_epilogue="Example: vectorclm store ls --json")
-def list_store(*, store: StoreUri = LOCAL_STORE, json: Json = False) -> None:
+def list_store(*, place: StoreOptions = StoreOptions(), json: Json = False) -> None:
     """List artifacts, checkpoints of trainings in progress, and the processes that build something now."""
-    _list(_opened(store), as_json=json)
+    _list(_opened(place.store), as_json=json)
 
 
 @store_app.command(name="verify", help_epilogue="Example: vectorclm store verify pretrain")
@@ -37,7 +37,7 @@ def verify_store(
     ] = (),
     /,
     *,
-    store: StoreUri = LOCAL_STORE,
+    place: StoreOptions = StoreOptions(),
     discard: Annotated[
         bool,
         Parameter(
@@ -47,25 +47,25 @@ def verify_store(
     json: Json = False,
 ) -> int:
     """Read every byte and compare it with the manifests; exit code 1 for a difference."""
-    return _verify(_opened(store), list(addresses), discard=discard, as_json=json)
+    return _verify(_opened(place.store), list(addresses), discard=discard, as_json=json)
 
 
 @store_app.command(name="gc", help_epilogue="Example: vectorclm store gc --older-than 12h --delete")
 def collect_garbage(
     *,
-    store: StoreUri = LOCAL_STORE,
+    place: StoreOptions = StoreOptions(),
     delete: Annotated[bool, Parameter(help="Remove what is listed")] = False,
     older_than: Annotated[str, Parameter(help="Keep files written within this time, such as 7d or 12h")] = OLDER_THAN,
     json: Json = False,
 ) -> None:
     """List the leftovers of killed processes; with --delete, remove them."""
-    _collect(_opened(store), seconds(older_than), delete=delete, as_json=json)
+    _collect(_opened(place.store), seconds(older_than), delete=delete, as_json=json)
 
 
 @store_app.command(name="create", help_epilogue="Example: vectorclm store create --store s3://bucket/prefix")
-def create_store(*, store: StoreUri = LOCAL_STORE) -> None:
+def create_store(*, place: StoreOptions = StoreOptions()) -> None:
     """Create the bucket of an S3 store, or the folder of a local one."""
-    found = Store(store)
+    found = Store(place.store)
     found.create()
     print(f"{found.uri} is there")
 

@@ -23,7 +23,7 @@ from vectorclm.errors import ConfigError, InUseError, StoreError
 from vectorclm.store import s3
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.durable import OWN, is_temporary
-from vectorclm.store.layout import CURVES
+from vectorclm.store.layout import CURVES, TRAINED
 from vectorclm.store.lease import LEASE_SECONDS
 from vectorclm.store.listing import FINGERPRINT, LEASE, STAGE_FOLDERS, Folder, Inventory, read_folder, take_inventory
 from vectorclm.store.storage import StoredFile
@@ -41,7 +41,6 @@ WORK = re.compile(rf"({'|'.join(STAGE_FOLDERS)})-[0-9a-f]{{16}}")
 EARLIER = re.compile(r"\..+\.[0-9a-f]{8}")  # temporary files of earlier versions
 EARLIER_PROBE = re.compile(r"\.probe-[0-9a-f]{8}")
 EARLIER_NOTE = re.compile(r"\..+-[0-9]{5}\.json")  # notes of early uploads by earlier versions
-TRAINED = ("pretrain", "finetune")  # the stages with checkpoints; a checkpoint's key does not name its stage
 
 
 @dataclass(frozen=True)

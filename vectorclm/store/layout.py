@@ -18,3 +18,8 @@ StageName = Literal[
 ]
 
 STAGES: tuple[str, ...] = get_args(StageName)
+
+# What the store asks about stages, which it cannot ask the table: a checkpoint's key does not name its stage, and only
+# an export names the experiment.
+TRAINED: tuple[StageName, ...] = ("pretrain", "finetune")
+EXPORT: StageName = "export"

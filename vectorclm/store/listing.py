@@ -8,7 +8,7 @@ from typing import Any
 
 from vectorclm.errors import ConfigError, CorruptArtifactError
 from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store
-from vectorclm.store.layout import MEASURE, STAGES
+from vectorclm.store.layout import EXPORT, MEASURE, STAGES
 from vectorclm.store.lease import is_alive, read_claim
 from vectorclm.store.storage import StoredFile
 
@@ -80,7 +80,7 @@ class Inventory:
                     mark(behind, name)
 
         for fingerprint, manifest in known.items():
-            if manifest.get("stage") == "export":
+            if manifest.get("stage") == EXPORT:
                 mark(fingerprint, manifest["config"]["name"])
         return users
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
 from vectorclm.settings import digest
 from vectorclm.store.artifact import MANIFEST, Artifact, Store, default_store, repair_advice
+from vectorclm.store.layout import STAGES
 from vectorclm.tokenizer import IM_END
 
 MODEL_FILES = (
@@ -18,7 +19,6 @@ MODEL_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )  # the files that scores depend on
-MODEL_STAGES = ("pretrain", "finetune", "export")  # stages whose artifacts are or contain models
 # An artifact of a store, or a folder inside an artifact.
 ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
 SHORT = re.compile(r"((?P<root>.+)/)?(?P<stage>[a-z_]+)/(?P<start>[0-9a-f]{3,64})(/(?P<inside>.+))?")
@@ -109,7 +109,7 @@ def _place_in_store(folder: Path) -> str | None:
     for place in (str(folder), str(folder.resolve())):
         if match := ADDRESS.fullmatch(place):
             manifest = Path(match["root"], match["stage"], match["fingerprint"], MANIFEST)
-            if manifest.exists() or match["stage"] in MODEL_STAGES:
+            if manifest.exists() or match["stage"] in STAGES:
                 return place
     return None
 

@@ -1,4 +1,4 @@
-"""The platform's Postgres: Debian's package, with a cluster in the platform's home, on 127.0.0.1 only."""
+"""A real Postgres for tests: Debian's package, with a cluster in a folder, on 127.0.0.1 only."""
 
 import os
 import pwd
@@ -9,29 +9,39 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from flows.platform.process import HOST, Service, ServiceError, run_tool
+import psutil
+
+from flows.platform.process import HOST, Service, ServiceError
+from tests.services.tools import run_tool
 
 INSTALLED = Path("/usr/lib/postgresql")  # one folder for each version
 USER = "vectorclm"
 DATABASES = ("prefect", "mlflow")
 
 
-def postgres(data: Path, logs: Path, port: int, password: str) -> Service:
-    """Postgres as a service. The first start creates its cluster at `data`, with this password for `vectorclm`."""
-    programs = _programs(data)
-    command = [*_unprivileged(), str(programs / "postgres"), "-D", str(data), "-p", str(port)]
-    command += ["-c", f"listen_addresses={HOST}", "-c", "unix_socket_directories="]
-    return Service(
-        "postgres",
-        command,
-        {},
-        logs,
-        port,
-        ready=partial(_accepts, programs, port),
-        prepare=partial(_make_cluster, programs, data, password),
-        finish=partial(_make_databases, programs, port, password),
-        stop_signal=signal.SIGINT,  # SIGTERM waits for the clients
-    )
+class Postgres:
+    """A server and its databases. The first start creates its cluster at `data`, with this password for `vectorclm`."""
+
+    def __init__(self, data: Path, logs: Path, port: int, password: str) -> None:
+        programs = _programs(data)
+        command = [*_unprivileged(), str(programs / "postgres"), "-D", str(data), "-p", str(port)]
+        command += ["-c", f"listen_addresses={HOST}", "-c", "unix_socket_directories="]
+        ready, prepare = partial(_accepts, programs, port), partial(_make_cluster, programs, data, password)
+        self.service = Service("postgres", command, {}, logs, port, ready, prepare)
+        self._make_databases = partial(_make_databases, programs, port, password)
+
+    def start(self) -> None:
+        """Start the server unless it runs, and create databases that are missing."""
+        self.service.start()
+        self.service.wait()
+        self._make_databases()
+
+    def stop(self) -> None:
+        """Stop the server without waiting for its clients, as SIGTERM would."""
+        if (process := self.service.process()) is not None:
+            process.send_signal(signal.SIGINT)
+            psutil.wait_procs([process], timeout=20)
+        self.service.stop()
 
 
 def _programs(data: Path) -> Path:
@@ -88,7 +98,7 @@ def _check_reach(folder: Path) -> None:
     if subprocess.run([*_unprivileged(), "test", "-w", str(folder)], cwd="/", check=False).returncode:
         raise ServiceError(
             f"Postgres does not run as root, and the user postgres cannot reach {folder}: a folder above it is closed "
-            "to others. Set VECTORCLM_HOME to another folder, such as /var/lib/vectorclm"
+            "to others"
         )
 
 

@@ -1,4 +1,4 @@
-"""The platform's S3 store: Ceph's gateway with one monitor and one disk in a folder, on 127.0.0.1 only.
+"""A real S3 store for tests: Ceph's gateway with one monitor and one disk in a folder, on 127.0.0.1 only.
 
 Debian's Ceph survives `kill -9`. Its daemons authenticate by keys that Ceph creates in that folder, which only the
 owner can open; the keys of S3 are in Ceph's own database.
@@ -12,7 +12,8 @@ from pathlib import Path
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
 from flows.net import answers
-from flows.platform.process import HOST, Service, ServiceError, listens, run_tool
+from flows.platform.process import HOST, Service, ServiceError, listens
+from tests.services.tools import run_tool
 
 PACKAGES = {"ceph-mon": "ceph-mon", "ceph-osd": "ceph-osd", "radosgw": "radosgw", "ceph": "ceph-common"}
 USER = "vectorclm"

@@ -1,0 +1,67 @@
+"""The summary of a curriculum: the same figures as tables, as Markdown and as JSON."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flows.reports.summary import Summary, as_line, command
+from tests.services.curricula import Recorded
+from vectorclm.stages import BY_NAME, EVALUATED, READS
+
+
+@pytest.fixture(autouse=True)
+def local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def summary(recorded: Recorded) -> Summary:
+    return Summary(recorded.experiment, recorded.store, recorded.handles)
+
+
+def test_a_program_reads_stages_scores_and_models(recorded: Recorded, summary: Summary) -> None:
+    line = as_line(summary)
+    found = json.loads(line)
+    assert "\n" not in line and list(found["stages"]) == list(recorded.handles)
+    assert all(found["stages"][name]["uri"] == handle["uri"] for name, handle in recorded.handles.items())
+    for kind, stage in (("base", "evaluate_base"), ("chat", "evaluate")):
+        scores = json.loads(Path(recorded.handles[stage]["uri"], "scores.json").read_text())
+        assert found["scores"][kind]["bits_per_byte"] == scores["bits_per_byte"]
+        assert Path(found["models"][kind], "model.safetensors").is_file()
+    tasks = [task["acc"] for task in found["scores"]["base"]["tasks"].values()]
+    assert found["scores"]["multiple_choice"] == pytest.approx(sum(tasks) / len(tasks))
+    assert all(pair["low"] <= pair["difference"] <= pair["high"] for pair in found["scores"]["followed"].values())
+
+
+def test_a_person_reads_the_same_in_tables_and_in_markdown(
+    recorded: Recorded, summary: Summary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=160, record=True, file=sys.stderr)
+    summary.show(console)
+    shown, page = console.export_text(), summary.as_markdown()
+    for text in (shown, page):
+        for label, bits in summary.scores["chat"]["bits_per_byte"].items():
+            assert label in text and f"{bits:.4f}" in text
+        for training in EVALUATED.values():
+            assert BY_NAME[training].result in text
+        assert all(place in text for place in summary.models.values())
+    assert all(name in shown for name in (*recorded.handles, *READS)) and "vectorclm chat" in shown
+    widths = [len(line.split("|")) for line in page.splitlines() if line.startswith("|")]
+    assert len(set(widths)) <= 3 and f"{summary.scores['chat']['tasks']['world']['acc']:.1%}" in page
+    assert "mlflow ui" in shown and "localhost:5000" in shown
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:s3cr3t@tracking:5000/")
+    summary.show(console)
+    shown = console.export_text()
+    assert "http://tracking:5000/?workflowType=machine_learning" in shown and "s3cr3t" not in shown
+
+
+def test_a_command_can_be_pasted_where_its_folder_is_not_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command("sh", "a b") == "sh 'a b'"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert shutil.which("vectorclm") is None
+    assert Path(command("vectorclm")).resolve() == Path(sys.executable).with_name("vectorclm").resolve()
+    assert command("no-such-program") == "no-such-program"

@@ -1,0 +1,28 @@
+"""The lineage that MLflow recorded is that of the store, with the runs and versions of each artifact."""
+
+from flows.tracking.recorded_lineage import record_of, registered_names
+from flows.tracking.registry import Registry
+from tests.services.curricula import Recorded
+from vectorclm.lineage.chain import Lineage, Node, lineage
+
+
+def test_mlflow_alone_tells_the_lineage_of_the_store(recorded: Recorded) -> None:
+    registry = Registry(recorded.store)
+    for name, stage in (("chat", "finetune"), ("base", "pretrain"), ("tokenizer", "tokenizer")):
+        by_store = lineage(recorded.handles[stage]["uri"], recorded.store).root.names
+        assert registered_names(registry, f"models:/vectorclm-{name}@candidate") == by_store
+
+
+def test_the_record_names_runs_and_versions(recorded: Recorded) -> None:
+    registry, handles = Registry(recorded.store), recorded.handles
+    found = lineage(handles["finetune"]["uri"], recorded.store)
+    record = record_of(registry, found)
+    assert record.names == found.root.names and set(record.runs) == set(found.nodes)
+    assert record.versions == {
+        handles["tokenizer"]["fingerprint"]: ["vectorclm-tokenizer 1 @candidate"],
+        handles["pretrain"]["fingerprint"]: ["vectorclm-base 1 @candidate"],
+        handles["finetune"]["fingerprint"]: ["vectorclm-chat 1 @candidate"],
+    }
+    unknown = Node("finetune", "0" * 64, None)
+    nothing = record_of(registry, Lineage(unknown, nodes={"0" * 64: unknown}))
+    assert (nothing.runs, nothing.versions, nothing.names) == ({}, {}, None)
