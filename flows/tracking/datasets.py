@@ -56,7 +56,7 @@ def measured_on(artifact: Artifact, store: Store, prefix: str) -> dict[str, Data
     """
     config = artifact.manifest["config"]
     found = {}
-    for task in config["tasks"]:
+    for task in config.get("tasks", ()):
         for score in (f"tasks.{task['label']}.", f"acc.{task['label']}", f"acc_norm.{task['label']}"):
             found[score] = source_dataset(task)
     read = {**artifact.manifest["inputs"], **config.get("data", {})}

@@ -33,7 +33,7 @@ def _tables(scores: Artifact) -> dict[str, Mapping[str, list[Any]]]:
     found: dict[str, Mapping[str, list[Any]]] = {
         ANSWERS: {key: [sample[key] for sample in samples] for key in ("prompt", "answer")}
     }
-    if not {ITEMS, TEXTS} <= set(scores.manifest["files"]):  # of an earlier version
+    if not {ITEMS, TEXTS} <= set(scores.manifest.get("files", ())):  # of an earlier version
         return found
     folder = scores.local("*.parquet", remembered=True)
     items = pq.read_table(folder / ITEMS).to_pydict()
