@@ -99,6 +99,10 @@ class ServeOptions:
     host: Annotated[str, Parameter(help="Address to listen on")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="0 takes a free port")] = 8000
     name: Annotated[str | None, Parameter(help="Name of the model in the API [default: the last part of MODEL]")] = None
+    cors: Annotated[
+        tuple[str, ...],
+        Parameter(show_default=False, help="Origin of web pages that may use the API, or *; may be repeated"),
+    ] = ()
 
 
 @models.command(help_epilogue="Example: vectorclm evaluate MODEL --suite standard --data DIR --items 1000")
@@ -194,12 +198,12 @@ def chat(
 
 @models.command(help_epilogue="Example: VECTORCLM_API_KEY=… vectorclm serve MODEL --port 8000")
 def serve(
-    model: Annotated[str, Parameter(help=f"A chat model: {MODELS}")], /, *, options: ServeOptions = ServeOptions()
+    model: Annotated[str, Parameter(help=f"A model: {MODELS}")], /, *, options: ServeOptions = ServeOptions()
 ) -> None:
     """Serve a model over OpenAI's API, with a chat page."""
     from vectorclm.inference.serve import serve as start_server
 
-    start_server(model, load_runtime(options.runtime), options.host, options.port, options.name)
+    start_server(model, load_runtime(options.runtime), options.host, options.port, options.name, options.cors)
 
 
 def score_text(address: str, file: Path, *, as_json: bool) -> None:

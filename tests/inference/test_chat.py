@@ -23,8 +23,8 @@ from tests.test_model import CONFIG
 from vectorclm.errors import DataError
 from vectorclm.export.hugging_face import write_model_files
 from vectorclm.inference.chat import (
-    ChatModel,
     Conversation,
+    LanguageModel,
     check_turns,
     find_stop,
     fit_turns,
@@ -53,7 +53,7 @@ SEEN = [17, 9, 17, 200, 44]
 
 
 @pytest.fixture(scope="module")
-def chat_model(chat_folder: Path) -> ChatModel:
+def chat_model(chat_folder: Path) -> LanguageModel:
     return open_chat_model(str(chat_folder), Runtime(threads=1))
 
 
@@ -121,12 +121,12 @@ def test_a_stop_string_is_found_and_its_beginning_held() -> None:
     ]
 
 
-def prompt_of(chat_model: ChatModel, question: str) -> list[int]:
+def prompt_of(chat_model: LanguageModel, question: str) -> list[int]:
     return render_prompt(chat_model.tokenizer, [Turn("user", question)])
 
 
 @pytest.mark.parametrize("question", list(ANSWERS))
-def test_an_answer_comes_in_whole_characters_and_ends_its_turn(chat_model: ChatModel, question: str) -> None:
+def test_an_answer_comes_in_whole_characters_and_ends_its_turn(chat_model: LanguageModel, question: str) -> None:
     prompt = prompt_of(chat_model, question)
     pieces = list(reply(chat_model, prompt, 200))
     assert "".join(piece.text for piece in pieces) == ANSWERS[question]
@@ -136,7 +136,7 @@ def test_an_answer_comes_in_whole_characters_and_ends_its_turn(chat_model: ChatM
     assert sum(piece.tokens for piece in pieces) == len(made)
 
 
-def test_the_pieces_of_any_answer_are_the_text_of_its_tokens(chat_model: ChatModel) -> None:
+def test_the_pieces_of_any_answer_are_the_text_of_its_tokens(chat_model: LanguageModel) -> None:
     """Hot, so that most of the bytes are no whole characters."""
     sampling = SamplingParams(temperature=60.0, seed=5)
     prompt = prompt_of(chat_model, "Who swims?")
@@ -147,7 +147,7 @@ def test_the_pieces_of_any_answer_are_the_text_of_its_tokens(chat_model: ChatMod
     assert sum(piece.tokens for piece in pieces) == len(ids)
 
 
-def test_an_answer_stops_before_a_string_or_at_its_length(chat_model: ChatModel) -> None:
+def test_an_answer_stops_before_a_string_or_at_its_length(chat_model: LanguageModel) -> None:
     prompt, answer = prompt_of(chat_model, "Who swims?"), ANSWERS["Who swims?"]
     pieces = list(reply(chat_model, prompt, 200, stop=["never", " at night"]))
     assert "".join(piece.text for piece in pieces) == answer.partition(" at night")[0]
@@ -158,7 +158,7 @@ def test_an_answer_stops_before_a_string_or_at_its_length(chat_model: ChatModel)
     assert pieces[-1].finish == "length" and sum(piece.tokens for piece in pieces) == 4
 
 
-def test_turns_are_forgotten_in_pairs_but_never_the_system_prompt(chat_model: ChatModel) -> None:
+def test_turns_are_forgotten_in_pairs_but_never_the_system_prompt(chat_model: LanguageModel) -> None:
     turns = [Turn("system", "Be brief.")]
     for number in range(9):
         turns += [Turn("user", f"Question {number}?"), Turn("assistant", "Yes.")]
@@ -171,7 +171,7 @@ def test_turns_are_forgotten_in_pairs_but_never_the_system_prompt(chat_model: Ch
         fit_turns(chat_model.tokenizer, turns, 20)
 
 
-def test_evaluations_shorten_a_conversation_as_the_chat_does(chat_model: ChatModel) -> None:
+def test_evaluations_shorten_a_conversation_as_the_chat_does(chat_model: LanguageModel) -> None:
     """The system turn stays as long as there is room for it, and a question without room loses its beginning."""
     tokenizer = chat_model.tokenizer
     turns = [Turn("system", "Be brief.")]
@@ -204,7 +204,7 @@ def test_roles_out_of_order_are_refused(roles: str, message: str) -> None:
     check_turns([Turn("system", "x"), Turn("user", "x"), Turn("assistant", ""), Turn("user", "x")])
 
 
-def test_a_stopped_answer_is_remembered_as_far_as_it_came(chat_model: ChatModel) -> None:
+def test_a_stopped_answer_is_remembered_as_far_as_it_came(chat_model: LanguageModel) -> None:
     conversation = Conversation(chat_model, 100, "Be kind.")
     assert conversation.ask("Who swims?") == 0
     pieces = conversation.answer(SamplingParams(), [])
@@ -217,7 +217,7 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_came(chat_model: ChatModel)
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat(
-    chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chat_model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step, steps, typed = chat_model.model.next_logits, 0, iter(["Who swims?", "Who sings?", ""])
 
@@ -239,7 +239,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
 
 @pytest.mark.parametrize("system", ["", "Be kind."])
 def test_reset_forgets_what_was_said_and_keeps_the_system_prompt(
-    chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch, system: str
+    chat_model: LanguageModel, monkeypatch: pytest.MonkeyPatch, system: str
 ) -> None:
     typed = iter(["Who swims?", "/reset", "Who sings?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))

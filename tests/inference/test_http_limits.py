@@ -1,6 +1,6 @@
 """The limits of `vectorclm serve`: heads that do not arrive, and connections without end."""
 
-import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -10,15 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from tests.inference.conftest import SECRET, Served, check_log, serve_while
 from vectorclm.inference import http_limits, serve
-from vectorclm.inference.http_limits import DESCRIPTORS, LimitedHTTP
+from vectorclm.inference.http_limits import DESCRIPTORS, BodyLimit, LimitedHTTP
 
-SECRET = "a-key-of-this-test-0123"
 HALF = b"GET /v1/models HTTP/1.1\r\nHost: loc"
 
 
@@ -47,7 +46,7 @@ def test_connections_that_owe_their_head_keep_nobody_out(chat_folder: Path) -> N
             one.close()
         assert httpx.get(f"{url}/v1/models", headers=headers, timeout=20).status_code == 200
         process.terminate()
-        assert process.stderr.read() == ""
+        check_log(process.stderr.read())
 
 
 def test_a_head_has_to_arrive_in_time_and_a_body_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,14 +69,43 @@ def test_a_head_has_to_arrive_in_time_and_a_body_may_take_longer(monkeypatch: py
                     received += part
             assert received.endswith(b"\r\n\r\nslow")
 
-    async def meeting(listening: socket.socket) -> None:
-        config = uvicorn.Config(whole, log_config=None, lifespan="off", ws="none", http=LimitedHTTP)
-        server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve(sockets=[listening]))
-        await asyncio.to_thread(client, listening.getsockname())
-        server.should_exit = True
-        async with asyncio.timeout(60):
-            await serving
+    serve_while(whole, client, http=LimitedHTTP)
 
-    with serve.listen("127.0.0.1", 0) as listening:
-        asyncio.run(meeting(listening))
+
+@pytest.mark.parametrize(("sent", "status"), [(b"sl", 408), (b"x" * 2000, 413)])
+def test_a_body_is_bounded_in_time_and_in_size_before_the_application_sees_it(
+    monkeypatch: pytest.MonkeyPatch, sent: bytes, status: int
+) -> None:
+    monkeypatch.setattr(http_limits, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(http_limits, "BODY_BYTES", 200)
+
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("the application was called")
+
+    def client(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=60) as slow:
+            slow.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n" + sent)
+            response = slow.makefile("rb").read()  # to the end of the connection
+            assert int(response.split()[1]) == status
+            assert set(json.loads(response.partition(b"\r\n\r\n")[2])["error"]) == {
+                "message",
+                "type",
+                "param",
+                "code",
+            }
+
+    serve_while(BodyLimit(never), client, http=LimitedHTTP)
+
+
+def test_a_head_that_is_too_large_is_refused_before_the_key_is_checked(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=60) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (2 * http_limits.HEAD_BYTES))
+        assert connection.makefile("rb").readline().split()[1] == b"400"
+
+
+def test_small_writes_are_sent_at_once() -> None:
+    """A connection inherits the option from the socket that listens; an event of a stream waits for no other."""
+    with serve.listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import openai
 import psutil
 import pytest
 import uvicorn
-from openai import OpenAI
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.conftest import ANSWERS, chromium
+from tests.conftest import chromium
+from tests.inference.conftest import ANSWER, QUESTION, SECRET, Served
 from vectorclm.errors import ConfigError
 from vectorclm.inference import serve
 from vectorclm.inference.chat import open_chat_model
@@ -27,46 +26,6 @@ from vectorclm.inference.generate import generate
 from vectorclm.inference.http_limits import LimitedHTTP
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, render_prompt
-
-SECRET = "a-key-of-this-test-0123"
-QUESTION = [{"role": "user", "content": "Who swims?"}]
-ANSWER = ANSWERS["Who swims?"]
-
-
-@dataclass
-class Served:
-    """A running server."""
-
-    url: str
-    process: "subprocess.Popen[str]"
-    output: Path  # what it printed
-
-    def client(self, key: str = SECRET) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def ask(self, **options: Any) -> Any:
-        return self.client().chat.completions.create(**{"model": "otter", "messages": QUESTION, **options})
-
-
-@pytest.fixture(scope="module")
-def served(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    output = tmp_path_factory.mktemp("serve") / "output"
-    (output.parent / "runtime.toml").write_text("threads = 1")
-    command = [sys.executable, "-m", "flows.cli", "serve", str(chat_folder), "--port", "0"]
-    command += ["--runtime", str(output.parent / "runtime.toml")]
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            command, env={**os.environ, serve.KEY: SECRET}, stdout=subprocess.PIPE, stderr=file, text=True
-        )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("otter at http://127.0.0.1:"), line + output.read_text()
-    yield Served(line.split()[2].rstrip("/"), process, output)
-    process.terminate()
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert rest == "" and output.read_text() == ""  # nothing failed, and no key was told
-    assert SECRET not in line
 
 
 def test_a_greedy_answer_is_our_own_whole_or_as_a_stream(served: Served, chat_folder: Path) -> None:
@@ -110,7 +69,9 @@ def test_the_models_are_listed(served: Served) -> None:
 
 REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "gpt-4"}, 404, "model", "model_not_found"),
-    ({"n": 2}, 400, "n", "unsupported_parameter"),
+    ({"n": 0}, 400, "n", "invalid_value"),
+    ({"n": 129}, 400, "n", "invalid_value"),
+    ({"n": 2, "extra_body": {"best_of": 3}}, 400, "best_of", "unsupported_parameter"),
     ({"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
@@ -124,7 +85,8 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role", "invalid_value"),
     ({"messages": [{"role": "user", "content": " "}]}, 400, "messages", "invalid_value"),
     ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "messages", "context_length_exceeded"),
-    ({"max_completion_tokens": 500}, 400, "messages", "context_length_exceeded"),
+    ({"messages": [{"role": "system", "content": " "}, *QUESTION]}, 400, "messages", "invalid_value"),
+    ({"extra_body": {"stream_options": {"colour": 1}}}, 400, "stream_options.colour", "unknown_parameter"),
     ({"messages": [{"role": "user", "content": "x" * 2_000_000}]}, 413, None, "request_too_large"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -147,11 +109,18 @@ def test_what_cannot_be_done_is_refused(
         assert isinstance(error.body, dict) and error.body["type"] == "invalid_request_error"
 
 
+def test_a_key_that_utf8_cannot_express_is_refused(served: Served) -> None:
+    body = b'{"model": "otter", "messages": [], "\\udcff": 1}'
+    response = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=served.headers)
+    assert response.status_code == 400 and set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"[" * 100_000, b'{"model": "otter", "messages": [{}]}', b"\xff"])
 def test_a_body_that_is_none_is_refused(served: Served, body: bytes) -> None:
     headers = {"Authorization": f"Bearer {SECRET}"}
-    response = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=headers)
-    assert response.status_code == 400 and set(response.json()["error"]) == {"message", "type", "param", "code"}
+    for kind in ({}, {"Content-Type": "application/json"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+        response = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers={**headers, **kind})
+        assert response.status_code == 400 and set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_nothing_is_told_without_the_key_or_under_another_name(served: Served) -> None:
@@ -202,6 +171,7 @@ def test_without_a_key_it_starts_where_a_person_reads_its_own_and_not_elsewhere(
         assert done.returncode == 2 and "others can reach 0.0.0.0" in done.stderr
         with subprocess.Popen(command, **options) as server:  # type: ignore[call-overload]
             try:
+                held.close()  # so that reading ends where the server does
                 url = shown.readline().split()[-1]
                 key = shown.readline().removeprefix("the key of this run is ").partition(";")[0]
                 assert httpx.get(f"{url}/models").status_code == 401
@@ -216,6 +186,14 @@ def test_http_is_read_by_what_limits_headers(chat_folder: Path, monkeypatch: pyt
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
     serve.serve(str(chat_folder), Runtime(threads=1), "127.0.0.1", 0, None)
     assert [config.http for config in configs] == [LimitedHTTP]  # also where httptools, without limits, is installed
+
+
+def test_help_imports_no_server() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "flows.cli", "serve", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "--cors" in done.stdout and "vectorclm.model_commands" in imported
+    assert not imported & {"fastapi", "uvicorn", "prometheus_client", "starlette.applications"}
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from vectorclm.inference import serve
+from tests.inference.conftest import QUESTION, serve_while
+from vectorclm.inference import engine as engine_module
+from vectorclm.inference import openai_app
 from vectorclm.inference.chat import open_chat_model
-from vectorclm.inference.openai_api import Completion, Refusal, read_completion
+from vectorclm.inference.engine import Engine
+from vectorclm.inference.openai_errors import Refusal
+from vectorclm.inference.openai_requests import ChatRequest, Generation
+from vectorclm.inference.openai_responses import ChatResponse
+from vectorclm.inference.server_metrics import RequestRecord
 from vectorclm.runtime.devices import Runtime
 
-QUESTION = [{"role": "user", "content": "Who swims?"}]
 
-
-def long_completion(engine: serve.Engine) -> Completion:
+def long_generation(engine: Engine) -> Generation:
     asked = {"model": "otter", "messages": QUESTION, "temperature": 2, "seed": 1, "stream": True}
-    return read_completion(json.dumps(asked).encode(), engine.chat_model, "otter")
+    return ChatRequest.model_validate(asked).read(engine.model)
 
 
 def test_answers_are_made_in_turn_and_end_with_their_client(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,8 +36,8 @@ def test_answers_are_made_in_turn_and_end_with_their_client(chat_folder: Path, m
     made: list[str] = []
     ended: list[str] = []
 
-    async def client(engine: serve.Engine, name: str, pieces: int | None) -> None:
-        answer = engine.answer(long_completion(engine))
+    async def client(engine: Engine, name: str, pieces: int | None) -> None:
+        answer = engine.answer(long_generation(engine).choices[0])
         async for piece in answer:
             made.append(name)
             if piece.finish:
@@ -44,18 +47,18 @@ def test_answers_are_made_in_turn_and_end_with_their_client(chat_folder: Path, m
         await answer.aclose()
 
     async def meeting() -> None:
-        engine = serve.Engine(chat_model)
+        engine = Engine(chat_model)
         clients = [asyncio.create_task(client(engine, name, 3 if name == "b" else None)) for name in "abc"]
         waits = asyncio.create_task(client(engine, "d", None))
         await asyncio.sleep(0)
-        monkeypatch.setattr(serve, "WAITING", 3)
+        monkeypatch.setattr(engine_module, "WAITING", 3)
         with pytest.raises(Refusal, match="3 requests wait already"):
             await client(engine, "e", None)
         waits.cancel()
         await asyncio.gather(*clients)
         assert made == sorted(made) and set(made) == set("abc") and made.count("b") == 3
         assert ended == ["a", "c"] and made.count("a") == made.count("c") > 3
-        assert not engine._turn.locked() and engine._waiting == 0
+        assert not engine.is_busy and engine.waiting == 0
 
     asyncio.run(meeting())
 
@@ -78,7 +81,7 @@ def test_an_answer_is_given_up_when_its_client_leaves(
     monkeypatch.setattr(chat_model.model, "next_logits", counted)
 
     async def meeting() -> None:
-        engine, sent = serve.Engine(chat_model), asyncio.Event()
+        engine, sent = Engine(chat_model), asyncio.Event()
 
         async def receive() -> dict[str, Any]:
             await sent.wait()
@@ -88,12 +91,13 @@ def test_an_answer_is_given_up_when_its_client_leaves(
             if steps and b'"content": "' in message.get("body", b""):  # the role comes before any step
                 sent.set()
 
-        completion, scope = long_completion(engine), {"type": "http", "asgi": {"spec_version": "2.3"}, "headers": []}
+        generation, scope = long_generation(engine), {"type": "http", "asgi": {"spec_version": "2.3"}, "headers": []}
+        answered = engine, generation, ChatResponse("otter", "", 0), RequestRecord()
         if stream:
-            await serve.EventStream(serve.events(engine, completion))(scope, receive, send)
+            await openai_app.EventStream(openai_app.events(*answered))(scope, receive, send)
         else:
             asyncio.get_running_loop().call_later(0.1, sent.set)
-            await serve.while_connected(Request(scope, receive), serve.answer_whole(engine, completion))
+            await openai_app.while_connected(Request(scope, receive), openai_app.answer_whole(*answered))
         await asyncio.sleep(0)
         goes_on.set()
         async with asyncio.timeout(60), engine._turn:
@@ -108,13 +112,13 @@ def test_a_client_that_left_is_written_to_no_more(caplog: pytest.LogCaptureFixtu
 
     async def made() -> AsyncGenerator[str, None]:
         nonlocal taken
-        yield serve.event({"first": True})
+        yield openai_app.event({"first": True})
         assert left.wait(60)  # holds up the whole server
         for taken in range(1, 101):
-            yield serve.event({"piece": taken})
+            yield openai_app.event({"piece": taken})
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
-        await serve.EventStream(made())(scope, receive, send)
+        await openai_app.EventStream(made())(scope, receive, send)
 
     def client(address: tuple[str, int]) -> None:
         with socket.create_connection(address, timeout=60) as connection:
@@ -125,16 +129,7 @@ def test_a_client_that_left_is_written_to_no_more(caplog: pytest.LogCaptureFixtu
                 received += connection.recv(4096)
         left.set()
 
-    async def meeting(listening: socket.socket) -> None:
-        server = uvicorn.Server(uvicorn.Config(application, log_config=None, lifespan="off", ws="none"))
-        serving = asyncio.create_task(server.serve(sockets=[listening]))
-        await asyncio.to_thread(client, listening.getsockname())
-        server.should_exit = True
-        async with asyncio.timeout(60):
-            await serving
-
-    with serve.listen("127.0.0.1", 0) as listening:
-        asyncio.run(meeting(listening))
+    serve_while(application, client)
     assert 0 < taken < 4 and "socket.send()" not in caplog.text
 
 
@@ -144,9 +139,10 @@ def test_a_stream_that_fails_says_so_and_makes_room(chat_folder: Path, caplog: p
         chat_model.model.model.norm.weight.fill_(float("nan"))
 
     async def meeting() -> list[str]:
-        engine = serve.Engine(chat_model)
-        told = [event async for event in serve.events(engine, long_completion(engine))]
-        assert not engine._turn.locked()
+        engine = Engine(chat_model)
+        builder, record = ChatResponse("otter", "", 0), RequestRecord()
+        told = [event async for event in openai_app.events(engine, long_generation(engine), builder, record)]
+        assert not engine.is_busy
         return told
 
     told = asyncio.run(meeting())

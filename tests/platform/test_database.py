@@ -22,6 +22,7 @@ from flows.net import free_port
 from flows.platform.process import HOST, Service
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
+from tests.conftest import one_of
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
@@ -199,7 +200,7 @@ def test_servers_that_were_killed_are_missed_and_are_found_again_with_their_data
     platform: Platform, servers: Servers
 ) -> None:
     runs = {run.id for run in platform.client.read_flow_runs()}
-    platform.broken = True
+    platform.breaks()
     kill(servers.postgres.service, *servers.s3)
     done = platform.command("doctor")
     assert done.returncode == 1
@@ -217,11 +218,11 @@ def test_servers_that_were_killed_are_missed_and_are_found_again_with_their_data
     artifact.verify()
 
 
-@pytest.mark.parametrize("cell", [Cell("database", "pretrain"), Cell("worker", "finetune")], ids=str)
+@pytest.mark.parametrize("cell", one_of([Cell("database", "pretrain"), Cell("worker", "finetune")]), ids=str)
 def test_a_run_outlives_what_is_killed_beside_it(
     platform: Platform, servers: Servers, reference: Reference, cell: Cell
 ) -> None:
-    platform.broken = True
+    platform.breaks()
     killer = Killer(platform.config, lambda: platform.command("doctor"), platform.client, servers.postgres)
     killer.run(cell, reference)
 

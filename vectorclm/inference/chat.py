@@ -1,4 +1,4 @@
-"""Chat with a model: shorten conversations, stream answers as text, and talk in the terminal."""
+"""Chat with a model: shorten conversations, stream answers as text, chat in the terminal."""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
@@ -13,22 +13,23 @@ from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, read_conversation, render_prompt
-from vectorclm.store.model_ref import find_model
+from vectorclm.store.model_ref import Model, find_model
 from vectorclm.tokenizer import SPECIAL_TOKENS
 
-HELP = """/reset          forget what was said, all but the system prompt
-/system TEXT    forget what was said, and begin anew with this system prompt (without TEXT, with none)
-/exit           leave; so does an empty line
-Ctrl-C          ends an answer, or leaves"""
+HELP = """/reset          start a new conversation with the same system prompt
+/system TEXT    start a new conversation with this system prompt; without TEXT, with none
+/exit           leave the chat; an empty line does so, too
+Ctrl-C          stop the answer, or leave the chat"""
 
 
 @dataclass(frozen=True)
-class ChatModel:
-    """A chat model, ready to answer."""
+class LanguageModel:
+    """A model in memory, ready to answer or to continue a text."""
 
     model: CausalLM
     tokenizer: Tokenizer
     content: str  # SHA-256 over the model's files
+    chat: bool = True  # whether the model answers in the chat template
 
     @property
     def context(self) -> int:
@@ -38,76 +39,95 @@ class ChatModel:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """The next piece of an answer: text of whole characters, and the number of tokens generated for it."""
+    """The next piece of an answer: whole characters of text, and the number of tokens generated for them."""
 
     text: str
     tokens: int
-    finish: Literal["stop", "length"] | None = None  # why the answer ends here
+    finish: Literal["stop", "length"] | None = None  # the reason for the end, in the last piece
 
 
-def open_chat_model(address: str, runtime: Runtime) -> ChatModel:
-    """Load the chat model at an address that `find_model` knows, on this runtime's device.
-
-    Raises what `find_model` does, and DataError where it is a base model, or the tokenizer is another model's.
-    """
+def open_chat_model(address: str, runtime: Runtime) -> LanguageModel:
+    """Load the chat model at an address as `open_language_model` does. Raises DataError also for a base model."""
     found = find_model(address)
     if not found.chat:
         raise DataError(
             f"{address} is a base model, which never ends a turn: name a chat model, such as one of `finetune`"
         )
+    return _load(found, address, runtime)
+
+
+def open_language_model(address: str, runtime: Runtime) -> LanguageModel:
+    """Load the model at an address that `find_model` knows, on this runtime's device.
+
+    Raises what `find_model` does, and DataError where the tokenizer is another model's.
+    """
+    return _load(find_model(address), address, runtime)
+
+
+def _load(found: Model, address: str, runtime: Runtime) -> LanguageModel:
     runtime.check()
     device, folder = runtime.configure_torch(), found.local()
     model, tokenizer = open_model(folder, address)
-    return ChatModel(model.to(device), tokenizer, found.content)
+    return LanguageModel(model.to(device), tokenizer, found.content, found.chat)
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
-    """Raise DataError unless user and assistant alternate, after at most one system turn, and the user is last."""
+    """Check the order of roles: at most one system turn, then user and assistant alternate, and the user is last.
+
+    Raises DataError for another order, and for an empty message.
+    """
     first = 1 if turns and turns[0].role == "system" else 0
     for place, turn in enumerate(turns[first:], first):
         expected = "assistant" if (place - first) % 2 else "user"
         if turn.role != expected:
             raise DataError(
-                f"message {place} is the {turn.role}'s where the {expected}'s is due: after at most one system message "
-                "user and assistant take turns, the user first"
+                f"message {place} is the {turn.role}'s where the {expected}'s is due: after at most one system "
+                "message, user and assistant alternate, the user first"
             )
     if (len(turns) - first) % 2 == 0:
-        raise DataError("the last message must be the user's: there is nothing to answer")
+        raise DataError("the last message must be the user's, because the model answers it")
     for place, turn in enumerate(turns):
-        if turn.role != "assistant" and not turn.content.strip():  # a model may have had nothing to say
+        if turn.role != "assistant" and not turn.content.strip():  # an answer may be empty
             raise DataError(f"message {place} is empty")
 
 
 def fit_turns(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[Turn]:
-    """Shorten a conversation to a prompt of at most `length` tokens: the oldest questions go, each with its answer.
+    """Shorten a conversation to a prompt of at most `length` tokens: drop the oldest questions and their answers.
 
     The system turn and the last question stay. Raises DataError where these alone are too long.
     """
     kept = drop_oldest(tokenizer, turns, length)
     if (size := len(render_prompt(tokenizer, kept))) > length:
         what = "the system prompt and the message" if kept[0].role == "system" else "the message"
-        raise DataError(f"{what} would take {size:,} tokens, and there is room for {length:,}: make it shorter")
+        raise DataError(f"{what} would take {size:,} tokens, and there is room for {length:,}: shorten the text")
     return kept
 
 
 def reply(
-    chat_model: ChatModel,
+    chat_model: LanguageModel,
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
     sampling: SamplingParams = GREEDY,
     stop: Sequence[str] = (),
+    ignore_eos: bool = False,
 ) -> Iterator[TextDelta]:
-    """Stream the answer to a prompt of token ids: one piece for each token; its text may come with a later piece.
+    """Generate the answer to a prompt of token ids as a stream of pieces, one for each token.
 
-    The answer ends with the end of the turn (or any other special token), before the first of the `stop` strings, after
-    `max_new_tokens`, or where the context is full; the last piece names the reason. The pieces together are the text of
-    all tokens.
+    The text of a token may be in a later piece, because a piece has whole characters.
+
+    The answer ends with the end of the turn (or any other special token, unless `ignore_eos`), before the first of the
+    `stop` strings, after `max_new_tokens`, or where the context is full; the last piece names the reason. The pieces
+    together are the text of all tokens but the special ones.
     """
     pending: list[int] = []  # tokens whose last character is incomplete
-    held = ""  # text that may be the beginning of a stop string
+    held = ""  # text that may be a prefix of a stop string
     special = range(len(SPECIAL_TOKENS))
-    for token in generate(chat_model.model, prompt, max_new_tokens, stop_ids=special, sampling=sampling):
+    ends = () if ignore_eos else special
+    for token in generate(chat_model.model, prompt, max_new_tokens, stop_ids=ends, sampling=sampling):
+        if token in special and ignore_eos:
+            yield TextDelta("", 1)
+            continue
         if token in special:
             yield TextDelta(held + _text(chat_model, pending), 1, "stop")
             return
@@ -126,34 +146,37 @@ def reply(
     yield TextDelta(held + _text(chat_model, pending), 0, "length")
 
 
-def _text(chat_model: ChatModel, ids: Sequence[int]) -> str:
+def _text(chat_model: LanguageModel, ids: Sequence[int]) -> str:
     text: str = chat_model.tokenizer.decode(list(ids), skip_special_tokens=False)
     return text
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """The place of the first stop string in a text; None without one."""
+    """The position of the first stop string in a text; None where there is none."""
     return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
 
 
 def overlap(text: str, stop: Sequence[str]) -> int:
-    """The length of the longest end of a text that begins a stop string."""
+    """The length of the longest suffix of a text that is a prefix of a stop string."""
     lengths = (size for one in stop for size in range(min(len(one), len(text)), 0, -1) if text.endswith(one[:size]))
     return max(lengths, default=0)
 
 
 class Conversation:
-    """A conversation with a chat model, shortened as it outgrows the context."""
+    """A conversation with a chat model; the oldest turns are dropped when the context is full."""
 
-    def __init__(self, chat_model: ChatModel, max_new_tokens: int, system: str = "") -> None:
-        """Raises DataError where the system prompt is not text, or leaves no room for a question."""
+    def __init__(self, chat_model: LanguageModel, max_new_tokens: int, system: str = "") -> None:
+        """Start a conversation.
+
+        Raises DataError where the system prompt is not valid text, or leaves no room for a question.
+        """
         self.chat_model = chat_model
         self.max_new_tokens = min(max_new_tokens, chat_model.context // 2)
         self.turns: list[Turn] = []
         self.begin(system)
 
     def begin(self, system: str = "") -> None:
-        """Start a new conversation. Raises DataError as the constructor does, and keeps the old conversation then."""
+        """Start a new conversation. Raises DataError as the constructor does; the old conversation then stays."""
         turns = read_conversation([{"role": "system", "content": system}], "system prompt") if system.strip() else []
         fit_turns(self.chat_model.tokenizer, [*turns, Turn("user", "?")], self._room)
         self.turns = turns
@@ -161,14 +184,14 @@ class Conversation:
     def ask(self, question: str) -> int:
         """Add a question, and return the number of old turns that were dropped to make room.
 
-        Raises DataError where the question is not text or too long by itself, and leaves the conversation as it was.
+        Raises DataError where the question is not valid text or too long; the conversation then stays as it was.
         """
         turns = [*self.turns, *read_conversation([{"role": "user", "content": question}], "message")]
         self.turns = fit_turns(self.chat_model.tokenizer, turns, self._room)
         return len(turns) - len(self.turns)
 
     def answer(self, sampling: SamplingParams, stop: Sequence[str]) -> Generator[TextDelta, None, None]:
-        """Stream the answer, and add what was generated to the conversation."""
+        """Stream the answer, and add it to the conversation, also when the stream is closed early."""
         prompt, text = render_prompt(self.chat_model.tokenizer, self.turns), ""
         try:
             for piece in reply(self.chat_model, prompt, self.max_new_tokens, sampling=sampling, stop=stop):

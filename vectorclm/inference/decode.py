@@ -1,8 +1,8 @@
 """Decoding with a KV cache, one token a step; on a GPU each step replays a CUDA graph.
 
-A step of a small model is hundreds of kernels of microseconds, which a GPU finishes faster than Python starts them. A
-CUDA graph starts all of them at once. A graph repeats the same work in the same memory, so the place of the token is a
-tensor, and attention reads the whole cache with a mask.
+A decoding step of a small model is hundreds of short kernels, and a GPU finishes each before Python launches the next.
+A CUDA graph launches all of them at once. It repeats the same work on the same memory, so the position of the token is
+a tensor, and attention reads the whole cache with a mask.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ WARM_UP = 3  # steps before a capture, in which libraries allocate their memory
 def decoding(
     model: CausalLM, batch_size: int, length: int, padding_B: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """A function of the next tokens [B, T] that returns the logits [B, V] after the last of them.
+    """Return a function that maps the next tokens [B, T] to the logits [B, V] after the last of them.
 
-    The first call takes the prompts, each later one a token of each. A prompt and its continuation have at most
-    `length` tokens. `padding_B` counts the padding tokens at the left of each prompt.
+    The first call takes the prompts, each later call one token for each prompt. A prompt and its continuation have at
+    most `length` tokens. `padding_B` is the number of padding tokens at the left of each prompt.
     """
     if model.model.embed_tokens.weight.is_cuda:
         return SteadyDecoding(model, batch_size, length, padding_B, captured=True)
@@ -31,7 +31,7 @@ def decoding(
 
 
 class _SteadyCache(KVCache):
-    """A KV cache that writes the last token at a place given by a tensor, and returns its whole memory."""
+    """A KV cache that writes the newest token at a position given by a tensor, and returns its whole memory."""
 
     def __init__(self, model: CausalLM, batch_size: int, length: int) -> None:
         like = model.model.embed_tokens.weight
@@ -46,7 +46,7 @@ class _SteadyCache(KVCache):
 
 
 class SteadyDecoding:
-    """Decoding where each step is the same work on the same memory; with `captured`, as a CUDA graph."""
+    """Decoding in which each step is the same work on the same memory; with `captured`, steps replay a CUDA graph."""
 
     def __init__(
         self, model: CausalLM, batch_size: int, length: int, padding_B: Tensor | None = None, *, captured: bool
@@ -62,7 +62,7 @@ class SteadyDecoding:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Logits [B, V], which the next call overwrites. Raises ValueError as `CausalLM.next_logits` does."""
+        """Return logits [B, V], which the next call overwrites. Raises ValueError as `CausalLM.next_logits` does."""
         if not self.begun:
             self.begun = True
             self.place_1.fill_(input_ids.shape[1])
@@ -89,7 +89,7 @@ class SteadyDecoding:
         self.place_1.add_(1)
 
     def _capture(self) -> None:
-        """Warm up on another stream, as torch's documentation says, then capture; the warm-up has no visible effect."""
+        """Capture one step as a CUDA graph, after a warm-up on another stream whose effects are undone."""
         place_1, stream = self.place_1.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

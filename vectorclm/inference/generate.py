@@ -16,7 +16,7 @@ from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKEN
 
 
 class SamplingParams(Settings):
-    """How the next token is drawn; each setting's default leaves the model's probabilities as they are."""
+    """Sampling parameters: how the next token is drawn. The defaults do not change the model's probabilities."""
 
     temperature: float = Field(0.0, ge=0, le=100, description="Divides the logits; 0 takes the likeliest token")
     top_k: int = Field(0, ge=0, description="Draw from so many of the likeliest tokens; 0 = from all")
@@ -33,7 +33,7 @@ class SamplingParams(Settings):
 
 
 GREEDY = SamplingParams(temperature=0.0)
-LOOK = 8  # tokens between two checks for the text that ends an answer
+LOOK = 8  # tokens between two calls of `finished`
 COLDEST = 1e-6  # a lower temperature takes the likeliest token: divided logits could overflow
 
 
@@ -78,8 +78,8 @@ def generate_batch(
     """Greedy continuations [B, N] of prompts [B, T]; a row is padding after its stop token.
 
     Shorter prompts are padded at the left, by `padding_B` tokens. Generation ends when all rows have ended, after
-    `max_new_tokens`, or where the model's context is full. `finished` says every LOOK tokens which of the rows [B, n]
-    need no more tokens.
+    `max_new_tokens`, or where the model's context is full. Every LOOK tokens, `finished` takes the continuations
+    [B, n] and returns which rows [B] need no more tokens.
     """
     model.eval()
     batch, prompt = input_ids.shape
@@ -103,7 +103,7 @@ def generate_batch(
 
 
 def choose(logits_V: Tensor, seen: Sequence[int], sampling: SamplingParams, generator: torch.Generator) -> int:
-    """Draw the next token after `seen` from logits [V]; the order of the steps is that of transformers."""
+    """Sample the next token after `seen` from logits [V]; the steps have the order of transformers."""
     if sampling.repetition_penalty != 1:
         logits_V = penalized(logits_V, seen, sampling.repetition_penalty)
     if sampling.temperature < COLDEST:
@@ -121,7 +121,7 @@ def choose(logits_V: Tensor, seen: Sequence[int], sampling: SamplingParams, gene
 def penalized(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     """Logits with a repetition penalty on the tokens seen (Keskar et al., CTRL, arXiv 1909.05858, section 4.1).
 
-    Special tokens are exempt: each turn has to end, however many turns ended before.
+    Special tokens are exempt, because each turn has to end, however many turns ended before.
     """
     ids = torch.tensor(sorted({i for i in seen if i >= len(SPECIAL_TOKENS)}), dtype=torch.long, device=logits_V.device)
     chosen = logits_V[ids]
@@ -129,27 +129,27 @@ def penalized(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
 
 
 def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
-    """Logits of the `k` likeliest tokens and of ties with the last one; the others -inf (arXiv 1805.04833)."""
+    """Top-k: keep the logits of the `k` most likely tokens and of ties, set the others to -inf (arXiv 1805.04833)."""
     least = logits_V.topk(min(k, len(logits_V))).values[-1]
     return logits_V.masked_fill(logits_V < least, -torch.inf)
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
-    """Logits of the fewest tokens that together hold probability `p`, the others -inf (nucleus, arXiv 1904.09751)."""
+    """Top-p (nucleus): keep the fewest tokens with a total probability of `p`, others -inf (arXiv 1904.09751)."""
     probabilities, ids = logits_V.softmax(dim=0).sort(descending=True)
     outside = probabilities.cumsum(dim=0) - probabilities >= p
-    outside[0] = False  # the likeliest token always stays
+    outside[0] = False  # the most likely token always stays
     return logits_V.masked_fill(torch.empty_like(outside).index_copy(0, ids, outside), -torch.inf)
 
 
 def keep_min_p(logits_V: Tensor, p: float) -> Tensor:
-    """Logits of tokens at least `p` times as probable as the likeliest, the others -inf (min-p, arXiv 2407.01082)."""
+    """Min-p: keep tokens at least `p` times as probable as the most likely one, others -inf (arXiv 2407.01082)."""
     probabilities = logits_V.softmax(dim=0)
     return logits_V.masked_fill(probabilities < p * probabilities.max(), -torch.inf)
 
 
 def drop_oldest(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[Turn]:
-    """Shorten a conversation to a prompt of `length` tokens: the oldest questions go, each with its answer.
+    """Shorten a conversation to a prompt of `length` tokens: drop the oldest questions and their answers.
 
     The system turn and the last question stay, even where these alone are longer.
     """
@@ -161,10 +161,10 @@ def drop_oldest(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> lis
 
 
 def cut_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], length: int) -> list[int]:
-    """The prompt of a conversation, cut to at most `length` tokens where nobody can shorten the text.
+    """The prompt of a conversation, cut to at most `length` tokens without asking anyone.
 
-    The oldest questions go first, as in a chat. Where the last question leaves no room for the system turn, this goes,
-    as in training; a question that is too long by itself loses its beginning.
+    The oldest questions are dropped first, as in a chat. The system turn is dropped where the last question leaves no
+    room for it, as in training. A question that is too long by itself loses its beginning.
     """
     kept = drop_oldest(tokenizer, turns, length)
     prompt = render_prompt(tokenizer, kept)
@@ -220,10 +220,10 @@ def template_scores(
     max_new_tokens: int,
     sampling: SamplingParams = GREEDY,
 ) -> dict[str, int]:
-    """Count the answers to held-out prompts that end with the end-of-turn token, and those that keep to the template.
+    """Count the answers to held-out prompts that end with the end-of-turn token, and those in the chat template.
 
-    In the template: some text, then the end-of-turn token, and no other special token. `exact` counts the answers
-    equal to the reference; only questions with one right wording can reach that.
+    An answer in the template is some text, then the end-of-turn token, without other special tokens. `exact` counts
+    the answers equal to the reference, which only questions with one right wording can reach.
     """
     ended = in_template = exact = 0
     with Progress("answer prompts", len(prompts), "prompts") as progress:

@@ -1,12 +1,12 @@
 """ASGI middleware against requests of other web pages: checks the Host and the Origin of each request and websocket.
 
-A browser lets any page send requests to a server on this machine, and a page whose name resolves to this machine (DNS
-rebinding) can read the answers, too. Such requests have another Host, or another Origin.
+A browser lets any page send requests to a server on this machine. A page whose name resolves to this machine (DNS
+rebinding) can read the responses, too. Such requests have another Host or another Origin.
 """
 
 import ipaddress
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -25,11 +25,12 @@ POLICY_VIOLATION = 1008  # close code of a websocket
 class Guard:
     """Refuses requests with a Host outside `hosts`, or from another origin; without `hosts`, any Host is allowed.
 
-    Other sites may not show the pages in a frame either, where they could steal clicks.
+    Pages of `origins` have access, too ("*": those of any). Other sites may not show the pages in a frame either, where
+    they could steal clicks.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str] | None) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, hosts: Collection[str] | None, origins: Collection[str] = ()) -> None:
+        self.app, self.origins = app, origins
         self.hosts = None if hosts is None else {normalized(host) for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,7 +64,7 @@ class Guard:
         if self.hosts is not None and host[0] not in self.hosts:
             return f"this server is not called {host[0]}: name it by its address, or list the name in {ALLOWED}"
         if origins:
-            own = len(origins) == 1 and is_own(origins[0], host)
+            own = len(origins) == 1 and (is_own(origins[0], host) or not {"*", origins[0]}.isdisjoint(self.origins))
             return None if own else "pages of other origins have no access to this server"
         return "other sites have no access to this server" if is_embedded(headers, method) else None
 
@@ -99,7 +100,7 @@ def is_own(origin: str, host: tuple[str, int | None]) -> bool:
 
 
 def is_embedded(headers: Headers, method: str) -> bool:
-    """Whether another site's page embeds this as a script, an image or a frame, by the browser's headers."""
+    """Whether the browser's headers say that a page of another site embeds this as a script, an image or a frame."""
     if headers.get("sec-fetch-site") not in ("cross-site", "same-site"):
         return False
     followed = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest", "document") == "document"
@@ -116,3 +117,20 @@ def allowed_hosts(environment: Mapping[str, str]) -> list[str]:
         if (split := split_authority(name)) is None or split[1] is not None:
             raise ConfigError(f"{ALLOWED}: {name!r} is not a host's name, such as mlflow.example.com, without a port")
     return [*LOOPBACK, *map(normalized, further)]
+
+
+def allowed_origins(origins: Sequence[str]) -> list[str]:
+    """The origins of `--cors` as browsers write them. Raises ConfigError for a text that is not an origin, or *."""
+    found = []
+    for text in origins:
+        origin = text.strip().lower().removesuffix("/")
+        match = ORIGIN.fullmatch(origin)
+        place = split_authority(match["authority"]) if match is not None else None
+        if origin != "*" and (match is None or place is None):
+            raise ConfigError(f"--cors {text!r} is not an origin, such as https://chat.example.com, and not *")
+        if match is not None and place is not None:  # browsers leave the default port out
+            name, port = place
+            default = port is None or port == PORTS[match["scheme"]]
+            origin = f"{match['scheme']}://{name}" + ("" if default else f":{port}")
+        found.append(origin)
+    return found

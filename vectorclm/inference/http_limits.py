@@ -1,21 +1,29 @@
-"""HTTP limits for uvicorn: a request's head has 10 seconds, and connections stay below the file descriptors."""
+"""Limits on HTTP requests that uvicorn lacks: the time and size of heads and bodies, and the number of connections."""
 
 import asyncio
 import resource
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 10  # for the head of a request, after the connection or the answer before
+from vectorclm.inference.openai_errors import Refusal
+
+BODY_BYTES = 1 << 20  # of a request, at most; a context is some thousand tokens
+BODY_SECONDS = 30  # for a body to arrive
+HEAD_BYTES = 1 << 14  # of a request's head that has not arrived as a whole, at most
+HEAD_SECONDS = 10  # for the head of a request, after the connection or the response before
 CONNECTIONS = 512  # at most
 BACKLOG = 32  # connections accepted at once
 DESCRIPTORS = 64 + 4 * BACKLOG  # kept free for files, and for connections that begin or end
 
 
 class LimitedHTTP(H11Protocol):
-    """One connection; of too many, the one that has waited longest for a head is closed.
+    """One HTTP connection. Beyond the limit, the server closes the connection that has waited longest for a head.
 
-    h11 also limits the size of a head, before the key is checked; httptools does not.
+    The parser is h11, which limits the size of a head; httptools does not.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -63,6 +71,52 @@ class LimitedHTTP(H11Protocol):
 
 
 def most_connections() -> int:
-    """The most connections that a server may have open: fewer than this process may have open files."""
+    """The limit of open connections: CONNECTIONS, or fewer where this process may open few files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, soft - DESCRIPTORS))
+
+
+class BodyLimit:
+    """ASGI middleware that reads the whole body of a request before the application, within a size and a time."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await read_body(Request(scope, receive))
+        except Refusal as refusal:
+            await refusal.response()(scope, receive, send)
+            return
+        except ClientDisconnect:
+            await Response(status_code=499)(scope, receive, send)  # nginx's number; no client is left to read it
+            return
+        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_whole() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self.app(scope, receive_whole, send)
+
+
+async def read_body(request: Request) -> bytes:
+    """Read a request's body. Raises Refusal where it is too large or too slow, ClientDisconnect without a client."""
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size <= BODY_BYTES:
+                    body += part
+                elif (
+                    size > 8 * BODY_BYTES
+                ):  # a client reads no response while it sends, so the rest is read and dropped
+                    break
+    except TimeoutError as error:
+        raise Refusal(f"the body did not arrive within {BODY_SECONDS} s", 408, code="timeout") from error
+    if size > BODY_BYTES:
+        raise Refusal(f"the body has more than {BODY_BYTES:,} bytes", 413, code="request_too_large")
+    return bytes(body)

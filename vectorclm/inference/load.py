@@ -27,9 +27,9 @@ class LoadedModel:
 
 
 def open_model(folder: Path, address: str | None = None) -> tuple[CausalLM, Tokenizer]:
-    """The model in a folder and its tokenizer; `address` is the model's name in messages.
+    """Load the model in a folder and its tokenizer; `address` is the model's name in messages.
 
-    Raises DataError where a file is not what it should be, or the tokenizer is another model's.
+    Raises DataError where a file is invalid, or the tokenizer belongs to another model.
     """
     model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
     known, expected = tokenizer.get_vocab_size(), model.config.vocab_size
@@ -42,6 +42,6 @@ def open_model(folder: Path, address: str | None = None) -> tuple[CausalLM, Toke
 
 
 def load_model(folder: Path, device: torch.device, *, chat: bool, address: str | None = None) -> LoadedModel:
-    """Open the model of a folder and move it to a device. Raises DataError as `open_model` does."""
+    """Load the model in a folder, and move it to a device. Raises DataError as `open_model` does."""
     model, tokenizer = open_model(folder, address)
     return LoadedModel(folder, model.to(device), tokenizer, chat)
