@@ -1,5 +1,6 @@
 """MLflow's SQLite database beside a store: check that MLflow can use it, and follow a store that was moved."""
 
+import os
 import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def check_database(uri: str) -> None:
-    """Check that MLflow can write to the SQLite database at `uri`; nothing is checked for a server or a new file.
+    """Check that MLflow can use the SQLite database at `uri`; nothing is checked for a server or a new file.
 
     MLflow itself retries for an hour where the file cannot be opened, and adds its tables to any database. Raises
     DatabaseLockedError where another program holds it, and RegistryError where it is unreadable or not MLflow's.
@@ -45,7 +46,8 @@ def check_database(uri: str) -> None:
                     f"{path} is not MLflow's database: it holds {', '.join(sorted(tables)[:3])}; move it away, or set "
                     "MLFLOW_TRACKING_URI"
                 )
-            database.execute("begin immediate")
+            if _is_writable(path):
+                database.execute("begin immediate")
     except sqlite3.Error as error:
         raise _explained(path, error) from error
 
@@ -60,8 +62,18 @@ def _explained(path: Path, error: sqlite3.Error) -> RegistryError:
     return RegistryError(f"{path} cannot be used ({error}): check its owner and its permissions")
 
 
+def _is_writable(path: Path) -> bool:
+    """Whether this process may write; a read-only store is for reading."""
+    return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+
+
 def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+    return sqlite3.connect(
+        f"file:{quote(str(path))}?mode={'rw' if _is_writable(path) else 'ro'}",
+        uri=True,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,
+    )
 
 
 def artifact_place(folder: Path) -> str:
@@ -75,7 +87,7 @@ def relocate(uri: str, folder: Path) -> None:
     MLflow records the absolute address of the files of each run and model.
     """
     path = sqlite_path(uri)
-    if path is None or not path.is_file() or path.parent != folder:
+    if path is None or not path.is_file() or path.parent != folder or not _is_writable(path):
         return
     here = artifact_place(folder)
     with suppress(sqlite3.OperationalError), closing(_connect(path)) as database:  # an older database lacks tables

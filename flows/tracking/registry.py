@@ -1,5 +1,6 @@
 """MLflow's model registry: find a model by its address, record evaluations and promotions, read earlier results."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from flows.tracking.experiments import open_experiment
 from flows.tracking.item_tables import log_item_tables
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.statistics import Figure, figures
+from vectorclm.lineage.chain import Node
 from vectorclm.settings import digest
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.model_ref import ADDRESS
@@ -61,8 +63,7 @@ class Registry:
     def __init__(self, store: Store) -> None:
         self.store, self.uri = store, tracking_uri(store)
         folder = local_folder(store)
-        folder.mkdir(parents=True, exist_ok=True)
-        with self.asked(), FileLock(folder / "mlflow.lock"):  # the first client of a new database migrates it
+        with self.asked(), _migrating_alone(folder):
             check_database(self.uri)
             relocate(self.uri, folder)
             self.client = MlflowClient(self.uri)
@@ -118,6 +119,17 @@ class Registry:
             if match["alias"] is None:
                 return self.client.get_model_version(match["name"], match["version"])
             return self.client.get_model_version_by_alias(match["name"], match["alias"])
+
+    def version_of(self, root: Node) -> ModelVersion:
+        """The newest registered version of a trained model; raises ConfigError without one."""
+        with self.asked():
+            query = f"tags.fingerprint = '{root.fingerprint}'"
+            found = self.client.search_model_versions(query, order_by=["last_updated_timestamp DESC"], max_results=1)
+        if not found:
+            raise ConfigError(
+                f"{root.stage}/{root.fingerprint[:12]} is not registered: `vectorclm run` registers models"
+            )
+        return found[0]
 
     def page(self, experiment_id: str, run_id: str) -> str:
         """The URL of a run's page; without a server, the run's id."""
@@ -263,6 +275,17 @@ class Registry:
         except (SQLAlchemyError, OSError) as error:
             first = without_password(str(error).strip().partition("\n")[0])[:200]
             raise RegistryError(f"MLflow at {without_password(self.uri)} cannot be used: {first}") from error
+
+
+@contextmanager
+def _migrating_alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of MLflow's database, because its first client migrates it; none on a read-only store."""
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "mlflow.lock"):
+        yield
 
 
 def _in_store(address: str) -> re.Match[str] | None:

@@ -48,7 +48,7 @@ class Versions:
             self.describe(self.session.parent_id, EXPORT)
         client = self.session.client
         for stage, name in REGISTERED.items():
-            if completed != (EXPORT if stage in behind else stage):
+            if stage not in self.session.plans or completed != (EXPORT if stage in behind else stage):
                 continue
             if (model_id := self.catalog.model_id(stage)) is None:
                 continue
@@ -139,7 +139,7 @@ class Versions:
 
     def describe(self, run_id: str, stage: str) -> None:
         """Set the description of a run to the lineage of the stage's artifact."""
-        root = BY_NAME[stage].described_by
+        root = BY_NAME[stage].described_by(self.session.plans)
         self.session.client.set_tag(run_id, NOTE, self._chain(root, self._lineage(root)))
 
     def _lineage(self, stage: str) -> Lineage:
