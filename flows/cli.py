@@ -200,9 +200,7 @@ def promote(
     return move_alias(model, list(task), existing_store(place.store), Console())
 
 
-@app.command(
-    name="lineage", help_epilogue="Examples: vectorclm lineage MODEL --verify; vectorclm lineage --uses wikipedia"
-)
+@app.command(name="lineage", help_epilogue="Example: vectorclm lineage MODEL --verify")
 def show_lineage(
     model: Annotated[str | None, Parameter(help=NAMES)] = None,
     /,
@@ -210,17 +208,13 @@ def show_lineage(
     place: StoreOptions = StoreOptions(),
     verify: Annotated[bool, Parameter(help="Hash every file again; exit code 1 if one differs")] = False,
     diff: Annotated[str | None, Parameter(help="Print the differences from this model, setting by setting")] = None,
-    uses: Annotated[
-        str | None, Parameter(help="Without MODEL: print the models trained on this source, by label, path or revision")
-    ] = None,
+    uses: Annotated[str | None, Parameter(help="Print the models trained on a source: label, path, revision")] = None,
     json: Json = False,
 ) -> int:
     """Print the lineage of a model, back to its sources; or the models that were trained on a source."""
     found = existing_store(place.store)
     if uses is not None:
-        if model is not None:
-            raise ConfigError("name a model, or a source by --uses, not both")
-        return lineage_cli.print_users(uses, found, as_json=json)
+        return lineage_cli.print_users(uses, model, found, as_json=json)
     return lineage_cli.print_lineage(lookup.named_model(model, found), found, verify=verify, diff=diff, as_json=json)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from flows.tracking.lookup import opened, recorded, versions
-from vectorclm.errors import VectorCLMError
+from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.lineage.chain import (
     SHORT,
     Change,
@@ -141,23 +141,28 @@ def print_lineage(model: str, store: Store, *, verify: bool, diff: str | None, a
     return run(model, store, console, check=verify, as_json=as_json)
 
 
-def print_users(source: str, store: Store, *, as_json: bool) -> int:
-    """Print the models of a store that were trained on a source, oldest first, with their registered versions."""
+def print_users(source: str, model: str | None, store: Store, *, as_json: bool) -> int:
+    """Print the models of a store that were trained on a source, oldest first, with their registered versions.
+
+    Raises ConfigError where a model is named as well.
+    """
+    if model is not None:
+        raise ConfigError("name a model, or a source by --uses, not both")
     found = models_that_read(source, store)
-    registered, why = versions(dict.fromkeys(model.fingerprint for model, _ in found), store)
+    registered, why = versions(dict.fromkeys(user.fingerprint for user, _ in found), store)
     if as_json:
         fields = [
-            {"model": model.uri, **read._asdict(), "versions": registered.get(model.fingerprint, [])}
-            for model, read in found
+            {"model": user.uri, **read._asdict(), "versions": registered.get(user.fingerprint, [])}
+            for user, read in found
         ]
         print(json.dumps(fields, ensure_ascii=False))
         return 0
     table = Table("model", "", "source", "revision", "registered", box=None, pad_edge=False)
-    for model, read in found:
-        names = ", ".join(registered.get(model.fingerprint, ())) or "-"
-        address = f"{model.stage}/{model.fingerprint[:SHORT]}"
+    for user, read in found:
+        names = ", ".join(registered.get(user.fingerprint, ())) or "-"
+        address = f"{user.stage}/{user.fingerprint[:SHORT]}"
         label = f"{read.label} ({read.path})" if read.path else read.label
-        table.add_row(address, BY_NAME[model.stage].result, escape(label), escape(read.revision), escape(names))
+        table.add_row(address, BY_NAME[user.stage].result, escape(label), escape(read.revision), escape(names))
     console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
     console.print(table, highlight=False)
     if why:

@@ -51,7 +51,7 @@ def _registered(address: str, store: Store) -> str:
 
 def has_record(store: Store) -> bool:
     """Whether there is an MLflow server or database that may know the models of a store."""
-    return "MLFLOW_TRACKING_URI" in os.environ or (local_folder(store) / "mlflow.db").is_file()
+    return "MLFLOW_TRACKING_URI" in os.environ or (local_folder(store) / "mlflow.db").exists()
 
 
 def recorded(found: Lineage, store: Store) -> "tuple[Record | None, str]":
