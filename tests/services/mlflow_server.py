@@ -32,7 +32,11 @@ class MLflowServer:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
             )
-        until(lambda: answers(f"{self.uri}/health"), "MLflow serves", 300)
+        try:
+            until(lambda: answers(f"{self.uri}/health"), "MLflow serves", 300)
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         os.killpg(self.process.pid, 15)
