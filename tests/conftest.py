@@ -86,6 +86,13 @@ def one_of(cells: Sequence[T]) -> Sequence[T]:
     return cells if KILLS >= 10 else [cells[SEED % len(cells)]]
 
 
+@pytest.fixture(autouse=True)
+def new_s3_clients() -> Iterator[None]:
+    """Forget S3 clients when a test ends: s3fs keeps them by their arguments, which name no server."""
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 class S3(NamedTuple):
     """A real S3 server with an empty bucket."""
 
