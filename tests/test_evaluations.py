@@ -54,7 +54,7 @@ def recorded_runs(store: Store, model: str) -> int:
 def test_a_model_is_measured_once_and_shown_and_recorded(prefect_client: SyncPrefectClient, store: Store) -> None:
     first = evaluate_run(CANDIDATE, "tiny", LIMITS, "", ALONE, return_state=True)
     assert first.name == "Completed" and str(first.message).startswith(f"measured: {store.uri}/measure/")
-    found: dict[str, Any] = first.data
+    found: dict[str, Any] = first.result()
     assert found["scores"]["tasks"]["world"]["items"] == 5
     (row,) = rows(prefect_client, "evaluation-vectorclm-chat-tiny")
     assert row["model"] == "vectorclm-chat 1" and row["acc.world"].startswith(
@@ -62,7 +62,7 @@ def test_a_model_is_measured_once_and_shown_and_recorded(prefect_client: SyncPre
     )
     again = evaluate_run(CANDIDATE, "tiny", LIMITS, "", ALONE, return_state=True)
     assert (again.name, again.message) == ("Reused", f"measured already: {found['uri']}")
-    assert again.data == found and rows(prefect_client, "evaluation-vectorclm-chat-tiny") == [row]
+    assert again.result() == found and rows(prefect_client, "evaluation-vectorclm-chat-tiny") == [row]
     assert recorded_runs(store, "vectorclm-chat 1") == 1
 
 

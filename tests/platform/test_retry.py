@@ -81,10 +81,10 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_client: SyncPrefectClien
         pytest.raises(ConfigError, match="Prefect requires a password: give the --store or --env-file of `up`"),
     ):
         retry("by-form", None, [])
+    assert len(prefect_client.read_flow_runs()) == count  # refused, and no run was made
     prefect_client.delete_deployment(deployment)
     with pytest.raises(ConfigError, match=f"Prefect has no deployment {CURRICULUM}: create it with `vectorclm up`"):
         retry("by-form", None, [])
-    assert len(prefect_client.read_flow_runs()) == count  # refused, and no run was made
 
 
 def test_a_retry_without_a_platform_says_how_to_start_it(tmp_path: Path) -> None:
