@@ -6,7 +6,7 @@ EXPERIMENT ?= tiny
 
 LONG ?= long
 
-.PHONY: install run test long check format bench
+.PHONY: install run test long coverage check format bench
 
 install: .venv/installed
 
@@ -34,6 +34,9 @@ long: install
 			&& { mv $$result.part $$result; echo "passed" >> $$result; echo "$$file: passed"; } \
 			|| { tail -n 20 $$result.part; exit 1; }; \
 	done
+
+coverage: install # the share of each module's lines of flows that the test of its name runs
+	$(BIN)/python -m tests.module_coverage
 
 check: install
 	$(BIN)/ruff check .

@@ -29,6 +29,8 @@ from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
     from tests.kill_matrix import Reference
     from tests.services.curricula import Recorded
     from vectorclm.export.llama_cpp import LlamaCpp
@@ -368,12 +370,11 @@ def sandboxed() -> Sandbox:
     return found
 
 
-@pytest.fixture(scope="module")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a client of a real server, which the environment of this process does not name."""
-
+@contextmanager
+def private_prefect(folder: Path) -> Iterator[dict[str, str]]:
+    """A real server; yields the environment of a client of it, which the environment of this process does not name."""
     before = dict(os.environ)
-    server = PrivateServer(tmp_path_factory.mktemp("prefect"))
+    server = PrivateServer(folder)
     try:
         server.start()
         environment = dict(os.environ)
@@ -385,3 +386,35 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         os.environ.clear()
         os.environ.update(before)
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a server that this module's tests have to themselves."""
+    with private_prefect(tmp_path_factory.mktemp("prefect")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def shared_prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of one server for all tests that look only at runs and deployments of their own."""
+    if Path("/tmp/cover-prefect.json").exists():  # HACK
+        yield {**os.environ, **json.loads(Path("/tmp/cover-prefect.json").read_text())}  # HACK
+        return  # HACK
+    with private_prefect(tmp_path_factory.mktemp("shared-prefect")) as environment:
+        yield environment
+
+
+@pytest.fixture
+def prefect_client(shared_prefect: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator["SyncPrefectClient"]:
+    """A client of the shared server, which Prefect's functions in this process and its threads use, too."""
+    from prefect.client.orchestration import get_client
+    from prefect.context import refresh_global_settings_context
+
+    with monkeypatch.context() as patch:
+        for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+            patch.setenv(name, shared_prefect[name])
+        refresh_global_settings_context()
+        with get_client(sync_client=True) as client:
+            yield client
+    refresh_global_settings_context()
