@@ -73,7 +73,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("modules", nargs="*", type=Path, help="the modules to measure; all of flows without any")
     parser.add_argument("--jobs", type=int, default=2, help="tests that run at the same time")
     args = parser.parse_args(arguments)
-    chosen = [path.resolve() for path in args.modules] or modules()
+    wanted = {path.resolve() for path in args.modules}
+    chosen = [path for path in modules() if not wanted or path in wanted]
     with ThreadPoolExecutor(args.jobs) as threads:
         shares = []
         for found in threads.map(share, chosen):
