@@ -68,19 +68,22 @@ def share(module: Path) -> Share:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table, worst modules last; returns 1 where a module's share is below the bound."""
+    """Print the table, a line when its test has ended; returns 1 where a module's share is below the bound."""
     parser = argparse.ArgumentParser("python -m tests.module_coverage", description=__doc__)
     parser.add_argument("modules", nargs="*", type=Path, help="the modules to measure; all of flows without any")
     parser.add_argument("--jobs", type=int, default=2, help="tests that run at the same time")
     args = parser.parse_args(arguments)
-    chosen = [path.resolve() for path in args.modules] or modules()
+    wanted = {path.resolve() for path in args.modules}
+    chosen = [path for path in modules() if not wanted or path in wanted]
     with ThreadPoolExecutor(args.jobs) as threads:
-        shares = list(threads.map(share, chosen))
-    for found in sorted(shares, key=lambda each: -each.percent):
-        module, test = (path.relative_to(ROOT) for path in (found.module, found.test))
-        print(f"{module!s:40} {test!s:46} {found.lines:4} lines {found.percent:5.1f} %  {found.problem}".rstrip())
-        if not found.is_enough and found.missed:
-            print(f"    not run: {', '.join(map(str, found.missed))}")
+        shares = []
+        for found in threads.map(share, chosen):
+            shares.append(found)
+            module, test = (path.relative_to(ROOT) for path in (found.module, found.test))
+            line = f"{module!s:40} {test!s:46} {found.lines:4} lines {found.percent:5.1f} %  {found.problem}"
+            print(line.rstrip(), flush=True)
+            if not found.is_enough and found.missed:
+                print(f"    not run: {', '.join(map(str, found.missed))}", flush=True)
     below = sum(not found.is_enough for found in shares)
     print(f"{len(shares) - below} of {len(shares)} modules are covered to {BOUND} % or more by the test of their name")
     return 1 if below else 0

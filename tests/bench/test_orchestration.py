@@ -24,6 +24,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         return mini().model_copy(update={"name": name}), Path(f"{name}.toml")
 
     monkeypatch.setattr(bench, "load_experiment", load)
+    monkeypatch.setattr(bench, "FIRST_CHANGES", {"finetune.epochs": 0.5})
     monkeypatch.setattr(bench, "LOOP_CHANGES", {"pretrain.batch_size": 4, "pretrain.validation_interval": 1000})
 
 

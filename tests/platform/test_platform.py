@@ -17,7 +17,6 @@ from uuid import UUID
 import psutil
 import pytest
 from mlflow import MlflowClient
-from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelling, Crashed
@@ -25,14 +24,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
-from flows.execution import progress
 from flows.net import answers
 from flows.platform import doctor
 from tests.conftest import following
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, says
 from tests.services.platform import Platform, platform_at, until
-from vectorclm.runtime.progress import Tick, say
 from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Store
 
@@ -187,24 +184,6 @@ def torch_processes(platform: Platform) -> list[psutil.Process]:
 
 
 LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}
-
-
-@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow")  # the test is no flow
-def test_the_chip_follows_a_stage_to_its_end(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "CHIP_SECONDS", 0.05)
-
-    def shown() -> tuple[float, str]:
-        key = ArtifactFilter.model_validate({"key": {"any_": ["of-a-test-progress"]}})
-        chips = platform.client.read_artifacts(artifact_filter=key)
-        return (float(str(chips[0].data)), str(chips[0].description)) if chips else (-1.0, "")
-
-    with platform.addressed(), progress.live("of_a_test", print):
-        for done, percent in ((0, 0.0), (500, 50.0), (515, 51.5)):
-            say(Tick("of_a_test", done, 1000, "tokens", "loss 2.5"))
-            until(lambda percent=percent: shown()[0] == percent, f"the chip shows {percent}", 60)
-        assert "515 of 1,000 tokens, loss 2.5" in shown()[1]
-        say(Tick("of_a_test", 516, 1000, "tokens"))  # less than a percent: told by the end, if not by then
-    assert shown()[0] == 51.6
 
 
 def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDriver) -> None:
