@@ -155,7 +155,7 @@ def test_gc_frees_a_full_disk_on_which_no_lease_can_be_written(
     age(Path(store.uri) / "tokenizer" / held.fingerprint)
     with store.lease(held.lease):
         with files_below(0):
-            with pytest.raises(DiskFullError, match="no space left while writing .*store gc --older-than 1h --delete"):
+            with pytest.raises(DiskFullError, match=r"no space left while writing .*store gc --older-than 1h --delete"):
                 build(store, StageSpec("sample", 1, {"a": 9}, {}), produce)
             code, rows = asked(capsys, "gc", "--delete", "--store", store.uri)
         assert code == 0 and {row["what"] for row in rows if row["removed"]} == expected
