@@ -19,6 +19,7 @@ from rich.text import Text
 
 from flows.handle import Handle, duration
 from flows.net import without_password
+from flows.paths import local_folder, mlflow_destination
 from flows.tracking.client import tracking_uri
 from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
@@ -172,7 +173,8 @@ class Summary:
     def _places(self) -> list[tuple[str, str]]:
         uri, page = tracking_uri(self.store), "/?workflowType=machine_learning"
         if uri.startswith("sqlite:"):
-            look = [("MLflow", command("mlflow", "ui", "--backend-store-uri", uri, "--port", "5000"))]
+            files = ["--artifacts-destination", mlflow_destination(self.store, local_folder(self.store))]
+            look = [("MLflow", command("mlflow", "ui", "--backend-store-uri", uri, *files, "--port", "5000"))]
             look += [("", f"http://localhost:5000{page}")]
         else:
             place = without_password(uri).rstrip("/")

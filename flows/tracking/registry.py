@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from flows.net import answers, without_password
 from flows.paths import local_folder
+from flows.tracking.artifact_place import is_database, open_client
 from flows.tracking.client import ALIAS, CHAMPION, VALUE_LENGTH, run_page, tracking_uri
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.evaluation.statistics import Figure, figures
@@ -61,7 +61,7 @@ class Registry:
     def __init__(self, store: Store) -> None:
         self.store, self.uri = store, tracking_uri(store)
         with self.asked(), _migrating_alone(local_folder(store)):
-            self.client = MlflowClient(self.uri)
+            self.client = open_client(self.uri, store)
 
     def find(self, address: str) -> Subject:
         """The model that `address` names: `models:/name@alias`, `models:/name/version`, or any other place as it is.
@@ -218,8 +218,7 @@ class Registry:
     def _experiment_id(self) -> str:
         if (found := self.client.get_experiment_by_name(EVALUATIONS)) is not None:
             return str(found.experiment_id)
-        own = self.uri.startswith("sqlite:")
-        place = Path(local_folder(self.store), "mlartifacts").as_uri() if own else None
+        place = Path(local_folder(self.store), "mlartifacts").as_uri() if is_database(self.uri) else None
         return str(self.client.create_experiment(EVALUATIONS, artifact_location=place))
 
     @contextmanager

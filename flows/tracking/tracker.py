@@ -18,11 +18,11 @@ from typing import Self
 
 import mlflow
 from filelock import FileLock
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from flows.net import answers, without_password
 from flows.paths import local_folder
+from flows.tracking.artifact_place import is_database, open_client
 from flows.tracking.catalog import Catalog
 from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, run_page
 from flows.tracking.outbox import Outbox
@@ -200,14 +200,13 @@ class Tracker(Session):
         mlflow.set_tracking_uri(self.uri)
         folder = local_folder(self.store)
         folder.mkdir(parents=True, exist_ok=True)
-        own = self.uri.startswith("sqlite:")
         with FileLock(folder / "mlflow.lock"):  # if three processes migrate a new database at once, two die
-            self.client = MlflowClient(self.uri)
+            self.client = open_client(self.uri, self.store)
             name = self.experiment.name
             if (found := self.client.get_experiment_by_name(name)) is not None:
                 self.experiment_id = found.experiment_id
             else:
-                place = (folder / "mlartifacts").as_uri() if own else None
+                place = (folder / "mlartifacts").as_uri() if is_database(self.uri) else None
                 self.experiment_id = self.client.create_experiment(name, place, {NOTE: ABOUT.format(name=name)})
         self._close_orphans()
         if (curriculum := self._curriculum_elsewhere()) is not None:
