@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,13 +22,28 @@ from prefect.states import Cancelled, Running, Scheduled
 from flows.net import free_port
 from flows.platform import server_services
 from flows.platform.process import listens
-from flows.platform.server_services import PROBE, RELIED, failing_loops, findings, loop_errors, probe, switched_off
+from flows.platform.server_services import (
+    PROBE,
+    RELIED,
+    failing_loops,
+    findings,
+    idle_schedules,
+    loop_errors,
+    probe,
+    switched_off,
+)
 from tests.services.platform import WAIT, Platform, clean, platform_at, until
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "of-a-test", "AWS_SECRET_ACCESS_KEY": "secret-of-a-test-0123456789"}
 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with platform_at(tmp_path_factory.mktemp("doctor") / "store") as made:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # of `up` alone, as a person's shell that is closed by now
+            for name, value in CREDENTIALS.items():
+                patch.setenv(name, value)
+            made = stack.enter_context(platform_at(tmp_path_factory.mktemp("doctor") / "store"))
         yield made
 
 
@@ -52,7 +67,8 @@ def test_the_doctor_touches_no_server_of_another_home(platform: Platform, tmp_pa
         ports = ["--prefect-port", platform.config.prefect_port, "--mlflow-port", platform.config.mlflow_port]
         done = doctor_of("--store", tmp_path / "store", *ports)
         assert done.returncode == 1, done.stderr
-        assert f"no platform ran in {tmp_path / 'store'}: `vectorclm up` starts one" in done.stdout
+        assert f"no platform ran in {tmp_path / 'store'}\n" in done.stdout
+        assert f"a platform runs in {platform.config.home}: give the command its options, `--store " in done.stdout
         for name, port in (("prefect-server", platform.config.prefect_port), ("mlflow", platform.config.mlflow_port)):
             told = f"port {port}, which {name} would take, is held by {name} of the platform of {platform.config.home}"
             assert told in done.stdout
@@ -100,6 +116,26 @@ def test_the_doctor_ends_no_foreign_program_at_its_port(platform: Platform) -> N
     done = platform.command("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"mlflow answers at port {platform.config.mlflow_port}, started again" in done.stdout
+
+
+def test_a_worker_that_the_doctor_starts_again_has_the_credentials_of_up(platform: Platform) -> None:
+    """They were in the environment of `up` only, and are in no file of the platform."""
+    worker = platform.config.workers()[0]
+    before = worker.process()
+    assert before is not None
+    before.kill()
+    done = platform.command("doctor")
+    assert done.returncode == 0 and "pool cpu has 1 worker(s) online, started again" in done.stdout
+    again = worker.process()
+    assert again is not None and again.pid != before.pid
+    assert CREDENTIALS.items() <= again.environ().items()
+    secret = CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in done.stdout + done.stderr
+    files = [path for path in platform.config.home.rglob("*") if path.is_file()]
+    assert len(files) > 10 and [path for path in files if secret.encode() in path.read_bytes()] == []
+    page = f"{platform.config.prefect_url}/deployments/deployment/"
+    off = "these schedules of evaluate are off: nightly-chat, weekly-base, so they start no run; the switch is on"
+    assert any(off in line and page in line for line in done.stdout.splitlines())
 
 
 FAILS = """
@@ -151,10 +187,7 @@ def test_the_doctor_makes_nothing_where_no_platform_ran(tmp_path: Path) -> None:
         ):
             done = doctor_of(*options, *ports, **environment, HOME=str(tmp_path / "user"))
             assert done.returncode == 1, done.stderr
-            assert (
-                f"no platform ran in {environment.get('VECTORCLM_HOME', tmp_path / 'store')}: `vectorclm up`"
-                in done.stdout
-            )
+            assert f"no platform ran in {environment.get('VECTORCLM_HOME', tmp_path / 'store')}" in done.stdout
             holder = f"{psutil.Process().name()} (process {os.getpid()})"
             assert f"port {port}, which prefect-server would take, is held by {holder}" in done.stdout
             stopped = subprocess.run(
@@ -207,7 +240,14 @@ def test_what_idle_services_leave_undone_is_seen(
     schedules = [DeploymentScheduleCreate(schedule=daily, active=True, slug="daily")]
     flow_id = idle_server.create_flow_from_name("a flow")
     made = idle_server.create_deployment(flow_id, "planned", work_pool_name="cpu", schedules=schedules)
-    assert server_services.unplanned(idle_server) == ["planned (daily)"]
+    assert server_services.unplanned(idle_server) == ["planned (daily)"] and idle_schedules(idle_server) == []
+    (daily_one,) = idle_server.read_deployment(made).schedules
+    idle_server.update_deployment_schedule(made, daily_one.id, active=False)
+    assert idle_schedules(idle_server) == [("these schedules of planned are off: daily", made)]
+    idle_server.request("POST", "/deployments/{id}/pause_deployment", path_params={"id": made})
+    assert idle_schedules(idle_server) == [("the schedules of planned are paused", made)]
+    idle_server.request("POST", "/deployments/{id}/resume_deployment", path_params={"id": made})
+    idle_server.update_deployment_schedule(made, daily_one.id, active=True)
     past = Scheduled(scheduled_time=datetime.now(UTC) - timedelta(hours=1))
     idle_server.create_flow_run_from_deployment(made, state=past)
     assert server_services.late_runs(idle_server)[0].startswith("1 run(s) of pool cpu are late, the first since ")

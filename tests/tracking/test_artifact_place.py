@@ -31,12 +31,7 @@ def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Platfo
 def decide(store: Store) -> str:
     """Record a decision about a model, with its table; returns the id of its run."""
     registry = Registry(store)
-    name = "vectorclm-chat"
-    try:
-        version = registry.client.get_model_version(name, "1")
-    except MlflowException:
-        registry.client.create_registered_model(name)
-        version = registry.client.create_model_version(name, "models:/m-0", tags={"fingerprint": "0" * 64})
+    version = registry.client.get_model_version("a-model", "1")
     page = registry.decide(version, {"over": "chance", "decision": "refused"}, ROWS, good=False)
     return page.partition("?")[0].rstrip("/").rpartition("/")[2].removeprefix("run ")
 
@@ -55,6 +50,9 @@ def test_files_are_found_with_and_without_the_server(
     store.create()
     with tracker(store, experiment, "first") as first:
         first.report("before")
+    embedded = open_client(tracking_uri(store), store)
+    embedded.create_registered_model("a-model")
+    embedded.create_model_version("a-model", "elsewhere", tags={"fingerprint": "0" * 64})
     server.start()
     server.wait()
     with monkeypatch.context() as patch:
@@ -71,7 +69,6 @@ def test_files_are_found_with_and_without_the_server(
     here = decide(store)  # in the experiment that the server made
     with tracker(store, experiment, "second") as third:
         third.report("without it")
-    embedded = open_client(tracking_uri(store), store)
     assert listed(embedded, there) == listed(embedded, here)
     reports = {"first": {"before", "again"}, "second": {"on the platform", "without it"}}
     for client in (embedded, proxied):
