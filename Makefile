@@ -6,7 +6,7 @@ EXPERIMENT ?= tiny
 
 LONG ?= long
 
-.PHONY: install run test long check format bench
+.PHONY: install run test long coverage check format bench
 
 install: .venv/installed
 
@@ -20,7 +20,7 @@ run: install
 	$(BIN)/vectorclm run $(EXPERIMENT)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # Every cell of which `make test` runs one: hours. A second call goes on; the results are in $(LONG).
 SLOW := tests/store/test_publication.py tests/store/test_durable.py tests/store/test_storage.py tests/shards/test_block_readers.py \
@@ -34,6 +34,9 @@ long: install
 			&& { mv $$result.part $$result; echo "passed" >> $$result; echo "$$file: passed"; } \
 			|| { tail -n 20 $$result.part; exit 1; }; \
 	done
+
+coverage: install # the share of each module's lines of flows that the test of its name runs
+	$(BIN)/python -m tests.module_coverage
 
 check: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The folder on this machine that belongs to a store, and the place of MLflow's files."""
+"""The folder on this machine that belongs to a store."""
 
 import os
 from pathlib import Path
@@ -16,8 +16,3 @@ def local_folder(store: Store) -> Path:
     if store.is_local:
         return Path(store.root).absolute()
     return Path("/var/lib/vectorclm") if os.getuid() == 0 else Path.home() / ".local" / "share" / "vectorclm"
-
-
-def mlflow_destination(store: Store, home: Path) -> str:
-    """The address at which a platform's MLflow server keeps the files of its runs."""
-    return (home / "mlartifacts").as_uri() if store.is_local else f"{store.uri}/mlflow"

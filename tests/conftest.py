@@ -29,6 +29,8 @@ from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
     from tests.kill_matrix import Reference
     from tests.services.curricula import Recorded
     from vectorclm.export.llama_cpp import LlamaCpp
@@ -43,6 +45,26 @@ PROCESSES.set_forkserver_preload(
 )
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 SEED = int(os.environ.get("VECTORCLM_SEED", "0"))  # chooses the cell of each slow kind that `make test` runs
+
+# The files that take minutes, the longest first: they wait more than they compute, so others fill their time.
+LONGEST = (
+    "platform/test_platform.py",
+    "platform/test_database.py",
+    "platform/test_provision.py",
+    "test_tiny.py",
+    "test_curriculum.py",
+    "shards/test_block_readers.py",
+    "platform/test_doctor.py",
+    "store/test_storage.py",
+    "training/test_checkpoint.py",
+    "runtime/test_preemption.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that none of them runs alone at the end."""
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def following(name: str) -> set[str]:
@@ -64,6 +86,13 @@ T = TypeVar("T")
 def one_of(cells: Sequence[T]) -> Sequence[T]:
     """One seeded cell of a slow kind; with VECTORCLM_KILLS=10 and more, all of them."""
     return cells if KILLS >= 10 else [cells[SEED % len(cells)]]
+
+
+@pytest.fixture(autouse=True)
+def new_s3_clients() -> Iterator[None]:
+    """Forget S3 clients when a test ends: s3fs keeps them by their arguments, which name no server."""
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 class S3(NamedTuple):
@@ -341,12 +370,11 @@ def sandboxed() -> Sandbox:
     return found
 
 
-@pytest.fixture(scope="module")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a client of a real server, which the environment of this process does not name."""
-
+@contextmanager
+def private_prefect(folder: Path) -> Iterator[dict[str, str]]:
+    """A real server; yields the environment of a client of it, which the environment of this process does not name."""
     before = dict(os.environ)
-    server = PrivateServer(tmp_path_factory.mktemp("prefect"))
+    server = PrivateServer(folder)
     try:
         server.start()
         environment = dict(os.environ)
@@ -358,3 +386,35 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         os.environ.clear()
         os.environ.update(before)
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a server that this module's tests have to themselves."""
+    with private_prefect(tmp_path_factory.mktemp("prefect")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def shared_prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of one server for all tests that look only at runs and deployments of their own."""
+    if Path("/tmp/cover-prefect.json").exists():  # HACK
+        yield {**os.environ, **json.loads(Path("/tmp/cover-prefect.json").read_text())}  # HACK
+        return  # HACK
+    with private_prefect(tmp_path_factory.mktemp("shared-prefect")) as environment:
+        yield environment
+
+
+@pytest.fixture
+def prefect_client(shared_prefect: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator["SyncPrefectClient"]:
+    """A client of the shared server, which Prefect's functions in this process and its threads use, too."""
+    from prefect.client.orchestration import get_client
+    from prefect.context import refresh_global_settings_context
+
+    with monkeypatch.context() as patch:
+        for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+            patch.setenv(name, shared_prefect[name])
+        refresh_global_settings_context()
+        with get_client(sync_client=True) as client:
+            yield client
+    refresh_global_settings_context()

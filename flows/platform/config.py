@@ -18,9 +18,10 @@ from dotenv.parser import parse_stream
 from pydantic import Field, SecretStr, model_validator
 
 from flows.net import HEARTBEAT_SECONDS, QUIET, answers, past_proxies
-from flows.paths import local_folder, mlflow_destination
+from flows.paths import local_folder
 from flows.platform import password
 from flows.platform.process import HOST, PREFECT, Service
+from flows.tracking.database import artifacts_destination
 from vectorclm.errors import ConfigError
 from vectorclm.inference.guard import ALLOWED, allowed_hosts
 from vectorclm.settings import Settings, validate
@@ -270,7 +271,7 @@ def _mlflow_server(config: PlatformConfig) -> Service:
     environment = {
         **QUIET,
         "MLFLOW_BACKEND_STORE_URI": config.database("mlflow", "psycopg2") or f"sqlite:///{home / 'mlflow.db'}",
-        "MLFLOW_ARTIFACTS_DESTINATION": mlflow_destination(Store(config.vectorclm_store), home),
+        "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(Store(config.vectorclm_store), home),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         ALLOWED: config.vectorclm_allowed_hosts,
         **config._s3_environment(),

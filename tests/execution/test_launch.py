@@ -141,3 +141,12 @@ def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
             parent.kill()
     orphan.wait(timeout=60)
     assert not orphan.is_running()
+
+
+def test_a_stage_s_own_process_has_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "admin:secret-of-this-test")
+    said: list[str] = []
+    with Launcher(tmp_path) as launcher:
+        launcher.run([sys.executable, "-c", "import os; print(dict(os.environ))"], said.append)
+    assert "PATH" in said[0] and "secret-of-this-test" not in said[0]

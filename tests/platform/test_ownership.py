@@ -1,6 +1,8 @@
-"""Commands in the wrong folder or with other settings: they name the platform that runs, and change no file of it."""
+"""Whose platform runs in a home: what another command must leave alone, and to whom no password is sent."""
 
+import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -8,17 +10,134 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from pydantic import SecretStr
 
 from flows.net import free_port
-from flows.platform import credentials, machine_checks, password
+from flows.platform import credentials, ownership, password
 from flows.platform.config import PlatformConfig
-from flows.platform.machine_checks import MACHINE
-from flows.platform.ownership import ABOUT, options_of, recall_credentials, remember
-from flows.platform.process import PREFECT, Service
+from flows.platform.ownership import (
+    ABOUT,
+    check_folders,
+    check_listeners,
+    options_of,
+    ran_here,
+    reasons_to_leave_alone,
+    remember,
+)
+from flows.platform.process import HOST, PREFECT, Service
 from tests.services.platform import clean
+from vectorclm.errors import ConfigError
+from vectorclm.runtime.processes import process_identity
 
-SECRET = "of-a-test-secret-0123456789"
+ME = f"{psutil.Process().name()} (process {os.getpid()})"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PlatformConfig:
+    return PlatformConfig(
+        vectorclm_store=str(tmp_path / "store"),
+        prefect_port=free_port(),
+        mlflow_port=free_port(),
+        prefect_auth=SecretStr("me:s3cr3t-of-prefect"),
+        mlflow_admin_password=SecretStr("s3cr3t-of-mlflow"),
+        mlflow_secret_key=SecretStr("s3cr3t-of-cookies"),
+    )
+
+
+def record(service: Service) -> None:
+    """The record that `up` leaves of a service, here of this process."""
+    identity = process_identity(psutil.Process())
+    service.record.write_text(json.dumps({**identity, "salt": "x", "settings": service._settings("x")}))
+
+
+def started(config: PlatformConfig) -> PlatformConfig:
+    remember(config)
+    for service in (*config.servers(), *config.workers()):
+        record(service)
+    return config
+
+
+def test_a_platform_that_never_ran_is_told_from_one_that_is_stopped(
+    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "running_homes", list)
+    (reason,) = reasons_to_leave_alone(config)
+    assert reason.startswith(f"no platform ran in {config.home}, and none runs on this machine: run this in the folder")
+    assert not ran_here(config) and not config.home.exists()
+    remember(config)
+    assert ran_here(config)
+    assert reasons_to_leave_alone(config) == [f"the platform of {config.home} is stopped: `vectorclm up` starts it"]
+
+
+def test_a_stranger_at_a_port_of_a_stopped_platform_is_named(config: PlatformConfig) -> None:
+    with socket.create_server((HOST, config.mlflow_port)):
+        *_, port = reasons_to_leave_alone(config)
+    assert port == f"port {config.mlflow_port}, which mlflow would take, is held by {ME}"
+
+
+def test_a_platform_is_left_alone_by_a_command_with_other_settings(config: PlatformConfig, tmp_path: Path) -> None:
+    assert reasons_to_leave_alone(started(config)) == []
+    told = "prefect-server, worker-cpu, worker-gpu"
+    moved = {"vectorclm_home": str(config.home), "vectorclm_store": str(tmp_path / "other")}
+    for changes, difference, services in (
+        (
+            {"prefect_port": 1},
+            f" (prefect_port {config.prefect_port}, not 1)",
+            "prefect-server, worker-cpu, worker-gpu",
+        ),
+        (moved, f" (store {config.vectorclm_store}, not {tmp_path / 'other'})", "worker-cpu, worker-gpu"),
+        ({"prefect_auth": SecretStr("me:another")}, "", told),
+    ):
+        (reason,) = reasons_to_leave_alone(config.model_copy(update=changes))
+        assert reason.startswith(f"the platform of {config.home} was started with other settings{difference}: give")
+        assert reason.endswith(f"({services})") and "s3cr3t" not in reason
+
+
+def test_what_is_remembered_of_a_platform_has_no_secret_and_is_the_owners(config: PlatformConfig) -> None:
+    started(config)
+    file = config.home / "platform" / ABOUT
+    assert json.loads(file.read_text()) == {
+        "store": config.vectorclm_store, "prefect_port": config.prefect_port, "mlflow_port": config.mlflow_port,
+        "variables": credentials.names(),
+    }  # fmt: skip
+    assert file.stat().st_mode & 0o077 == 0
+    file.write_text("not JSON")
+    (reason,) = reasons_to_leave_alone(config.model_copy(update={"prefect_port": 1}))
+    assert "was started with other settings: give" in reason  # the difference is not known
+    (config.home / "platform").chmod(0o777)
+    with pytest.raises(ConfigError, match="other users can write to"):
+        check_folders(config)
+
+
+@pytest.fixture
+def listening(config: PlatformConfig) -> Iterator[None]:
+    with socket.create_server((HOST, config.prefect_port)), socket.create_server((HOST, config.mlflow_port)):
+        yield
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_password_is_sent_only_to_what_up_started(config: PlatformConfig) -> None:
+    remember(config)
+    servers = config.servers()
+    for server in servers:  # as each of them is told of until it is known
+        message = f"port {server.port} is held by {ME}, not by the {server.name} that `vectorclm up` started"
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check_listeners(config)
+        record(server)
+    check_listeners(config)
+
+
+def test_where_nobody_listens_or_no_password_is_set_nothing_is_refused(config: PlatformConfig) -> None:
+    check_listeners(config)
+    open_ = config.model_copy(update={"prefect_auth": SecretStr("none"), "mlflow_admin_password": None})
+    with socket.create_server((HOST, config.prefect_port)):
+        check_listeners(open_)
+        with pytest.raises(ConfigError, match="no password is sent there"):
+            check_listeners(config)
+
+
 SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
@@ -28,7 +147,7 @@ def vectorclm(*words: object, **environment: str) -> "subprocess.CompletedProces
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> PlatformConfig:
+def left(tmp_path: Path) -> PlatformConfig:
     """The settings of a platform whose files are those that `up` leaves."""
     store = tmp_path / "store"
     made = PlatformConfig(vectorclm_store=str(store), prefect_port=free_port(), mlflow_port=free_port())
@@ -38,14 +157,10 @@ def config(tmp_path: Path) -> PlatformConfig:
 
 
 @pytest.fixture
-def service(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    """A process in the place of the platform's server for Prefect, started with credentials in the environment."""
-    with monkeypatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "of-a-test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        made = Service(PREFECT, SLEEPS, {}, config.home / "platform")
-        made.start()
-        remember(config)
+def service(left: PlatformConfig) -> Iterator[Service]:
+    """A process in the place of the platform's server for Prefect."""
+    made = Service(PREFECT, SLEEPS, {}, left.home / "platform")
+    made.start()
     yield made
     made.stop()
 
@@ -54,13 +169,13 @@ def files(home: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
-def test_up_that_is_refused_changes_no_file_of_the_platform(config: PlatformConfig, service: Service) -> None:
-    before = files(config.home)
+def test_up_that_is_refused_changes_no_file_of_the_platform(left: PlatformConfig, service: Service) -> None:
+    before = files(left.home)
     ports = ["--prefect-port", free_port(), "--mlflow-port", free_port()]
-    for options in (ports, ["--prefect-port", config.prefect_port, *ports[2:]]):
-        done = vectorclm("up", "--store", config.vectorclm_store, *options)
+    for options in (ports, ["--prefect-port", left.prefect_port, *ports[2:]]):
+        done = vectorclm("up", "--store", left.vectorclm_store, *options)
         assert done.returncode == 2 and "prefect-server runs with other settings" in done.stderr
-        assert files(config.home) == before
+        assert files(left.home) == before
 
 
 def test_up_that_is_refused_leaves_no_file_of_a_new_platform(tmp_path: Path) -> None:
@@ -77,69 +192,15 @@ def test_up_that_is_refused_leaves_no_file_of_a_new_platform(tmp_path: Path) -> 
 
 
 def test_a_command_in_the_wrong_place_names_the_platform_that_runs(
-    config: PlatformConfig, service: Service, tmp_path: Path
+    left: PlatformConfig, service: Service, tmp_path: Path
 ) -> None:
-    options = f"--store {config.home} --prefect-port {config.prefect_port} --mlflow-port {config.mlflow_port}"
-    assert options_of(config.home) == f"`{options}`"
+    options = f"--store {left.home} --prefect-port {left.prefect_port} --mlflow-port {left.mlflow_port}"
+    assert options_of(left.home) == f"`{options}`"
     for command, code in (("doctor", 1), ("down", 0)):
         done = vectorclm(command, "--store", tmp_path / "elsewhere")
         assert done.returncode == code and "`vectorclm up` starts" not in done.stdout
-        told = f"a platform runs in {config.home}: give the command its options, `{options}`"
+        told = f"a platform runs in {left.home}: give the command its options, `{options}`"
         assert told in done.stdout and service.process() is not None
     assert not (tmp_path / "elsewhere").exists()
     found = vectorclm("doctor", *shlex.split(options))
-    assert f"the platform of {config.home} was started with other settings" in found.stdout  # it looks at this one
-
-
-def test_no_platform_anywhere_is_no_reason_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.platform.ownership.running_homes", list)
-    from flows.platform.ownership import reasons_to_leave_alone
-
-    made = PlatformConfig(vectorclm_store=str(tmp_path), prefect_port=free_port(), mlflow_port=free_port())
-    (told,) = reasons_to_leave_alone(made)
-    assert told.startswith(f"no platform ran in {tmp_path}, and none runs on this machine: run this in the folder")
-
-
-def test_credentials_of_up_are_found_in_a_service_that_runs_and_are_in_no_file(
-    config: PlatformConfig, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    with monkeypatch.context() as patch:
-        patch.setenv("AWS_PROFILE", "mine")
-        assert recall_credentials(config) == "" and "AWS_SECRET_ACCESS_KEY" not in os.environ  # one's own win
-    with monkeypatch.context() as patch:
-        patch.setenv("AWS_REGION", "of-this-command")
-        assert recall_credentials(config) == ""
-        assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET and os.environ["AWS_REGION"] == "of-this-command"
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            os.environ.pop(name)
-    assert [path for path, data in files(config.home).items() if SECRET.encode() in data] == []
-    service.stop()
-    lost = recall_credentials(config)
-    assert "AWS_ACCESS_KEY_ID" in lost and "no service is left that has them" in lost and SECRET not in lost
-    assert "AWS_SECRET_ACCESS_KEY" not in os.environ and credentials.names() == []
-
-
-def test_every_disk_of_the_platform_is_looked_at_with_what_frees_it(
-    config: PlatformConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disks = MACHINE[1]
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    everything = [f"store {config.home}", f"home {config.home}", f"work {config.home}/work", f"TMPDIR {tmp_path}/tmp"]
-    (good,) = disks(config)  # one line, as all are on one disk
-    assert all(place in good.what for place in everything)
-    monkeypatch.setattr(machine_checks, "FREE_GIGABYTES", 10**9)
-    (full,) = disks(config)
-    assert not full.good and f"`vectorclm store gc --older-than 1h --delete --store {config.home}`" in full.what
-    other = Path("/dev/shm")
-    if other.is_dir() and other.stat().st_dev != tmp_path.stat().st_dev:
-        monkeypatch.setenv("TMPDIR", str(other))
-        store, temporary = disks(config)
-        assert "TMPDIR" not in store.what and f"free for TMPDIR {other}" in temporary.what
-        assert "set it to a folder elsewhere" in temporary.what and "store gc" not in temporary.what
-
-
-def test_about_is_private(config: PlatformConfig) -> None:
-    assert (config.home / "platform" / ABOUT).stat().st_mode & 0o777 == 0o600
+    assert f"the platform of {left.home} was started with other settings" in found.stdout  # it looks at this one

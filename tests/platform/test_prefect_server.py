@@ -1,8 +1,7 @@
-"""Against one real Prefect server: the pools of infra/pools/ as it stores them, `vectorclm retry`, and its password."""
+"""Against one real Prefect server: the pools of infra/pools/ as it stores them, and its password."""
 
 import json
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,55 +45,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-NO_CURRICULUM = """
-import sys
-from prefect import flow
-from prefect.client.orchestration import get_client
-from flows.cli import main
-
-@flow
-def curriculum(experiment: str = "tiny", again_from: str | None = None) -> None:
-    pass
-
-with get_client(sync_client=True) as client:
-    flow_id = client.create_flow(curriculum)
-    for name, experiment in (("by-run", {"name": "tiny"}), ("by-form", "tiny")):
-        client.create_flow_run(curriculum, parameters={"experiment": experiment}, name=name)
-    for run in ("nowhere", "by-run", "by-form"):
-        print(main(["retry", run, *sys.argv[1:]]), file=sys.stderr)
-    schema = {"type": "object", "properties": {"experiment": {"type": "string", "title": "experiment"}}}
-    client.create_deployment(
-        flow_id, "curriculum", parameter_openapi_schema=schema | {"additionalProperties": False},
-        enforce_parameter_schema=True,
-    )
-    print(main(["retry", "by-form", "--from", "export", *sys.argv[1:]]), file=sys.stderr)
-    print(main(["retry", "by-form", "--set", "pretrain.batchsize=3", *sys.argv[1:]]), len(client.read_flow_runs()))
-"""
-
-
-def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp_path: Path) -> None:
-    url = urlsplit(prefect_api["PREFECT_API_URL"])
-    command = [sys.executable, "-c", NO_CURRICULUM, "--store", str(tmp_path), "--prefect-port", str(url.port)]
-    done = subprocess.run(command, env=prefect_api, capture_output=True, text=True, check=False)
-    said, _, setting = done.stderr.partition("error: changed settings:\n")
-    assert "pretrain.batchsize: unknown key; did you mean 'batch_size'" in setting
-    assert done.stdout == "2 2\n"  # refused, and no run beside the two
-    told = [line for line in said.splitlines() if line]
-    assert [line for line in told if not line.startswith("error: ")] == ["2"] * 4, done.stderr
-    for line, message in zip(
-        told[::2],
-        (
-            "no run 'nowhere': give the id or the name",
-            "run 'by-run' was started by `vectorclm run`, not by the platform: start it again with `vectorclm run`",
-            "Prefect has no deployment curriculum/curriculum: run `vectorclm up`, or, for a platform in containers, ",
-            "Prefect refuses the run: ",
-        ),
-        strict=True,
-    ):
-        assert message in line
-    assert "again_from" in told[6]
 
 
 OWN_SERVER = """
@@ -151,17 +101,6 @@ def test_a_retry_in_a_container_uses_the_server_that_the_environment_names(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: no run 'nowhere': give the id or the name that Prefect shows\n"
-
-
-def test_a_retry_without_a_platform_says_how_to_start_it(tmp_path: Path) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = str(closed.getsockname()[1])
-        command = [sys.executable, "-m", "flows.cli", "retry", "any", "--store", str(tmp_path), "--prefect-port", port]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: no platform answers at http://127.0.0.1:{port}/api/: run `vectorclm up`, or")
-    assert "docker compose " in done.stderr and done.stderr.count("\n") == 1
 
 
 def _rendered(kind: str, environment: dict[str, str], **values: object) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Curricula in this process, recorded in MLflow, without Prefect: seconds each."""
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,3 +48,9 @@ def record_mini(folder: Path) -> Recorded:
     """A very small curriculum in the store `folder`, recorded in its own database of MLflow."""
     experiment, store = pin(mini(), Path("mini.toml"), None, resolve=False)[0], Store(str(folder))
     return Recorded(experiment, store, handles_of(experiment, store))
+
+
+def copied(recorded: Recorded, folder: Path) -> Store:
+    """A copy of a recorded curriculum's store with its record in MLflow, for tests that change it."""
+    shutil.copytree(recorded.store.root, folder / "store")
+    return Store(str(folder / "store"))

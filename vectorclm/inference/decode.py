@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vectorclm.model import CausalLM, KVCache
-from vectorclm.nn.matmul import project
 
 WARM_UP = 3  # steps before a capture, in which libraries allocate their memory
 
@@ -55,6 +54,8 @@ class SteadyDecoding:
         self.cache = _SteadyCache(model, batch_size, length)
         self.place_1 = self.cache.place_1
         self.places_S = torch.arange(length, device=self.place_1.device)
+        padding_B1 = self.place_1.new_zeros(batch_size, 1) if padding_B is None else padding_B[:, None]
+        self.key_position_ids_BS = (self.places_S - padding_B1).clamp(min=0)
         self.fed_B1 = self.place_1.new_zeros(batch_size, 1)
         self.logits_BV: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -84,8 +85,10 @@ class SteadyDecoding:
         if self.padding_B is not None:
             place_B1, seen_BS = place_B1 - self.padding_B[:, None], seen_BS & (self.places_S >= self.padding_B[:, None])
         seen_B1S = seen_BS.expand(len(self.fed_B1), -1)[:, None]
-        hidden_B1D = self.model.model(self.fed_B1, self.cache, place_B1, seen_B1S)
-        self.logits_BV = project(hidden_B1D[:, -1], self.model.model.embed_tokens.weight)
+        hidden_B1D = self.model.model(
+            self.fed_B1, self.cache, place_B1, seen_B1S, key_position_ids_BS=self.key_position_ids_BS
+        )
+        self.logits_BV = self.model.logits(hidden_B1D[:, -1])
         self.place_1.add_(1)
 
     def _capture(self) -> None:

@@ -15,7 +15,8 @@ from mlflow.store.artifact.artifact_repository_registry import _artifact_reposit
 from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 from mlflow.tracking import get_tracking_uri
 
-from flows.paths import local_folder, mlflow_destination
+from flows.paths import local_folder
+from flows.tracking.database import artifacts_destination, sqlite_path
 from vectorclm.store.artifact import Store
 
 SCHEME = "mlflow-artifacts"
@@ -24,15 +25,10 @@ _destinations: dict[str, str] = {}  # address of a database -> where the server 
 
 def open_client(uri: str, store: Store) -> MlflowClient:
     """A client of MLflow at `uri`: a server, or the database of the store's home; this one finds a server's files."""
-    if is_database(uri):
-        _destinations[uri] = mlflow_destination(store, local_folder(store))
+    if sqlite_path(uri) is not None:
+        _destinations[uri] = artifacts_destination(store, local_folder(store))
         _artifact_repository_registry.register(SCHEME, _repository)  # type: ignore[no-untyped-call]
     return MlflowClient(uri)
-
-
-def is_database(uri: str) -> bool:
-    """Whether an address of MLflow is a database of this machine, and not a server."""
-    return uri.startswith("sqlite:")
 
 
 def _repository(

@@ -9,9 +9,9 @@ from mlflow.exceptions import MlflowException
 
 from flows.net import free_port
 from flows.platform.config import PlatformConfig
-from flows.tracking.artifact_place import open_client
 from flows.tracking.client import tracking_uri
 from flows.tracking.registry import EVALUATIONS, Registry
+from flows.tracking.server_files import open_client
 from tests.tracking.conftest import tracker
 from vectorclm.config import ExperimentConfig
 from vectorclm.store.artifact import Store
