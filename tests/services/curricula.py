@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from mlflow import MlflowClient
+
 from flows.handle import Handle, stage_handle
 from flows.tracking.tracker import Tracker
 from tests.test_curriculum import mini
@@ -53,4 +55,10 @@ def record_mini(folder: Path) -> Recorded:
 def copied(recorded: Recorded, folder: Path) -> Store:
     """A copy of a recorded curriculum's store with its record in MLflow, for tests that change it."""
     shutil.copytree(recorded.store.root, folder / "store")
-    return Store(str(folder / "store"))
+    store = Store(str(folder / "store"))
+    client = MlflowClient(f"sqlite:///{folder}/store/mlflow.db")
+    for version in client.search_model_versions():
+        if "uri" in version.tags:
+            uri = version.tags["uri"].replace(recorded.store.uri, store.uri)
+            client.set_model_version_tag(version.name, version.version, "uri", uri)
+    return store
