@@ -7,15 +7,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from flows.tracking.catalog import DIGEST_LENGTH, Catalog
-from flows.tracking.client import NOTE, REGISTERED
+from flows.tracking.catalog import Catalog
+from flows.tracking.datasets import DIGEST_LENGTH
 from flows.tracking.session import Session
 from tests.services.curricula import Recorded
 from tests.tracking.conftest import client
 from vectorclm.config import changed
-from vectorclm.lineage.chain import SHORT
-from vectorclm.stages import BY_NAME, EXPORTED, MODELS, plans
-from vectorclm.store.layout import EXPORT
+from vectorclm.stages import BY_NAME, MODELS, plans
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,10 @@ def test_every_model_is_linked_to_the_runs_that_made_and_used_it(
     }
     assert set(models) == set(MODELS)
     for stage, model in models.items():
-        assert (model.name, model.source_run_id) == (MODELS[stage], runs[stage].info.run_id)
+        assert (model.name, model.source_run_id) == (
+            f"{MODELS[stage]}-{recorded.handles[stage]['fingerprint'][:8]}",
+            runs[stage].info.run_id,
+        )
         assert model.tags["uri"] == recorded.handles[stage]["uri"]
         assert [item.model_id for item in runs[stage].outputs.model_outputs] == [model.model_id]
     assert models["pretrain"].model_type == "llama" and models["tokenizer"].model_type == "tokenizer"
@@ -79,33 +80,12 @@ def test_every_model_is_linked_to_the_runs_that_made_and_used_it(
     assert shown == {model.model_id for model in models.values()}
 
 
-def test_a_registered_version_and_its_run_tell_the_lineage(
-    recorded: Recorded, mlflow: MlflowClient, runs: Mapping[str, Run]
-) -> None:
-    for stage in EXPORTED.values():
-        version = mlflow.get_model_version_by_alias(REGISTERED[stage], "candidate")
-        assert version.tags["uri"] == recorded.handles[stage]["uri"] and version.run_id == runs[stage].info.run_id
-        print_ = recorded.handles[stage]["fingerprint"][:SHORT]
-        assert f"`vectorclm lineage {stage}/{print_} --verify`" in version.description
-        for part in ("sample", "tokenizer", stage):
-            page = f"#/experiments/{runs[part].info.experiment_id}/runs/{runs[part].info.run_id}"
-            assert f"]({page}" in version.description
-        assert "| source stories |" in version.description and "[scores](" in version.description
-    notes = {stage: runs[stage].data.tags[NOTE] for stage in ("curriculum", EXPORT, "evaluate")}
-    assert set(notes.values()) == {version.description}  # of the chat model, with which the curriculum ends
-
-
 def test_another_process_of_the_curriculum_makes_nothing_twice(recorded: Recorded, mlflow: MlflowClient) -> None:
-    def counted() -> tuple[int, int]:
-        place = mlflow.get_experiment_by_name("mini").experiment_id
-        return len(mlflow.search_logged_models([place])), len(mlflow.search_model_versions("name = 'vectorclm-chat'"))
-
-    before, again = counted(), catalog(recorded, mlflow)
-    again.session.run_ids["curriculum"] = str(again.session.run_of("sample"))
-    assert again.model_id("finetune") is not None
-    again.register_models("tokenizer")
-    again.register_models(EXPORT)
-    assert counted() == before
+    place = mlflow.get_experiment_by_name("mini").experiment_id
+    before = {model.model_id for model in mlflow.search_logged_models([place])}
+    again = catalog(recorded, mlflow)
+    assert {again.model_id(stage) for stage in MODELS} == before
+    assert {model.model_id for model in mlflow.search_logged_models([place])} == before
 
 
 def test_what_was_not_built_is_in_no_catalogue(recorded: Recorded, mlflow: MlflowClient) -> None:
