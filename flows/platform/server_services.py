@@ -264,7 +264,7 @@ def idle_schedules(client: SyncPrefectClient) -> list[tuple[str, UUID]]:
     """The deployments whose schedules start no runs, because they are off or the deployment is paused, with its id."""
     found = []
     for deployment in client.read_deployments():
-        off = [schedule.slug or str(schedule.id) for schedule in deployment.schedules if not schedule.active]
+        off = sorted(schedule.slug or str(schedule.id) for schedule in deployment.schedules if not schedule.active)
         if deployment.paused and deployment.schedules:
             found.append((f"the schedules of {deployment.name} are paused", deployment.id))
         elif off:

@@ -120,7 +120,7 @@ def test_a_worker_that_the_doctor_starts_again_has_the_credentials_of_up(platfor
     assert len(files) > 10 and [path for path in files if secret.encode() in path.read_bytes()] == []
     page = f"{platform.config.prefect_url}/deployments/deployment/"
     off = "these schedules of evaluate are off: nightly-chat, weekly-base, so they start no run; the switch is on"
-    assert any(off in line and page in line for line in done.stdout.splitlines())
+    assert any(off in line and page in line for line in done.stdout.splitlines()), done.stdout
 
 
 FAILS = """
