@@ -41,7 +41,7 @@ def up(config: PlatformConfig, console: Console) -> None:
     _check_settings(config, console)
     if config.prefect_auth is None:
         password.ensure(config.home, f"{config.prefect_url}/api")
-    point_at(config)
+    point_at(config)  # with the password
     remember(config)
     servers = config.servers()
     for service in servers:
@@ -64,6 +64,7 @@ def up(config: PlatformConfig, console: Console) -> None:
 
 def _check_settings(config: PlatformConfig, console: Console) -> None:
     """Check all that may refuse the settings of `up`, so that the files of a running platform stay as they are."""
+    point_at(config)  # the store's keys may be settings
     if lost := recall_credentials(config):
         console.print(lost, style="yellow", highlight=False, soft_wrap=True)
     config.check_database()

@@ -1,5 +1,6 @@
 """Whose platform runs in a home: what another command must leave alone, and to whom no password is sent."""
 
+import http.server
 import json
 import os
 import re
@@ -8,7 +9,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -204,3 +207,39 @@ def test_a_command_in_the_wrong_place_names_the_platform_that_runs(
     assert not (tmp_path / "elsewhere").exists()
     found = vectorclm("doctor", *shlex.split(options))
     assert f"the platform of {left.home} was started with other settings" in found.stdout  # it looks at this one
+
+
+class NoKey(http.server.BaseHTTPRequestHandler):
+    """An S3 server that keeps who asks, and knows no key."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.headers.get("Authorization", ""))
+        body = b"<Error><Code>InvalidAccessKeyId</Code><Message>unknown</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_PUT = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def test_up_checks_a_store_with_the_keys_of_its_settings(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer((HOST, 0), NoKey) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever)
+        file = tmp_path / "platform.env"
+        keys = f"S3_ACCESS_KEY=of-a-test\nS3_SECRET_KEY=secret\nAWS_ENDPOINT_URL=http://{HOST}:{server.server_port}\n"
+        file.write_text(f"VECTORCLM_STORE=s3://bucket/store\nVECTORCLM_HOME={tmp_path / 'home'}\n{keys}")
+        ports = ["--prefect-port", free_port(), "--mlflow-port", free_port()]
+        try:
+            done = vectorclm("up", "--env-file", file, *ports)
+        finally:
+            server.shutdown()
+    assert done.returncode == 2 and done.stderr.startswith("error: store s3://bucket/store: "), done.stderr
+    assert NoKey.asked and all("Credential=of-a-test/" in line for line in NoKey.asked)
+    assert not (tmp_path / "home" / "platform").exists()
