@@ -315,7 +315,7 @@ def test_a_failing_stage_is_named_and_what_was_finished_is_kept(first: SimpleNam
     done = first.run("--set", f"tokenizer.vocab_size={size}", "--set", f"model.vocab_size={size}")
     assert done.returncode == 2 and done.stdout == ""
     assert "error: stage tokenizer failed: " in done.stderr and "Traceback" not in done.stderr
-    assert "Finished stages are kept" in done.stderr
+    assert "Finished stages are kept and will be reused; fix it and run the same command again." in done.stderr
     assert "sample reused" in done.stderr
     newest = max(first.runs("tags.stage = 'curriculum'"), key=lambda run: run.info.start_time)
     nested = first.runs(f"tags.mlflow.parentRunId = '{newest.info.run_id}' and tags.stage = 'tokenizer'")

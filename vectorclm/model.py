@@ -161,9 +161,13 @@ class Decoder(nn.Module):
         By default positions continue those in the cache. `position_ids_BT` [B, T] replaces the positions; with a cache,
         `key_position_ids_BS` [B, S] are those of the keys. `mask_BTS` [B, T, S] is true where a token may attend to a
         key, never to a later one; the rule of `config.attention` applies beside the mask. With `documents`, attention
-        stays inside each document of a window; `documents` and `cache` exclude each other.
-        Raises ValueError for a cache with position ids of the queries alone.
+        stays inside each document of a window; `documents` exclude the other arguments. Raises ValueError for arguments
+        that exclude each other, and for position ids without a mask or, with a cache, without those of the keys.
         """
+        if documents is not None and not (cache is None and position_ids_BT is None and mask_BTS is None):
+            raise ValueError("documents exclude cache, position_ids_BT and mask_BTS")
+        if position_ids_BT is not None and mask_BTS is None:
+            raise ValueError("position_ids_BT needs mask_BTS: equal positions do not say which token is later")
         if cache is not None and position_ids_BT is not None and key_position_ids_BS is None:
             raise ValueError("position_ids_BT with a cache needs key_position_ids_BS, the positions of all keys")
         start = cache.seen if cache is not None else 0

@@ -43,6 +43,11 @@ class ModelConfig(Settings):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings rotate pairs of dimensions")
+        spec = ATTENTION_KINDS.get(self.attention.kind)
+        if spec and (unused := self.attention.model_dump().keys() - {"kind", *spec.config_keys}):
+            raise ValueError(
+                f"attention.{', attention.'.join(sorted(unused))}: {self.attention.kind} attention has no such setting"
+            )
         return self
 
     @property
@@ -57,7 +62,8 @@ class ModelConfig(Settings):
 
         The estimate of PaLM (arXiv 2204.02311, appendix B) with half of its attention, because a token attends to half
         of the window on average. The figure is an upper bound where tokens attend to fewer keys: with documents apart,
-        or with a kind of attention that hides keys.
+        or with a kind of attention that hides keys. The dense mask of such a kind computes more than it counts: the
+        products of whole windows.
         """
         attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
         return 6.0 * self.parameters + attention

@@ -3,8 +3,10 @@
 The tests play the worker: they set the states of the run.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from threading import Event
 from typing import Any
 from uuid import UUID, uuid4
@@ -39,6 +41,13 @@ def test_every_stage_has_a_deployment_of_its_own_in_a_pool() -> None:
     names = [found["name"] for found in content["deployments"]]
     assert len({*names}) == len(names)  # one address in the UI and in `prefect deployment run`
     assert stages["pretrain"]["work_pool"]["name"] == "gpu" and stages["sample"]["work_pool"]["name"] == "cpu"
+
+
+def test_the_page_names_every_stage_with_its_deployment_and_pool() -> None:
+    page = Path(__file__).parents[2].joinpath("flows", "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`[^|]* \| `stage/(\w+)`[^|]* \| `(\w+)` \|$", page, re.MULTILINE)
+    pools = {found["name"]: found["work_pool"]["name"] for found in prefect_file()["deployments"]}
+    assert rows == [(row.name, deployment_of(row.name), pools[deployment_of(row.name)]) for row in TABLE]
 
 
 class Placed:
@@ -158,6 +167,6 @@ def test_a_run_is_cancelled_with_its_curriculum(placed: Placed, before: Callable
 
 
 def test_a_server_without_the_deployment_is_told_of(placed: Placed) -> None:
-    message = "Prefect has no deployment stage/evaluate_chat: run `vectorclm up`, or set placement to inline"
+    message = "Prefect has no deployment stage/evaluate_chat: run `vectorclm up`, or, .* or set placement to inline"
     with pytest.raises(ConfigError, match=message):
         run_in_pool("evaluate", {"experiment": "tiny"}, placed.closed, placed.lines.append)

@@ -1,20 +1,24 @@
 """Stages as tasks of a real flow: reused, built, rebuilt and compared, placed elsewhere, waited for, or failed."""
 
+import errno
 import logging
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.client.schemas.objects import TaskRun
+from prefect.client.schemas.objects import FlowRun, TaskRun
+from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from flows.deployments import curriculum_run, stage_run
 from flows.execution import placement, stage_tasks
 from flows.execution.launch import StageCancelledError, StageFailedError, StageInterruptedError
 from flows.execution.stage_tasks import Stages, _failure, default_workers, may_help
@@ -125,7 +129,7 @@ def test_a_stage_that_fails_is_named_with_what_to_do(ran: Ran, recorded: Recorde
     large = changed(recorded.experiment, {"tokenizer.vocab_size": size, "model.vocab_size": size})
     with pytest.raises(StageFailedError, match=r"^stage tokenizer failed: .*\nFinished stages are kept") as told:
         ran(large, store, "sample", "tokenizer", "shards")
-    assert str(told.value).endswith("; fix it and rerun.")
+    assert str(told.value).endswith("; fix it and run the same command again.")
     expected = {"sample": "Reused", "tokenizer": "Failed", "shards": "NotReady"}
     until(lambda: ran.states() == expected, "the states of all tasks are shown", 30)
 
@@ -181,14 +185,42 @@ def test_a_retry_helps_where_the_store_or_the_machine_failed() -> None:
     ("error", "message"),
     [
         (DataError("no text"), "no text\nFinished .*; fix it and run the same command again"),
-        (StoreError("no bucket"), "no bucket\nFinished .*; fix it and rerun"),
-        (PermissionError("denied"), "PermissionError: denied\nFinished .*; fix it and rerun"),
+        (StoreError("no bucket"), "no bucket\nFinished .*; fix it and run the same command again"),
+        (PermissionError("denied"), "PermissionError: denied\nFinished .*; fix it and run the same command again"),
         (KeyError("x"), "KeyError: 'x'\nFinished .*; this is a bug of the program; --verbose shows where"),
     ],
 )
 def test_a_failure_says_what_to_do(error: Exception, message: str) -> None:
     with pytest.raises(StageFailedError, match=f"^stage sample failed: {message}.$"):
         raise _failure("sample", error)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left", "/store/x"),
+            r"^stage sample failed: no space left while writing /store/x: ",
+        ),
+        (
+            DataError("no text"),
+            r"Retry on the page of this run in Prefect, or run `vectorclm retry {run}`;",
+        ),
+        (ConfigError("no such key"), r"with another setting, run `vectorclm retry {run} --set KEY=VALUE`\.$"),
+        (KeyError("x"), r"this is a bug of the program; the log of this run shows where\.$"),
+    ],
+)
+def test_a_failure_on_the_platform_names_the_button_and_the_command(error: Exception, message: str) -> None:
+    run = FlowRun(flow_id=uuid4(), deployment_id=uuid4())
+    context = FlowRunContext.model_construct(flow=curriculum_run, flow_run=run, parameters={})
+    with context, pytest.raises(StageFailedError, match=message.format(run=run.id)):
+        raise _failure("sample", error)
+    alone = FlowRunContext.model_construct(flow=stage_run, flow_run=run, parameters={})
+    with (
+        alone,
+        pytest.raises(StageFailedError, match="on the page of this run in Prefect, or start a custom run"),
+    ):
+        raise _failure("sample", DataError("no text"))
 
 
 def test_two_cores_are_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:

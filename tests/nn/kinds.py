@@ -26,7 +26,7 @@ class ExampleModelConfig(ModelConfig):
 
 
 class Kind(NamedTuple):
-    """A kind with settings that hide keys in a text of 96 tokens, and its rule without tensors."""
+    """A kind with settings that hide keys in a text of 13 tokens, and its rule without tensors."""
 
     config: AttentionConfig
     attends: Callable[[int, int, int], bool]  # from the layer, the query's position and the key's
@@ -37,7 +37,7 @@ def _sliding(config: Any, layer: int, query_T1: Tensor, key_1S: Tensor) -> Tenso
 
 
 def _alternating(config: Any, layer: int, query_T1: Tensor, key_1S: Tensor) -> Tensor:
-    return _sliding(config, layer, query_T1, key_1S) if layer % 2 else key_1S <= query_T1
+    return (key_1S <= query_T1) & (query_T1 < key_1S + config.window) if layer % 2 else key_1S <= query_T1
 
 
 EXAMPLE_SPECS = {
@@ -48,8 +48,8 @@ KINDS: dict[str, Kind] = {
     "causal": Kind(AttentionConfig(), lambda layer, query, key: key <= query),
     "sliding": Kind(ExampleConfig(kind="sliding", window=12), lambda layer, query, key: key <= query < key + 12),
     "alternating": Kind(
-        ExampleConfig(kind="alternating"),
-        lambda layer, query, key: key <= query and (layer % 2 == 0 or query < key + 10),
+        ExampleConfig(kind="alternating", window=11),
+        lambda layer, query, key: key <= query and (layer % 2 == 0 or query < key + 11),
     ),
 }
 

@@ -1,6 +1,7 @@
 """Every kind of attention: fast as plain, cached as whole, and a packed document as one alone."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -9,16 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.bench.test_training import doubles, same
 from tests.conftest import publish_shards, write_sample_text, write_tokenizer
-from tests.nn.kinds import EXAMPLE_SPECS, KINDS, registered, with_attention
+from tests.nn.kinds import EXAMPLE_SPECS, KINDS, ExampleModelConfig, registered, with_attention
 from tests.test_model import CONFIG
 from vectorclm.dataset import Batch, document_labels, position_ids, to_batch
 from vectorclm.evaluation.bits_per_byte import HeldOutWindows, token_losses, windows_scores
 from vectorclm.evaluation.multiple_choice import log_likelihoods
 from vectorclm.model import CausalLM
+from vectorclm.model_config import ModelConfig
 from vectorclm.nn.attention import (
     ATTENTION_KINDS,
     QUERY_BLOCK,
@@ -108,6 +110,45 @@ def test_settings_at_their_defaults_leave_fingerprints_alone() -> None:
         assert type(config)(**{"kind": name, **config.model_dump()}) == config  # nothing is lost
 
 
+def test_the_settings_of_a_kind_hide_keys_in_the_texts_of_these_tests(kind: str) -> None:
+    """Otherwise the tests would check causal attention again."""
+    pairs = [(layer, key) for layer in range(6) for key in range(13)]
+    assert all(KINDS[kind].attends(layer, 12, key) for layer, key in pairs) == (kind == "causal")
+
+
+def test_a_setting_that_a_kind_does_not_have_is_refused() -> None:
+    """It would change the fingerprint and nothing else; one that `config.json` lacks would be lost with the model."""
+    with registered("sliding"), registered("alternating"):
+        changed = {**CONFIG.model_dump(), "attention": {"kind": "sliding", "window": 3}}
+        assert ExampleModelConfig.model_validate(changed).attention.window == 3
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(ATTENTION_KINDS, "sliding", replace(EXAMPLE_SPECS["sliding"], config_keys={}))  # type: ignore[misc]
+            with pytest.raises(ValueError, match=r"attention\.window: sliding attention has no such setting"):
+                ExampleModelConfig.model_validate(changed)
+
+
+def test_a_field_that_transformers_would_ignore_is_known_to_the_export() -> None:
+    """A kind or a setting that changes what a model computes has a `model_type` of its own."""
+    assert ModelConfig.model_fields.keys() - LlamaConfig().to_dict().keys() <= {
+        "attention", "hidden_dropout", "rope_theta"
+    }  # fmt: skip
+
+
+def test_inputs_that_contradict_each_other_are_refused() -> None:
+    decoder, ids = CausalLM(CONFIG).model, torch.randint(5, 300, (1, 8))
+    documents = Documents.at(torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), CPU)
+    seen = torch.ones(1, 8, 8).tril().bool()
+    for extra in (
+        {"mask_BTS": seen},
+        {"position_ids_BT": torch.arange(8)[None]},
+        {"cache": CausalLM(CONFIG).new_cache(1, 8)},
+    ):
+        with pytest.raises(ValueError, match="documents exclude"):
+            decoder(ids, documents=documents, **extra)
+    with pytest.raises(ValueError, match="position_ids_BT needs mask_BTS"):
+        decoder(ids, position_ids_BT=torch.arange(8)[None])
+
+
 class Case(NamedTuple):
     """What a forward pass asks of attention, and the same in plain Python."""
 
@@ -176,7 +217,7 @@ def test_attention_is_a_loop_over_the_keys_that_the_kind_allows(kind: str, case:
     tokens, keys, mask, places = cases()[case]
     mask = mask._replace(config=KINDS[kind].config)
     q, k, v = (torch.randn(2, heads, size, 8).double() for heads, size in ((4, tokens), (2, keys), (2, keys)))
-    for layer in (0, 1):
+    for layer in range(6):
         expected = torch.empty_like(q)
         seen = torch.zeros(2, tokens, keys, dtype=torch.bool)
         for row in range(2):
@@ -218,8 +259,9 @@ def test_the_rule_of_a_kind_knows_its_layer() -> None:
 
 def test_positions_with_a_cache_need_those_of_the_keys(model: CausalLM) -> None:
     ids = torch.tensor([[5, 6]])
+    seen = torch.ones(1, 2, 2).tril().bool()
     with pytest.raises(ValueError, match="needs key_position_ids_BS"):
-        model.model(ids, model.new_cache(1, 2), position_ids_BT=torch.tensor([[0, 1]]))
+        model.model(ids, model.new_cache(1, 2), position_ids_BT=torch.tensor([[0, 1]]), mask_BTS=seen)
 
 
 @torch.no_grad()
@@ -346,5 +388,5 @@ def test_a_training_step_is_the_same_in_any_micro_batches(model: CausalLM) -> No
     whole, split = (TrainStep(model.float(), [], 1e9, i)(batch)[0].item() for i in (4, 1))
     model.double()
     rows = [alone(model, part, part) for ids in windows for part in np.split(ids, np.flatnonzero(ids == BOS_ID)[1:])]
-    assert whole == pytest.approx(split, abs=1e-6)
+    assert whole == pytest.approx(split, rel=1e-6)
     assert whole == pytest.approx(np.mean([loss for row in rows for loss in row]), rel=1e-5)

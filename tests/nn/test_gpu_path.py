@@ -150,6 +150,19 @@ def test_documents_apart_compile_whole_and_once() -> None:
         net.loss(ids, ids, documents._replace(flash=False))
 
 
+def test_a_kind_under_a_mask_compiles_whole_and_is_the_same() -> None:
+    torch.manual_seed(0)
+    net = CausalLM(with_attention(CONFIG.model_copy(update={"num_hidden_layers": 2}), "alternating"))
+    documents = Documents.at(torch.cat([torch.arange(20), torch.arange(12)]).expand(4, -1), torch.device("cpu"))
+    compiled = torch.compile(net.loss, fullgraph=True, backend="aot_eager")
+    with registered("alternating"):
+        for apart in (None, documents):
+            exact, loss = net.loss(IDS, IDS, apart), compiled(IDS, IDS, apart)
+            assert abs(loss.item() / exact.item() - 1) < 1e-5
+            for mine, other in zip(gradients(net, loss), gradients(net, exact), strict=True):
+                assert (mine - other).norm() < 1e-4 * other.norm()
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, 0.0])
 def test_gradients_that_are_wrong_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     tiny = changed(load_experiment("tiny")[0], {"pretrain.batch_size": 4, "model.num_hidden_layers": 1})

@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -19,10 +19,16 @@ from flows.platform.process import listens
 from flows.platform.server_services import PROBE, loop_errors
 from tests.services.platform import WAIT, Platform, clean, platform_at, until
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "of-a-test", "AWS_SECRET_ACCESS_KEY": "secret-of-a-test-0123456789"}
+
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with platform_at(tmp_path_factory.mktemp("doctor") / "store") as made:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # of `up` alone, as a person's shell that is closed by now
+            for name, value in CREDENTIALS.items():
+                patch.setenv(name, value)
+            made = stack.enter_context(platform_at(tmp_path_factory.mktemp("doctor") / "store"))
         yield made
 
 
@@ -46,7 +52,8 @@ def test_the_doctor_touches_no_server_of_another_home(platform: Platform, tmp_pa
         ports = ["--prefect-port", platform.config.prefect_port, "--mlflow-port", platform.config.mlflow_port]
         done = doctor_of("--store", tmp_path / "store", *ports)
         assert done.returncode == 1, done.stderr
-        assert f"no platform ran in {tmp_path / 'store'}: `vectorclm up` starts one" in done.stdout
+        assert f"no platform ran in {tmp_path / 'store'}\n" in done.stdout
+        assert f"a platform runs in {platform.config.home}: give the command its options, `--store " in done.stdout
         for name, port in (("prefect-server", platform.config.prefect_port), ("mlflow", platform.config.mlflow_port)):
             told = f"port {port}, which {name} would take, is held by {name} of the platform of {platform.config.home}"
             assert told in done.stdout
@@ -94,6 +101,26 @@ def test_the_doctor_ends_no_foreign_program_at_its_port(platform: Platform) -> N
     done = platform.command("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"mlflow answers at port {platform.config.mlflow_port}, started again" in done.stdout
+
+
+def test_a_worker_that_the_doctor_starts_again_has_the_credentials_of_up(platform: Platform) -> None:
+    """They were in the environment of `up` only, and are in no file of the platform."""
+    worker = platform.config.workers()[0]
+    before = worker.process()
+    assert before is not None
+    before.kill()
+    done = platform.command("doctor")
+    assert done.returncode == 0 and "pool cpu has 1 worker(s) online, started again" in done.stdout
+    again = worker.process()
+    assert again is not None and again.pid != before.pid
+    assert CREDENTIALS.items() <= again.environ().items()
+    secret = CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in done.stdout + done.stderr
+    files = [path for path in platform.config.home.rglob("*") if path.is_file()]
+    assert len(files) > 10 and [path for path in files if secret.encode() in path.read_bytes()] == []
+    page = f"{platform.config.prefect_url}/deployments/deployment/"
+    off = "these schedules of evaluate are off: nightly-chat, weekly-base, so they start no run; the switch is on"
+    assert any(off in line and page in line for line in done.stdout.splitlines()), done.stdout
 
 
 FAILS = """
@@ -145,10 +172,7 @@ def test_the_doctor_makes_nothing_where_no_platform_ran(tmp_path: Path) -> None:
         ):
             done = doctor_of(*options, *ports, **environment, HOME=str(tmp_path / "user"))
             assert done.returncode == 1, done.stderr
-            assert (
-                f"no platform ran in {environment.get('VECTORCLM_HOME', tmp_path / 'store')}: `vectorclm up`"
-                in done.stdout
-            )
+            assert f"no platform ran in {environment.get('VECTORCLM_HOME', tmp_path / 'store')}" in done.stdout
             holder = f"{psutil.Process().name()} (process {os.getpid()})"
             assert f"port {port}, which prefect-server would take, is held by {holder}" in done.stdout
             stopped = subprocess.run(

@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shlex
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +15,19 @@ import pytest
 from pydantic import SecretStr
 
 from flows.net import free_port
+from flows.platform import credentials, ownership, password
 from flows.platform.config import PlatformConfig
-from flows.platform.ownership import ABOUT, check_folders, check_listeners, ran_here, reasons_to_leave_alone, remember
-from flows.platform.process import HOST, Service
+from flows.platform.ownership import (
+    ABOUT,
+    check_folders,
+    check_listeners,
+    options_of,
+    ran_here,
+    reasons_to_leave_alone,
+    remember,
+)
+from flows.platform.process import HOST, PREFECT, Service
+from tests.services.platform import clean
 from vectorclm.errors import ConfigError
 from vectorclm.runtime.processes import process_identity
 
@@ -46,8 +59,12 @@ def started(config: PlatformConfig) -> PlatformConfig:
     return config
 
 
-def test_a_platform_that_never_ran_is_told_from_one_that_is_stopped(config: PlatformConfig) -> None:
-    assert reasons_to_leave_alone(config) == [f"no platform ran in {config.home}: `vectorclm up` starts one"]
+def test_a_platform_that_never_ran_is_told_from_one_that_is_stopped(
+    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "running_homes", list)
+    (reason,) = reasons_to_leave_alone(config)
+    assert reason.startswith(f"no platform ran in {config.home}, and none runs on this machine: run this in the folder")
     assert not ran_here(config) and not config.home.exists()
     remember(config)
     assert ran_here(config)
@@ -56,7 +73,7 @@ def test_a_platform_that_never_ran_is_told_from_one_that_is_stopped(config: Plat
 
 def test_a_stranger_at_a_port_of_a_stopped_platform_is_named(config: PlatformConfig) -> None:
     with socket.create_server((HOST, config.mlflow_port)):
-        _, port = reasons_to_leave_alone(config)
+        *_, port = reasons_to_leave_alone(config)
     assert port == f"port {config.mlflow_port}, which mlflow would take, is held by {ME}"
 
 
@@ -82,7 +99,8 @@ def test_what_is_remembered_of_a_platform_has_no_secret_and_is_the_owners(config
     started(config)
     file = config.home / "platform" / ABOUT
     assert json.loads(file.read_text()) == {
-        "store": config.vectorclm_store, "prefect_port": config.prefect_port, "mlflow_port": config.mlflow_port
+        "store": config.vectorclm_store, "prefect_port": config.prefect_port, "mlflow_port": config.mlflow_port,
+        "variables": credentials.names(),
     }  # fmt: skip
     assert file.stat().st_mode & 0o077 == 0
     file.write_text("not JSON")
@@ -118,3 +136,71 @@ def test_where_nobody_listens_or_no_password_is_set_nothing_is_refused(config: P
         check_listeners(open_)
         with pytest.raises(ConfigError, match="no password is sent there"):
             check_listeners(config)
+
+
+SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+def vectorclm(*words: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "flows.cli", *map(str, words)]
+    return subprocess.run(command, env=clean() | environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> PlatformConfig:
+    """The settings of a platform whose files are those that `up` leaves."""
+    store = tmp_path / "store"
+    made = PlatformConfig(vectorclm_store=str(store), prefect_port=free_port(), mlflow_port=free_port())
+    password.ensure(store, f"{made.prefect_url}/api")
+    remember(made)
+    return made
+
+
+@pytest.fixture
+def service(left: PlatformConfig) -> Iterator[Service]:
+    """A process in the place of the platform's server for Prefect."""
+    made = Service(PREFECT, SLEEPS, {}, left.home / "platform")
+    made.start()
+    yield made
+    made.stop()
+
+
+def files(home: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def test_up_that_is_refused_changes_no_file_of_the_platform(left: PlatformConfig, service: Service) -> None:
+    before = files(left.home)
+    ports = ["--prefect-port", free_port(), "--mlflow-port", free_port()]
+    for options in (ports, ["--prefect-port", left.prefect_port, *ports[2:]]):
+        done = vectorclm("up", "--store", left.vectorclm_store, *options)
+        assert done.returncode == 2 and "prefect-server runs with other settings" in done.stderr
+        assert files(left.home) == before
+
+
+def test_up_that_is_refused_leaves_no_file_of_a_new_platform(tmp_path: Path) -> None:
+    """A port is taken; the store cannot be written."""
+    (tmp_path / "file").write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        ports = ["--prefect-port", foreign.getsockname()[1], "--mlflow-port", free_port()]
+        done = vectorclm("up", "--store", tmp_path / "store", *ports)
+        assert done.returncode == 2 and f"port {ports[1]} is taken by" in done.stderr
+    ports = ["--prefect-port", free_port(), "--mlflow-port", free_port()]
+    refused = vectorclm("up", "--store", tmp_path / "file" / "store", *ports, VECTORCLM_HOME=str(tmp_path / "home"))
+    assert refused.returncode == 2 and refused.stderr.startswith("error: store ") and refused.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"file", "platform.lock"}
+
+
+def test_a_command_in_the_wrong_place_names_the_platform_that_runs(
+    left: PlatformConfig, service: Service, tmp_path: Path
+) -> None:
+    options = f"--store {left.home} --prefect-port {left.prefect_port} --mlflow-port {left.mlflow_port}"
+    assert options_of(left.home) == f"`{options}`"
+    for command, code in (("doctor", 1), ("down", 0)):
+        done = vectorclm(command, "--store", tmp_path / "elsewhere")
+        assert done.returncode == code and "`vectorclm up` starts" not in done.stdout
+        told = f"a platform runs in {left.home}: give the command its options, `{options}`"
+        assert told in done.stdout and service.process() is not None
+    assert not (tmp_path / "elsewhere").exists()
+    found = vectorclm("doctor", *shlex.split(options))
+    assert f"the platform of {left.home} was started with other settings" in found.stdout  # it looks at this one

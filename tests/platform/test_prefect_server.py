@@ -64,7 +64,7 @@ def test_a_run_finds_the_password_of_the_platform_of_its_store_and_asks_for_anot
     without = {name: value for name, value in prefect_api.items() if "AUTH" not in name}
     command = [sys.executable, "-m", "flows.cli", "run", "tiny", "--store", str(tmp_path)]
     done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "set PREFECT_API_AUTH_STRING=user:password" in done.stderr
+    assert done.returncode == 2 and "set PREFECT_AUTH=user:password" in done.stderr
     assert done.stderr.count("\n") == 1 and auth not in done.stderr
     file = password.place(tmp_path)
     file.parent.mkdir()
@@ -77,7 +77,30 @@ def test_a_run_finds_the_password_of_the_platform_of_its_store_and_asks_for_anot
     file.write_text(f"PREFECT_API_URL={prefect_api['PREFECT_API_URL']}\nPREFECT_API_AUTH_STRING={auth}\n")
     command = [sys.executable, "-c", OWN_SERVER, str(tmp_path / ".prefect")]
     done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
-    assert done.stdout == f"None {auth}\n", done.stderr
+    assert done.stdout == f"None {auth}\n" and done.stderr == ""
+    for named, line in (
+        ({"PREFECT_AUTH": auth}, ""),
+        ({"PREFECT_API_AUTH_STRING": auth}, ""),  # as in a shell that has loaded the file
+    ):
+        done = subprocess.run(command, env=without | named, capture_output=True, text=True, check=False)
+        assert (done.stdout, done.stderr) == (f"None {auth}\n", line)
+    file.unlink()
+    older = {"PREFECT_API_AUTH_STRING": auth}
+    done = subprocess.run(command, env=without | older, capture_output=True, text=True, check=False)
+    assert done.stdout == f"None {auth}\n"
+    assert done.stderr == "PREFECT_API_AUTH_STRING is read: PREFECT_AUTH is its name for vectorclm\n"
+
+
+def test_a_retry_in_a_container_uses_the_server_that_the_environment_names(
+    prefect_api: dict[str, str], tmp_path: Path
+) -> None:
+    """There the server is another machine, and nothing listens at a port of this one."""
+    without = {name: value for name, value in prefect_api.items() if "AUTH" not in name}
+    environment = without | {"PREFECT_AUTH": prefect_api["PREFECT_API_AUTH_STRING"], "VECTORCLM_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "flows.cli", "retry", "nowhere"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: no run 'nowhere': give the id or the name that Prefect shows\n"
 
 
 def _rendered(kind: str, environment: dict[str, str], **values: object) -> dict[str, Any]:
@@ -175,6 +198,6 @@ def test_a_password_in_the_address_of_prefect_is_refused_unsaid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://someone:hunter2@127.0.0.1:1/api")
-    with pytest.raises(ConfigError, match="set PREFECT_API_AUTH_STRING") as refused, prefect_server(tmp_path):
+    with pytest.raises(ConfigError, match="set PREFECT_AUTH=") as refused, prefect_server(tmp_path):
         pass
     assert "hunter2" not in str(refused.value)

@@ -14,7 +14,16 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Running, Scheduled
 
 from flows.platform import server_services
-from flows.platform.server_services import PROBE, RELIED, failing_loops, findings, loop_errors, probe, switched_off
+from flows.platform.server_services import (
+    PROBE,
+    RELIED,
+    failing_loops,
+    findings,
+    idle_schedules,
+    loop_errors,
+    probe,
+    switched_off,
+)
 
 
 @pytest.fixture
@@ -56,7 +65,14 @@ def test_what_idle_services_leave_undone_is_seen(
     schedules = [DeploymentScheduleCreate(schedule=daily, active=True, slug="daily")]
     flow_id = idle_server.create_flow_from_name("a flow")
     made = idle_server.create_deployment(flow_id, "planned", work_pool_name="cpu", schedules=schedules)
-    assert server_services.unplanned(idle_server) == ["planned (daily)"]
+    assert server_services.unplanned(idle_server) == ["planned (daily)"] and idle_schedules(idle_server) == []
+    (daily_one,) = idle_server.read_deployment(made).schedules
+    idle_server.update_deployment_schedule(made, daily_one.id, active=False)
+    assert idle_schedules(idle_server) == [("these schedules of planned are off: daily", made)]
+    idle_server.request("POST", "/deployments/{id}/pause_deployment", path_params={"id": made})
+    assert idle_schedules(idle_server) == [("the schedules of planned are paused", made)]
+    idle_server.request("POST", "/deployments/{id}/resume_deployment", path_params={"id": made})
+    idle_server.update_deployment_schedule(made, daily_one.id, active=True)
     past = Scheduled(scheduled_time=datetime.now(UTC) - timedelta(hours=1))
     idle_server.create_flow_run_from_deployment(made, state=past)
     assert server_services.late_runs(idle_server)[0].startswith("1 run(s) of pool cpu are late, the first since ")

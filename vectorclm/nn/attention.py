@@ -64,8 +64,8 @@ class AttentionConfig(Settings):
 class AttentionSpec:
     """One kind of attention: the rule of its mask, and its names in `config.json` of Hugging Face."""
 
-    # True where a query attends to a key. Arguments: the settings, the number of the layer (from 0), the positions of
-    # the queries [..., T, 1] and of the keys [..., 1, S]. Never true for a later key; true for the query's own.
+    # True [..., T, S] where a query attends to a key: never for a later key, always for the query's own. Arguments:
+    # the settings, the number of the layer (from 0), the positions of the queries [..., T, 1] and keys [..., 1, S].
     mask_rule: Callable[[AttentionConfig, int, Tensor, Tensor], Tensor]
     model_type: str  # where transformers lacks the kind, a name that transformers refuses
     architecture: str  # transformers' class of the model

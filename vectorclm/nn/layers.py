@@ -25,7 +25,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
-    """RMS normalisation, and the scale [B, T, 1] of each token. F.rms_norm runs more operators on a CPU."""
+    """RMS normalisation [B, T, D], and the scale [B, T, 1] of each token. F.rms_norm runs more operators on a CPU."""
     norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
     scale_BT1 = torch.addcmul(eps_1, norm_BT1, norm_BT1, value=1 / x_BTD.shape[-1]).rsqrt_()
     return torch.mul(x_BTD, scale_BT1).mul_(weight_D), scale_BT1
@@ -124,7 +124,8 @@ def stack(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *reports
 
 
 def rotate(x_BTHE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, out: Tensor | None = None) -> Tensor:
-    """Apply rotary position embeddings to queries or keys: rotate dimensions i and i + E/2 by the position's angle.
+    """Apply rotary position embeddings to queries or keys [B, T, heads, E]: rotate dimensions i and
+    i + E/2 by the position's angle.
 
     The sines of the first half are negative, see `model.rotary_table`. The angles may have a wider dtype than `x`.
     """
@@ -133,7 +134,7 @@ def rotate(x_BTHE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, out: Tensor | None 
 
 
 def rotary_heads(qkv_BTGE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of their joint projection [B, T, G, E], with rotary embeddings on queries and keys.
+    """Queries [B, T, H, E], keys and values [B, T, K, E] of their joint projection [B, T, G, E]; the first two rotated.
 
     `heads` has the numbers of query, key and value heads. Rotary embeddings: Su et al., arXiv 2104.09864.
     """
@@ -194,7 +195,7 @@ def plain_swiglu_projection(x_BTD: Tensor, gate_up: Linear, down: Linear) -> Ten
 
 
 def swiglu(gate_up_BTF: Tensor) -> Tensor:
-    """`silu(gate) * up` of their joint projection [B, T, 2F]."""
+    """`silu(gate) * up` [B, T, F] of their joint projection [B, T, 2F]."""
     gate, up = gate_up_BTF.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
