@@ -231,7 +231,7 @@ def test_stages_are_placed_on_workers_of_the_pools_and_train_on_two_ranks(platfo
     query = f"tags.`prefect.flow_run_id` = '{run_id}' and tags.stage = 'curriculum'"
     (curriculum,) = client.search_runs([experiment.experiment_id], query)
     query = f"tags.`mlflow.parentRunId` = '{curriculum.info.run_id}' and tags.state = 'built'"
-    made = {run.info.run_name for run in client.search_runs([experiment.experiment_id], query)}
+    made = {run.data.tags["stage"] for run in client.search_runs([experiment.experiment_id], query)}
     assert made == following("finetune")
 
 
