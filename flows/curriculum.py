@@ -6,14 +6,14 @@ from typing import Any
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from flows.execution.stage_tasks import Stages
+from flows.execution.stage_tasks import CURRICULUM, Stages
 from flows.handle import Handle
 from vectorclm.config import ExperimentConfig
 from vectorclm.runtime.devices import Runtime
-from vectorclm.stages import TABLE
+from vectorclm.stages import stages_of
 
 
-@flow(name="curriculum", flow_run_name="{experiment.name}", persist_result=False)
+@flow(name=CURRICULUM, flow_run_name="{experiment.name}", persist_result=False)
 def curriculum(
     experiment: ExperimentConfig, runtime: Runtime, store: str, data: str | None = None, again_from: str | None = None
 ) -> dict[str, Handle]:
@@ -25,7 +25,6 @@ def curriculum(
     """
     with Stages(experiment, runtime, store, Path(data) if data else None, again_from) as stage:
         submitted: dict[str, PrefectFuture[Any]] = {}
-        for row in TABLE:  # in topological order
-            inputs = (*row.inputs, *row.optional_inputs(experiment))
-            submitted[row.name] = stage(row.name, *(submitted[name] for name in inputs))
+        for row in stages_of(experiment):  # in topological order
+            submitted[row.name] = stage(row.name, *(submitted[name] for name in row.inputs_of(experiment)))
         return stage.handles()

@@ -18,7 +18,7 @@ from prefect.states import Completed, Crashed, Failed
 from flows.curriculum import curriculum
 from flows.execution.labels import name_of_this_run, record_process
 from flows.execution.launch import StageFailedError
-from flows.execution.stage_tasks import Stages
+from flows.execution.stage_tasks import CURRICULUM, Stages
 from flows.execution.watch import watched
 from flows.form import Again, Changes, Name, chosen
 from flows.handle import MAX_RESCUES, RESCUED, Handle
@@ -33,7 +33,7 @@ from vectorclm.store.artifact import Store
 from vectorclm.store.layout import StageName
 
 
-@flow(name="curriculum", flow_run_name=name_of_this_run, persist_result=False)
+@flow(name=CURRICULUM, flow_run_name=name_of_this_run, persist_result=False)
 def curriculum_run(  # noqa: PLR0913 - its parameters are the fields of the form
     experiment: Name = "tiny",
     dry_run: bool = False,

@@ -196,9 +196,15 @@ def chosen(name: str, changes: Changes, settings: Mapping[str, Any] | None = Non
     experiment, path = load_known(name)
     own = values(experiment)
     wanted: dict[str, Any] = {}
+    if absent := [
+        section for section in changes.model_dump(exclude_defaults=True) if section not in {*own, "settings"}
+    ]:
+        raise ConfigError(f"experiment {name} has no section {', '.join(absent)}: leave its fields out")
     for section, fields in changes.model_dump(exclude_none=True, exclude={"settings"}).items():
         if section == "seed":
             wanted["seed"] = fields
+            continue
+        if section not in own:
             continue
         for key, value in fields.items():
             if own[section].get(key) != value:
@@ -213,9 +219,14 @@ def chosen(name: str, changes: Changes, settings: Mapping[str, Any] | None = Non
 
 
 def values(experiment: ExperimentConfig) -> dict[str, Any]:
-    """The values of an experiment for the fields of the form; a value outside the bounds of its field is left out."""
+    """The values of an experiment for the fields of the form, without the sections that the experiment lacks.
+
+    A value outside the bounds of its field is left out.
+    """
     found: dict[str, Any] = {"seed": experiment.seed}
     for section, fields in SECTIONS.items():
+        if getattr(experiment, section) is None:
+            continue
         found[section] = {}
         for key in fields.model_fields:
             value: Any = getattr(experiment, section)
@@ -264,7 +275,11 @@ def parameters(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: s
 def shown(experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
     """The values of an experiment that the form shows: of one stage, only those that no stage above it reads."""
     all_values = values(experiment)
-    return all_values if stage is None else {name: all_values[name] for name in STAGE_SECTIONS.get(stage, ())}
+    return (
+        all_values
+        if stage is None
+        else {name: all_values[name] for name in STAGE_SECTIONS.get(stage, ()) if name in all_values}
+    )
 
 
 def completed(usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,13 @@ QUIET = {
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` and `python -c` import nothing from the working directory
 
 
+# What creates the deployments, without containers and in those of docker/compose.yaml.
+PROVISION = (
+    "run `vectorclm up`, or, for a platform in containers, `docker compose --env-file docker/platform.env --file "
+    "docker/compose.yaml up --detach`"
+)
+
+
 def has_own_server() -> bool:
     """Whether PREFECT_API_URL names a Prefect server of the user."""
     return bool(os.environ.get("PREFECT_API_URL"))
@@ -41,10 +48,8 @@ def answers(url: str) -> bool:
 
     try:
         where = httpx.URL(url)
-        direct, safe = (
-            where.host in ("127.0.0.1", "localhost"),
-            where.scheme == "https",
-        )  # else no certificates are read
+        direct = where.host in ("127.0.0.1", "localhost")
+        safe = where.scheme == "https"  # else no certificates are read
         found = httpx.get(where, timeout=5, trust_env=not direct, verify=safe, follow_redirects=True)
         return found.status_code == httpx.codes.OK
     except (httpx.HTTPError, httpx.InvalidURL, OSError):  # OSError: a file of certificates that is not there

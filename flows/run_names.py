@@ -6,8 +6,6 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from coolname import data as word_lists  # the words of Prefect's own names, as `brave-otter`
-
 NAMED_CHANGES = 2  # in a run's name; the others are counted
 VALUE_LETTERS = 24
 TAGGED_CHANGES = 8
@@ -33,6 +31,8 @@ def is_generated(name: str) -> bool:
 
 @cache
 def _words() -> frozenset[str]:
+    from coolname import data as word_lists  # the words of Prefect's own names, as `brave-otter`
+
     lists = word_lists.config.values()
     return frozenset(word for each in lists if isinstance(each, Mapping) for word in each.get("words", ()))
 

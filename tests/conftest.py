@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import pytest
 import s3fs
 import torch
-import zstandard
 from filelock import FileLock
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
@@ -29,6 +28,8 @@ from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
     from tests.kill_matrix import Reference
     from tests.services.curricula import Recorded
     from vectorclm.export.llama_cpp import LlamaCpp
@@ -44,6 +45,26 @@ PROCESSES.set_forkserver_preload(
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 SEED = int(os.environ.get("VECTORCLM_SEED", "0"))  # chooses the cell of each slow kind that `make test` runs
 
+# The files that take minutes, the longest first: they wait more than they compute, so others fill their time.
+LONGEST = (
+    "platform/test_platform.py",
+    "platform/test_database.py",
+    "platform/test_provision.py",
+    "test_tiny.py",
+    "test_curriculum.py",
+    "shards/test_block_readers.py",
+    "platform/test_doctor.py",
+    "store/test_storage.py",
+    "training/test_checkpoint.py",
+    "runtime/test_preemption.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that none of them runs alone at the end."""
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 def following(name: str) -> set[str]:
     """A stage and all stages that depend on it."""
@@ -53,12 +74,24 @@ def following(name: str) -> set[str]:
     return found
 
 
+def skip_or_fail(missing: str) -> NoReturn:
+    """Skip a test that lacks something, and name the command that installs it; fail where CI=true."""
+    pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+
+
 T = TypeVar("T")
 
 
 def one_of(cells: Sequence[T]) -> Sequence[T]:
     """One seeded cell of a slow kind; with VECTORCLM_KILLS=10 and more, all of them."""
     return cells if KILLS >= 10 else [cells[SEED % len(cells)]]
+
+
+@pytest.fixture(autouse=True)
+def new_s3_clients() -> Iterator[None]:
+    """Forget S3 clients when a test ends: s3fs keeps them by their arguments, which name no server."""
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 class S3(NamedTuple):
@@ -84,8 +117,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """Ceph's gateway, one for all tests of a process; they keep apart by the prefix of their stores."""
     missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
     if missing:
-        told = f"no S3 server here: apt-get install --no-install-recommends {' '.join(missing)}"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail(f"no S3 server here: apt-get install --no-install-recommends {' '.join(missing)}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -150,8 +182,7 @@ def chromium(width: int, height: int, arguments: Sequence[str] = (), **capabilit
     """A real browser without a screen, where one is installed."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (program and driver):
-        told = "no browser here: apt-get install chromium chromium-driver"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail("no browser here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     own = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}")
@@ -270,8 +301,7 @@ def llama_cpp(file: Path) -> "LlamaCpp":
     from vectorclm.export.llama_cpp import INSTALL, LlamaCpp
 
     if find_spec("xllamacpp") is None:
-        told = f"llama.cpp is not installed: {INSTALL}"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail(f"llama.cpp is not installed: {INSTALL}")
     return LlamaCpp(file)
 
 
@@ -285,67 +315,26 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mirror of the hub's sets: the real text at VECTORCLM_DATA, or generated text in the same schemas."""
     if "VECTORCLM_DATA" in os.environ:
         return Path(os.environ["VECTORCLM_DATA"])
+    from tests.services.mirror import write_mirror
+
     folder = tmp_path_factory.mktemp("mirror")
     write_mirror(folder)
     return folder
-
-
-def write_mirror(folder: Path) -> None:
-    """The generated world, as the files that `small` looks for in a mirror."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from vectorclm.corpus.synthetic_world import WorldConfig, rows
-    from vectorclm.evaluation.harness_tasks import definitions
-
-    world, other = (WorldConfig(seed=seed, documents=600, conversations=120) for seed in (1, 2))
-    for place, name in {
-        "pretrain/fineweb-edu-like": "lessons",
-        "pretrain/cosmopedia-like/stories": "stories",
-        "pretrain/cosmopedia-like/textbooks_NC": "lessons",
-        "sft/smoltalk-like": "smoltalk",
-        "sft/slimorca-like": "slimorca",
-        "sft/tulu3-code-like": "tulu3-code",
-    }.items():
-        (folder / place).mkdir(parents=True)
-        pq.write_table(
-            pa.Table.from_pylist(rows(other if "textbooks" in place else world, name)),
-            folder / place / "train-00000-of-00001.parquet",
-        )
-    lines: dict[str, list[dict[str, object]]] = {
-        "hellaswag_val": [], "arc_easy_validation": [], "piqa_valid": [], "blimp_all_67": []
-    }  # fmt: skip
-    paradigms = [name.removeprefix("blimp_") for name in definitions("blimp")]
-    for number, row in enumerate(rows(world, "questions")[:70]):
-        context, choices, answer = row["context"], [choice.strip() for choice in row["choices"]], row["answer"]
-        wrong = choices[(answer + 1) % len(choices)]
-        lines["hellaswag_val"] += [{"activity_label": "A", "ctx": context, "endings": choices, "label": answer}]
-        options = {"text": choices, "label": list("ABCD")}
-        lines["arc_easy_validation"] += [{"question": context, "choices": options, "answerKey": "ABCD"[answer]}]
-        lines["piqa_valid"] += [{"goal": context, "sol1": choices[answer], "sol2": wrong, "label": 0}]
-        pair = {"sentence_good": f"{context} {choices[answer]}", "sentence_bad": f"{context} {wrong}"}
-        lines["blimp_all_67"] += [{**pair, "UID": paradigms[number % len(paradigms)]}]
-    (folder / "eval").mkdir()
-    for name, made in lines.items():
-        packed = zstandard.ZstdCompressor().compress("".join(json.dumps(line) + "\n" for line in made).encode())
-        (folder / f"eval/{name}.jsonl.zst").write_bytes(packed)
 
 
 @pytest.fixture
 def sandboxed() -> Sandbox:
     """The sandbox of this system, for programs that must not run without one."""
     if (found := find_sandbox()).problem:
-        told = f"no sandbox here ({found.problem}): apt-get install bubblewrap libseccomp2"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail(f"no sandbox here ({found.problem}): apt-get install bubblewrap libseccomp2")
     return found
 
 
-@pytest.fixture(scope="module")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a client of a real server, which the environment of this process does not name."""
-
+@contextmanager
+def private_prefect(folder: Path) -> Iterator[dict[str, str]]:
+    """A real server; yields the environment of a client of it, which the environment of this process does not name."""
     before = dict(os.environ)
-    server = PrivateServer(tmp_path_factory.mktemp("prefect"))
+    server = PrivateServer(folder)
     try:
         server.start()
         environment = dict(os.environ)
@@ -357,3 +346,32 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         os.environ.clear()
         os.environ.update(before)
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a server that this module's tests have to themselves."""
+    with private_prefect(tmp_path_factory.mktemp("prefect")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def shared_prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of one server for all tests that look only at runs and deployments of their own."""
+    with private_prefect(tmp_path_factory.mktemp("shared-prefect")) as environment:
+        yield environment
+
+
+@pytest.fixture
+def prefect_client(shared_prefect: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator["SyncPrefectClient"]:
+    """A client of the shared server, which Prefect's functions in this process and its threads use, too."""
+    from prefect.client.orchestration import get_client
+    from prefect.context import refresh_global_settings_context
+
+    with monkeypatch.context() as patch:
+        for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+            patch.setenv(name, shared_prefect[name])
+        refresh_global_settings_context()
+        with get_client(sync_client=True) as client:
+            yield client
+    refresh_global_settings_context()

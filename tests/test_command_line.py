@@ -107,7 +107,7 @@ def test_the_beginning_of_an_option_is_not_the_option(
         (["evaluate", "M", "--text", "f", "--set", "a=1"], "--set changes an experiment, and M is a model here"),
         (["evalute", "M"], 'Did you mean "evaluate"'),
         (["retry", "x", "--from", "nowhere"], 'Invalid value "nowhere" for --from'),
-        (["chat"], "MODEL requires an argument"),
+        (["chat", "--store", "/nowhere"], "there is no store at /nowhere: name one with --store"),
         (["chat", "M", "--temperature", "-1"], "--temperature -1: Input should be greater than or equal to 0"),
         (["chat", "M", "--stop", ""], "--stop must not be empty"),
         (["chat", "M", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),

@@ -94,7 +94,7 @@ def _wanted(experiment: ExperimentConfig, path: Path, templates: Mapping[str, De
     schema = form(templates["curriculum"].parameter_openapi_schema or {}, experiment)
     about = describe(experiment, path)
     yield _Wanted("curriculum", experiment.name, "cpu", about, parameters(schema, experiment), schema)
-    for stage in ALONE:
+    for stage in (name for name in ALONE if BY_NAME[name].is_in(experiment)):
         schema = form(templates["stage"].parameter_openapi_schema or {}, experiment, stage)
         about = (
             f"The stage {stage} of {experiment.name} alone: {BY_NAME[stage].about}. The stages before it are reused."

@@ -13,8 +13,10 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
+from flows.experiments import FOLDER
 from flows.form import Changes, chosen, completed
-from flows.net import without_password
+from flows.net import PROVISION, without_password
+from flows.platform.password import SETTING
 from flows.run_names import COMMAND_LINE, FROM
 from vectorclm.config import assignments
 from vectorclm.errors import ConfigError, VectorCLMError
@@ -51,8 +53,8 @@ def _create(client: SyncPrefectClient, experiment: str, parameters: Mapping[str,
         deployment = client.read_deployment_by_name(f"curriculum/{experiment}")
     except ObjectNotFound as error:
         raise ConfigError(
-            f"Prefect has no deployment curriculum/{experiment}: create it with `vectorclm up`, whose setting "
-            "VECTORCLM_EXPERIMENTS names the folder of experiments of your own"
+            f"Prefect has no deployment curriculum/{experiment}: {PROVISION}; its setting {FOLDER} names the folder of "
+            "experiments of your own"
         ) from error
     wanted = completed(deployment.parameters, {**parameters, "experiment": experiment})
     chosen(experiment, validate(Changes, wanted["changes"], "changes"), wanted.get("settings"))
@@ -67,11 +69,11 @@ def _explained(client: SyncPrefectClient) -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         url = without_password(str(client.api_url))
-        raise VectorCLMError(f"no platform answers at {url}: start it with `vectorclm up`") from error
+        raise VectorCLMError(f"no platform answers at {url}: {PROVISION}") from error
     except httpx.HTTPStatusError as error:
         if error.response.status_code == httpx.codes.UNAUTHORIZED:
             raise ConfigError(
-                "Prefect requires a password: give the --store or --env-file of `up`, or set PREFECT_AUTH"
+                f"Prefect requires a password: give the --store or --env-file of `up`, or set {SETTING}=user:password"
             ) from error
         raise ConfigError(f"Prefect refuses the run: {_detail(error.response)}") from error
 

@@ -37,10 +37,11 @@ def plan_of(experiment: ExperimentConfig, lock: Path, data: Path | None, store: 
         f"| sample | {costs['sample_bytes']:,} bytes of text |",
         f"| model | {costs['parameters']:,} parameters |",
         f"| pretraining | {costs['pretrain_tokens']:,} tokens in {costs['steps']:,} steps |",
-        f"| fine-tuning | up to {costs['conversations']:,} conversations, {pinned.finetune.epochs:g} times |",
         f"| training | {flops:.3g} FLOPs |",
         f"| memory | {memory / 1e9:.2f} GB for model and optimizer |",
     ]
+    if (finetune := pinned.finetune) is not None:
+        lines.append(f"| fine-tuning | up to {costs['conversations']:,} conversations, {finetune.epochs:g} times |")
     hours = {device: value + (tuning["hours"][device] if tuning else 0) for device, value in costs["hours"].items()}
     lines += [f"| training on {device} | about {_time(value)} |" for device, value in hours.items()]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)])

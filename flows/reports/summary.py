@@ -19,12 +19,14 @@ from rich.text import Text
 
 from flows.handle import Handle, duration
 from flows.net import without_password
-from flows.tracking.client import tracking_uri
+from flows.paths import local_folder
+from flows.tracking.client import EXPERIMENTS_PAGE, tracking_uri
+from flows.tracking.database import artifacts_destination
 from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
 from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change
-from vectorclm.stages import BY_NAME, EVALUATED, EXPORTED, MODELS, READS
+from vectorclm.stages import BY_NAME, EVALUATED, MODELS, READS
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.layout import EXPORT
 
@@ -38,12 +40,14 @@ class Summary:
 
     def __init__(self, experiment: ExperimentConfig, store: Store, handles: Mapping[str, Handle]) -> None:
         self.experiment, self.store, self.handles = experiment, store, handles
-        judged = {kind: self._of(stage) for kind, stage in SCORED.items()}
+        judged = {kind: self._of(stage) for kind, stage in SCORED.items() if stage in handles}
+        self.titles = {kind: TITLES[kind] for kind in judged}  # of the models, the last one last
+        self.last = list(judged)[-1]
         self.scores = {kind: artifact.summary for kind, artifact in judged.items()}
-        self.followed = followed(judged["base"], judged["chat"])
+        self.followed = followed(judged["base"], judged["chat"]) if "chat" in judged else []
         export = self._of(EXPORT)
         folder = export.local() if not store.is_local else None
-        self.models = {kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in EXPORTED}
+        self.models = {kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in judged}
 
     def _of(self, stage: str) -> Artifact:
         found = self.store.find(stage, self.handles[stage]["fingerprint"])
@@ -69,10 +73,10 @@ class Summary:
 
     def as_markdown(self) -> str:
         """The results as Markdown for the Prefect UI: scores, held-out text, answers, model folders."""
-        heads, rules = " | ".join(TITLES.values()), "---:|" * len(TITLES)
+        heads, rules = " | ".join(self.titles.values()), "---:|" * len(self.titles)
         lines = [f"| multiple choice | chance | {heads} |", f"|---|---:|{rules}"]
         for label, task in self.scores["base"]["tasks"].items():
-            found = " | ".join(f"{self.scores[kind]['tasks'][label]['acc']:.1%}" for kind in TITLES)
+            found = " | ".join(f"{self.scores[kind]['tasks'][label]['acc']:.1%}" for kind in self.titles)
             lines.append(f"| {label} | {task['chance']:.1%} | {found} |")
         if self.followed:
             lines += [
@@ -85,9 +89,9 @@ class Summary:
             lines.append(f"| {FOLLOWED[change.name]} | {base} | {chat} | {_margin(change)} |")
         lines += ["", f"| held-out text, bits per byte | {heads} |", f"|---|{rules}"]
         for label in self.scores["base"]["bits_per_byte"]:
-            found = " | ".join(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES)
+            found = " | ".join(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in self.titles)
             lines.append(f"| {label} | {found} |")
-        for sample in self.scores["chat"]["samples"][:ANSWERS]:
+        for sample in self.scores[self.last]["samples"][:ANSWERS]:
             answer = sample["answer"].strip() or "(nothing)"
             lines += ["", f"**{sample['prompt']}**", "", *(f"    {line}" for line in answer.splitlines())]
         lines += ["", *(f"- {TITLES[kind]}: `{place}`" for kind, place in self.models.items())]
@@ -117,7 +121,7 @@ class Summary:
 
     def _training(self) -> RenderableType:
         table = _table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
-        for stage in READS:
+        for stage in (name for name in READS if name in self.handles):
             summary = self._of(stage).summary
             held_out = fmean(item["loss"] for item in summary["validation"].values())
             table.add_row(
@@ -132,45 +136,46 @@ class Summary:
         return table
 
     def _texts(self) -> RenderableType:
-        table = _table("held-out text, bits per byte", *(f"{title} >" for title in TITLES.values()))
+        table = _table("held-out text, bits per byte", *(f"{title} >" for title in self.titles.values()))
         for label in self.scores["base"]["bits_per_byte"]:
-            table.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES))
+            table.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in self.titles))
         return table
 
     def _tasks(self) -> RenderableType:
-        table = _table("multiple choice", "chance >", *(f"{title} >" for title in TITLES.values()), "items >")
+        table = _table("multiple choice", "chance >", *(f"{title} >" for title in self.titles.values()), "items >")
         for label, task in self.scores["base"]["tasks"].items():
-            found = [self.scores[kind]["tasks"][label] for kind in TITLES]
+            found = [self.scores[kind]["tasks"][label] for kind in self.titles]
             figures = [f"[bold]{item['acc']:.1%}[/] ± {item['stderr']:.1%}" for item in found]
             table.add_row(label, f"{task['chance']:.1%}", *figures, f"{task['items']:,}")
-        counts = self.scores["chat"].get("chat")
+        counts = self.scores[self.last].get("chat")
         if counts:
             share = f"{counts['answered_in_template']} of {counts['prompts']}"
             table.add_row("ends its answers", "", "", f"[bold]{share}[/]", "")
         return table
 
     def _instructions(self) -> list[RenderableType]:
-        names = [f"{TITLES[kind]} >" for kind in ("base", "chat")]
+        names = [f"{title} >" for title in self.titles.values()]
         table = _table("instructions followed", *names, "difference, 95 % >")
         for change in self.followed:
             figures = [f"[bold]{item.value:.1%}[/] ± {item.stderr:.1%}" for item in (change.before, change.after)]
             table.add_row(FOLLOWED[change.name], *figures, _margin(change))
-        counts = self.scores["chat"].get("instructions", {})
+        counts = self.scores[self.last].get("instructions", {})
         if counts:
             table.add_row("ends its answers", "", f"[bold]{counts['ended']} of {counts['prompts']}[/]", "")
         return [table] if self.followed else []
 
     def _answers(self) -> RenderableType:
         lines = []
-        for sample in self.scores["chat"]["samples"][:ANSWERS]:
+        for sample in self.scores[self.last]["samples"][:ANSWERS]:
             lines.append(f"[bold]you[/]    {escape(sample['prompt'])}")
             lines.append(f"[bold green]model[/]  {escape(sample['answer'].strip()) or '[dim](nothing)[/]'}")
         return Text.from_markup("\n".join(lines))
 
     def _places(self) -> list[tuple[str, str]]:
-        uri, page = tracking_uri(self.store), "/?workflowType=machine_learning"
+        uri, page = tracking_uri(self.store), f"/{EXPERIMENTS_PAGE}"
         if uri.startswith("sqlite:"):
-            look = [("MLflow", command("mlflow", "ui", "--backend-store-uri", uri, "--port", "5000"))]
+            files = ["--artifacts-destination", artifacts_destination(self.store, local_folder(self.store))]
+            look = [("MLflow", command("mlflow", "ui", "--backend-store-uri", uri, *files, "--port", "5000"))]
             look += [("", f"http://localhost:5000{page}")]
         else:
             place = without_password(uri).rstrip("/")
@@ -179,7 +184,7 @@ class Summary:
             *look,
             ("artifacts", self.store.uri),
             *((TITLES[kind], place) for kind, place in self.models.items()),
-            ("talk to it", command("vectorclm", "chat", self.models["chat"])),
+            *([("talk to it", command("vectorclm", "chat", self.models["chat"]))] if "chat" in self.models else []),
         ]
 
 

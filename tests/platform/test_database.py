@@ -22,7 +22,7 @@ from flows.net import free_port
 from flows.platform.process import HOST, Service
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
-from tests.conftest import one_of
+from tests.conftest import one_of, skip_or_fail
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
@@ -83,8 +83,7 @@ def servers() -> Iterator[Servers]:
     missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
     missing += [] if list(INSTALLED.glob("*/bin")) else ["postgresql"]
     if missing:
-        told = f"no Postgres or no S3 store here: apt-get install --no-install-recommends {' '.join(missing)}"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail(f"no Postgres or no S3 store here: apt-get install --no-install-recommends {' '.join(missing)}")
     folder = Path(tempfile.mkdtemp(prefix="vectorclm-servers-"))
     folder.chmod(0o711)  # where root runs the tests, Postgres is another user
     made = Servers(folder)
@@ -199,7 +198,7 @@ def test_servers_that_were_killed_are_missed_and_are_found_again_with_their_data
     platform: Platform, servers: Servers
 ) -> None:
     runs = {run.id for run in platform.client.read_flow_runs()}
-    platform.broken = True
+    platform.breaks()
     kill(servers.postgres.service, *servers.s3)
     done = platform.command("doctor")
     assert done.returncode == 1
@@ -221,7 +220,7 @@ def test_servers_that_were_killed_are_missed_and_are_found_again_with_their_data
 def test_a_run_outlives_what_is_killed_beside_it(
     platform: Platform, servers: Servers, reference: Reference, cell: Cell
 ) -> None:
-    platform.broken = True
+    platform.breaks()
     killer = Killer(platform.config, lambda: platform.command("doctor"), platform.client, servers.postgres)
     killer.run(cell, reference)
 

@@ -56,7 +56,7 @@ def test_a_person_reads_the_same_in_tables_and_in_markdown(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:s3cr3t@tracking:5000/")
     summary.show(console)
     shown = console.export_text()
-    assert "http://tracking:5000/?workflowType=machine_learning" in shown and "s3cr3t" not in shown
+    assert "http://tracking:5000/#/experiments?workflowType=machine_learning" in shown and "s3cr3t" not in shown
 
 
 def test_a_command_can_be_pasted_where_its_folder_is_not_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:

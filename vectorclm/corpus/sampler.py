@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.file_formats import RowBatch
+from vectorclm.corpus.row_batches import RowBatch
 from vectorclm.corpus.source_reader import SourceRoots, read_batches
 from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote
 from vectorclm.errors import DataError
@@ -205,7 +205,7 @@ class _Reserve:
                 yield part, [file[offset : offset + size] for offset, size in ranges]
 
 
-def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> Iterator[bytes]:
+def clean_texts(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> Iterator[bytes]:
     """The texts that are valid documents, in UTF-8; the others are counted as dropped."""
     for text in texts:
         try:
@@ -250,7 +250,7 @@ class _SourceDraw:
             for batch in batches:
                 found.read += batch.rows
                 found.dropped["filter"] += batch.rows - len(batch.texts)
-                reserve.add(_clean(self.source, batch.texts, found.dropped))
+                reserve.add(clean_texts(self.source, batch.texts, found.dropped))
                 self.progress.at(self.progress.tick.done, f"{self.source.label}: {found.read:,} documents read")
                 if reserve.bytes >= wanted:
                     ended = False
