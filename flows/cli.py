@@ -4,7 +4,6 @@ Prefect and MLflow take seconds to import, so only the commands that need them i
 """
 
 import gc
-import getpass
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +24,7 @@ from flows.net import has_own_server
 from flows.paths import local_folder
 from flows.platform.prefect_server import PrivateServer, prefect_server
 from flows.reports import lineage_cli, report
-from flows.run_names import COMMAND_LINE, FROM, run_name, run_tags
+from flows.run_names import of_the_command_line
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
 from vectorclm.__main__ import ALONE, MODEL_COMMANDS
@@ -266,9 +264,7 @@ def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:
     if command not in MODEL_COMMANDS:
         return command(*bound.args, **bound.kwargs)
     store = _store_of(bound)
-    if command is evaluate and not _takes_model(bound):
-        return command(*bound.args, **bound.kwargs)
-    if command is export and not _writes_file(bound):
+    if (command is evaluate and not _takes_model(bound)) or (command is export and not _writes_file(bound)):
         return command(*bound.args, **bound.kwargs)
     for name in ("before", "after") if command is compare else (next(iter(bound.signature.parameters)),):
         value = bound.arguments.get(name)
@@ -319,7 +315,9 @@ def _record(address: str, scores: Artifact, store: Store) -> None:
 
 def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
     if options.on_platform:
-        _start(named, runtime, options)
+        from flows.platform.submit import submit
+
+        print(submit(named, options.place, options.settings, runtime, dry_run=options.dry_run))
         return
     (experiment, path), place = chosen(named, options.settings), options.place
     store = Store(place.store)
@@ -345,15 +343,6 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
         print(as_line(summary))
     else:
         summary.show(Console())
-
-
-def _start(named: str, runtime: Runtime, options: RunOptions) -> None:
-    """Start a curriculum on the platform and print the page of its run."""
-    from flows.platform.submit import submit
-
-    data = str(options.place.data.absolute()) if options.place.data is not None else ""
-    given = {"settings": assignments(options.settings), "runtime": runtime.model_dump(exclude_defaults=True)}
-    print(submit(named, options.place.store, {**given, "data": data, "dry_run": options.dry_run}))
 
 
 def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Runtime, options: RunOptions) -> None:
@@ -402,11 +391,9 @@ def _curriculum(
         if not options.verbose:
             stack.enter_context(attached(LogLines(console), LOG_LEVELS))
         place = str(data.absolute()) if (data := options.place.data) is not None else None
-        given = {"experiment": experiment.name, "settings": assignments(options.settings)}
-        began = datetime.now().astimezone()
-        named = curriculum.with_options(flow_run_name=run_name({}, given, began, f"{began:%S%f}"))
-        stack.enter_context(tags(*run_tags({}, given, [FROM + COMMAND_LINE, f"user: {getpass.getuser()}"])))
-        return named(experiment, runtime, store.uri, place)
+        name, its_tags = of_the_command_line(experiment.name, assignments(options.settings))
+        stack.enter_context(tags(*its_tags))
+        return curriculum.with_options(flow_run_name=name)(experiment, runtime, store.uri, place)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Names and tags of flow runs: the experiment, what was changed, when, and from where the run was started."""
 
+import getpass
+import os
 import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -80,6 +82,22 @@ def run_tags(
     if not any(tag.startswith(FROM) for tag in tags):
         found.append(FROM + (SCHEDULE if scheduled else API))
     return list(dict.fromkeys(found))
+
+
+def command_line_tags() -> list[str]:
+    """The tags of a run that a command started: the command line, and its user."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        user = str(os.getuid())
+    return [FROM + COMMAND_LINE, f"user: {user}"]
+
+
+def of_the_command_line(experiment: str, settings: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Name and tags of a run of `vectorclm run` with these changed settings."""
+    given = {"experiment": experiment, "settings": settings}
+    now = datetime.now().astimezone()
+    return run_name({}, given, now, f"{now:%S%f}"), run_tags({}, given, command_line_tags())
 
 
 def _short(value: Any) -> str:

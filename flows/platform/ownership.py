@@ -26,10 +26,8 @@ def remember(config: PlatformConfig) -> None:
 
 def remembered(config: PlatformConfig) -> PlatformConfig:
     """The settings with the ports that the platform of the home was started with."""
-    with suppress(OSError, ValueError):
-        known = json.loads((config.home / "platform" / ABOUT).read_text(encoding="utf-8"))
-        return config.model_copy(update={name: int(known[name]) for name in ("prefect_port", "mlflow_port")})
-    return config
+    ports = {name: port for name, port in _known(config.home).items() if name in ("prefect_port", "mlflow_port")}
+    return config.model_copy(update=ports)
 
 
 def ran_here(config: PlatformConfig) -> bool:

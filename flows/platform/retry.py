@@ -1,6 +1,5 @@
 """Start curricula on the platform from the command line: `vectorclm run --on-platform`, and `vectorclm retry`."""
 
-import getpass
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from flows.experiments import FOLDER
 from flows.form import Changes, chosen, completed
 from flows.net import PROVISION, without_password
 from flows.platform.password import SETTING
-from flows.run_names import COMMAND_LINE, FROM
+from flows.run_names import command_line_tags
 from vectorclm.config import assignments
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.settings import validate
@@ -32,7 +31,8 @@ def retry(run: str, again_from: str | None, changes: Sequence[str]) -> str:
     with get_client(sync_client=True) as client, _explained(client):
         before = _find(client, run)
         parameters: dict[str, Any] = {key: value for key, value in before.parameters.items() if key != "dry_run"}
-        parameters["settings"] = {**(parameters.get("settings") or {}), **assignments(changes)}
+        if changes:
+            parameters["settings"] = {**(parameters.get("settings") or {}), **assignments(changes)}
         if again_from is not None:
             parameters["again_from"] = again_from
         return _create(client, str(parameters["experiment"]), parameters)
@@ -58,8 +58,7 @@ def _create(client: SyncPrefectClient, experiment: str, parameters: Mapping[str,
         ) from error
     wanted = completed(deployment.parameters, {**parameters, "experiment": experiment})
     chosen(experiment, validate(Changes, wanted["changes"], "changes"), wanted.get("settings"))
-    tags = [FROM + COMMAND_LINE, f"user: {getpass.getuser()}"]
-    return str(client.create_flow_run_from_deployment(deployment.id, parameters=wanted, tags=tags).id)
+    return str(client.create_flow_run_from_deployment(deployment.id, parameters=wanted, tags=command_line_tags()).id)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`vectorclm retry`: which run is started again with which settings, and what is said where that cannot be."""
 
+import getpass
 import socket
 import subprocess
 import sys
@@ -10,15 +11,18 @@ from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 from prefect.states import Completed
 
-from flows.platform.retry import CURRICULUM, retry
+from flows.platform.retry import retry, start
 from vectorclm.errors import ConfigError
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {name: {"type": "object" if name == "changes" else "string"} for name in ("experiment", "changes")},
+    "properties": {
+        name: {"type": "string" if name == "experiment" else "object"} for name in ("experiment", "changes", "settings")
+    },
     "additionalProperties": False,
 }
 
@@ -27,7 +31,11 @@ SCHEMA = {
 def deployment(prefect_client: SyncPrefectClient) -> UUID:
     flow_id = prefect_client.create_flow_from_name("curriculum")
     return prefect_client.create_deployment(
-        flow_id, "curriculum", parameter_openapi_schema=SCHEMA, enforce_parameter_schema=True
+        flow_id,
+        "tiny",
+        parameters={"experiment": "tiny", "changes": {"seed": 7, "sample": {"bytes": 30_000}}},
+        parameter_openapi_schema=SCHEMA,
+        enforce_parameter_schema=True,
     )
 
 
@@ -45,19 +53,35 @@ def parameters_of(client: SyncPrefectClient, run_id: str) -> Mapping[str, Any]:
 def test_a_run_is_started_again_as_it_was_or_with_other_settings(
     prefect_client: SyncPrefectClient, deployment: UUID
 ) -> None:
-    form = {"seed": 3, "settings": {"finetune.epochs": 1.0, "sample.bytes": 20_000}}
+    """Settings inside the changes, where older forms had them, become a parameter of their own."""
+    settings = {"finetune.epochs": 1.0, "sample.bytes": 20_000}
+    form = {"seed": 3, "settings": settings}
     before = finished(prefect_client, deployment, "first-of-retry", experiment="tiny", changes=form)
     again = retry(before, None, [])
-    assert again != before and parameters_of(prefect_client, again) == {"experiment": "tiny", "changes": form}
+    changes = {"seed": 3, "sample": {"bytes": 30_000}}
+    wanted = {"experiment": "tiny", "changes": changes, "settings": settings}
+    assert again != before and parameters_of(prefect_client, again) == wanted
     other = retry(before, None, ["finetune.epochs=2.0", "pretrain.batch_size=4"])
-    settings = {"finetune.epochs": 2.0, "sample.bytes": 20_000, "pretrain.batch_size": 4}
-    assert parameters_of(prefect_client, other)["changes"] == {"seed": 3, "settings": settings}
+    assert parameters_of(prefect_client, other) == {
+        **wanted, "settings": {"finetune.epochs": 2.0, "sample.bytes": 20_000, "pretrain.batch_size": 4}
+    }  # fmt: skip
+    assert {"from: command line", f"user: {getpass.getuser()}"} <= set(prefect_client.read_flow_run(UUID(other)).tags)
 
 
 def test_a_name_means_its_newest_run(prefect_client: SyncPrefectClient, deployment: UUID) -> None:
-    for experiment in ("small", "tiny"):
-        finished(prefect_client, deployment, "twice", experiment=experiment)
-    assert parameters_of(prefect_client, retry("twice", None, [])) == {"experiment": "tiny"}
+    for seed in (1, 2):
+        finished(prefect_client, deployment, "twice", experiment="tiny", changes={"seed": seed})
+    again = parameters_of(prefect_client, retry("twice", None, []))
+    assert again == {"experiment": "tiny", "changes": {"seed": 2, "sample": {"bytes": 30_000}}}
+
+
+def test_a_dry_run_is_repeated_as_a_run(prefect_client: SyncPrefectClient, deployment: UUID) -> None:
+    schema = {**SCHEMA, "properties": {**SCHEMA["properties"], "dry_run": {"type": "boolean"}}}
+    prefect_client.update_deployment(deployment, DeploymentUpdate(parameter_openapi_schema=schema))
+    before = finished(prefect_client, deployment, "dry", experiment="tiny", dry_run=True)
+    assert "dry_run" not in parameters_of(prefect_client, retry(before, None, []))
+    shown = parameters_of(prefect_client, start("tiny", {"dry_run": True, "changes": {"seed": 9}}))
+    assert shown["dry_run"] is True and shown["changes"]["seed"] == 9
 
 
 def test_a_retry_that_cannot_be_says_what_to_do(prefect_client: SyncPrefectClient, deployment: UUID) -> None:
@@ -83,7 +107,7 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_client: SyncPrefectClien
         retry("by-form", None, [])
     assert len(prefect_client.read_flow_runs()) == count  # refused, and no run was made
     prefect_client.delete_deployment(deployment)
-    with pytest.raises(ConfigError, match=f"Prefect has no deployment {CURRICULUM}: run `vectorclm up`, or, "):
+    with pytest.raises(ConfigError, match="Prefect has no deployment curriculum/tiny: run `vectorclm up`, or, "):
         retry("by-form", None, [])
 
 
