@@ -43,7 +43,7 @@ class ReportPages:
             return PlainTextResponse("no such report\n", 404)
         try:
             page = await run_in_threadpool(self.store.read, match[1])
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             return PlainTextResponse(f"the store does not answer: {error}\n", 503)
         return PlainTextResponse("no such report\n", 404) if page is None else HTMLResponse(page, headers=HEADERS)
 
