@@ -7,7 +7,6 @@ import logging
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -139,19 +138,19 @@ def _stamps() -> Mapping[str, tuple[str, int, int]]:
     return found
 
 
-def attend(url: str, auth: str | None) -> None:
-    """Attend the runs of the server at `url` in a thread of this process, whatever goes wrong meanwhile."""
+def attend(url: str, auth: str | None) -> threading.Event:
+    """Attend the runs of the server at `url` in a thread, whatever goes wrong meanwhile, until the event is set."""
+    ended = threading.Event()
 
     def work() -> None:
-        while True:
+        while not ended.wait(LOOK_SECONDS):
             try:
                 with SyncPrefectClient(url, auth_string=auth) as client:
                     attendant = Attendant(client)
-                    while True:
-                        time.sleep(LOOK_SECONDS)
+                    while not ended.wait(LOOK_SECONDS):
                         attendant.look()
             except Exception as error:  # of any kind: the server is starting, or a run has changed meanwhile
                 logger.debug("the runs were not looked at: %s", error)
-                time.sleep(LOOK_SECONDS)
 
     threading.Thread(target=work, daemon=True, name="attendant").start()
+    return ended

@@ -15,7 +15,8 @@ from starlette.testclient import TestClient
 
 from flows.platform.run_origin import LARGEST, RunOrigin
 
-PLACE = "/api/deployments/00000000-0000-4000-8000-00000000000a/create_flow_run"
+QUEUED, FREE = (f"/api/deployments/00000000-0000-4000-8000-00000000000{end}" for end in "ab")
+PLACE = f"{QUEUED}/create_flow_run"
 BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"}
 
 
@@ -25,10 +26,18 @@ async def echo(request: Request) -> JSONResponse:
     return JSONResponse({"body": body.decode(), "length": int(request.headers["content-length"])})
 
 
+async def queue(request: Request) -> JSONResponse:
+    """The deployment, for those who know the password."""
+    allowed = request.headers.get("authorization") == "Basic secret"
+    name = "curricula" if request.url.path == QUEUED else None
+    return JSONResponse({"work_queue_name": name} if allowed else "no", status_code=200 if allowed else 401)
+
+
 @pytest.fixture(scope="module")
 def client() -> TestClient:
-    routes = [Route(place, echo, methods=["POST", "PATCH"]) for place in (PLACE, PLACE + "/", "/api/flow_runs/")]
-    return TestClient(RunOrigin(Starlette(routes=routes)))
+    places = (PLACE, PLACE + "/", f"{FREE}/create_flow_run", "/api/flow_runs/")
+    routes = [Route(place, echo, methods=["POST", "PATCH"]) for place in places]
+    return TestClient(RunOrigin(Starlette(routes=[*routes, Route(QUEUED, queue), Route(FREE, queue)])))
 
 
 def got(client: TestClient, body: Any, place: str = PLACE, **headers: str) -> Any:
@@ -46,9 +55,12 @@ def test_a_page_and_a_program_are_told_apart(client: TestClient) -> None:
 
 def test_a_dry_run_waits_in_no_queue(client: TestClient) -> None:
     asked = {"tags": ["from: UI"], "parameters": {"dry_run": True}}
-    assert got(client, asked) == {**asked, "work_queue_name": "default"}
+    known = {"Authorization": "Basic secret"}
+    assert got(client, asked, **known) == {**asked, "work_queue_name": "default"}
+    assert got(client, asked) == asked  # the server refuses it itself
+    assert got(client, asked, f"{FREE}/create_flow_run", **known) == asked  # a deployment of the user's own
     for parameters in ({"dry_run": False}, {"dry_run": "yes"}, {}, None):
-        assert got(client, {"tags": ["from: UI"], "parameters": parameters}) == {
+        assert got(client, {"tags": ["from: UI"], "parameters": parameters}, **known) == {
             "tags": ["from: UI"],
             "parameters": parameters,
         }
@@ -56,8 +68,9 @@ def test_a_dry_run_waits_in_no_queue(client: TestClient) -> None:
 
 def test_other_and_odd_requests_pass_as_they_are(client: TestClient) -> None:
     assert got(client, {"x": 1}, "/api/flow_runs/", **BROWSER) == {"x": 1}
-    for odd in ([1], "text", 3, {"tags": 3}, {"parameters": [1]}):
+    for odd in ([1], "text", 3, {"tags": 3}):
         assert got(client, odd, **BROWSER) == odd
+    assert got(client, {"parameters": [1]}, **BROWSER) == {"parameters": [1], "tags": ["from: UI"]}
     assert client.post(PLACE, content=b"{not json").json()["body"] == "{not json"
     assert client.patch(PLACE, json={"x": 1}).json()["body"] == '{"x":1}'
 

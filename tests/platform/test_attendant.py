@@ -1,0 +1,181 @@
+"""The attendant on a real server: names new runs, says for whom one waits, closes and revives the dead."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import LogFilter
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import get_current_settings
+from prefect.states import Crashed, Pending, Running, Scheduled
+
+from flows.execution.labels import PROCESS, record_process
+from flows.experiments import FOLDER
+from flows.handle import CURRICULA, RESCUED
+from flows.platform import attendant as module
+from flows.platform.attendant import Attendant, attend
+from tests.services.platform import until
+from vectorclm.runtime.processes import process_identity
+
+
+@pytest.fixture(autouse=True)
+def local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv(FOLDER, raising=False)
+
+
+@pytest.fixture
+def deployment(prefect_client: SyncPrefectClient) -> Iterator[UUID]:
+    """A deployment in the queue of curricula; its runs are gone in the end."""
+    prefect_client.create_work_pool(WorkPoolCreate(name="cpu", type="process"), overwrite=True)
+    with suppress(ObjectAlreadyExists):
+        prefect_client.create_work_queue(CURRICULA, concurrency_limit=1, work_pool_name="cpu")
+    made = prefect_client.create_deployment(
+        prefect_client.create_flow_from_name("attended"),
+        "attended",
+        work_pool_name="cpu",
+        work_queue_name=CURRICULA,
+        parameters={"experiment": "tiny"},
+    )
+    yield made
+    for run in prefect_client.read_flow_runs():
+        if run.deployment_id == made:
+            prefect_client.delete_flow_run(run.id)
+
+
+def started(client: SyncPrefectClient, deployment: UUID, state: Any = None, **options: Any) -> UUID:
+    parameters = {"experiment": "tiny"}
+    return client.create_flow_run_from_deployment(deployment, state=state, parameters=parameters, **options).id
+
+
+def log(client: SyncPrefectClient, run_id: UUID) -> list[str]:
+    mine = LogFilter.model_validate({"flow_run_id": {"any_": [run_id]}})
+    return [line.message for line in client.read_logs(log_filter=mine)]
+
+
+def test_runs_wait_in_order_and_say_for_whom(prefect_client: SyncPrefectClient, deployment: UUID) -> None:
+    attendant = Attendant(prefect_client)
+    first = started(prefect_client, deployment, Pending(), name="the first")
+    second, third = started(prefect_client, deployment), started(prefect_client, deployment)
+    attendant.look()
+    for place, run_id in ((1, second), (2, third)):
+        run = prefect_client.read_flow_run(run_id)
+        assert run.name.startswith("tiny, ") and "experiment: tiny" in run.tags
+        message = f"waits for the first to end; place {place} in the queue"
+        assert run.state is not None and (run.state_name, run.state.message) == ("Queued", message)
+        until(lambda run_id=run_id, message=message: message in log(prefect_client, run_id), "the log says so", 30)
+    before = prefect_client.read_flow_run(second).state
+    attendant.look()
+    assert prefect_client.read_flow_run(second).state == before  # nothing new to say
+    prefect_client.delete_flow_run(first)
+    prefect_client.set_flow_run_state(second, Running(), force=True)
+    attendant.look()
+    state = prefect_client.read_flow_run(third).state
+    assert state is not None and str(state.message).startswith("waits for tiny, ") and "place 1" in str(state.message)
+    due = prefect_client.read_flow_run(third).next_scheduled_start_time
+    assert due is not None and due <= datetime.now(UTC)  # a worker may take it at any time
+
+
+@pytest.fixture
+def process() -> Iterator[psutil.Popen]:
+    found = psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL)
+    yield found
+    if found.is_running():
+        found.kill()
+    found.wait()
+
+
+def test_a_dead_run_is_noticed_closed_and_starts_again(
+    prefect_client: SyncPrefectClient, deployment: UUID, process: psutil.Popen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(module, "close_runs", closed.append)  # of MLflow, which has a test of its own
+    run_id = started(prefect_client, deployment, Running())
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run_id))
+    record_process()
+    known = json.loads(str(prefect_client.read_flow_run(run_id).labels[PROCESS]))
+    prefect_client.update_flow_run_labels(run_id, {PROCESS: json.dumps(known | process_identity(process))})
+    attendant = Attendant(prefect_client)
+
+    def name() -> str | None:
+        attendant.look()
+        return prefect_client.read_flow_run(run_id).state_name
+
+    assert name() == name() == name() == "Running"
+    process.kill()
+    process.wait()
+    assert name() == "Running" and name() == "Crashed"  # its worker, if it lives, has the time of one look
+    assert closed == [] and name() == "Crashed" and closed == [str(run_id)]
+    until(lambda: log(prefect_client, run_id), "the log says so", 30)
+    (line,) = log(prefect_client, run_id)
+    assert line.startswith("crashed: its process is gone") and line.endswith("and finished work is kept")
+    assert name() == "Crashed" and len(closed) == 1
+    monkeypatch.setattr(module, "RESCUE_SECONDS", 0)
+    assert name() == RESCUED
+
+
+def test_an_old_crash_is_left_alone(
+    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RESCUE_SECONDS", 0)
+    monkeypatch.setattr(module, "RECENT", module.timedelta(0))
+    run_id = started(prefect_client, deployment, Running())
+    prefect_client.set_flow_run_state(run_id, Crashed(), force=True)
+    Attendant(prefect_client).look()
+    assert prefect_client.read_flow_run(run_id).state_name == "Crashed"
+
+
+def test_a_change_in_the_folder_fills_the_forms_and_a_scheduled_run_of_tomorrow_waits_unnamed(
+    prefect_client: SyncPrefectClient, deployment: UUID, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    tomorrow = datetime.now(UTC) + module.timedelta(days=1)
+    later = started(prefect_client, deployment, Scheduled(scheduled_time=tomorrow), name="brave-otter")
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0, "filled", "")
+
+    monkeypatch.setattr(module.subprocess, "run", run)  # the command has a test of its own
+    attendant = Attendant(prefect_client)
+    attendant.look()
+    assert ran == [] and prefect_client.read_flow_run(later).name == "brave-otter"
+    (tmp_path / "own.toml").write_text("")
+    attendant.look()
+    attendant.look()
+    assert ran == [[sys.executable, "-m", "flows.platform.experiment_forms"]]
+
+
+def test_it_works_beside_the_server_and_outlives_errors(
+    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Attendant] = []
+    look = Attendant.look
+
+    def fails_once(self: Attendant) -> None:
+        looks.append(self)
+        if len(looks) == 1:
+            raise ConnectionError("the server is starting")
+        look(self)
+
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(Attendant, "look", fails_once)
+    run_id = started(prefect_client, deployment)
+    auth = get_current_settings().api.auth_string
+    ended = attend(str(prefect_client.api_url), auth.get_secret_value() if auth is not None else None)
+    try:
+        until(lambda: prefect_client.read_flow_run(run_id).name.startswith("tiny, "), "the run has its name", 60)
+    finally:
+        ended.set()
+    assert looks[0] is not looks[1]  # with a new connection
