@@ -90,7 +90,7 @@ def explained(run: Callable[[], Any]) -> Any:
         return run()
     except VectorCLMError as error:
         logging.getLogger("prefect.engine").addFilter(_is_expected)
-        return Failed(message=" ".join(str(error).split("\n")))
+        return Failed(message=" ".join(str(error).split("\n")), data=error)
 
 
 def _is_expected(record: logging.LogRecord) -> bool:

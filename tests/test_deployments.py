@@ -23,7 +23,7 @@ from vectorclm.errors import ConfigError, StoreError
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
-from vectorclm.store.layout import EXPORT
+from vectorclm.store.layout import EXPORT, STAGES
 
 ALONE = Runtime(threads=1, retries=0)
 
@@ -68,35 +68,51 @@ def lines() -> Iterator[list[str]]:
 def test_a_form_reuses_what_is_finished_and_shows_the_results(
     prefect_client: SyncPrefectClient, recorded: Recorded, store: Store, changes: Changes, lines: list[str]
 ) -> None:
-    handles = curriculum_run("tiny", changes, "", ALONE)
+    handles = curriculum_run("tiny", changes=changes, runtime=ALONE)
     states = {name: handle["state"] for name, handle in handles.items()}
     assert states.pop(EXPORT) == "built" and set(states.values()) == {"reused"}  # the card bears the name
     assert (Path(handles[EXPORT]["uri"]) / "chat" / "README.md").is_file()
     same = {name: handle["fingerprint"] for name, handle in handles.items() if name != EXPORT}
     assert same == {name: recorded.handles[name]["fingerprint"] for name in same}
     assert any("with placement pools it runs on another-machine-gpu" in line for line in lines)
-    wanted = ArtifactFilter.model_validate({"key": {"any_": ["report"]}})
-    report = max(prefect_client.read_artifacts(artifact_filter=wanted), key=lambda found: str(found.created))
-    assert report.description == "tiny" and str(store.root) in str(report.data)
+    wanted = ArtifactFilter.model_validate({"key": {"any_": ["overview"]}})
+    overview = max(prefect_client.read_artifacts(artifact_filter=wanted), key=lambda found: str(found.created))
+    text = str(overview.data)
+    assert overview.description and text.startswith("## tiny: 100 %\n") and str(store.root) in text
+    assert text.count("| reused | 100 % |") == len(STAGES) - 1 and "| world | 25.0% |" in text
 
 
 def test_a_stage_is_built_alone_and_again_to_the_byte(recorded: Recorded, store: Store, changes: Changes) -> None:
     elsewhere = ALONE.model_copy(update={"placement": "pools"})  # it is placed already: it runs here
-    assert list(stage_run("tokenizer", "tiny", changes, "", elsewhere)) == ["tokenizer"]
-    again = stage_run("tokenizer", "tiny", changes, "", ALONE, again=True)
+    assert list(stage_run("tokenizer", "tiny", changes, runtime=elsewhere)) == ["tokenizer"]
+    again = stage_run("tokenizer", "tiny", changes, runtime=ALONE, again=True)
     assert again["tokenizer"]["fingerprint"] == plans(recorded.experiment)["tokenizer"].fingerprint
     assert again["tokenizer"]["state"] == "reused"
 
 
 def test_a_wrong_form_or_worker_fails_and_says_why(changes: Changes, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
-        stage_run("sample", "tiny", Changes(settings={"pretrain.batchsize": 3}), "", ALONE)
+        stage_run("sample", "tiny", Changes(settings={"pretrain.batchsize": 3}), runtime=ALONE)
     with pytest.raises(StoreError, match="/nowhere"):
         monkeypatch.setenv("VECTORCLM_STORE", "/proc/nowhere")
-        stage_run("sample", "tiny", changes, "", ALONE)
+        stage_run("sample", "tiny", changes, runtime=ALONE)
     monkeypatch.delenv("VECTORCLM_STORE")
     with pytest.raises(ConfigError, match="this worker has no store: set VECTORCLM_STORE in its environment"):
-        stage_run("sample", "tiny", changes, "", ALONE)
+        stage_run("sample", "tiny", changes, runtime=ALONE)
+
+
+def test_a_dry_run_shows_the_plan_and_builds_nothing(
+    prefect_client: SyncPrefectClient, store: Store, changes: Changes
+) -> None:
+    before = sorted(Path(store.root).rglob("*"))
+    state = curriculum_run("tiny", dry_run=True, changes=changes, settings={"seed": 99}, return_state=True)
+    assert (state.name, state.message) == ("DryRun", "nothing was run: the plan is under Artifacts")
+    assert sorted(Path(store.root).rglob("*")) == before
+    wanted = ArtifactFilter.model_validate({"key": {"any_": ["plan"]}})
+    (plan,) = prefect_client.read_artifacts(artifact_filter=wanted)
+    assert f"0 of {len(STAGES)} stages are reused." in str(plan.data) and "| sample | **built** |" in str(plan.data)
+    with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
+        curriculum_run("tiny", dry_run=True, settings={"pretrain.batchsize": 3})
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from vectorclm.errors import VectorCLMError
 from vectorclm.stages import BY_NAME, TABLE
 from vectorclm.store.artifact import Store, default_store
 
-FILLED = "form of an experiment"  # the tag of the deployments that this module owns
 ALONE = tuple(stage.name for stage in TABLE if stage.own_process)  # stages with a form of their own
 BEFORE = ("curriculum", "curriculum")  # the one deployment of older versions
 TEMPLATES = {"curriculum": "curriculum/tiny", "stage": "stage/finetune"}  # deployments with the schema of their flow
@@ -64,7 +63,7 @@ def fill_forms(client: SyncPrefectClient, report: Report) -> list[str]:
             if key not in there:
                 report(f"deployment {'/'.join(key)} created")
     for key, found in there.items():
-        if key not in kept and (FILLED in found.tags or key == BEFORE):
+        if key not in kept and (_is_filled(found) or key == BEFORE):
             client.delete_deployment(found.id)
             report(f"deployment {'/'.join(key)} removed: no experiment has its name")
     return problems
@@ -104,6 +103,12 @@ def _wanted(experiment: ExperimentConfig, path: Path, templates: Mapping[str, De
         )
 
 
+def _is_filled(deployment: DeploymentResponse) -> bool:
+    """Whether this module filled the form: it offers one experiment alone."""
+    properties: Mapping[str, Any] = (deployment.parameter_openapi_schema or {}).get("properties", {})
+    return "enum" in properties.get("experiment", {})
+
+
 def _put(
     client: SyncPrefectClient, wanted: _Wanted, template: DeploymentResponse, found: DeploymentResponse | None
 ) -> None:
@@ -111,7 +116,7 @@ def _put(
         "parameters": wanted.parameters,
         "parameter_openapi_schema": wanted.schema,
         "description": wanted.description,
-        "tags": ["vectorclm", FILLED],
+        "tags": ["vectorclm"],
     }
     if found is not None:
         client.update_deployment(found.id, DeploymentUpdate(**filled))

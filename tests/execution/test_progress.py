@@ -1,6 +1,7 @@
 """The progress of a stage on a real Prefect server: a chip that follows it, lines in its log, a run that waits."""
 
 import threading
+from contextlib import suppress
 from uuid import UUID
 
 import pytest
@@ -13,6 +14,7 @@ from prefect.states import Cancelling
 from flows.execution import progress
 from flows.execution.progress import live, show_waiting
 from tests.services.platform import until
+from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Tick, say
 
 pytestmark = pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow")  # the tests are no flows
@@ -42,9 +44,24 @@ def test_the_chip_follows_a_stage_to_its_end(
         assert shown()[1].endswith(" s left")
         monkeypatch.setattr(progress, "CHIP_SECONDS", 60)  # only the end shows less than a percent
         say(Tick("of_a_test", 516, 1000, "tokens"))
-    assert shown()[0] == 51.6
-    say(Tick("of_a_test", 1000, 1000, "tokens"))  # after the block
-    assert shown()[0] == 51.6
+    assert shown()[0] == 100.0  # the stage is done, however much it had counted
+    say(Tick("of_a_test", 1, 1000, "tokens"))  # after the block
+    assert shown()[0] == 100.0
+
+
+def test_the_chip_of_a_stage_that_fails_stays_where_it_was(
+    prefect_client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "CHIP_SECONDS", 0.05)
+    with suppress(DataError), live("of_a_failure", print):
+        say(Tick("of_a_failure", 500, 1000, "tokens"))
+        until(lambda: chip(prefect_client, "of_a_failure")[0] == 50.0, "the chip shows the half", 60)
+        monkeypatch.setattr(progress, "CHIP_SECONDS", 60)  # only the end shows less than a percent
+        say(Tick("of_a_failure", 501, 1000, "tokens"))
+        raise DataError("no text")
+    assert chip(prefect_client, "of_a_failure")[0] == 50.1
+    say(Tick("of_a_failure", 1000, 1000, "tokens"))  # after the block
+    assert chip(prefect_client, "of_a_failure")[0] == 50.1
 
 
 def test_a_slow_stage_writes_lines_into_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,30 +74,39 @@ def test_a_slow_stage_writes_lines_into_its_log(monkeypatch: pytest.MonkeyPatch)
         lines.append(line)
         first.set()
 
-    with live("slow", log):
+    with suppress(DataError), live("slow", log):
         say(Tick("slow", 1, 1_000_000, "tokens"))
         assert first.wait(60)
         say(Tick("slow", 2, 1_000_000, "tokens"))
+        raise DataError("no text")
     assert lines[0] == "slow: 1 of 1,000,000 tokens" and lines[1].startswith("slow: 2 of 1,000,000 tokens, ")
     assert lines[1].endswith(" left")
     say(Tick("slow", 3, 1_000_000, "tokens"))
     assert len(lines) == 2  # after the block nobody listens
+    with live("slow", log):
+        say(Tick("slow", 2, 1_000_000, "tokens"))
+    assert lines[-1] == "slow: 1,000,000 of 1,000,000 tokens"
 
 
 def test_a_run_that_waits_for_the_devices_is_queued_unless_it_is_cancelled(prefect_client: SyncPrefectClient) -> None:
-    names: list[str | None] = []
+    names: list[tuple[str | None, str | None]] = []
 
-    def state() -> str | None:
-        return prefect_client.read_flow_run(UUID(flow_run.id)).state_name
+    def state() -> tuple[str | None, str | None]:
+        run = prefect_client.read_flow_run(UUID(flow_run.id))
+        return run.state_name, run.state and run.state.message
 
     @flow
     def waits() -> None:
-        for waiting in (True, False):
-            show_waiting(waiting)
+        for holder in ("the first", None):
+            show_waiting(holder)
             names.append(state())
         prefect_client.set_flow_run_state(UUID(flow_run.id), Cancelling(), force=True)
-        show_waiting(True)
+        show_waiting("the first")
         names.append(state())
 
     waits(return_state=True)
-    assert names == ["Queued", "Running", "Cancelling"]
+    assert names == [
+        ("Queued", "waits for the first, which uses the devices of this machine"),
+        ("Running", "the devices are free now"),
+        ("Cancelling", None),
+    ]

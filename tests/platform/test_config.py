@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from flows.deployments import stage_run
+from flows.deployments import curriculum_run, stage_run
 from flows.execution.placement import deployment_of
+from flows.experiments import OWN as OF_THE_PACKAGE
+from flows.handle import CURRICULA
 from flows.net import HEARTBEAT_SECONDS
 from flows.platform.config import PlatformConfig, read_platform
 from flows.platform.provision import prefect_file
@@ -228,4 +230,13 @@ def test_every_stage_of_the_table_has_its_deployment_in_the_pool_of_its_kind() -
         (item["name"], item["parameters"], item["work_pool"]["name"], item["enforce_parameter_schema"])
         for item in found
     ] == [(deployment_of(row.name), {"stage": row.name}, "gpu" if row.own_process else "cpu", True) for row in TABLE]
-    assert len({item["name"] for item in deployments}) == len(deployments) == len(TABLE) + 2  # curriculum, evaluate
+    assert (
+        len({item["name"] for item in deployments}) == len(deployments) == len(TABLE) + len(OF_THE_PACKAGE) + 1
+    )  # evaluate
+    curricula = [
+        item for item in deployments if item["entrypoint"] == f"flows.deployments.{curriculum_run.fn.__name__}"
+    ]
+    named = [(item["name"], item["parameters"]) for item in curricula]
+    assert named == [(name, {"experiment": name}) for name in OF_THE_PACKAGE]
+    for item in curricula:
+        assert item["work_pool"] == {"name": "cpu", "work_queue_name": CURRICULA} and item["enforce_parameter_schema"]
