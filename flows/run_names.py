@@ -78,7 +78,7 @@ def run_tags(
     """The tags of a run: those it has, its experiment, what it changes, and from where it was started."""
     names = list(differences(usual, given))
     found = [*tags, f"experiment: {given.get('experiment', '')}"]
-    found += [f"changed: {name}" for name in names[:TAGGED_CHANGES]]
+    found += [f"setting: {name}" for name in names[:TAGGED_CHANGES]]
     if not any(tag.startswith(FROM) for tag in tags):
         found.append(FROM + (SCHEDULE if scheduled else API))
     return list(dict.fromkeys(found))

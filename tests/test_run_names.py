@@ -46,7 +46,7 @@ def test_tags_say_from_where_a_run_comes_unless_they_did() -> None:
     given = {**USUAL, "settings": {f"key{number}": number for number in range(9)}}
     tags = run_tags(USUAL, given, ["mine"])
     assert tags[:2] == ["mine", "experiment: tiny"] and tags[-1] == "from: API"
-    assert [tag for tag in tags if tag.startswith("changed: ")] == [f"changed: key{number}" for number in range(8)]
+    assert [tag for tag in tags if tag.startswith("setting: ")] == [f"setting: key{number}" for number in range(8)]
     assert run_tags(USUAL, USUAL, [], scheduled=True) == ["experiment: tiny", "from: schedule"]
     assert run_tags(USUAL, USUAL, ["from: UI", "experiment: tiny"]) == ["from: UI", "experiment: tiny"]
 
@@ -54,7 +54,7 @@ def test_tags_say_from_where_a_run_comes_unless_they_did() -> None:
 def test_the_command_line_and_its_user_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     name, tags = of_the_command_line("tiny", {"seed": 3})
     assert name.startswith("tiny seed=3, ") and not is_generated(name)
-    assert set(tags) == {"from: command line", f"user: {getpass.getuser()}", "experiment: tiny", "changed: seed"}
+    assert set(tags) == {"from: command line", f"user: {getpass.getuser()}", "experiment: tiny", "setting: seed"}
     monkeypatch.setattr(getpass, "getuser", lambda: {}["no such user"])
     monkeypatch.setattr("os.getuid", lambda: 4711)
     assert command_line_tags() == ["from: command line", "user: 4711"]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from flows.handle import duration
 from flows.reports.cost_estimate import budget, known_windows
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.pinning import UNRESOLVED, pin
@@ -17,7 +18,7 @@ def plan_of(experiment: ExperimentConfig, lock: Path, data: Path | None, store: 
     pinned, notes = pin(experiment, lock, data, resolve=False)
     specs = plans(pinned)
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
-    lines = ["| stage | | what it does |", "|---|---|---|"]
+    lines = ["| stage | state | what it does |", "|---|---|---|"]
     reused = 0
     for name, spec in specs.items():
         known = costs["stages"][name] != UNRESOLVED
@@ -32,7 +33,7 @@ def plan_of(experiment: ExperimentConfig, lock: Path, data: Path | None, store: 
         "",
         f"{reused} of {len(specs)} stages are reused.",
         "",
-        "| cost | |",
+        "| cost | amount |",
         "|---|---|",
         f"| sample | {costs['sample_bytes']:,} bytes of text |",
         f"| model | {costs['parameters']:,} parameters |",
@@ -43,9 +44,5 @@ def plan_of(experiment: ExperimentConfig, lock: Path, data: Path | None, store: 
     if (finetune := pinned.finetune) is not None:
         lines.append(f"| fine-tuning | up to {costs['conversations']:,} conversations, {finetune.epochs:g} times |")
     hours = {device: value + (tuning["hours"][device] if tuning else 0) for device, value in costs["hours"].items()}
-    lines += [f"| training on {device} | about {_time(value)} |" for device, value in hours.items()]
+    lines += [f"| training on {device} | about {duration(3600 * value)} |" for device, value in hours.items()]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)])
-
-
-def _time(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"

@@ -42,7 +42,7 @@ def test_a_run_gets_its_name_and_tags_and_a_typed_name_stays(
     assert name.startswith("tiny seed=2, ") and name.endswith(f" ({str(run.id)[:4]})")
     known = prefect_client.read_flow_run(run.id)
     assert known.name == name
-    assert set(known.tags) == {"mine", "experiment: tiny", "changed: seed", "from: API"}
+    assert set(known.tags) == {"mine", "experiment: tiny", "setting: seed", "from: API"}
     typed = started(prefect_client, deployment, "a lower rate")
     assert label(prefect_client, typed) == "a lower rate" == prefect_client.read_flow_run(typed.id).name
     prefect_client.delete_deployment(deployment)

@@ -107,7 +107,7 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     assert "stage shards failed" in message
     assert f"press Retry on the page of this run in Prefect, or run `vectorclm retry {run.id}`" in message
     assert run.name.startswith("tiny pretrain.tokens=16384 finetune.epochs=0.02 and 1 more, ")
-    assert {"experiment: tiny", "changed: finetune.epochs", "from: UI"} <= set(run.tags)
+    assert {"experiment: tiny", "setting: finetune.epochs", "from: UI"} <= set(run.tags)
     assert platform.tasks(run.id)["tokenizer"] == ["Completed"]
     log = until(lambda: [line for line in platform.log(run.id) if "stage shards failed" in line], "the log says why")
     assert len(log) == 1 and "Traceback" not in "".join(platform.log(run.id))
@@ -187,7 +187,7 @@ def test_a_file_of_ones_own_is_offered_without_a_restart_and_the_command_line_st
     started = platform.run(run_id)
     assert started.name.startswith("own pretrain.batch_size=16 dry run, ")
     user = f"user: {getpass.getuser()}"
-    assert {"experiment: own", "changed: pretrain.batch_size", "from: command line", user} <= set(started.tags)
+    assert {"experiment: own", "setting: pretrain.batch_size", "from: command line", user} <= set(started.tags)
     named = "own finetune.epochs=3 dry run"
     until(lambda: any(named in run.name for run in platform.client.read_flow_runs()), "Prefect's own run is named")
     assert on_platform(platform, "owl").returncode == 2

@@ -275,7 +275,7 @@ def test_an_experiment_of_ones_own_shows_on_the_platform_and_reuses_what_was_fin
     states = {name: stage["state"] for name, stage in json.loads(done.stdout)["stages"].items()}
     assert states.pop("export") == "built" and set(states.values()) == {"reused"}  # the card bears the name
     (run,) = platform.client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"name": {"like_": "own"}}))
-    assert {"experiment: own", "from: command line"} <= set(run.tags)
+    assert run.name.startswith("own, ") and {"experiment: own", "from: command line"} <= set(run.tags)
     assert run.state_name == "Completed" and platform.tasks(run.id)["pretrain"] == ["Reused"]
     assert MlflowClient(platform.config.mlflow_url).get_experiment_by_name("own") is not None
 

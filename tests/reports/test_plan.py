@@ -1,5 +1,6 @@
 """The plan of a run as Markdown: what it reuses and builds, and what that costs."""
 
+import re
 from pathlib import Path
 
 from flows.reports.plan import plan_of
@@ -26,7 +27,8 @@ def test_a_plan_says_which_stages_are_reused(recorded: Recorded, tmp_path: Path)
     assert f"{len(STAGES) - 3} of {len(STAGES)} stages are reused." in plan
     size = recorded.experiment.model.parameters
     assert f"| model | {size:,} parameters |" in plan and "| pretraining | 8,192 tokens in 16 steps |" in plan
-    assert "| fine-tuning | up to 180 conversations, 3 times |" in plan and "| training on A100 | about " in plan
+    assert "| fine-tuning | up to 180 conversations, 3 times |" in plan
+    assert re.search(r"\| training on A100 \| about \d\.\d s \|", plan)
 
 
 def test_an_experiment_that_ends_at_the_base_model_has_no_fine_tuning(recorded: Recorded, tmp_path: Path) -> None:
@@ -40,5 +42,6 @@ def test_an_experiment_that_ends_at_the_base_model_has_no_fine_tuning(recorded: 
 def test_sources_without_a_commit_leave_it_open_and_hours_are_counted(tmp_path: Path) -> None:
     plan = plan_of(load_experiment("base")[0], tmp_path / "base.json", None, Store(str(tmp_path / "store")))
     assert set(states(plan).values()) == {"built, or reused where its sources are unchanged"}
-    assert "0 of 9 stages are reused." in plan and "| training on 2 CPU cores | about " in plan and " hours |" in plan
+    assert "0 of 9 stages are reused." in plan
+    assert re.search(r"\| training on 2 CPU cores \| about \d+ h \d\d min \|", plan)
     assert not (tmp_path / "base.json").exists()

@@ -37,6 +37,9 @@ def check_form(platform: Platform, name: str) -> None:
     for field in (field for section in of_fields for field in section["properties"].values()):
         assert field["title"] and field["description"] and "anyOf" not in field and "default" in field
         assert {"minimum", "exclusiveMinimum"} & set(field)
+    for field in schema["definitions"]["Runtime"]["properties"].values():
+        assert field["description"] and "anyOf" not in field
+        assert field["type"] not in ("integer", "number") or {"minimum", "exclusiveMinimum"} & set(field)
     given = deployment.parameters["changes"]
     assert given == values(experiment) and given["pretrain"]["tokens"] == experiment.pretrain.tokens
     assert chosen(name, Changes.model_validate(given))[0] == experiment
