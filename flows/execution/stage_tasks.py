@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, wait
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -185,8 +185,8 @@ class Stages:
     def _link(self, report: str) -> None:
         """Link the report, the models and the data in the overview, where a server shows them in a browser."""
         links = self.overview.links
-        if self.served and (api := PREFECT_API_URL.value()):
-            links["report"] = without_password(api).rstrip("/").removesuffix("/api") + report
+        if self.served and (ui := PREFECT_UI_URL.value()):
+            links["report"] = without_password(ui).rstrip("/") + report
         if (mlflow := without_password(self.tracker.uri)).startswith("http"):
             view = "workflowType=machine_learning"
             links["chat model"] = f"{mlflow.rstrip('/')}/#/models/{REGISTERED['finetune']}?{view}"
