@@ -100,7 +100,7 @@ def test_a_dry_run_says_how_often_sources_are_read_that_are_in_the_store(
     assert "phase 1 takes" in vectorclm.err and "set its when_exhausted to" in vectorclm.err
 
 
-def test_pools_refuse_an_experiment_of_ones_own_and_need_a_server(
+def test_pools_take_an_experiment_of_ones_own_and_need_a_server(
     vectorclm: Command, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["run", experiment, "--store", tmp_path, "--placement", "pools"]
@@ -108,7 +108,7 @@ def test_pools_refuse_an_experiment_of_ones_own_and_need_a_server(
     assert "placement pools needs a Prefect server with workers: set PREFECT_API_URL" in vectorclm.err
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert vectorclm(*command) == 2
-    assert "placement pools knows tiny, small, base, not mini: run that one inline" in vectorclm.err
+    assert "no Prefect server answers at http://127.0.0.1:9/api: start it, or unset PREFECT_API_URL" in vectorclm.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,13 +1,16 @@
 """The run form: an empty field changes nothing, each field reaches its setting, and a wrong one is named."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from flows.form import Changes, chosen
+from flows.experiments import FOLDER
+from flows.form import STAGE_SECTIONS, Changes, chosen, completed, form, parameters, shown, values
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.errors import ConfigError
+from vectorclm.stages import TABLE
 
 
 def experiment(name: str = "tiny", **changes: Any) -> ExperimentConfig:
@@ -71,3 +74,84 @@ def test_any_other_setting_is_taken_by_its_dotted_name_and_wins() -> None:
 def test_a_value_outside_its_bounds_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Changes.model_validate(changes)
+
+
+def base_only() -> ExperimentConfig:
+    return load_experiment("tiny")[0].model_copy(update={"name": "base-only", "chat": None, "finetune": None})
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base"])
+def test_the_values_of_an_experiment_change_nothing(name: str) -> None:
+    assert chosen(name, Changes.model_validate(values(load_experiment(name)[0]))) == load_experiment(name)
+
+
+def test_settings_of_every_section_need_no_file() -> None:
+    for whole in (base_only(), load_experiment("tiny")[0]):
+        settings = dict.fromkeys(ExperimentConfig.model_fields) | whole.model_dump(mode="json")
+        del settings["name"]
+        found, path = chosen("nowhere", Changes(settings=settings))
+        assert found == whole.model_copy(update={"name": "nowhere"}) and path.name == "nowhere.toml"
+    with pytest.raises(ConfigError, match="no experiment 'nowhere'"):
+        chosen("nowhere", Changes(settings={"seed": 3}))
+
+
+def test_other_settings_win_over_fields_and_older_forms() -> None:
+    changes = Changes.model_validate({"seed": 2, "settings": {"seed": 3, "finetune.epochs": 4.0}})
+    found = chosen("tiny", changes, {"seed": 5})[0]
+    assert found.seed == 5 and found.finetune is not None and found.finetune.epochs == 4.0
+
+
+def test_fields_that_are_left_out_keep_the_values_of_the_deployment() -> None:
+    usual = {"changes": {"seed": 1, "sample": {"bytes": 5, "validation_share": 0.1}}}
+    given = {"experiment": "tiny", "changes": {"sample": {"bytes": 6, "validation_share": None}, "settings": {"a": 1}}}
+    assert completed(usual, {**given, "settings": {"b": 2}}) == {
+        "experiment": "tiny",
+        "changes": {"seed": 1, "sample": {"bytes": 6, "validation_share": 0.1}},
+        "settings": {"a": 1, "b": 2},
+    }
+    assert completed(usual, {}) == usual and completed({}, {"changes": None}) == {"changes": {}}
+
+
+SCHEMA: dict[str, Any] = {
+    "properties": {
+        "stage": {"type": "string"},
+        "experiment": {"type": "string", "pattern": "x"},
+        "changes": {"$ref": "#/definitions/Changes", "position": 1},
+        "data": {"type": "string", "default": ""},
+    }
+}
+
+
+def test_the_form_of_a_stage_has_the_settings_that_no_stage_above_it_reads() -> None:
+    tiny = load_experiment("tiny")[0]
+    schema = form(SCHEMA, tiny, "pretrain")
+    assert schema["required"] == list(SCHEMA["properties"])
+    assert schema["properties"]["stage"]["enum"] == ["pretrain"]
+    assert schema["properties"]["experiment"]["enum"] == ["tiny"]
+    sections = schema["properties"]["changes"]["properties"]
+    assert list(sections) == ["model", "pretrain", "settings"]
+    tokens = sections["pretrain"]["properties"]["tokens"]
+    assert tokens["default"] == tiny.pretrain.tokens and tokens["minimum"] == 1000 and tokens["title"] == "Token budget"
+    given = parameters(schema, tiny, "pretrain")
+    assert given["stage"] == "pretrain" and given["data"] == "" and given["changes"] == shown(tiny, "pretrain")
+    assert "enum" not in SCHEMA["properties"]["stage"]  # the flow's own schema stays
+    assert set(STAGE_SECTIONS) == {stage.name for stage in TABLE}
+
+
+def test_an_experiment_that_ends_at_the_base_model_has_no_fields_of_conversations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = base_only()
+    assert not {"chat", "finetune"} & set(values(experiment))
+    assert not {"chat", "finetune"} & set(form(SCHEMA, experiment)["properties"]["changes"]["properties"])
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    (tmp_path / "base-only.json").write_text(experiment.model_dump_json())
+    assert chosen("base-only", Changes.model_validate(values(experiment)))[0] == experiment
+    with pytest.raises(ConfigError, match="experiment base-only has no section finetune: leave its fields out"):
+        chosen("base-only", Changes.model_validate({"finetune": {"epochs": 1.0}}))
+
+
+def test_a_value_outside_the_bounds_of_its_field_is_not_shown() -> None:
+    tiny = load_experiment("tiny")[0]
+    large = tiny.model_copy(update={"evaluate": tiny.evaluate.model_copy(update={"max_new_tokens": 5000})})
+    assert "max_new_tokens" not in values(large)["evaluate"] and "max_new_tokens" in values(tiny)["evaluate"]

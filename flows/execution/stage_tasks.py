@@ -254,10 +254,12 @@ class Stages:
 
     def _in_pool(self, name: str) -> Artifact:
         """Have a worker of the stage's pool build the artifact, from this experiment with its pinned sources."""
+        settings: dict[str, Any] = dict.fromkeys(set(ExperimentConfig.model_fields) - {"name"})
+        settings |= self.experiment.model_dump(mode="json", exclude={"name"})  # leaves out what is absent
         parameters = {
             "stage": name,
             "experiment": self.experiment.name,
-            "changes": {"settings": self.experiment.model_dump(mode="json", exclude={"name"})},
+            "changes": {"settings": settings},
             "data": str(self.data or ""),
             "runtime": self.runtime.model_copy(update={"placement": "inline"}).model_dump(),
             "again": name in self.again,

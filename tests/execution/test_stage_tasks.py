@@ -22,6 +22,7 @@ from flows.deployments import curriculum_run, stage_run
 from flows.execution import placement, stage_tasks
 from flows.execution.launch import StageCancelledError, StageFailedError, StageInterruptedError
 from flows.execution.stage_tasks import Stages, _failure, default_workers, may_help
+from flows.form import Changes, chosen
 from flows.handle import Handle
 from tests.services.curricula import Recorded, copied
 from tests.services.platform import until
@@ -153,6 +154,8 @@ def test_a_stage_in_a_pool_is_built_by_its_worker(
             tags = FlowRunFilter.model_validate({"tags": {"all_": [f"part of {ran.run_id}", "stage tokenizer"]}})
             (run,) = until(lambda: ran.client.read_flow_runs(flow_run_filter=tags), "its run is there", 60)
             assert run.parameters["runtime"]["placement"] == "inline" and run.parameters["again"] is False
+            changes = Changes.model_validate(run.parameters["changes"])
+            assert chosen(run.parameters["experiment"], changes)[0] == recorded.experiment  # which has no file there
             if built:
                 kept.rename(missing)
             ran.client.set_flow_run_state(run.id, Failed(message="no disk") if fails else Completed(), force=True)
