@@ -1,6 +1,5 @@
 """The Prefect deployments `curriculum` and `stage`, each with a run form."""
 
-import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from prefect.states import Completed, Crashed, Failed
 from flows.curriculum import curriculum
 from flows.execution.labels import name_of_this_run, record_process
 from flows.execution.launch import StageFailedError
-from flows.execution.stage_tasks import CURRICULUM, Stages
+from flows.execution.stage_tasks import CURRICULUM, Stages, leave_out
 from flows.execution.watch import watched
 from flows.form import Again, Changes, Name, chosen
 from flows.handle import MAX_RESCUES, RESCUED, Handle
@@ -88,14 +87,10 @@ def explained(run: Callable[[], Any]) -> Any:
     """The result of `run`; for an expected error, a failed state, whose message ends the log in one line."""
     try:
         return run()
-    except VectorCLMError as error:
-        logging.getLogger("prefect.engine").addFilter(_is_expected)
-        return Failed(message=" ".join(str(error).split("\n")), data=error)
-
-
-def _is_expected(record: logging.LogRecord) -> bool:
-    """Leave out the traceback with which Prefect's engine ends the process of a flow in a failed state."""
-    return not record.getMessage().startswith("Engine execution exited with unexpected exception")
+    except (VectorCLMError, OSError) as error:
+        leave_out("prefect.flow_runs", "Engine execution exited with unexpected exception")
+        what = str(error) if isinstance(error, VectorCLMError) else f"{type(error).__name__}: {error}"
+        return Failed(message=" ".join(what.split("\n")), data=error)
 
 
 def _dry_run(name: str, changes: Changes, settings: Mapping[str, Any], data: str) -> State[Any]:

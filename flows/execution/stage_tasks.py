@@ -9,7 +9,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -204,6 +206,7 @@ class Stages:
             last = context is None or context.task_run.run_count > self.runtime.retries
             if not last and helps(error):
                 raise
+            leave_out("prefect.task_runs", "Task run failed with state")
             return Failed(message="failed: the end of the run's log says why", data=error)
 
     def _build(self, name: str) -> State[Handle]:
@@ -302,6 +305,16 @@ class Stages:
             place = self.store.uri_of(spec.stage)
             raise StoreError(f"{name} ended without an error, but {place} lacks {spec.fingerprint}")
         return artifact
+
+
+def leave_out(name: str, begins: str) -> None:
+    """Leave out what Prefect logs, with a traceback, about an expected error: one line at the end of the log tells it."""
+    logging.getLogger(name).addFilter(_others(begins))
+
+
+@cache
+def _others(begins: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: not record.getMessage().startswith(begins)
 
 
 def default_workers() -> int:

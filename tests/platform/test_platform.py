@@ -110,7 +110,7 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     assert {"experiment: tiny", "setting: finetune.epochs", "from: UI"} <= set(run.tags)
     assert platform.tasks(run.id)["tokenizer"] == ["Completed"]
     log = until(lambda: [line for line in platform.log(run.id) if "stage shards failed" in line], "the log says why")
-    assert len(log) == 1 and "Traceback" not in "".join(platform.log(run.id))
+    assert len(log) == 1 and not [line for line in platform.log(run.id) if "Traceback" in line or "NoneType" in line]
     until(lambda: "| ✘ | shards" in platform.overview(run.id), "the overview shows what failed", 30)
 
     (store / "shards").unlink()
