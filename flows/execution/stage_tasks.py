@@ -308,7 +308,7 @@ class Stages:
 
 
 def leave_out(name: str, begins: str) -> None:
-    """Leave out what Prefect logs, with a traceback, about an expected error: one line at the end of the log tells it."""
+    """Leave out Prefect's tracebacks about an expected error, which is one line at the end of the log."""
     logging.getLogger(name).addFilter(_others(begins))
 
 

@@ -45,6 +45,9 @@ class Attendant:
 
     def look(self) -> None:
         """Look once at all unfinished and recently crashed runs, and at the folder of experiments."""
+        if (stamps := _stamps()) != self._files:
+            self._fill_forms()
+            self._files = stamps
         runs = self._runs()
         for run in runs:
             if not any(tag.startswith(TAGGED) for tag in run.tags) and "experiment" in run.parameters:
@@ -55,9 +58,6 @@ class Attendant:
                 self._attend(run, run.state)
             elif run.state is not None and run.state.type in ACTIVE and run.state.type != StateType.PENDING:
                 self._check(run)
-        if (stamps := _stamps()) != self._files:
-            self._files = stamps
-            self._fill_forms()
 
     def _runs(self) -> list[FlowRun]:
         """Runs of the pools that are due or run, and those that crashed lately, by the time at which they were due."""
@@ -143,14 +143,13 @@ def attend(url: str, auth: str | None) -> threading.Event:
     ended = threading.Event()
 
     def work() -> None:
-        while not ended.wait(LOOK_SECONDS):
-            try:
-                with SyncPrefectClient(url, auth_string=auth) as client:
-                    attendant = Attendant(client)
-                    while not ended.wait(LOOK_SECONDS):
-                        attendant.look()
-            except Exception as error:  # of any kind: the server is starting, or a run has changed meanwhile
-                logger.debug("the runs were not looked at: %s", error)
+        with SyncPrefectClient(url, auth_string=auth) as client:
+            attendant = Attendant(client)
+            while not ended.wait(LOOK_SECONDS):
+                try:
+                    attendant.look()
+                except Exception as error:  # of any kind: the server is starting, or a run has changed meanwhile
+                    logger.debug("the runs were not looked at: %s", error)
 
     threading.Thread(target=work, daemon=True, name="attendant").start()
     return ended

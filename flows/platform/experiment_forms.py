@@ -19,7 +19,7 @@ from flows.form import form, parameters
 from flows.paths import local_folder
 from flows.reports.plan import plan_of
 from vectorclm.config import ExperimentConfig
-from vectorclm.errors import VectorCLMError
+from vectorclm.errors import StoreError, VectorCLMError
 from vectorclm.stages import BY_NAME, TABLE
 from vectorclm.store.artifact import Store, default_store
 
@@ -72,7 +72,10 @@ def fill_forms(client: SyncPrefectClient, report: Report) -> list[str]:
 def describe(experiment: ExperimentConfig, path: Path) -> str:
     """The description of the deployment of an experiment: what it is, and what its values would reuse and build."""
     store = Store(default_store())
-    plan = plan_of(experiment, local_folder(store) / "locks" / path.name, None, store)
+    try:
+        plan = plan_of(experiment, local_folder(store) / "locks" / path.name, None, store)
+    except (StoreError, OSError) as error:  # a form needs no store
+        plan = f"It is not known what would be reused: the store does not answer ({error})."
     return f"{_about(path)}\n\nA run with the values of the form does this; for other values, tick *Dry run*.\n\n{plan}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 
@@ -16,6 +16,7 @@ from flows.experiments import FOLDER
 from flows.platform.experiment_forms import ALONE, fill_forms, refresh_description
 from tests.services.curricula import Recorded
 from vectorclm.config import EXPERIMENTS
+from vectorclm.store.layout import STAGES
 
 
 @pytest.fixture(autouse=True)
@@ -108,12 +109,22 @@ def test_the_form_of_an_older_version_and_what_a_person_made_are_told_apart(pref
 def test_the_description_is_renewed_after_a_run(prefect_client: SyncPrefectClient) -> None:
     filled(prefect_client)
     before = prefect_client.read_deployment_by_name("curriculum/tiny")
-    from prefect.client.schemas.actions import DeploymentUpdate
-
     prefect_client.update_deployment(before.id, DeploymentUpdate(description="old"))
     refresh_description("tiny")
     assert prefect_client.read_deployment_by_name("curriculum/tiny").description == before.description
     refresh_description("nobody")  # the run is done whatever the server says
+
+
+def test_a_form_needs_no_store(
+    prefect_client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    for stage in STAGES:
+        (tmp_path / "store" / stage).write_text("a file where a folder must be")
+    monkeypatch.setenv("VECTORCLM_STORE", str(tmp_path / "store"))
+    assert filled(prefect_client)[0] == []
+    about = str(prefect_client.read_deployment_by_name("curriculum/tiny").description)
+    assert "It is not known what would be reused: the store does not answer (" in about
 
 
 def test_the_command_fills_the_forms(prefect_client: SyncPrefectClient, tmp_path: Path) -> None:
