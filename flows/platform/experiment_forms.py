@@ -121,6 +121,8 @@ def _put(
         "description": wanted.description,
         "tags": ["vectorclm"],
     }
+    if found is not None and all(getattr(found, name) == value for name, value in filled.items()):
+        return
     if found is not None:
         client.update_deployment(found.id, DeploymentUpdate(**filled))
         return

@@ -20,12 +20,10 @@ from vectorclm.store.layout import STAGES
 
 
 @pytest.fixture(autouse=True)
-def templates(
-    prefect_client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Recorded
-) -> None:
+def templates(prefect_client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The deployments with the schema of their flow, as `vectorclm up` creates them; a folder of experiments."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    monkeypatch.setenv("VECTORCLM_STORE", recorded.store.uri)
+    monkeypatch.setenv("VECTORCLM_STORE", str(tmp_path / "empty"))
     for pool in ("cpu", "gpu"):
         prefect_client.create_work_pool(WorkPoolCreate(name=pool, type="process"), overwrite=True)
     for flow, name, pool in ((curriculum_run, "tiny", "cpu"), (stage_run, "finetune", "gpu")):
@@ -77,6 +75,10 @@ def test_each_experiment_has_a_form_and_its_stages_have_theirs(
     again = prefect_client.read_deployment_by_name("curriculum/own")
     assert again.id == own.id and again.parameters["changes"]["finetune"]["epochs"] == 0.5
 
+    untouched = prefect_client.read_deployment_by_name("stage/own-pretrain").updated
+    assert filled(prefect_client) == ([], [])
+    assert prefect_client.read_deployment_by_name("stage/own-pretrain").updated == untouched
+
     (tmp_path / "own.toml").unlink()
     _, lines = filled(prefect_client)
     assert "deployment curriculum/own removed: no experiment has its name" in lines
@@ -85,8 +87,9 @@ def test_each_experiment_has_a_form_and_its_stages_have_theirs(
 
 
 def test_an_experiment_without_conversations_has_no_chat_in_its_form(
-    prefect_client: SyncPrefectClient, tmp_path: Path, recorded: Recorded
+    prefect_client: SyncPrefectClient, tmp_path: Path, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VECTORCLM_STORE", recorded.store.uri)
     kept = recorded.experiment.model_copy(update={"name": "base-only", "chat": None, "finetune": None})
     (tmp_path / "base-only.json").write_text(kept.model_dump_json())
     assert filled(prefect_client)[0] == []
