@@ -217,7 +217,7 @@ def test_a_retry_prints_the_page_of_the_new_run(
     vectorclm: Command, tmp_path: Path, prefect_client: SyncPrefectClient, shared_prefect: dict[str, str]
 ) -> None:
     flow_id = prefect_client.create_flow_from_name("curriculum")
-    deployment = prefect_client.create_deployment(flow_id, "curriculum", enforce_parameter_schema=False)
+    deployment = prefect_client.create_deployment(flow_id, "tiny", enforce_parameter_schema=False)
     before = prefect_client.create_flow_run_from_deployment(deployment, parameters={"experiment": "tiny"}).id
     port = urlsplit(shared_prefect["PREFECT_API_URL"]).port
     options = ["--store", tmp_path, "--prefect-port", port]
@@ -225,4 +225,4 @@ def test_a_retry_prints_the_page_of_the_new_run(
     page, _, run_id = vectorclm.out.strip().rpartition("/")
     assert page == f"http://127.0.0.1:{port}/runs/flow-run"
     parameters = prefect_client.read_flow_run(run_id).parameters  # type: ignore[arg-type]
-    assert parameters["again_from"] == "export" and parameters["changes"] == {"settings": {"finetune.epochs": 2.0}}
+    assert parameters["again_from"] == "export" and parameters["settings"] == {"finetune.epochs": 2.0}
