@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
-from flows.experiments import FOLDER
+from flows.experiments import FOLDER, known_files
 from flows.form import Changes, chosen, completed
 from flows.net import PROVISION, without_password
 from flows.platform.password import SETTING
@@ -57,7 +57,9 @@ def _create(client: SyncPrefectClient, experiment: str, parameters: Mapping[str,
             "experiments of your own"
         ) from error
     wanted = completed(deployment.parameters, {**parameters, "experiment": experiment})
-    chosen(experiment, validate(Changes, wanted["changes"], "changes"), wanted.get("settings"))
+    changes = validate(Changes, wanted["changes"], "changes")
+    if experiment in known_files():  # else only the platform has the file, and the run itself checks the settings
+        chosen(experiment, changes, wanted.get("settings"))
     return str(client.create_flow_run_from_deployment(deployment.id, parameters=wanted, tags=command_line_tags()).id)
 
 

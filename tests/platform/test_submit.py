@@ -49,6 +49,14 @@ def test_a_wrong_name_or_setting_starts_nothing(prefect_client: SyncPrefectClien
     assert len(prefect_client.read_flow_runs()) == count
 
 
+def test_a_file_that_only_the_platform_has_is_started(prefect_client: SyncPrefectClient, tmp_path: Path) -> None:
+    flow_id = prefect_client.create_flow_from_name("curriculum")
+    deployment = prefect_client.create_deployment(flow_id, "only-there")
+    page = submit("only-there", Place(store=str(tmp_path)), ["seed=3"], Runtime(), dry_run=False)
+    run = prefect_client.read_flow_run(UUID(page.rpartition("/")[2]))
+    assert run.deployment_id == deployment and run.parameters["settings"] == {"seed": 3}
+
+
 def test_the_platform_of_the_store_is_asked_at_its_port(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
