@@ -16,7 +16,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.states import Crashed, Scheduled
+from prefect.states import Cancelled, Crashed, Scheduled
 
 from flows.execution.labels import TAGGED, is_dead, label
 from flows.experiments import known_files
@@ -95,13 +95,18 @@ class Attendant:
                 self._log(run, message)
 
     def _check(self, run: FlowRun) -> None:
-        """Mark a run as crashed whose process on this machine has ended without a word, as after a reboot."""
+        """Mark a run as crashed whose process on this machine has ended without a word, as after a reboot.
+
+        A run that a person cancels is cancelled when its process has ended.
+        """
         if not is_dead(run):
             self._missed.pop(run.id, None)
             return
         self._missed[run.id] = self._missed.get(run.id, 0) + 1
         if self._missed[run.id] >= DEAD_LOOKS:
             gone: State[Any] = Crashed(message="its process is gone: it was killed, or its machine started again")
+            if run.state is not None and run.state.is_cancelling():
+                gone = Cancelled(message="its process has ended")
             self.client.set_flow_run_state(run.id, gone, force=True)
 
     def _attend(self, run: FlowRun, state: State[Any]) -> None:

@@ -17,7 +17,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import LogFilter
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
-from prefect.states import Crashed, Pending, Running, Scheduled
+from prefect.states import Cancelling, Crashed, Pending, Running, Scheduled
 
 from flows.execution.labels import PROCESS, record_process
 from flows.experiments import FOLDER
@@ -93,6 +93,24 @@ def process() -> Iterator[psutil.Popen]:
     if found.is_running():
         found.kill()
     found.wait()
+
+
+def test_a_cancelled_run_is_cancelled_and_no_crash_when_its_process_ends(
+    prefect_client: SyncPrefectClient, deployment: UUID, process: psutil.Popen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = started(prefect_client, deployment, Running())
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run_id))
+    record_process()
+    known = json.loads(str(prefect_client.read_flow_run(run_id).labels[PROCESS]))
+    prefect_client.update_flow_run_labels(run_id, {PROCESS: json.dumps(known | process_identity(process))})
+    prefect_client.set_flow_run_state(run_id, Cancelling())
+    process.kill()
+    process.wait()
+    attendant = Attendant(prefect_client)
+    for _ in range(module.DEAD_LOOKS):
+        assert prefect_client.read_flow_run(run_id).state_name == "Cancelling"
+        attendant.look()
+    assert prefect_client.read_flow_run(run_id).state_name == "Cancelled"
 
 
 def test_a_dead_run_is_noticed_closed_and_starts_again(
