@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -99,7 +100,7 @@ class RunOptions:
     settings: Setting = ()
     json: Annotated[bool, Parameter(help="Print the results as one JSON object, and nothing else")] = False
     dry_run: Annotated[bool, Parameter(help="Print fingerprints and costs, and do nothing")] = False
-    verbose: Annotated[bool, Parameter(help="Show every log line")] = False
+    verbose: Annotated[bool, Parameter(help="Show every log line, and every table of the results")] = False
 
 
 @app.command(name="run", help_epilogue="Example: vectorclm run tiny --set finetune.epochs=2.0")
@@ -214,9 +215,12 @@ def show_report(
     place: StoreOptions = StoreOptions(),
     against: Annotated[str | None, Parameter(help="A model to compare with, such as the champion")] = None,
     out: Annotated[Path, Parameter(help="The file to write")] = Path("report.html"),
+    show: Annotated[bool, Parameter(name="--open", help="Open the page in a browser")] = False,
 ) -> None:
     """Write the report of a model as one HTML page: curves, scores, samples, data, lineage, costs."""
     report.write_report(model, Store(place.store), against, out)
+    if show and not webbrowser.open(out.absolute().as_uri()):
+        print(f"no browser was found: open {out.absolute()} in one", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -330,7 +334,7 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
     if options.json:
         print(as_line(summary))
     else:
-        summary.show(Console())
+        summary.show(Console(), details=options.verbose)
 
 
 def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, options: RunOptions) -> None:

@@ -13,14 +13,13 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from flows.tracking.lookup import opened, recorded
+from vectorclm.command_line import FILE_WIDTH
 from vectorclm.errors import VectorCLMError
 from vectorclm.lineage.chain import SHORT, Change, Lineage, Node, as_object, changes, describe_node, score_facts, verify
 from vectorclm.store.artifact import Store
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from flows.tracking.recorded_lineage import Record
-
-FILE_WIDTH = 240  # columns of output that is not a terminal
 
 
 def run(address: str, store: Store, console: Console, *, check: bool, as_json: bool) -> int:

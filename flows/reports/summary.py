@@ -14,21 +14,23 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from flows.handle import Handle, duration
 from flows.net import without_password
 from flows.tracking.client import tracking_uri
+from vectorclm.command_line import table
 from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
 from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change
 from vectorclm.stages import BY_NAME, EVALUATED, EXPORTED, MODELS, READS
-from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.artifact import Artifact, Store, default_store
 from vectorclm.store.layout import EXPORT
 
 ANSWERS = 3  # number of sample answers shown
+BASELINES = ("chance", "counting")  # accuracies without a model: of a blind guess, and of counting words
+SHORT_PREFIX = 8  # digits of a fingerprint in a command
 SCORED = {MODELS[training]: stage for stage, training in EVALUATED.items()}  # kind of a model -> its evaluation
 TITLES = {MODELS[training]: BY_NAME[training].result for training in EVALUATED.values()}
 
@@ -70,10 +72,15 @@ class Summary:
     def as_markdown(self) -> str:
         """The results as Markdown for the Prefect UI: scores, held-out text, answers, model folders."""
         heads, rules = " | ".join(TITLES.values()), "---:|" * len(TITLES)
-        lines = [f"| multiple choice | chance | {heads} |", f"|---|---:|{rules}"]
-        for label, task in self.scores["base"]["tasks"].items():
-            found = " | ".join(f"{self.scores[kind]['tasks'][label]['acc']:.1%}" for kind in TITLES)
-            lines.append(f"| {label} | {task['chance']:.1%} | {found} |")
+        tasks, lines = self.scores["base"]["tasks"], list[str]()
+        if tasks:
+            baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
+            lines.append(f"| held-out questions | {' | '.join(baselines)} | {heads} |")
+            lines.append(f"|---|{'---:|' * len(baselines)}{rules}")
+        for label, task in tasks.items():
+            values = [task.get(name) for name in baselines]
+            values += [self.scores[kind]["tasks"][label]["acc"] for kind in TITLES]
+            lines.append(f"| {label} | {' | '.join('' if value is None else f'{value:.1%}' for value in values)} |")
         if self.followed:
             lines += [
                 "",
@@ -93,34 +100,58 @@ class Summary:
         lines += ["", *(f"- {TITLES[kind]}: `{place}`" for kind, place in self.models.items())]
         return "\n".join(lines)
 
-    def show(self, console: Console) -> None:
-        """Print the results as tables."""
+    def show(self, console: Console, *, details: bool = False) -> None:
+        """Print what happened, the scores, a few answers and what to do next; with `details`, every table first."""
         console.print()
-        body = Group(
-            self._stages(), self._training(), self._texts(), self._tasks(), *self._instructions(), self._answers()
-        )
-        title = f"[bold]{self.experiment.name}[/]"
-        console.print(Panel(body, title=title, box=box.ROUNDED, padding=(0, 2)))
-        for (
-            heading,
-            place,
-        ) in self._places():  # outside of the frame and never wrapped, so that they can be copied
-            console.print(f"[dim]{heading:<11}[/] {escape(place)}", soft_wrap=True, highlight=False)
+        if details:
+            tables = (self._stages(), self._training(), self._texts(), *self._instructions())
+            title = f"[bold]{self.experiment.name}[/]"
+            console.print(Panel(Group(*tables), title=title, box=box.ROUNDED, padding=(0, 2)))
+            for heading, place in self._places():  # never wrapped, so that they can be copied
+                console.print(f"[dim]{heading:<11}[/] {escape(place)}", soft_wrap=True, highlight=False)
+            console.print()
+        console.print(self._headline(), highlight=False)
+        console.print(self._tasks() if self.scores["base"]["tasks"] else self._texts())
+        console.print(self._answers())
+        console.print("\n[dim]next[/]")
+        for line in self.next_commands():
+            console.print(f"  {escape(line)}", soft_wrap=True, highlight=False)
+
+    def _headline(self) -> str:
+        """What happened, in one line."""
+        built = [handle["seconds"] for handle in self.handles.values() if handle["state"] == "built"]
+        done = f"{len(built)} of {len(self.handles)} stages built in {duration(sum(built))}"
+        if not built:
+            done = "every stage was built before"
+        parameters = self._of(EXPORTED["base"]).summary["parameters"]
+        return f"[bold]{escape(self.experiment.name)}[/]: a chat model of {parameters:,} parameters; {done}"
+
+    def next_commands(self) -> list[str]:
+        """Three commands for this model, as they work in the present folder."""
+        chat = EXPORTED["chat"]
+        model = f"{chat}/{self.handles[chat]['fingerprint'][:SHORT_PREFIX]}"
+        here = Store(default_store()).uri == self.store.uri
+        store = () if here else ("--store", self.store.uri)
+        return [
+            command("vectorclm", "chat", model if here else self._of(chat).uri),
+            command("vectorclm", "report", model, "--open", *store),
+            command("vectorclm", "lineage", model, *store),
+        ]
 
     def _stages(self) -> RenderableType:
-        table = _table("stage", "state", "time >", "fingerprint")
+        shown = table("stage", "state", "time >", "fingerprint")
         for name, handle in self.handles.items():
             built = handle["state"] == "built"
             state = "[green]built[/]" if built else "[cyan]reused[/]"
-            table.add_row(name, state, duration(handle["seconds"]) if built else "", handle["fingerprint"][:12])
-        return table
+            shown.add_row(name, state, duration(handle["seconds"]) if built else "", handle["fingerprint"][:12])
+        return shown
 
     def _training(self) -> RenderableType:
-        table = _table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
+        shown = table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
         for stage in READS:
             summary = self._of(stage).summary
             held_out = fmean(item["loss"] for item in summary["validation"].values())
-            table.add_row(
+            shown.add_row(
                 stage,
                 f"{summary['steps']:,}",
                 f"{summary['tokens']:,}",
@@ -129,36 +160,39 @@ class Summary:
                 f"{held_out:.3f}",
                 f"{summary['tokens_per_second']:,.0f}",
             )
-        return table
+        return shown
 
     def _texts(self) -> RenderableType:
-        table = _table("held-out text, bits per byte", *(f"{title} >" for title in TITLES.values()))
+        shown = table("held-out text, bits per byte", *(f"{title} >" for title in TITLES.values()))
         for label in self.scores["base"]["bits_per_byte"]:
-            table.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES))
-        return table
+            shown.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES))
+        return shown
 
     def _tasks(self) -> RenderableType:
-        table = _table("multiple choice", "chance >", *(f"{title} >" for title in TITLES.values()), "items >")
-        for label, task in self.scores["base"]["tasks"].items():
+        """The scores of multiple choice beside a blind guess and, where it was measured, beside counting words."""
+        tasks, counts = self.scores["base"]["tasks"], self.scores["chat"].get("chat")
+        baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
+        shown = table("held-out questions", *(f"{name} >" for name in (*baselines, *TITLES.values())))
+        shown.columns[0].no_wrap = True
+        for label, task in tasks.items():
             found = [self.scores[kind]["tasks"][label] for kind in TITLES]
             figures = [f"[bold]{item['acc']:.1%}[/] ± {item['stderr']:.1%}" for item in found]
-            table.add_row(label, f"{task['chance']:.1%}", *figures, f"{task['items']:,}")
-        counts = self.scores["chat"].get("chat")
+            shown.add_row(label, *(f"{task[name]:.1%}" if name in task else "" for name in baselines), *figures)
         if counts:
-            share = f"{counts['answered_in_template']} of {counts['prompts']}"
-            table.add_row("ends its answers", "", "", f"[bold]{share}[/]", "")
-        return table
+            share = f"[bold]{counts['answered_in_template']} of {counts['prompts']}[/]"
+            shown.add_row("ends its answers", *([""] * (len(baselines) + len(TITLES) - 1)), share)
+        return shown
 
     def _instructions(self) -> list[RenderableType]:
         names = [f"{TITLES[kind]} >" for kind in ("base", "chat")]
-        table = _table("instructions followed", *names, "difference, 95 % >")
+        shown = table("instructions followed", *names, "difference, 95 % >")
         for change in self.followed:
             figures = [f"[bold]{item.value:.1%}[/] ± {item.stderr:.1%}" for item in (change.before, change.after)]
-            table.add_row(FOLLOWED[change.name], *figures, _margin(change))
+            shown.add_row(FOLLOWED[change.name], *figures, _margin(change))
         counts = self.scores["chat"].get("instructions", {})
         if counts:
-            table.add_row("ends its answers", "", f"[bold]{counts['ended']} of {counts['prompts']}[/]", "")
-        return [table] if self.followed else []
+            shown.add_row("ends its answers", "", f"[bold]{counts['ended']} of {counts['prompts']}[/]", "")
+        return [shown] if self.followed else []
 
     def _answers(self) -> RenderableType:
         lines = []
@@ -179,7 +213,6 @@ class Summary:
             *look,
             ("artifacts", self.store.uri),
             *((TITLES[kind], place) for kind, place in self.models.items()),
-            ("talk to it", command("vectorclm", "chat", self.models["chat"])),
         ]
 
 
@@ -195,15 +228,6 @@ def command(program: str, *arguments: str) -> str:
     beside = Path(sys.executable).with_name(program)
     where = program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
     return shlex.join([where, *arguments])
-
-
-def _table(*headings: str) -> Table:
-    """A table without a frame; a heading that ends in `>` marks a right-aligned column of numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    for heading in headings:
-        name = heading.removesuffix(" >")
-        table.add_column(name, justify="right" if name != heading else "left")
-    return table
 
 
 def as_line(summary: Summary) -> str:

@@ -116,7 +116,7 @@ def test_a_tuning_that_replays_text_resumes_exactly(folder: Path) -> None:
     made = whole / "finetune" / plan.fingerprint
     lines, samples = the_same(made, killed / "finetune" / plan.fingerprint)
     validated = [set(line["validation"]) for line in lines if "validation" in line]
-    assert validated == [{"lessons", "stories", "smoltalk", "slimorca"}] * len(validated)
+    assert validated == [{"lessons", "stories", "world-chat-messages", "world-chat-turns"}] * len(validated)
 
     summary = json.loads((made / "manifest.json").read_text())["summary"]
     steps, epochs = summary["steps"], summary["epochs"]

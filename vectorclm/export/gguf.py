@@ -1,6 +1,7 @@
 """Export a model as one GGUF file for llama.cpp and the programs built on it."""
 
 import json
+from filecmp import cmp
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,8 +37,9 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
 
     Matrices are stored as `kind`, norms in fp32; q8_0 is blocks of 32 whole numbers with one fp16 scale, so a matrix
     whose rows do not divide into such blocks stays fp16. Equal models give equal bytes. Without `out`, the file gets
-    the name that GGUF's naming convention gives it, in the current folder. Raises DataError for a model that llama.cpp
-    would read differently, and ConfigError where the file cannot be written.
+    the name that GGUF's naming convention gives it, in the current folder; its version is the beginning of the hash of
+    the model's content. Raises DataError for a model that llama.cpp would read differently, and ConfigError where the
+    file cannot be written, or is there already with other content.
     """
     folder = found.local()
     model = CausalLM.from_pretrained(folder)
@@ -46,7 +48,7 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
     if architecture is None:
         raise DataError(f"{folder}: llama.cpp lacks the model's attention ({kind_of_attention}), so no GGUF file of it")
     size, tuned = gguf.size_label(model.config.parameters, 0, 0, 0), "chat" if found.chat else "base"
-    path = out or Path(gguf.naming_convention(None, "vectorclm", tuned, None, size, kind) + ".gguf")
+    path = out or Path(gguf.naming_convention(None, "vectorclm", tuned, found.content[:8], size, kind) + ".gguf")
     part = temporary_beside(path)
     writer = gguf.GGUFWriter(part, architecture)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -64,6 +66,10 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        if path.exists() and not (path.is_file() and cmp(part, path, shallow=False)):
+            raise ConfigError(
+                f"{path} is there already, with other content: remove it, or name another file with --out"
+            )
         move_file(part, path)
         sync_folder(path.parent)
     except OSError as error:
