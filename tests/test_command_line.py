@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,12 @@ def test_help_of_a_process(command: list[str]) -> None:
     assert "two models on the same items: differences" in " ".join(done.stdout.split())
 
 
+@pytest.mark.parametrize("front", FRONT_ENDS)
+def test_the_version_is_the_installed_one(front: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert FRONT_ENDS[front][0](["--version"]) == 0
+    assert capsys.readouterr().out == f"vectorclm {version('vectorclm')}\n"
+
+
 def test_the_installed_program_is_the_same() -> None:
     program = Path(sys.executable).with_name("vectorclm")
     done = subprocess.run([program, "store", "gc", "--help"], capture_output=True, text=True, timeout=120, check=False)
@@ -106,6 +113,10 @@ def test_the_beginning_of_an_option_is_not_the_option(
         (["evaluate", "M", "--items", "3"], "--items need --suite NAME"),
         (["evaluate", "M", "--text", "f", "--set", "a=1"], "--set changes an experiment, and M is a model here"),
         (["evalute", "M"], 'Did you mean "evaluate"'),
+        (["store", "lss"], 'Did you mean "ls"'),
+        (["bench", "generat"], 'Did you mean "generate"'),
+        (["stage", "pretrian", "tiny"], 'Did you mean "pretrain"'),
+        (["run", "--stor", "x"], 'Did you mean "--store"'),
         (["retry", "x", "--from", "nowhere"], 'Invalid value "nowhere" for --from'),
         (["chat"], "MODEL requires an argument"),
         (["chat", "M", "--temperature", "-1"], "--temperature -1: Input should be greater than or equal to 0"),

@@ -61,6 +61,8 @@ SHRUNK = {
     "evaluate.chat_prompts": 3,
     "evaluate.max_new_tokens": 8,
     "evaluate.tasks.0.limit": 8,
+    "evaluate.tasks.1.limit": 8,
+    "evaluate.instructions": 16,
 }
 STEPS = 8192 // (8 * 64)
 
@@ -119,7 +121,9 @@ def test_the_summary_is_one_object_and_nothing_else(first: SimpleNamespace) -> N
         assert stage["uri"] == f"{first.store}/{name}/{stage['fingerprint']}"
         assert (Path(stage["uri"]) / "manifest.json").is_file()
     scores = first.result["scores"]
-    assert scores["multiple_choice"] == scores["base"]["tasks"]["world"]["acc"]
+    tasks = scores["base"]["tasks"]
+    assert set(tasks) == {"world", "world-two-step"}
+    assert scores["multiple_choice"] == pytest.approx(sum(task["acc"] for task in tasks.values()) / 2)
     by_source = scores["base"]["bits_per_byte"]
     assert set(by_source) == {"stories", "lessons"}
     assert scores["bits_per_byte"] == pytest.approx(sum(by_source.values()) / 2)

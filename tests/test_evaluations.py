@@ -88,7 +88,7 @@ def test_a_chat_model_is_measured_once_wherever_it_lies(
     assert first["state"] == "built"
     assert (Path(first["uri"]) / "manifest.json").is_file()
     scores = first["scores"]
-    assert set(scores["text"]) == {"stories", "lessons"} and set(scores["tasks"]) == {"world"}
+    assert set(scores["text"]) == {"stories", "lessons"} and set(scores["tasks"]) == {"world", "world-two-step"}
     assert scores["tasks"]["world"]["items"] == 8 and scores["chat"]["prompts"] == 3 and len(scores["samples"]) == 3
     shutil.copytree(made.uris["finetune"], tmp_path / "copy")
     again = evaluate.scores(str(tmp_path / "copy"), "--documents", "5", "--items", "8")
@@ -152,8 +152,12 @@ def test_two_models_are_compared_on_the_same_items(
     assert (found["before"], found["after"]) == tuple(result["uri"] for result in results)
     scores = {score["score"]: score for score in found["scores"]}
     assert set(scores) == {
+        "acc",
         "acc.world",
+        "acc.world-two-step",
+        "acc_norm",
         "acc_norm.world",
+        "acc_norm.world-two-step",
         "bits_per_byte.stories",
         "followed",
         "followed_content",

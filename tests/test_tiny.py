@@ -52,8 +52,16 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_base_model_answers_held_out_questions(result: dict[str, Any]) -> None:
     assert {stage["state"] for stage in result["stages"].values()} == {"built"}
-    assert result["scores"]["multiple_choice"] >= 0.9
-    assert result["scores"]["base"]["tasks"]["world"]["items"] == len(QUESTIONS)
+    tasks = result["scores"]["base"]["tasks"]
+    assert tasks["world"]["acc"] >= 0.9
+    assert tasks["world"]["items"] == len(QUESTIONS) == tasks["world-two-step"]["items"]
+
+
+def test_it_answers_what_counting_cannot(result: dict[str, Any]) -> None:
+    """Counting which words share a sentence answers questions of one step, and half of those of two."""
+    tasks = result["scores"]["base"]["tasks"]
+    assert tasks["world"]["counting"] >= 0.9 and abs(tasks["world-two-step"]["counting"] - 0.5) <= 0.05
+    assert tasks["world-two-step"]["acc"] >= tasks["world-two-step"]["counting"] + 0.1
 
 
 def test_an_untrained_model_and_word_frequencies_guess(result: dict[str, Any]) -> None:
@@ -183,7 +191,7 @@ def test_the_snippet_for_openai_asks_the_command_above_it(result: dict[str, Any]
 
 def test_the_card_states_data_scores_and_lineage(result: dict[str, Any]) -> None:
     card = (Path(result["models"]["chat"]) / "README.md").read_text()
-    for expected in ("## Data", "stories", "smoltalk", "bits per byte", "| world |", "803,968 parameters"):
+    for expected in ("## Data", "stories", "world-chat-messages", "bits per byte", "| world |", "803,968 parameters"):
         assert expected in card
     for name in ("sample", "tokenizer", "shards", "chat_shards", "pretrain", "finetune", "evaluate"):
         assert result["stages"][name]["fingerprint"] in card
