@@ -200,7 +200,7 @@ def test_servers_that_were_killed_are_missed_and_are_found_again_with_their_data
     platform: Platform, servers: Servers
 ) -> None:
     runs = {run.id for run in platform.client.read_flow_runs()}
-    platform.broken = True
+    platform.breaks()
     kill(servers.postgres.service, *servers.s3)
     done = platform.command("doctor")
     assert done.returncode == 1
@@ -222,7 +222,7 @@ def test_servers_that_were_killed_are_missed_and_are_found_again_with_their_data
 def test_a_run_outlives_what_is_killed_beside_it(
     platform: Platform, servers: Servers, reference: Reference, cell: Cell
 ) -> None:
-    platform.broken = True
+    platform.breaks()
     killer = Killer(platform.config, lambda: platform.command("doctor"), platform.client, servers.postgres)
     killer.run(cell, reference)
 

@@ -111,7 +111,7 @@ BEGIN SELECT RAISE(ABORT, 'no run is planned here'); END
 def test_the_doctor_says_that_the_scheduler_fails(platform: Platform) -> None:
     """Its loop raises at each insertion of a run, as with a SQLAlchemy that Prefect does not work with."""
     assert loop_errors(platform.server_log.read_text()) == []
-    platform.broken = True
+    platform.breaks()
     with sqlite3.connect(platform.config.home / ".prefect" / "prefect.db", timeout=60) as database:
         database.execute(FAILS)
     try:

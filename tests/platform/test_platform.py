@@ -280,6 +280,7 @@ def test_the_doctor_starts_a_dead_worker_and_mends_what_was_removed(platform: Pl
 
 def test_a_locked_database_is_noticed(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect's server stays healthy while nothing can be written."""
+    platform.breaks()
     monkeypatch.setattr(doctor, "WRITE_SECONDS", 2)
     database = sqlite3.connect(platform.config.home / ".prefect" / "prefect.db", isolation_level=None, timeout=60)
     database.execute("BEGIN IMMEDIATE")

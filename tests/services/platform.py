@@ -49,11 +49,23 @@ class Platform:
     config: PlatformConfig
     options: list[str]
     client: SyncPrefectClient = dataclasses.field(init=False)  # once it is up
-    broken: bool = False  # a test broke what the server's loops need, so they may well log errors
+    broken: bool = False
 
     @property
     def server_log(self) -> Path:
         return self.config.home / "platform" / "prefect-server.log"
+
+    def check_log(self) -> None:
+        """No loop of the server logged an error and no event was lost, before a test broke what the loops need."""
+        if not self.broken:
+            errors = [error for error in loop_errors(self.server_log.read_text()) if not is_repeated(error)]
+            lost = [path.read_text() for path in (self.config.home / ".prefect" / "dlq").glob("*")]
+            assert (errors, lost) == ([], [])
+
+    def breaks(self) -> None:
+        """From now on the loops may log errors: the test takes away what they need."""
+        self.check_log()
+        self.broken = True
 
     @contextmanager
     def addressed(self) -> Iterator[None]:
@@ -122,10 +134,7 @@ def platform_at(place: Path) -> Iterator[Platform]:
         with SyncPrefectClient(f"{config.prefect_url}/api", auth_string=config.prefect_password) as client:
             made.client = client
             yield made
-        if not made.broken:
-            errors = [error for error in loop_errors(made.server_log.read_text()) if not is_repeated(error)]
-            lost = [path.read_text() for path in (config.home / ".prefect" / "dlq").glob("*")]
-            assert (errors, lost) == ([], [])
+        made.check_log()
     finally:
         made.command("down")
     lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]

@@ -116,8 +116,8 @@ class VectorCLM(LM):  # type: ignore[misc]
                 numbers.sort(key=lambda i: -len(prompts[i]))  # alike in length: little padding
                 for start in range(0, len(numbers), self.batch_size):
                     group = numbers[start : start + self.batch_size]
-                    answers = self._answers([prompts[i] for i in group], [seeds[i] for i in group], settings)
-                    for i, text in zip(group, answers, strict=True):
+                    texts = self._answers([prompts[i] for i in group], [seeds[i] for i in group], settings)
+                    for i, text in zip(group, texts, strict=True):
                         answers[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     progress.advance(len(group))
