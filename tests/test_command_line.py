@@ -116,7 +116,7 @@ def test_the_beginning_of_an_option_is_not_the_option(
         (["store", "lss"], 'Did you mean "ls"'),
         (["bench", "generat"], 'Did you mean "generate"'),
         (["stage", "pretrian", "tiny"], 'Did you mean "pretrain"'),
-        (["run", "--stor", "x"], 'Did you mean "--store"'),
+        (["run", "--stor", "x"], "Did you mean --store"),
         (["retry", "x", "--from", "nowhere"], 'Invalid value "nowhere" for --from'),
         (["chat"], "MODEL requires an argument"),
         (["chat", "M", "--temperature", "-1"], "--temperature -1: Input should be greater than or equal to 0"),

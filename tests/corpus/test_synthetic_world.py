@@ -17,12 +17,12 @@ from vectorclm.corpus.synthetic_world import (
     World,
     WorldConfig,
     held_out_prompts,
-    plural,
     rows,
     texts,
     words,
     world_documents,
 )
+from vectorclm.corpus.world_phrases import plural
 from vectorclm.errors import ConfigError
 from vectorclm.settings import digest
 

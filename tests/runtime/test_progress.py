@@ -25,13 +25,17 @@ def shown(work: str) -> tuple[Tick, str, str]:
     ticks, lines = Ticks(), io.StringIO()
     terminal = Console(file=io.StringIO(), width=100, force_terminal=True)
     names = {"vectorclm.runtime.progress": logging.INFO}
-    with bars(terminal), attached(ticks, names), attached(ProgressLines(Console(file=lines)), names):
-        with Progress("sample", 6_000_000, "bytes") as progress:
-            if work == "resumed":
-                progress.resume(4_000_000, "step 40 of 60")
-            progress.advance(900_000, "loss 1.0")
-            if work == "stopped":
-                progress.stop()
+    with (
+        bars(terminal),
+        attached(ticks, names),
+        attached(ProgressLines(Console(file=lines)), names),
+        Progress("sample", 6_000_000, "bytes") as progress,
+    ):
+        if work == "resumed":
+            progress.resume(4_000_000, "step 40 of 60")
+        progress.advance(900_000, "loss 1.0")
+        if work == "stopped":
+            progress.stop()
     assert isinstance(terminal.file, io.StringIO)
     return ticks.found[-1], terminal.file.getvalue(), lines.getvalue()
 

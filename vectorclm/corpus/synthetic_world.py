@@ -46,6 +46,8 @@ from vectorclm.corpus.world_phrases import (
     THANKS,
     WEATHER,
     Attribute,
+    article,
+    plural,
 )
 from vectorclm.errors import ConfigError
 from vectorclm.settings import Settings
@@ -126,16 +128,6 @@ class World:
     def answer(self, pair: Pair, attribute: Attribute) -> str:
         """The sentence that answers a question: "Pim the otter lives by the lake."."""
         return self.fill(ANSWER, pair, attribute)
-
-
-def plural(kind: str) -> str:
-    """The plural of a kind: "otters"."""
-    return {"mouse": "mice"}.get(kind, f"{kind}s")
-
-
-def article(kind: str) -> str:
-    """A kind with its article: "an otter"."""
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _orthogonal(x: int, y: int) -> tuple[int, ...]:
@@ -231,7 +223,7 @@ def _two_step_questions(world: World, rng: random.Random) -> list[dict[str, Any]
 
     The choices combine both kinds with both values. Position and order of the animals say nothing of the answer.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for name in world.names:
         kinds = [held.kind for held in world.held_out() if held.name == name]
         asked = [attribute for place, attribute in enumerate(ATTRIBUTES) if place != world.held[name][0]]
