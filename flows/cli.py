@@ -11,7 +11,7 @@ import signal
 import sys
 import webbrowser
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from inspect import BoundArguments
 from pathlib import Path
@@ -42,10 +42,11 @@ from vectorclm.command_line import (
     parse,
     run,
 )
-from vectorclm.config import ExperimentConfig
-from vectorclm.errors import ConfigError, VectorCLMError
+from vectorclm.config import ExperimentConfig, experiment_here
+from vectorclm.draft.draft_commands import init
+from vectorclm.errors import ConfigError, StoreError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
-from vectorclm.model_commands import MODELS, ServeOptions, evaluate, models, serve
+from vectorclm.model_commands import ServeOptions, compare, evaluate, export, models, serve
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import bars
 from vectorclm.settings import validate
@@ -54,6 +55,7 @@ from vectorclm.stages import plans
 from vectorclm.store.artifact import Artifact, Store, default_store
 from vectorclm.store.commands import store_app
 from vectorclm.store.layout import STAGES, StageName
+from vectorclm.store.model_names import NAMES, REGISTERED, UnknownModelError, existing_store, is_place
 
 PROGRESS = {"vectorclm.runtime.progress": logging.INFO}
 LOG_LEVELS = {
@@ -69,6 +71,7 @@ app.command(stages)
 app.command(store_app)
 app.command(bench_app)
 app.update(models)
+app.command(init, help_epilogue="Example: vectorclm init --text books/ --minutes 30")
 app.register_install_completion_command()
 
 
@@ -105,7 +108,10 @@ class RunOptions:
 
 @app.command(name="run", help_epilogue="Example: vectorclm run tiny --set finetune.epochs=2.0")
 def run_experiment(
-    experiment: Annotated[str, Parameter(help="tiny, small, base, or a TOML file")] = "tiny",
+    experiment: Annotated[
+        str | None,
+        Parameter(help="tiny, small, base, or a TOML file [default: the one in this folder, or else tiny]"),
+    ] = None,
     /,
     *,
     options: RunOptions = RunOptions(),
@@ -116,7 +122,7 @@ def run_experiment(
     """Run a whole experiment: text in, an evaluated chat model out."""
     known = load_runtime(options.place.runtime).model_dump()
     given = machine.model_dump(include=machine.model_fields_set)
-    _run(experiment, validate(Runtime, {**known, **given}, "options"), options)
+    _run(experiment or experiment_here() or "tiny", validate(Runtime, {**known, **given}, "options"), options)
 
 
 @app.command(help_epilogue="Example: vectorclm up --store ./store")
@@ -175,7 +181,9 @@ def retry(
 
 @app.command(help_epilogue="Example: vectorclm promote --task hellaswag")
 def promote(
-    model: str = "models:/vectorclm-chat@candidate",
+    model: Annotated[
+        str, Parameter(help=f"A registered model: {NAMES.partition(' [')[0]}")
+    ] = "models:/vectorclm-chat@candidate",
     /,
     *,
     place: StoreOptions = StoreOptions(),
@@ -190,12 +198,12 @@ def promote(
     """Make a registered model the champion if it beats the present champion by more than the noise."""
     from flows.tracking.promotion import promote as move_alias
 
-    return move_alias(model, list(task), Store(place.store), Console())
+    return move_alias(model, list(task), existing_store(place.store), Console())
 
 
 @app.command(name="lineage", help_epilogue="Example: vectorclm lineage MODEL --verify")
 def show_lineage(
-    model: Annotated[str, Parameter(help=f"{MODELS}, models:/NAME@ALIAS")],
+    model: Annotated[str | None, Parameter(help=NAMES)] = None,
     /,
     *,
     place: StoreOptions = StoreOptions(),
@@ -204,12 +212,13 @@ def show_lineage(
     json: Json = False,
 ) -> int:
     """Print the lineage of a model, back to its sources."""
-    return lineage_cli.print_lineage(model, Store(place.store), verify=verify, diff=diff, as_json=json)
+    found = existing_store(place.store)
+    return lineage_cli.print_lineage(lookup.named_model(model, found), found, verify=verify, diff=diff, as_json=json)
 
 
 @app.command(name="report", help_epilogue="Example: vectorclm report MODEL --out report.html")
 def show_report(
-    model: Annotated[str, Parameter(help="An address as `vectorclm lineage` takes it")],
+    model: Annotated[str | None, Parameter(help=NAMES)] = None,
     /,
     *,
     place: StoreOptions = StoreOptions(),
@@ -218,7 +227,8 @@ def show_report(
     show: Annotated[bool, Parameter(name="--open", help="Open the page in a browser")] = False,
 ) -> None:
     """Write the report of a model as one HTML page: curves, scores, samples, data, lineage, costs."""
-    report.write_report(model, Store(place.store), against, out)
+    found = existing_store(place.store)
+    report.write_report(lookup.named_model(model, found), found, against, out)
     if show and not webbrowser.open(out.absolute().as_uri()):
         print(f"no browser was found: open {out.absolute()} in one", file=sys.stderr)
 
@@ -259,12 +269,18 @@ def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:
     store = _store_of(bound)
     if command is evaluate and not _takes_model(bound):
         return command(*bound.args, **bound.kwargs)
-    for name, value in bound.arguments.items():
-        if isinstance(value, str) and value.startswith("models:/"):
-            if command is serve:
-                options = bound.arguments.get("options", ServeOptions())
-                bound.arguments["options"] = replace(options, name=options.name or value.removeprefix("models:/"))
-            bound.arguments[name] = _registered(value, store)
+    if command is export and not _writes_file(bound):
+        return command(*bound.args, **bound.kwargs)
+    for name in ("before", "after") if command is compare else (next(iter(bound.signature.parameters)),):
+        value = bound.arguments.get(name)
+        if command is serve and value and not is_place(value):
+            options = bound.arguments.get("options", ServeOptions())
+            bound.arguments["options"] = replace(options, name=options.name or value.removeprefix(REGISTERED))
+        if value and value.startswith(REGISTERED):
+            bound.arguments[name] = lookup.named_model(value, Store(store))
+        elif value and not is_place(value):
+            with suppress(UnknownModelError, StoreError):  # the command checks its options, and then raises the same
+                bound.arguments[name] = lookup.named_model(value, Store(store))
     found = command(*bound.args, **bound.kwargs)
     if isinstance(found, Artifact):
         _record(bound.args[0].rstrip("/"), found, Store(store))
@@ -282,13 +298,9 @@ def _takes_model(bound: BoundArguments) -> bool:
     return scored is not None and bool(scored.suite or scored.text)
 
 
-def _registered(address: str, store: str) -> str:
-    """The address of the files of a registered model; any other address unchanged."""
-    if not address.startswith("models:/"):
-        return address
-    from flows.tracking.registry import Registry
-
-    return Registry(Store(store)).find(address).address
+def _writes_file(bound: BoundArguments) -> bool:
+    file = bound.arguments.get("file")
+    return file is not None and file.format is not None
 
 
 def _record(address: str, scores: Artifact, store: Store) -> None:
@@ -310,7 +322,7 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
     (experiment, path), place = chosen(named, options.settings), options.place
     store = Store(place.store)
     if options.dry_run:
-        _dry_run(experiment, path, store, options)
+        _dry_run(experiment, path, store, runtime, options)
         return
     runtime.check()
     if runtime.placement == "pools" and not has_own_server():
@@ -337,12 +349,23 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
         summary.show(Console(), details=options.verbose)
 
 
-def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, options: RunOptions) -> None:
+def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Runtime, options: RunOptions) -> None:
     from flows.reports.cost_estimate import budget, known_windows, show
+    from vectorclm.draft.estimate import estimate
 
+    runtime.check()
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
     specs = plans(pinned)
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
+    here = estimate(pinned, options.place.data, runtime)
+    costs["here"] = {
+        "device": runtime.torch_device().type,
+        "text_bytes": dict(here.available),
+        "drawn_bytes": here.drawn,
+        "epochs": here.epochs,
+        "tokens_per_second": here.speed,
+        "seconds": dict(here.seconds),
+    }
     if options.json:
         print(json.dumps(costs))
         return

@@ -10,7 +10,7 @@ from flows.execution.stage_tasks import Stages
 from flows.handle import Handle
 from vectorclm.config import ExperimentConfig
 from vectorclm.runtime.devices import Runtime
-from vectorclm.stages import TABLE
+from vectorclm.stages import stages_of
 
 
 @flow(name="curriculum", flow_run_name="{experiment.name}", persist_result=False)
@@ -25,7 +25,6 @@ def curriculum(
     """
     with Stages(experiment, runtime, store, Path(data) if data else None, again_from) as stage:
         submitted: dict[str, PrefectFuture[Any]] = {}
-        for row in TABLE:  # in topological order
-            inputs = (*row.inputs, *row.optional_inputs(experiment))
-            submitted[row.name] = stage(row.name, *(submitted[name] for name in inputs))
+        for row in stages_of(experiment):  # in topological order
+            submitted[row.name] = stage(row.name, *(submitted[name] for name in row.inputs_of(experiment)))
         return stage.handles()

@@ -118,7 +118,7 @@ def test_the_beginning_of_an_option_is_not_the_option(
         (["stage", "pretrian", "tiny"], 'Did you mean "pretrain"'),
         (["run", "--stor", "x"], "Did you mean --store"),
         (["retry", "x", "--from", "nowhere"], 'Invalid value "nowhere" for --from'),
-        (["chat"], "MODEL requires an argument"),
+        (["chat", "--store", "/nowhere"], "there is no store at /nowhere: name one with --store"),
         (["chat", "M", "--temperature", "-1"], "--temperature -1: Input should be greater than or equal to 0"),
         (["chat", "M", "--stop", ""], "--stop must not be empty"),
         (["chat", "M", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import main
 from tests.conftest import following
-from tests.test_pages import README, fenced
+from tests.test_pages import PAGES, fenced
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.instruction_checks import PARTS
@@ -139,12 +139,13 @@ def test_a_finished_run_leaves_no_traceback_and_no_work_behind(first: SimpleName
 
 def test_the_store_holds_what_the_page_draws_of_it(first: SimpleNamespace) -> None:
     """Every folder of the run stands there, and each that is made always is in the run."""
-    (tree,) = (block for block in fenced(README) if block.startswith("store/"))
+    page = PAGES["vectorclm/store/README.md"]
+    (tree,) = (block for block in fenced(page) if block.startswith("store/"))
     drawn = {
         name for line in tree.splitlines() for name in re.findall(r"(?:[├└]── |, | )([.\w]+)(?:/|(?=\.db))", line[:38])
     }
     made = {path.stem for path in first.store.iterdir() if path.name != LOCK}  # a database and its lock are one
-    assert f"`{LOCK}`" in README
+    assert f"`{LOCK}`" in page
     assert (
         made <= drawn and {*STAGES, "reports", "leases", "work", "locks", ".prefect", "mlflow", "mlartifacts"} <= drawn
     )

@@ -14,7 +14,7 @@ import pytest
 
 from flows.cli import main
 from tests.test_curriculum import SHRUNK, states
-from tests.test_pages import README, fenced
+from tests.test_pages import PAGES, fenced
 from vectorclm.config import load_experiment
 from vectorclm.corpus.sample_reader import read_texts
 from vectorclm.corpus.synthetic_world import WorldConfig
@@ -27,7 +27,7 @@ APART = ["unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up &
 
 def own_experiment(folder: Path) -> tuple[Path, list[str]]:
     """`small` with the page's lines in place of its sources, files as those lines say, and settings for a minute."""
-    (lines,) = fenced(README, "toml")
+    (lines,) = fenced(PAGES["vectorclm/corpus/README.md"], "toml")
     blocks = load_experiment("small")[1].read_text().split("\n\n")
     kept = [block for block in blocks if not re.match(r"\[\[(sample\.sources|chat\.sources|evaluate\.tasks)", block)]
     text = re.sub(r"^weights = .*$", "", "\n\n".join(kept), flags=re.MULTILINE).replace(

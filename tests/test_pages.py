@@ -25,27 +25,20 @@ import tests.kill_matrix
 import vectorclm.__main__ as core
 from flows import cli, handle
 from flows.platform import provision
+from vectorclm import config_reference
 from vectorclm.command_line import parse
-from vectorclm.config import EXPERIMENTS, load_experiment, load_suite
+from vectorclm.config import EXPERIMENTS, ExperimentConfig, load_experiment, load_suite
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.statistics import DRAWS, LEAST
 from vectorclm.shards.block_readers import RetryPolicy
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("vectorclm", "flows", "infra", "docker")
 PAGES = {
-    name: (ROOT / name).read_text()
-    for name in (
-        "README.md",
-        "BENCHMARKS.md",
-        "CHANGELOG.md",
-        "CONTRIBUTING.md",
-        "SECURITY.md",
-        "docker/README.md",
-        "flows/README.md",
-        "infra/README.md",
-        "vectorclm/README.md",
-    )
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT / name).glob("**/*.md"))])
 }
+LINES = 150  # of the first page
 README = PAGES["README.md"]
 SOURCES = [*ROOT.glob("vectorclm/**/*.py"), *ROOT.glob("flows/**/*.py"), *ROOT.glob("docker/*")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -150,11 +143,16 @@ def mistakes(told: Sequence[Sequence[str]], *, named: bool) -> dict[str, str]:
     return {line: why for line, why in found.items() if not (named and incomplete.match(why))}
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 32), ("infra/README.md", 1), ("docker/README.md", 0)])
-def test_every_command_in_a_block_is_taken_by_its_program(page: str, least: int) -> None:
-    told = list(commands(PAGES[page], inline=False))
-    assert sum(words[:1] in (["vectorclm"], ["python"], ["torchrun"], ["make"]) for words in told) >= least
-    assert mistakes(told, named=False) == {}
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_in_a_block_is_taken_by_its_program(page: str) -> None:
+    assert mistakes(list(commands(PAGES[page], inline=False)), named=False) == {}
+
+
+def test_the_pages_have_blocks_of_commands() -> None:
+    """The commands that the test above has to check."""
+    told = [words for page in PAGES.values() for words in commands(page, inline=False)]
+    assert sum(words[:1] in (["vectorclm"], ["python"], ["torchrun"], ["make"]) for words in told) >= 50
+    assert mistakes([["vectorclm", "run", "tiny", "--no-such-option"]], named=False) != {}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -202,8 +200,9 @@ def test_every_file_of_a_page_exists(page: str) -> None:
         if "://" in link:
             continue
         name, _, place = link.partition("#")
-        assert (here / name).exists(), link
-        headings = re.findall(r"^#+ (.*)$", (here / name).read_text(), re.MULTILINE) if place else []
+        target = here / name if name else ROOT / page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", FENCE.sub("", target.read_text()), re.MULTILINE) if place else []
         assert not place or place in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], link
     paths = re.findall(r"`((?:vectorclm|flows|infra|docker|tests|pools)/[\w./-]*)`", text)
     assert [path for path in paths if not (ROOT / path).exists() and not (here / path).exists()] == [
@@ -212,19 +211,61 @@ def test_every_file_of_a_page_exists(page: str) -> None:
     assert (ROOT / "docker" / "platform.env.example").is_file()
 
 
-def test_the_map_names_every_module_and_no_other() -> None:
-    (block,) = (block for block in fenced(README) if block.startswith("vectorclm/ "))
-    named, top, folder = set(), "", ""
-    for line in block.splitlines():
-        if not line.startswith(" "):
-            top = line.split()[0].rstrip("/")
-            continue
-        if found := re.match(r"  (\w+)(/|\.py) +(.*)", line):
-            folder, line = found[1], found[3] if found[2] == "/" else ""
-            named |= {f"{top}/{folder}.py"} if found[2] == ".py" else set()
-        named |= {f"{top}/{folder}/{name}.py" for name in re.findall(r"\w+", line)}
-    files = [path for place in ("vectorclm", "flows") for path in (ROOT / place).glob("**/*.py")]
+@pytest.mark.parametrize("package", ["vectorclm", "flows"])
+def test_the_map_of_a_package_names_every_module_and_no_other(package: str) -> None:
+    named = set()
+    for names, _, modules in re.findall(r"^\| (`[\w./`, ]+`) \| (.*) \| (.*) \|$", PAGES[f"{package}/README.md"], re.M):
+        named |= {f"{package}/{name}.py" for name in re.findall(r"`(\w+)\.py`", names)}
+        for folder in re.findall(r"`(\w+)/`", names):
+            named |= {f"{package}/{folder}/{name}.py" for name in re.findall(r"`(\w+)`", modules)}
+    files = (ROOT / package).glob("**/*.py")
     assert named == {path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"}
+
+
+def test_the_first_page_is_short() -> None:
+    assert README.count("\n") <= LINES
+
+
+def test_the_first_page_leads_to_every_page() -> None:
+    assert {page for page in PAGES if page != "README.md" and f"]({page}" not in README} == set()
+
+
+def test_the_tables_of_keys_are_those_of_the_config_classes() -> None:
+    """`python -m vectorclm.config_reference` writes them anew."""
+    page = PAGES["vectorclm/experiments/README.md"]
+    assert config_reference.updated(page) == page
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \| (.*) \| (.*) \|$", config_reference.reference(), re.M)
+    assert (
+        len(rows) > 100
+        and [name for name, kind, default, *_, meaning in rows if not (kind and default and meaning)] == []
+    )
+    assert set(config_reference.UNITS) <= {name for name, *_ in rows}
+
+
+def test_an_old_page_of_keys_is_found_and_written_anew(tmp_path: Path) -> None:
+    page = PAGES["vectorclm/experiments/README.md"]
+    meaning = str(ExperimentConfig.model_fields["seed"].description)
+    old = tmp_path / "README.md"
+    old.write_text(page.replace(meaning, "other words"), encoding="utf-8")
+    assert old.read_text(encoding="utf-8") != page
+    config_reference.main(old)
+    assert old.read_text(encoding="utf-8") == page
+    with pytest.raises(ValueError, match="lacks the line"):
+        config_reference.updated("a page without marks")
+
+
+def test_every_message_that_the_operators_page_explains_is_in_the_code() -> None:
+    """Except the message about a schema, which is MLflow's own."""
+    (table,) = re.findall(r"^\| message \| .*?\n\n", PAGES["infra/README.md"], re.MULTILINE | re.DOTALL)
+    told = [text for row in table.splitlines() for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    code = re.sub(r'"\s*\n\s*f?"', "", "".join(file.read_text() for file in SOURCES))
+    assert len(told) > 15 and [text for text in told if text not in code and not text.startswith("Detected")] == []
+
+
+def test_the_figures_of_the_first_page_are_those_of_the_benchmarks() -> None:
+    (table,) = re.findall(r"^\| what \| VectorCLM .*?\n\n", README, re.MULTILINE | re.DOTALL)
+    figures = re.findall(r"\b\d+\.\d+\b", table)
+    assert len(figures) > 8 and [figure for figure in figures if figure not in PAGES["BENCHMARKS.md"]] == []
 
 
 def test_the_table_of_experiments_is_that_of_their_files() -> None:
@@ -240,7 +281,7 @@ def test_the_table_of_experiments_is_that_of_their_files() -> None:
 def test_numbers_in_the_text_are_those_of_the_code() -> None:
     small, _ = load_experiment("small")
     base, _ = load_experiment("base")
-    text = " ".join(README.split())
+    text = " ".join(" ".join(PAGES.values()).split())
     rescues = {2: "twice"}[handle.MAX_RESCUES]
     for said in (
         f"{WORDS[len(load_suite('standard')[0].tasks)]} benchmarks",
@@ -248,7 +289,7 @@ def test_numbers_in_the_text_are_those_of_the_code() -> None:
         f"{DRAWS:,} seeded resamples",
         f"leaves out 0 and {WORDS[LEAST]} items or more differ",
         f"started again {provision.RESCUE_SECONDS} seconds after its end, {rescues} at most",
-        f"a run without a heartbeat for {provision.ZOMBIE_SECONDS} seconds counts as crashed",
+        f"A run without a heartbeat for {provision.ZOMBIE_SECONDS} seconds counts as crashed",
         f"by ranged requests, {RetryPolicy().requests} in flight",
         f"`evaluate.repetition_penalty` ({small.evaluate.repetition_penalty} in `small`)",
         f"`max_bytes` ({small.sample.sources[0].max_bytes / 1e6:.0f} MB)",
@@ -283,7 +324,7 @@ def test_every_requirement_is_locked() -> None:
 
 
 def test_the_tests_that_a_page_chooses_are_there() -> None:
-    chosen = re.findall(r'`pytest ([\w/. ]+) -k "([\w ]+)"`', README)
+    chosen = re.findall(r'`pytest ([\w/. ]+) -k "([\w ]+)"`', PAGES["CONTRIBUTING.md"])
     assert chosen
     for files, wanted in chosen:
         names = re.findall(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.reports.summary import Summary
 from tests.conftest import llama_cpp
-from tests.test_pages import README, fenced
+from tests.test_pages import PAGES, README, fenced
 from vectorclm.bench.gguf import greedy_differences
 from vectorclm.config import load_experiment
 from vectorclm.corpus.synthetic_world import held_out_prompts, rows, texts, word_frequency_baseline
@@ -161,7 +161,7 @@ def test_the_summary_has_the_lines_of_the_page(result: dict[str, Any], monkeypat
 
 def test_the_snippet_for_transformers_answers(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """As it stands on the page."""
-    (snippet,) = (block for block in fenced(README, "python") if "AutoModelForCausalLM" in block)
+    (snippet,) = (block for block in fenced(PAGES["vectorclm/export/README.md"], "python") if "AutoModel" in block)
     folder = Path(result["models"]["chat"])
     exec(snippet, {"folder": str(folder)})
     said = answer_text(CausalLM.from_pretrained(folder), load_tokenizer(folder), ASKED, 40)
@@ -170,8 +170,9 @@ def test_the_snippet_for_transformers_answers(result: dict[str, Any], capsys: py
 
 def test_the_snippet_for_openai_asks_the_command_above_it(result: dict[str, Any]) -> None:
     """As both stand on the page, but for the port and the model's folder."""
-    (command,) = (block for block in fenced(README) if "vectorclm serve MODEL" in block and "API_KEY" in block)
-    (snippet,) = (block for block in fenced(README, "python") if "openai.OpenAI" in block)
+    page = PAGES["vectorclm/inference/README.md"]
+    (command,) = (block for block in fenced(page) if "vectorclm serve MODEL" in block and "API_KEY" in block)
+    (snippet,) = (block for block in fenced(page, "python") if "openai.OpenAI" in block)
     key, folder = "a-key-of-this-test-0123", result["models"]["chat"]
     words = [sys.executable, "-m", "flows.cli", *command.partition(" vectorclm ")[2].partition("#")[0].split()]
     words = [folder if word == "MODEL" else word for word in words]

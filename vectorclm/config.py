@@ -3,13 +3,14 @@
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from vectorclm.corpus.decontamination import benchmark_sources
-from vectorclm.corpus.sources import CorpusConfig
+from vectorclm.corpus.sources import CorpusConfig, anchored
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.config import EvaluateConfig, Questions
@@ -17,7 +18,7 @@ from vectorclm.finetune import FinetuneConfig
 from vectorclm.model_config import ModelConfig
 from vectorclm.pretrain import PretrainConfig
 from vectorclm.settings import Settings, validate
-from vectorclm.shards.chat_writer import ChatConfig
+from vectorclm.shards.chat_writer import ChatConfig, ChatSource
 from vectorclm.shards.writer import ShardsConfig
 from vectorclm.train_tokenizer import TokenizerConfig
 
@@ -27,7 +28,9 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 class ExperimentConfig(Settings):
     """The settings of all stages, in the order of the data flow."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the experiment in runs, reports and cards"
+    )
     seed: int = Field(ge=0, lt=2**32, description="The seed of every random choice")
     world: WorldConfig | None = None
     sample: CorpusConfig
@@ -35,9 +38,23 @@ class ExperimentConfig(Settings):
     shards: ShardsConfig
     model: ModelConfig
     pretrain: PretrainConfig
-    chat: ChatConfig
-    finetune: FinetuneConfig
+    chat: ChatConfig | None = Field(
+        None, exclude_if=lambda chat: chat is None, description="If left out, the experiment ends at the base model"
+    )
+    finetune: FinetuneConfig | None = Field(
+        None, exclude_if=lambda finetune: finetune is None, description="Needed with chat, and only then"
+    )
     evaluate: EvaluateConfig
+
+    @property
+    def chat_sources(self) -> list[ChatSource]:
+        """The sources of conversations; none where the experiment ends at the base model."""
+        return self.chat.sources if self.chat is not None else []
+
+    @property
+    def replay(self) -> float:
+        """The share of pretraining text in fine-tuning."""
+        return self.finetune.replay if self.finetune is not None else 0.0
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
@@ -46,7 +63,13 @@ class ExperimentConfig(Settings):
                 f"model.vocab_size ({self.model.vocab_size}) and tokenizer.vocab_size "
                 f"({self.tokenizer.vocab_size}) must be equal"
             )
-        for where, length in (("shards", self.shards.sequence_length), ("chat", self.chat.sequence_length)):
+        if (self.chat is None) != (self.finetune is None):
+            given, absent = ("chat", "finetune") if self.chat is not None else ("finetune", "chat")
+            raise ValueError(f"[{given}] needs [{absent}]: give both, or leave out both to end at the base model")
+        lengths = {"shards": self.shards.sequence_length}
+        if self.chat is not None:
+            lengths["chat"] = self.chat.sequence_length
+        for where, length in lengths.items():
             if length > self.model.max_position_embeddings:
                 raise ValueError(
                     f"{where}.sequence_length ({length}) is longer than the model's "
@@ -58,49 +81,82 @@ class ExperimentConfig(Settings):
                 f"pretrain.phases have {self.pretrain.tokens} tokens, less than one step: batch_size "
                 f"({self.pretrain.batch_size}) windows of {self.shards.sequence_length}"
             )
-        labels = {source.label for source in self.sample.sources}
+        self._check_mixes({source.label for source in self.sample.sources})
+        benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
+        everything = [*self.sample.sources, *benchmarks, *self.chat_sources, *self.evaluate.tasks]
+        if self.world is None and (lost := sorted({source.label for source in everything if source.path == "world"})):
+            raise ValueError(f"{', '.join(lost)} read the generated world, but there is no [world]")
+        return self
+
+    def _check_mixes(self, labels: set[str]) -> None:
+        """Raise ValueError where phases or the replayed text name sources that the sample cannot mix."""
         for number, phase in enumerate(self.pretrain.phases, 1):
             if unknown := sorted(set(phase.weights) - labels):
                 raise ValueError(
                     f"phase {number} weighs {', '.join(unknown)}, but the sources are {', '.join(sorted(labels))}"
                 )
-        if self.finetune.replay:
+        if self.replay and self.chat is not None:
             if self.shards.sequence_length != self.chat.sequence_length:
                 raise ValueError(
                     f"finetune.replay mixes text and conversations: shards.sequence_length "
                     f"({self.shards.sequence_length}) and chat.sequence_length ({self.chat.sequence_length}) must be "
                     "equal"
                 )
-            if same := labels & {"chat", *(source.label for source in self.chat.sources)}:
+            if same := labels & {"chat", *(source.label for source in self.chat_sources)}:
                 raise ValueError(
                     f"finetune.replay mixes the sources of sample and chat: {', '.join(sorted(same))} need other "
                     "labels in sample.sources"
                 )
-        benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
-        everything = [*self.sample.sources, *benchmarks, *self.chat.sources, *self.evaluate.tasks]
-        if self.world is None and (lost := sorted({source.label for source in everything if source.path == "world"})):
-            raise ValueError(f"{', '.join(lost)} read the generated world, but there is no [world]")
-        return self
 
 
 def load_experiment(name_or_path: str) -> tuple[ExperimentConfig, Path]:
-    """Load the experiment of a name (`tiny`, `small`, `base`) or file (TOML or JSON); return it and its path.
+    """Load the experiment of a name (`tiny`, `small`, `base`, or `x` of `x.toml` here) or file; return it and its path.
 
     Raises ConfigError that names the file, every bad key and the valid keys.
     """
     path = Path(name_or_path)
     if not path.suffix:
         path = EXPERIMENTS / f"{name_or_path}.toml"
+        if not path.is_file() and Path(f"{name_or_path}.toml").is_file():
+            path = Path(f"{name_or_path}.toml")
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.toml")))
         raise ConfigError(f"no experiment {name_or_path!r}: use {known}, or the path of a TOML file")
-    return validate(ExperimentConfig, read_config(path), str(path)), path
+    return _anchored(validate(ExperimentConfig, read_config(path), str(path)), path.absolute().parent), path
+
+
+def experiment_here() -> str | None:
+    """The experiment file in the working directory; None without one. Raises ConfigError where there are several."""
+    found = [path.name for path in sorted(Path.cwd().glob("*.toml")) if _is_experiment(path)]
+    if len(found) > 1:
+        raise ConfigError(f"this folder has several experiments: name one of {', '.join(found)}")
+    return found[0] if found else None
+
+
+def _is_experiment(path: Path) -> bool:
+    with suppress(ConfigError):
+        return {"name", "sample", "pretrain"} <= read_config(path).keys()
+    return False
+
+
+def _anchored(experiment: ExperimentConfig, folder: Path) -> ExperimentConfig:
+    """The experiment with the paths of its sources relative to the folder of its file."""
+
+    def moved(config: Any, *names: str) -> Any:
+        lists = {name: [anchored(source, folder) for source in getattr(config, name)] for name in names}
+        return config.model_copy(update=lists)
+
+    sections = {"sample": moved(experiment.sample, "sources", "decontaminate_with")}
+    sections["evaluate"] = moved(experiment.evaluate, "tasks")
+    if experiment.chat is not None:
+        sections["chat"] = moved(experiment.chat, "sources")
+    return experiment.model_copy(update=sections)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Parse a TOML or JSON file. Raises ConfigError with the place of a syntax error."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -169,7 +225,7 @@ SUITES = EXPERIMENTS / "suites"
 class Suite(Questions):
     """An evaluation suite: benchmarks and other questions for any model."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the suite in results and curves")
     seed: int = Field(1, ge=0, lt=2**32, description="Seed of the choice of items")
     experiment: ExperimentConfig | None = Field(
         None, description="An experiment whose held-out text and conversations are scored, too"

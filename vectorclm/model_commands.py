@@ -29,9 +29,9 @@ from vectorclm.runtime import progress
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stage_commands import StageOptions, build_stage, chosen, load_runtime
 from vectorclm.store.artifact import Artifact, Store
+from vectorclm.store.model_names import NAMES, existing_store, is_place, resolve_model
 from vectorclm.store.model_ref import find_model
 
-MODELS = "a folder, <store>/<stage>/<fingerprint>, or a short form such as finetune/7fa0"
 models = new_app("models", "Models: score, export, compare, chat, serve.")
 
 
@@ -107,7 +107,9 @@ class ServeOptions:
 
 @models.command(help_epilogue="Example: vectorclm evaluate MODEL --suite standard --data DIR --items 1000")
 def evaluate(
-    target: Annotated[str, Parameter(name="MODEL", help=f"{MODELS}; with --every-checkpoint an experiment")],
+    target: Annotated[
+        str | None, Parameter(name="MODEL", help=f"{NAMES}; without --text and --suite, an experiment's file or name")
+    ] = None,
     /,
     *,
     options: StageOptions = StageOptions(),
@@ -115,27 +117,31 @@ def evaluate(
     limits: Annotated[Limits, Parameter(name="*", group="Limits of a suite")] = Limits(),
 ) -> Artifact | None:
     """Score a model on a text (--text) or on a suite (--suite), or an experiment's chat model as its stage does."""
-    if (scored.suite or scored.text) and not scored.every_checkpoint:
+    takes_model = bool(scored.suite or scored.text) and not scored.every_checkpoint
+    if takes_model:
         _refuse_settings(target, options)
+    model = model_or_experiment(target, options.place.store, takes_model=takes_model)
     if scored.every_checkpoint:
-        measure_curves(target, options, scored, limits)
+        measure_curves(model, options, scored, limits)
     elif scored.suite is not None:
         if scored.text is not None:
             raise ConfigError("--text and --suite exclude each other: give one of them")
-        return measure_model(target, options, scored, limits)
+        return measure_model(model, options, scored, limits)
     elif limits.model_fields_set:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(limits.model_fields_set))
         raise ConfigError(f"{names} need --suite NAME")
     elif scored.text is not None:
-        score_text(target, scored.text, as_json=scored.json)
+        score_text(model, scored.text, as_json=scored.json)
     else:
-        _build_of_experiment("evaluate", target, options, "--text FILE to score it on a text, or --suite NAME")
+        _build_of_experiment("evaluate", model, options, "--text FILE to score it on a text, or --suite NAME")
     return None
 
 
 @models.command(help_epilogue="Example: vectorclm export MODEL --format gguf --type q8_0")
 def export(
-    target: Annotated[str, Parameter(name="MODEL", help=f"{MODELS}; without --format an experiment")],
+    target: Annotated[
+        str | None, Parameter(name="MODEL", help=f"{NAMES}; without --format, an experiment's file or name")
+    ] = None,
     /,
     *,
     options: StageOptions = StageOptions(),
@@ -144,12 +150,23 @@ def export(
     """Write a model as one GGUF file (--format), or an experiment's models as Hugging Face directories."""
     if file.format is not None:
         _refuse_settings(target, options)
-        path = export_gguf(find_model(target), file.type or "f16", file.out)
+    model = model_or_experiment(target, options.place.store, takes_model=file.format is not None)
+    if file.format is not None:
+        path = export_gguf(find_model(model), file.type or "f16", file.out)
         print(f"{path}: {path.stat().st_size:,} bytes")
     elif file.type or file.out:
         raise ConfigError("--type and --out need --format gguf")
     else:
-        _build_of_experiment("export", target, options, "--format gguf")
+        _build_of_experiment("export", model, options, "--format gguf")
+
+
+def model_or_experiment(target: str | None, store: str, *, takes_model: bool) -> str:
+    """The address of the model that is named, or the name of an experiment. Raises ConfigError where it is missing."""
+    if takes_model:
+        return resolve_model(target, store)
+    if target is None:
+        raise ConfigError("name an experiment, or add an option that takes a model; --help lists them")
+    return target
 
 
 def _build_of_experiment(stage: str, target: str, options: StageOptions, missing: str) -> None:
@@ -158,14 +175,14 @@ def _build_of_experiment(stage: str, target: str, options: StageOptions, missing
     build_stage(stage, target, options)
 
 
-def _refuse_settings(target: str, options: StageOptions) -> None:
+def _refuse_settings(target: str | None, options: StageOptions) -> None:
     if options.settings:
-        raise ConfigError(f"--set changes an experiment, and {target} is a model here: leave it out")
+        raise ConfigError(f"--set changes an experiment, and {target or 'the newest'} is a model here: leave it out")
 
 
 @models.command(help_epilogue="Example: vectorclm compare A B --suite standard")
 def compare(
-    before: Annotated[str, Parameter(name="A", help=MODELS)],
+    before: Annotated[str, Parameter(name="A", help=NAMES.partition(" [")[0])],
     after: Annotated[str, Parameter(name="B", help="The same")],
     /,
     *,
@@ -176,12 +193,13 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare two models on the same items: differences, their 95 % intervals, and which are beyond noise."""
-    print_comparison(before, after, Store(store), suite, as_json=json)
+    first, second = (resolve_model(name, store) for name in (before, after))
+    print_comparison(first, second, existing_store(store), suite, as_json=json)
 
 
 @models.command(help_epilogue="Example: vectorclm chat MODEL --temperature 0.5")
 def chat(
-    model: Annotated[str, Parameter(help=f"A chat model: {MODELS}")],
+    model: Annotated[str | None, Parameter(help=f"A chat model: {NAMES}")] = None,
     /,
     *,
     options: ChatOptions = ChatOptions(),
@@ -192,18 +210,23 @@ def chat(
         raise ConfigError(f"--max-new-tokens must be 1 or more, not {options.max_new_tokens}")
     if "" in options.stop:
         raise ConfigError("--stop must not be empty: an empty text would end every answer at once")
-    chat_model = open_chat_model(model, load_runtime(options.runtime))
+    chat_model = open_chat_model(resolve_model(model, options.store), load_runtime(options.runtime))
     talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop)
 
 
 @models.command(help_epilogue="Example: VECTORCLM_API_KEY=… vectorclm serve MODEL --port 8000")
 def serve(
-    model: Annotated[str, Parameter(help=f"A model: {MODELS}")], /, *, options: ServeOptions = ServeOptions()
+    model: Annotated[str | None, Parameter(help=f"A chat model: {NAMES}")] = None,
+    /,
+    *,
+    options: ServeOptions = ServeOptions(),
 ) -> None:
     """Serve a model over OpenAI's API, with a chat page."""
     from vectorclm.inference.serve import serve as start_server
 
-    start_server(model, load_runtime(options.runtime), options.host, options.port, options.name, options.cors)
+    address = resolve_model(model, options.store)
+    name = options.name or (model if model and not is_place(model) else None)
+    start_server(address, load_runtime(options.runtime), options.host, options.port, name, options.cors)
 
 
 def score_text(address: str, file: Path, *, as_json: bool) -> None:

@@ -16,16 +16,16 @@ class ModelConfig(Settings):
     """The decoder's shape, with the names of Hugging Face's LlamaConfig."""
 
     vocab_size: int = Field(ge=300, description="Rows of the embedding; must equal tokenizer.vocab_size")
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, description="Width of the residual stream")
     intermediate_size: int = Field(gt=0, description="Width of SwiGLU")
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, description="Decoder layers")
+    num_attention_heads: int = Field(gt=0, description="Query heads; a multiple of num_key_value_heads")
     num_key_value_heads: int = Field(gt=0, description="Key/value heads; each is shared by a group of query heads")
-    head_dim: int = Field(gt=0)
+    head_dim: int = Field(gt=0, description="Width of a head; even")
     max_position_embeddings: int = Field(gt=0, le=2**20, description="The longest sequence, in tokens")
-    rope_theta: float = Field(10_000.0, gt=0)
-    rms_norm_eps: float = Field(1e-5, gt=0)
-    initializer_range: float = Field(0.02, gt=0)
+    rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies")
+    rms_norm_eps: float = Field(1e-5, gt=0, description="Added to the mean square in RMSNorm")
+    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of the initial weights")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights")
     hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the output of attention and MLP")
     attention: AttentionConfig = Field(

@@ -101,6 +101,7 @@ def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
 def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw, render and pack the conversations of all chat sources."""
     config, rows = job.experiment.chat, {}
+    assert config is not None  # else the experiment lacks this stage
     for source in config.sources:
         opened = open_source(source, job.data, job.experiment.world, [source.column])
         shuffled = opened.shuffle(seed=job.seed, buffer_size=config.shuffle_buffer)
@@ -148,7 +149,7 @@ def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
         chat, experiment = "finetune" in job.inputs, job.experiment
         folder = job.inputs["finetune" if chat else "pretrain"].local()
         loaded = load_model(folder, job.runtime.configure_torch(), chat=chat)
-        trained = experiment.finetune if chat else experiment.pretrain
+        trained = _training_of(experiment, "finetune" if chat else "pretrain")
         text = ShardWindows(job.inputs["shards"], trained.document_mask)  # as the model was trained
         setup = TaskSetup(job.seed, job.data, experiment.world)
         data = ScoringData(setup, text, job.inputs["chat_shards"] if chat else None)
@@ -184,12 +185,13 @@ def _train(
     with memory_explained(run.runtime.micro_batch_size):
         if run.stage == "finetune":
             texts = (data["shards"], weights) if "shards" in data else None
+            assert experiment.finetune is not None
             return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, run, texts)
         return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, run)
 
 
 def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
-    return experiment.finetune if name == "finetune" else experiment.pretrain
+    return experiment.finetune if name == "finetune" and experiment.finetune is not None else experiment.pretrain
 
 
 def _identity(data: Mapping[str, Artifact]) -> str:

@@ -5,7 +5,7 @@ finds it in the store.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,12 @@ from vectorclm.corpus.decontamination import benchmark_sources
 from vectorclm.corpus.sampler import summary_lines as document_summary_lines
 from vectorclm.corpus.sources import Source, identity
 from vectorclm.errors import ConfigError, ReproducibilityError
+from vectorclm.finetune import FinetuneConfig
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.distributed import ALONE, Group
 from vectorclm.settings import validate
 from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.chat_writer import ChatConfig
 from vectorclm.shards.chat_writer import summary_lines as conversation_summary_lines
 from vectorclm.stage_builders import (
     StageJob,
@@ -76,6 +78,16 @@ class Stage:
     summary_lines: Callable[[Mapping[str, Any]], list[str]] = _no_lines  # what the stage kept and dropped
     figures: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _no_figures  # the main figures of a summary
     optional_inputs: Callable[[ExperimentConfig], tuple[StageName, ...]] = lambda experiment: ()
+    of_chat: bool = False  # whether an experiment without conversations lacks the stage
+
+    def is_in(self, experiment: ExperimentConfig) -> bool:
+        """Whether the experiment has this stage."""
+        return not self.of_chat or experiment.chat is not None
+
+    def inputs_of(self, experiment: ExperimentConfig) -> tuple[StageName, ...]:
+        """The stages of an experiment whose artifacts this stage reads."""
+        every = (*self.inputs, *self.optional_inputs(experiment))
+        return tuple(name for name in every if BY_NAME[name].is_in(experiment))
 
     @property
     def trains(self) -> bool:
@@ -97,14 +109,23 @@ class Stage:
         """Whether the artifact is a language model."""
         return self.model not in (None, "tokenizer")
 
-    @property
-    def described_by(self) -> str:
+    def described_by(self, specs: Mapping[str, StageSpec]) -> str:
         """The stage whose lineage describes this one: of scores and of copies of a model, the model's."""
-        return EXPORTED["chat"] if self.name == EXPORT else self.scores or self.name
+        return last_model(specs) if self.name == EXPORT else self.scores or self.name
 
 
 def _with_identities(config: Any, name: str) -> dict[str, Any]:
     return {**config.model_dump(), name: [identity(source) for source in getattr(config, name)]}
+
+
+def _chat(experiment: ExperimentConfig) -> ChatConfig:
+    assert experiment.chat is not None  # else the experiment lacks the stage
+    return experiment.chat
+
+
+def _finetune(experiment: ExperimentConfig) -> FinetuneConfig:
+    assert experiment.finetune is not None  # as above
+    return experiment.finetune
 
 
 def _benchmarks(experiment: ExperimentConfig) -> list[dict[str, Any]]:
@@ -148,11 +169,12 @@ TABLE = (
         result="chat shards",
         about="render and pack the conversations",
         inputs=("tokenizer",),
-        settings=lambda e: {**_with_identities(e.chat, "sources"), "decontaminate_with": _benchmarks(e)},
+        settings=lambda e: {**_with_identities(_chat(e), "sources"), "decontaminate_with": _benchmarks(e)},
         build=build_chat_shards,
         version=5,
+        of_chat=True,
         columns={"input_ids": "integer", "supervised": "integer"},
-        sources=lambda e: e.chat.sources,
+        sources=lambda e: e.chat_sources,
         summary_lines=conversation_summary_lines,
         figures=chat_shard_figures,
     ),
@@ -185,13 +207,14 @@ TABLE = (
         result="chat model",
         about="fine-tune the base model on the conversations",
         inputs=("pretrain", "chat_shards"),
-        settings=lambda e: e.finetune.model_dump(),
+        settings=lambda e: _finetune(e).model_dump(),
         build=build_model,
         version=5,
+        of_chat=True,
         reads="chat_shards",
         model="chat",
         figures=training_figures,
-        optional_inputs=lambda e: ("shards",) if e.finetune.replay else (),
+        optional_inputs=lambda e: ("shards",) if e.replay else (),
     ),
     Stage(
         "evaluate",
@@ -201,6 +224,7 @@ TABLE = (
         build=build_scores,
         version=6,
         scores="finetune",
+        of_chat=True,
         sources=lambda e: e.evaluate.tasks,
     ),
     Stage(
@@ -223,13 +247,21 @@ EXPORTED: dict[str, str] = {  # folder of an export -> the stage whose model it 
 }
 
 
+def last_model(stages: Collection[str]) -> str:
+    """The stage among these whose model the experiment ends with: the chat model, or else the base model."""
+    return next(name for name in LANGUAGE_MODELS if name in stages)
+
+
+def stages_of(experiment: ExperimentConfig) -> list[Stage]:
+    """The stages of an experiment, inputs before the stages that read them."""
+    return [stage for stage in TABLE if stage.is_in(experiment)]
+
+
 def plans(experiment: ExperimentConfig) -> dict[str, StageSpec]:
     """The specification of every stage, inputs before the stages that read them. The experiment must be pinned."""
     specs: dict[str, StageSpec] = {}
-    for stage in TABLE:
-        inputs: dict[str, str] = {
-            name: specs[name].fingerprint for name in (*stage.inputs, *stage.optional_inputs(experiment))
-        }
+    for stage in stages_of(experiment):
+        inputs: dict[str, str] = {name: specs[name].fingerprint for name in stage.inputs_of(experiment)}
         config = {**stage.settings(experiment), "seed": experiment.seed}
         specs[stage.name] = StageSpec(stage.name, stage.version, config, inputs)
     return specs
@@ -281,9 +313,11 @@ def rebuild_stage(
 
 
 def _spec_of(name: str, experiment: ExperimentConfig) -> StageSpec:
-    """The specification of one stage. Raises ConfigError for an unknown stage."""
+    """The specification of one stage. Raises ConfigError for a stage that the experiment lacks."""
     if name not in BY_NAME:
         raise ConfigError(f"no stage {name!r}: there are {', '.join(STAGES)}")
+    if not BY_NAME[name].is_in(experiment):
+        raise ConfigError(f"{experiment.name} has no [chat], and so no stage {name}: it ends at the base model")
     return plans(experiment)[name]
 
 

@@ -44,7 +44,7 @@ from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreE
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
-from vectorclm.stages import BY_NAME, EXPORTED, plans, rebuild_stage, run_stage, summary_lines
+from vectorclm.stages import BY_NAME, last_model, plans, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 from vectorclm.store.layout import EXPORT
 
@@ -158,7 +158,7 @@ class Stages:
         try:
             champion = self.tracker.champion(CHAMPION_SECONDS)
             page = report(
-                lineage(handles[EXPORTED["chat"]]["uri"], self.store),
+                lineage(handles[last_model(handles)]["uri"], self.store),
                 self.store,
                 lineage(champion, self.store) if champion is not None else None,
                 self.experiment.name,

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
+from flows.handle import duration
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.pinning import UNRESOLVED
 from vectorclm.shards.order import format_epochs
@@ -62,7 +63,7 @@ def budget(
         "steps": tokens // (experiment.pretrain.batch_size * shards.sequence_length),
         "epochs": None if windows is None else _epochs(experiment, windows),
         "sample_bytes": experiment.sample.bytes,
-        "conversations": sum(source.conversations for source in experiment.chat.sources),
+        "conversations": sum(source.conversations for source in experiment.chat_sources),
         "flops": flops,
         "memory_bytes": {"model_and_optimizer": state, "one_window": window},
         "hours": _hours_on(flops),
@@ -73,7 +74,7 @@ def budget(
 def _tuning(experiment: ExperimentConfig) -> dict[str, Any] | None:
     """Tokens of fine-tuning including replayed text, FLOPs and hours; None without a token budget."""
     chat, finetune = experiment.chat, experiment.finetune
-    if not chat.tokens:
+    if chat is None or finetune is None or not chat.tokens:
         return None
     tokens = round(finetune.epochs * chat.tokens / (1 - finetune.replay))
     flops = experiment.model.flops_per_token(chat.sequence_length) * tokens
@@ -116,13 +117,20 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     )
     if costs["epochs"] is not None:
         facts.add_row("", f"of the shards in the store: {format_epochs(costs['epochs'])}")
-    facts.add_row("sample", f"{costs['sample_bytes']:,} bytes of text")
-    facts.add_row(
-        "fine-tuning", f"up to {costs['conversations']:,} conversations, read {experiment.finetune.epochs:g} times"
-    )
+    facts.add_row("sample", f"up to {costs['sample_bytes']:,} bytes of text")
+    here = costs.get("here")
+    if here is not None:
+        known = {label: size for label, size in here["text_bytes"].items() if size is not None}
+        if known:
+            sizes = ", ".join(f"{label} {size / 1e6:,.1f} MB" for label, size in known.items())
+            facts.add_row("", f"there are {sizes}; {here['drawn_bytes'] / 1e6:,.1f} MB are drawn")
+        facts.add_row("", f"read about {here['epochs']:.1f} times in pretraining")
+    if experiment.finetune is not None:
+        often = f"read {experiment.finetune.epochs:g} times"
+        facts.add_row("fine-tuning", f"up to {costs['conversations']:,} conversations, {often}")
     tuning = costs["tuning"]
     if tuning is not None:
-        again = ", replayed text included" if experiment.finetune.replay else ""
+        again = ", replayed text included" if experiment.replay else ""
         facts.add_row("", f"about {tuning['tokens']:,} tokens{again}")
     facts.add_row("parameters", f"{costs['parameters']:,}")
     facts.add_row("training FLOPs", f"{costs['flops']:.3g}" + (f" and {tuning['flops']:.3g}" if tuning else ""))
@@ -133,7 +141,22 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     hours = Table("device", "TFLOP/s assumed", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for device, speed in DEVICES.items():
         hours.add_row(device, f"{speed / 1e12:g}", *(_hours(training[device]) for training in trainings.values()))
-    console.print(Panel(Group(stages, facts, hours), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED))
+    console.print(
+        Panel(Group(stages, facts, hours, *_here(here)), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED)
+    )
+
+
+def _here(here: Mapping[str, Any] | None) -> list[RenderableType]:
+    """The time of each stage on this machine."""
+    if here is None:
+        return []
+    seconds = here["seconds"]
+    title = f"on this machine ({here['device']}, {here['tokens_per_second']:,.0f} tokens/s measured)"
+    table = Table(title, "time", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for stage, needed in seconds.items():
+        table.add_row(stage, duration(needed))
+    table.add_row("all stages", f"[bold]{duration(sum(seconds.values()))}[/]")
+    return [table]
 
 
 def _hours(hours: float) -> str:

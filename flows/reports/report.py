@@ -114,6 +114,8 @@ def _headline(found: Lineage, models: Sequence[Measured]) -> list[tuple[str, str
 
 def lines_of(artifact: Artifact, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The lines of a training's `metrics.jsonl` or `samples.jsonl`; empty if it has none."""
+    if name not in artifact.manifest["files"]:
+        return []
     kept = artifact.store.read(artifact.key(name)) or b""
     return [json.loads(line) for line in kept.decode().splitlines()]
 

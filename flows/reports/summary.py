@@ -30,7 +30,6 @@ from vectorclm.store.layout import EXPORT
 
 ANSWERS = 3  # number of sample answers shown
 BASELINES = ("chance", "counting")  # accuracies without a model: of a blind guess, and of counting words
-SHORT_PREFIX = 8  # digits of a fingerprint in a command
 SCORED = {MODELS[training]: stage for stage, training in EVALUATED.items()}  # kind of a model -> its evaluation
 TITLES = {MODELS[training]: BY_NAME[training].result for training in EVALUATED.values()}
 
@@ -40,12 +39,14 @@ class Summary:
 
     def __init__(self, experiment: ExperimentConfig, store: Store, handles: Mapping[str, Handle]) -> None:
         self.experiment, self.store, self.handles = experiment, store, handles
-        judged = {kind: self._of(stage) for kind, stage in SCORED.items()}
+        judged = {kind: self._of(stage) for kind, stage in SCORED.items() if stage in handles}
+        self.titles = {kind: TITLES[kind] for kind in judged}  # of the models, the last one last
+        self.last = list(judged)[-1]
         self.scores = {kind: artifact.summary for kind, artifact in judged.items()}
-        self.followed = followed(judged["base"], judged["chat"])
+        self.followed = followed(judged["base"], judged["chat"]) if "chat" in judged else []
         export = self._of(EXPORT)
         folder = export.local() if not store.is_local else None
-        self.models = {kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in EXPORTED}
+        self.models = {kind: str(folder / kind if folder is not None else f"{export.uri}/{kind}") for kind in judged}
 
     def _of(self, stage: str) -> Artifact:
         found = self.store.find(stage, self.handles[stage]["fingerprint"])
@@ -71,7 +72,7 @@ class Summary:
 
     def as_markdown(self) -> str:
         """The results as Markdown for the Prefect UI: scores, held-out text, answers, model folders."""
-        heads, rules = " | ".join(TITLES.values()), "---:|" * len(TITLES)
+        heads, rules = " | ".join(self.titles.values()), "---:|" * len(self.titles)
         tasks, lines = self.scores["base"]["tasks"], list[str]()
         if tasks:
             baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
@@ -79,7 +80,7 @@ class Summary:
             lines.append(f"|---|{'---:|' * len(baselines)}{rules}")
         for label, task in tasks.items():
             values = [task.get(name) for name in baselines]
-            values += [self.scores[kind]["tasks"][label]["acc"] for kind in TITLES]
+            values += [self.scores[kind]["tasks"][label]["acc"] for kind in self.titles]
             lines.append(f"| {label} | {' | '.join('' if value is None else f'{value:.1%}' for value in values)} |")
         if self.followed:
             lines += [
@@ -92,9 +93,9 @@ class Summary:
             lines.append(f"| {FOLLOWED[change.name]} | {base} | {chat} | {_margin(change)} |")
         lines += ["", f"| held-out text, bits per byte | {heads} |", f"|---|{rules}"]
         for label in self.scores["base"]["bits_per_byte"]:
-            found = " | ".join(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES)
+            found = " | ".join(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in self.titles)
             lines.append(f"| {label} | {found} |")
-        for sample in self.scores["chat"]["samples"][:ANSWERS]:
+        for sample in self.scores[self.last]["samples"][:ANSWERS]:
             answer = sample["answer"].strip() or "(nothing)"
             lines += ["", f"**{sample['prompt']}**", "", *(f"    {line}" for line in answer.splitlines())]
         lines += ["", *(f"- {TITLES[kind]}: `{place}`" for kind, place in self.models.items())]
@@ -124,18 +125,18 @@ class Summary:
         if not built:
             done = "every stage was built before"
         parameters = self._of(EXPORTED["base"]).summary["parameters"]
-        return f"[bold]{escape(self.experiment.name)}[/]: a chat model of {parameters:,} parameters; {done}"
+        model = f"a {self.titles[self.last]} of {parameters:,} parameters"
+        return f"[bold]{escape(self.experiment.name)}[/]: {model}; {done}"
 
     def next_commands(self) -> list[str]:
-        """Three commands for this model, as they work in the present folder."""
-        chat = EXPORTED["chat"]
-        model = f"{chat}/{self.handles[chat]['fingerprint'][:SHORT_PREFIX]}"
-        here = Store(default_store()).uri == self.store.uri
-        store = () if here else ("--store", self.store.uri)
+        """Three commands that go on from here, as they work in the present folder."""
+        default = Store(default_store()).uri == self.store.uri
+        store = () if default else ("--store", self.store.uri)
+        use, name = "chat" if self.last == "chat" else "serve", self.experiment.name
         return [
-            command("vectorclm", "chat", model if here else self._of(chat).uri),
-            command("vectorclm", "report", model, "--open", *store),
-            command("vectorclm", "lineage", model, *store),
+            command("vectorclm", use, name, *store),
+            command("vectorclm", "report", name, "--open", *store),
+            command("vectorclm", "init", "--help"),
         ]
 
     def _stages(self) -> RenderableType:
@@ -148,7 +149,7 @@ class Summary:
 
     def _training(self) -> RenderableType:
         shown = table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
-        for stage in READS:
+        for stage in (name for name in READS if name in self.handles):
             summary = self._of(stage).summary
             held_out = fmean(item["loss"] for item in summary["validation"].values())
             shown.add_row(
@@ -163,40 +164,40 @@ class Summary:
         return shown
 
     def _texts(self) -> RenderableType:
-        shown = table("held-out text, bits per byte", *(f"{title} >" for title in TITLES.values()))
+        shown = table("held-out text, bits per byte", *(f"{title} >" for title in self.titles.values()))
         for label in self.scores["base"]["bits_per_byte"]:
-            shown.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in TITLES))
+            shown.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in self.titles))
         return shown
 
     def _tasks(self) -> RenderableType:
         """The scores of multiple choice beside a blind guess and, where it was measured, beside counting words."""
-        tasks, counts = self.scores["base"]["tasks"], self.scores["chat"].get("chat")
+        tasks, counts = self.scores["base"]["tasks"], self.scores[self.last].get("chat")
         baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
-        shown = table("held-out questions", *(f"{name} >" for name in (*baselines, *TITLES.values())))
+        shown = table("held-out questions", *(f"{name} >" for name in (*baselines, *self.titles.values())))
         shown.columns[0].no_wrap = True
         for label, task in tasks.items():
-            found = [self.scores[kind]["tasks"][label] for kind in TITLES]
+            found = [self.scores[kind]["tasks"][label] for kind in self.titles]
             figures = [f"[bold]{item['acc']:.1%}[/] ± {item['stderr']:.1%}" for item in found]
             shown.add_row(label, *(f"{task[name]:.1%}" if name in task else "" for name in baselines), *figures)
         if counts:
             share = f"[bold]{counts['answered_in_template']} of {counts['prompts']}[/]"
-            shown.add_row("ends its answers", *([""] * (len(baselines) + len(TITLES) - 1)), share)
+            shown.add_row("ends its answers", *([""] * (len(baselines) + len(self.titles) - 1)), share)
         return shown
 
     def _instructions(self) -> list[RenderableType]:
-        names = [f"{TITLES[kind]} >" for kind in ("base", "chat")]
+        names = [f"{title} >" for title in self.titles.values()]
         shown = table("instructions followed", *names, "difference, 95 % >")
         for change in self.followed:
             figures = [f"[bold]{item.value:.1%}[/] ± {item.stderr:.1%}" for item in (change.before, change.after)]
             shown.add_row(FOLLOWED[change.name], *figures, _margin(change))
-        counts = self.scores["chat"].get("instructions", {})
+        counts = self.scores[self.last].get("instructions", {})
         if counts:
             shown.add_row("ends its answers", "", f"[bold]{counts['ended']} of {counts['prompts']}[/]", "")
         return [shown] if self.followed else []
 
     def _answers(self) -> RenderableType:
         lines = []
-        for sample in self.scores["chat"]["samples"][:ANSWERS]:
+        for sample in self.scores[self.last]["samples"][:ANSWERS]:
             lines.append(f"[bold]you[/]    {escape(sample['prompt'])}")
             lines.append(f"[bold green]model[/]  {escape(sample['answer'].strip()) or '[dim](nothing)[/]'}")
         return Text.from_markup("\n".join(lines))

@@ -112,7 +112,7 @@ class Catalog:
         if completed == EXPORT:
             self.describe(self.session.parent_id, EXPORT)
         for stage, name in REGISTERED.items():
-            if completed != (EXPORT if stage in behind else stage):
+            if stage not in self.plans or completed != (EXPORT if stage in behind else stage):
                 continue
             spec = self.plans[stage]
             query = f"name = '{name}' and tags.fingerprint = '{spec.fingerprint}'"
@@ -139,7 +139,7 @@ class Catalog:
 
     def describe(self, run_id: str, stage: str) -> None:
         """Set the description of a run to the lineage of the stage's artifact."""
-        self.session.client.set_tag(run_id, NOTE, self._chain(BY_NAME[stage].described_by))
+        self.session.client.set_tag(run_id, NOTE, self._chain(BY_NAME[stage].described_by(self.plans)))
 
     def _chain(self, stage: str) -> str:
         """The lineage of a stage's artifact as a markdown table with links to runs in MLflow."""

@@ -1,11 +1,15 @@
 """Look up models in MLflow, if there is one. MLflow takes seconds to import, so functions import it on demand."""
 
 import os
+import re
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from flows.paths import local_folder
+from vectorclm.errors import ConfigError
 from vectorclm.lineage.chain import Lineage, lineage
 from vectorclm.store.artifact import Store
+from vectorclm.store.model_names import REGISTERED, UnknownModelError, existing_store, resolve_model
 
 if TYPE_CHECKING:
     from flows.tracking.recorded_lineage import Record
@@ -13,11 +17,35 @@ if TYPE_CHECKING:
 
 def opened(address: str, store: Store) -> Lineage:
     """The lineage of a model in the store or in MLflow's registry (`models:/NAME@ALIAS`)."""
-    if address.startswith("models:/"):
-        from flows.tracking.registry import Registry
+    return lineage(named_model(address, store), store)
 
-        address = Registry(store).find(address).address
-    return lineage(address, store)
+
+def named_model(name: str | None, store: Store) -> str:
+    """The address of the model that a person names, as `resolve_model`, or by a registered name.
+
+    A registered name may leave out `models:/`; without an alias or version, the champion is meant, or else the
+    candidate. Raises ConfigError where the registry does not know the name, and nothing is created.
+    """
+    if name and name.startswith(REGISTERED):
+        return _registered(name, store)
+    try:
+        return resolve_model(name, store.uri)
+    except UnknownModelError:
+        if not name or re.fullmatch(r"[\w.-]+(@[\w.-]+|/[0-9]+)?", name) is None or not has_record(store):
+            raise
+        for address in [name] if "@" in name or "/" in name else [f"{name}@champion", f"{name}@candidate"]:
+            with suppress(ConfigError):
+                return _registered(REGISTERED + address, store)
+        raise
+
+
+def _registered(address: str, store: Store) -> str:
+    from flows.tracking.registry import Registry
+
+    if not has_record(store):
+        existing_store(store.uri)
+        raise ConfigError(f"{address}: {store.uri} has no record in MLflow; name a server with MLFLOW_TRACKING_URI")
+    return Registry(store).find(address).address
 
 
 def has_record(store: Store) -> bool:

@@ -19,6 +19,7 @@ from vectorclm.lineage.chain import Lineage
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.layout import MEASURE
+from vectorclm.store.model_names import REGISTERED
 
 UNPAIRED = f"{NOISE:.0f} standard errors of the difference"
 
@@ -104,12 +105,16 @@ def _better(change: Change) -> bool:
 def promote(address: str, tasks: Sequence[str], store: Store, console: Console) -> int:
     """Move `champion` to a registered model if it is better; exit code 1 if not. Both decisions are recorded."""
     registry = Registry(store)
-    version = registry.version(address)
+    version = (
+        registry.version(address)
+        if address.startswith(REGISTERED)
+        else registry.version_of(opened(address, store).root)
+    )
     champion = registry.champion(version.name)
     if champion is not None and champion.version == version.version:
         console.print(f"{version.name} {version.version} is the champion already")
         return 0
-    found = opened(address, store)
+    found = opened(f"models:/{version.name}/{version.version}", store)
     if found.root.artifact is not None:
         found.root.artifact.verify()
     other = opened(f"models:/{version.name}/{champion.version}", store) if champion is not None else None

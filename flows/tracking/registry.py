@@ -1,5 +1,6 @@
 """MLflow's model registry: find a model by its address, record evaluations and promotions, read earlier results."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from flows.paths import local_folder
 from flows.tracking.client import ALIAS, CHAMPION, VALUE_LENGTH, run_page, tracking_uri
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.evaluation.statistics import Figure, figures
+from vectorclm.lineage.chain import Node
 from vectorclm.settings import digest
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.model_ref import ADDRESS
@@ -58,9 +60,7 @@ class Registry:
 
     def __init__(self, store: Store) -> None:
         self.store, self.uri = store, tracking_uri(store)
-        folder = local_folder(store)
-        folder.mkdir(parents=True, exist_ok=True)
-        with self.asked(), FileLock(folder / "mlflow.lock"):  # the first client of a new database migrates it
+        with self.asked(), _migrating_alone(local_folder(store)):
             self.client = MlflowClient(self.uri)
 
     def find(self, address: str) -> Subject:
@@ -87,6 +87,17 @@ class Registry:
             if match["alias"] is None:
                 return self.client.get_model_version(match["name"], match["version"])
             return self.client.get_model_version_by_alias(match["name"], match["alias"])
+
+    def version_of(self, root: Node) -> ModelVersion:
+        """The newest registered version of a trained model; raises ConfigError without one."""
+        with self.asked():
+            query = f"tags.fingerprint = '{root.fingerprint}'"
+            found = self.client.search_model_versions(query, order_by=["last_updated_timestamp DESC"], max_results=1)
+        if not found:
+            raise ConfigError(
+                f"{root.stage}/{root.fingerprint[:12]} is not registered: `vectorclm run` registers models"
+            )
+        return found[0]
 
     def page(self, experiment_id: str, run_id: str) -> str:
         """The URL of a run's page; without a server, the run's id."""
@@ -224,6 +235,17 @@ class Registry:
                     f"registers vectorclm-base and vectorclm-chat, the newest as @{ALIAS}"
                 ) from error
             raise RegistryError(f"MLflow at {without_password(self.uri)} does not answer: {first}") from error
+
+
+@contextmanager
+def _migrating_alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of MLflow's database, because its first client migrates it; none on a read-only store."""
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "mlflow.lock"):
+        yield
 
 
 def _in_store(address: str) -> re.Match[str] | None:

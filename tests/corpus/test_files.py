@@ -117,7 +117,7 @@ def test_labels_beside_a_file_are_its_label_column(tmp_path: Path) -> None:
         ("a.json", b'[{"a": 1}', "line 1"),
         ("a.jsonl.zst", zstandard.compress(LINES * 999)[:-9], "Truncated"),
         ("a.jsonl.gz", gzip.compress(LINES * 999, mtime=0)[:-20], "Truncated"),
-        ("a.jsonl.zst", LINES, "ZSTD"),
+        ("a.jsonl.zst", zstandard.compress(LINES)[:4] + LINES, "a.jsonl.zst"),
         ("a.parquet", b"PAR1nothing", "not a Parquet file or is cut short"),
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "line 2: maximum recursion"),
     ],

@@ -4,13 +4,15 @@ import pytest
 from pydantic import ValidationError
 
 from tests.corpus.source_files import HUB, source
-from vectorclm.corpus.sources import BUILDERS, identity
+from vectorclm.corpus.sources import identity
 
 
 def test_other_builders_of_datasets_are_refused() -> None:
-    for path in sorted({"text", "csv", "xml"} - {*BUILDERS}):
-        with pytest.raises(ValidationError, match=f"{path} files are not supported: .* {' or '.join(BUILDERS)}"):
-            source(path=path, data_files="a.txt")
+    with pytest.raises(ValidationError, match=r"csv files are not supported: .* parquet or json or text"):
+        source(path="csv", data_files="a.csv")
+    for path, meant in {"jsonl": "json", ".JSONL": "json", "txt": "text", "Text": "text", "pq": "parquet"}.items():
+        with pytest.raises(ValidationError, match=f"did you mean '{meant}'"):
+            source(path=path, data_files="a")
     assert source(path="squad").path == "squad"
 
 

@@ -40,7 +40,7 @@ CHAT: dict[str, Any] = {
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     shape = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = {**shape, "vocab_size": 4096, "max_position_embeddings": 512}
+    config = {**shape, "model_type": "llama", "vocab_size": 4096, "max_position_embeddings": 512}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 

@@ -170,10 +170,9 @@ def test_sources_are_checked_before_any_work(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"path": "{}/nope"}, r"there is no folder .*/nope, and it is not the id of a hub repository"),
-        ({"path": "./nope"}, r"there is no folder \./nope"),
-        ({"path": "texts/own/nope"}, r"there is no folder texts/own/nope"),
-        ({"path": "~/own"}, r"there is no folder ~/own \(~ is not expanded\)"),
-        ({"path": "{}/a.jsonl"}, r"a\.jsonl is a file: set path to \"parquet\" or \"json\", and data_files"),
+        ({"path": "./nope"}, r"there is no folder /.*/nope, and"),
+        ({"path": "texts/own/nope"}, r"there is no folder /.*/texts/own/nope"),
+        ({"path": "~/own"}, rf"there is no folder {Path.home()}/own"),
         ({"path": "json"}, r"source books \(json.* names no files: set data_files or data_dir$"),
         ({"path": "json", "mirror": "m"}, r"names no files: .*, or give its mirror with --data DIR"),
         ({"path": "json", "data_files": "{}/*.json"}, r"no such file: .*/\*\.json$"),

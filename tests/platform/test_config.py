@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import SecretStr
 
 from flows.deployments import stage_run
-from flows.execution.placement import DEPLOYMENTS
+from flows.execution.placement import deployment_of
 from flows.net import HEARTBEAT_SECONDS
 from flows.platform.config import PlatformConfig, read_platform
-from flows.platform.provision import PREFECT_FILE
+from flows.platform.provision import prefect_file
 from vectorclm.errors import ConfigError
 from vectorclm.settings import validate
 from vectorclm.stages import TABLE
@@ -177,13 +176,10 @@ def test_pools_take_secrets_from_blocks_only(kind: str) -> None:
 
 
 def test_every_stage_of_the_table_has_its_deployment_in_the_pool_of_its_kind() -> None:
-    deployments = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))["deployments"]
+    deployments = prefect_file()["deployments"]
     found = [item for item in deployments if item["entrypoint"] == f"flows.deployments.{stage_run.fn.__name__}"]
     assert [
         (item["name"], item["parameters"], item["work_pool"]["name"], item["enforce_parameter_schema"])
         for item in found
-    ] == [
-        (DEPLOYMENTS.get(row.name, row.name), {"stage": row.name}, "gpu" if row.own_process else "cpu", True)
-        for row in TABLE
-    ]
+    ] == [(deployment_of(row.name), {"stage": row.name}, "gpu" if row.own_process else "cpu", True) for row in TABLE]
     assert len({item["name"] for item in deployments}) == len(deployments) == len(TABLE) + 2  # curriculum, evaluate

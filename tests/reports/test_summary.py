@@ -88,15 +88,15 @@ def test_the_next_commands_are_short_and_do_what_they_say(
     monkeypatch.setenv("PATH", "/bin:/usr/bin")
     monkeypatch.setenv("VECTORCLM_STORE", recorded.store.uri)
     monkeypatch.setenv("BROWSER", "echo %s")
-    chat, report, lineage = summary.next_commands()
-    assert all(len(line) < 60 and line.startswith(".venv/bin/vectorclm ") for line in (chat, report, lineage))
+    commands = summary.next_commands()
+    assert all(len(line) < 60 and line.startswith(".venv/bin/vectorclm ") for line in commands)
     done = [
         subprocess.run(shlex.split(line), input="Hello\n", capture_output=True, text=True, timeout=200, check=False)
-        for line in (chat, report, lineage)
+        for line in commands
     ]
     assert [one.returncode for one in done] == [0, 0, 0], [one.stderr for one in done]
     assert "model> " in done[0].stdout and (tmp_path / "report.html").as_uri() in done[1].stdout
-    assert recorded.handles["finetune"]["fingerprint"][:8] in done[2].stdout
+    assert "Write an experiment for your own text" in done[2].stdout
 
 
 def test_without_questions_the_screen_shows_held_out_text(recorded: Recorded) -> None:

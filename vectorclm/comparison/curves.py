@@ -49,8 +49,9 @@ def points(experiment: ExperimentConfig, store: Store) -> list[Point]:
     Raises DataError where the store has none.
     """
     found = []
-    for stage in READS:
-        spec = plans(experiment)[stage]
+    specs = plans(experiment)
+    for stage in (name for name in READS if name in specs):
+        spec = specs[stage]
         root = f"checkpoints/{spec.fingerprint}"
         by_step = {int(match[1]): name for name in sorted(store.list(root)) if (match := STEP.fullmatch(name))}
         for step, name in by_step.items():  # one of several attempts at a step

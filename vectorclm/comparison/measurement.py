@@ -60,7 +60,8 @@ def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runti
     asked, refused = questions_within(suite, limits, runtime), not_run(suite, limits, runtime)
     if suite.experiment is not None:
         stages = plans(suite.experiment)
-        data = {name: stages[name].fingerprint for name in ("sample", *(["chat_shards"] if model.chat else []))}
+        scored = ("sample", *(["chat_shards"] if model.chat else []))
+        data = {name: stages[name].fingerprint for name in scored if name in stages}
     config = {
         "suite": suite.name,
         "seed": suite.seed,

@@ -1,36 +1,33 @@
-"""Readers of data files: Parquet, JSON Lines and WikiText pages, recognised by their suffixes.
+"""Readers of data files: Parquet, JSON Lines and plain text, recognised by their content and their suffixes.
 
 To add a format, add one row to FORMATS.
 """
 
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_core import from_json
 
 from vectorclm.corpus.filters import Filter
+from vectorclm.corpus.lines import COMPRESSED_SUFFIXES, LONGEST, first_bytes, lines_of
+from vectorclm.corpus.row_batches import BATCH_ROWS, RowBatch, filtered, row_batches
+from vectorclm.corpus.text_files import text_batches, text_columns, text_rows
 from vectorclm.errors import DataError
 
-LONGEST = 2**26  # characters of a line, or of a file that is one JSON array; each is in memory as a whole
-BATCH_ROWS = 1000
+PARQUET_MAGIC = b"PAR1"
+REFUSED = {
+    **dict.fromkeys((".csv", ".tsv", ".csv.gz"), "a table of separated values"),
+    **dict.fromkeys((".zip", ".tar", ".tar.gz", ".tgz", ".7z"), "an archive"),
+    **dict.fromkeys((".pdf", ".docx", ".doc", ".odt", ".epub", ".html", ".htm"), "a document with formatting"),
+    **dict.fromkeys((".arrow", ".feather", ".xlsx", ".npy", ".bin", ".pt", ".safetensors"), "binary data"),
+}
 BATCH_BYTES = 16 * 1024 * 1024  # of Parquet in memory at once; a single larger row is read as a whole
-
-
-class RowBatch(NamedTuple):
-    """A batch of rows: the number of rows read, and the texts of the rows that pass the filter.
-
-    A text is bytes (from Parquet), a string, or a value of another type where the column holds no text.
-    """
-
-    rows: int
-    texts: list[Any]
 
 
 @dataclass(frozen=True)
@@ -45,12 +42,27 @@ class FileFormat:
         [Path, tuple[str, ...]], Iterator[dict[str, Any]]
     ]  # rows with these columns, or all columns where the tuple is empty
     batches: Callable[[Path, str, Filter | None], Iterator[RowBatch]]  # the texts of one column
-    in_folders: bool = True  # whether files of this format are found in folders; else a source must name them
 
 
 def format_of(path: Path) -> FileFormat:
-    """The format of a data file, by its suffix; JSON for an unknown suffix."""
-    return next((known for known in FORMATS if path.name.endswith(known.suffixes)), JSON)
+    """The format of a data file: Parquet by its first bytes, the others by suffix, or else by the first character.
+
+    Raises DataError for a file that cannot be read, and for an archive or another kind of file.
+    """
+    start = first_bytes(path)
+    if start.startswith(PARQUET_MAGIC):
+        return PARQUET
+    named = next((known for known in FORMATS if path.name.lower().endswith(known.suffixes)), None)
+    if named is not None:
+        return named
+    if refused := next((what for suffix, what in REFUSED.items() if path.name.lower().endswith(suffix)), None):
+        raise DataError(f"{path} is {refused}, which is not read: convert it to JSON Lines, Parquet or plain text")
+    first = next((line for line in lines_of(path, "surrogateescape") if line.strip()), "").lstrip()
+    return JSON if first.startswith(("{", "[")) else TEXT
+
+
+def _with_compressed(*suffixes: str) -> tuple[str, ...]:
+    return tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSED_SUFFIXES))
 
 
 def columns_of(path: Path) -> list[str]:
@@ -79,36 +91,6 @@ def read_file_batches(path: Path, column: str, condition: Filter | None) -> Iter
     whose column types the filter cannot compare.
     """
     yield from format_of(path).batches(path, column, condition)
-
-
-def row_batches(
-    rows: Iterator[dict[str, Any]], column: str, condition: Filter | None, where: str
-) -> Iterator[RowBatch]:
-    """Batch rows that are dictionaries, such as those of JSON; see `read_file_batches`."""
-    while part := list(itertools.islice(rows, BATCH_ROWS)):
-        kept = part
-        if condition is not None:
-            try:
-                table = pa.table({name: [row.get(name) for row in part] for name in condition.columns})
-                kept = [part[number] for number in condition.holds(table)]
-            except pa.ArrowException as error:
-                raise _no_filter(condition, where, error) from error
-        yield RowBatch(len(part), [row.get(column) for row in kept])
-
-
-def filtered(table: pa.Table, column: str, condition: Filter | None, where: str) -> RowBatch:
-    """The texts in `column`, as bytes, of the table's rows that pass the filter. Raises DataError as above."""
-    texts = table[column]
-    if condition is not None:
-        try:
-            texts = texts.take(condition.holds(table.select(condition.columns)))
-        except pa.ArrowException as error:
-            raise _no_filter(condition, where, error) from error
-    return RowBatch(len(table), texts.cast(pa.large_binary()).to_pylist())
-
-
-def _no_filter(condition: Filter, where: str, error: pa.ArrowException) -> DataError:
-    return DataError(f"{where}: the filter {condition.text!r} does not fit the columns' types: {error}")
 
 
 def read_rows(files: Sequence[Path], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -181,7 +163,9 @@ def _no_type(path: Path, column: str) -> pa.DataType | None:
 
 
 def _json_columns(path: Path) -> list[str]:
-    return list(next(_labelled(path, errors="surrogateescape"), ()))
+    """The columns of the first rows together, because a JSON row may omit null columns."""
+    rows = itertools.islice(_labelled(path, errors="surrogateescape"), BATCH_ROWS)
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _json_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -208,7 +192,7 @@ def _labelled(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
         yield from _read_json(path, errors)
         return
     try:
-        answers = [int(line) for line in _lines(labels) if line.strip()]
+        answers = [int(line) for line in lines_of(labels) if line.strip()]
     except ValueError as error:
         raise DataError(f"{labels}: every line must be one number: {error}") from error
     rows = list(_read_json(path, errors))
@@ -218,36 +202,9 @@ def _labelled(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
         yield {**row, "label": answer}
 
 
-def _pages(path: Path, errors: str) -> Iterator[str]:
-    """The articles of a WikiText file, each starting with its title `= Title =`, as in the hub's document-level set."""
-    lines: list[str] = []
-    for line in _lines(path, errors):
-        title = line.replace("= = =", "===").replace("= =", "==").strip()
-        if title.startswith("= ") and title.endswith(" ="):
-            if (page := "".join(lines).removesuffix("\n")).strip():
-                yield page
-            lines = []
-        lines.append(line)
-    yield "".join(lines)
-
-
-def _page_columns(path: Path) -> list[str]:
-    return ["page"] if next(_pages(path, "surrogateescape"), None) is not None else []
-
-
-def _page_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    for page in _pages(path, "strict"):
-        yield {name: page if name == "page" else None for name in columns or ("page",)}
-
-
-def _page_texts(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
-    rows = ({"page": page} for page in _pages(path, "surrogateescape"))
-    yield from row_batches(rows, column, condition, str(path))
-
-
 def _read_json(path: Path, errors: str = "strict") -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file, or of a file that is one JSON array."""
-    lines = _lines(path, errors)
+    lines = lines_of(path, errors)
     first = next(lines, "")
     if first.lstrip().startswith("["):
         for number, row in enumerate(_parsed(_whole([first], lines, path), path, 1), 1):
@@ -287,31 +244,10 @@ def _object(row: Any, path: Path, line: int) -> dict[str, Any]:
     return row
 
 
-def _lines(path: Path, errors: str = "strict") -> Iterator[str]:
-    """The lines of a UTF-8 file, decompressed, each at most LONGEST: a small file may unpack to more than memory holds.
-
-    Arrow decompresses, because zstandard's reader ends a truncated file silently.
-    """
-    try:
-        with pa.input_stream(str(path)) as stream:
-            text: TextIO = io.TextIOWrapper(stream, encoding="utf-8", errors=errors, newline="\n")
-            for number in itertools.count(1):
-                line = text.readline(LONGEST + 1)
-                if len(line) > LONGEST:
-                    raise DataError(
-                        f"{path}, line {number}: the line has more than {LONGEST:,} characters; split the document"
-                    )
-                if not line:
-                    return
-                yield line
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}; it may be cut short: download it again") from error
-
-
-PARQUET = FileFormat("parquet", (".parquet",), _parquet_columns, _parquet_type, _parquet_rows, _parquet_texts)
-JSON_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".json.zst", ".json.gz")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+JSON_SUFFIXES = _with_compressed(".jsonl", ".json", ".ndjson")
+TEXT_SUFFIXES = _with_compressed(".txt", ".md", ".text", ".markdown")
+PARQUET = FileFormat("parquet", PARQUET_SUFFIXES, _parquet_columns, _parquet_type, _parquet_rows, _parquet_texts)
 JSON = FileFormat("json", JSON_SUFFIXES, _json_columns, _no_type, _json_rows, _json_texts)
-# WikiText's own files; read only where a source names them.
-PAGE_SUFFIXES = (".txt", ".txt.zst", ".txt.gz")
-PAGES = FileFormat("pages", PAGE_SUFFIXES, _page_columns, _no_type, _page_rows, _page_texts, in_folders=False)
-FORMATS = (PARQUET, JSON, PAGES)
+TEXT = FileFormat("text", TEXT_SUFFIXES, text_columns, _no_type, text_rows, text_batches)
+FORMATS = (PARQUET, JSON, TEXT)

@@ -1,18 +1,21 @@
-"""Local data files: finding the files of a split in a folder, and hashing their content.
+"""Local data files: finding the files of a split in a folder and its sub-folders, and hashing their content.
 
 File names and folders must not change a result, so files are ordered by their SHA-256.
 """
 
 import functools
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from vectorclm.corpus.file_formats import FORMATS, labels_of
+from vectorclm.corpus.file_formats import JSON_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES, labels_of
 from vectorclm.errors import DataError
 
-FOLDER_SUFFIXES = tuple(suffix for known in FORMATS if known.in_folders for suffix in known.suffixes)
+TABLES = (*PARQUET_SUFFIXES, *JSON_SUFFIXES)
+SHOWN = 3  # names in a message about files that are not read
 
 # Words in a file's name, as `datasets` knows them, and the split that each stands for.
 SPLIT_WORDS = {
@@ -22,25 +25,74 @@ SPLIT_WORDS = {
 }
 
 
-def find_files(place: Path, split: str) -> list[Path]:
-    """Find the data files of `split` at `place`, ordered by the SHA-256 of their content.
+class FolderFiles(NamedTuple):
+    """The data files of a split, ordered by the SHA-256 of their content, and why the others are not read."""
 
-    `place` is a folder or one file. In a folder, a word of the file's name states the split, as in
-    `test-00000-of-00002.parquet`; where no file name states a split, all files belong to `train`. A single file
-    belongs to every split. Returns an empty list where there are none.
+    read: list[Path]
+    left_out: dict[Path, str]
+
+
+def find_files(place: Path, split: str) -> list[Path]:
+    """Find the data files of `split` at `place`, a folder or one file; see `list_folder`.
+
+    A single file belongs to every split. Returns an empty list where there are none.
     """
     if place.is_file():
         return [place]
-    if not place.is_dir():
-        return []
-    files = [path for path in place.iterdir() if path.is_file() and path.name.endswith(FOLDER_SUFFIXES)]
-    files = [path for path in files if not path.name.startswith(".")]
-    splits = {path: _split_in(path.name) for path in files}
+    return list_folder(place, split).read
+
+
+def list_folder(place: Path, split: str) -> FolderFiles:
+    """List the files of a folder and its sub-folders: those that are read for `split`, and the reason for each other.
+
+    A word of the file's name states the split, as in `test-00000-of-00002.parquet`, or the name of its folder; where
+    neither does in any file, all files belong to `train`. Text files are read where there are no Parquet or JSON
+    files, which a text such as a licence only accompanies. Hidden files are ignored.
+    """
+    left_out: dict[Path, str] = {}
+    found = list(_visible_files(place, left_out))
+    tables = [path for path in found if path.name.lower().endswith(TABLES)]
+    files = tables or [path for path in found if path.name.lower().endswith(TEXT_SUFFIXES)]
+    accompanying = {labels_of(path) for path in files}
+    for path in found:
+        if path not in files and path not in accompanying:
+            is_text = path.name.lower().endswith(TEXT_SUFFIXES)
+            left_out[path] = "text beside Parquet or JSON files" if is_text else "its format is not read"
+    splits = {path: _split_in(path.name) or _folder_split(path.parent, place) for path in files}
     if any(splits.values()):
-        files = [path for path in files if splits[path] == SPLIT_WORDS.get(split, split)]
+        wanted = SPLIT_WORDS.get(split, split)
+        for path, own in splits.items():
+            if own != wanted:
+                left_out[path] = f"its name says {own}" if own else "other names state a split, and this one does not"
     elif split != "train":
-        files = []
-    return sorted(files, key=content_hash)
+        left_out |= dict.fromkeys(files, f"no name says {split}")
+    return FolderFiles(sorted((path for path in files if path not in left_out), key=content_hash), left_out)
+
+
+def _visible_files(place: Path, left_out: dict[Path, str]) -> Iterator[Path]:
+    """The files below a folder that are not hidden; links to folders are not followed, and left out by name."""
+    for root, folders, names in os.walk(place):
+        visible = sorted(name for name in folders if not name.startswith("."))
+        left_out |= {Path(root, name): "a link to a folder" for name in visible if Path(root, name).is_symlink()}
+        folders[:] = visible
+        yield from (
+            Path(root, name) for name in sorted(names) if not name.startswith(".") and Path(root, name).is_file()
+        )
+
+
+def _folder_split(folder: Path, place: Path) -> str | None:
+    """The split that the name of a sub-folder is, as in `data/train/a.parquet`."""
+    return SPLIT_WORDS.get(folder.name.lower()) if folder != place else None
+
+
+def why_left_out(left_out: Mapping[Path, str], place: Path) -> str:
+    """The files of a folder that are not read, in one line: the reasons, each with the first names."""
+    parts = []
+    for reason in dict.fromkeys(left_out.values()):
+        names = [str(path.relative_to(place)) for path, why in left_out.items() if why == reason]
+        more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+        parts.append(f"{', '.join(names[:SHOWN])}{more} ({reason})")
+    return "; ".join(parts)
 
 
 def _split_in(name: str) -> str | None:

@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.file_formats import RowBatch
+from vectorclm.corpus.row_batches import RowBatch
 from vectorclm.corpus.source_reader import SourceRoots, read_batches
 from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote
 from vectorclm.errors import DataError
@@ -210,7 +210,7 @@ def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> I
     for text in texts:
         try:
             data = text if isinstance(text, bytes) else text.encode()
-            reason = _fault(source, data)
+            reason = document_fault(source, data)
         except AttributeError:
             reason = "not_text"
         except UnicodeError:
@@ -221,7 +221,7 @@ def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> I
             dropped[reason] += 1
 
 
-def _fault(source: TextSource, text: bytes) -> str | None:
+def document_fault(source: TextSource, text: bytes) -> str | None:
     """The reason to drop a text, or None for a valid document. Raises UnicodeDecodeError where it is not UTF-8."""
     if len(text) > source.max_bytes:
         return "too_long"

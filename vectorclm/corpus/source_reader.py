@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any, AnyStr, NamedTuple
 
 import pyarrow as pa
 
-from vectorclm.corpus.file_formats import (
-    RowBatch,
-    column_type,
-    columns_of,
-    filtered,
-    is_text,
-    read_file_batches,
-    read_rows,
-    row_batches,
-)
+from vectorclm.corpus.file_formats import column_type, columns_of, format_of, is_text, read_file_batches, read_rows
 from vectorclm.corpus.files import revision_of
 from vectorclm.corpus.filters import Filter
 from vectorclm.corpus.hub import hub_error, open_hub
-from vectorclm.corpus.sources import GENERATED, Source, TextSource, describe, is_remote, local_files, local_place
+from vectorclm.corpus.row_batches import RowBatch, filtered, row_batches
+from vectorclm.corpus.sources import (
+    BUILDERS,
+    GENERATED,
+    Source,
+    TextSource,
+    describe,
+    is_remote,
+    local_files,
+    local_place,
+)
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError, DataError, VectorCLMError
 
@@ -81,13 +82,20 @@ def _require_text(source: TextSource, kind: pa.DataType, where: str) -> None:
         raise DataError(f"{where}: column {source.text_column!r} is {kind}, not text: set text_column to one that is")
 
 
+def _names_format(source: Source, data: Path | None) -> bool:
+    """Whether the source's `path` states the format of its files, which lie in no mirror."""
+    return source.path in BUILDERS and not (data is not None and source.mirror is not None)
+
+
 def _check_local(source: Source, data: Path | None, columns: Sequence[str]) -> list[Path]:
     """The source's local files that have rows. Raises DataError as `open_source` does."""
     place, files = local_place(source, data), local_files(source, data)
     if not files:
-        raise DataError(f"{describe(source)}: no Parquet or JSON files of this split at {place}")
+        raise DataError(f"{describe(source)}: no Parquet, JSON or text files of this split at {place}")
     filled = []
     for path in files:
+        if _names_format(source, data) and (found := format_of(path).name) != source.path:
+            raise DataError(f'{describe(source)}: {path} is not {source.path}: did you mean path = "{found}"?')
         if known := columns_of(path):
             _require(columns, known, f"{describe(source)}, {path}")
             if isinstance(source, TextSource) and (kind := column_type(path, source.text_column)) is not None:

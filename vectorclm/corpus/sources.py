@@ -5,13 +5,14 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from vectorclm.corpus.file_formats import FORMATS
-from vectorclm.corpus.files import content_hash, find_files
+from vectorclm.corpus.files import content_hash, find_files, list_folder, why_left_out
 from vectorclm.corpus.filters import Filter
+from vectorclm.corpus.remote_files import fetch, is_address
 from vectorclm.corpus.synthetic_world import rows as world_rows
 from vectorclm.errors import DataError
 from vectorclm.settings import Settings
@@ -20,7 +21,8 @@ CHOICE_COLUMNS = ("context", "choices", "answer")  # columns of a benchmark that
 
 
 GENERATED = {"world": world_rows}  # `path` of a generated source -> function that returns its rows by name
-BUILDERS = tuple(known.name for known in FORMATS if known.in_folders)  # the `path` of a source of local files
+BUILDERS = tuple(known.name for known in FORMATS)  # the `path` of a source of files
+MEANT = {"jsonl": "json", "ndjson": "json", "jsonlines": "json", "pq": "parquet", "txt": "text", "md": "text"}
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -31,11 +33,13 @@ class Source(Settings):
     """
 
     label: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the source in file names and metrics")
-    path: str = Field(description=f"Hub id, local folder, {' or '.join(BUILDERS)} (with data_files), or world")
+    path: str = Field(
+        description="Hub id, local folder or file, s3://…, parquet, json or text (with data_files), or world"
+    )
     name: str | None = Field(None, description="The hub's config")
-    split: str = "train"
-    data_dir: str | None = None
-    data_files: str | list[str] | None = None
+    split: str = Field("train", description="Split of the data set")
+    data_dir: str | None = Field(None, description="Folder of the files inside `path`")
+    data_files: str | list[str] | None = Field(None, description="Files, or patterns such as texts/*.jsonl")
     revision: str | None = Field(
         None, description="Commit, branch or tag; if unset, the first run pins the commit in the lock file"
     )
@@ -46,12 +50,14 @@ class Source(Settings):
     def _is_read(cls, path: str) -> str:
         if "/" in path or path in (*GENERATED, *BUILDERS):
             return path
+        if (meant := MEANT.get(path.lower().lstrip("."), path.lower())) in BUILDERS:
+            raise ValueError(f"did you mean {meant!r}? (write ./{path} for a folder of this name)")
         from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
         if path in _PACKAGED_DATASETS_MODULES:
             raise ValueError(
-                f"{path} files are not supported: local files must be {' or '.join(BUILDERS)}, so convert them to JSON "
-                f"Lines or Parquet (write ./{path} for a folder of this name)"
+                f"{path} files are not supported: local files must be {' or '.join(BUILDERS)}, so convert them "
+                f"(write ./{path} for a folder of this name)"
             )
         return path
 
@@ -64,7 +70,7 @@ class Source(Settings):
 class TextSource(Source):
     """A source of documents for training."""
 
-    text_column: str = "text"
+    text_column: str = Field("text", description="Column with the documents")
     weight: float = Field(gt=0, description="Share of the sample's bytes, relative to the other sources")
     filter: str | None = Field(None, description="Condition on the rows, such as int_score >= 3 and token_count < 8000")
     min_bytes: int = Field(1, ge=1, description="Shorter documents are dropped (UTF-8 bytes)")
@@ -116,6 +122,9 @@ def check_labels(sources: Sequence[Source]) -> None:
         raise ValueError(f"two sources share a label: {', '.join(sorted(labels))}")
 
 
+S = TypeVar("S", bound=Source)
+
+
 def identity(source: Source) -> dict[str, Any]:
     """The fields of a source that enter a fingerprint: never its location, and for local content not its name."""
     by_content = (source.revision or "").startswith("sha256:")
@@ -147,15 +156,14 @@ def local_place(source: Source, data: Path | None) -> str | None:
         return str(source.data_dir or source.data_files)
     if (folder := _own_folder(source)) is not None:
         return str(folder)
+    if (file := Path(source.path).expanduser()).is_file():
+        return str(file)
     if data is not None:
         return str(data / Path(source.path).name / (source.name or ""))
-    if Path(source.path).is_file():
-        formats = " or ".join(f'"{name}"' for name in BUILDERS)
-        raise DataError(f"{describe(source)}: {source.path} is a file: set path to {formats}, and data_files to it")
     if not HUB_ID.fullmatch(source.path) and not (source.revision or "").startswith("sha256:"):
-        home = " (~ is not expanded)" if source.path.startswith("~") else ""
         raise DataError(
-            f"{describe(source)}: there is no folder {source.path}{home}, and it is not the id of a hub repository"
+            f"{describe(source)}: there is no folder {Path(source.path).expanduser().absolute()}, and it is not the id "
+            "of a hub repository"
         )
     return None
 
@@ -163,8 +171,18 @@ def local_place(source: Source, data: Path | None) -> str | None:
 def _own_folder(source: Source) -> Path | None:
     """The local folder of the source, which holds its `data_files`; None for a hub repository."""
     if source.path in BUILDERS:
-        return Path(source.data_dir or "")
-    return Path(source.path, source.data_dir or source.name or "") if Path(source.path).is_dir() else None
+        return Path(source.data_dir or "").expanduser()
+    if is_address(source.path):
+        return _fetched(source, source.path) / (source.data_dir or source.name or "")
+    folder = Path(source.path).expanduser()
+    return folder / (source.data_dir or source.name or "") if folder.is_dir() else None
+
+
+def _fetched(source: Source, address: str) -> Path:
+    try:
+        return fetch(address)
+    except DataError as error:
+        raise DataError(f"{describe(source)}: {error}") from error
 
 
 def local_files(source: Source, data: Path | None) -> list[Path]:
@@ -180,18 +198,53 @@ def local_files(source: Source, data: Path | None) -> list[Path]:
     if not source.data_files or mirrored or (folder := _own_folder(source)) is None:
         return find_files(Path(place), source.split)
     names = [source.data_files] if isinstance(source.data_files, str) else source.data_files
-    found = {name: _named(folder, name, source.split) for name in names}
-    if lost := [str(folder / name) for name, files in found.items() if files is None]:
+    found = {name: _named(source, folder, name) for name in names}
+    if lost := [str((folder / Path(name).expanduser()).absolute()) for name, files in found.items() if files is None]:
         raise DataError(f"{describe(source)}: no such file: {', '.join(lost)}")
     return [path for name in names for path in found[name] or ()]
 
 
-def _named(folder: Path, name: str, split: str) -> list[Path] | None:
-    """The files that a name or pattern in `data_files` matches; None where there is no match."""
+def _named(source: Source, folder: Path, name: str) -> list[Path] | None:
+    """The files that a name, a pattern or an address in `data_files` matches; None where there is no match."""
+    if is_address(name):
+        return find_files(_fetched(source, name), source.split)
+    name = str(Path(name).expanduser())
     if (folder / name).exists():
-        return find_files(folder / name, split)
+        return find_files(folder / name, source.split)
     files = [folder / found for found in glob.glob(name, root_dir=folder, recursive=True)]  # noqa: PTH207 - absolute, too
     return sorted((path for path in files if path.is_file()), key=content_hash) or None
+
+
+def left_out(source: Source, data: Path | None) -> str | None:
+    """The files in the source's own folder that are not read, and why, in one line; None where all are read."""
+    if source.is_generated or source.data_files or (data is not None and source.mirror is not None):
+        return None
+    folder = _own_folder(source)
+    if folder is None or not folder.is_dir():
+        return None
+    others = list_folder(folder, source.split).left_out
+    expected = {path: why for path, why in others.items() if not why.startswith("its name says")}
+    if not expected:  # a folder whose files are all named by splits
+        return None
+    return f"{describe(source)} does not read {why_left_out(others, folder)}"
+
+
+def anchored(source: S, folder: Path) -> S:
+    """The source with its local paths relative to a folder, in which `~` is the home folder."""
+
+    def local(text: str) -> str:
+        return text if is_address(text) else str(folder / Path(text).expanduser())
+
+    if source.path in BUILDERS:
+        if source.data_dir is not None:
+            return source.model_copy(update={"data_dir": local(source.data_dir)})
+        files = source.data_files
+        named = None if files is None else local(files) if isinstance(files, str) else [local(name) for name in files]
+        return source.model_copy(update={"data_files": named})
+    marked = source.path.startswith(("./", "../", "~")) or source.path in (".", "..")
+    if source.is_generated or is_address(source.path) or not (marked or (folder / source.path).exists()):
+        return source
+    return source.model_copy(update={"path": local(source.path)})
 
 
 def is_remote(source: Source, data: Path | None) -> bool:

@@ -33,8 +33,10 @@ def write_model_files(tokenizer: Path, model_max_length: int, *, chat: bool, out
 
 
 def export(name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-    """Write `base/` and `chat/` from the stages in `inputs`; `lineage` has all stages behind them."""
-    for kind, stage, evaluation in (("base", "pretrain", "evaluate_base"), ("chat", "finetune", "evaluate")):
+    """Write `base/`, and `chat/` of a chat model, from the stages in `inputs`; `lineage` has all stages behind them."""
+    kinds = {"base": ("pretrain", "evaluate_base"), "chat": ("finetune", "evaluate")}
+    kinds = {kind: stages for kind, stages in kinds.items() if stages[0] in inputs}
+    for kind, (stage, evaluation) in kinds.items():
         source, folder = inputs[stage].local(), out / kind
         folder.mkdir()
         for file in MODEL_FILES:
@@ -43,7 +45,7 @@ def export(name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Arti
         shutil.copyfile(inputs[evaluation].local() / "scores.json", folder / "scores.json")
         card = model_card(f"vectorclm-{name}-{kind}", kind, source, scores, lineage)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return {"base": "base", "chat": "chat"}
+    return {kind: kind for kind in kinds}
 
 
 def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], lineage: Mapping[str, Artifact]) -> str:

@@ -113,8 +113,10 @@ def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
 
 def _exported(export: Artifact, inside: str) -> tuple[str, str]:
     """Stage and fingerprint of the training whose model is at a path inside an export."""
-    stage = EXPORTED.get(inside.partition("/")[0], EXPORTED["chat"])
-    return stage, str(export.manifest.get("inputs", {}).get(stage))
+    inputs = export.manifest.get("inputs", {})
+    last = next((stage for stage in LANGUAGE_MODELS if stage in inputs), EXPORTED["chat"])
+    stage = EXPORTED.get(inside.partition("/")[0], last)
+    return stage, str(inputs.get(stage))
 
 
 def _training(model: Model, store: Store) -> Artifact | None:

@@ -22,6 +22,7 @@ from vectorclm.corpus.sources import (
     TaskSource,
     TextSource,
     describe,
+    left_out,
     local_files,
     local_place,
 )
@@ -53,7 +54,7 @@ def pin(
     _check_mirror(data)
     pinner = _Pinner(experiment.world, Lock(experiment_path.with_suffix(".lock.json")), data, resolve)
     texts = pinner.pin(experiment.sample.sources)
-    chats = pinner.pin(experiment.chat.sources)
+    chats = pinner.pin(experiment.chat_sources)
     tasks = pinner.pin(experiment.evaluate.tasks, sets=False)
     others = pinner.pin(experiment.sample.decontaminate_with, sets=False)
     texts, phases = _reweighted(experiment.sample.sources, texts, experiment.pretrain.phases)
@@ -61,7 +62,7 @@ def pin(
         update={
             "sample": experiment.sample.model_copy(update={"sources": texts, "decontaminate_with": others}),
             "pretrain": experiment.pretrain.model_copy(update={"phases": phases}),
-            "chat": experiment.chat.model_copy(update={"sources": chats}),
+            **({"chat": experiment.chat.model_copy(update={"sources": chats})} if experiment.chat is not None else {}),
             "evaluate": experiment.evaluate.model_copy(update={"tasks": tasks}),
         }
     )
@@ -94,7 +95,7 @@ def check_sources(experiment: ExperimentConfig, data: Path | None, *, hub: bool)
     """
     check_tasks(experiment.evaluate.tasks)
     sample = [*experiment.sample.sources, *experiment.sample.decontaminate_with]
-    for source in [*sample, *experiment.chat.sources, *experiment.evaluate.tasks]:
+    for source in [*sample, *experiment.chat_sources, *experiment.evaluate.tasks]:
         if hub or (source.revision or "").startswith("sha256:"):
             open_source(source, data, experiment.world, _columns(source))
 
@@ -183,7 +184,7 @@ class _Pinner:
                 places = ", ".join(str(local_place(source, self.data)) for source in (lost if sets else missing))
                 raise DataError(
                     f"{path if sets else 'the benchmarks'}: the mirror {self.data} has no files of it; "
-                    f"expected Parquet or JSON files at {places}"
+                    f"expected Parquet, JSON or text files at {places}"
                 )
             self.notes.append(_note(path, lost, left, sets))
         return kept
@@ -199,7 +200,10 @@ class _Pinner:
             if not files:
                 if self.data is not None and Path(place).is_relative_to(self.data):
                     return None
-                raise DataError(f"{describe(source)}: no Parquet or JSON files of this split at {place}")
+                instead = _instead(source, self.data)
+                raise DataError(f"{describe(source)}: no Parquet, JSON or text files of this split at {place}{instead}")
+            if (note := left_out(source, self.data)) is not None:
+                self.notes.append(note)
             found = revision_of(files)
         else:
             if (asked := source.revision or "").startswith("sha256:"):
@@ -211,6 +215,11 @@ class _Pinner:
         if asked.startswith("sha256:") and asked != found:
             raise DataError(f"{describe(source)} is pinned to {asked}, but the content is {found}")
         return found
+
+
+def _instead(source: Source, data: Path | None) -> str:
+    note = left_out(source, data)
+    return f"; it {note.removeprefix(describe(source)).strip()}" if note is not None else ""
 
 
 def _note(path: str, lost: Sequence[Source], left: Sequence[Source], sets: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
@@ -51,7 +52,7 @@ AttentionKind = Literal["causal"]
 class AttentionConfig(Settings):
     """The kind of attention, and the settings of each kind that has some."""
 
-    kind: AttentionKind = "causal"
+    kind: AttentionKind = Field("causal", description="Which keys a query attends to")
 
 
 @dataclass(frozen=True)

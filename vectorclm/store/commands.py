@@ -2,33 +2,24 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from rich.markup import escape
 
 from vectorclm.command_line import Json, StoreOptions, new_app, print_table, table
-from vectorclm.errors import StoreError
 from vectorclm.store.artifact import Store
 from vectorclm.store.gc import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
 from vectorclm.store.listing import take_inventory, verify
+from vectorclm.store.model_names import existing_store
 
 store_app = new_app("store", "List and verify a store, remove leftovers, create a store.")
-
-
-def _opened(uri: str) -> Store:
-    store = Store(uri)
-    store.check_reachable()
-    if store.is_local and not Path(store.root).is_dir():
-        raise StoreError(f"there is no store at {store.uri}: name one with --store or VECTORCLM_STORE")
-    return store
 
 
 @store_app.command(name="ls", help_epilogue="Example: vectorclm store ls --json")
 def list_store(*, place: StoreOptions = StoreOptions(), json: Json = False) -> None:
     """List artifacts, checkpoints of trainings in progress, and the processes that build something now."""
-    _list(_opened(place.store), as_json=json)
+    _list(existing_store(place.store), as_json=json)
 
 
 @store_app.command(name="verify", help_epilogue="Example: vectorclm store verify pretrain")
@@ -48,7 +39,7 @@ def verify_store(
     json: Json = False,
 ) -> int:
     """Read every byte and compare it with the manifests; exit code 1 for a difference."""
-    return _verify(_opened(place.store), list(addresses), discard=discard, as_json=json)
+    return _verify(existing_store(place.store), list(addresses), discard=discard, as_json=json)
 
 
 @store_app.command(name="gc", help_epilogue="Example: vectorclm store gc --older-than 12h --delete")
@@ -60,7 +51,7 @@ def collect_garbage(
     json: Json = False,
 ) -> None:
     """List the leftovers of killed processes; with --delete, remove them."""
-    _collect(_opened(place.store), seconds(older_than), delete=delete, as_json=json)
+    _collect(existing_store(place.store), seconds(older_than), delete=delete, as_json=json)
 
 
 @store_app.command(name="create", help_epilogue="Example: vectorclm store create --store s3://bucket/prefix")

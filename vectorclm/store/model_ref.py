@@ -21,6 +21,7 @@ MODEL_FILES = (
 )  # the files that scores depend on
 # An artifact of a store, or a folder inside an artifact.
 ADDRESS = re.compile(r"(?P<root>.+)/(?P<stage>[a-z_]+)/(?P<fingerprint>[0-9a-f]{64})(/(?P<inside>.+))?")
+CANDIDATES, CANDIDATE_DIGITS = 8, 12  # artifacts in a message, and digits of each
 SHORT = re.compile(r"((?P<root>.+)/)?(?P<stage>[a-z_]+)/(?P<start>[0-9a-f]{3,64})(/(?P<inside>.+))?")
 
 
@@ -98,7 +99,9 @@ def expand_prefix(address: str, store: Store | None = None) -> str:
     except Exception as error:  # each file system has errors of its own
         raise StoreError(f"{place.uri} cannot be read: {str(error) or type(error).__name__}") from error
     if len(found) > 1:
-        raise ConfigError(f"{address} matches {len(found)} artifacts of {place.uri}: write more digits")
+        names = ", ".join(f"{match['stage']}/{name[:CANDIDATE_DIGITS]}" for name in found[:CANDIDATES])
+        more = f" and {len(found) - CANDIDATES:,} more" if len(found) > CANDIDATES else ""
+        raise ConfigError(f"{address} matches {len(found)} artifacts of {place.uri}: {names}{more}; write more digits")
     if not found:
         raise DataError(f"{place.uri} has no finished {match['stage']}/{match['start']}…")
     return "/".join([place.uri, match["stage"], found[0], *([match["inside"]] if match["inside"] else [])])

@@ -15,7 +15,7 @@ ScheduleKind = Literal["cosine", "warmup_stable_decay"]
 class ScheduleConfig(Settings):
     """The learning rate's factor over the steps: a linear warm-up, then a fall to the floor."""
 
-    kind: ScheduleKind = "cosine"
+    kind: ScheduleKind = Field("cosine", description="Shape of the fall after the warm-up")
     warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps in the warm-up")
     floor: float = Field(0.1, ge=0, le=1, description="Learning rate of the last step, as a share of the peak")
     decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in the decay; warmup_stable_decay only")
