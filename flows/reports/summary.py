@@ -29,6 +29,7 @@ from vectorclm.store.artifact import Artifact, Store, default_store
 from vectorclm.store.layout import EXPORT
 
 ANSWERS = 3  # number of sample answers shown
+WIDE = 70  # columns from which the scores have their standard errors
 BASELINES = ("chance", "counting")  # accuracies without a model: of a blind guess, and of counting words
 SCORED = {MODELS[training]: stage for stage, training in EVALUATED.items()}  # kind of a model -> its evaluation
 TITLES = {MODELS[training]: BY_NAME[training].result for training in EVALUATED.values()}
@@ -76,7 +77,7 @@ class Summary:
         tasks, lines = self.scores["base"]["tasks"], list[str]()
         if tasks:
             baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
-            lines.append(f"| held-out questions | {' | '.join(baselines)} | {heads} |")
+            lines.append(f"| questions | {' | '.join(baselines)} | {heads} |")
             lines.append(f"|---|{'---:|' * len(baselines)}{rules}")
         for label, task in tasks.items():
             values = [task.get(name) for name in baselines]
@@ -112,7 +113,8 @@ class Summary:
                 console.print(f"[dim]{heading:<11}[/] {escape(place)}", soft_wrap=True, highlight=False)
             console.print()
         console.print(self._headline(), highlight=False)
-        console.print(self._tasks() if self.scores["base"]["tasks"] else self._texts())
+        console.print(self._tasks(console.width) if self.scores["base"]["tasks"] else self._texts())
+        console.print(self._ends(), highlight=False)
         console.print(self._answers())
         console.print("\n[dim]next[/]")
         for line in self.next_commands():
@@ -169,20 +171,26 @@ class Summary:
             shown.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in self.titles))
         return shown
 
-    def _tasks(self) -> RenderableType:
+    def _tasks(self, width: int) -> RenderableType:
         """The scores of multiple choice beside a blind guess and, where it was measured, beside counting words."""
-        tasks, counts = self.scores["base"]["tasks"], self.scores[self.last].get("chat")
+        tasks, narrow = self.scores["base"]["tasks"], width < WIDE
         baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
-        shown = table("held-out questions", *(f"{name} >" for name in (*baselines, *self.titles.values())))
-        shown.columns[0].no_wrap = True
+        shown = table("questions", *(f"{name} >" for name in (*baselines, *self.titles.values())))
+        if narrow:
+            shown.box, shown.padding = None, (0, 1, 0, 0)
+        for column in shown.columns[: 1 + len(baselines)]:
+            column.no_wrap = True
         for label, task in tasks.items():
             found = [self.scores[kind]["tasks"][label] for kind in self.titles]
-            figures = [f"[bold]{item['acc']:.1%}[/] ± {item['stderr']:.1%}" for item in found]
+            errors = [""] * len(found) if narrow else [f" ± {item['stderr']:.1%}" for item in found]
+            figures = [f"[bold]{item['acc']:.1%}[/]{error}" for item, error in zip(found, errors, strict=True)]
             shown.add_row(label, *(f"{task[name]:.1%}" if name in task else "" for name in baselines), *figures)
-        if counts:
-            share = f"[bold]{counts['answered_in_template']} of {counts['prompts']}[/]"
-            shown.add_row("ends its answers", *([""] * (len(baselines) + len(self.titles) - 1)), share)
         return shown
+
+    def _ends(self) -> str:
+        """How often the chat model ends its answers; empty for a base model."""
+        counts = self.scores[self.last].get("chat")
+        return f"ends its answers: {counts['answered_in_template']} of {counts['prompts']}\n" if counts else ""
 
     def _instructions(self) -> list[RenderableType]:
         names = [f"{title} >" for title in self.titles.values()]
