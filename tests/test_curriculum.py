@@ -181,7 +181,7 @@ def test_mlflow_has_a_run_for_the_curriculum_and_one_a_stage(first: SimpleNamesp
         assert (tags["attempt"], tags["host"]) == ("1", socket.gethostname()) and tags["dirty"] in ("true", "false")
         assert tags["device"] == "cpu"
     assert built["sample"].data.tags["mlflow.parentRunId"] == oldest.info.run_id
-    assert oldest.data.metrics["base/acc.world"] == first.result["scores"]["multiple_choice"]
+    assert oldest.data.metrics["base/acc.world"] == first.result["scores"]["base"]["tasks"]["world"]["acc"]
     page = first.store / "reports" / f"{first.result['stages']['export']['fingerprint']}.html"
     assert "<svg" in page.read_text() and "mini: chat model" in page.read_text()
     assert "report.html" in [item.path for item in first.client.list_artifacts(oldest.info.run_id)]
@@ -258,7 +258,7 @@ def test_mlflow_links_data_and_models(first: SimpleNamespace) -> None:
         f"tags.fingerprint = '{first.result['stages']['pretrain']['fingerprint']}'",
     )
     metrics = {metric.key: metric.value for metric in model.metrics}
-    assert metrics["tasks.world.acc"] == first.result["scores"]["multiple_choice"]
+    assert metrics["tasks.world.acc"] == first.result["scores"]["base"]["tasks"]["world"]["acc"]
 
 
 def test_a_second_run_reuses_every_stage_and_registers_nothing(first: SimpleNamespace) -> None:

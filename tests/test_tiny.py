@@ -148,11 +148,12 @@ def test_the_screen_is_that_of_the_page(result: dict[str, Any], monkeypatch: pyt
     (page,) = (block for block in fenced(README) if "tiny: a chat model" in block)
     varying = r"\d+\.\d%|\d+ of 100|built in .*|\S*vectorclm "
     shown, expected = (re.sub(varying, "…", text) for text in (screens[False], page))
-    asked = [f"you    {prompt}" for prompt in EXPERIMENT.evaluate.prompts]
-    answers = {line for line in shown.splitlines() if line.startswith("model")}
-    lines = [{" ".join(line.split()) for line in text.splitlines()} - answers for text in (shown, expected)]
-    assert lines[0] == {line for line in lines[1] if not line.startswith("model")} and set(asked) <= lines[0]
-    assert len(answers) == 3 and {"finetune", "lessons", "artifacts"} <= set(screens[True].split())
+    lines = [[" ".join(line.split()) for line in text.splitlines()] for text in (shown, expected)]
+    answers = [line for line in lines[0] if line.startswith("model ")]
+    kept = [[line for line in text if line and not line.startswith("model ")] for text in lines]
+    assert kept[0] == kept[1] and len(answers) == 3
+    assert all(f"you {prompt}" in kept[0] for prompt in EXPERIMENT.evaluate.prompts)
+    assert {"finetune", "lessons", "artifacts"} <= set(screens[True].split())
     assert "mlflow ui --backend-store-uri" in screens[True]
     line = screens[False].partition("next\n")[2].splitlines()[0]
     talk = subprocess.run(shlex.split(line), input=f"{ASKED}\n", capture_output=True, text=True, check=False)

@@ -242,7 +242,7 @@ def test_a_weight_that_fp16_cannot_hold_is_refused(folder: Path, tmp_path: Path)
     with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj.* f16 cannot hold: export it as f32"):
         export_gguf(find_model(str(other)), "f16", tmp_path / "x.gguf")
     export_gguf(find_model(str(other)), "f32", tmp_path / "x.gguf")
-    export_gguf(find_model(str(other)), "q8_0", tmp_path / "x.gguf")  # its blocks have a scale each
+    export_gguf(find_model(str(other)), "q8_0", tmp_path / "y.gguf")  # its blocks have a scale each
 
 
 def test_the_bench_takes_documents_from_everywhere_and_asks_for_a_model(capsys: pytest.CaptureFixture[str]) -> None:
