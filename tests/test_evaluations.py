@@ -151,19 +151,11 @@ def test_two_models_are_compared_on_the_same_items(
     found = json.loads(said)
     assert (found["before"], found["after"]) == tuple(result["uri"] for result in results)
     scores = {score["score"]: score for score in found["scores"]}
+    tasks, parts = ("", ".world", ".world-two-step"), ("", ".stories", ".lessons")
     assert set(scores) == {
-        "acc",
-        "acc.world",
-        "acc.world-two-step",
-        "acc_norm",
-        "acc_norm.world",
-        "acc_norm.world-two-step",
-        "bits_per_byte.stories",
-        "followed",
-        "followed_content",
-        "followed_form",
-        "bits_per_byte.lessons",
-        "bits_per_byte",
+        *(f"{name}{task}" for name in ("acc", "acc_norm") for task in tasks),
+        *(f"bits_per_byte{part}" for part in parts),
+        *("followed", "followed_content", "followed_form"),
     }
     rows = [pq.read_table(Path(result["uri"]) / "items.parquet").to_pylist() for result in results]
     changed = [b["correct"] - a["correct"] for a, b in zip(*rows, strict=True) if a["task"] == "world"]
