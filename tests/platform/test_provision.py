@@ -56,10 +56,8 @@ SMALL = {
     "pretrain": {"tokens": 32_768},
     "finetune": {"epochs": 0.02},
     "evaluate": {"chat_prompts": 3},
-    "settings": {
-        "evaluate.tasks.0.limit": 8,
-        "evaluate.tasks.1.limit": 8,
-    },  # of its own evaluation; the suite is that of the file
+    # of its own evaluation; the suite is that of the file
+    "settings": {"evaluate.tasks.0.limit": 8, "evaluate.tasks.1.limit": 8},
 }
 QUICK = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}  # of a scheduled evaluation
 
