@@ -348,10 +348,8 @@ def test_the_beginning_of_a_fingerprint_is_enough(made: SimpleNamespace, monkeyp
     remote = Store("memory://beginnings")
     for end in "01":
         remote.write(f"finetune/abc{end * 61}/x", b"")
-    with pytest.raises(
-        ConfigError,
-        match=r"abc matches 2 artifacts of memory://beginnings: finetune/abc0{9}, finetune/abc1{9}; write more digits",
-    ):
+    candidates = r"finetune/abc0{9}, finetune/abc1{9}; write more digits"
+    with pytest.raises(ConfigError, match=rf"abc matches 2 artifacts of memory://beginnings: {candidates}"):
         find_model("memory://beginnings/finetune/abc")
     assert expand_prefix("memory://beginnings/finetune/abc1/chat") == f"memory://beginnings/finetune/abc{'1' * 61}/chat"
     with pytest.raises(DataError, match="beginnings has no finished finetune/abd"):
