@@ -209,10 +209,13 @@ def show_lineage(
     place: StoreOptions = StoreOptions(),
     verify: Annotated[bool, Parameter(help="Hash every file again; exit code 1 if one differs")] = False,
     diff: Annotated[str | None, Parameter(help="Print the differences from this model, setting by setting")] = None,
+    uses: Annotated[str | None, Parameter(help="Print the models trained on a source: label, path, revision")] = None,
     json: Json = False,
 ) -> int:
-    """Print the lineage of a model, back to its sources."""
+    """Print the lineage of a model, back to its sources; or the models that were trained on a source."""
     found = existing_store(place.store)
+    if uses is not None:
+        return lineage_cli.print_users(uses, model, found, as_json=json)
     return lineage_cli.print_lineage(lookup.named_model(model, found), found, verify=verify, diff=diff, as_json=json)
 
 

@@ -1,8 +1,9 @@
-"""The handle that a stage returns to its flow, and the names of the Prefect states and events."""
+"""The handle that a stage returns to its flow, the errors of a stage, and the names of Prefect's states and events."""
 
 import time
 from typing import TypedDict
 
+from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Artifact
 
 RESCUED = "Rescued"  # the state that an automation sets on a crashed run
@@ -18,6 +19,18 @@ class Handle(TypedDict):
     uri: str
     state: str  # built, reused
     seconds: float
+
+
+class StageFailedError(VectorCLMError):
+    """A stage failed; the message says why and what to do."""
+
+
+class StageInterruptedError(StageFailedError):
+    """A stage was ended from outside, killed or after a checkpoint: another attempt continues where it stopped."""
+
+
+class StageCancelledError(StageFailedError):
+    """A stage was ended because its curriculum ends."""
 
 
 def duration(seconds: float) -> str:

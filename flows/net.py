@@ -41,10 +41,8 @@ def answers(url: str) -> bool:
 
     try:
         where = httpx.URL(url)
-        direct, safe = (
-            where.host in ("127.0.0.1", "localhost"),
-            where.scheme == "https",
-        )  # else no certificates are read
+        direct = where.host in ("127.0.0.1", "localhost")
+        safe = where.scheme == "https"  # else no certificates are read
         found = httpx.get(where, timeout=5, trust_env=not direct, verify=safe, follow_redirects=True)
         return found.status_code == httpx.codes.OK
     except (httpx.HTTPError, httpx.InvalidURL, OSError):  # OSError: a file of certificates that is not there

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import pytest
 import s3fs
@@ -44,6 +44,26 @@ PROCESSES.set_forkserver_preload(
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 SEED = int(os.environ.get("VECTORCLM_SEED", "0"))  # chooses the cell of each slow kind that `make test` runs
 
+# The files that take minutes, the longest first: they wait more than they compute, so others fill their time.
+LONGEST = (
+    "platform/test_platform.py",
+    "platform/test_database.py",
+    "platform/test_provision.py",
+    "test_tiny.py",
+    "test_curriculum.py",
+    "shards/test_block_readers.py",
+    "platform/test_doctor.py",
+    "store/test_storage.py",
+    "training/test_checkpoint.py",
+    "runtime/test_preemption.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that none of them runs alone at the end."""
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 def following(name: str) -> set[str]:
     """A stage and all stages that depend on it."""
@@ -51,6 +71,11 @@ def following(name: str) -> set[str]:
     for stage in TABLE:
         found |= {stage.name} if found & {*stage.inputs} else set()
     return found
+
+
+def skip_or_fail(missing: str) -> NoReturn:
+    """Skip a test that lacks something, and name the command that installs it; fail where CI=true."""
+    pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
 
 
 T = TypeVar("T")
@@ -84,8 +109,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """Ceph's gateway, one for all tests of a process; they keep apart by the prefix of their stores."""
     missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
     if missing:
-        told = f"no S3 server here: apt-get install --no-install-recommends {' '.join(missing)}"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail(f"no S3 server here: apt-get install --no-install-recommends {' '.join(missing)}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -150,8 +174,7 @@ def chromium(width: int, height: int, arguments: Sequence[str] = (), **capabilit
     """A real browser without a screen, where one is installed."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (program and driver):
-        told = "no browser here: apt-get install chromium chromium-driver"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail("no browser here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     own = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}")
@@ -270,8 +293,7 @@ def llama_cpp(file: Path) -> "LlamaCpp":
     from vectorclm.export.llama_cpp import INSTALL, LlamaCpp
 
     if find_spec("xllamacpp") is None:
-        told = f"llama.cpp is not installed: {INSTALL}"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail(f"llama.cpp is not installed: {INSTALL}")
     return LlamaCpp(file)
 
 
@@ -335,8 +357,7 @@ def write_mirror(folder: Path) -> None:
 def sandboxed() -> Sandbox:
     """The sandbox of this system, for programs that must not run without one."""
     if (found := find_sandbox()).problem:
-        told = f"no sandbox here ({found.problem}): apt-get install bubblewrap libseccomp2"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail(f"no sandbox here ({found.problem}): apt-get install bubblewrap libseccomp2")
     return found
 
 

@@ -23,6 +23,9 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from flows.handle import StageCancelledError as StageCancelledError
+from flows.handle import StageFailedError as StageFailedError
+from flows.handle import StageInterruptedError as StageInterruptedError
 from flows.net import SAFE_PATH, neutral
 from vectorclm import errors
 from vectorclm.errors import PreemptedError, VectorCLMError
@@ -36,18 +39,6 @@ TAIL_LINES = 30  # log lines that an error message quotes
 
 # The same as `setpriv --pdeathsig TERM`, for systems without it: SIGTERM when the parent dies (prctl 1).
 PDEATHSIG = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
-
-
-class StageFailedError(VectorCLMError):
-    """A stage failed; the message says why and what to do."""
-
-
-class StageInterruptedError(StageFailedError):
-    """A stage was ended from outside, killed or after a checkpoint: another attempt continues where it stopped."""
-
-
-class StageCancelledError(StageFailedError):
-    """A stage was ended because its curriculum ends."""
 
 
 def device_names(dev: Path = Path("/dev")) -> list[str]:

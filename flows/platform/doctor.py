@@ -80,7 +80,7 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
     for name, link in (
         ("run the curriculum", form),
         ("Prefect", config.prefect_url),
-        ("MLflow", f"{config.mlflow_url}/?workflowType=machine_learning"),
+        ("MLflow", f"{config.mlflow_url}/#/experiments?workflowType=machine_learning"),
         ("store", Store(config.vectorclm_store).uri),
         ("logs", str(config.home / "platform")),
     ):

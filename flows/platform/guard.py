@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 import uvicorn
 from starlette.types import ASGIApp
 
+from flows.platform.mlflow_pages import TrainingPages
 from flows.platform.password import is_complete
 from vectorclm.errors import ConfigError
 from vectorclm.inference.guard import LOOPBACK, Guard, allowed_hosts
@@ -32,14 +33,14 @@ def mlflow_app() -> ASGIApp:
     """MLflow's server without passwords, behind the guard."""
     from mlflow.server.fastapi_app import app
 
-    return Guard(app, allowed_hosts(os.environ))
+    return Guard(TrainingPages(app), allowed_hosts(os.environ))
 
 
 def mlflow_app_with_users() -> ASGIApp:
     """MLflow's server with users and passwords, behind the guard."""
     from mlflow.server.auth import create_app
 
-    return Guard(create_app(), allowed_hosts(os.environ))
+    return Guard(TrainingPages(create_app()), allowed_hosts(os.environ))
 
 
 def serve_prefect(arguments: Sequence[str]) -> None:

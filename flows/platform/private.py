@@ -9,7 +9,7 @@ import os
 import pwd
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vectorclm.errors import ConfigError
@@ -23,11 +23,8 @@ def create_folder(folder: Path) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise ConfigError where other users control a folder; a missing folder is fine."""
-    try:
-        with opened_folder(folder):
-            pass
-    except FileNotFoundError:
-        return
+    with suppress(FileNotFoundError), opened_folder(folder):
+        pass
 
 
 @contextmanager

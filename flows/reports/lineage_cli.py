@@ -10,12 +10,25 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.tree import Tree
 
-from flows.tracking.lookup import opened, recorded
+from flows.tracking.lookup import opened, recorded, versions
 from vectorclm.command_line import FILE_WIDTH
-from vectorclm.errors import VectorCLMError
-from vectorclm.lineage.chain import SHORT, Change, Lineage, Node, as_object, changes, describe_node, score_facts, verify
+from vectorclm.errors import ConfigError, VectorCLMError
+from vectorclm.lineage.chain import (
+    SHORT,
+    Change,
+    Lineage,
+    Node,
+    as_object,
+    changes,
+    describe_node,
+    models_that_read,
+    score_facts,
+    verify,
+)
+from vectorclm.stages import BY_NAME
 from vectorclm.store.artifact import Store
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
@@ -125,3 +138,32 @@ def print_lineage(model: str, store: Store, *, verify: bool, diff: str | None, a
             raise VectorCLMError("--diff and --verify exclude each other: give one of them")
         return print_differences(diff, model, store, console, as_json=as_json)
     return run(model, store, console, check=verify, as_json=as_json)
+
+
+def print_users(source: str, model: str | None, store: Store, *, as_json: bool) -> int:
+    """Print the models of a store that were trained on a source, oldest first, with their registered versions.
+
+    Raises ConfigError where a model is named as well.
+    """
+    if model is not None:
+        raise ConfigError("name a model, or a source by --uses, not both")
+    found = models_that_read(source, store)
+    registered, why = versions(dict.fromkeys(user.fingerprint for user, _ in found), store)
+    if as_json:
+        fields = [
+            {"model": user.uri, **read._asdict(), "versions": registered.get(user.fingerprint, [])}
+            for user, read in found
+        ]
+        print(json.dumps(fields, ensure_ascii=False))
+        return 0
+    table = Table("model", "", "source", "revision", "registered", box=None, pad_edge=False)
+    for user, read in found:
+        names = ", ".join(registered.get(user.fingerprint, ())) or "-"
+        address = f"{user.stage}/{user.fingerprint[:SHORT]}"
+        label = f"{read.label} ({read.path})" if read.path else read.label
+        table.add_row(address, BY_NAME[user.stage].result, escape(label), escape(read.revision), escape(names))
+    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    console.print(table, highlight=False)
+    if why:
+        console.print(why, style="dim", highlight=False, markup=False, soft_wrap=True)
+    return 0

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from flows.handle import Handle, duration
 from flows.net import without_password
-from flows.tracking.client import tracking_uri
+from flows.tracking.client import EXPERIMENTS_PAGE, tracking_uri
 from vectorclm.command_line import table
 from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
@@ -211,7 +211,7 @@ class Summary:
         return Text.from_markup("\n".join(lines))
 
     def _places(self) -> list[tuple[str, str]]:
-        uri, page = tracking_uri(self.store), "/?workflowType=machine_learning"
+        uri, page = tracking_uri(self.store), f"/{EXPERIMENTS_PAGE}"
         if uri.startswith("sqlite:"):
             look = [("MLflow", command("mlflow", "ui", "--backend-store-uri", uri, "--port", "5000"))]
             look += [("", f"http://localhost:5000{page}")]

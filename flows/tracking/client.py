@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.paths import local_folder
+from vectorclm.errors import VectorCLMError
 from vectorclm.stages import MODELS
 from vectorclm.store.artifact import Store
 
@@ -12,6 +13,10 @@ NOTE = "mlflow.note.content"  # the tag with the description of a run or an expe
 ALIAS = "candidate"
 CHAMPION = "champion"
 REGISTERED = {stage: f"vectorclm-{model}" for stage, model in MODELS.items()}
+
+
+class RegistryError(VectorCLMError):
+    """MLflow does not answer, or cannot be used; the message says what to do."""
 
 
 class NotOpenError(Exception):
@@ -28,9 +33,13 @@ EVENT_LENGTH = 5000  # of a tag, in every version of MLflow from 2.0 on
 BATCH = 900  # metrics in one request; MLflow takes 1,000
 
 
+TRAINING_VIEW = "?workflowType=machine_learning"  # MLflow's view for training, not for prompts
+EXPERIMENTS_PAGE = f"#/experiments{TRAINING_VIEW}"
+
+
 def run_page(experiment_id: str, run_id: str) -> str:
     """The path of a run's page in MLflow's UI, in the view for machine learning, not for prompts."""
-    return f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    return f"#/experiments/{experiment_id}/runs/{run_id}{TRAINING_VIEW}"
 
 
 def readable(line: Mapping[str, Any]) -> dict[str, float]:
@@ -43,7 +52,7 @@ def readable(line: Mapping[str, Any]) -> dict[str, float]:
             for label, figures in line["validation"].items()
             for figure, value in figures.items()
         }
-    return {f"train/{key}": float(value) for key, value in line.items() if key not in ("step", "tokens")}
+    return {f"train/{key}": float(value) for key, value in line.items() if key != "step"}
 
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

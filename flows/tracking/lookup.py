@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def _registered(address: str, store: Store) -> str:
 
 def has_record(store: Store) -> bool:
     """Whether there is an MLflow server or database that may know the models of a store."""
-    return "MLFLOW_TRACKING_URI" in os.environ or (local_folder(store) / "mlflow.db").is_file()
+    return "MLFLOW_TRACKING_URI" in os.environ or (local_folder(store) / "mlflow.db").exists()
 
 
 def recorded(found: Lineage, store: Store) -> "tuple[Record | None, str]":
@@ -64,3 +65,16 @@ def recorded(found: Lineage, store: Store) -> "tuple[Record | None, str]":
         return record_of(Registry(store), found), ""
     except RegistryError as error:
         return None, str(error)
+
+
+def versions(fingerprints: Iterable[str], store: Store) -> tuple[dict[str, list[str]], str]:
+    """The registered versions of artifacts by fingerprint; where there are none to be known, also the reason."""
+    if not has_record(store):
+        return {}, "no MLflow: set MLFLOW_TRACKING_URI for registered versions"
+    from flows.tracking.recorded_lineage import registered_versions
+    from flows.tracking.registry import Registry, RegistryError
+
+    try:
+        return registered_versions(Registry(store), fingerprints), ""
+    except RegistryError as error:
+        return {}, str(error)

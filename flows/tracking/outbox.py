@@ -9,6 +9,8 @@ from collections.abc import Callable
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, REQUEST_LIMIT_EXCEEDED, TEMPORARILY_UNAVAILABLE, ErrorCode
 
+from flows.tracking.database import DatabaseLockedError
+
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0  # between two calls of `idle`
@@ -88,7 +90,9 @@ class Outbox:
 
 def _passes(error: Exception) -> bool:
     """Whether the same request may succeed later."""
-    return isinstance(error, OSError) or (isinstance(error, MlflowException) and error.error_code in PASSING)
+    return isinstance(error, OSError | DatabaseLockedError) or (
+        isinstance(error, MlflowException) and error.error_code in PASSING
+    )
 
 
 def _nothing() -> None:

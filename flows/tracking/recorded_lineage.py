@@ -1,13 +1,13 @@
 """The lineage of a model as MLflow recorded it: versions, runs, their data sets and models."""
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from flows.tracking.registry import Registry
 from vectorclm.lineage.chain import Lineage
@@ -32,21 +32,26 @@ def record_of(registry: Registry, found: Lineage) -> Record:
         for node in found.nodes.values():
             if (run := walker.run(node.stage, node.fingerprint)) is not None:
                 runs[node.fingerprint] = registry.page(run.info.experiment_id, run.info.run_id)
-        versions = {}
-        for fingerprint in found.nodes:
+    return Record(runs, registered_versions(registry, found.nodes), names)
+
+
+def registered_versions(registry: Registry, fingerprints: Iterable[str]) -> dict[str, list[str]]:
+    """The registered versions of artifacts by fingerprint, as `vectorclm-chat 3 @champion`."""
+    versions = {}
+    with registry.asked():
+        for fingerprint in fingerprints:
             query = f"tags.fingerprint = '{fingerprint}'"
             if known := [_title(registry, version) for version in registry.client.search_model_versions(query)]:
                 versions[fingerprint] = sorted(known)
-    return Record(runs, versions, names)
+    return versions
 
 
 def registered_names(registry: Registry, address: str) -> Any:
     """The lineage of a registered model from MLflow alone, without a store: nested names (see `Node.names`)."""
     version = registry.version(address)
-    match = re.fullmatch(r"models:/(m-[0-9a-f]+)", version.source or "")
     with registry.asked(address):
-        tags = registry.client.get_logged_model(match[1]).tags if match is not None else {}
-        return _Walker(registry).names(tags.get("stage", ""), version.tags["fingerprint"])
+        tags = registry.tags(version)
+        return _Walker(registry).names(tags.get("stage", ""), tags["fingerprint"])
 
 
 def _title(registry: Registry, version: ModelVersion) -> str:
@@ -86,7 +91,12 @@ class _Walker:
             else:
                 sources.append([item.dataset.name, place["revision"]])
         for model in run.inputs.model_inputs:
-            tags = self.client.get_logged_model(model.model_id).tags
+            try:
+                tags = self.client.get_logged_model(model.model_id).tags
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None  # a person deleted the record of an input
             inputs.append((tags["stage"], tags["fingerprint"]))
         return {
             "stage": stage,

@@ -11,14 +11,20 @@ from typing import Any
 
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelInput, Metric
+from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from flows.net import answers, without_password
 from flows.paths import local_folder
 from flows.tracking.client import ALIAS, CHAMPION, VALUE_LENGTH, run_page, tracking_uri
-from vectorclm.errors import ConfigError, VectorCLMError
+from flows.tracking.client import RegistryError as RegistryError
+from flows.tracking.database import check_database, relocate, sqlite_path
+from flows.tracking.datasets import dataset_of, measured_on, named
+from flows.tracking.experiments import open_experiment
+from flows.tracking.item_tables import log_item_tables
+from vectorclm.errors import ConfigError
 from vectorclm.evaluation.statistics import Figure, figures
 from vectorclm.lineage.chain import Node
 from vectorclm.settings import digest
@@ -29,10 +35,6 @@ EVALUATIONS = "evaluations"  # MLflow's experiment
 STDERR = "stderr."  # prefix of a metric that is the standard error of another
 SHOWN = 10  # number of results of a suite that are compared
 REGISTERED_MODEL = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
-
-
-class RegistryError(VectorCLMError):
-    """MLflow does not answer: a retry may help."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class Registry:
 
     def __init__(self, store: Store) -> None:
         self.store, self.uri = store, tracking_uri(store)
-        with self.asked(), _migrating_alone(local_folder(store)):
+        folder = local_folder(store)
+        with self.asked(), _migrating_alone(folder):
+            check_database(self.uri)
+            relocate(self.uri, folder)
             self.client = MlflowClient(self.uri)
 
     def find(self, address: str) -> Subject:
@@ -74,9 +79,36 @@ class Registry:
             name = f"{match['stage']}/{match['fingerprint'][:12]}" if match is not None else address
             return Subject(name, name, address, None)
         version = self.version(address)
-        if not (place := version.tags.get("uri")):
-            raise ConfigError(f"{address} was registered by another program: name the folder of its files instead")
-        return Subject(version.name, f"{version.name} {version.version}", place, _logged_model(version))
+        return Subject(version.name, f"{version.name} {version.version}", self.place(version), logged_model(version))
+
+    def place(self, version: ModelVersion) -> str:
+        """The address of a version's files: in the store at hand where it has the fingerprint, else where it was built.
+
+        Raises ConfigError where neither has it, or another program registered the version.
+        """
+        tags, title = self.tags(version), f"{version.name} {version.version}"
+        if not (recorded := tags.get("uri")):
+            raise ConfigError(f"{title} was registered by another program: name the folder of its files instead")
+        if (match := _in_store(recorded)) is None or match["root"] == self.store.uri:
+            return recorded
+        here = self.store.look_up(match["stage"], match["fingerprint"])
+        if here is not None:
+            return here.uri
+        if "://" not in recorded and not Path(recorded).exists():
+            raise ConfigError(
+                f"{self.store.uri} has no {match['stage']}/{match['fingerprint']}, and {match['root']}, where {title} "
+                "was built, is gone: name its store with --store"
+            )
+        return recorded
+
+    def tags(self, version: ModelVersion) -> dict[str, str]:
+        """The tags of a version and, where MLflow itself registered it, those of its logged model."""
+        if "uri" in version.tags or (model_id := logged_model(version)) is None:
+            return dict(version.tags)
+        try:
+            return {**self.client.get_logged_model(model_id).tags, **version.tags}
+        except MlflowException:  # deleted
+            return dict(version.tags)
 
     def version(self, address: str) -> ModelVersion:
         """The version that `models:/name@alias` or `models:/name/version` names; raises ConfigError without one."""
@@ -111,7 +143,7 @@ class Registry:
         if subject.model_id is not None or match is None:
             return subject.model_id
         found = self.client.search_model_versions(f"tags.fingerprint = '{match['fingerprint']}'", max_results=1)
-        return _logged_model(found[0]) if found else None
+        return logged_model(found[0]) if found else None
 
     def history(self, subject: Subject, settings: Mapping[str, Any]) -> list[Result]:
         """The last results of a subject with these settings of a suite, newest first."""
@@ -159,8 +191,16 @@ class Registry:
             run_id, now = run.info.run_id, run.info.start_time
             if (model_id := self._model_id(subject)) is not None:
                 self.client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
-            metrics = [Metric(key, value, now, 0, model_id) for key, value in values.items()]
+            data = measured_on(artifact, self.store, "")
+            context = [InputTag("mlflow.data.context", f"suite {settings['suite']}")]
+            sets = {(item.name, item.digest): DatasetInput(item, context) for item in data.values()}
+            self.client.log_inputs(run_id, datasets=list(sets.values()))
+            metrics = [
+                Metric(key, value, now, 0, model_id, *named(dataset_of(key.removeprefix(STDERR), data)))
+                for key, value in values.items()
+            ]
             self.client.log_batch(run_id, metrics=metrics)
+            log_item_tables(self.client, run_id, artifact)
             self.client.set_terminated(run_id)
         return self.page(experiment_id, run_id)
 
@@ -182,7 +222,7 @@ class Registry:
             runs = self.client.search_runs([self._experiment_id()], recorded) if found else []
         if not found or any(run.data.tags.get("model") == address[:VALUE_LENGTH] for run in runs):
             return None
-        subject = Subject(found[0].name, f"{found[0].name} {found[0].version}", address, _logged_model(found[0]))
+        subject = Subject(found[0].name, f"{found[0].name} {found[0].version}", address, logged_model(found[0]))
         return self.record(subject, artifact, None)
 
     def champion(self, name: str) -> ModelVersion | None:
@@ -204,7 +244,7 @@ class Registry:
             experiment_id = self._experiment_id()
             title = f"{version.name} {version.version} against {about['over']}"
             run = self.client.create_run(
-                experiment_id, tags={**tags, "fingerprint": version.tags["fingerprint"]}, run_name=title
+                experiment_id, tags={**tags, "fingerprint": self.tags(version)["fingerprint"]}, run_name=title
             )
             columns = {key: [row[key] for row in rows] for key in rows[0]}
             self.client.log_table(run.info.run_id, columns, "comparison.json")
@@ -216,11 +256,8 @@ class Registry:
         return self.page(experiment_id, run.info.run_id)
 
     def _experiment_id(self) -> str:
-        if (found := self.client.get_experiment_by_name(EVALUATIONS)) is not None:
-            return str(found.experiment_id)
-        own = self.uri.startswith("sqlite:")
-        place = Path(local_folder(self.store), "mlartifacts").as_uri() if own else None
-        return str(self.client.create_experiment(EVALUATIONS, artifact_location=place))
+        folder = local_folder(self.store) if sqlite_path(self.uri) is not None else None
+        return open_experiment(self.client, EVALUATIONS, folder).experiment_id
 
     @contextmanager
     def asked(self, address: str = "") -> Iterator[None]:
@@ -235,6 +272,9 @@ class Registry:
                     f"registers vectorclm-base and vectorclm-chat, the newest as @{ALIAS}"
                 ) from error
             raise RegistryError(f"MLflow at {without_password(self.uri)} does not answer: {first}") from error
+        except (SQLAlchemyError, OSError) as error:
+            first = without_password(str(error).strip().partition("\n")[0])[:200]
+            raise RegistryError(f"MLflow at {without_password(self.uri)} cannot be used: {first}") from error
 
 
 @contextmanager
@@ -254,7 +294,7 @@ def _in_store(address: str) -> re.Match[str] | None:
     return match if match is not None and match["inside"] is None else None
 
 
-def _logged_model(version: ModelVersion) -> str | None:
+def logged_model(version: ModelVersion) -> str | None:
     """The logged model of a version; MLflow keeps its id only in the version's source."""
     match = re.fullmatch(r"models:/(m-[0-9a-f]+)", version.source or "")
     return match[1] if match is not None else None

@@ -5,6 +5,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -22,20 +23,27 @@ from vectorclm.store.artifact import Artifact, StageSpec, Store
 PARAM_BATCH = 90  # parameters in one request; MLflow takes 100
 
 
+@dataclass(eq=False)
 class Session:
     """A client of MLflow and the ids of the curriculum's runs."""
 
-    def __init__(
-        self,
-        store: Store,
-        experiment: ExperimentConfig,
-        plans: Mapping[str, StageSpec],
-        flow_run_id: str | None = None,
-    ) -> None:
-        self.store, self.experiment, self.plans = store, experiment, plans
+    store: Store
+    experiment: ExperimentConfig
+    plans: Mapping[str, StageSpec]
+    flow_run_id: str | None = None
+    root_flow_run_id: str | None = None  # of the curriculum on another machine that this stage is part of
+    common: dict[str, str] = field(init=False)  # the tags of every run
+    client: MlflowClient = field(init=False)  # set when the session opens, as is the next
+    experiment_id: str = field(init=False, default="")
+    run_ids: dict[str, str] = field(init=False, default_factory=dict)
+    _session: str = field(init=False)
+    _created: dict[str, str] = field(init=False, default_factory=dict)  # key of a run -> its id
+
+    def __post_init__(self) -> None:
+        self._session = secrets.token_hex(8)
         git = git_revision() or "none"
         self.common = {
-            "experiment": experiment.name,
+            "experiment": self.experiment.name,
             "git": git,
             **({"mlflow.source.git.commit": git.removesuffix("-dirty")} if git != "none" else {}),
             "mlflow.source.name": "vectorclm",
@@ -44,13 +52,8 @@ class Session:
             "dirty": str(git.endswith("-dirty")).lower(),
             "host": socket.gethostname(),
             "process": json.dumps(process_identity(psutil.Process())),
-            **({"prefect.flow_run_id": flow_run_id} if flow_run_id else {}),
+            **({"prefect.flow_run_id": self.flow_run_id} if self.flow_run_id else {}),
         }
-        self.client: MlflowClient  # set when the session opens, as is the next
-        self.experiment_id = ""
-        self.run_ids: dict[str, str] = {}
-        self._session = secrets.token_hex(8)
-        self._created: dict[str, str] = {}  # key of a run -> its id
 
     @property
     def uri(self) -> str:
@@ -86,10 +89,18 @@ class Session:
         return f"{self._session}-{secrets.token_hex(4)}"
 
     def create_run(self, key: str, name: str, tags: Mapping[str, str]) -> str:
-        """Create a nested run of a stage, or find the one with this key; returns its id."""
-        plan = self.plans[name]
+        """Create a nested run of a stage, or find the one with this key; returns its id.
+
+        Its name tells runs apart in the legend of a chart: the stage, its fingerprint, and the attempt or `reused`.
+        """
+        plan, attempt = self.plans[name], tags.get("attempt", "1")
         own = {"mlflow.parentRunId": self.parent_id, "stage": name, "fingerprint": plan.fingerprint}
-        self.run_ids[name] = self._create(key, name, {**self.common, **own, **tags})
+        title = f"{name} {plan.fingerprint[:8]}"
+        if tags["state"] == "reused":
+            title += " reused"
+        elif attempt != "1":
+            title += f" attempt {attempt}"
+        self.run_ids[name] = self._create(key, title, {**self.common, **own, **tags})
         return self.run_ids[name]
 
     def _create(self, key: str, name: str, tags: Mapping[str, str]) -> str:

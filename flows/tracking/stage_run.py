@@ -11,8 +11,11 @@ from mlflow.entities import Dataset, LoggedModelOutput, Metric, RunTag
 
 from flows.tracking.catalog import Catalog
 from flows.tracking.client import BATCH, EVENT_LENGTH, VALUE_LENGTH, NotOpenError, numbers, readable
+from flows.tracking.datasets import dataset_of, measured_on, named
+from flows.tracking.item_tables import log_item_tables
 from flows.tracking.session import Session
 from flows.tracking.system_metrics import SystemMetrics
+from flows.tracking.versions import Versions
 from vectorclm.errors import StoreError
 from vectorclm.stages import EVALUATED, MODELS, READS
 from vectorclm.store.artifact import Artifact
@@ -182,18 +185,27 @@ class StageRun:
             dataset = self.catalog.dataset(READS[name])
             figures = readable({"validation": artifact.summary["validation"], "step": 0})
             self._log({f"final_{key}": value for key, value in figures.items()}, model_id, dataset)
-        self.catalog.describe(self._run_id, name)
+        versions = Versions(self.catalog)
+        versions.describe(self._run_id, name)
         self.catalog.show(name, artifact)
-        self.catalog.register_models(name)
+        versions.register_models(name)
 
     def _scores(self, artifact: Artifact) -> None:
-        """Log the scores on this run, on their model, and the most important ones on the curriculum's run."""
+        """Log the scores on this run, on their model, and the most important ones on the curriculum's run.
+
+        Each score names the data that it was measured on.
+        """
         session = self.session
         model_id = self.catalog.model_id(EVALUATED[self.name])
-        self._log(numbers(artifact.summary), model_id, self.catalog.dataset("shards"))
+        data = measured_on(artifact, session.store, f"{session.experiment.name} ")
+        scores = numbers(artifact.summary)
+        metrics = [
+            Metric(key, value, self._ended, 0, model_id, *named(dataset_of(key, data))) for key, value in scores.items()
+        ]
+        session.client.log_batch(self._run_id, metrics=metrics[:BATCH])
+        log_item_tables(session.client, self._run_id, artifact)
         session.log_headline_metrics(self.name, artifact)
 
     def _log(self, figures: Mapping[str, float], model_id: str | None = None, dataset: Dataset | None = None) -> None:
-        linked = (model_id, dataset.name, dataset.digest) if dataset is not None else (model_id, None, None)
-        batch = [Metric(key, value, self._ended, 0, *linked) for key, value in figures.items()]
+        batch = [Metric(key, value, self._ended, 0, model_id, *named(dataset)) for key, value in figures.items()]
         self.session.client.log_batch(self._run_id, metrics=batch[:BATCH])

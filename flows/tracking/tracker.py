@@ -7,10 +7,12 @@ are missing at the end are sent by the next run of the curriculum, from the arti
 
 import json
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -21,17 +23,22 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from flows.handle import StageCancelledError
 from flows.net import answers, without_password
 from flows.paths import local_folder
 from flows.tracking.catalog import Catalog
-from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, run_page
+from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, RegistryError, run_page
+from flows.tracking.database import check_database, relocate, sqlite_path
+from flows.tracking.experiments import open_experiment
 from flows.tracking.outbox import Outbox
+from flows.tracking.registry import Registry
 from flows.tracking.session import Session
 from flows.tracking.stage_run import StageRun
-from vectorclm.config import ExperimentConfig
+from flows.tracking.versions import Versions
+from vectorclm.errors import VectorCLMError
 from vectorclm.runtime.processes import find_process, process_space
 from vectorclm.stages import EVALUATED, EXPORTED
-from vectorclm.store.artifact import Artifact, StageSpec, Store
+from vectorclm.store.artifact import Artifact
 from vectorclm.store.layout import EXPORT
 
 logger = logging.getLogger(__name__)
@@ -47,24 +54,18 @@ several runs (`train/loss`). A run's page begins with its lineage."""
 BEGUN = "An unfinished curriculum. Its stages are its child runs; their artifacts are in `{store}`."
 
 
+@dataclass(eq=False)
 class Tracker(Session):
     """The MLflow run of one curriculum; a context manager that opens it and closes it with the right status."""
 
-    def __init__(
-        self,
-        store: Store,
-        experiment: ExperimentConfig,
-        plans: Mapping[str, StageSpec],
-        flow_run_id: str | None = None,
-        root_flow_run_id: str | None = None,
-    ) -> None:
-        super().__init__(store, experiment, plans, flow_run_id)
-        self.root_flow_run_id = root_flow_run_id  # of the curriculum on another machine that this stage is part of
-        self._part_of_another = False
-        self.active: list[StageRun] = []
+    active: list[StageRun] = field(init=False, default_factory=list)
+    _part_of_another: bool = field(init=False, default=False)
+    _warned: bool = field(init=False, default=False)
+    _tried: threading.Event = field(init=False, default_factory=threading.Event)  # the first attempt to open the run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.catalog = Catalog(self)
-        self._warned = False
-        self._tried = threading.Event()  # set after the first attempt to open the curriculum's run
         self._outbox = Outbox(self._relay, self._failed, self._answers)
 
     def __enter__(self) -> Self:
@@ -97,9 +98,9 @@ class Tracker(Session):
         def ask() -> None:
             try:
                 version = self.client.get_model_version_by_alias(REGISTERED[EXPORTED["chat"]], CHAMPION)
-                found.put(version.tags.get("uri", ""))
-            except MlflowException:
-                found.put("")  # no champion yet
+                found.put(Registry(self.store).place(version))
+            except (MlflowException, VectorCLMError):
+                found.put("")  # no champion yet, or its files are gone
 
         if not self._tried.wait(seconds) or "curriculum" not in self.run_ids:
             return None
@@ -127,7 +128,8 @@ class Tracker(Session):
             yield run
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
-            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            cancelled = isinstance(error, StageCancelledError) or not isinstance(error, Exception)
+            status = "KILLED" if cancelled else "FAILED"
             self.do(lambda: self._finish(run, status, {"error": message}))
             raise
         self.do(lambda: self._finish(run, "FINISHED", {}))
@@ -154,12 +156,13 @@ class Tracker(Session):
                 return
             run_id = self.create_run(key, name, {"state": "reused", "uri": artifact.uri})
             self.catalog.log_inputs(name)
-            self.catalog.describe(run_id, name)
+            versions = Versions(self.catalog)
+            versions.describe(run_id, name)
             self.catalog.show(name, artifact)
             if name in EVALUATED:
                 self.log_headline_metrics(name, artifact)
             self.client.set_terminated(run_id)
-            self.catalog.register_models(name)
+            versions.register_models(name)
 
         self.do(job)
 
@@ -191,31 +194,45 @@ class Tracker(Session):
             return  # its run could not be opened, which has been reported
         first = without_password((str(error).strip() or type(error).__name__).splitlines()[0])
         level = logging.DEBUG if self._warned else logging.WARNING
-        logger.log(level, "MLflow at %s: %s; the run goes on without it", without_password(self.uri), first[:160])
+        where = "" if isinstance(error, RegistryError) else f"MLflow at {without_password(self.uri)}: "
+        logger.log(level, "%s%s; the run goes on without it", where, first[:300])
         self._warned = True
 
     def _open(self) -> None:
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
-        mlflow.set_tracking_uri(self.uri)
+        named = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(self.uri)  # which MLflow's registry asks for, beside the client
+        if named is None:  # MLflow has set it: another store of this process has another database
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
         folder = local_folder(self.store)
         folder.mkdir(parents=True, exist_ok=True)
-        own = self.uri.startswith("sqlite:")
+        own = sqlite_path(self.uri) is not None
         with FileLock(folder / "mlflow.lock"):  # if three processes migrate a new database at once, two die
+            check_database(self.uri)
+            relocate(self.uri, folder)
             self.client = MlflowClient(self.uri)
             name = self.experiment.name
-            if (found := self.client.get_experiment_by_name(name)) is not None:
-                self.experiment_id = found.experiment_id
-            else:
-                place = (folder / "mlartifacts").as_uri() if own else None
-                self.experiment_id = self.client.create_experiment(name, place, {NOTE: ABOUT.format(name=name)})
+            found = open_experiment(self.client, name, folder if own else None, ABOUT.format(name=name))
+            self.experiment_id = found.experiment_id
+        if found.deleted is not None:
+            logger.warning(
+                "MLflow's experiment %s was deleted, so this run is recorded in %s; `mlflow experiments restore "
+                "--experiment-id %s` restores the old one, and `mlflow gc` removes it",
+                name,
+                found.name,
+                found.deleted,
+            )
         self._close_orphans()
         if (curriculum := self._curriculum_elsewhere()) is not None:
             self.run_ids["curriculum"], self._part_of_another = curriculum, True
             return
         whole = self.plans[EXPORT].fingerprint
         tags = {**self.common, "stage": "curriculum", "fingerprint": whole, NOTE: BEGUN.format(store=self.store.uri)}
-        key, title = f"{self._session}-curriculum", f"{self.experiment.name} {whole[:8]}"
+        key = f"{self._session}-curriculum"
+        query = f"tags.stage = 'curriculum' and tags.fingerprint = '{whole}'"
+        before = [run for run in self.client.search_runs([self.experiment_id], query) if run.data.tags["key"] != key]
+        title = f"{self.experiment.name} {whole[:8]}" + (f" run {len(before) + 1}" if before else "")
         self.run_ids["curriculum"] = self._create(key, title, tags)
         self.log_params(self.parent_id, self.experiment.model_dump(mode="json"))
 

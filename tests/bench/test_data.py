@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from importlib.util import find_spec
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
+from tests.conftest import skip_or_fail
 from vectorclm.bench.data import data_layer, walked
 from vectorclm.bench.reading import FAULTS, FETCHED, LITDATA, REMOTE
 from vectorclm.bench.table import Row, bounded, show
@@ -28,8 +28,7 @@ def test_every_row_is_an_object_with_the_agreed_keys() -> None:
         assert rows[name]["met"] is None and rows[name]["why"]
     encoding, training = rows["encode against encode_batch_fast"], rows["BPE training against tokenizers"]
     if find_spec("gigatoken") is None:
-        told = "pip install -c constraints.txt gigatoken"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail("pip install -c constraints.txt gigatoken")
     assert encoding["why"].startswith("0 of ") and "documents differ; 0.4 MB of the generated world" in encoding["why"]
     assert training["why"].startswith("251 of 251 merges are the same")  # 512 tokens, less 256 bytes and 5 special ones
     assert rows["repeats before exhaustion"]["met"] is True

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import random_model
+from tests.conftest import random_model, skip_or_fail
 from tests.test_model import CONFIG
 from vectorclm.bench.inference import evaluating, generating
 from vectorclm.bench.table import Row, show
@@ -135,10 +134,9 @@ def test_bench_evaluate_scores_as_the_harness() -> None:
     (row,) = rows_of(evaluating(1, None, "tiny"))
     if find_spec("lm_eval") is None:
         assert row["met"] is None and "pip install" in str(row["why"])
-        told = "pip install -c constraints.txt -e '.[bench]'"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
-    told = str(row["why"]).partition("acc and acc_norm ")[2].partition(";")[0]
-    mine, _, theirs = told.partition(", the harness's ")
+        skip_or_fail("pip install -c constraints.txt -e '.[bench]'")
+    accuracies = str(row["why"]).partition("acc and acc_norm ")[2].partition(";")[0]
+    mine, _, theirs = accuracies.partition(", the harness's ")
     assert mine == theirs
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import skip_or_fail
 from tests.evaluation.test_code_judge import FAKES, HONEST, PROBLEM
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation import sandbox
@@ -97,8 +98,7 @@ def test_no_process_is_left_by_a_fork_bomb(unfiltered: None) -> None:
 def test_the_system_refuses_what_no_program_needs(call: str, sandboxed: Sandbox) -> None:
     """Each is refused by the kernel, whatever Python allows."""
     if not sandboxed.seccomp:
-        told = "no seccomp filter here: apt-get install libseccomp2, pip install pyseccomp"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail("no seccomp filter here: apt-get install libseccomp2, pip install pyseccomp")
     problem = Problem("def f():\n    ''\n", "f", "def check(f):\n    assert f() == 'refused'\n")
     program = f"""    import ctypes, os, sys
     def c(name, *args):

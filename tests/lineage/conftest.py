@@ -1,10 +1,13 @@
 """Two curricula in one store, recorded by a real MLflow server."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 from tests.services.browser import PICTURES
 from tests.services.curricula import curriculum
@@ -43,8 +46,16 @@ def pinned(*changes: str) -> ExperimentConfig:
 
 @pytest.fixture(scope="module")
 def world(server: MLflowServer, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Two curricula that differ in the epochs of fine-tuning."""
+    """Two curricula that differ in the epochs of fine-tuning, built for the first module that asks."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "lineage-store"
     store = Store(str(tmp_path_factory.mktemp("lineage") / "store"))
-    first = curriculum(pinned(), store)
-    second = curriculum(pinned(f"finetune.epochs={pinned().finetune.epochs / 2}"), store)
+    with FileLock(f"{shared}.lock"):
+        if built := shared.exists():
+            shutil.copytree(shared, store.root)
+        first = curriculum(pinned(), store)
+        second = curriculum(pinned(f"finetune.epochs={pinned().finetune.epochs / 2}"), store)
+        if not built:
+            shutil.copytree(store.root, f"{shared}.part")
+            Path(f"{shared}.part").rename(shared)
     return SimpleNamespace(store=store, first=first, second=second)

@@ -111,7 +111,7 @@ def test_the_command_prints_the_tree(world: SimpleNamespace, capsys: pytest.Capt
     assert main(["lineage", world.first["pretrain"], "--store", world.store.uri, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tree"]["inputs"][0]["stage"] == "shards" and told["tree"]["facts"]["tokens"] == 8192
-    assert told["mlflow"]["versions"][told["tree"]["fingerprint"]] == ["vectorclm-base 1 @candidate"]
+    assert told["mlflow"]["versions"][told["tree"]["fingerprint"]] == ["vectorclm-base 1 @candidate @mini"]
 
 
 def test_the_report_is_one_page_that_fits_and_escapes(

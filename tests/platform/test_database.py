@@ -23,7 +23,7 @@ from flows.net import free_port
 from flows.platform.process import HOST, Service
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
-from tests.conftest import one_of
+from tests.conftest import one_of, skip_or_fail
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
@@ -83,8 +83,7 @@ def servers() -> Iterator[Servers]:
     missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
     missing += [] if list(INSTALLED.glob("*/bin")) else ["postgresql"]
     if missing:
-        told = f"no Postgres or no S3 store here: apt-get install --no-install-recommends {' '.join(missing)}"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail(f"no Postgres or no S3 store here: apt-get install --no-install-recommends {' '.join(missing)}")
     folder = Path(tempfile.mkdtemp(prefix="vectorclm-servers-"))
     folder.chmod(0o711)  # where root runs the tests, Postgres is another user
     made = Servers(folder)

@@ -48,7 +48,7 @@ def test_a_program_reads_the_chain_and_mlflows_record(recorded: Recorded, capsys
     code, text = shown(base["uri"], recorded.store, capsys, as_json=True, verify=True)
     found = json.loads(text)
     assert code == 0 and found["differences"] == [] and found["tree"]["fingerprint"] == base["fingerprint"]
-    assert found["mlflow"]["versions"][base["fingerprint"]] == ["vectorclm-base 1 @candidate"]
+    assert found["mlflow"]["versions"][base["fingerprint"]] == ["vectorclm-base 1 @candidate @mini"]
     assert [item["stage"] for item in found["scores"]] == ["evaluate_base"]
 
 

@@ -59,7 +59,7 @@ def test_a_person_reads_the_same_in_tables_and_in_markdown(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:s3cr3t@tracking:5000/")
     summary.show(console, details=True)
     shown = console.export_text()
-    assert "http://tracking:5000/?workflowType=machine_learning" in shown and "s3cr3t" not in shown
+    assert "http://tracking:5000/#/experiments?workflowType=machine_learning" in shown and "s3cr3t" not in shown
 
 
 @pytest.mark.parametrize("width", [50, 80])

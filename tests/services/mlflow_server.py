@@ -1,4 +1,4 @@
-"""A real MLflow server for tests."""
+"""A real MLflow server for tests, started as `vectorclm up` starts it."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ class MLflowServer:
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        command = [sys.executable, "-m", "flows.platform.guard", "mlflow", "--port", str(self.port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -32,7 +32,11 @@ class MLflowServer:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
             )
-        until(lambda: answers(f"{self.uri}/health"), "MLflow serves", 120)
+        try:
+            until(lambda: answers(f"{self.uri}/health"), "MLflow serves", 300)
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         os.killpg(self.process.pid, 15)

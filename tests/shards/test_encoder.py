@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from tests.conftest import write_sample_text
+from tests.conftest import skip_or_fail, write_sample_text
 from vectorclm.corpus.sample_reader import read_texts
 from vectorclm.corpus.synthetic_world import WorldConfig, rows
 from vectorclm.errors import CorruptArtifactError, DataError
@@ -32,8 +31,7 @@ CONFIG = ShardsConfig(sequence_length=32, shard_bytes=4096)
 @pytest.fixture(scope="module", autouse=True)
 def _installed() -> None:
     if find_spec("gigatoken") is None:
-        told = "gigatoken is not installed: pip install -c constraints.txt gigatoken"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail("gigatoken is not installed: pip install -c constraints.txt gigatoken")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import KILLS
+from tests.conftest import KILLS, skip_or_fail
 from vectorclm.__main__ import main
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.listing import take_inventory, verify
@@ -49,8 +49,7 @@ with Checkpoints(store, plan, Path(sys.argv[1]) / "work", "data") as checkpoints
 def needed(*programs: str) -> None:
     """Skip, or with CI fail, where a program is missing."""
     if missing := [program for program in programs if shutil.which(program) is None]:
-        told = f"no {', '.join(missing)} here: apt-get install strace e2fsprogs mount"
-        pytest.fail(told) if os.environ.get("CI") == "true" else pytest.skip(told)
+        skip_or_fail(f"no {', '.join(missing)} here: apt-get install strace e2fsprogs mount")
 
 
 @contextmanager

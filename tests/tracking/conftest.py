@@ -12,13 +12,13 @@ from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """One database for all tests here: a new one takes seconds to migrate."""
+    """One database for all tests of this folder: a new one takes seconds to migrate."""
     return Store(str(tmp_path_factory.mktemp("store")))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def experiment() -> ExperimentConfig:
     tiny, path = load_experiment("tiny")
     pinned, _ = pin(tiny, path, None, resolve=False)

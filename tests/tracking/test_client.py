@@ -22,7 +22,7 @@ def test_settings_and_scores_become_flat_keys() -> None:
         "names": "['x', 'y']",
     }
     assert numbers({"tasks": {"world": {"acc": 0.5, "ok": True}}, "text": "x"}) == {"tasks.world.acc": 0.5}
-    assert readable({"step": 1, "tokens": 9, "loss": 2.0}) == {"train/loss": 2.0}
+    assert readable({"step": 1, "tokens": 9, "loss": 2.0}) == {"train/tokens": 9.0, "train/loss": 2.0}
     events = {"step": 3, "event": {"kind": "spike"}}
     assert readable(events) == {"event/spike": 1.0}
     held_out = {"step": 3, "validation": {"web": {"loss": 2, "bits_per_byte": 1.5}}}

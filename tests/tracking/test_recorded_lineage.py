@@ -19,9 +19,9 @@ def test_the_record_names_runs_and_versions(recorded: Recorded) -> None:
     record = record_of(registry, found)
     assert record.names == found.root.names and set(record.runs) == set(found.nodes)
     assert record.versions == {
-        handles["tokenizer"]["fingerprint"]: ["vectorclm-tokenizer 1 @candidate"],
-        handles["pretrain"]["fingerprint"]: ["vectorclm-base 1 @candidate"],
-        handles["finetune"]["fingerprint"]: ["vectorclm-chat 1 @candidate"],
+        handles["tokenizer"]["fingerprint"]: ["vectorclm-tokenizer 1 @candidate @mini"],
+        handles["pretrain"]["fingerprint"]: ["vectorclm-base 1 @candidate @mini"],
+        handles["finetune"]["fingerprint"]: ["vectorclm-chat 1 @candidate @mini"],
     }
     unknown = Node("finetune", "0" * 64, None)
     nothing = record_of(registry, Lineage(unknown, nodes={"0" * 64: unknown}))

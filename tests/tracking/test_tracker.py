@@ -3,12 +3,13 @@
 import json
 import logging
 import socket
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from flows.handle import StageCancelledError
 from flows.tracking.tracker import Tracker
 from tests.services.platform import until
 from tests.tracking.conftest import client, step, tracker
@@ -133,3 +134,27 @@ def test_a_password_in_an_address_is_never_told(
         pass
     assert "the run goes on without it" in caplog.text
     assert "s3cr3t" not in caplog.text and "bob" not in caplog.text
+
+
+def test_a_cancelled_stage_is_killed_and_runs_are_told_apart(
+    store: Store, experiment: ExperimentConfig, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with (
+            suppress(StageCancelledError),
+            tracker(store, experiment, "names") as told,
+            told.stage("sample", 1, tmp_path),
+        ):
+            raise StageCancelledError("ended with the curriculum")
+    runs = client(store).search_runs([told.experiment_id])
+    names, short = (
+        sorted(run.info.run_name for run in runs),
+        {key: spec.fingerprint[:8] for key, spec in told.plans.items()},
+    )
+    assert names == [
+        f"names {short['export']}",
+        f"names {short['export']} run 2",
+        f"sample {short['sample']}",
+        f"sample {short['sample']} attempt 2",
+    ]
+    assert {run.info.status for run in runs if run.data.tags["stage"] == "sample"} == {"KILLED"}

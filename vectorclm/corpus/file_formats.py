@@ -38,9 +38,8 @@ class FileFormat:
     suffixes: tuple[str, ...]
     columns: Callable[[Path], list[str]]  # a file's columns; empty for a file without rows
     column_type: Callable[[Path, str], pa.DataType | None]  # a column's type; None where the format has no types
-    rows: Callable[
-        [Path, tuple[str, ...]], Iterator[dict[str, Any]]
-    ]  # rows with these columns, or all columns where the tuple is empty
+    # Rows with these columns, or with all columns where the tuple is empty.
+    rows: Callable[[Path, tuple[str, ...]], Iterator[dict[str, Any]]]
     batches: Callable[[Path, str, Filter | None], Iterator[RowBatch]]  # the texts of one column
 
 

@@ -1,5 +1,8 @@
 """Streams of data sets from the Hugging Face hub, and its failures as errors that say what to do."""
 
+import atexit
+import time
+from functools import cache
 from typing import TYPE_CHECKING
 
 from vectorclm.corpus.sources import Source, describe
@@ -7,6 +10,18 @@ from vectorclm.errors import DataError
 
 if TYPE_CHECKING:  # `datasets` takes a second to import, and a training process reads no source
     from datasets import IterableDataset
+
+END_OF_READERS = 0.5  # seconds
+
+
+@cache
+def _let_readers_end() -> None:
+    """Delay the end of this process until Arrow's threads have freed their files, once for each process.
+
+    A thread of Arrow that frees a file of Python while Python ends aborts the whole process, with all its work done
+    (https://github.com/apache/arrow/issues/45214). Arrow cannot be asked whether it has ended; `datasets` sleeps too.
+    """
+    atexit.register(time.sleep, END_OF_READERS)
 
 
 def open_hub(source: Source) -> "IterableDataset":
@@ -19,6 +34,7 @@ def open_hub(source: Source) -> "IterableDataset":
             f"{describe(source)} is pinned to local content ({source.revision}): "
             "give the folder that holds it with --data DIR"
         )
+    _let_readers_end()
     try:
         # The hub is asked first, because load_dataset hides some failures behind an older run's cache.
         HfApi().dataset_info(source.path, revision=source.revision, timeout=60)

@@ -50,8 +50,8 @@ def _copied(fs: fsspec.AbstractFileSystem, root: str, address: str) -> Path:
     files = [str(path) for path in found if single or fs.isfile(path)]
     if not files:
         raise FileNotFoundError(address)
-    base = root.rpartition("/")[0] if single or not pattern else root[: _first_magic(root)].rpartition("/")[0]
-    base = base if single or pattern else root
+    named = root if single else root[: _first_magic(root)] if pattern else f"{root}/"
+    base = named.rpartition("/")[0]
     key = digest([address, *([path, str(fs.ukey(path))] for path in files)])
     folder = cache_folder() / "sources" / key
     if not folder.is_dir():

@@ -205,12 +205,12 @@ class _Reserve:
                 yield part, [file[offset : offset + size] for offset, size in ranges]
 
 
-def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> Iterator[bytes]:
+def clean_texts(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> Iterator[bytes]:
     """The texts that are valid documents, in UTF-8; the others are counted as dropped."""
     for text in texts:
         try:
             data = text if isinstance(text, bytes) else text.encode()
-            reason = document_fault(source, data)
+            reason = _fault(source, data)
         except AttributeError:
             reason = "not_text"
         except UnicodeError:
@@ -221,7 +221,7 @@ def _clean(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> I
             dropped[reason] += 1
 
 
-def document_fault(source: TextSource, text: bytes) -> str | None:
+def _fault(source: TextSource, text: bytes) -> str | None:
     """The reason to drop a text, or None for a valid document. Raises UnicodeDecodeError where it is not UTF-8."""
     if len(text) > source.max_bytes:
         return "too_long"
@@ -250,7 +250,7 @@ class _SourceDraw:
             for batch in batches:
                 found.read += batch.rows
                 found.dropped["filter"] += batch.rows - len(batch.texts)
-                reserve.add(_clean(self.source, batch.texts, found.dropped))
+                reserve.add(clean_texts(self.source, batch.texts, found.dropped))
                 self.progress.at(self.progress.tick.done, f"{self.source.label}: {found.read:,} documents read")
                 if reserve.bytes >= wanted:
                     ended = False

@@ -16,7 +16,7 @@ import xxhash
 from vectorclm.corpus.file_formats import TEXT, TEXT_SUFFIXES, column_type, columns_of, format_of, is_text, read_rows
 from vectorclm.corpus.files import TABLES
 from vectorclm.corpus.remote_files import is_address
-from vectorclm.corpus.sampler import document_fault
+from vectorclm.corpus.sampler import clean_texts, drop_counts
 from vectorclm.corpus.source_reader import read_batches, read_source
 from vectorclm.corpus.sources import HUB_ID, TextSource, left_out, local_files
 from vectorclm.errors import DataError
@@ -89,7 +89,8 @@ def survey_text(place: str, label: str, folder: Path, seed: int) -> TextSurvey:
     source = probe.model_copy(update={"text_column": column})
     found = TextSurvey(source, label, place, len(files), note=left_out(source, None))
     limit, seen, kept = READ_BYTES if files else HUB_BYTES, set[int](), 0
-    for text in _clean(source, seed, found.dropped):
+    batches = read_batches(source, None, None, seed)
+    for text in (text for batch in batches for text in clean_texts(source, batch.texts, found.dropped)):
         keyed = xxhash.xxh3_128_intdigest(text, seed=seed)
         if keyed in seen:
             found.duplicates += 1
@@ -106,29 +107,9 @@ def survey_text(place: str, label: str, folder: Path, seed: int) -> TextSurvey:
             found.whole = False
             break
     if not found.documents:
-        raise DataError(f"{place} has no documents{_dropped(found.dropped)}: name a folder, a file or a column of text")
+        lost = f" ({drop_counts(found.dropped, {})})" if found.dropped else ""
+        raise DataError(f"{place} has no documents{lost}: name a folder, a file or a column of text")
     return found
-
-
-def _dropped(counts: Counter[str]) -> str:
-    return f" ({', '.join(f'{n:,} {why}' for why, n in counts.items())})" if counts else ""
-
-
-def _clean(source: TextSource, seed: int, dropped: Counter[str]) -> Iterator[bytes]:
-    """The documents as the sample stage keeps them."""
-    for batch in read_batches(source, None, None, seed):
-        for text in batch.texts:
-            try:
-                data = text if isinstance(text, bytes) else text.encode()
-                why = document_fault(source, data)
-            except AttributeError:
-                why = "not_text"
-            except UnicodeError:
-                why = "invalid_utf8"
-            if why is None:
-                yield data
-            else:
-                dropped[why.replace("_", " ")] += 1
 
 
 def _is_own(place: str) -> bool:

@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from vectorclm.inference.chat import LanguageModel, TextDelta, reply
 from vectorclm.inference.openai_errors import Refusal
@@ -51,7 +52,7 @@ class Engine:
             self.waiting -= 1
         deltas: asyncio.Queue[TextDelta | None] = asyncio.Queue()
         left, loop = threading.Event(), asyncio.get_running_loop()
-        work = asyncio.ensure_future(self._in_thread(choice, deltas, left, loop))
+        work = asyncio.ensure_future(self._in_thread(partial(self._generate, choice, deltas, left, loop)))
         try:
             while not self._closed and (delta := await deltas.get()) is not None:
                 yield delta
@@ -61,15 +62,10 @@ class Engine:
         finally:
             left.set()
 
-    async def _in_thread(
-        self,
-        choice: Choice,
-        deltas: "asyncio.Queue[TextDelta | None]",
-        left: threading.Event,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
+    async def _in_thread(self, generate: Callable[[], None]) -> None:
+        """Run in the engine's thread, and then let the next request begin."""
         try:
-            await loop.run_in_executor(self._thread, self._generate, choice, deltas, left, loop)
+            await asyncio.get_running_loop().run_in_executor(self._thread, generate)
         finally:
             self._turn.release()
 

@@ -111,9 +111,7 @@ async def read_body(request: Request) -> bytes:
                 size += len(part)
                 if size <= BODY_BYTES:
                     body += part
-                elif (
-                    size > 8 * BODY_BYTES
-                ):  # a client reads no response while it sends, so the rest is read and dropped
+                elif size > 8 * BODY_BYTES:  # up to here the rest is dropped: a client reads no response while it sends
                     break
     except TimeoutError as error:
         raise Refusal(f"the body did not arrive within {BODY_SECONDS} s", 408, code="timeout") from error

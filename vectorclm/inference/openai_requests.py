@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field, model_validator
@@ -225,15 +225,12 @@ class TextRequest(GenerationRequest):
         if not 0 < len(given) <= CHOICES:
             raise Refusal(f"a request can have 1 to {CHOICES} prompts", param="prompt", code="invalid_value")
         prompts = [self._prompt(model, one) for one in given]
-        made = self.generation(prompts, self.max_tokens, model)
+        generation = self.generation(prompts, self.max_tokens, model)
         if not self.echo:
-            return made
+            return generation
         texts = [one if isinstance(one, str) else _decode(model.tokenizer, one) for one in given]
-        choices = [
-            Choice(one.prompt, one.max_new_tokens, one.sampling, one.stop, one.ignore_eos, texts[place // self.n])
-            for place, one in enumerate(made.choices)
-        ]
-        return Generation(choices, made.prompt_tokens, made.stream, made.include_usage, made.continuous_usage)
+        choices = [replace(one, echo=texts[place // self.n]) for place, one in enumerate(generation.choices)]
+        return replace(generation, choices=choices)
 
     def _prompt(self, model: LanguageModel, given: str | list[int]) -> list[int]:
         if isinstance(given, str):

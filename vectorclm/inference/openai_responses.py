@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ Finish = Literal["stop", "length"] | None
 
 
 @dataclass
-class ResponseBuilder:
+class ResponseBuilder(ABC):
     """Builds the JSON of one response; the subclasses differ in the form of a choice."""
 
     stream_object: ClassVar[str]
@@ -26,17 +27,17 @@ class ResponseBuilder:
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0  # generated so far, by all choices
 
+    @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
         """The event before the first text of a choice, if there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stream_choice(self, text: str, finish: Finish) -> Mapping[str, Any]:
         """The fields of a choice in an event."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole_choice(self, text: str) -> Mapping[str, Any]:
         """The fields of a choice in a whole response."""
-        raise NotImplementedError
 
     def event(self, index: int, text: str, finish: Finish = None) -> dict[str, Any]:
         """One event of a stream."""

@@ -17,6 +17,7 @@ from vectorclm.store.model_ref import ADDRESS, Model, content_of, expand_prefix,
 from vectorclm.store.result import ArtifactStorage
 
 SHORT = 12  # digits of a fingerprint in output
+PREFIX = 6  # digits that name a revision
 
 
 def _figure(value: Any) -> str:
@@ -109,6 +110,36 @@ def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
     training = _training(model, store)
     nodes = _chain(training).values() if training is not None else ()
     return {node.stage: node.artifact for node in nodes if _draws(node.stage) and node.artifact is not None}
+
+
+def sources_of(artifact: Artifact) -> list[SourceRead]:
+    """All sources of the training data of an artifact, those of its inputs included, ordered by label."""
+    return sorted({source for node in _chain(artifact).values() for source in node.sources})
+
+
+def models_that_read(source: str, store: Store) -> list[tuple[Artifact, SourceRead]]:
+    """All models of a store that were trained on a source, each with the source at the revision that was read.
+
+    `source` is the label, the path, the revision, or the first 6 digits or more of the revision. Raises DataError where
+    no model of the store has read it, naming the sources that were read.
+    """
+    found, known = list[tuple[Artifact, SourceRead]](), set[str]()
+    for stage in LANGUAGE_MODELS:
+        for model in store.finished(stage):
+            for read in sources_of(model):
+                known.add(read.label)
+                if _is_named(source, read):
+                    found.append((model, read))
+    if not found:
+        names = f"its models have read {', '.join(sorted(known))}" if known else "it has no model"
+        raise DataError(f"no model of {store.uri} has read {source}: {names}")
+    return sorted(found, key=lambda item: str(item[0].manifest["created"]))
+
+
+def _is_named(source: str, read: SourceRead) -> bool:
+    revision = read.revision.removeprefix("sha256:")
+    begins = len(source.removeprefix("sha256:")) >= PREFIX and revision.startswith(source.removeprefix("sha256:"))
+    return begins or source in (read.label, read.path, f"{read.path}@{read.revision}")
 
 
 def _exported(export: Artifact, inside: str) -> tuple[str, str]:

@@ -8,14 +8,13 @@ from typing import NamedTuple
 from vectorclm.errors import ConfigError, DataError, StoreError, VectorCLMError
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.layout import EXPORT, STAGES, TRAINED
-from vectorclm.store.model_ref import ADDRESS, SHORT, expand_prefix
+from vectorclm.store.model_ref import ADDRESS, CANDIDATE_DIGITS, SHORT, expand_prefix
 
 NAMES = (
     "an experiment's name, models:/NAME@ALIAS, the first digits of a fingerprint, STAGE/DIGITS, or a folder "
     "[default: the newest chat model]"
 )
 DIGITS = re.compile(r"[0-9a-f]{3,64}")
-SHOWN = 12  # digits of a fingerprint in a list of candidates
 REGISTERED = "models:/"
 
 
@@ -96,7 +95,7 @@ def _candidates(name: str, store: Store) -> Iterator[Candidate]:
         for stage in (*TRAINED, EXPORT):
             for fingerprint in (found for found in store.list(stage) if found.startswith(name)):
                 if store.look_up(stage, fingerprint) is not None:
-                    yield Candidate(store.uri_of(f"{stage}/{fingerprint}"), f"{stage}/{fingerprint[:SHOWN]}")
+                    yield Candidate(store.uri_of(f"{stage}/{fingerprint}"), f"{stage}/{fingerprint[:CANDIDATE_DIGITS]}")
 
 
 def _only(name: str, candidates: Iterator[Candidate], store: Store) -> str:
