@@ -58,11 +58,7 @@ from vectorclm.store.layout import STAGES, StageName
 from vectorclm.store.model_names import NAMES, REGISTERED, UnknownModelError, existing_store, is_place
 
 PROGRESS = {"vectorclm.runtime.progress": logging.INFO}
-LOG_LEVELS = {
-    "flows": logging.INFO,
-    "vectorclm": logging.WARNING,
-}  # shown without --verbose
-
+LOG_LEVELS = {"flows": logging.INFO, "vectorclm": logging.WARNING}  # shown without --verbose
 
 app = new_app("vectorclm", "From raw text to an evaluated, instruction-tuned language model.")
 stages = new_app("stage", "Build one stage of an experiment alone, without Prefect and MLflow.")
