@@ -6,7 +6,7 @@ EXPERIMENT ?= tiny
 
 LONG ?= long
 
-.PHONY: install run test long check format bench
+.PHONY: install run test long coverage check format bench
 
 install: .venv/installed
 
@@ -20,11 +20,12 @@ run: install
 	$(BIN)/vectorclm run $(EXPERIMENT)
 
 test: install
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Every cell of which `make test` runs one: hours. A second call goes on; the results are in $(LONG).
 SLOW := tests/store/test_publication.py tests/store/test_durable.py tests/store/test_storage.py tests/shards/test_block_readers.py \
-	tests/runtime/test_preemption.py tests/platform/test_database.py tests/evaluation/test_code_judge.py
+	tests/runtime/test_preemption.py tests/platform/test_database.py tests/evaluation/test_code_judge.py \
+	tests/bench/test_orchestration.py tests/bench/test_tracking.py
 long: install
 	@mkdir -p $(LONG)
 	@for file in $(SLOW); do \
@@ -34,6 +35,9 @@ long: install
 			&& { mv $$result.part $$result; echo "passed" >> $$result; echo "$$file: passed"; } \
 			|| { tail -n 20 $$result.part; exit 1; }; \
 	done
+
+coverage: install # the share of each module's lines of flows that the test of its name runs
+	$(BIN)/python -m tests.module_coverage
 
 check: install
 	$(BIN)/ruff check .

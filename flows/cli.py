@@ -163,16 +163,13 @@ def retry(
     settings: Setting = (),
 ) -> None:
     """Run a curriculum again with other settings, or rebuild finished stages and compare them."""
-    from flows.platform.doctor import point_at
-    from flows.platform.ownership import check_listeners
+    from flows.platform.prefect_server import platform_server
 
-    config = platform.config()
-    check_listeners(config)
-    point_at(config)
-    from flows.platform.retry import retry as start
+    with platform_server(platform.config(), is_named=platform != PlatformOptions()) as page:
+        from flows.platform.retry import retry as start
 
-    run_id = start(run, again_from, list(settings))
-    Console().print(f"{config.prefect_url}/runs/flow-run/{run_id}", highlight=False, soft_wrap=True)
+        run_id = start(run, again_from, list(settings))
+    Console().print(f"{page}/runs/flow-run/{run_id}", highlight=False, soft_wrap=True)
 
 
 @app.command(help_epilogue="Example: vectorclm promote --task hellaswag")

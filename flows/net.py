@@ -18,6 +18,13 @@ QUIET = {
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` and `python -c` import nothing from the working directory
 
 
+# What creates the deployments, without containers and in those of docker/compose.yaml.
+PROVISION = (
+    "run `vectorclm up`, or, for a platform in containers, `docker compose --env-file docker/platform.env --file "
+    "docker/compose.yaml up --detach`"
+)
+
+
 def has_own_server() -> bool:
     """Whether PREFECT_API_URL names a Prefect server of the user."""
     return bool(os.environ.get("PREFECT_API_URL"))

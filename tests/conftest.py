@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 import pytest
 import s3fs
 import torch
-import zstandard
 from filelock import FileLock
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
@@ -29,11 +28,15 @@ from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
     from tests.kill_matrix import Reference
     from tests.services.curricula import Recorded
     from vectorclm.export.llama_cpp import LlamaCpp
     from vectorclm.model import CausalLM
     from vectorclm.model_config import ModelConfig
+
+pytest_plugins = ["tests.longest_first"]
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
@@ -84,6 +87,13 @@ T = TypeVar("T")
 def one_of(cells: Sequence[T]) -> Sequence[T]:
     """One seeded cell of a slow kind; with VECTORCLM_KILLS=10 and more, all of them."""
     return cells if KILLS >= 10 else [cells[SEED % len(cells)]]
+
+
+@pytest.fixture(autouse=True)
+def new_s3_clients() -> Iterator[None]:
+    """Forget S3 clients when a test ends: s3fs keeps them by their arguments, which name no server."""
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 class S3(NamedTuple):
@@ -307,50 +317,11 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mirror of the hub's sets: the real text at VECTORCLM_DATA, or generated text in the same schemas."""
     if "VECTORCLM_DATA" in os.environ:
         return Path(os.environ["VECTORCLM_DATA"])
+    from tests.services.mirror import write_mirror
+
     folder = tmp_path_factory.mktemp("mirror")
     write_mirror(folder)
     return folder
-
-
-def write_mirror(folder: Path) -> None:
-    """The generated world, as the files that `small` looks for in a mirror."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from vectorclm.corpus.synthetic_world import WorldConfig, rows
-    from vectorclm.evaluation.harness_tasks import definitions
-
-    world, other = (WorldConfig(seed=seed, documents=600, conversations=120) for seed in (1, 2))
-    for place, name in {
-        "pretrain/fineweb-edu-like": "lessons",
-        "pretrain/cosmopedia-like/stories": "stories",
-        "pretrain/cosmopedia-like/textbooks_NC": "lessons",
-        "sft/smoltalk-like": "chat-messages",
-        "sft/slimorca-like": "chat-turns",
-        "sft/tulu3-code-like": "chat-code",
-    }.items():
-        (folder / place).mkdir(parents=True)
-        pq.write_table(
-            pa.Table.from_pylist(rows(other if "textbooks" in place else world, name)),
-            folder / place / "train-00000-of-00001.parquet",
-        )
-    lines: dict[str, list[dict[str, object]]] = {
-        "hellaswag_val": [], "arc_easy_validation": [], "piqa_valid": [], "blimp_all_67": []
-    }  # fmt: skip
-    paradigms = [name.removeprefix("blimp_") for name in definitions("blimp")]
-    for number, row in enumerate(rows(world, "questions")[:70]):
-        context, choices, answer = row["context"], [choice.strip() for choice in row["choices"]], row["answer"]
-        wrong = choices[(answer + 1) % len(choices)]
-        lines["hellaswag_val"] += [{"activity_label": "A", "ctx": context, "endings": choices, "label": answer}]
-        options = {"text": choices, "label": list("ABCD")}
-        lines["arc_easy_validation"] += [{"question": context, "choices": options, "answerKey": "ABCD"[answer]}]
-        lines["piqa_valid"] += [{"goal": context, "sol1": choices[answer], "sol2": wrong, "label": 0}]
-        pair = {"sentence_good": f"{context} {choices[answer]}", "sentence_bad": f"{context} {wrong}"}
-        lines["blimp_all_67"] += [{**pair, "UID": paradigms[number % len(paradigms)]}]
-    (folder / "eval").mkdir()
-    for name, made in lines.items():
-        packed = zstandard.ZstdCompressor().compress("".join(json.dumps(line) + "\n" for line in made).encode())
-        (folder / f"eval/{name}.jsonl.zst").write_bytes(packed)
 
 
 @pytest.fixture
@@ -361,12 +332,11 @@ def sandboxed() -> Sandbox:
     return found
 
 
-@pytest.fixture(scope="module")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a client of a real server, which the environment of this process does not name."""
-
+@contextmanager
+def private_prefect(folder: Path) -> Iterator[dict[str, str]]:
+    """A real server; yields the environment of a client of it, which the environment of this process does not name."""
     before = dict(os.environ)
-    server = PrivateServer(tmp_path_factory.mktemp("prefect"))
+    server = PrivateServer(folder)
     try:
         server.start()
         environment = dict(os.environ)
@@ -378,3 +348,32 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         os.environ.clear()
         os.environ.update(before)
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a server that this module's tests have to themselves."""
+    with private_prefect(tmp_path_factory.mktemp("prefect")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def shared_prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of one server for all tests that look only at runs and deployments of their own."""
+    with private_prefect(tmp_path_factory.mktemp("shared-prefect")) as environment:
+        yield environment
+
+
+@pytest.fixture
+def prefect_client(shared_prefect: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator["SyncPrefectClient"]:
+    """A client of the shared server, which Prefect's functions in this process and its threads use, too."""
+    from prefect.client.orchestration import get_client
+    from prefect.context import refresh_global_settings_context
+
+    with monkeypatch.context() as patch:
+        for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+            patch.setenv(name, shared_prefect[name])
+        refresh_global_settings_context()
+        with get_client(sync_client=True) as client:
+            yield client
+    refresh_global_settings_context()

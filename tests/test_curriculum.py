@@ -21,13 +21,11 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.cli import main
 from tests.conftest import following
 from tests.test_pages import PAGES, fenced
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.instruction_checks import PARTS
-from vectorclm.shards.order import format_epochs
 from vectorclm.stages import BY_NAME, TRAININGS
 from vectorclm.store.layout import STAGES
 from vectorclm.store.storage import LOCK
@@ -321,23 +319,11 @@ def test_a_failing_stage_is_named_and_what_was_finished_is_kept(first: SimpleNam
     done = first.run("--set", f"tokenizer.vocab_size={size}", "--set", f"model.vocab_size={size}")
     assert done.returncode == 2 and done.stdout == ""
     assert "error: stage tokenizer failed: " in done.stderr and "Traceback" not in done.stderr
-    assert "Finished stages are kept" in done.stderr
+    assert "Finished stages are kept and will be reused; fix it and run the same command again." in done.stderr
     assert "sample reused" in done.stderr
     newest = max(first.runs("tags.stage = 'curriculum'"), key=lambda run: run.info.start_time)
     nested = first.runs(f"tags.mlflow.parentRunId = '{newest.info.run_id}' and tags.stage = 'tokenizer'")
     assert [run.info.status for run in nested] == ["FAILED"]  # a setting is not mended by a retry
-
-
-def test_pools_refuse_an_experiment_of_ones_own_and_need_a_server(
-    first: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ["run", str(first.experiment), "--store", str(first.store), "--placement", "pools"]
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    assert main(command) == 2
-    assert "placement pools needs a Prefect server with workers: set PREFECT_API_URL" in capsys.readouterr().err
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    assert main(command) == 2
-    assert "placement pools knows tiny, small, base, not mini: run that one inline" in capsys.readouterr().err
 
 
 def test_what_is_damaged_is_made_again_with_one_warning_each(first: SimpleNamespace) -> None:
@@ -360,39 +346,7 @@ def test_what_is_damaged_is_made_again_with_one_warning_each(first: SimpleNamesp
         assert file.name in line
 
 
-def test_an_unknown_key_names_its_neighbours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["run", "tiny", "--store", str(tmp_path), "--set", "finetune.epoch=1.0"]) == 2
-    said = capsys.readouterr().err
-    assert "finetune.epoch" in said and "did you mean 'epochs'?" in said and "batch_size" in said
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("assignment", ["finetune.epochs", "pretrain.phases.7.tokens=1", "seed.x=1"])
 def test_an_assignment_that_fits_nowhere_is_refused(assignment: str) -> None:
     with pytest.raises(ConfigError, match=assignment.partition("=")[0]):
         override(mini(), [assignment])
-
-
-def test_a_store_that_cannot_be_written_stops_the_run_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    assert main(["run", "tiny", "--store", str(tmp_path / "file" / "store")]) == 2
-    assert "not writable" in capsys.readouterr().err
-
-
-def test_a_dry_run_says_how_often_sources_are_read_that_are_in_the_store(
-    first: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    dry = ["run", str(first.experiment), "--store", str(first.store), "--dry-run"]
-    assert main([*dry, "--json"]) == 0
-    costs = json.loads(capsys.readouterr().out)
-    manifest = json.loads((first.store / "pretrain" / costs["stages"]["pretrain"] / "manifest.json").read_text())
-    summary = manifest["summary"]
-    assert {label: round(epochs, 3) for label, epochs in costs["epochs"].items()} == summary["epochs"]
-    assert summary["read"] == format_epochs(costs["epochs"])
-    assert main(dry) == 0
-    assert summary["read"] in capsys.readouterr().out
-    changes = ['pretrain.phases.0.when_exhausted="stop"', "pretrain.phases.0.tokens=9_000_000"]
-    assert main([*dry, *(part for change in changes for part in ("--set", change))]) == 2
-    told = capsys.readouterr().err
-    assert "phase 1 takes" in told and "set its when_exhausted to" in told

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.module_coverage import modules, own_test
+
 ROOT = Path(__file__).parents[1]
 FUNCTION_LINES, FILE_LINES = 60, 400
 CORE_PAGE = (ROOT / "vectorclm" / "README.md").read_text(encoding="utf-8")
@@ -47,6 +49,11 @@ PACKAGES = [path.parent for path in FILES if path.name == "__init__.py" and "tes
 def test_a_package_says_what_it_is_for(package: str) -> None:
     parsed = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
     assert ast.get_docstring(parsed), f"{package}/__init__.py has no docstring"
+
+
+def test_each_module_of_the_flows_has_a_test_of_its_name() -> None:
+    assert len(modules()) > 40
+    assert [str(own_test(path).relative_to(ROOT)) for path in modules() if not own_test(path).is_file()] == []
 
 
 def test_the_cores_page_lists_its_floors_in_the_order_of_the_imports() -> None:

@@ -136,7 +136,7 @@ def test_what_is_no_model_is_refused_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a model directory"):
         CausalLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="is not a model directory"):
         CausalLM.from_pretrained(tmp_path)
 
 
@@ -185,6 +185,9 @@ def test_chunked_loss_has_the_plain_ones_value_and_gradients(ignored: float) -> 
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', and the supported types are: llama"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
+        ({"tie_word_embeddings": False}, "only models with tied embeddings"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "scaled positions"),
         ({"rope_scaling": {"type": "llama3"}}, "scaled positions"),
@@ -213,5 +216,5 @@ def test_a_broken_model_directory_is_named(model: CausalLM, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text("[]")
     model.save_pretrained(tmp_path / "whole")
     weights.write_bytes((tmp_path / "whole" / "model.safetensors").read_bytes())
-    with pytest.raises(DataError, match="only Llama models"):
+    with pytest.raises(DataError, match="holds no table of settings"):
         CausalLM.from_pretrained(tmp_path)

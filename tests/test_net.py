@@ -1,12 +1,13 @@
-"""Addresses of servers: which of them answer."""
+"""Addresses of servers: which of them answer, which ports are free, and what a child is told of them."""
 
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from flows.net import answers
+from flows.net import answers, free_port, has_own_server, neutral, past_proxies, without_password
 
 
 def test_what_is_no_address_and_what_speaks_no_http_does_not_answer() -> None:
@@ -45,3 +46,32 @@ class Answers(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Print nothing."""
+
+
+def test_a_proxy_of_the_user_is_kept_beside_the_addresses_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert past_proxies() == dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
+    monkeypatch.setenv("no_proxy", "intra.net,localhost")
+    assert past_proxies() == dict.fromkeys(("NO_PROXY", "no_proxy"), "intra.net,localhost,127.0.0.1")
+
+
+def test_a_password_leaves_every_address_of_a_text() -> None:
+    text = "no http://bob:s3cr3t@a:1/x and no postgresql+asyncpg://me:mine@b/c, but me@mail.net"
+    assert without_password(text) == "no http://a:1/x and no postgresql+asyncpg://b/c, but me@mail.net"
+
+
+def test_a_free_port_can_be_listened_on() -> None:
+    with socket.create_server(("127.0.0.1", port := free_port())) as server:
+        assert server.getsockname()[1] == port != free_port()
+
+
+def test_servers_of_the_user_are_hidden_from_what_must_not_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://somewhere/api")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
+    assert has_own_server()
+    found = neutral(os.environ)
+    assert found["PATH"] == os.environ["PATH"]
+    assert not any(name.startswith(("PREFECT_", "MLFLOW_")) for name in found)
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    assert not has_own_server()

@@ -4,6 +4,7 @@ VectorCLMError
 ├── ConfigError      a setting is unknown, impossible or contradictory: edit it, a retry cannot help
 ├── DataError        a source, a document or a model directory is missing or malformed
 ├── StoreError       the store cannot be reached or written: a retry may help
+│   ├── DiskFullError          no space is left on a disk: free some, then retry
 │   └── CorruptArtifactError   bytes in the store differ from their manifest
 │       └── CorruptBlockError  bytes of one block of a shard differ, also when read again
 ├── InUseError       another live process is building the same artifact
@@ -12,6 +13,14 @@ VectorCLMError
 ├── ReproducibilityError   a rebuilt artifact differs: compare versions and machines, a retry cannot help
 └── DivergedError    the loss is not finite: change the settings, a retry cannot help
 """
+
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, a quota, a limit of the process
+FREE_SPACE = (
+    "free some there (`df -h` shows the disks; `vectorclm store gc --older-than 1h --delete`, with the --store of the "
+    "run, removes what killed processes left), then retry"
+)
 
 
 class VectorCLMError(Exception):
@@ -28,6 +37,10 @@ class DataError(VectorCLMError):
 
 class StoreError(VectorCLMError):
     """The store cannot be read or written."""
+
+
+class DiskFullError(StoreError):
+    """No space is left where a file is written; what was finished before is kept."""
 
 
 class CorruptArtifactError(StoreError):
@@ -56,3 +69,17 @@ class ReproducibilityError(VectorCLMError):
 
 class DivergedError(VectorCLMError):
     """The loss is no longer finite."""
+
+
+def disk_full(error: BaseException, where: str = "") -> DiskFullError | None:
+    """The error that says what to do about a full disk; None where `error` has another cause.
+
+    `where` is what was being written; without it, the file that `error` names.
+    """
+    if isinstance(error, VectorCLMError):
+        return None
+    number = getattr(error, "errno", None)
+    if number not in FULL and not any(f"(os error {code})" in str(error) for code in FULL):
+        return None
+    name = where or getattr(error, "filename", None)
+    return DiskFullError(f"no space left{f' while writing {name}' if name else ''}: {FREE_SPACE}")

@@ -1,9 +1,14 @@
-"""The Llama decoder in plain PyTorch. transformers, vLLM and llama.cpp open its files unchanged.
+"""The Llama decoder in plain PyTorch: embedding, decoder layers, tied output projection.
 
-Shape letters, used in names and docstrings throughout:
-    B  batch         T  tokens in the input     S  tokens seen so far (cache + T)
-    D  hidden_size   H  query heads             K  key/value heads
-    E  head_dim      F  intermediate_size       V  vocab_size       L  layers
+`save_pretrained` writes the files of Hugging Face's Llama, which transformers loads unchanged; llama.cpp needs the GGUF
+file of export/gguf.py. A kind of attention that transformers lacks has a `model_type` that transformers refuses.
+
+Shape letters, used in names and docstrings here and in nn/:
+    B  batch         T  tokens in the input       S  tokens whose keys attention reads (cache + T)
+    D  hidden_size   H  query heads               K  key/value heads      G  heads of q, k and v together (H + 2K)
+    E  head_dim      F  intermediate_size         V  vocab_size           P  max_position_embeddings
+    N  tokens of all rows in one list             C  tokens of a chunk of that list
+    I, O  inputs and outputs of any linear projection                    1  a dimension of size 1
 """
 
 import json
@@ -18,7 +23,7 @@ from torch import Tensor, nn
 
 from vectorclm.errors import DataError
 from vectorclm.model_config import ModelConfig, model_config, write_config
-from vectorclm.nn.attention import Documents, Visibility, attention, padded_visibility
+from vectorclm.nn.attention import AttentionMask, Documents, attention, left_padded
 from vectorclm.nn.layers import (
     Linear,
     RMSNorm,
@@ -43,7 +48,6 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.keys_BKSE = [like.new_zeros(shape) for _ in layers]
         self.values_BKSE = [like.new_zeros(shape) for _ in layers]
-        self.length = length
         self.seen = 0
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,10 +59,10 @@ class KVCache:
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [max_position_embeddings, E] of rotary embeddings (Su et al., arXiv 2104.09864, section 3.2).
+    """Rotary position embeddings: cosines and sines [P, E] of all positions (RoPE; Su et al., arXiv 2104.09864).
 
-    The layout is Llama's: dimension i is paired with dimension i + E/2. The first half's sines are negative, as
-    `rotate` expects.
+    The layout is Llama's: dimension i is rotated together with dimension i + E/2. The sines of the first half are
+    negative, so that `nn.layers.rotate` needs no sign.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
@@ -68,7 +72,11 @@ def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al., arXiv 2305.13245)."""
+    """Self-attention of one layer: projections, rotary positions, KV cache, grouped-query attention.
+
+    Each key/value head serves a group of query heads (Ainslie et al., arXiv 2305.13245). `nn.attention.attention`
+    decides which keys a query attends to.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -79,14 +87,14 @@ class Attention(nn.Module):
         self.qkv_proj = StackedLinear(config.hidden_size, {"q_proj": queries, "k_proj": keys, "v_proj": values})
         self.o_proj = Linear(queries, config.hidden_size)
 
-    def forward(self, x_BTD: Tensor, angles: Angles, visible: Visibility, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles: Angles, mask: AttentionMask, cache: KVCache | None) -> Tensor:
         batch, tokens, _ = x_BTD.shape
-        qkv_BTNE = self.qkv_proj(x_BTD).view(batch, tokens, sum(self.heads), -1)
-        q_BTHE, k_BTKE, v_BTKE = rotary_heads(qkv_BTNE, *angles, self.heads)
+        qkv_BTGE = self.qkv_proj(x_BTD).view(batch, tokens, sum(self.heads), -1)
+        q_BTHE, k_BTKE, v_BTKE = rotary_heads(qkv_BTGE, *angles, self.heads)
         q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         if cache is not None:
             k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
-        y_BHTE = attention(q_BHTE, k_BKSE, v_BKSE, visible, self.dropout if self.training else 0.0)
+        y_BHTE = attention(q_BHTE, k_BKSE, v_BKSE, mask, self.layer, self.dropout if self.training else 0.0)
         out: Tensor = self.o_proj(y_BHTE.transpose(1, 2).reshape(batch, tokens, -1))
         return out
 
@@ -115,8 +123,8 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.hidden_dropout
 
-    def forward(self, x_BTD: Tensor, angles: Angles, visible: Visibility, cache: KVCache | None) -> Tensor:
-        x_BTD = x_BTD + self._drop(self.self_attn(self.input_layernorm(x_BTD), angles, visible, cache))
+    def forward(self, x_BTD: Tensor, angles: Angles, mask: AttentionMask, cache: KVCache | None) -> Tensor:
+        x_BTD = x_BTD + self._drop(self.self_attn(self.input_layernorm(x_BTD), angles, mask, cache))
         return x_BTD + self._drop(self.mlp(self.post_attention_layernorm(x_BTD)))
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
@@ -126,8 +134,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, decoder blocks and final norm; `model.` in the state dict."""
 
-    cos_SE: Tensor
-    sin_SE: Tensor
+    cos_PE: Tensor
+    sin_PE: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -135,9 +143,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        cos_SE, sin_SE = rotary_table(config)
-        self.register_buffer("cos_SE", cos_SE, persistent=False)
-        self.register_buffer("sin_SE", sin_SE, persistent=False)
+        cos_PE, sin_PE = rotary_table(config)
+        self.register_buffer("cos_PE", cos_PE, persistent=False)
+        self.register_buffer("sin_PE", sin_PE, persistent=False)
 
     def forward(
         self,
@@ -146,14 +154,22 @@ class Decoder(nn.Module):
         position_ids_BT: Tensor | None = None,
         mask_BTS: Tensor | None = None,
         documents: Documents | None = None,
+        key_position_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states [B, T, D] of the tokens [B, T].
 
-        By default positions continue those in the cache, and attention is that of `config.attention`.
-        `position_ids_BT` [B, T] replaces the positions. `mask_BTS` [B, T, S] is true where a token may attend to a key,
-        never to a later one. With `documents`, attention stays inside each document of a window; `documents` and
-        `cache` exclude each other.
+        By default positions continue those in the cache. `position_ids_BT` [B, T] replaces the positions; with a cache,
+        `key_position_ids_BS` [B, S] are those of the keys. `mask_BTS` [B, T, S] is true where a token may attend to a
+        key, never to a later one; the rule of `config.attention` applies beside the mask. With `documents`, attention
+        stays inside each document of a window; `documents` exclude the other arguments. Raises ValueError for arguments
+        that exclude each other, and for position ids without a mask or, with a cache, without those of the keys.
         """
+        if documents is not None and not (cache is None and position_ids_BT is None and mask_BTS is None):
+            raise ValueError("documents exclude cache, position_ids_BT and mask_BTS")
+        if position_ids_BT is not None and mask_BTS is None:
+            raise ValueError("position_ids_BT needs mask_BTS: equal positions do not say which token is later")
+        if cache is not None and position_ids_BT is not None and key_position_ids_BS is None:
+            raise ValueError("position_ids_BT with a cache needs key_position_ids_BS, the positions of all keys")
         start = cache.seen if cache is not None else 0
         end = start + input_ids_BT.shape[1]
         x_BTD = self.embed_tokens(input_ids_BT)
@@ -162,11 +178,11 @@ class Decoder(nn.Module):
             position_ids_BT = documents.position_ids
         positions = slice(start, end) if position_ids_BT is None else position_ids_BT
         wide = torch.promote_types(x_BTD.dtype, torch.float32)  # half precision is too coarse for angles
-        cos_T1E, sin_T1E = (table[positions].unsqueeze(-2).to(wide) for table in (self.cos_SE, self.sin_SE))
+        cos_T1E, sin_T1E = (table[positions].unsqueeze(-2).to(wide) for table in (self.cos_PE, self.sin_PE))
         mask_B1TS = None if mask_BTS is None else mask_BTS.unsqueeze(1)
-        visible = Visibility(documents, mask_B1TS, position_ids_BT, cache is not None, self.attention)
+        mask = AttentionMask(documents, mask_B1TS, position_ids_BT, key_position_ids_BS, self.attention)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, (cos_T1E, sin_T1E), visible, cache)
+            x_BTD = layer(x_BTD, (cos_T1E, sin_T1E), mask, cache)
         if cache is not None:
             cache.seen = end
         out: Tensor = self.norm(x_BTD)
@@ -200,19 +216,23 @@ class CausalLM(nn.Module):
             layer.self_attn.o_proj.weight.zero_()  # type: ignore[operator, union-attr]
             layer.mlp.down_proj.weight.zero_()  # type: ignore[operator, union-attr]
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final hidden states [..., D], which `Decoder.forward` has normalised."""
+        return project(hidden, self.model.embed_tokens.weight)
+
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [B, T, V] for `input_ids` [B, T], which continue the tokens in the cache, if there is one.
 
         Raises ValueError where the sequence is longer than max_position_embeddings.
         """
-        return project(self._hidden(input_ids, cache), self.model.embed_tokens.weight)
+        return self.logits(self._hidden(input_ids, cache))
 
     def next_logits(self, input_ids: Tensor, cache: KVCache, padding_B: Tensor | None = None) -> Tensor:
         """Logits [B, V] of the next token after `input_ids` [B, T], which continue the tokens in the cache.
 
         `padding_B` is the number of padding tokens at the left of each row. Raises ValueError as `forward` does.
         """
-        return project(self._hidden(input_ids, cache, padding_B)[:, -1], self.model.embed_tokens.weight)
+        return self.logits(self._hidden(input_ids, cache, padding_B)[:, -1])
 
     def _hidden(self, input_ids: Tensor, cache: KVCache | None, padding_B: Tensor | None = None) -> Tensor:
         tokens = input_ids.shape[1] + (cache.seen if cache is not None else 0)
@@ -221,8 +241,7 @@ class CausalLM(nn.Module):
         if padding_B is None:
             hidden: Tensor = self.model(input_ids, cache)
             return hidden
-        positions_BT, mask_BTS = padded_visibility(padding_B, input_ids.shape[1], tokens)
-        padded: Tensor = self.model(input_ids, cache, position_ids_BT=positions_BT, mask_BTS=mask_BTS)
+        padded: Tensor = self.model(input_ids, cache, **left_padded(padding_B, input_ids.shape[1], tokens)._asdict())
         return padded
 
     def loss(self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from vectorclm.errors import DataError
-from vectorclm.nn.attention import ATTENTION, AttentionConfig
+from vectorclm.nn.attention import ATTENTION_KINDS, AttentionConfig, AttentionKind
 from vectorclm.settings import Settings, validate
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
@@ -43,6 +43,11 @@ class ModelConfig(Settings):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings rotate pairs of dimensions")
+        spec = ATTENTION_KINDS.get(self.attention.kind)
+        if spec and (unused := self.attention.model_dump().keys() - {"kind", *spec.config_keys}):
+            raise ValueError(
+                f"attention.{', attention.'.join(sorted(unused))}: {self.attention.kind} attention has no such setting"
+            )
         return self
 
     @property
@@ -53,7 +58,13 @@ class ModelConfig(Settings):
         return self.vocab_size * self.hidden_size + self.num_hidden_layers * block + self.hidden_size
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Training FLOPs a token: 6 for each parameter, plus causal attention (PaLM, arXiv 2204.02311, appendix B)."""
+        """Training FLOPs per token: 6 per parameter, plus those of causal attention over a whole window.
+
+        The estimate of PaLM (arXiv 2204.02311, appendix B) with half of its attention, because a token attends to half
+        of the window on average. The figure is an upper bound where tokens attend to fewer keys: with documents apart,
+        or with a kind of attention that hides keys. The dense mask of such a kind computes more than it counts: the
+        products of whole windows.
+        """
         attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
         return 6.0 * self.parameters + attention
 
@@ -65,12 +76,12 @@ def write_config(config: ModelConfig, directory: Path) -> None:
 
 def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
     """`config.json` for transformers: LlamaForCausalLM, or the class of another kind of attention."""
-    variant = ATTENTION[config.attention.kind]
+    spec = ATTENTION_KINDS[config.attention.kind]
     return {
-        "architectures": [variant.architecture],
-        "model_type": variant.model_type,
+        "architectures": [spec.architecture],
+        "model_type": spec.model_type,
         **config.model_dump(exclude={"attention"}),
-        **{key: getattr(config.attention, name) for name, key in variant.names.items()},
+        **{key: getattr(config.attention, name) for name, key in spec.config_keys.items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -85,19 +96,24 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
 
 def model_config(raw: Any, where: str) -> ModelConfig:
     """The ModelConfig of a Hugging Face `config.json`. Raises DataError where the file has another architecture."""
-    kinds = {variant.model_type: kind for kind, variant in ATTENTION.items()}
-    if not isinstance(raw, dict) or raw.get("model_type") not in kinds or not raw.get("tie_word_embeddings", False):
-        raise DataError(f"{where}: only Llama models with tied embeddings are supported")
-    kind = kinds[raw["model_type"]]
+    kinds: dict[Any, AttentionKind] = {spec.model_type: kind for kind, spec in ATTENTION_KINDS.items()}
+    if not isinstance(raw, dict):
+        raise DataError(f"{where} is not the configuration of a model: it holds no table of settings")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in kinds:
+        raise DataError(f"{where}: model_type is {model_type!r}, and the supported types are: {', '.join(kinds)}")
+    if raw.get("tie_word_embeddings") is not True:
+        raise DataError(f"{where}: only models with tied embeddings (tie_word_embeddings = true) are supported")
+    kind = kinds[model_type]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     ours = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
     other = [f"{key} = {raw[key]!r}" for key, value in ours.items() if raw.get(key, value) != value]
     if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
         other.append(f"scaled positions ({scaling})")
     if other:
-        raise DataError(f"{where}: this Llama has unsupported settings: {', '.join(other)}")
+        raise DataError(f"{where}: unsupported settings: {', '.join(other)}")
     known = {name: raw[name] for name in ModelConfig.model_fields if name in raw}
-    settings = {name: raw[key] for name, key in ATTENTION[kind].names.items() if key in raw}
+    settings = {name: raw[key] for name, key in ATTENTION_KINDS[kind].config_keys.items() if key in raw}
     known["attention"] = {"kind": kind, **settings}
     if "rope_theta" in rope:
         known["rope_theta"] = rope["rope_theta"]

@@ -25,6 +25,7 @@ from vectorclm.shards.chat_writer import ChatConfig
 from vectorclm.shards.chat_writer import summary_lines as conversation_summary_lines
 from vectorclm.stage_builders import (
     StageJob,
+    ancestors,
     build_chat_shards,
     build_export,
     build_model,
@@ -294,7 +295,8 @@ def rebuild_stage(
     """Build a finished stage once more and compare the bytes; build a stage without an artifact as `run_stage` does.
 
     The artifact in the store stays as it is. Parameters, result and errors are those of `run_stage`; also raises
-    ReproducibilityError where a file differs from the artifact's.
+    ReproducibilityError where a file differs from the artifact's, and CorruptArtifactError where bytes in the store are
+    damaged: those of the artifact, or of one before it that may be the cause of a difference.
     """
     spec = _spec_of(name, experiment)
     found = store.find_whole(spec)
@@ -303,6 +305,10 @@ def rebuild_stage(
     job = replace(_new_job(name, experiment, store, runtime, data, group), again=True)
     different = rebuild(store, found, spec, partial(BY_NAME[name].build, job), runtime.work_dir)
     job.clear_kept()
+    if different:
+        for behind in ancestors(name, job.specs):
+            find_input(store, job.specs[behind]).verify()
+    found.verify()
     if different:
         raise ReproducibilityError(
             f"{name} built again differs from {found.uri} in {', '.join(different)}; the artifact stays as it is. "

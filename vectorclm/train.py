@@ -156,7 +156,7 @@ class Record:
         self.keep(step)
         self.run.checkpoints.wait()
         place = f"interrupted by SIGTERM after step {step} of {self.steps}, checkpoint at step {self._kept}"
-        return f"{place}: run the same command again to resume from there"
+        return f"{place}: the next run of this stage resumes from there"
 
     def summary(self) -> dict[str, Any]:
         """Losses, speed and the last validation scores."""

@@ -20,6 +20,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling
 
 from flows.execution.launch import StageCancelledError, StageFailedError, StageInterruptedError
+from flows.net import PROVISION
 from vectorclm.errors import ConfigError
 
 POLL_SECONDS = 2
@@ -60,9 +61,7 @@ def _start(stage: str, parameters: Mapping[str, Any], tags: list[str]) -> FlowRu
             timeout=0,
         )
     except ObjectNotFound as error:
-        raise ConfigError(
-            f"Prefect has no deployment {name}: run `vectorclm up`, or set placement to inline"
-        ) from error
+        raise ConfigError(f"Prefect has no deployment {name}: {PROVISION}; or set placement to inline") from error
     return FlowRun.model_validate(started.model_dump())
 
 

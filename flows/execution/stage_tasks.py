@@ -40,7 +40,7 @@ from flows.paths import local_folder
 from flows.reports.report import report
 from flows.tracking.tracker import Tracker
 from vectorclm.config import ExperimentConfig
-from vectorclm.errors import CorruptArtifactError, DataError, InUseError, StoreError, VectorCLMError
+from vectorclm.errors import CorruptArtifactError, InUseError, StoreError, VectorCLMError, disk_full
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
@@ -48,6 +48,7 @@ from vectorclm.stages import BY_NAME, last_model, plans, rebuild_stage, run_stag
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 from vectorclm.store.layout import EXPORT
 
+CURRICULUM = "curriculum"  # the name of its flow
 RETRY_DELAY = 5  # seconds
 LINK_SECONDS = 15  # to wait for the link to MLflow, while the stages run
 CHAMPION_SECONDS = 30  # to wait for the name of the champion
@@ -281,11 +282,23 @@ def may_help(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 def _failure(name: str, error: BaseException) -> StageFailedError:
     """The error of a curriculum whose stage failed: what is wrong, where, and what to do."""
-    if isinstance(error, DataError | CorruptArtifactError | StageCancelledError | StageInterruptedError):
-        todo = "fix it and run the same command again"
-    elif isinstance(error, VectorCLMError | OSError):
-        todo = "fix it and rerun"
-    else:
-        todo = "this is a bug of the program; --verbose shows where"
+    error = disk_full(error) or error
     what = str(error) if isinstance(error, VectorCLMError) else f"{type(error).__name__}: {error}"
+    todo = _how_to_continue(is_bug=not isinstance(error, VectorCLMError | OSError))
     return StageFailedError(f"stage {name} failed: {what}\nFinished stages are kept and will be reused; {todo}.")
+
+
+def _how_to_continue(*, is_bug: bool) -> str:
+    """What continues this run after its failure: the button in Prefect's page and the command, or the command."""
+    context = FlowRunContext.get()
+    run = context.flow_run if context is not None else None
+    by_deployment = run is not None and run.deployment_id is not None
+    if is_bug:
+        return f"this is a bug of the program; {'the log of this run' if by_deployment else '--verbose'} shows where"
+    if context is None or run is None or not by_deployment:  # Prefect's page cannot start `vectorclm run`
+        return "fix it and run the same command again"
+    button = "fix it, then press Retry on the page of this run in Prefect"
+    if context.flow is None or context.flow.name != CURRICULUM:
+        return f"{button}, or start a custom run of its deployment with other settings"
+    command = f"vectorclm retry {run.id}"
+    return f"{button}, or run `{command}`; with another setting, run `{command} --set KEY=VALUE`"

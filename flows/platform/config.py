@@ -21,6 +21,7 @@ from flows.net import HEARTBEAT_SECONDS, QUIET, answers, past_proxies
 from flows.paths import local_folder
 from flows.platform import password
 from flows.platform.process import HOST, PREFECT, Service
+from flows.tracking.database import artifacts_destination
 from vectorclm.errors import ConfigError
 from vectorclm.inference.guard import ALLOWED, allowed_hosts
 from vectorclm.settings import Settings, validate
@@ -267,11 +268,10 @@ def _mlflow_server(config: PlatformConfig) -> Service:
         str(config.mlflow_port),
     ]
     command += ["--workers", "2"]
-    destination = (home / "mlartifacts").as_uri() if not _is_remote(config) else f"{config.vectorclm_store}/mlflow"
     environment = {
         **QUIET,
         "MLFLOW_BACKEND_STORE_URI": config.database("mlflow", "psycopg2") or f"sqlite:///{home / 'mlflow.db'}",
-        "MLFLOW_ARTIFACTS_DESTINATION": destination,
+        "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(Store(config.vectorclm_store), home),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         ALLOWED: config.vectorclm_allowed_hosts,
         **config._s3_environment(),
@@ -308,7 +308,3 @@ def _worker(config: PlatformConfig, pool: str) -> Service:
 
 def _folder(config: PlatformConfig) -> Path:
     return config.home / "platform"
-
-
-def _is_remote(config: PlatformConfig) -> bool:
-    return not Store(config.vectorclm_store).is_local

@@ -2,33 +2,35 @@
 
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
 
 import httpx
 from filelock import FileLock, Timeout
-from packaging.requirements import Requirement
 from rich.console import Console
 
 from flows.platform import password
 from flows.platform.config import POOLS, PlatformConfig
-from flows.platform.ownership import check_folders, check_listeners, ran_here, reasons_to_leave_alone, remember
+from flows.platform.machine_checks import MACHINE, Check, Finding, gpus
+from flows.platform.ownership import (
+    check_folders,
+    check_listeners,
+    ran_here,
+    reasons_to_leave_alone,
+    recall_credentials,
+    remember,
+    running_elsewhere,
+)
 from flows.platform.process import Service, ServiceError
 from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Store
 
-FREE_GIGABYTES = 5
 OPEN = "none, so every user of this machine can run programs as you; without PREFECT_AUTH=none, `up` creates one"
 HEARTBEAT_SECONDS = 40  # within which a new worker must send a heartbeat
 WRITE_SECONDS = 60  # within which a write must succeed
 TAKE_SECONDS = 20  # within which a worker takes a run that is due
-VERSIONS = ("prefect", "sqlalchemy", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
 
 
 def up(config: PlatformConfig, console: Console) -> None:
@@ -36,14 +38,11 @@ def up(config: PlatformConfig, console: Console) -> None:
 
     Raises a VectorCLMError where a service does not start; running services stay up.
     """
+    _check_settings(config, console)
     if config.prefect_auth is None:
         password.ensure(config.home, f"{config.prefect_url}/api")
-    config.check_database()
-    point_at(config)
+    point_at(config)  # with the password
     remember(config)
-    store = Store(config.vectorclm_store)
-    store.create()
-    store.check_writable()
     servers = config.servers()
     for service in servers:
         if service.start():
@@ -63,6 +62,19 @@ def up(config: PlatformConfig, console: Console) -> None:
     _print_links(config, console)
 
 
+def _check_settings(config: PlatformConfig, console: Console) -> None:
+    """Check all that may refuse the settings of `up`, so that the files of a running platform stay as they are."""
+    point_at(config)  # the store's keys may be settings
+    if lost := recall_credentials(config):
+        console.print(lost, style="yellow", highlight=False, soft_wrap=True)
+    config.check_database()
+    for service in [*config.servers(), *config.workers()]:
+        service.check()
+    store = Store(config.vectorclm_store)
+    store.create()
+    store.check_writable()
+
+
 def down(config: PlatformConfig, console: Console) -> None:
     """Stop all services, the workers first. Their runs end, and continue where they stopped after the next `up`."""
     services = [*config.servers(), *config.workers()]
@@ -71,7 +83,8 @@ def down(config: PlatformConfig, console: Console) -> None:
         console.print(f"{service.name} stopped", highlight=False)
     if not stopped:
         message = f"no service of the platform of {config.home} was running: give the --store or --env-file of `up`"
-        console.print(message, highlight=False, soft_wrap=True)
+        for line in (message, *running_elsewhere(config.home)):
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def _print_links(config: PlatformConfig, console: Console) -> None:
@@ -86,7 +99,7 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
     ):
         console.print(f"{name:>20}  {link}", highlight=False, soft_wrap=True)
     console.print(f"{'password':>20}  {_password(config, shown=console.is_terminal)}", highlight=False, soft_wrap=True)
-    if not _gpus():
+    if not gpus():
         console.print(f"{'gpu':>20}  none: this machine's workers run on its CPU", highlight=False)
 
 
@@ -95,10 +108,10 @@ def _password(config: PlatformConfig, *, shown: bool) -> str:
     if config.prefect_password is None:
         return OPEN
     if config.prefect_auth is not None:
-        return "PREFECT_AUTH; Prefect's page asks once for all of it, as user:password"
+        return f"{password.SETTING}; Prefect's page asks once for all of it, as user:password"
     place = password.place(config.home)
     if not shown:
-        return f"PREFECT_API_AUTH_STRING in {place}; Prefect's page asks for it once"
+        return f"in {place}, after {password.AUTH}=; Prefect's page asks for it once"
     return f"{config.prefect_password}  (Prefect's page asks once for all of it; it is kept in {place})"
 
 
@@ -147,36 +160,29 @@ def alone(config: PlatformConfig, console: Console, *, starts: bool) -> Iterator
         lock.release()
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check, as a line of text."""
-
-    good: bool
-    what: str
-
-
-Check = Callable[[PlatformConfig], Iterator[Finding]]
-
-
 def doctor(config: PlatformConfig, console: Console) -> bool:
     """Check every part of the platform, repair it if possible, and print a line each; False if a problem is left.
 
     If `up` started no platform with these settings, doctor reports this, and creates and starts nothing.
     """
     point_at(config)
-    well = _checked((_versions, _disk, _gpu), config, console)
+    well = _checked(MACHINE, config, console)
     if reasons := reasons_to_leave_alone(config):
         for reason in reasons:
             _report(Finding(False, reason), console)
         return False
+    if lost := recall_credentials(config):
+        well = _report(Finding(False, lost), console)
     well &= _checked((_store,), config, console)
+    if lost and not Store(config.vectorclm_store).is_local:
+        return False  # a service without them cannot read the store
     if not _checked((_postgres,), config, console):
         return False  # no server starts without its database
     well &= _checked((_servers,), config, console)
     if not config.servers()[0].holds_its_port():
         message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
         return _report(Finding(False, message), console)
-    return _checked((_database, _inside_prefect, _workers, _waiting), config, console) and well
+    return _checked((_database, _inside_prefect, _schedules, _workers, _waiting), config, console) and well
 
 
 def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) -> bool:
@@ -199,32 +205,6 @@ def _report(finding: Finding, console: Console) -> bool:
     return finding.good
 
 
-def _versions(config: PlatformConfig) -> Iterator[Finding]:
-    wrong = list(_unsuitable())
-    for problem in wrong:
-        yield Finding(False, problem)
-    if not wrong:
-        yield Finding(True, "versions: " + ", ".join(f"{name} {version(name)}" for name in VERSIONS))
-    if config.database("mlflow", "psycopg2") is not None and find_spec("psycopg2") is None:
-        yield Finding(False, "MLflow needs psycopg2 to reach Postgres: pip install 'vectorclm[postgres]'")
-
-
-def _unsuitable() -> Iterator[str]:
-    """Installed packages that do not meet the requirements, each with the command that fixes it."""
-    for line in requires("vectorclm") or []:
-        needed = Requirement(line)
-        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
-            continue
-        fix = f"pip install '{needed.name}{needed.specifier}', then `vectorclm down` and `vectorclm up`"
-        try:
-            found = version(needed.name)
-        except PackageNotFoundError:
-            yield f"{needed.name} is not installed: {fix}"
-            continue
-        if not needed.specifier.contains(found, prereleases=True):
-            yield f"{needed.name} {found} does not work here: {fix}"
-
-
 def _kept_running(service: Service) -> Finding:
     started = service.start()
     service.wait()
@@ -242,23 +222,6 @@ def _store(config: PlatformConfig) -> Iterator[Finding]:
 def _postgres(config: PlatformConfig) -> Iterator[Finding]:
     if (address := config.check_database()) is not None:
         yield Finding(True, f"Postgres answers at {address}")
-
-
-def _disk(config: PlatformConfig) -> Iterator[Finding]:
-    there = next(folder for folder in (config.home, *config.home.parents) if folder.exists())
-    free = shutil.disk_usage(there).free / 1e9
-    yield Finding(free >= FREE_GIGABYTES, f"{free:.0f} GB free at {config.home}; {FREE_GIGABYTES} GB are recommended")
-
-
-def _gpu(config: PlatformConfig) -> Iterator[Finding]:
-    found = _gpus()
-    yield Finding(True, f"GPUs: {', '.join(found)}" if found else "no GPU: this machine's workers run on its CPU")
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _servers(config: PlatformConfig) -> Iterator[Finding]:
@@ -333,6 +296,21 @@ def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
     if config.vectorclm_notify == "none":
         notified = "nobody is notified when a score falls: VECTORCLM_NOTIFY names no block"
     yield Finding(problem is None, problem or notified)
+
+
+def _schedules(config: PlatformConfig) -> Iterator[Finding]:
+    """Report which schedules start no runs, because a person switched them off or never on."""
+    from prefect.client.orchestration import get_client
+
+    from flows.platform.server_services import idle_schedules
+
+    with get_client(sync_client=True) as client:
+        idle = idle_schedules(client)
+    for what, deployment_id in idle:
+        page = f"{config.prefect_url}/deployments/deployment/{deployment_id}"
+        yield Finding(True, f"{what}, so they start no run; the switch is on the page of the deployment: {page}")
+    if not idle:
+        yield Finding(True, "every schedule is on")
 
 
 def _workers(config: PlatformConfig) -> Iterator[Finding]:

@@ -1,13 +1,14 @@
 """Ownership of a running platform: what `up` started in a home, and with which store and ports."""
 
 import json
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flows.platform import private
+from flows.platform import credentials, private
 from flows.platform.config import PlatformConfig
-from flows.platform.process import Service, holder
+from flows.platform.process import Service, holder, running_homes
 from vectorclm.errors import ConfigError
 from vectorclm.store.artifact import Store
 
@@ -20,7 +21,7 @@ def remember(config: PlatformConfig) -> None:
     private.create_folder(folder)
     file = folder / ABOUT
     file.touch(mode=0o600)
-    file.write_text(json.dumps(_about(config)), encoding="utf-8")
+    file.write_text(json.dumps(_about(config) | {"variables": credentials.names()}), encoding="utf-8")
 
 
 def ran_here(config: PlatformConfig) -> bool:
@@ -35,19 +36,46 @@ def check_folders(config: PlatformConfig) -> None:
 
 
 def check_listeners(config: PlatformConfig) -> None:
-    """Raise ConfigError where a program that `up` did not start would get the password of Prefect or MLflow.
-
-    After a restart of the machine any user's program can listen at their ports.
-    """
+    """Raise ConfigError where a program that `up` did not start would get the password of Prefect or MLflow."""
     prefect, mlflow = config.servers()
     for server, secret in ((prefect, config.prefect_password), (mlflow, config.mlflow_admin_password)):
-        if secret is None or server.port is None or server.holds_its_port():
-            continue
-        if (held := holder(server.port)) is not None:
-            raise ConfigError(
-                f"port {server.port} is held by {held}, not by the {server.name} that `vectorclm up` started, so no "
-                "password is sent there: end it and run `vectorclm up`, or give the options that `up` had"
-            )
+        if secret is not None:
+            server.check_listener()
+
+
+def recall_credentials(config: PlatformConfig) -> str:
+    """Take credentials that `up` had, and this command lacks, from a running service; a message if some are lost."""
+    known: list[str] = _known(config.home).get("variables", [])
+    lost = credentials.recall([*config.workers(), *config.servers()], known)
+    if not lost:
+        return ""
+    return (
+        f"`vectorclm up` had {', '.join(lost)} in its environment, which this command lacks, and no service is left "
+        "that has them: set them and run this again"
+    )
+
+
+def running_elsewhere(home: Path) -> list[str]:
+    """The platforms that run on this machine in other homes, a line each, with the options that name the platform."""
+    others = [other for other in running_homes() if other != home]
+    return [
+        f"a platform runs in {other}: give the command its options, {options_of(other)}, and the --env-file that `up` "
+        "had, if any"
+        for other in others
+    ]
+
+
+def options_of(home: Path) -> str:
+    """The options, and the variable if one is needed, that name the platform of a home, as a shell takes them."""
+    known = _known(home)
+    store = str(known.get("store", home))
+    words = ["--store", store]
+    for name in ("prefect_port", "mlflow_port"):
+        default = PlatformConfig.model_fields[name].default
+        if known.get(name, default) != default:
+            words += [f"--{name.replace('_', '-')}", str(known[name])]
+    variable = "" if store == str(home) else f"VECTORCLM_HOME={shlex.quote(str(home))} "
+    return f"`{variable}{shlex.join(words)}`"
 
 
 def reasons_to_leave_alone(config: PlatformConfig) -> list[str]:
@@ -55,8 +83,17 @@ def reasons_to_leave_alone(config: PlatformConfig) -> list[str]:
     services = [*config.servers(), *config.workers()]
     started = [service for service in services if service.record.exists()]
     if not started:
-        state = f"the platform of {config.home} is stopped" if ran_here(config) else f"no platform ran in {config.home}"
-        return [f"{state}: `vectorclm up` starts {'it' if ran_here(config) else 'one'}", *_ports_of_others(services)]
+        elsewhere = running_elsewhere(config.home)
+        if ran_here(config):
+            stopped = f"the platform of {config.home} is stopped: `vectorclm up` starts it"
+        elif elsewhere:
+            stopped = f"no platform ran in {config.home}"
+        else:
+            stopped = (
+                f"no platform ran in {config.home}, and none runs on this machine: run this in the folder where `up` "
+                "was run, or with its --store or --env-file; `vectorclm up` starts a new, empty platform"
+            )
+        return [stopped, *elsewhere, *_ports_of_others(services)]
     if others := [service.name for service in started if not service.has_these_settings()]:
         return [
             f"the platform of {config.home} was started with other settings{_difference(config)}: give doctor the "
@@ -79,12 +116,16 @@ def _about(config: PlatformConfig) -> dict[str, Any]:
     return {"store": Store(config.vectorclm_store).uri, **ports}
 
 
+def _known(home: Path) -> dict[str, Any]:
+    """What `up` wrote down about the platform of a home; empty where it wrote nothing, or others could have."""
+    with suppress(OSError, ValueError, TypeError, ConfigError):
+        return dict(json.loads(private.read_text(home / "platform" / ABOUT)))
+    return {}
+
+
 def _difference(config: PlatformConfig) -> str:
     """The settings that differ, without secrets."""
-    with suppress(OSError, ValueError):
-        known = dict(json.loads((Path(config.home) / "platform" / ABOUT).read_text(encoding="utf-8")))
-        mine = _about(config)
-        names = [name for name in mine if known.get(name, mine[name]) != mine[name]]
-        if differing := [f"{name} {known[name]}, not {mine[name]}" for name in names]:
-            return f" ({'; '.join(differing)})"
-    return ""
+    known, mine = _known(config.home), _about(config)
+    names = [name for name in mine if known.get(name, mine[name]) != mine[name]]
+    differing = [f"{name} {known[name]}, not {mine[name]}" for name in names]
+    return f" ({'; '.join(differing)})" if differing else ""

@@ -14,7 +14,8 @@ from pydantic import SecretStr
 from flows.platform import private
 from vectorclm.errors import ConfigError
 
-URL, AUTH = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"
+URL, AUTH = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"  # Prefect's own names
+SETTING = "PREFECT_AUTH"  # the name of the password for every command of vectorclm
 OFF = "none"  # the value of PREFECT_AUTH for no password
 ABOUT = "# Written by `vectorclm up`. For a `prefect` of your own: set -a; . {}; set +a\n"
 

@@ -4,13 +4,14 @@ Prefect can start an ephemeral server by itself, but a `kill -9` of the command 
 signal when its parent dies.
 """
 
+import logging
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,10 +21,13 @@ from filelock import FileLock
 from flows.execution.launch import dying_with_parent
 from flows.net import HEARTBEAT_SECONDS, QUIET, SAFE_PATH, answers, free_port, has_own_server, past_proxies
 from flows.platform import password, private
+from flows.platform.config import PlatformConfig
+from flows.platform.ownership import check_listeners
 from flows.platform.process import PREFECT, Service
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.inference.guard import ALLOWED
 
+logger = logging.getLogger(__name__)
 START_SECONDS = 120  # a cold start migrates a new database
 STOP_SECONDS = 5
 # Services that a private server does not need: it has no schedules, deployments, pauses or automations.
@@ -114,16 +118,14 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
         if "@" in os.environ["PREFECT_API_URL"]:
             raise ConfigError(
                 "PREFECT_API_URL contains a password, which logs would show: remove the part before the @, and set "
-                "PREFECT_API_AUTH_STRING=user:password"
+                f"{password.SETTING}=user:password"
             )
         os.environ |= QUIET
         os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
         url = os.environ["PREFECT_API_URL"].rstrip("/")
         if not answers(f"{url}/health"):
             raise ServerError(f"no Prefect server answers at {url}: start it, or unset PREFECT_API_URL")
-        if "PREFECT_API_AUTH_STRING" not in os.environ and (auth := password.read(home.parent, url)) is not None:
-            _check_listener(home.parent, url)
-            os.environ["PREFECT_API_AUTH_STRING"] = auth
+        _find_password(home.parent, url)
         _check_password(url)
         yield None
         return
@@ -135,14 +137,39 @@ def prefect_server(home: Path) -> Iterator[PrivateServer | None]:
         server.stop()
 
 
-def _check_listener(home: Path, url: str) -> None:
-    """Raise ConfigError where another program than the platform's server listens: it must not get the password."""
-    port = urlsplit(url).port
-    if not Service(PREFECT, [], {}, password.place(home).parent, port).holds_its_port():
-        raise ConfigError(
-            f"the server at {url} is not the one that `vectorclm up` started in {home}, so its password is not sent: "
-            "run `vectorclm up`, or set PREFECT_API_AUTH_STRING=user:password"
-        )
+@contextmanager
+def platform_server(config: PlatformConfig, *, is_named: bool) -> Iterator[str]:
+    """Have Prefect in this process use the server of a platform while the block runs; yields the URL of its pages.
+
+    Without an option that names the platform, PREFECT_API_URL does, as in a container, where the server is another
+    machine. Raises what `prefect_server` and `check_listeners` raise. Call it before Prefect is imported.
+    """
+    if not is_named and has_own_server():
+        with prefect_server(config.home / ".prefect"):
+            yield os.environ["PREFECT_API_URL"].rstrip("/").removesuffix("/api")
+        return
+    check_listeners(config)
+    os.environ |= config.client_environment()
+    yield config.prefect_url
+
+
+def _find_password(home: Path, url: str) -> None:
+    """Set Prefect's own variable for the password: from PREFECT_AUTH, from itself, or from the file of `up`.
+
+    Raises ConfigError where another program than the server that `up` started would get the password of the file.
+    """
+    if named := os.environ.get(password.SETTING):
+        if named.lower() != password.OFF:
+            os.environ[password.AUTH] = named
+    elif found := os.environ.get(password.AUTH):
+        kept = None
+        with suppress(ConfigError):
+            kept = password.read(home, url)
+        if found != kept:  # else it was loaded from that file
+            logger.warning("%s is read: %s is its name for vectorclm", password.AUTH, password.SETTING)
+    elif (kept := password.read(home, url)) is not None:
+        Service(PREFECT, [], {}, password.place(home).parent, urlsplit(url).port).check_listener()
+        os.environ[password.AUTH] = kept
 
 
 def _check_password(url: str) -> None:
@@ -157,5 +184,5 @@ def _check_password(url: str) -> None:
             if error.response.status_code == 401:
                 raise ConfigError(
                     f"Prefect at {url} requires a password: give the --store of its platform, or set "
-                    "PREFECT_API_AUTH_STRING=user:password"
+                    f"{password.SETTING}=user:password"
                 ) from error

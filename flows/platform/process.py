@@ -20,7 +20,7 @@ import psutil
 
 from flows.net import SAFE_PATH, neutral
 from flows.platform import private
-from vectorclm.errors import VectorCLMError
+from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.runtime.processes import find_process, process_identity, process_space
 from vectorclm.settings import digest
 
@@ -90,22 +90,48 @@ class Service:
         known = self._known()
         return self._settings(known.get("salt", "")) == known.get("settings")
 
-    def start(self) -> bool:
-        """Start the process unless it runs; returns False if it ran.
+    def check_listener(self) -> None:
+        """Raise ConfigError where another program listens at its port: it must not get the password of this service.
+
+        After a restart of the machine any user's program can listen there.
+        """
+        if self.port is None or self.holds_its_port() or (held := holder(self.port)) is None:
+            return
+        raise ConfigError(
+            f"port {self.port} is held by {held}, not by the {self.name} that `vectorclm up` started in "
+            f"{self.folder.parent}, so no password is sent there: end it and run `vectorclm up`, or give the options "
+            "that `up` had"
+        )
+
+    def check(self) -> bool:
+        """Whether it runs; starts and changes nothing.
 
         Raises ServiceError where its port is taken, or where it runs with other settings.
         """
-        known = self._known()
         if self.process() is not None:
             if not self.has_these_settings():
                 raise ServiceError(
                     f"{self.name} runs with other settings: run `vectorclm down` with those settings first"
                 )
-            return False
-        if self.port is not None:
-            _end(_of_session(known))  # children of a killed process may hold the port
+            return True
+        if not _of_session(self._known()):  # children of a killed process, which `start` ends, may hold the port
+            self._check_port()
+        return False
+
+    def _check_port(self) -> None:
         if self.port is not None and (held := holder(self.port)) is not None:
             raise ServiceError(f"port {self.port} is taken by {held}: end it, or give {self.name} another port")
+
+    def start(self) -> bool:
+        """Start the process unless it runs; returns False if it ran.
+
+        Raises ServiceError where its port is taken, or where it runs with other settings.
+        """
+        if self.check():
+            return False
+        if self.port is not None:
+            _end(_of_session(self._known()))
+            self._check_port()
         private.create_folder(self.folder)
         if self.prepare is not None:
             self.prepare()
@@ -182,13 +208,26 @@ def holder(port: int) -> str | None:
 def _service_of(processes: Iterable[psutil.Process]) -> str | None:
     """The platform's service among these processes, with the platform's home; None without one."""
     for process in processes:
-        with suppress(psutil.Error, OSError):
-            folder = Path(process.cwd())
-            for record in folder.glob("*.json") if folder.name == "platform" else ():
-                with suppress(ValueError, TypeError):
-                    if find_process(json.loads(record.read_text(encoding="utf-8"))) == process:
-                        return f"{record.stem} of the platform of {folder.parent} (process {process.pid})"
+        if (record := _record_of(process)) is not None:
+            return f"{record.stem} of the platform of {record.parent.parent} (process {process.pid})"
     return None
+
+
+def _record_of(process: psutil.Process) -> Path | None:
+    """The record of a process that is a service of a platform; None for another process."""
+    with suppress(psutil.Error, OSError):
+        folder = Path(process.cwd())
+        for record in folder.glob("*.json") if folder.name == "platform" else ():
+            with suppress(ValueError, TypeError):
+                if find_process(json.loads(record.read_text(encoding="utf-8"))) == process:
+                    return record
+    return None
+
+
+def running_homes() -> list[Path]:
+    """The homes of the platforms of which a service runs on this machine, as far as this user may see."""
+    records = [_record_of(process) for process in psutil.process_iter()]
+    return sorted({record.parent.parent for record in records if record is not None})
 
 
 def _of_session(known: Mapping[str, Any]) -> list[psutil.Process]:

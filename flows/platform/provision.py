@@ -111,7 +111,7 @@ def automations() -> list[AutomationCore]:
             ChangeFlowRunState(
                 state=StateType.FAILED,
                 message=f"It crashed {MAX_RESCUES + 1} times within an hour: read the worker's log, check the machine"
-                " (memory, disk, `make install`), then press Retry; finished stages are kept.",
+                " (memory, disk, installed packages), then press Retry; finished stages are kept.",
             )
         ],
     )

@@ -13,7 +13,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
 from flows.form import Changes, chosen
-from flows.net import without_password
+from flows.net import PROVISION, without_password
+from flows.platform.password import SETTING
 from vectorclm.config import assignments
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.settings import validate
@@ -48,13 +49,13 @@ def _explained(client: SyncPrefectClient) -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         url = without_password(str(client.api_url))
-        raise VectorCLMError(f"no platform answers at {url}: start it with `vectorclm up`") from error
+        raise VectorCLMError(f"no platform answers at {url}: {PROVISION}") from error
     except ObjectNotFound as error:
-        raise ConfigError(f"Prefect has no deployment {CURRICULUM}: create it with `vectorclm up`") from error
+        raise ConfigError(f"Prefect has no deployment {CURRICULUM}: {PROVISION}") from error
     except httpx.HTTPStatusError as error:
         if error.response.status_code == httpx.codes.UNAUTHORIZED:
             raise ConfigError(
-                "Prefect requires a password: give the --store or --env-file of `up`, or set PREFECT_AUTH"
+                f"Prefect requires a password: give the --store or --env-file of `up`, or set {SETTING}=user:password"
             ) from error
         raise ConfigError(f"Prefect refuses the run: {_detail(error.response)}") from error
 

@@ -260,6 +260,18 @@ def unplanned(client: SyncPrefectClient) -> list[str]:
     return found
 
 
+def idle_schedules(client: SyncPrefectClient) -> list[tuple[str, UUID]]:
+    """The deployments whose schedules start no runs, because they are off or the deployment is paused, with its id."""
+    found = []
+    for deployment in client.read_deployments():
+        off = sorted(schedule.slug or str(schedule.id) for schedule in deployment.schedules if not schedule.active)
+        if deployment.paused and deployment.schedules:
+            found.append((f"the schedules of {deployment.name} are paused", deployment.id))
+        elif off:
+            found.append((f"these schedules of {deployment.name} are off: {', '.join(off)}", deployment.id))
+    return found
+
+
 def _planned(deployment_id: UUID) -> FlowRunFilter:
     states = {"type": {"any_": [StateType.SCHEDULED]}}
     return FlowRunFilter.model_validate({"deployment_id": {"any_": [deployment_id]}, "state": states})

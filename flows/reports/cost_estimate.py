@@ -50,8 +50,10 @@ def budget(
     model, shards = experiment.model, experiment.shards
     tokens = experiment.pretrain.tokens
     flops = model.flops_per_token(shards.sequence_length) * tokens
-    embedding = model.vocab_size * model.hidden_size
-    state = 4 * (3 * model.parameters + embedding)
+    one_moment = 0  # parameters of Muon; a new optimizer counts as AdamW
+    if experiment.pretrain.optimizer.matrices == "muon":
+        one_moment = model.parameters - model.vocab_size * model.hidden_size
+    state = 4 * (4 * model.parameters - one_moment)
     window = 4 * shards.sequence_length * model.num_hidden_layers
     window *= 10 * model.hidden_size + 4 * model.intermediate_size
     return {

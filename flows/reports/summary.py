@@ -18,7 +18,9 @@ from rich.text import Text
 
 from flows.handle import Handle, duration
 from flows.net import without_password
+from flows.paths import local_folder
 from flows.tracking.client import EXPERIMENTS_PAGE, tracking_uri
+from flows.tracking.database import artifacts_destination
 from vectorclm.command_line import table
 from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
@@ -213,7 +215,8 @@ class Summary:
     def _places(self) -> list[tuple[str, str]]:
         uri, page = tracking_uri(self.store), f"/{EXPERIMENTS_PAGE}"
         if uri.startswith("sqlite:"):
-            look = [("MLflow", command("mlflow", "ui", "--backend-store-uri", uri, "--port", "5000"))]
+            files = ["--artifacts-destination", artifacts_destination(self.store, local_folder(self.store))]
+            look = [("MLflow", command("mlflow", "ui", "--backend-store-uri", uri, *files, "--port", "5000"))]
             look += [("", f"http://localhost:5000{page}")]
         else:
             place = without_password(uri).rstrip("/")

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flows.tracking.client import RegistryError
+from vectorclm.store.artifact import Store
 
 BUSY_SECONDS = 5.0  # that another program may hold a lock
 ARTIFACTS = "mlartifacts"  # the folder beside the database with the files of runs and models
@@ -79,6 +80,11 @@ def _connect(path: Path) -> sqlite3.Connection:
 def artifact_place(folder: Path) -> str:
     """The address of the files of MLflow's runs and models in the local folder of a store."""
     return (folder / ARTIFACTS).as_uri()
+
+
+def artifacts_destination(store: Store, home: Path) -> str:
+    """The address at which a platform's MLflow server keeps the files of its runs and models."""
+    return artifact_place(home) if store.is_local else f"{store.uri}/mlflow"
 
 
 def relocate(uri: str, folder: Path) -> None:

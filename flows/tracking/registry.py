@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -24,6 +23,7 @@ from flows.tracking.database import check_database, relocate, sqlite_path
 from flows.tracking.datasets import dataset_of, measured_on, named
 from flows.tracking.experiments import open_experiment
 from flows.tracking.item_tables import log_item_tables
+from flows.tracking.server_files import open_client
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.statistics import Figure, figures
 from vectorclm.lineage.chain import Node
@@ -66,7 +66,7 @@ class Registry:
         with self.asked(), _migrating_alone(folder):
             check_database(self.uri)
             relocate(self.uri, folder)
-            self.client = MlflowClient(self.uri)
+            self.client = open_client(self.uri, store)
 
     def find(self, address: str) -> Subject:
         """The model that `address` names: `models:/name@alias`, `models:/name/version`, or any other place as it is.

@@ -20,7 +20,6 @@ from typing import Self
 
 import mlflow
 from filelock import FileLock
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from flows.handle import StageCancelledError
@@ -32,6 +31,7 @@ from flows.tracking.database import check_database, relocate, sqlite_path
 from flows.tracking.experiments import open_experiment
 from flows.tracking.outbox import Outbox
 from flows.tracking.registry import Registry
+from flows.tracking.server_files import open_client
 from flows.tracking.session import Session
 from flows.tracking.stage_run import StageRun
 from flows.tracking.versions import Versions
@@ -211,7 +211,7 @@ class Tracker(Session):
         with FileLock(folder / "mlflow.lock"):  # if three processes migrate a new database at once, two die
             check_database(self.uri)
             relocate(self.uri, folder)
-            self.client = MlflowClient(self.uri)
+            self.client = open_client(self.uri, self.store)
             name = self.experiment.name
             found = open_experiment(self.client, name, folder if own else None, ABOUT.format(name=name))
             self.experiment_id = found.experiment_id

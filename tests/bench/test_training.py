@@ -22,16 +22,16 @@ from vectorclm.config import load_experiment
 from vectorclm.inference.generate import generate, generate_batch
 from vectorclm.model import CausalLM, rotary_table
 from vectorclm.nn import matmul
-from vectorclm.nn.attention import BLOCK, causal_attention
+from vectorclm.nn.attention import QUERY_BLOCK, causal_attention
 from vectorclm.nn.layers import (
     GatedProjection,
     Linear,
     RMSNorm,
     RotaryQKV,
     StackedLinear,
+    plain_rotary_heads,
     plain_swiglu_projection,
     rotary_heads,
-    rotated,
     swiglu_projection,
 )
 from vectorclm.tokenizer import PAD_ID
@@ -71,7 +71,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, inputs: list[torch.Tensor]) -
 def test_layers_with_gradients_of_their_own_are_the_plain_ones() -> None:
     cos, sin = (table[:5, None].double() for table in rotary_table(CONFIG))
     x = doubles(2, 5, 10, 16)
-    ours, theirs = (torch.cat(split(x, cos, sin, [6, 2, 2]), dim=2) for split in (rotary_heads, rotated))
+    ours, theirs = (torch.cat(split(x, cos, sin, [6, 2, 2]), dim=2) for split in (rotary_heads, plain_rotary_heads))
     same(ours, theirs, [x])
     gate_up, down = StackedLinear(12, {"gate_proj": 20, "up_proj": 20}).double(), Linear(20, 12).double()
     x, weights = doubles(2, 5, 12), [gate_up.weight, down.weight]
@@ -164,7 +164,11 @@ def test_products_and_their_gradients_are_torchs_by_either_library(
 
 
 def test_attention_in_blocks_is_that_of_one_call() -> None:
-    q, k, v = doubles(2, 4, 2 * BLOCK + 9, 8), doubles(2, 2, 2 * BLOCK + 9, 8), doubles(2, 2, 2 * BLOCK + 9, 8)
+    q, k, v = (
+        doubles(2, 4, 2 * QUERY_BLOCK + 9, 8),
+        doubles(2, 2, 2 * QUERY_BLOCK + 9, 8),
+        doubles(2, 2, 2 * QUERY_BLOCK + 9, 8),
+    )
     whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     parts = causal_attention(q, k, v, 0.0)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)

@@ -3,16 +3,19 @@
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flows.cli import main
 from vectorclm.config import ExperimentConfig, changed, experiment_here, load_experiment
+from vectorclm.corpus import file_formats
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.corpus.synthetic_world import rows as rows_of
 from vectorclm.draft import draft_commands
 from vectorclm.draft.speed import training_speed
+from vectorclm.draft.survey import _source_of
 from vectorclm.errors import ConfigError
 from vectorclm.lineage.chain import lineage
 from vectorclm.lineage.pinning import pin
@@ -155,3 +158,12 @@ def test_the_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vectorclm.draft.speed.MEASURE_SECONDS", 0.1)
     speed: Callable[[ModelConfig], float] = lambda model: training_speed(model, 64, 8, Runtime(threads=1))  # noqa: E731
     assert speed(small) > 2 * speed(large) > 0
+
+
+def test_the_format_of_an_address_is_that_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = replace(file_formats.JSON, name="made", suffixes=(".made",))
+    monkeypatch.setattr(file_formats, "FORMATS", (*file_formats.FORMATS, made))
+    for known in file_formats.FORMATS:
+        for suffix in known.suffixes:
+            place = f"https://host/data/*{suffix}"
+            assert _source_of(place, tmp_path) == {"path": known.name, "data_files": place}

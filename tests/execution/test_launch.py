@@ -1,15 +1,18 @@
 """Children of a stage and turns at the devices: errors, interruptions, waiting, the end of the parent."""
 
 import json
+import logging
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 
+from flows.execution import launch
 from flows.execution.launch import (
     Launcher,
     StageCancelledError,
@@ -18,8 +21,10 @@ from flows.execution.launch import (
     device_names,
     dying_with_parent,
 )
+from flows.terminal import attached
 from vectorclm import errors
 from vectorclm.errors import ConfigError, DataError, StoreError
+from vectorclm.runtime.progress import Tick
 
 
 def child(source: str) -> list[str]:
@@ -45,6 +50,69 @@ def test_a_killed_child_is_an_interruption(tmp_path: Path) -> None:
     source = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     with Launcher(tmp_path) as launcher, pytest.raises(StageInterruptedError, match="SIGKILL"):
         launcher.run(child(source), lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "message"),
+    [
+        (json.dumps({"error": {"type": "PreemptedError", "message": "step 7"}}), StageInterruptedError, "step 7"),
+        (json.dumps({"error": {"type": "TypeError", "message": "odd"}}), StageFailedError, "^TypeError: odd$"),
+        (json.dumps({"error": "no fields"}), StageFailedError, 'exit code 2; its last lines:\n{"error": "no fields"}'),
+        ("", StageFailedError, r"exit code 2; its last lines:\n\(no output\)"),
+    ],
+)
+def test_an_end_is_told_by_what_the_child_reported(
+    tmp_path: Path, line: str, kind: type[Exception], message: str
+) -> None:
+    with Launcher(tmp_path) as launcher, pytest.raises(kind, match=message) as caught:
+        launcher.run(child(f"print({line!r}); raise SystemExit(2)"), lambda line: None)
+    assert type(caught.value) is kind
+
+
+def test_an_exit_after_a_signal_is_an_interruption(tmp_path: Path) -> None:
+    with Launcher(tmp_path) as launcher, pytest.raises(StageInterruptedError, match="ended by SIGTERM; its last"):
+        launcher.run(child("raise SystemExit(128 + 15)"), lambda line: None)
+
+
+def test_progress_of_a_child_is_relayed_and_a_cut_line_is_a_line(tmp_path: Path) -> None:
+    kept: list[Tick] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kept.append(record.tick)  # type: ignore[attr-defined]
+
+    tick, lines = Tick("sample", 3, 7, "documents", "a.parquet"), list[str]()
+    said = json.dumps({"tick": asdict(tick)})
+    with attached(Kept(), {"vectorclm.runtime.progress": logging.INFO}), Launcher(tmp_path) as launcher:
+        launcher.run(child(f"print({said!r}); print({said[:20]!r}); print('a line')"), lines.append)
+    assert kept == [tick] and lines == [said[:20], "a line"]
+
+
+def test_a_child_that_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of its curriculum, and where the reader of its lines fails."""
+    monkeypatch.setattr(launch, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(launch, "KILL_AFTER", 0.2)
+    source = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid()); time.sleep(600)"
+    )
+    pids: list[int] = []
+    with ThreadPoolExecutor(1) as other:
+        with Launcher(tmp_path) as launcher:
+            done = other.submit(launcher.run, child(source), lambda line: pids.append(int(line)))
+            while not pids:
+                time.sleep(0.01)
+        with pytest.raises(StageCancelledError, match="ended with the curriculum"):
+            done.result()
+        with pytest.raises(StageCancelledError, match="not started: the curriculum is ending"):
+            launcher.run(child("print('too late')"), lambda line: pids.append(0))
+
+    def log(line: str) -> None:
+        pids.append(int(line))
+        raise BrokenPipeError("nobody reads")
+
+    with Launcher(tmp_path) as launcher, pytest.raises(BrokenPipeError):
+        launcher.run(child(source), log)
+    assert len(pids) == 2 and not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_one_curriculum_at_a_time_has_the_devices(tmp_path: Path) -> None:
@@ -141,3 +209,12 @@ def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
             parent.kill()
     orphan.wait(timeout=60)
     assert not orphan.is_running()
+
+
+def test_a_stage_s_own_process_has_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "admin:secret-of-this-test")
+    said: list[str] = []
+    with Launcher(tmp_path) as launcher:
+        launcher.run([sys.executable, "-c", "import os; print(dict(os.environ))"], said.append)
+    assert "PATH" in said[0] and "secret-of-this-test" not in said[0]

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from flows.cli import main as vectorclm
 from tests.conftest import llama_cpp, write_random_model
+from tests.nn.kinds import KINDS, registered, with_attention
 from vectorclm.__main__ import main
 from vectorclm.bench.gguf import NEAR_TIE, differing, greedy_differences, hard_strings, spread
 from vectorclm.corpus.synthetic_world import WorldConfig, rows
@@ -23,7 +24,8 @@ from vectorclm.evaluation.bits_per_byte import text_scores
 from vectorclm.export.gguf import GGUF_TYPES, export_gguf
 from vectorclm.export.llama_cpp import LlamaCpp
 from vectorclm.model import CausalLM
-from vectorclm.model_config import ModelConfig
+from vectorclm.model_config import ModelConfig, write_config
+from vectorclm.nn.attention import ATTENTION_KINDS
 from vectorclm.shards.conversations import Turn, render_prompt
 from vectorclm.store.model_ref import find_model
 from vectorclm.tokenizer import BOS_ID, IM_END, IM_END_ID, SPECIAL_TOKENS, encode, load_tokenizer
@@ -232,6 +234,24 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(
     with pytest.raises(DataError, match=message):
         export_gguf(find_model(str(other)), "f16", tmp_path / "x.gguf")
     assert not list(tmp_path.glob("*x.gguf*"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_computes_the_models_attention_or_there_is_no_file(folder: Path, tmp_path: Path, kind: str) -> None:
+    other, out = copied(folder, tmp_path / "model"), tmp_path / "x.gguf"
+    with registered(kind):
+        write_config(with_attention(CONFIG, kind), other)
+        if not ATTENTION_KINDS[kind].is_causal:  # type: ignore[index]
+            with pytest.raises(DataError, match=rf"{kind} attention, .* use the model without a GGUF file$"):
+                export_gguf(find_model(str(other)), "f32", out)
+            assert not list(tmp_path.glob("*.gguf*"))
+            return
+        export_gguf(find_model(str(other)), "f32", out)
+        ids = [BOS_ID, *range(100, 160)]
+        with torch.inference_mode():
+            ours_V = CausalLM.from_pretrained(other).eval()(torch.tensor([ids]))[0, -1].log_softmax(-1)
+    likeliest = int(ours_V.argmax())
+    assert llama_cpp(out).log_probability(ids, likeliest) == pytest.approx(float(ours_V[likeliest]), abs=1e-4)
 
 
 def test_a_weight_that_fp16_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:

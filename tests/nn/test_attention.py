@@ -1,31 +1,37 @@
 """Every kind of attention: fast as plain, cached as whole, and a packed document as one alone."""
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.bench.test_training import doubles, same
 from tests.conftest import publish_shards, write_sample_text, write_tokenizer
+from tests.nn.kinds import EXAMPLE_SPECS, KINDS, ExampleModelConfig, registered, with_attention
 from tests.test_model import CONFIG
 from vectorclm.dataset import Batch, document_labels, position_ids, to_batch
 from vectorclm.evaluation.bits_per_byte import HeldOutWindows, token_losses, windows_scores
 from vectorclm.evaluation.multiple_choice import log_likelihoods
 from vectorclm.model import CausalLM
+from vectorclm.model_config import ModelConfig
 from vectorclm.nn.attention import (
-    ATTENTION,
-    BLOCK,
+    ATTENTION_KINDS,
+    QUERY_BLOCK,
     AttentionConfig,
     AttentionKind,
+    AttentionMask,
     Documents,
-    Visibility,
     attention,
+    dense_mask,
     document_attention,
+    left_padded,
     plain_attention,
 )
 from vectorclm.nn.loss import IGNORE_INDEX as NO
@@ -38,8 +44,6 @@ from vectorclm.train import TrainStep
 
 CPU = torch.device("cpu")
 LENGTH = 96
-# Each kind of attention, with settings that hide keys within a window of LENGTH tokens.
-KINDS: dict[AttentionKind, AttentionConfig] = {"causal": AttentionConfig()}
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +51,17 @@ def tokenizer(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), tiny_text, 307, 20_000, LENGTH))
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def model(request: pytest.FixtureRequest) -> CausalLM:
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    with registered(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def model(kind: str) -> CausalLM:
     torch.manual_seed(0)
-    changes = {"vocab_size": 307, "max_position_embeddings": LENGTH, "attention": KINDS[request.param]}
-    model = CausalLM(CONFIG.model_copy(update=changes))
+    config = CONFIG.model_copy(update={"vocab_size": 307, "max_position_embeddings": LENGTH})
+    model = CausalLM(with_attention(config, kind))
     with torch.no_grad():
         for p in model.parameters():
             p *= 4.0  # so that attention is no average
@@ -84,28 +94,174 @@ def test_positions_and_labels_by_hand() -> None:
 
 
 def test_every_kind_has_a_row_and_is_tested() -> None:
-    assert set(get_args(AttentionKind)) == set(ATTENTION) == set(KINDS)
-    assert len({row.model_type for row in ATTENTION.values()}) == len(ATTENTION)  # config.json tells them apart
+    assert set(get_args(AttentionKind)) == set(ATTENTION_KINDS) == set(KINDS) - set(EXAMPLE_SPECS)
+    assert len({row.model_type for row in ATTENTION_KINDS.values()}) == len(ATTENTION_KINDS)  # of config.json
+    assert {name: row.is_causal for name, row in ATTENTION_KINDS.items() if row.model_type == "llama"} == {
+        "causal": True
+    }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_attention_is_the_plain_one_whatever_is_visible(kind: AttentionKind) -> None:
-    keys, config = BLOCK + 22, KINDS[kind]
-    k, v = doubles(2, 2, keys, 8), doubles(2, 2, keys, 8)
-    positions = torch.cat([torch.arange(size).expand(2, -1) for size in (70, 1, BLOCK - 49)], dim=1)
-    mask = torch.rand(2, 1, 5, keys, generator=torch.Generator().manual_seed(1)) < 0.5
-    mask = mask.tril(keys - 5) | torch.ones(5, keys, dtype=torch.bool).triu(keys - 5).tril(
-        keys - 5
-    )  # never without keys
-    for tokens, visible in (
-        (keys, Visibility(config=config)),  # a text from its start, in two blocks
-        (5, Visibility(config=config)),  # what continues a cache
-        (1, Visibility(config=config)),
-        (5, Visibility(mask_B1TS=mask, config=config)),
-        (keys, Visibility(Documents.at(positions, CPU), config=config)),
+def test_settings_at_their_defaults_leave_fingerprints_alone() -> None:
+    """A kind keeps its fingerprints when another kind gets a setting."""
+    assert AttentionConfig().model_dump() == {}, "each field of AttentionConfig needs `exclude_if` for its default"
+    for name, (config, _) in KINDS.items():
+        least = type(config)(kind=name).model_dump()
+        assert least.keys() <= {"kind"}, f"{name}: fields without `exclude_if` for their default: {least}"
+        assert type(config)(**{"kind": name, **config.model_dump()}) == config  # nothing is lost
+
+
+def test_the_settings_of_a_kind_hide_keys_in_the_texts_of_these_tests(kind: str) -> None:
+    """Otherwise the tests would check causal attention again."""
+    pairs = [(layer, key) for layer in range(6) for key in range(13)]
+    assert all(KINDS[kind].attends(layer, 12, key) for layer, key in pairs) == (kind == "causal")
+
+
+def test_a_setting_that_a_kind_does_not_have_is_refused() -> None:
+    """It would change the fingerprint and nothing else; one that `config.json` lacks would be lost with the model."""
+    with registered("sliding"), registered("alternating"):
+        changed = {**CONFIG.model_dump(), "attention": {"kind": "sliding", "window": 3}}
+        assert ExampleModelConfig.model_validate(changed).attention.window == 3
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(ATTENTION_KINDS, "sliding", replace(EXAMPLE_SPECS["sliding"], config_keys={}))  # type: ignore[misc]
+            with pytest.raises(ValueError, match=r"attention\.window: sliding attention has no such setting"):
+                ExampleModelConfig.model_validate(changed)
+
+
+def test_a_field_that_transformers_would_ignore_is_known_to_the_export() -> None:
+    """A kind or a setting that changes what a model computes has a `model_type` of its own."""
+    assert ModelConfig.model_fields.keys() - LlamaConfig().to_dict().keys() <= {
+        "attention", "hidden_dropout", "rope_theta"
+    }  # fmt: skip
+
+
+def test_inputs_that_contradict_each_other_are_refused() -> None:
+    decoder, ids = CausalLM(CONFIG).model, torch.randint(5, 300, (1, 8))
+    documents = Documents.at(torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), CPU)
+    seen = torch.ones(1, 8, 8).tril().bool()
+    for extra in (
+        {"mask_BTS": seen},
+        {"position_ids_BT": torch.arange(8)[None]},
+        {"cache": CausalLM(CONFIG).new_cache(1, 8)},
     ):
-        q = doubles(2, 4, tokens, 8)
-        same(attention(q, k, v, visible, 0.0), plain_attention(q, k, v, visible), [q, k, v])
+        with pytest.raises(ValueError, match="documents exclude"):
+            decoder(ids, documents=documents, **extra)
+    with pytest.raises(ValueError, match="position_ids_BT needs mask_BTS"):
+        decoder(ids, position_ids_BT=torch.arange(8)[None])
+
+
+class Case(NamedTuple):
+    """What a forward pass asks of attention, and the same in plain Python."""
+
+    tokens: int
+    keys: int
+    mask: AttentionMask
+    places: Callable[[int, int, int], tuple[int, int] | None]  # positions of a row's query and key, None if apart
+
+
+def cases() -> Mapping[str, Case]:
+    """Every way in which the product calls attention, for two rows of keys."""
+    sizes, keys, padding = (70, 1, QUERY_BLOCK - 49), QUERY_BLOCK + 22, (0, 17)
+    document = [number for number, size in enumerate(sizes) for _ in range(size)]
+    position = [place for size in sizes for place in range(size)]
+    documents = Documents.at(torch.tensor([position, position]), CPU)
+    # A beginning of 6 tokens, and two branches of 7 and 5 that share it.
+    branch, depth = [-1] * 6 + [0] * 7 + [1] * 5, [*range(6), *range(6, 13), *range(6, 11)]
+    tree = torch.tensor([[[b in (-1, a) for b in branch] for a in branch]] * 2).tril()
+
+    def padded(tokens: int, keys: int) -> Case:
+        position_ids, key_position_ids, mask = left_padded(torch.tensor(padding), tokens, keys)
+
+        def places(row: int, t: int, s: int) -> tuple[int, int] | None:
+            query = t + keys - tokens
+            if query < padding[row]:
+                return (0, 0) if s == query else None  # padding attends to itself
+            return (query - padding[row], s - padding[row]) if s >= padding[row] else None
+
+        return Case(tokens, keys, AttentionMask(None, mask[:, None], position_ids, key_position_ids), places)
+
+    return {
+        "a window": Case(keys, keys, AttentionMask(), lambda row, t, s: (t, s)),
+        "the newest of a cache": Case(5, keys, AttentionMask(), lambda row, t, s: (t + keys - 5, s)),
+        "the last of a cache": Case(1, keys, AttentionMask(), lambda row, t, s: (t + keys - 1, s)),
+        "documents": Case(
+            keys,
+            keys,
+            AttentionMask(documents),
+            lambda row, t, s: (position[t], position[s]) if document[t] == document[s] else None,
+        ),
+        "padded prompts": padded(40, 40),
+        "padded rows that continue": padded(5, 40),
+        "branches of a tree": Case(
+            18,
+            18,
+            AttentionMask(None, tree[:, None], torch.tensor([depth, depth])),
+            lambda row, t, s: (depth[t], depth[s]) if s <= t and branch[s] in (-1, branch[t]) else None,
+        ),
+        "a place in a buffer": Case(
+            1,
+            40,
+            AttentionMask(
+                None,
+                (torch.arange(40) <= 25).expand(2, 1, 1, 40),
+                torch.tensor([[25], [25]]),
+                torch.arange(40).expand(2, 40),
+            ),
+            lambda row, t, s: (25, s) if s <= 25 else None,
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", cases())
+def test_attention_is_a_loop_over_the_keys_that_the_kind_allows(kind: str, case: str) -> None:
+    """The loop knows the kind's rule in plain Python only."""
+    tokens, keys, mask, places = cases()[case]
+    mask = mask._replace(config=KINDS[kind].config)
+    q, k, v = (torch.randn(2, heads, size, 8).double() for heads, size in ((4, tokens), (2, keys), (2, keys)))
+    for layer in range(6):
+        expected = torch.empty_like(q)
+        seen = torch.zeros(2, tokens, keys, dtype=torch.bool)
+        for row in range(2):
+            for t in range(tokens):
+                pairs = ((s, places(row, t, s)) for s in range(keys))
+                visible = [s for s, pair in pairs if pair is not None and KINDS[kind].attends(layer, *pair)]
+                seen[row, t, visible] = True
+                for head in range(4):
+                    weights = (k[row, head // 2, visible] @ q[row, head, t] / 8**0.5).softmax(0)
+                    expected[row, head, t] = weights @ v[row, head // 2, visible]
+        assert torch.equal(dense_mask(mask, layer, tokens, keys, CPU).expand(2, 1, tokens, keys)[:, 0], seen)
+        torch.testing.assert_close(attention(q, k, v, mask, layer, 0.0), expected, rtol=0, atol=1e-10)
+
+
+def test_attention_and_its_gradients_are_the_plain_ones(kind: str) -> None:
+    for tokens, keys, mask, _ in cases().values():
+        q, k, v = doubles(2, 4, tokens, 8), doubles(2, 2, keys, 8), doubles(2, 2, keys, 8)
+        mask = mask._replace(config=KINDS[kind].config)
+        same(attention(q, k, v, mask, 1, 0.0), plain_attention(q, k, v, mask, 1), [q, k, v])
+
+
+@torch.no_grad()
+def test_the_rule_of_a_kind_knows_its_layer() -> None:
+    """Alternating attention is causal in layer 0 and sliding in layer 1."""
+    ids = torch.randint(5, 307, (2, 60), generator=torch.Generator().manual_seed(2))
+    shape = CONFIG.model_copy(update={"num_hidden_layers": 2})
+    alternating = with_attention(shape, "alternating")
+    sliding = alternating.attention.model_copy(update={"kind": "sliding"})
+    models = [CausalLM(config) for config in (alternating, shape, shape.model_copy(update={"attention": sliding}))]
+    weights = {name: weight * 4 for name, weight in models[0].state_dict().items()}
+    with registered("sliding"), registered("alternating"):
+        for silent, like in ((1, 1), (0, 2)):  # without the attention of a layer, only the other one counts
+            silenced = {name: w * (f"layers.{silent}.self_attn.o_proj" not in name) for name, w in weights.items()}
+            for each in models:
+                each.load_state_dict(silenced)
+            apart = [(models[0](ids) - models[other](ids)).abs().max() for other in (like, 3 - like)]
+            assert apart[0] < 1e-4 < 0.01 < apart[1]
+
+
+def test_positions_with_a_cache_need_those_of_the_keys(model: CausalLM) -> None:
+    ids = torch.tensor([[5, 6]])
+    seen = torch.ones(1, 2, 2).tril().bool()
+    with pytest.raises(ValueError, match="needs key_position_ids_BS"):
+        model.model(ids, model.new_cache(1, 2), position_ids_BT=torch.tensor([[0, 1]]), mask_BTS=seen)
 
 
 @torch.no_grad()
@@ -133,18 +289,17 @@ def test_choices_that_share_a_beginning_score_as_each_alone(model: CausalLM) -> 
         assert single.log_likelihood == pytest.approx(plain, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_model_keeps_its_attention(kind: AttentionKind, tmp_path: Path) -> None:
+def test_a_saved_model_keeps_its_attention(kind: str, tmp_path: Path) -> None:
     """transformers either computes the same logits or refuses the model."""
     torch.manual_seed(0)
-    model = CausalLM(CONFIG.model_copy(update={"attention": KINDS[kind]})).eval()
+    model = CausalLM(with_attention(CONFIG, kind)).eval()
     model.save_pretrained(tmp_path)
     assert CausalLM.from_pretrained(tmp_path).config == model.config
     ids = torch.randint(5, 300, (2, 50), generator=torch.Generator().manual_seed(4))
     try:
         judge = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     except ValueError as error:
-        assert ATTENTION[kind].model_type in str(error)
+        assert ATTENTION_KINDS[kind].model_type in str(error)  # type: ignore[index]
         return
     with torch.no_grad():
         assert (model(ids) - judge(input_ids=ids).logits).abs().max() < 1e-4
@@ -233,5 +388,5 @@ def test_a_training_step_is_the_same_in_any_micro_batches(model: CausalLM) -> No
     whole, split = (TrainStep(model.float(), [], 1e9, i)(batch)[0].item() for i in (4, 1))
     model.double()
     rows = [alone(model, part, part) for ids in windows for part in np.split(ids, np.flatnonzero(ids == BOS_ID)[1:])]
-    assert whole == pytest.approx(split, abs=1e-6)
+    assert whole == pytest.approx(split, rel=1e-6)
     assert whole == pytest.approx(np.mean([loss for row in rows for loss in row]), rel=1e-5)

@@ -156,6 +156,52 @@ def test_a_postgres_that_does_not_answer_is_named_without_its_password() -> None
     assert PlatformConfig().check_database() is None
 
 
+def test_passwords_reach_services_by_their_environment_and_never_by_arguments(tmp_path: Path) -> None:
+    secrets = {name: SecretStr(f"{name}-s3cr3t") for name in ("mlflow_admin_password", "mlflow_secret_key")}
+    secrets |= {name: SecretStr(f"{name}-s3cr3t") for name in ("s3_access_key", "s3_secret_key")}
+    config = PlatformConfig(
+        vectorclm_store="s3://bucket/store",
+        vectorclm_home=str(tmp_path),
+        vectorclm_database=SecretStr("postgresql://me:7c%25-s3cr3t@db:5432"),
+        vectorclm_allowed_hosts="prefect.example.com",
+        prefect_auth=SecretStr("me:of-prefect-s3cr3t"),
+        aws_endpoint_url="http://s3:9000",
+        **secrets,
+    )
+    services = {service.name: service for service in (*config.servers(), *config.workers())}
+    assert list(services) == ["prefect-server", "mlflow", "worker-cpu", "worker-gpu"]
+    assert not any("s3cr3t" in word for service in services.values() for word in service.command)
+    prefect, mlflow, gpu = (services[name].environment for name in ("prefect-server", "mlflow", "worker-gpu"))
+    assert prefect["PREFECT_SERVER_API_AUTH_STRING"] == gpu["PREFECT_API_AUTH_STRING"] == "me:of-prefect-s3cr3t"
+    assert prefect["PREFECT_API_DATABASE_CONNECTION_URL"] == "postgresql+asyncpg://me:7c%25-s3cr3t@db:5432/prefect"
+    assert prefect["VECTORCLM_ALLOWED_HOSTS"] == mlflow["VECTORCLM_ALLOWED_HOSTS"] == "prefect.example.com"
+    assert mlflow["MLFLOW_ARTIFACTS_DESTINATION"] == "s3://bucket/store/mlflow"
+    assert mlflow["MLFLOW_AUTH_ADMIN_PASSWORD"] == gpu["MLFLOW_TRACKING_PASSWORD"] == "mlflow_admin_password-s3cr3t"
+    assert mlflow["AWS_SECRET_ACCESS_KEY"] == gpu["AWS_SECRET_ACCESS_KEY"] == "s3_secret_key-s3cr3t"
+    assert "basic-auth" in services["mlflow"].command and services["worker-gpu"].command[-2:] == ["--limit", "1"]
+    services["mlflow"].folder.mkdir()
+    assert services["mlflow"].prepare is not None
+    services["mlflow"].prepare()
+    users = Path(mlflow["MLFLOW_AUTH_CONFIG_PATH"]).read_text()
+    assert "database_uri = postgresql+psycopg2://me@db:5432/mlflow" in users and "s3cr3t" not in users
+    assert mlflow["PGPASSWORD"] == "7c%-s3cr3t"
+
+
+def test_a_local_platform_keeps_all_in_its_home_and_asks_for_no_users(tmp_path: Path) -> None:
+    config = PlatformConfig(vectorclm_store=str(tmp_path), prefect_port=4300, mlflow_port=5300)
+    prefect, mlflow = config.servers()
+    assert (prefect.port, mlflow.port) == (4300, 5300) and mlflow.prepare is None
+    assert mlflow.environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+    assert mlflow.environment["MLFLOW_ARTIFACTS_DESTINATION"] == f"file://{tmp_path}/mlartifacts"
+    assert "basic-auth" not in mlflow.command and "PREFECT_API_DATABASE_CONNECTION_URL" not in prefect.environment
+    cpu, gpu = config.workers()
+    assert "--limit" not in cpu.command and cpu.umask == -1  # the user's own, for artifacts in a shared folder
+    assert cpu.environment["PREFECT_API_URL"] == "http://127.0.0.1:4300/api"
+    assert cpu.environment["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5300"
+    assert cpu.environment["VECTORCLM_STORE"] == str(tmp_path) and "AWS_ACCESS_KEY_ID" not in cpu.environment
+    assert {service.folder for service in (prefect, mlflow, cpu, gpu)} == {tmp_path / "platform"}
+
+
 @pytest.mark.parametrize("kind", POOLS)
 def test_every_placeholder_of_a_pool_is_declared(kind: str) -> None:
     pool = pool_template(kind)

@@ -15,7 +15,6 @@ from urllib.parse import quote
 import httpx
 import psutil
 import pytest
-import s3fs
 from mlflow import MlflowClient
 from prefect.exceptions import PrefectHTTPStatusError
 
@@ -112,9 +111,7 @@ def platform(servers: Servers, monkeypatch_module: pytest.MonkeyPatch) -> Iterat
     with platform_at(file) as made:
         for name, value in made.config.client_environment().items():
             monkeypatch_module.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()  # clients are kept by their arguments, not by the environment
         yield made
-        s3fs.S3FileSystem.clear_instance_cache()
     shutil.rmtree(home)
 
 

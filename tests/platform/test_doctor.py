@@ -1,4 +1,4 @@
-"""`vectorclm doctor`, for real: what it sees inside Prefect's server, and that it touches no platform but its own."""
+"""`vectorclm doctor`, for real: what it says and repairs, and that it touches no platform but its own."""
 
 import os
 import socket
@@ -6,29 +6,29 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from prefect import task
-from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Running, Scheduled
 
 from flows.net import free_port
-from flows.platform import server_services
 from flows.platform.process import listens
-from flows.platform.server_services import PROBE, RELIED, failing_loops, findings, loop_errors, probe, switched_off
+from flows.platform.server_services import PROBE, loop_errors
 from tests.services.platform import WAIT, Platform, clean, platform_at, until
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "of-a-test", "AWS_SECRET_ACCESS_KEY": "secret-of-a-test-0123456789"}
 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with platform_at(tmp_path_factory.mktemp("doctor") / "store") as made:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # of `up` alone, as a person's shell that is closed by now
+            for name, value in CREDENTIALS.items():
+                patch.setenv(name, value)
+            made = stack.enter_context(platform_at(tmp_path_factory.mktemp("doctor") / "store"))
         yield made
 
 
@@ -52,7 +52,8 @@ def test_the_doctor_touches_no_server_of_another_home(platform: Platform, tmp_pa
         ports = ["--prefect-port", platform.config.prefect_port, "--mlflow-port", platform.config.mlflow_port]
         done = doctor_of("--store", tmp_path / "store", *ports)
         assert done.returncode == 1, done.stderr
-        assert f"no platform ran in {tmp_path / 'store'}: `vectorclm up` starts one" in done.stdout
+        assert f"no platform ran in {tmp_path / 'store'}\n" in done.stdout
+        assert f"a platform runs in {platform.config.home}: give the command its options, `--store " in done.stdout
         for name, port in (("prefect-server", platform.config.prefect_port), ("mlflow", platform.config.mlflow_port)):
             told = f"port {port}, which {name} would take, is held by {name} of the platform of {platform.config.home}"
             assert told in done.stdout
@@ -100,6 +101,26 @@ def test_the_doctor_ends_no_foreign_program_at_its_port(platform: Platform) -> N
     done = platform.command("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"mlflow answers at port {platform.config.mlflow_port}, started again" in done.stdout
+
+
+def test_a_worker_that_the_doctor_starts_again_has_the_credentials_of_up(platform: Platform) -> None:
+    """They were in the environment of `up` only, and are in no file of the platform."""
+    worker = platform.config.workers()[0]
+    before = worker.process()
+    assert before is not None
+    before.kill()
+    done = platform.command("doctor")
+    assert done.returncode == 0 and "pool cpu has 1 worker(s) online, started again" in done.stdout
+    again = worker.process()
+    assert again is not None and again.pid != before.pid
+    assert CREDENTIALS.items() <= again.environ().items()
+    secret = CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in done.stdout + done.stderr
+    files = [path for path in platform.config.home.rglob("*") if path.is_file()]
+    assert len(files) > 10 and [path for path in files if secret.encode() in path.read_bytes()] == []
+    page = f"{platform.config.prefect_url}/deployments/deployment/"
+    off = "these schedules of evaluate are off: nightly-chat, weekly-base, so they start no run; the switch is on"
+    assert any(off in line and page in line for line in done.stdout.splitlines()), done.stdout
 
 
 FAILS = """
@@ -151,10 +172,7 @@ def test_the_doctor_makes_nothing_where_no_platform_ran(tmp_path: Path) -> None:
         ):
             done = doctor_of(*options, *ports, **environment, HOME=str(tmp_path / "user"))
             assert done.returncode == 1, done.stderr
-            assert (
-                f"no platform ran in {environment.get('VECTORCLM_HOME', tmp_path / 'store')}: `vectorclm up`"
-                in done.stdout
-            )
+            assert f"no platform ran in {environment.get('VECTORCLM_HOME', tmp_path / 'store')}" in done.stdout
             holder = f"{psutil.Process().name()} (process {os.getpid()})"
             assert f"port {port}, which prefect-server would take, is held by {holder}" in done.stdout
             stopped = subprocess.run(
@@ -166,95 +184,3 @@ def test_the_doctor_makes_nothing_where_no_platform_ran(tmp_path: Path) -> None:
             )
             assert stopped.returncode == 0 and "was running" in stopped.stdout
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("user")]
-
-
-@pytest.fixture
-def idle_server(prefect_api: dict[str, str]) -> Iterator[SyncPrefectClient]:
-    """A real server on which the services are off that the platform relies on."""
-    auth = prefect_api.get("PREFECT_API_AUTH_STRING")
-    with SyncPrefectClient(prefect_api["PREFECT_API_URL"], auth_string=auth) as client:
-        yield client
-
-
-def test_services_that_are_off_are_told_with_what_does_not_happen(
-    idle_server: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    off = ["scheduler", "late_runs", "triggers", "foreman", "cancellation_cleanup"]
-    assert switched_off(idle_server) == off
-    with probe(idle_server) as made:
-        told = list(findings(idle_server, made, [], tmp_path / "none.log"))
-    assert [good for good, _ in told] == [False] * len(off)
-    for name, (_, line) in zip(off, told, strict=True):
-        assert line.startswith(f"Prefect's {name} is switched off, so {RELIED[name][0]}: remove PREFECT_SERVER_")
-    monkeypatch.setattr(server_services, "PROBE_SECONDS", 3)
-    with probe(idle_server) as made:
-        assert made.failures() == ["scheduler", "late_runs", "triggers"]
-    with pytest.raises(ObjectNotFound):
-        idle_server.read_deployment_by_name(f"{PROBE}/{PROBE}")
-
-
-def test_what_idle_services_leave_undone_is_seen(
-    idle_server: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A schedule without next runs, a late run, a worker that is silent, a task of a cancelled run."""
-    for name in ("PLAN_SECONDS", "SILENT_SECONDS", "CLEAN_SECONDS"):
-        monkeypatch.setattr(server_services, name, 0)
-    assert server_services.late_runs(idle_server) == server_services.unplanned(idle_server) == []
-    assert server_services.unnoticed_deaths(idle_server) == [] and server_services.unended_tasks(idle_server) == 0
-    idle_server.create_work_pool(WorkPoolCreate(name="cpu", type="process"))
-    idle_server.send_worker_heartbeat("cpu", "a worker", heartbeat_interval_seconds=1)
-    daily = IntervalSchedule(interval=timedelta(days=1), anchor_date=datetime.now(UTC))
-    schedules = [DeploymentScheduleCreate(schedule=daily, active=True, slug="daily")]
-    flow_id = idle_server.create_flow_from_name("a flow")
-    made = idle_server.create_deployment(flow_id, "planned", work_pool_name="cpu", schedules=schedules)
-    assert server_services.unplanned(idle_server) == ["planned (daily)"]
-    past = Scheduled(scheduled_time=datetime.now(UTC) - timedelta(hours=1))
-    idle_server.create_flow_run_from_deployment(made, state=past)
-    assert server_services.late_runs(idle_server)[0].startswith("1 run(s) of pool cpu are late, the first since ")
-    running = idle_server.create_flow_run_from_deployment(made, state=Running())
-    assert server_services.late_runs(idle_server) == []  # it waits for one that runs
-    idle_server.create_task_run(a_task, running.id, "0", state=Running())
-    idle_server.set_flow_run_state(running.id, Cancelled(), force=True)
-    assert server_services.unended_tasks(idle_server) == 1
-    assert server_services.unnoticed_deaths(idle_server) == ["a worker"]
-
-
-@task
-def a_task() -> None:
-    """Never called: a run of it is made on the server."""
-
-
-LOG = """
-11:00:01.000 | ERROR   | docket.dependencies - ↩ [    22ms] schedule_deployments(){schedule_deployments}
-Traceback (most recent call last):
-  File "worker.py", line 1134, in _execute
-ValueError: the first
-    of several lines
-
-During handling of the above exception, another exception occurred:
-
-Traceback (most recent call last):
-sqlalchemy.exc.InvalidRequestError: Can't evaluate bulk DML statement of postgresql://me:secret@host/prefect
-11:00:02.000 | WARNING | docket.worker - slow
-11:00:03.000 | ERROR   | uvicorn.error - Exception in ASGI application
-11:00:04.000 | ERROR   | prefect.server.services.taskrunrecorder - could not record
-"""
-
-
-def test_errors_of_loops_are_read_from_the_log() -> None:
-    first, second = loop_errors(LOG)
-    assert (first.loop, first.clock) == ("schedule_deployments", "11:00:01")
-    assert first.message.startswith("sqlalchemy.exc.InvalidRequestError: Can't evaluate bulk DML statement")
-    assert "secret" not in first.message
-    assert second.loop == "prefect.server.services.taskrunrecorder" and second.message == "could not record"
-
-
-def test_a_loop_that_failed_once_or_fails_no_more_is_not_told(tmp_path: Path) -> None:
-    log = tmp_path / "server.log"
-    line = "{:%H:%M:%S}.000 | ERROR   | docket.worker - ↩ [    22ms] {}(){{key}}\n"
-    now = datetime.now()
-    times = {"once": [5], "long_ago": [150, 120, 90], "still": [45, 25, 5]}
-    log.write_text("".join(line.format(now - timedelta(seconds=s), name) for name, all in times.items() for s in all))
-    assert list(failing_loops(log)) == ["still"]
-    os.utime(log, (0, 0))
-    assert failing_loops(log) == {} == failing_loops(tmp_path / "none.log")

@@ -17,7 +17,6 @@ from uuid import UUID
 import psutil
 import pytest
 from mlflow import MlflowClient
-from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelling, Crashed
@@ -25,14 +24,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
-from flows.execution import progress
 from flows.net import answers
 from flows.platform import doctor
 from tests.conftest import following
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, says
 from tests.services.platform import Platform, platform_at, until
-from vectorclm.runtime.progress import Tick, say
 from vectorclm.stages import TABLE
 from vectorclm.store.artifact import Store
 
@@ -101,6 +98,7 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     assert platform.ended(run.id) == "Failed"
     state = platform.run(run.id).state
     assert state is not None and "stage shards failed" in (state.message or "")
+    assert f"press Retry on the page of this run in Prefect, or run `vectorclm retry {run.id}`" in (state.message or "")
     assert platform.tasks(run.id)["tokenizer"] == ["Completed"]
 
     (store / "shards").unlink()
@@ -189,24 +187,6 @@ def torch_processes(platform: Platform) -> list[psutil.Process]:
 LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}
 
 
-@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow")  # the test is no flow
-def test_the_chip_follows_a_stage_to_its_end(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "CHIP_SECONDS", 0.05)
-
-    def shown() -> tuple[float, str]:
-        key = ArtifactFilter.model_validate({"key": {"any_": ["of-a-test-progress"]}})
-        chips = platform.client.read_artifacts(artifact_filter=key)
-        return (float(str(chips[0].data)), str(chips[0].description)) if chips else (-1.0, "")
-
-    with platform.addressed(), progress.live("of_a_test", print):
-        for done, percent in ((0, 0.0), (500, 50.0), (515, 51.5)):
-            say(Tick("of_a_test", done, 1000, "tokens", "loss 2.5"))
-            until(lambda percent=percent: shown()[0] == percent, f"the chip shows {percent}", 60)
-        assert "515 of 1,000 tokens, loss 2.5" in shown()[1]
-        say(Tick("of_a_test", 516, 1000, "tokens"))  # less than a percent: told by the end, if not by then
-    assert shown()[0] == 51.6
-
-
 def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDriver) -> None:
     """Another run waits for the devices meanwhile, shows so, and gets its turn."""
     run_id = platform.start(experiment="tiny", changes=LONG, runtime={"threads": 1})
@@ -251,7 +231,7 @@ def test_stages_are_placed_on_workers_of_the_pools_and_train_on_two_ranks(platfo
     query = f"tags.`prefect.flow_run_id` = '{run_id}' and tags.stage = 'curriculum'"
     (curriculum,) = client.search_runs([experiment.experiment_id], query)
     query = f"tags.`mlflow.parentRunId` = '{curriculum.info.run_id}' and tags.state = 'built'"
-    made = {run.info.run_name for run in client.search_runs([experiment.experiment_id], query)}
+    made = {run.data.tags["stage"] for run in client.search_runs([experiment.experiment_id], query)}
     assert made == following("finetune")
 
 

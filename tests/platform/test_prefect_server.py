@@ -1,8 +1,7 @@
-"""Against one real Prefect server: the pools of infra/pools/ as it stores them, `vectorclm retry`, and its password."""
+"""Against one real Prefect server: the pools of infra/pools/ as it stores them, and its password."""
 
 import json
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,55 +47,6 @@ asyncio.run(main())
 """
 
 
-NO_CURRICULUM = """
-import sys
-from prefect import flow
-from prefect.client.orchestration import get_client
-from flows.cli import main
-
-@flow
-def curriculum(experiment: str = "tiny", again_from: str | None = None) -> None:
-    pass
-
-with get_client(sync_client=True) as client:
-    flow_id = client.create_flow(curriculum)
-    for name, experiment in (("by-run", {"name": "tiny"}), ("by-form", "tiny")):
-        client.create_flow_run(curriculum, parameters={"experiment": experiment}, name=name)
-    for run in ("nowhere", "by-run", "by-form"):
-        print(main(["retry", run, *sys.argv[1:]]), file=sys.stderr)
-    schema = {"type": "object", "properties": {"experiment": {"type": "string", "title": "experiment"}}}
-    client.create_deployment(
-        flow_id, "curriculum", parameter_openapi_schema=schema | {"additionalProperties": False},
-        enforce_parameter_schema=True,
-    )
-    print(main(["retry", "by-form", "--from", "export", *sys.argv[1:]]), file=sys.stderr)
-    print(main(["retry", "by-form", "--set", "pretrain.batchsize=3", *sys.argv[1:]]), len(client.read_flow_runs()))
-"""
-
-
-def test_a_retry_that_cannot_be_says_what_to_do(prefect_api: dict[str, str], tmp_path: Path) -> None:
-    url = urlsplit(prefect_api["PREFECT_API_URL"])
-    command = [sys.executable, "-c", NO_CURRICULUM, "--store", str(tmp_path), "--prefect-port", str(url.port)]
-    done = subprocess.run(command, env=prefect_api, capture_output=True, text=True, check=False)
-    said, _, setting = done.stderr.partition("error: changed settings:\n")
-    assert "pretrain.batchsize: unknown key; did you mean 'batch_size'" in setting
-    assert done.stdout == "2 2\n"  # refused, and no run beside the two
-    told = [line for line in said.splitlines() if line]
-    assert [line for line in told if not line.startswith("error: ")] == ["2"] * 4, done.stderr
-    for line, message in zip(
-        told[::2],
-        (
-            "no run 'nowhere': give the id or the name",
-            "run 'by-run' was started by `vectorclm run`, not by the platform: start it again with `vectorclm run`",
-            "Prefect has no deployment curriculum/curriculum: create it with `vectorclm up`",
-            "Prefect refuses the run: ",
-        ),
-        strict=True,
-    ):
-        assert message in line
-    assert "again_from" in told[6]
-
-
 OWN_SERVER = """
 import os, sys
 from pathlib import Path
@@ -114,7 +64,7 @@ def test_a_run_finds_the_password_of_the_platform_of_its_store_and_asks_for_anot
     without = {name: value for name, value in prefect_api.items() if "AUTH" not in name}
     command = [sys.executable, "-m", "flows.cli", "run", "tiny", "--store", str(tmp_path)]
     done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "set PREFECT_API_AUTH_STRING=user:password" in done.stderr
+    assert done.returncode == 2 and "set PREFECT_AUTH=user:password" in done.stderr
     assert done.stderr.count("\n") == 1 and auth not in done.stderr
     file = password.place(tmp_path)
     file.parent.mkdir()
@@ -127,17 +77,30 @@ def test_a_run_finds_the_password_of_the_platform_of_its_store_and_asks_for_anot
     file.write_text(f"PREFECT_API_URL={prefect_api['PREFECT_API_URL']}\nPREFECT_API_AUTH_STRING={auth}\n")
     command = [sys.executable, "-c", OWN_SERVER, str(tmp_path / ".prefect")]
     done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
-    assert done.stdout == f"None {auth}\n", done.stderr
+    assert done.stdout == f"None {auth}\n" and done.stderr == ""
+    for named, line in (
+        ({"PREFECT_AUTH": auth}, ""),
+        ({"PREFECT_API_AUTH_STRING": auth}, ""),  # as in a shell that has loaded the file
+    ):
+        done = subprocess.run(command, env=without | named, capture_output=True, text=True, check=False)
+        assert (done.stdout, done.stderr) == (f"None {auth}\n", line)
+    file.unlink()
+    older = {"PREFECT_API_AUTH_STRING": auth}
+    done = subprocess.run(command, env=without | older, capture_output=True, text=True, check=False)
+    assert done.stdout == f"None {auth}\n"
+    assert done.stderr == "PREFECT_API_AUTH_STRING is read: PREFECT_AUTH is its name for vectorclm\n"
 
 
-def test_a_retry_without_a_platform_says_how_to_start_it(tmp_path: Path) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = str(closed.getsockname()[1])
-        command = [sys.executable, "-m", "flows.cli", "retry", "any", "--store", str(tmp_path), "--prefect-port", port]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_retry_in_a_container_uses_the_server_that_the_environment_names(
+    prefect_api: dict[str, str], tmp_path: Path
+) -> None:
+    """There the server is another machine, and nothing listens at a port of this one."""
+    without = {name: value for name, value in prefect_api.items() if "AUTH" not in name}
+    environment = without | {"PREFECT_AUTH": prefect_api["PREFECT_API_AUTH_STRING"], "VECTORCLM_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "flows.cli", "retry", "nowhere"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: no platform answers at http://127.0.0.1:{port}/api/: start it with `vectorclm up`\n"
+    assert done.stderr == "error: no run 'nowhere': give the id or the name that Prefect shows\n"
 
 
 def _rendered(kind: str, environment: dict[str, str], **values: object) -> dict[str, Any]:
@@ -235,6 +198,6 @@ def test_a_password_in_the_address_of_prefect_is_refused_unsaid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://someone:hunter2@127.0.0.1:1/api")
-    with pytest.raises(ConfigError, match="set PREFECT_API_AUTH_STRING") as refused, prefect_server(tmp_path):
+    with pytest.raises(ConfigError, match="set PREFECT_AUTH=") as refused, prefect_server(tmp_path):
         pass
     assert "hunter2" not in str(refused.value)

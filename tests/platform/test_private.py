@@ -3,7 +3,6 @@
 import http.server
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from flows.net import free_port
 from flows.platform import password, private
 from flows.platform.config import PlatformConfig
 from flows.platform.ownership import check_folders
-from flows.platform.process import HOST, Service, ServiceError
+from flows.platform.process import HOST
 from tests.services.platform import clean
 from vectorclm.errors import ConfigError
 from vectorclm.runtime.processes import process_identity
@@ -165,28 +164,3 @@ def test_the_password_is_sent_to_no_stranger(
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "`vectorclm up` started" in done.stderr, (
         done.stderr
     )
-
-
-def test_a_server_that_answers_in_place_of_the_service_is_not_taken_for_it(tmp_path: Path) -> None:
-    """Somebody's program takes the port between the check and the start; the service ends, as it cannot listen."""
-    port = free_port()
-    command = [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(1)"]
-    service = Service("a-service", command, {}, tmp_path / "platform", port, ready=lambda: True)
-    assert service.start()
-    with socket.create_server((HOST, port)), pytest.raises(ServiceError, match="ended during its start"):
-        service.wait()
-    assert not service.holds_its_port()
-
-
-def test_a_service_holds_the_port_on_which_a_child_of_it_listens(tmp_path: Path) -> None:
-    port = free_port()
-    listener = f"import socket, time; s = socket.create_server(({HOST!r}, {port})); time.sleep(600)"
-    command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {listener!r}])"]
-    service = Service("a-service", command, {}, tmp_path / "platform", port, ready=lambda: True)
-    try:
-        service.start()
-        service.wait()
-        assert service.holds_its_port()
-    finally:
-        service.stop()
-    assert not service.holds_its_port()

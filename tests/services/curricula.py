@@ -1,7 +1,10 @@
 """Curricula in this process, recorded in MLflow, without Prefect: seconds each."""
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
+
+from mlflow import MlflowClient
 
 from flows.handle import Handle, stage_handle
 from flows.tracking.tracker import Tracker
@@ -47,3 +50,15 @@ def record_mini(folder: Path) -> Recorded:
     """A very small curriculum in the store `folder`, recorded in its own database of MLflow."""
     experiment, store = pin(mini(), Path("mini.toml"), None, resolve=False)[0], Store(str(folder))
     return Recorded(experiment, store, handles_of(experiment, store))
+
+
+def copied(recorded: Recorded, folder: Path) -> Store:
+    """A copy of a recorded curriculum's store with its record in MLflow, for tests that change it."""
+    shutil.copytree(recorded.store.root, folder / "store")
+    store = Store(str(folder / "store"))
+    client = MlflowClient(f"sqlite:///{folder}/store/mlflow.db")
+    for version in client.search_model_versions():
+        if "uri" in version.tags:
+            uri = version.tags["uri"].replace(recorded.store.uri, store.uri)
+            client.set_model_version_tag(version.name, version.version, "uri", uri)
+    return store

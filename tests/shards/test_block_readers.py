@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import s3fs
 import torch
 from torch.utils.data import DataLoader
 
@@ -118,9 +117,7 @@ def proxy(s3: S3) -> Iterator[Proxy]:
     with faulty_proxy(s3.endpoint) as made, pytest.MonkeyPatch.context() as patch:
         for name, value in {**s3.environment(), "AWS_ENDPOINT_URL": made.url, "NO_PROXY": "127.0.0.1"}.items():
             patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
         yield made
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")

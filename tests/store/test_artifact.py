@@ -143,7 +143,7 @@ def test_of_many_conditional_writers_one_wins(tmp_path: Path) -> None:
 
 def test_a_store_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"is not writable .* choose another with --store or VECTORCLM_STORE"):
+    with pytest.raises(StoreError, match=r"is not writable .* name the right store with --store or VECTORCLM_STORE"):
         Store(str(tmp_path / "file" / "store")).check_writable()
     Store(str(tmp_path / "store")).check_writable()
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import files_below
 from vectorclm.__main__ import main
+from vectorclm.errors import DiskFullError
 from vectorclm.store import gc, lease
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.gc import find_garbage, remove_garbage, seconds
@@ -148,6 +150,37 @@ def test_gc_tells_what_can_go_and_removes_it_only_when_told_to(
     assert asked(capsys, "verify", "--store", store.uri)[0] == 0
     left = set(store.files(""))
     assert {"notes/read me.txt", "mlartifacts/1/.hidden"} <= left and len(take_inventory(store).checkpoints) == 1
+
+
+def test_gc_frees_a_full_disk_on_which_no_lease_can_be_written(
+    store: Store, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Everything but what a live process holds goes, though no byte can be written."""
+    expected, held = leave_behind(store), StageSpec("tokenizer", 1, {"a": 8}, {})
+    store.write(f"tokenizer/{held.fingerprint}/x.txt", b"half")
+    age(Path(store.uri) / "tokenizer" / held.fingerprint)
+    with store.lease(held.lease):
+        with files_below(0):
+            with pytest.raises(DiskFullError, match=r"no space left while writing .*store gc --older-than 1h --delete"):
+                build(store, StageSpec("sample", 1, {"a": 9}, {}), produce)
+            code, rows = asked(capsys, "gc", "--delete", "--store", store.uri)
+        assert code == 0 and {row["what"] for row in rows if row["removed"]} == expected
+        assert find_garbage(store, 0) == [] and store.read(f"tokenizer/{held.fingerprint}/x.txt") == b"half"
+    assert any("removed under the lock of the store" in line for line in caplog.messages)
+    assert asked(capsys, "verify", "--store", store.uri)[0] == 0
+
+
+def test_gc_names_what_its_age_leaves(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    half = Path(store.uri) / "sample" / StageSpec("sample", 1, {"a": 3}, {}).fingerprint
+    half.mkdir()
+    (half / "x.txt").write_text("half")
+    hour = time.time() - 3600
+    os.utime(half / "x.txt", (hour, hour))
+    assert main(["store", "gc", "--store", store.uri]) == 0
+    told = capsys.readouterr().err
+    assert "0 of them, 0 B" in told and "1 younger ones, 4 B, stay: --older-than 0s includes them" in told
+    assert main(["store", "gc", "--older-than", "0s", "--delete", "--store", store.uri]) == 0
+    assert not half.exists() and "younger" not in capsys.readouterr().err
 
 
 def test_gc_spares_what_is_young_or_held_or_written_to_meanwhile(store: Store) -> None:

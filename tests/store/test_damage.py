@@ -15,13 +15,15 @@ import torch
 from flows.cli import main as vectorclm
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
-from vectorclm.errors import CorruptArtifactError
+from vectorclm.errors import CorruptArtifactError, ReproducibilityError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
-from vectorclm.stages import TABLE, plans, run_stage
+from vectorclm.stages import TABLE, plans, rebuild_stage, run_stage
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.hash_memory import HashMemory, state_of
 from vectorclm.store.layout import STAGES
+from vectorclm.store.manifest import SEAL, sealed
+from vectorclm.store.storage import sha256_of
 from vectorclm.training.checkpoint import Checkpoints, Snapshot
 
 PLAN = StageSpec("sample", 1, {"a": 1}, {})
@@ -208,6 +210,31 @@ def test_a_wrong_bit_stops_the_stage_that_reads_it_and_is_mended_by_its_own(
         assert largest.read_bytes() == right or largest.name in ("metrics.jsonl", "scores.json")
         assert len([line for line in caplog.messages if f"{stage} is built again now" in line]) == 1
         run_stage(reader, made.experiment, store, RUNTIME, None)
+
+
+def test_a_rebuild_names_the_damaged_file_and_not_the_machine(
+    made: SimpleNamespace, tmp_path: Path, cache: Path
+) -> None:
+    """A wrong bit in the artifact itself, and one in an artifact before it where the result differs, too."""
+    store = Store(str(tmp_path / "store"))
+    shutil.copytree(made.store.root, store.root)
+    folders = {name: Path(store.root, name, folder.name) for name, folder in made.folders.items()}
+    file = folders["tokenizer"] / "tokenizer.json"
+    with damaged(file, turn_a_bit):
+        command = rf"tokenizer\.json: SHA-256 .* `vectorclm store verify --discard tokenizer/.* --store {store.uri}`"
+        with pytest.raises(CorruptArtifactError, match=command):
+            rebuild_stage("tokenizer", made.experiment, store, RUNTIME, None)
+    assert rebuild_stage("tokenizer", made.experiment, store, RUNTIME, None)[1]
+    file.write_text(file.read_text() + " ")  # an artifact that is whole, and another than this machine builds
+    manifest = json.loads((file.parent / MANIFEST).read_text())
+    del manifest[SEAL]
+    manifest["files"][file.name] |= {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    (file.parent / MANIFEST).write_bytes(sealed(manifest))
+    with pytest.raises(ReproducibilityError, match=r"differs from .* in tokenizer\.json"):
+        rebuild_stage("tokenizer", made.experiment, store, RUNTIME, None)
+    unread = next(path for path in files_of(folders["sample"]) if path.name.startswith("validation-"))
+    with damaged(unread, turn_a_bit), pytest.raises(CorruptArtifactError, match=unread.name):
+        rebuild_stage("tokenizer", made.experiment, store, RUNTIME, None)
 
 
 def test_a_model_with_a_wrong_bit_is_used_by_no_command(

@@ -126,9 +126,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     server: S3 = request.getfixturevalue("s3")
     for name, value in {**server.environment(), "NO_PROXY": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
     yield f"s3://{server.bucket}/{tmp_path.name}"
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def environment() -> dict[str, str]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,11 @@ def produce(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def settings(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def settings(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's variables, a cache of the test's own, and no patience with a server that is silent."""
     for name, value in {**s3.environment(), "XDG_CACHE_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(client, "READ_SECONDS", 0.5)
-    s3fs.S3FileSystem.clear_instance_cache()  # clients are kept by their arguments, not by the environment
-    yield
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 
 from flows.handle import StageCancelledError
 from flows.tracking.tracker import Tracker
+from tests.services.curricula import Recorded
 from tests.services.platform import until
 from tests.tracking.conftest import client, step, tracker
 from vectorclm.config import ExperimentConfig
@@ -104,6 +105,40 @@ def test_a_stage_placed_on_another_machine_is_told_under_its_curriculum(
         assert stage.data.tags["mlflow.parentRunId"] == told.run_ids["curriculum"]
         assert told.run_of("sample") == there.run_ids["sample"]
     assert found.get_run(told.run_ids["curriculum"]).info.status == "FINISHED"
+
+
+def test_a_reused_stage_is_recorded_and_one_that_mlflow_missed_is_recorded_later(recorded: Recorded) -> None:
+    found = client(recorded.store)
+    renamed = recorded.experiment.model_copy(update={"name": "missed"})
+    for expected in ({"built", "recorded"}, {"reused"}):
+        with Tracker(recorded.store, renamed, plans(renamed)) as told:
+            for name in ("tokenizer", "evaluate_base"):
+                artifact = recorded.store.find(name, recorded.handles[name]["fingerprint"])
+                assert artifact is not None
+                told.reused(name, artifact)
+        for name in ("tokenizer", "evaluate_base"):
+            run = found.get_run(told.run_ids[name])
+            assert run.info.status == "FINISHED" and run.data.tags["uri"] == recorded.handles[name]["uri"]
+            assert {run.data.tags["state"], *({"recorded"} & set(run.data.tags))} == expected
+        parent = found.get_run(told.run_ids["curriculum"])
+        assert "base/acc.world" in parent.data.metrics and parent.info.status == "FINISHED"
+        assert run.inputs.dataset_inputs != []
+
+
+def test_the_champion_is_named_and_the_report_is_kept(recorded: Recorded) -> None:
+    found = client(recorded.store)
+    version = found.get_model_version_by_alias("vectorclm-chat", "candidate")
+    renamed = recorded.experiment.model_copy(update={"name": "reported"})
+    with Tracker(recorded.store, renamed, plans(renamed)) as told:
+        assert told.champion(60) is None
+        found.set_registered_model_alias("vectorclm-chat", "champion", version.version)
+        try:
+            assert told.champion(60) == recorded.handles["finetune"]["uri"]
+        finally:
+            found.delete_registered_model_alias("vectorclm-chat", "champion")
+        assert told.report("<p>a page</p>") is None and told.page(0) is None  # a database has no pages
+    kept = found.download_artifacts(told.run_ids["curriculum"], "report.html")
+    assert Path(kept).read_text() == "<p>a page</p>"
 
 
 def test_an_unreachable_server_is_warned_of_once(

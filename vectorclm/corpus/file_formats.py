@@ -60,6 +60,12 @@ def format_of(path: Path) -> FileFormat:
     return JSON if first.startswith(("{", "[")) else TEXT
 
 
+def named_format(address: str) -> FileFormat:
+    """The format of the files at an address or a pattern of addresses, by the suffix in its last part; else text."""
+    name = address.rpartition("/")[2].lower()
+    return next((known for known in FORMATS if any(suffix in name for suffix in known.suffixes)), TEXT)
+
+
 def _with_compressed(*suffixes: str) -> tuple[str, ...]:
     return tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSED_SUFFIXES))
 

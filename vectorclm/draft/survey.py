@@ -13,7 +13,16 @@ from typing import Any
 
 import xxhash
 
-from vectorclm.corpus.file_formats import TEXT, TEXT_SUFFIXES, column_type, columns_of, format_of, is_text, read_rows
+from vectorclm.corpus.file_formats import (
+    TEXT,
+    TEXT_SUFFIXES,
+    column_type,
+    columns_of,
+    format_of,
+    is_text,
+    named_format,
+    read_rows,
+)
 from vectorclm.corpus.files import TABLES
 from vectorclm.corpus.remote_files import is_address
 from vectorclm.corpus.sampler import clean_texts, drop_counts
@@ -125,7 +134,7 @@ def _source_of(place: str, folder: Path) -> dict[str, Any]:
         return {"path": place}
     if is_address(place):
         names_file = glob.has_magic(place) or re.search(r"\.\w{2,8}$", place.rpartition("/")[2])
-        return {"path": _format_name(place), "data_files": place} if names_file else {"path": place}
+        return {"path": named_format(place).name, "data_files": place} if names_file else {"path": place}
     local = folder / Path(place).expanduser()
     if glob.has_magic(str(local)) and not local.exists():
         found = [Path(name) for name in glob.glob(str(local), recursive=True) if Path(name).is_file()]  # noqa: PTH207
@@ -138,11 +147,6 @@ def _source_of(place: str, folder: Path) -> dict[str, Any]:
     if not local.is_dir():
         raise DataError(f"there is nothing at {local}: name a file, a folder, a pattern, a hub id or an address")
     return {"path": str(local)}
-
-
-def _format_name(address: str) -> str:
-    name = address.rpartition("/")[2].lower()
-    return "parquet" if ".parquet" in name or ".pq" in name else "json" if ".json" in name else "text"
 
 
 def _text_column(source: TextSource, files: Sequence[Path]) -> str:

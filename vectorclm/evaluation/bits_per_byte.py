@@ -15,16 +15,15 @@ from vectorclm.evaluation.item_scores import ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.nn.loss import IGNORE_INDEX
-from vectorclm.nn.matmul import matmul
 from vectorclm.shards.reader import ShardReader
 from vectorclm.tokenizer import BOS_ID, encode
 
 
 def logits(model: CausalLM, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits of hidden states with their targets, in chunks of 2,048 rows."""
-    weight_VD = model.model.embed_tokens.weight
+    dtype = model.model.embed_tokens.weight.dtype
     for hidden_CD, targets_C in zip(torch.split(hidden_ND, 2048), torch.split(targets_N, 2048), strict=True):
-        yield matmul(hidden_CD.to(weight_VD.dtype), weight_VD).float(), targets_C
+        yield model.logits(hidden_CD.to(dtype)).float(), targets_C
 
 
 @torch.inference_mode()

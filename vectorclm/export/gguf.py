@@ -14,7 +14,7 @@ from torch import Tensor
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
-from vectorclm.nn.attention import ATTENTION
+from vectorclm.nn.attention import ATTENTION_KINDS
 from vectorclm.store.durable import move_file, sync_folder, temporary_beside
 from vectorclm.store.model_ref import Model
 from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, load_tokenizer
@@ -26,6 +26,7 @@ FILE_TYPES = {
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
+ARCHITECTURE = "llama"  # llama.cpp's name; it computes causal attention, whatever config.json says
 # llama.cpp splits a text by the regular expression it has under this name: GPT-2's, as our tokenizer does.
 PRE_TOKENIZER = "gpt-2"
 # Settings of a BPE in tokenizer.json that ours does not use, and llama.cpp does not know.
@@ -43,14 +44,16 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
     """
     folder = found.local()
     model = CausalLM.from_pretrained(folder)
-    kind_of_attention = model.config.attention.kind
-    architecture = ATTENTION[kind_of_attention].gguf
-    if architecture is None:
-        raise DataError(f"{folder}: llama.cpp lacks the model's attention ({kind_of_attention}), so no GGUF file of it")
+    attention = model.config.attention.kind
+    if not ATTENTION_KINDS[attention].is_causal:
+        raise DataError(
+            f"{folder}: the model has {attention} attention, and llama.cpp would compute causal attention: use the "
+            "model without a GGUF file"
+        )
     size, tuned = gguf.size_label(model.config.parameters, 0, 0, 0), "chat" if found.chat else "base"
     path = out or Path(gguf.naming_convention(None, "vectorclm", tuned, found.content[:8], size, kind) + ".gguf")
     part = temporary_beside(path)
-    writer = gguf.GGUFWriter(part, architecture)
+    writer = gguf.GGUFWriter(part, ARCHITECTURE)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"vectorclm {size} {tuned}")
     writer.add_basename("vectorclm")

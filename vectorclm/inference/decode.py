@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vectorclm.model import CausalLM, KVCache
-from vectorclm.nn.matmul import project
 
 WARM_UP = 3  # steps before a capture, in which libraries allocate their memory
 
@@ -36,13 +35,13 @@ class _SteadyCache(KVCache):
     def __init__(self, model: CausalLM, batch_size: int, length: int) -> None:
         like = model.model.embed_tokens.weight
         super().__init__(model.config, batch_size, length, like)
-        self.place_1 = torch.zeros(1, dtype=torch.long, device=like.device)
+        self.position_1 = torch.zeros(1, dtype=torch.long, device=like.device)
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         if k_BKTE.shape[2] > 1:
             return super().append(layer, k_BKTE, v_BKTE)
         keys_BKSE, values_BKSE = self.keys_BKSE[layer], self.values_BKSE[layer]
-        return keys_BKSE.index_copy_(2, self.place_1, k_BKTE), values_BKSE.index_copy_(2, self.place_1, v_BKTE)
+        return keys_BKSE.index_copy_(2, self.position_1, k_BKTE), values_BKSE.index_copy_(2, self.position_1, v_BKTE)
 
 
 class SteadyDecoding:
@@ -53,9 +52,11 @@ class SteadyDecoding:
     ) -> None:
         self.model, self.padding_B, self.captured = model, padding_B, captured
         self.cache = _SteadyCache(model, batch_size, length)
-        self.place_1 = self.cache.place_1
-        self.places_S = torch.arange(length, device=self.place_1.device)
-        self.fed_B1 = self.place_1.new_zeros(batch_size, 1)
+        self.position_1 = self.cache.position_1
+        self.positions_S = torch.arange(length, device=self.position_1.device)
+        padding_B1 = self.position_1.new_zeros(batch_size, 1) if padding_B is None else padding_B[:, None]
+        self.key_position_ids_BS = (self.positions_S - padding_B1).clamp(min=0)
+        self.fed_B1 = self.position_1.new_zeros(batch_size, 1)
         self.logits_BV: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.begun = False
@@ -65,10 +66,10 @@ class SteadyDecoding:
         """Return logits [B, V], which the next call overwrites. Raises ValueError as `CausalLM.next_logits` does."""
         if not self.begun:
             self.begun = True
-            self.place_1.fill_(input_ids.shape[1])
+            self.position_1.fill_(input_ids.shape[1])
             if input_ids.shape[1] > 1:
                 return self.model.next_logits(input_ids, self.cache, self.padding_B)
-            self.place_1.zero_()
+            self.position_1.zero_()
         self.fed_B1.copy_(input_ids)
         if self.captured and self.graph is None:
             self._capture()
@@ -80,22 +81,27 @@ class SteadyDecoding:
         return self.logits_BV
 
     def _step(self) -> None:
-        place_B1, seen_BS = self.place_1.expand(len(self.fed_B1), 1), self.places_S <= self.place_1
+        position_ids_B1, seen_BS = self.position_1.expand(len(self.fed_B1), 1), self.positions_S <= self.position_1
         if self.padding_B is not None:
-            place_B1, seen_BS = place_B1 - self.padding_B[:, None], seen_BS & (self.places_S >= self.padding_B[:, None])
+            position_ids_B1, seen_BS = (
+                position_ids_B1 - self.padding_B[:, None],
+                seen_BS & (self.positions_S >= self.padding_B[:, None]),
+            )
         seen_B1S = seen_BS.expand(len(self.fed_B1), -1)[:, None]
-        hidden_B1D = self.model.model(self.fed_B1, self.cache, place_B1, seen_B1S)
-        self.logits_BV = project(hidden_B1D[:, -1], self.model.model.embed_tokens.weight)
-        self.place_1.add_(1)
+        hidden_B1D = self.model.model(
+            self.fed_B1, self.cache, position_ids_B1, seen_B1S, key_position_ids_BS=self.key_position_ids_BS
+        )
+        self.logits_BV = self.model.logits(hidden_B1D[:, -1])
+        self.position_1.add_(1)
 
     def _capture(self) -> None:
         """Capture one step as a CUDA graph, after a warm-up on another stream whose effects are undone."""
-        place_1, stream = self.place_1.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        position_1, stream = self.position_1.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 self._step()
-                self.place_1.copy_(place_1)
+                self.position_1.copy_(position_1)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):

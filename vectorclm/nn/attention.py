@@ -1,7 +1,7 @@
-"""Grouped-query attention: over a window, inside its documents, and with a cache. Shape letters: model.py.
+"""Grouped-query attention: over a window, inside its documents, and with a KV cache. Shape letters: model.py.
 
-A variant of attention is a kind, its row in ATTENTION, and its settings in AttentionConfig. Without a fast form of its
-own, a variant runs under a mask.
+Each kind of attention has a row in ATTENTION_KINDS, and its settings are fields of AttentionConfig. The causal kind has
+fast forms without a mask; the other kinds run under a dense mask.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,15 +16,15 @@ from torch.torch_version import TorchVersion
 
 from vectorclm.settings import Settings
 
-# torch 2.11 groups heads without this argument.
-GROUPED: Any = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
+# torch 2.11 has no such argument: its varlen_attn accepts fewer key heads than query heads without it.
+VARLEN_GROUPED_HEADS: Any = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
 
 
 class Documents(NamedTuple):
     """The boundaries of the documents in a batch of windows."""
 
     position_ids: Tensor  # int64 [B, T], 0 at the first token of each document
-    cu_seqlens: Tensor  # int32 [N + 1], each document's start in the concatenated windows, then B * T
+    cu_seqlens: Tensor  # int32 [documents + 1], each document's start in the concatenated windows, then B * T
     flash: bool = False  # whether the device has FlashAttention; a compiled model cannot query the device
 
     @classmethod
@@ -50,74 +50,92 @@ AttentionKind = Literal["causal"]
 
 
 class AttentionConfig(Settings):
-    """The kind of attention, and the settings of each kind that has some."""
+    """The kind of attention, and the settings of each kind that has some.
 
-    kind: AttentionKind = Field("causal", description="Which keys a query attends to")
+    Every field has a default and `exclude_if` for it: a kind keeps its fingerprints when other kinds get settings.
+    """
+
+    kind: AttentionKind = Field(
+        "causal", exclude_if=lambda value: value == "causal", description="Which keys a query attends to"
+    )
 
 
 @dataclass(frozen=True)
-class AttentionVariant:
-    """One row of the table: the keys that a query attends to, and the variant's names in other programs."""
+class AttentionSpec:
+    """One kind of attention: the rule of its mask, and its names in `config.json` of Hugging Face."""
 
-    # Whether queries attend to keys, from the config, the queries' positions [..., T, 1] and the keys' [..., 1, S].
-    attends: Callable[[AttentionConfig, Tensor, Tensor], Tensor]
-    model_type: str  # in config.json; where transformers lacks the variant, a name that transformers refuses
+    # True [..., T, S] where a query attends to a key: never for a later key, always for the query's own. Arguments:
+    # the settings, the number of the layer (from 0), the positions of the queries [..., T, 1] and keys [..., 1, S].
+    mask_rule: Callable[[AttentionConfig, int, Tensor, Tensor], Tensor]
+    model_type: str  # where transformers lacks the kind, a name that transformers refuses
     architecture: str  # transformers' class of the model
-    gguf: str | None  # llama.cpp's name of the architecture; None where llama.cpp lacks the variant
-    names: Mapping[str, str] = field(default_factory=dict)  # settings of AttentionConfig, and their keys in config.json
+    is_causal: bool = False  # whether the rule is causality alone, which the fast forms and llama.cpp compute
+    config_keys: Mapping[str, str] = field(default_factory=dict)  # fields of AttentionConfig: keys in config.json
 
 
-def _causal(config: AttentionConfig, query_T1: Tensor, key_1S: Tensor) -> Tensor:
+def _causal(config: AttentionConfig, layer: int, query_T1: Tensor, key_1S: Tensor) -> Tensor:
     return key_1S <= query_T1
 
 
-ATTENTION: Mapping[AttentionKind, AttentionVariant] = {
-    "causal": AttentionVariant(_causal, "llama", "LlamaForCausalLM", "llama"),
+ATTENTION_KINDS: Mapping[AttentionKind, AttentionSpec] = {
+    "causal": AttentionSpec(_causal, "llama", "LlamaForCausalLM", is_causal=True),
 }
 
 
-class Visibility(NamedTuple):
-    """The keys that each query attends to: those of the variant, in its own document, where the mask is true.
+class AttentionMask(NamedTuple):
+    """The attention mask of a forward pass, as its inputs; `dense_mask` computes the mask of a layer from them.
 
-    The queries are the last of the keys, so they continue a cache. Without position ids, positions start at 0.
+    A query attends to the keys that the rule of the kind allows, in its own document, and where `given_B1TS` is true.
+    Without position ids, keys have the positions from 0, and the queries are the last of the keys.
     """
 
     documents: Documents | None = None  # attention stays inside the query's own document
-    mask_B1TS: Tensor | None = None  # true where a query attends to a key; contains causality
+    given_B1TS: Tensor | None = None  # the caller's mask, true where a query may attend to a key, never to a later one
     position_ids_BT: Tensor | None = None  # of the queries
-    is_cached: bool = False  # whether the keys are those of a cache, at consecutive positions
+    key_position_ids_BS: Tensor | None = None  # of the keys; without them, the keys are the queries' tokens
     config: AttentionConfig = AttentionConfig()
 
 
-def attends(visible: Visibility, tokens: int, keys: int, device: torch.device) -> Tensor:
-    """True where a query attends to a key: [T, S], or [B, 1, T, S] with position ids, documents or a mask."""
-    documents, positions_BT = visible.documents, visible.position_ids_BT
-    positions = torch.arange(keys, device=device)
-    if documents is not None:
-        positions = documents.position_ids
-    elif positions_BT is not None:
-        positions = positions + positions_BT[:, -1:] - keys + 1 if visible.is_cached else positions_BT
-    query, key = positions[..., keys - tokens :, None], positions[..., None, :]
-    mask = ATTENTION[visible.config.kind].attends(visible.config, query, key)
+def dense_mask(mask: AttentionMask, layer: int, tokens: int, keys: int, device: torch.device) -> Tensor:
+    """The attention mask of a layer, true where a query attends to a key.
+
+    Its shape is [T, S], or [B, 1, T, S] with position ids, documents or a mask of the caller.
+    """
+    documents = mask.documents
+    query_positions = documents.position_ids if documents is not None else mask.position_ids_BT
+    key_positions = query_positions if mask.key_position_ids_BS is None else mask.key_position_ids_BS
+    if query_positions is None or key_positions is None:
+        key_positions = torch.arange(keys, device=device)
+        query_positions = key_positions[keys - tokens :]
+    rule = ATTENTION_KINDS[mask.config.kind].mask_rule
+    dense = rule(mask.config, layer, query_positions[..., :, None], key_positions[..., None, :])
     if documents is not None:
         document_BT = (documents.position_ids == 0).cumsum(1)
-        mask = mask & (document_BT[:, :, None] == document_BT[:, None])
-    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
-    return mask if visible.mask_B1TS is None else mask & visible.mask_B1TS
+        dense = dense & (document_BT[:, :, None] == document_BT[:, None])
+    dense = dense.unsqueeze(1) if dense.ndim == 3 else dense
+    return dense if mask.given_B1TS is None else dense & mask.given_B1TS
 
 
-def plain_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Visibility) -> Tensor:
+def plain_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: AttentionMask, layer: int) -> Tensor:
     """Plain reference of `attention`, without dropout: softmax of masked products, as in the papers."""
-    mask = attends(visible, q_BHTE.shape[2], k_BKSE.shape[2], q_BHTE.device)
+    dense = dense_mask(mask, layer, q_BHTE.shape[2], k_BKSE.shape[2], q_BHTE.device)
     groups = q_BHTE.shape[1] // k_BKSE.shape[1]
     k_BHSE, v_BHSE = k_BKSE.repeat_interleave(groups, 1), v_BKSE.repeat_interleave(groups, 1)
     scores_BHTS = q_BHTE @ k_BHSE.mT / q_BHTE.shape[-1] ** 0.5
-    out: Tensor = scores_BHTS.masked_fill(~mask, -torch.inf).softmax(-1) @ v_BHSE
+    out: Tensor = scores_BHTS.masked_fill(~dense, -torch.inf).softmax(-1) @ v_BHSE
     return out
 
 
-def padded_visibility(padding_B: Tensor, tokens: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Position ids [B, T] and attention mask [B, T, S] of the last `tokens` of `keys` positions in left-padded rows.
+class LeftPadded(NamedTuple):
+    """Positions and attention mask of the newest tokens in rows that are padded at the left."""
+
+    position_ids_BT: Tensor  # of the queries; 0 for padding
+    key_position_ids_BS: Tensor  # of the keys; 0 for padding
+    mask_BTS: Tensor  # true where a query may attend to a key
+
+
+def left_padded(padding_B: Tensor, tokens: int, keys: int) -> LeftPadded:
+    """Position ids and causal mask for left-padded prompts: of the last `tokens` of `keys` tokens in each row.
 
     `padding_B` is the number of padding tokens at the beginning of each row.
     """
@@ -125,7 +143,8 @@ def padded_visibility(padding_B: Tensor, tokens: int, keys: int) -> tuple[Tensor
     query_T, is_text_BS = key_S[-tokens:], key_S >= padding_B[:, None]
     mask_BTS = (query_T[:, None] >= key_S) & is_text_BS[:, None]
     mask_BTS |= query_T[:, None] == key_S  # padding attends to itself: a row without keys gives NaN
-    return (query_T - padding_B[:, None]).clamp(min=0), mask_BTS
+    position_ids_BS = (key_S - padding_B[:, None]).clamp(min=0)
+    return LeftPadded(position_ids_BS[:, -tokens:], position_ids_BS, mask_BTS)
 
 
 def has_flash(device: torch.device) -> bool:
@@ -133,7 +152,7 @@ def has_flash(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-BLOCK = 128  # queries in one call on a CPU
+QUERY_BLOCK = 128  # queries in one call of the kernel on a CPU
 
 
 def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, dropout: float) -> Tensor:
@@ -148,8 +167,8 @@ def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, dropout: fl
         )
     tokens = q_BHTE.shape[2]
     parts = []
-    for start in range(0, tokens, BLOCK):
-        end = min(start + BLOCK, tokens)
+    for start in range(0, tokens, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, tokens)
         size = end - start
         mask = q_BHTE.new_full((size, size), -torch.inf).triu_(1) if start else None
         parts.append(
@@ -166,22 +185,27 @@ def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, dropout: fl
     return torch.cat(parts, dim=1).transpose(1, 2)  # contiguous by token, as the projection reads it
 
 
-def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Visibility, dropout: float) -> Tensor:
+def attention(
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: AttentionMask, layer: int, dropout: float
+) -> Tensor:
     """Grouped-query attention [B, H, T, E] (Vaswani et al., arXiv 1706.03762; Ainslie et al., arXiv 2305.13245).
 
-    Each key head serves H / K query heads. `dropout` is the probability of dropping an attention weight.
+    Each key head serves H / K query heads. `layer` is the number of the decoder layer, from 0, for kinds of attention
+    that differ between layers. `dropout` is the probability of dropping an attention weight.
     """
-    tokens, keys, mask = q_BHTE.shape[2], k_BKSE.shape[2], visible.mask_B1TS
-    if ATTENTION[visible.config.kind].attends is not _causal:
-        mask = attends(visible, tokens, keys, q_BHTE.device)
-    elif visible.documents is not None:
-        return document_attention(q_BHTE, k_BKSE, v_BKSE, visible.documents, dropout)
-    elif mask is None and 1 < tokens == keys:
+    tokens, keys, dense = q_BHTE.shape[2], k_BKSE.shape[2], mask.given_B1TS
+    if not ATTENTION_KINDS[mask.config.kind].is_causal:
+        dense = dense_mask(mask, layer, tokens, keys, q_BHTE.device)
+    elif mask.documents is not None:
+        return document_attention(q_BHTE, k_BKSE, v_BKSE, mask.documents, dropout)
+    elif dense is None and 1 < tokens == keys:
         return causal_attention(q_BHTE, k_BKSE, v_BKSE, dropout)
-    elif mask is None and tokens > 1:
-        mask = q_BHTE.new_ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
+    elif dense is None and tokens > 1:
+        dense = q_BHTE.new_ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
     grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
-    return F.scaled_dot_product_attention(q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q_BHTE, k_BKSE, v_BKSE, attn_mask=dense, dropout_p=dropout, enable_gqa=grouped
+    )
 
 
 def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents: Documents, dropout: float) -> Tensor:
@@ -196,7 +220,9 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, documents
     if documents.flash and q_NHE.dtype in (torch.bfloat16, torch.float16) and not dropout:
         from torch.nn.attention.varlen import varlen_attn  # its import loads torch's compiler
 
-        y_NHE = varlen_attn(q_NHE, k_NKE, v_NKE, cu_seqlens, cu_seqlens, tokens, tokens, window_size=(-1, 0), **GROUPED)
+        y_NHE = varlen_attn(
+            q_NHE, k_NKE, v_NKE, cu_seqlens, cu_seqlens, tokens, tokens, window_size=(-1, 0), **VARLEN_GROUPED_HEADS
+        )
         assert isinstance(y_NHE, Tensor)
     else:
         sizes = cu_seqlens.diff().tolist()

@@ -1,6 +1,6 @@
 """Fast forms of the decoder's layers: RMSNorm, stacked projections, rotary embeddings, SwiGLU.
 
-Shape letters as in model.py. N is the number of heads in the common projection of queries, keys and values.
+Shape letters: model.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
-    """RMS normalisation, and the scale [B, T, 1] of each token. F.rms_norm runs more operators on a CPU."""
+    """RMS normalisation [B, T, D], and the scale [B, T, 1] of each token. F.rms_norm runs more operators on a CPU."""
     norm_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
     scale_BT1 = torch.addcmul(eps_1, norm_BT1, norm_BT1, value=1 / x_BTD.shape[-1]).rsqrt_()
     return torch.mul(x_BTD, scale_BT1).mul_(weight_D), scale_BT1
@@ -124,36 +124,42 @@ def stack(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *reports
 
 
 def rotate(x_BTHE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotate queries or keys by the angles of their positions; the angles may have a wider dtype."""
-    turned = torch.addcmul(x_BTHE * cos_T1E, x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin_T1E, out=out)
-    return turned.to(x_BTHE.dtype)
+    """Apply rotary position embeddings to queries or keys [B, T, heads, E]: rotate dimensions i and
+    i + E/2 by the position's angle.
+
+    The sines of the first half are negative, see `model.rotary_table`. The angles may have a wider dtype than `x`.
+    """
+    rotated = torch.addcmul(x_BTHE * cos_T1E, x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin_T1E, out=out)
+    return rotated.to(x_BTHE.dtype)
 
 
-def rotary_heads(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the common projection [B, T, H + 2K, E] into queries, keys and values, and rotate queries and keys.
+def rotary_heads(qkv_BTGE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, T, H, E], keys and values [B, T, K, E] of their joint projection [B, T, G, E]; the first two rotated.
 
-    `heads` has the number of heads of each. Rotary embeddings: Su et al., arXiv 2104.09864, section 3.4.2.
+    `heads` has the numbers of query, key and value heads. Rotary embeddings: Su et al., arXiv 2104.09864.
     """
     split: tuple[Tensor, Tensor, Tensor]
-    split = (RotaryQKV.apply if use_custom_backward() else rotated)(qkv_BTNE, cos_T1E, sin_T1E, heads)
+    split = (RotaryQKV.apply if use_custom_backward() else plain_rotary_heads)(qkv_BTGE, cos_T1E, sin_T1E, heads)
     return split
 
 
-def rotated(qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def plain_rotary_heads(
+    qkv_BTGE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Plain form of `rotary_heads`, differentiated by autograd."""
-    queries_and_keys, values = torch.split(qkv_BTNE, [heads[0] + heads[1], heads[2]], dim=2)
+    queries_and_keys, values = torch.split(qkv_BTGE, [heads[0] + heads[1], heads[2]], dim=2)
     queries, keys = torch.split(rotate(queries_and_keys, cos_T1E, sin_T1E), heads[:2], dim=2)
     return queries, keys, values
 
 
 class RotaryQKV(torch.autograd.Function):
-    """`rotated` with a gradient that is written straight into one tensor [B, T, H + 2K, E]."""
+    """`plain_rotary_heads` with a gradient that is written straight into one tensor [B, T, G, E]."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_BTNE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> Any:
+    def forward(ctx: Any, qkv_BTGE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, heads: list[int]) -> Any:
         ctx.save_for_backward(cos_T1E, sin_T1E)
         ctx.heads = heads
-        queries, keys, values = torch.split(qkv_BTNE, heads, dim=2)
+        queries, keys, values = torch.split(qkv_BTGE, heads, dim=2)
         return rotate(queries, cos_T1E, sin_T1E), rotate(keys, cos_T1E, sin_T1E), values.contiguous()
 
     @staticmethod
@@ -161,12 +167,12 @@ class RotaryQKV(torch.autograd.Function):
         cos_T1E, sin_T1E = ctx.saved_tensors
         grad_q_BTHE, grad_k_BTKE, grad_v_BTKE = grads
         batch, tokens, _, head_dim = grad_q_BTHE.shape
-        grad_BTNE = grad_q_BTHE.new_empty(batch, tokens, sum(ctx.heads), head_dim)
-        queries, keys, values = torch.split(grad_BTNE, ctx.heads, dim=2)
+        grad_BTGE = grad_q_BTHE.new_empty(batch, tokens, sum(ctx.heads), head_dim)
+        queries, keys, values = torch.split(grad_BTGE, ctx.heads, dim=2)
         rotate(grad_q_BTHE, cos_T1E, -sin_T1E, out=queries)
         rotate(grad_k_BTKE, cos_T1E, -sin_T1E, out=keys)
         values.copy_(grad_v_BTKE)
-        return grad_BTNE, None, None, None
+        return grad_BTGE, None, None, None
 
 
 def swiglu_projection(x_BTD: Tensor, gate_up: Linear, down: Linear) -> Tensor:
@@ -189,7 +195,7 @@ def plain_swiglu_projection(x_BTD: Tensor, gate_up: Linear, down: Linear) -> Ten
 
 
 def swiglu(gate_up_BTF: Tensor) -> Tensor:
-    """`silu(gate) * up` of the common projection [B, T, 2F]."""
+    """`silu(gate) * up` [B, T, F] of their joint projection [B, T, 2F]."""
     gate, up = gate_up_BTF.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -1,4 +1,4 @@
-"""Chunked cross-entropy over a large vocabulary, without all logits in memory."""
+"""Chunked cross-entropy over a large vocabulary, without all logits in memory. Shape letters: model.py."""
 
 from typing import Any
 

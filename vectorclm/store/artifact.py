@@ -241,7 +241,8 @@ class Store(ArtifactStorage):
     def work_folder(self, spec: StageSpec, work_dir: str | None) -> Path:
         """The local folder for work in progress on a specification; each attempt has its own folder inside."""
         folder = self.work_root(work_dir) / f"{spec.stage}-{spec.fingerprint[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
+        with explained(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def work_root(self, work_dir: str | None) -> Path:

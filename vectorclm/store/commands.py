@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -9,7 +10,7 @@ from rich.markup import escape
 
 from vectorclm.command_line import Json, StoreOptions, new_app, print_table, table
 from vectorclm.store.artifact import Store
-from vectorclm.store.gc import OLDER_THAN, discard_folder, find_garbage, remove_garbage, seconds
+from vectorclm.store.gc import OLDER_THAN, YOUNG_SECONDS, discard_folder, find_garbage, remove_garbage, seconds
 from vectorclm.store.listing import take_inventory, verify
 from vectorclm.store.model_names import existing_store
 
@@ -102,7 +103,8 @@ def _verify(store: Store, addresses: list[str], *, discard: bool, as_json: bool)
 
 
 def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) -> None:
-    found = find_garbage(store, older_than)
+    limit, every = time.time() - older_than, find_garbage(store, 0)
+    found = [item for item in every if item.modified <= limit]
     removed, shown = 0, table("leftover", "size >", "why", "state")
     for item in found:
         gone = delete and remove_garbage(store, item)
@@ -120,6 +122,13 @@ def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) ->
     else:
         total = _size(sum(item.bytes for item in found))
         print(f"{len(found):,} of them, {total}" + ("; --delete removes them" if found else ""), file=sys.stderr)
+    if young := [item for item in every if item.modified > limit]:
+        size = _size(sum(item.bytes for item in young))
+        print(
+            f"{len(young):,} younger ones, {size}, stay: --older-than 0s includes them; what a live process uses, and "
+            f"what was written in the last {YOUNG_SECONDS} s, always stays",
+            file=sys.stderr,
+        )
 
 
 def _size(count: float) -> str:

@@ -2,8 +2,9 @@
 
 An artifact with a readable manifest is never garbage; checkpoints of a finished training are. Garbage must be older
 than a limit, and is removed only while this process holds the lease on the artifact, so that no other process can be
-writing it. Only the store's own folders are searched, only names that this product creates are removed, and no link is
-followed: foreign files in the store's folder stay.
+writing it. On a full disk, which takes no lease, the lock of a local store stands in. Only the store's own folders are
+searched, only names that this product creates are removed, and no link is followed: foreign files in the store's
+folder stay.
 """
 
 import logging
@@ -12,20 +13,29 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vectorclm.errors import ConfigError, InUseError, StoreError
+from vectorclm.errors import ConfigError, DiskFullError, InUseError, StoreError
 from vectorclm.store import s3
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.durable import OWN, is_temporary
 from vectorclm.store.layout import CURVES, TRAINED
-from vectorclm.store.lease import LEASE_SECONDS
-from vectorclm.store.listing import FINGERPRINT, LEASE, STAGE_FOLDERS, Folder, Inventory, read_folder, take_inventory
+from vectorclm.store.lease import LEASE_SECONDS, read_claim
+from vectorclm.store.listing import (
+    FINGERPRINT,
+    LEASE,
+    STAGE_FOLDERS,
+    Claim,
+    Folder,
+    Inventory,
+    read_folder,
+    take_inventory,
+)
 from vectorclm.store.storage import StoredFile
 from vectorclm.store.uploads import superseded
 from vectorclm.store.work import is_in_use
@@ -73,25 +83,45 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
     found = [
         *_folders(store, inventory),
         *_files(store, held),
-        *_leases(store, inventory),
         *_work(store),
         *_uploads(store),
+        *_leases(store, inventory),  # last: on a full disk, a lease can be written once the others are gone
     ]
     return [item for item in found if item.modified <= limit and not held.intersection(item.leases)]
 
 
 def remove_garbage(store: Store, item: Garbage) -> bool:
     """Remove one item while holding its leases; False where another process has begun to use it."""
+    try:
+        with _claimed(store, item):
+            item.remove()
+    except (InUseError, FileNotFoundError):  # the latter where another process removed it
+        return False
+    except OSError as error:
+        raise StoreError(f"{item.what} cannot be removed: {error.strerror or error}") from error
+    return True
+
+
+@contextmanager
+def _claimed(store: Store, item: Garbage) -> Iterator[None]:
+    """Hold the leases of an item while the block runs; on a full disk, the lock of a local store instead.
+
+    A writer needs a lease of its own before it writes, which the full disk refuses as well, and the removal checks that
+    nothing has changed. Raises InUseError where another process holds a lease.
+    """
     with ExitStack() as stack:
         try:
             for key in item.leases:
                 stack.enter_context(store.lease(key))
-            item.remove()
-        except (InUseError, FileNotFoundError):  # the latter where another process removed it
-            return False
-        except OSError as error:
-            raise StoreError(f"{item.what} cannot be removed: {error.strerror or error}") from error
-    return True
+        except DiskFullError:
+            if not store.is_local:
+                raise
+            stack.close()
+            stack.enter_context(store.locked())
+            if any(store.lease_holder(key) is not None for key in item.leases):
+                raise InUseError(f"{item.what} is in use") from None
+            logger.warning("the disk takes no lease, so %s is removed under the lock of the store", item.what)
+        yield
 
 
 def discard_folder(store: Store, folder: Folder) -> bool:
@@ -197,10 +227,17 @@ def _leases(store: Store, inventory: Inventory) -> Iterator[Garbage]:
     for claim in inventory.leases:
         if not claim.alive:  # acquiring and releasing the lease removes it
             why, leases = "lease of a process that has ended", [Path(claim.key).stem]
-            yield Garbage(claim.key, why, claim.bytes, claim.modified, leases, lambda: None)
+            remove = partial(_remove_claim, store, claim)
+            yield Garbage(claim.key, why, claim.bytes, claim.modified, leases, remove)
     for key, file in store.files("leases").items() if store.is_s3 else ():
         if LEASE.fullmatch(key) and not file.bytes and file.modified < time.time() - GIVEN_BACK_SECONDS:
             yield Garbage(key, "lease that was given back", 0, file.modified, [], partial(_remove_empty, store, key))
+
+
+def _remove_claim(store: Store, seen: Claim) -> None:
+    """Remove a lease that is still the one seen: only without a lease of one's own, which has replaced it."""
+    if read_claim(store.read(seen.key) or b"") == seen.holder:
+        store.delete(seen.key)
 
 
 def _remove_empty(store: Store, key: str) -> None:
@@ -220,8 +257,15 @@ def _work(store: Store) -> Iterator[Garbage]:
                 for path in (Path(place), *(Path(place, name) for name in names)):
                     with suppress(FileNotFoundError):  # another process works there
                         size, modified = size + path.lstat().st_size, max(modified, path.lstat().st_mtime)
-            remove = partial(shutil.rmtree, folder)
+            remove = partial(_remove_work, folder)
             yield Garbage(str(folder), "work that nobody goes on with", size, modified, [folder.name], remove)
+
+
+def _remove_work(folder: Path) -> None:
+    """Remove a work folder. Raises InUseError where a process of this machine works there."""
+    if is_in_use(folder):
+        raise InUseError(f"{folder} is in use")
+    shutil.rmtree(folder)
 
 
 def _uploads(store: Store) -> Iterator[Garbage]:

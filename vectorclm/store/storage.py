@@ -4,7 +4,6 @@ A file that was sent to a remote store is read back, and a file that was fetched
 flipped bit or a truncated answer: s3fs and botocore retry failures, not wrong bytes.
 """
 
-import errno
 import hashlib
 import logging
 import os
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 import fsspec
 from safetensors import SafetensorError
 
-from vectorclm.errors import StoreError
+from vectorclm.errors import DiskFullError, StoreError, disk_full
 from vectorclm.store import s3
 from vectorclm.store.durable import OWN, TEMPORARY, exclusive, make_folder, sync_folder, temporary_beside, write_file
 from vectorclm.store.hash_memory import State, state_of
@@ -34,6 +33,7 @@ PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "memory") 
 LOCK = f"{OWN}lock"  # lock file of a local store, for compare-and-swap
 ATTEMPT = f"{OWN}file-"  # in a remote store, prefix of the folder of a file whose name was taken
 RACERS = 8  # threads that create one object at once, to detect a store that lets several succeed
+RIGHTS = "check the folder, its owner and rights, or name the right store with --store or VECTORCLM_STORE"
 READ_BYTES = 8 * 2**20  # block size where a remote file is only hashed
 
 
@@ -105,10 +105,10 @@ class Storage:
             late = first(RACERS)
             replaces = self._replaces_only_what_was_read(key)
             self.delete(key)
+        except DiskFullError:
+            raise
         except Exception as error:
-            raise StoreError(
-                f"store {self.uri} is not writable ({error}): choose another with --store or VECTORCLM_STORE"
-            ) from error
+            raise StoreError(f"store {self.uri} is not writable ({error}): {RIGHTS}") from error
         if late or won != 1:
             found = "overwrites an object" if late else f"let {won} of {RACERS} writers create one object"
             raise StoreError(
@@ -133,7 +133,11 @@ class Storage:
     def create(self) -> None:
         """Create the bucket or the folder if absent. Raises StoreError where that fails."""
         if self.is_local:
-            Path(self.root).mkdir(parents=True, exist_ok=True)
+            try:
+                with explained(self.uri):
+                    Path(self.root).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"store {self.uri} cannot be created ({error.strerror}): {RIGHTS}") from error
         else:
             with self._translate_errors(f"store {self.uri}"):
                 self.fs.makedirs(self.root.lstrip("/").partition("/")[0], exist_ok=True)
@@ -142,8 +146,9 @@ class Storage:
         """Write one small object; with `only_if_absent`, return False where another writer wrote other bytes first."""
         path = self.path(key)
         if self.is_local:
-            make_folder(Path(path).parent)
-            return write_file(Path(path), data, only_if_absent=only_if_absent)
+            with explained(self.uri_of(key)):
+                make_folder(Path(path).parent)
+                return write_file(Path(path), data, only_if_absent=only_if_absent)
         with self._translate_errors(f"cannot write {self.uri_of(key)}"):
             try:
                 self.fs.pipe_file(path, data, mode="create" if only_if_absent else "overwrite")
@@ -164,7 +169,8 @@ class Storage:
             path = Path(self.path(key))
             part = temporary_beside(path)
             try:
-                write_file(part, after)
+                with explained(self.uri_of(key)):
+                    write_file(part, after)
                 with self.locked():
                     if self.read(key) != before:
                         return False
@@ -195,12 +201,14 @@ class Storage:
             self.delete(key)
         return True
 
-    def locked(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
         """Hold the lock of this local store, for replacing or moving files, while the block runs.
 
         Raises StoreError where a suspended process holds the lock.
         """
-        return exclusive(Path(self.root) / LOCK)
+        with explained(self.uri_of(LOCK)), exclusive(Path(self.root) / LOCK):
+            yield
 
     def _put_matching(self, key: str, data: bytes, tag: str) -> bool:
         bucket, _, name = self.path(key).partition("/")
@@ -324,13 +332,12 @@ def _own(name: str) -> str:
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """Raise StoreError with advice where the block fails for lack of disk space."""
+    """Raise DiskFullError with advice where the block fails for lack of disk space."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, a quota, a limit of the process
-        if getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full):
-            raise StoreError(f"no space left while writing {where}: free some, or choose another store") from error
+        if (full := disk_full(error, where)) is not None:
+            raise full from error
         raise
 
 

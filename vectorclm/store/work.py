@@ -18,6 +18,7 @@ import psutil
 from vectorclm.runtime.processes import find_process, process_identity
 from vectorclm.store.durable import temporary_beside
 from vectorclm.store.lease import is_here, read_claim
+from vectorclm.store.storage import explained
 
 HOLDER = "holder.json"  # identifies the process of the attempt, until the attempt ends
 ATTEMPT = re.compile(r"[0-9a-f]{16}")
@@ -32,11 +33,12 @@ def attempt_folder(stage_folder: Path) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
     folder = stage_folder / secrets.token_hex(8)
     part = temporary_beside(folder)
-    part.mkdir(parents=True)
-    (part / HOLDER).write_text(
-        json.dumps({"host": socket.gethostname(), **process_identity(psutil.Process())}), encoding="utf-8"
-    )
-    part.rename(folder)
+    with explained(str(folder)):
+        part.mkdir(parents=True)
+        (part / HOLDER).write_text(
+            json.dumps({"host": socket.gethostname(), **process_identity(psutil.Process())}), encoding="utf-8"
+        )
+        part.rename(folder)
     try:
         yield folder
     except BaseException:

@@ -68,7 +68,7 @@ def _muon_of_matrices(
     return Muon(params, config.learning_rate, config.momentum, weight_decay, group, stacked)
 
 
-# The optimizer of the hidden matrices, from these, the config, the model that has them, and the group of ranks.
+# Builds the optimizer of the hidden matrices from the matrices, the settings, the model, and the group of ranks.
 MATRIX_OPTIMIZERS: Mapping[
     MatrixOptimizer, Callable[[Sequence[nn.Parameter], OptimizerConfig, nn.Module, Group], torch.optim.Optimizer]
 ] = {
@@ -80,10 +80,14 @@ MATRIX_OPTIMIZERS: Mapping[
 def build_optimizers(
     model: nn.Module, config: OptimizerConfig, group: Group = ALONE
 ) -> tuple[torch.optim.Optimizer, torch.optim.AdamW]:
-    """`config.matrices` over the decoder layers' matrices, AdamW over embeddings and norms."""
+    """`config.matrices` over the weights of the decoder layers' projections; AdamW over all other parameters.
+
+    The others are embeddings, norms, and whatever a layer adds: a table of biases is no matrix product.
+    """
+    projections = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        (hidden if p.ndim == 2 and ".layers." in name else rest).append(p)
+        (hidden if id(p) in projections and ".layers." in name else rest).append(p)
     matrices = MATRIX_OPTIMIZERS[config.matrices](hidden, config, model, group)
     return matrices, _adamw(rest, config, config.adamw_learning_rate, 0.0)

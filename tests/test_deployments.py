@@ -1,0 +1,147 @@
+"""The deployments `curriculum` and `stage` as flows on a real server: what a worker does of a form."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import task
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.states import AwaitingRetry, Crashed, Running, Scheduled
+
+from flows.deployments import curriculum_run, opened_store, stage_run
+from flows.execution.launch import StageFailedError
+from flows.form import Changes
+from flows.handle import MAX_RESCUES, RESCUED
+from flows.terminal import attached
+from tests.services.curricula import Recorded, copied
+from vectorclm.errors import ConfigError, StoreError
+from vectorclm.runtime.devices import Runtime
+from vectorclm.stages import plans
+from vectorclm.store.artifact import Store
+from vectorclm.store.layout import EXPORT
+
+ALONE = Runtime(threads=1, retries=0)
+
+
+@pytest.fixture(scope="module")
+def store(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return copied(recorded, tmp_path_factory.mktemp("deployments"))
+
+
+@pytest.fixture
+def changes(recorded: Recorded) -> Changes:
+    """The form by which `tiny` becomes the recorded experiment, but for its name."""
+    return Changes(settings=recorded.experiment.model_dump(mode="json", exclude={"name"}))
+
+
+@pytest.fixture(autouse=True)
+def worker(store: Store, prefect_client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a worker of this store; the pool `gpu` has a worker on another machine."""
+    monkeypatch.setenv("VECTORCLM_STORE", store.uri)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    prefect_client.create_work_pool(WorkPoolCreate(name="gpu", type="process"), overwrite=True)
+    prefect_client.send_worker_heartbeat("gpu", "another-machine-gpu", heartbeat_interval_seconds=60)
+
+
+class Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """The warnings in the log of the runs."""
+    with attached(kept := Kept(), {"prefect.flow_runs": logging.WARNING}):
+        yield kept.lines
+    logging.getLogger("prefect.flow_runs").setLevel(logging.NOTSET)
+
+
+def test_a_form_reuses_what_is_finished_and_shows_the_results(
+    prefect_client: SyncPrefectClient, recorded: Recorded, store: Store, changes: Changes, lines: list[str]
+) -> None:
+    handles = curriculum_run("tiny", changes, "", ALONE)
+    states = {name: handle["state"] for name, handle in handles.items()}
+    assert states.pop(EXPORT) == "built" and set(states.values()) == {"reused"}  # the card bears the name
+    assert (Path(handles[EXPORT]["uri"]) / "chat" / "README.md").is_file()
+    same = {name: handle["fingerprint"] for name, handle in handles.items() if name != EXPORT}
+    assert same == {name: recorded.handles[name]["fingerprint"] for name in same}
+    assert any("with placement pools it runs on another-machine-gpu" in line for line in lines)
+    wanted = ArtifactFilter.model_validate({"key": {"any_": ["report"]}})
+    report = max(prefect_client.read_artifacts(artifact_filter=wanted), key=lambda found: str(found.created))
+    assert report.description == "tiny" and str(store.root) in str(report.data)
+
+
+def test_a_stage_is_built_alone_and_again_to_the_byte(recorded: Recorded, store: Store, changes: Changes) -> None:
+    elsewhere = ALONE.model_copy(update={"placement": "pools"})  # it is placed already: it runs here
+    assert list(stage_run("tokenizer", "tiny", changes, "", elsewhere)) == ["tokenizer"]
+    again = stage_run("tokenizer", "tiny", changes, "", ALONE, again=True)
+    assert again["tokenizer"]["fingerprint"] == plans(recorded.experiment)["tokenizer"].fingerprint
+    assert again["tokenizer"]["state"] == "reused"
+
+
+def test_a_wrong_form_or_worker_fails_and_says_why(changes: Changes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
+        stage_run("sample", "tiny", Changes(settings={"pretrain.batchsize": 3}), "", ALONE)
+    with pytest.raises(StoreError, match="/nowhere"):
+        monkeypatch.setenv("VECTORCLM_STORE", "/proc/nowhere")
+        stage_run("sample", "tiny", changes, "", ALONE)
+    monkeypatch.delenv("VECTORCLM_STORE")
+    with pytest.raises(ConfigError, match="this worker has no store: set VECTORCLM_STORE in its environment"):
+        stage_run("sample", "tiny", changes, "", ALONE)
+
+
+@pytest.fixture
+def run_id(prefect_client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch) -> UUID:
+    """A run of this process on the server."""
+    flow_id = prefect_client.create_flow_from_name("curriculum")
+    made = prefect_client.create_flow_run_from_deployment(prefect_client.create_deployment(flow_id, "rescued")).id
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(made))
+    return made
+
+
+@task
+def a_stage() -> None:
+    """Never called: a run of it is made on the server."""
+
+
+def test_a_run_gives_up_after_its_last_rescue_until_a_person_retries_it(
+    prefect_client: SyncPrefectClient, run_id: UUID, store: Store
+) -> None:
+    def enter(state: Any) -> None:
+        prefect_client.set_flow_run_state(run_id, state, force=True)
+
+    for _ in range(MAX_RESCUES):
+        enter(Crashed())
+        enter(Scheduled(name=RESCUED))
+    assert opened_store(Runtime()).uri == store.uri
+    enter(Crashed())
+    enter(Scheduled(name=RESCUED))
+    with pytest.raises(StageFailedError, match="this run crashed 3 times and was started again each time"):
+        opened_store(Runtime())
+    enter(AwaitingRetry())
+    assert opened_store(Runtime()).uri == store.uri
+
+
+def test_tasks_of_an_earlier_attempt_are_shown_as_crashed(prefect_client: SyncPrefectClient, run_id: UUID) -> None:
+    """But not one that stands for a run in a pool, which may go on."""
+    prefect_client.set_flow_run_state(run_id, Running(), force=True)
+    lost = prefect_client.create_task_run(a_stage, run_id, "0", state=Running()).id
+    of_a_run = a_stage.with_options()
+    of_a_run.task_key = "prefect.a_run"
+    stands = prefect_client.create_task_run(of_a_run, run_id, "1", state=Running()).id
+    opened_store(Runtime())
+    assert prefect_client.read_task_run(lost).state_name == "Running"  # by the first attempt itself
+    prefect_client.set_flow_run_state(run_id, Scheduled(name=RESCUED), force=True)
+    prefect_client.set_flow_run_state(run_id, Running(), force=True)
+    opened_store(Runtime())
+    assert prefect_client.read_task_run(lost).state_name == "Crashed"
+    assert prefect_client.read_task_run(stands).state_name == "Running"
