@@ -6,14 +6,14 @@ from typing import Any
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from flows.execution.stage_tasks import Stages
+from flows.execution.stage_tasks import CURRICULUM, Stages
 from flows.handle import Handle
 from vectorclm.config import ExperimentConfig
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import stages_of
 
 
-@flow(name="curriculum", flow_run_name="{experiment.name}", persist_result=False)
+@flow(name=CURRICULUM, flow_run_name="{experiment.name}", persist_result=False)
 def curriculum(
     experiment: ExperimentConfig, runtime: Runtime, store: str, data: str | None = None, again_from: str | None = None
 ) -> dict[str, Handle]:

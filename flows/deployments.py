@@ -15,7 +15,7 @@ from prefect.states import Crashed
 
 from flows.curriculum import curriculum
 from flows.execution.launch import StageFailedError
-from flows.execution.stage_tasks import Stages
+from flows.execution.stage_tasks import CURRICULUM, Stages
 from flows.execution.watch import watched
 from flows.form import Again, Changes, Name, chosen
 from flows.handle import MAX_RESCUES, RESCUED, Handle
@@ -29,7 +29,7 @@ from vectorclm.store.artifact import Store
 from vectorclm.store.layout import StageName
 
 
-@flow(name="curriculum", flow_run_name="{experiment}", persist_result=False)
+@flow(name=CURRICULUM, flow_run_name="{experiment}", persist_result=False)
 def curriculum_run(
     experiment: Name = "tiny",
     changes: Changes = Changes(),

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from vectorclm.model import CausalLM
     from vectorclm.model_config import ModelConfig
 
-pytest_plugins = ["tests.longest_first"]
-
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 torch.set_num_threads(1)
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from one without the threads of other tests

@@ -197,7 +197,7 @@ def test_where_no_platform_ran_doctor_and_down_say_so_and_make_nothing(vectorclm
     assert vectorclm("down", *place) == 0
     assert f"no service of the platform of {tmp_path / 'store'} was running" in vectorclm.out
     assert vectorclm("doctor", *place) == 1
-    assert f"!! no platform ran in {tmp_path / 'store'}: `vectorclm up` starts one" in vectorclm.out
+    assert f"!! no platform ran in {tmp_path / 'store'}" in vectorclm.out
     assert list(tmp_path.iterdir()) == []
 
 

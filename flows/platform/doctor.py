@@ -24,6 +24,7 @@ from flows.platform.ownership import (
     running_elsewhere,
 )
 from flows.platform.process import Service, ServiceError
+from flows.tracking.client import EXPERIMENTS_PAGE
 from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Store
 
@@ -93,7 +94,7 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
     for name, link in (
         ("run the curriculum", form),
         ("Prefect", config.prefect_url),
-        ("MLflow", f"{config.mlflow_url}/#/experiments?workflowType=machine_learning"),
+        ("MLflow", f"{config.mlflow_url}/{EXPERIMENTS_PAGE}"),
         ("store", Store(config.vectorclm_store).uri),
         ("logs", str(config.home / "platform")),
     ):

@@ -130,9 +130,13 @@ def _change(change: Change) -> str:
     return f"[bold]{escape(change.place)}[/]  {sides[0]} [dim]→[/] {sides[1]}"
 
 
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+
+
 def print_lineage(model: str, store: Store, *, verify: bool, diff: str | None, as_json: bool) -> int:
     """Print the lineage of a model, or its differences from the model `diff`; returns 1 if a byte differs."""
-    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    console = _console()
     if diff is not None:
         if verify:
             raise VectorCLMError("--diff and --verify exclude each other: give one of them")
@@ -162,7 +166,7 @@ def print_users(source: str, model: str | None, store: Store, *, as_json: bool) 
         address = f"{user.stage}/{user.fingerprint[:SHORT]}"
         label = f"{read.label} ({read.path})" if read.path else read.label
         table.add_row(address, BY_NAME[user.stage].result, escape(label), escape(read.revision), escape(names))
-    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    console = _console()
     console.print(table, highlight=False)
     if why:
         console.print(why, style="dim", highlight=False, markup=False, soft_wrap=True)

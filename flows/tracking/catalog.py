@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelInput, LoggedModelOutput
 
@@ -75,16 +74,13 @@ class Catalog:
         """Log the inputs of a stage on its run: data sets, models, and sources at their revisions."""
         context, inputs = [InputTag("mlflow.data.context", name)], self.plans[name].inputs
         data = [self.dataset(part) for part in inputs if part in COLUMNS]
-        sources = [source_dataset(source.model_dump(mode="json")) for source in self._sources(name)]
+        experiment = self.session.experiment
+        sources = [source_dataset(source.model_dump(mode="json")) for source in BY_NAME[name].sources(experiment)]
         sets = [DatasetInput(entity, context) for entity in [*data, *sources] if entity is not None]
         models = [self.model_id(part) for part in inputs if part in MODELS]
         self.session.client.log_inputs(
             self.session.opened(name), sets, [LoggedModelInput(model) for model in models if model]
         )
-
-    def _sources(self, name: str) -> Any:
-        """The sources that a stage reads, at their revisions: documents, conversations or questions."""
-        return BY_NAME[name].sources(self.session.experiment)
 
     def show(self, name: str, artifact: Artifact) -> None:
         """Log the output of a stage on the curriculum's run, so that the table of runs shows its data and models."""

@@ -34,7 +34,10 @@ from tests.services.platform import clean
 from vectorclm.errors import ConfigError
 from vectorclm.runtime.processes import process_identity
 
-ME = f"{psutil.Process().name()} (process {os.getpid()})"
+
+def me() -> str:
+    """This process as messages name it; torch renames a process when it loads data."""
+    return f"{psutil.Process().name()} (process {os.getpid()})"
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def test_a_platform_that_never_ran_is_told_from_one_that_is_stopped(
 def test_a_stranger_at_a_port_of_a_stopped_platform_is_named(config: PlatformConfig) -> None:
     with socket.create_server((HOST, config.mlflow_port)):
         *_, port = reasons_to_leave_alone(config)
-    assert port == f"port {config.mlflow_port}, which mlflow would take, is held by {ME}"
+    assert port == f"port {config.mlflow_port}, which mlflow would take, is held by {me()}"
 
 
 def test_a_platform_is_left_alone_by_a_command_with_other_settings(config: PlatformConfig, tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_a_password_is_sent_only_to_what_up_started(config: PlatformConfig) -> N
     remember(config)
     servers = config.servers()
     for server in servers:  # as each of them is told of until it is known
-        message = f"port {server.port} is held by {ME}, not by the {server.name} that `vectorclm up` started"
+        message = f"port {server.port} is held by {me()}, not by the {server.name} that `vectorclm up` started"
         with pytest.raises(ConfigError, match=re.escape(message)):
             check_listeners(config)
         record(server)

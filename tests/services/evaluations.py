@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -56,8 +56,7 @@ def register_untrained(platform: Platform, mlflow: MlflowClient, folder: Path) -
 
 def scheduled(platform: Platform, slug: str) -> list[FlowRun]:
     """The runs of the deployment that the scheduler made for a schedule and that ended well."""
-    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-    (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
+    (mine,) = _schedules(platform, slug)
     runs = _runs(platform, "COMPLETED")
     assert all(run.created_by is not None for run in runs if run.auto_scheduled)
     return [run for run in runs if run.created_by is not None and run.created_by.id == mine]
@@ -70,11 +69,11 @@ def schedule_ends(platform: Platform, slug: str) -> Iterator[None]:
         yield
     finally:
         deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
-        (mine,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
-        platform.client.delete_deployment_schedule(deployment.id, mine)
-        for run in _runs(platform, "SCHEDULED"):  # those that are late stay when a schedule goes
-            if run.created_by is not None and run.created_by.id == mine:
-                platform.client.delete_flow_run(run.id)
+        for mine in _schedules(platform, slug):  # none where the block failed before it was set
+            platform.client.delete_deployment_schedule(deployment.id, mine)
+            for run in _runs(platform, "SCHEDULED"):  # those that are late stay when a schedule goes
+                if run.created_by is not None and run.created_by.id == mine:
+                    platform.client.delete_flow_run(run.id)
         until(lambda: not _runs(platform, "PENDING", "RUNNING"), "its last run ends")
 
 
@@ -86,10 +85,23 @@ def _runs(platform: Platform, *states: str) -> list[FlowRun]:
 
 
 def set_schedule(platform: Platform, window: WebDriver, slug: str) -> None:
-    """Add a schedule of 10 seconds to the deployment `evaluate`, in its page."""
+    """Add a schedule of 10 seconds to the deployment `evaluate`, in its page.
+
+    The page may draw its form anew while its data arrive, and then loses what was written: it is filled in again.
+    """
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
     window.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}")
     log_in(window, platform)
+    for _ in range(3):
+        _fill_schedule(window, slug)
+        with suppress(AssertionError):
+            until(lambda: _schedules(platform, slug), "the schedule is saved", 20)
+            return
+        window.refresh()
+    raise AssertionError(f"the page did not save the schedule: {window.find_element(By.TAG_NAME, 'body').text}")
+
+
+def _fill_schedule(window: WebDriver, slug: str) -> None:
     click(window, "button", "Schedule")
     place = "//input[@placeholder='Enter a unique identifier for this schedule']"
     until(lambda: window.find_elements(By.XPATH, place), "the form of a schedule", 60)[0].send_keys(slug)
@@ -99,3 +111,9 @@ def set_schedule(platform: Platform, window: WebDriver, slug: str) -> None:
     place = "//div[contains(@class, 'p-modal')]//select[option[normalize-space(.)='Seconds']]"
     Select(window.find_element(By.XPATH, place)).select_by_visible_text("Seconds")
     click(window, "button", "Save")
+
+
+def _schedules(platform: Platform, slug: str) -> list[UUID]:
+    """The ids of the schedules of the deployment `evaluate` that bear this name: one or none."""
+    deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
+    return [schedule.id for schedule in deployment.schedules if schedule.slug == slug]

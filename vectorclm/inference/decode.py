@@ -83,10 +83,8 @@ class SteadyDecoding:
     def _step(self) -> None:
         position_ids_B1, seen_BS = self.position_1.expand(len(self.fed_B1), 1), self.positions_S <= self.position_1
         if self.padding_B is not None:
-            position_ids_B1, seen_BS = (
-                position_ids_B1 - self.padding_B[:, None],
-                seen_BS & (self.positions_S >= self.padding_B[:, None]),
-            )
+            position_ids_B1 = position_ids_B1 - self.padding_B[:, None]
+            seen_BS = seen_BS & (self.positions_S >= self.padding_B[:, None])
         seen_B1S = seen_BS.expand(len(self.fed_B1), -1)[:, None]
         hidden_B1D = self.model.model(
             self.fed_B1, self.cache, position_ids_B1, seen_B1S, key_position_ids_BS=self.key_position_ids_BS
