@@ -3,6 +3,7 @@
 import io
 import logging
 
+import pytest
 from rich.console import Console
 
 from flows.terminal import ProgressLines, attached
@@ -23,7 +24,7 @@ class Ticks(logging.Handler):
 def shown(work: str) -> tuple[Tick, str, str]:
     """The last report of a stage, the bars of a terminal, and the lines of a file."""
     ticks, lines = Ticks(), io.StringIO()
-    terminal = Console(file=io.StringIO(), width=100, force_terminal=True)
+    terminal = Console(file=io.StringIO(), width=120, force_terminal=True)
     names = {"vectorclm.runtime.progress": logging.INFO}
     with (
         bars(terminal),
@@ -54,3 +55,14 @@ def test_a_resumed_stage_says_from_where_in_a_terminal_and_in_a_file() -> None:
     _, terminal, lines = shown("resumed")
     assert terminal.count("sample continues from step 40 of 60") == 1
     assert lines == "sample continues from step 40 of 60\n"
+
+
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_bars_fit_the_terminal(width: int) -> None:
+    terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    with bars(terminal), Progress("evaluate world-two-step", 999_424, "compressed bytes") as progress:
+        progress.at(999_424, "loss 0.447  26,896 tokens/s")
+    assert isinstance(terminal.file, io.StringIO)
+    line = next(line for line in reversed(terminal.file.getvalue().splitlines()) if "evaluate" in line)
+    assert ("999424/999424 compressed bytes" if width == 120 else " 100% ") in line
+    assert "loss 0.4" in line and ("…" not in line or width == 50)

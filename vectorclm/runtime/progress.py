@@ -16,8 +16,21 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+WIDE, NARROW = 120, 64  # columns of a terminal: from WIDE bars have their counts, below NARROW there is no bar
 
 logger = logging.getLogger("vectorclm.runtime.progress")
 logger.setLevel(logging.INFO)
@@ -135,18 +148,36 @@ class Bars(_Handler):
         self.live.update(task, completed=tick.done, total=tick.total, unit=tick.unit, note=tick.note)
 
 
+class _Note(ProgressColumn):
+    """The note of a tick, cut where the terminal ends."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=False))  # the only column that shrinks
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """The columns of a stage's line that fit a terminal of this width."""
+    fixed = Column(no_wrap=True)
+    count = [MofNCompleteColumn(table_column=fixed), TextColumn("{task.fields[unit]}")]
+    share = [TaskProgressColumn(table_column=fixed)]
+    bar = BarColumn(28 if width >= WIDE else 10, table_column=fixed)
+    return [
+        TextColumn("{task.description:<14}"),
+        *([bar] if width >= NARROW else []),
+        *(count if width >= WIDE else share),
+        TimeRemainingColumn(compact=width < WIDE, elapsed_when_finished=True, table_column=fixed),
+        _Note(),
+    ]
+
+
 @contextmanager
 def bars(console: Console | None = None) -> Iterator[None]:
     """Show progress as bars on standard error while the block runs."""
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
-    )
-    with RichProgress(*columns, console=console or Console(stderr=True)) as live, _attached(Bars(live)):
+    console = console or Console(stderr=True)
+    with RichProgress(*_columns(console.width), console=console) as live, _attached(Bars(live)):
         yield
 
 
