@@ -330,9 +330,10 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
     store.check_writable()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if options.verbose else "CRITICAL")
     with interruptible(), prefect_server(local_folder(store) / ".prefect") as server:  # starts while sources are pinned
-        experiment, notes = pin(experiment, path, place.data, resolve=True)
-        check_sources(experiment, place.data, hub=True)
         console = Console(stderr=True)
+        with console.status("checking the sources"):
+            experiment, notes = pin(experiment, path, place.data, resolve=True)
+            check_sources(experiment, place.data, hub=True)
         for note in notes:
             console.print(note, style="yellow", highlight=False)
         handles = _curriculum(experiment, runtime, store, options, console, server)
@@ -379,10 +380,11 @@ def _curriculum(
     server: PrivateServer | None,
 ) -> dict[str, Any]:
     """Run the flow on the user's Prefect server or the private one, with progress on standard error."""
-    from flows.curriculum import curriculum
+    with console.status("starting Prefect"):
+        from flows.curriculum import curriculum
 
-    if server is not None:
-        server.wait()
+        if server is not None:
+            server.wait()
     with ExitStack() as stack:
         stack.callback(flush_logs)  # before the server stops
         stack.enter_context(bars(console) if console.is_terminal else attached(ProgressLines(console), PROGRESS))

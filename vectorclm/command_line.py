@@ -116,14 +116,15 @@ def _parse(app: App, words: list[str]) -> Command:
     try:
         command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        raise ConfigError(f"{_explain(error)}; --help lists commands and options") from error
+        said = _explain(error)
+        raise ConfigError(f"{said}{'' if said.endswith('?') else ';'} --help lists commands and options") from error
     return command, bound
 
 
 def _explain(error: CycloptsError) -> str:
     cause = error.__cause__
     if not isinstance(cause, pydantic.ValidationError):
-        return str(error).strip().rstrip(".")
+        return str(error).partition(" Available commands:")[0].strip().removesuffix(".")
     lines = []
     for item in cause.errors(include_url=False):
         option = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-")

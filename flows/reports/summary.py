@@ -33,6 +33,7 @@ from vectorclm.store.layout import EXPORT
 ANSWERS = 3  # number of sample answers shown
 WIDE = 70  # columns from which the scores have their standard errors
 BASELINES = ("chance", "counting")  # accuracies without a model: of a blind guess, and of counting words
+COUNTING = "counting: answers by words that occur together, without a model"
 SCORED = {MODELS[training]: stage for stage, training in EVALUATED.items()}  # kind of a model -> its evaluation
 TITLES = {MODELS[training]: BY_NAME[training].result for training in EVALUATED.values()}
 
@@ -180,6 +181,8 @@ class Summary:
         shown = table("questions", *(f"{name} >" for name in (*baselines, *self.titles.values())))
         if narrow:
             shown.box, shown.padding = None, (0, 1, 0, 0)
+        if "counting" in baselines:
+            shown.caption, shown.caption_justify = COUNTING, "left"
         for column in shown.columns[: 1 + len(baselines)]:
             column.no_wrap = True
         for label, task in tasks.items():

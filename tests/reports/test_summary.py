@@ -71,7 +71,7 @@ def test_the_first_screen_is_a_line_the_scores_three_answers_and_three_commands(
     assert shown.endswith("next\n" + "".join(f"  {line}\n" for line in commands)) and len(commands) == 3
     above = shown.partition("\nnext\n")[0].splitlines()
     assert max(map(len, above)) <= width and above[1].startswith("mini: a chat model of ")
-    for heading in ("chance", "counting", "world", "world-two-step", "ends its answers"):
+    for heading in ("chance", "counting", "world", "world-two-step", "counting: answers by words", "ends its answers"):
         assert heading in shown
     assert sum(line.startswith("you ") for line in above) == 3 == sum(line.startswith("model ") for line in above)
     for absent in ("instructions", "tokens/s", "fingerprint", "MLflow"):
