@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 import random
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -93,6 +96,27 @@ def test_a_wrong_setting_is_named_before_any_work(
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     assert expected in told(store.uri, capsys)
+
+
+def test_a_store_is_created_only_where_a_server_answers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that closes each connection is asked a few times, not as often as one that fails during the work."""
+    asked = 0
+
+    def close(server: socket.socket) -> None:
+        nonlocal asked
+        with suppress(OSError):  # until the test closes the server
+            while True:
+                server.accept()[0].close()
+                asked += 1
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Thread(target=close, args=(server,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(StoreError):
+            Store(store.uri).create()
+        assert 1 <= asked <= 6 * client.QUICK  # three requests, whose attempts may connect twice
+        server.shutdown(socket.SHUT_RDWR)
 
 
 def told(uri: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -85,9 +85,13 @@ class Storage:
         if self.is_local:
             return
         with suppress(FileNotFoundError), self._translate_errors(f"store {self.uri}"):
-            quick, _ = fsspec.core.url_to_fs(self.uri, use_listings_cache=False, **s3.options(self._protocol, s3.QUICK))
-            quick.retries = 1  # s3fs repeats what botocore has already repeated
-            quick.cat_file(self.path(f"{TEMPORARY}none"), **self._in_one)
+            self._impatient().cat_file(self.path(f"{TEMPORARY}none"), **self._in_one)
+
+    def _impatient(self) -> Any:
+        """The remote file system with few retries, for what comes before the work."""
+        quick, _ = fsspec.core.url_to_fs(self.uri, use_listings_cache=False, **s3.options(self._protocol, s3.QUICK))
+        quick.retries = 1  # s3fs repeats what botocore has already repeated
+        return quick
 
     def check_writable(self) -> None:
         """Write and remove a probe. Raises StoreError where that fails, or where a store lets several writers win."""
@@ -140,7 +144,7 @@ class Storage:
                 raise StoreError(f"store {self.uri} cannot be created ({error.strerror}): {RIGHTS}") from error
         else:
             with self._translate_errors(f"store {self.uri}"):
-                self.fs.makedirs(self.root.lstrip("/").partition("/")[0], exist_ok=True)
+                self._impatient().makedirs(self.root.lstrip("/").partition("/")[0], exist_ok=True)
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
         """Write one small object; with `only_if_absent`, return False where another writer wrote other bytes first."""
