@@ -53,6 +53,9 @@ def test_help_is_printed(front: str, path: tuple[str, ...], capsys: pytest.Captu
     inside = app_of(app, path)
     assert [name for name in below(inside) if f"│ {name} " not in shown.out] == []
     if not below(inside):
+        assert inside.default_command is not None
+        about = (inside.default_command.__doc__ or "").strip().splitlines()  # a narrow terminal wraps each line
+        assert [line for line in about if line.strip() and not line.endswith(".")] == []
         assert f"vectorclm {' '.join(path)}" in shown.out.partition("Example: ")[2]
 
 

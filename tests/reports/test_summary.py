@@ -95,7 +95,8 @@ def test_the_next_commands_are_short_and_do_what_they_say(
         for line in commands
     ]
     assert [one.returncode for one in done] == [0, 0, 0], [one.stderr for one in done]
-    assert "model> " in done[0].stdout and (tmp_path / "report.html").as_uri() in done[1].stdout
+    assert "model> " in done[0].stdout and done[0].stdout.endswith("\n")
+    assert (tmp_path / "report.html").as_uri() in done[1].stdout
     assert "Write an experiment for your own text" in done[2].stdout
 
 
