@@ -1,8 +1,10 @@
-"""What the doctor says of this machine: the room on each of its disks, and what frees some."""
+"""What the doctor says of this machine: versions of packages, GPUs, room on each disk and what frees some."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from flows.platform import machine_checks
 from flows.platform.config import PlatformConfig
@@ -32,3 +34,39 @@ def test_every_disk_of_the_platform_is_looked_at_with_what_frees_it(
         store, temporary = disks(config)
         assert "TMPDIR" not in store.what and f"free for TMPDIR {other}" in temporary.what
         assert "set it to a folder elsewhere" in temporary.what and "store gc" not in temporary.what
+
+
+def install(folder: Path, name: str, version: str, *lines: str) -> None:
+    """Let a package be found in this version, before one of the same name that is installed elsewhere."""
+    (found := folder / f"{name}-{version}.dist-info").mkdir()
+    (found / "METADATA").write_text("\n".join([f"Name: {name}", f"Version: {version}", *lines, ""]))
+
+
+def test_packages_of_a_wrong_version_are_named_with_the_command_that_mends_them(
+    config: PlatformConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = MACHINE[0]
+    (good,) = versions(config)
+    assert (
+        good.good and f"prefect {metadata.version('prefect')}, sqlalchemy {metadata.version('sqlalchemy')}" in good.what
+    )
+    (folder := tmp_path / "packages").mkdir()
+    monkeypatch.syspath_prepend(folder)
+    needs = (
+        "Requires-Dist: sqlalchemy<2.1",
+        "Requires-Dist: no-such-package>=1",
+        'Requires-Dist: no-test; extra == "dev"',
+    )
+    install(folder, "vectorclm", "9", *needs)
+    install(folder, "sqlalchemy", "2.1.9")
+    after = "then `vectorclm down` and `vectorclm up`"
+    assert [(found.good, found.what) for found in versions(config)] == [
+        (False, f"sqlalchemy 2.1.9 does not work here: pip install 'sqlalchemy<2.1', {after}"),
+        (False, f"no-such-package is not installed: pip install 'no-such-package>=1', {after}"),
+    ]
+
+
+def test_the_gpus_of_the_machine_are_named(config: PlatformConfig) -> None:
+    (found,) = MACHINE[2](config)
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    assert found.good and (", ".join(names) in found.what if names else found.what.startswith("no GPU"))
