@@ -21,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vectorclm.errors import ConfigError, VectorCLMError, disk_full
+from vectorclm.errors import ConfigError, VectorCLMError, disk_error
 
 STORE = Parameter(name="--store", env_var="VECTORCLM_STORE", help="Store of the artifacts: a folder or s3://…")
 StoreUri = Annotated[str, STORE]
@@ -151,8 +151,8 @@ def run(command: Callable[[], Any], *, relay: bool = False) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if (full := disk_full(error)) is None:
+        if (found := disk_error(error)) is None:
             raise
-        explain(full, relay=relay)
+        explain(found, relay=relay)
         return 2
     return code if isinstance(code, int) else 0

@@ -40,7 +40,7 @@ from flows.paths import local_folder
 from flows.reports.report import report
 from flows.tracking.tracker import Tracker
 from vectorclm.config import ExperimentConfig
-from vectorclm.errors import CorruptArtifactError, InUseError, StoreError, VectorCLMError, disk_full
+from vectorclm.errors import CorruptArtifactError, InUseError, StoreError, VectorCLMError, disk_error
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
@@ -282,7 +282,7 @@ def may_help(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 def _failure(name: str, error: BaseException) -> StageFailedError:
     """The error of a curriculum whose stage failed: what is wrong, where, and what to do."""
-    error = disk_full(error) or error
+    error = disk_error(error) or error
     what = str(error) if isinstance(error, VectorCLMError) else f"{type(error).__name__}: {error}"
     todo = _how_to_continue(is_bug=not isinstance(error, VectorCLMError | OSError))
     return StageFailedError(f"stage {name} failed: {what}\nFinished stages are kept and will be reused; {todo}.")

@@ -1,6 +1,7 @@
 """Export a model as one GGUF file for llama.cpp and the programs built on it."""
 
 import json
+from contextlib import suppress
 from filecmp import cmp
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -79,7 +80,8 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
         raise ConfigError(f"{path} cannot be written: {error.strerror}: name another file with --out") from error
     finally:
         writer.close()
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the error of a failing disk is the one that came first
+            part.unlink(missing_ok=True)
     return path
 
 
