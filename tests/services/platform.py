@@ -1,6 +1,7 @@
 """A real platform for tests: `vectorclm up` on ports of its own, in a temporary store; `down` after the block."""
 
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from uuid import UUID
 
 import psutil
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
@@ -97,6 +98,11 @@ class Platform:
             return state.name if state is not None and state.is_final() else ""
 
         return until(final, f"run {run_id} ends")
+
+    def warnings(self, run_id: UUID) -> list[str]:
+        """The warnings in the log of a run."""
+        wanted = {"flow_run_id": {"any_": [run_id]}, "level": {"ge_": logging.WARNING}}
+        return [line.message for line in self.client.read_logs(LogFilter.model_validate(wanted))]
 
     def tasks(self, run_id: UUID) -> dict[str, list[str]]:
         """State names of each stage's task runs, oldest first."""
