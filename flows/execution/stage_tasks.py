@@ -6,6 +6,7 @@ crash all behave alike.
 
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -300,5 +301,6 @@ def _how_to_continue(*, is_bug: bool) -> str:
     button = "fix it, then press Retry on the page of this run in Prefect"
     if context.flow is None or context.flow.name != CURRICULUM:
         return f"{button}, or start a custom run of its deployment with other settings"
-    command = f"vectorclm retry {run.id}"
+    store = os.environ.get("VECTORCLM_STORE")  # set by the platform, so that the command works in any folder
+    command = f"vectorclm retry {run.id}{f' --store {shlex.quote(store)}' if store else ''}"
     return f"{button}, or run `{command}`; with another setting, run `{command} --set KEY=VALUE`"

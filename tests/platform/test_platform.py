@@ -98,7 +98,8 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     assert platform.ended(run.id) == "Failed"
     state = platform.run(run.id).state
     assert state is not None and "stage shards failed" in (state.message or "")
-    assert f"press Retry on the page of this run in Prefect, or run `vectorclm retry {run.id}`" in (state.message or "")
+    todo = f"press Retry on the page of this run in Prefect, or run `vectorclm retry {run.id} --store {store}`"
+    assert todo in (state.message or "")
     assert platform.tasks(run.id)["tokenizer"] == ["Completed"]
     assert any("shards: " in line and "trying again" in line for line in platform.warnings(run.id))
 
