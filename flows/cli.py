@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -57,11 +58,7 @@ from vectorclm.store.layout import STAGES, StageName
 from vectorclm.store.model_names import NAMES, REGISTERED, UnknownModelError, existing_store, is_place
 
 PROGRESS = {"vectorclm.runtime.progress": logging.INFO}
-LOG_LEVELS = {
-    "flows": logging.INFO,
-    "vectorclm": logging.WARNING,
-}  # shown without --verbose
-
+LOG_LEVELS = {"flows": logging.INFO, "vectorclm": logging.WARNING}  # shown without --verbose
 
 app = new_app("vectorclm", "From raw text to an evaluated, instruction-tuned language model.")
 stages = new_app("stage", "Build one stage of an experiment alone, without Prefect and MLflow.")
@@ -102,7 +99,7 @@ class RunOptions:
     settings: Setting = ()
     json: Annotated[bool, Parameter(help="Print the results as one JSON object, and nothing else")] = False
     dry_run: Annotated[bool, Parameter(help="Print fingerprints and costs, and do nothing")] = False
-    verbose: Annotated[bool, Parameter(help="Show every log line")] = False
+    verbose: Annotated[bool, Parameter(help="Show every log line, and every table of the results")] = False
     on_platform: Annotated[bool, Parameter(help="Start it on the platform of the store, as its form does")] = False
 
 
@@ -224,10 +221,13 @@ def show_report(
     place: StoreOptions = StoreOptions(),
     against: Annotated[str | None, Parameter(help="A model to compare with, such as the champion")] = None,
     out: Annotated[Path, Parameter(help="The file to write")] = Path("report.html"),
+    show: Annotated[bool, Parameter(name="--open", help="Open the page in a browser")] = False,
 ) -> None:
     """Write the report of a model as one HTML page: curves, scores, samples, data, lineage, costs."""
     found = existing_store(place.store)
     report.write_report(lookup.named_model(model, found), found, against, out)
+    if show and not webbrowser.open(out.absolute().as_uri()):
+        print(f"no browser was found: open {out.absolute()} in one", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -321,18 +321,19 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
         return
     (experiment, path), place = chosen(named, options.settings), options.place
     store = Store(place.store)
+    runtime.check()
     if options.dry_run:
         _dry_run(experiment, path, store, runtime, options)
         return
-    runtime.check()
     if runtime.placement == "pools" and not has_own_server():
         raise ConfigError("placement pools needs a Prefect server with workers: set PREFECT_API_URL, or use inline")
     store.check_writable()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO" if options.verbose else "CRITICAL")
     with interruptible(), prefect_server(local_folder(store) / ".prefect") as server:  # starts while sources are pinned
-        experiment, notes = pin(experiment, path, place.data, resolve=True)
-        check_sources(experiment, place.data, hub=True)
         console = Console(stderr=True)
+        with console.status("checking the sources"):
+            experiment, notes = pin(experiment, path, place.data, resolve=True)
+            check_sources(experiment, place.data, hub=True)
         for note in notes:
             console.print(note, style="yellow", highlight=False)
         handles = _curriculum(experiment, runtime, store, options, console, server)
@@ -342,14 +343,13 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
     if options.json:
         print(as_line(summary))
     else:
-        summary.show(Console())
+        summary.show(Console(), details=options.verbose)
 
 
 def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Runtime, options: RunOptions) -> None:
     from flows.reports.cost_estimate import budget, known_windows, show
     from vectorclm.draft.estimate import estimate
 
-    runtime.check()
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
     specs = plans(pinned)
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
@@ -365,8 +365,7 @@ def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Ru
     if options.json:
         print(json.dumps(costs))
         return
-    for note in notes:
-        print(note, file=sys.stderr)
+    sys.stderr.writelines(f"{note}\n" for note in notes)
     show(pinned, costs, Console())
 
 
@@ -379,12 +378,13 @@ def _curriculum(
     server: PrivateServer | None,
 ) -> dict[str, Any]:
     """Run the flow on the user's Prefect server or the private one, with progress on standard error."""
-    from prefect import tags
+    with console.status("starting Prefect"):
+        from prefect import tags
 
-    from flows.curriculum import curriculum
+        from flows.curriculum import curriculum
 
-    if server is not None:
-        server.wait()
+        if server is not None:
+            server.wait()
     with ExitStack() as stack:
         stack.callback(flush_logs)  # before the server stops
         stack.enter_context(bars(console) if console.is_terminal else attached(ProgressLines(console), PROGRESS))

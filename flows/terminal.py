@@ -55,17 +55,26 @@ class LogLines(logging.Handler):
 
 
 class ProgressLines(logging.Handler):
-    """A logging handler that prints progress as lines, at most one for each stage in REPORT_SECONDS."""
+    """A logging handler that prints progress as lines, at most one for each stage in REPORT_SECONDS.
+
+    The first line of a resumed stage says where it continues.
+    """
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
         self._last: dict[str, float] = {}
+        self._resumed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         tick = getattr(record, "tick", None)
         now = time.monotonic()
-        if isinstance(tick, Tick) and now - self._last.setdefault(tick.stage, now) > REPORT_SECONDS:
+        if not isinstance(tick, Tick):
+            return
+        if tick.resumed and tick.stage not in self._resumed:
+            self._resumed.add(tick.stage)
+            self.console.print(f"{tick.stage} continues from {tick.resumed}", highlight=False, markup=False)
+        if now - self._last.setdefault(tick.stage, now) > REPORT_SECONDS:
             self._last[tick.stage] = now
             line = f"{tick.stage} {tick.done:,} of {tick.total:,} {tick.unit}  {tick.note}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)

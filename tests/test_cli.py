@@ -77,7 +77,7 @@ def test_a_finished_curriculum_is_reused_on_the_users_own_server(
     assert {name: stage["state"] for name, stage in stages.items()} == dict.fromkeys(STAGES, "reused")
     assert len(vectorclm.out.splitlines()) == 1
     assert [line for line in vectorclm.err.splitlines() if line.endswith(" reused")] != []
-    assert vectorclm("run", experiment, "--store", store.root, "--threads", "1") == 0, vectorclm.err
+    assert vectorclm("run", experiment, "--store", store.root, "--threads", "1", "--verbose") == 0, vectorclm.err
     assert "vectorclm chat" in vectorclm.out and all(name in vectorclm.out for name in STAGES)
 
 

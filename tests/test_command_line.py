@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,9 @@ def test_help_is_printed(front: str, path: tuple[str, ...], capsys: pytest.Captu
     inside = app_of(app, path)
     assert [name for name in below(inside) if f"│ {name} " not in shown.out] == []
     if not below(inside):
+        assert inside.default_command is not None
+        about = (inside.default_command.__doc__ or "").strip().splitlines()  # a narrow terminal wraps each line
+        assert [line for line in about if line.strip() and not line.endswith(".")] == []
         assert f"vectorclm {' '.join(path)}" in shown.out.partition("Example: ")[2]
 
 
@@ -68,6 +72,12 @@ def test_help_of_a_process(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "two models on the same items: differences" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("front", FRONT_ENDS)
+def test_the_version_is_the_installed_one(front: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert FRONT_ENDS[front][0](["--version"]) == 0
+    assert capsys.readouterr().out == f"vectorclm {version('vectorclm')}\n"
 
 
 def test_the_installed_program_is_the_same() -> None:
@@ -105,7 +115,12 @@ def test_the_beginning_of_an_option_is_not_the_option(
         (["evaluate", "M", "--suite", "standard", "--items", "-3"], "--items -3: Input should be greater than or"),
         (["evaluate", "M", "--items", "3"], "--items need --suite NAME"),
         (["evaluate", "M", "--text", "f", "--set", "a=1"], "--set changes an experiment, and M is a model here"),
-        (["evalute", "M"], 'Did you mean "evaluate"'),
+        (["evalute", "M"], 'error: Unknown command "evalute". Did you mean "evaluate"? --help lists commands'),
+        (["xyz"], 'error: Unknown command "xyz"; --help lists commands and options'),
+        (["store", "lss"], 'Did you mean "ls"'),
+        (["bench", "generat"], 'Did you mean "generate"'),
+        (["stage", "pretrian", "tiny"], 'Did you mean "pretrain"'),
+        (["run", "--stor", "x"], "Did you mean --store"),
         (["retry", "x", "--from", "nowhere"], 'Invalid value "nowhere" for --from'),
         (["chat", "--store", "/nowhere"], "there is no store at /nowhere: name one with --store"),
         (["chat", "M", "--temperature", "-1"], "--temperature -1: Input should be greater than or equal to 0"),

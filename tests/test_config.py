@@ -16,15 +16,15 @@ from vectorclm.store.layout import STAGES
 # The first 16 hex digits, with sources as the files name them.
 FINGERPRINTS = {
     "tiny": {
-        "sample": "d69bb2fc2df04bbe",
-        "tokenizer": "983564f9c24019f1",
-        "shards": "14a2180d2af86185",
-        "chat_shards": "43bf3e22f9c83802",
-        "pretrain": "9e021f7bdde447df",
-        "evaluate_base": "31d52913bf41ccb0",
-        "finetune": "95a8f8b8c33c60e6",
-        "evaluate": "517f38b629052d13",
-        "export": "4e5e7e707ec514c0",
+        "sample": "c4c438704fa6baf7",
+        "tokenizer": "605251ca2ec187b6",
+        "shards": "a3bd7fe537480c40",
+        "chat_shards": "e23cd16e0eb92875",
+        "pretrain": "6437aa18268f605a",
+        "evaluate_base": "6bdf0140c1ddcf04",
+        "finetune": "a73047fe3aaa075a",
+        "evaluate": "d8a5481504ae357e",
+        "export": "236c698fcb42194b",
     },
     "small": {
         "sample": "f1234b691d43ff5d",

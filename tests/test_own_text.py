@@ -35,7 +35,7 @@ def own_experiment(folder: Path) -> tuple[Path, list[str]]:
     )
     (folder / "own.toml").write_text(text + "\n" + lines.replace('"/', f'"{folder}/'))
     world = WorldConfig(seed=4, documents=900, conversations=300)
-    for source, rows in (("sample", rows_of(world, "stories")), ("chat", rows_of(world, "smoltalk"))):
+    for source, rows in (("sample", rows_of(world, "stories")), ("chat", rows_of(world, "chat-messages"))):
         (place,) = re.findall(rf'\[\[{source}\.sources]].*?data_files = "/(.*?)"', lines, re.DOTALL)
         file = folder / place.replace("*", "own")
         file.parent.mkdir(exist_ok=True)

@@ -177,7 +177,7 @@ def options(app: App) -> set[str]:
     below = [name for name in app if not name.startswith("-")]
     if not below:
         return {name for argument in app.assemble_argument_collection() for name in argument.names}
-    return {"--help"}.union(*(options(app[name]) for name in below))
+    return {"--help", *app.version_flags}.union(*(options(app[name]) for name in below))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -10,14 +10,18 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from vectorclm.errors import ConfigError, VectorCLMError, disk_full
+from vectorclm.errors import ConfigError, VectorCLMError, disk_error
 
 STORE = Parameter(name="--store", env_var="VECTORCLM_STORE", help="Store of the artifacts: a folder or s3://…")
 StoreUri = Annotated[str, STORE]
@@ -30,6 +34,7 @@ Setting = Annotated[
     Parameter(name="--set", show_default=False, help="Change a setting, as in finetune.epochs=2.0; may be repeated"),
 ]
 LOCAL_STORE = "./store"
+FILE_WIDTH = 240  # columns of output that is not a terminal
 
 
 @Parameter(name="*")
@@ -51,6 +56,21 @@ class StoreOptions:
     env_file: EnvFile = None
 
 
+def table(*headings: str) -> Table:
+    """A table without a frame; a heading that ends in `>` marks a right-aligned column of numbers."""
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for heading in headings:
+        name = heading.removesuffix(" >")
+        found.add_column(name, justify="right" if name != heading else "left", overflow="fold")
+    return found
+
+
+def print_table(found: Table) -> None:
+    """Print a table to standard output; in a file or a pipe no line is wrapped."""
+    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    console.print(found, highlight=False)
+
+
 def new_app(name: str, about: str) -> App:
     """A cyclopts app whose commands return their exit code, and whose flags have no --no-… form."""
     return App(
@@ -59,7 +79,8 @@ def new_app(name: str, about: str) -> App:
         default_parameter=Parameter(negative=(), show_default=_shown, allow_repeating=True),
         result_action="return_value",
         help_format="plaintext",
-        version_flags=(),
+        version=f"vectorclm {version('vectorclm')}",
+        version_flags=("--version",),
     )
 
 
@@ -95,14 +116,15 @@ def _parse(app: App, words: list[str]) -> Command:
     try:
         command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        raise ConfigError(f"{_explain(error)}; --help lists commands and options") from error
+        said = _explain(error)
+        raise ConfigError(f"{said}{'' if said.endswith('?') else ';'} --help lists commands and options") from error
     return command, bound
 
 
 def _explain(error: CycloptsError) -> str:
     cause = error.__cause__
     if not isinstance(cause, pydantic.ValidationError):
-        return str(error).strip().rstrip(".")
+        return str(error).partition(" Available commands:")[0].strip().removesuffix(".")
     lines = []
     for item in cause.errors(include_url=False):
         option = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-")
@@ -129,8 +151,8 @@ def run(command: Callable[[], Any], *, relay: bool = False) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if (full := disk_full(error)) is None:
+        if (found := disk_error(error)) is None:
             raise
-        explain(full, relay=relay)
+        explain(found, relay=relay)
         return 2
     return code if isinstance(code, int) else 0

@@ -15,12 +15,15 @@ VectorCLMError
 """
 
 import errno
+import os
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, a quota, a limit of the process
 FREE_SPACE = (
     "free some there (`df -h` shows the disks; `vectorclm store gc --older-than 1h --delete`, with the --store of the "
     "run, removes what killed processes left), then retry"
 )
+FAILED = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV)  # remounted read-only, broken, gone from the server
+CHECK_DISK = "check the disk or the share (`mount` and `dmesg` show its state), then retry"
 
 
 class VectorCLMError(Exception):
@@ -71,15 +74,17 @@ class DivergedError(VectorCLMError):
     """The loss is no longer finite."""
 
 
-def disk_full(error: BaseException, where: str = "") -> DiskFullError | None:
-    """The error that says what to do about a full disk; None where `error` has another cause.
+def disk_error(error: BaseException, where: str = "") -> StoreError | None:
+    """The error that says what to do about a disk that is full or fails; None where `error` has another cause.
 
     `where` is what was being written; without it, the file that `error` names.
     """
     if isinstance(error, VectorCLMError):
         return None
     number = getattr(error, "errno", None)
-    if number not in FULL and not any(f"(os error {code})" in str(error) for code in FULL):
-        return None
     name = where or getattr(error, "filename", None)
-    return DiskFullError(f"no space left{f' while writing {name}' if name else ''}: {FREE_SPACE}")
+    if number in FULL or any(f"(os error {code})" in str(error) for code in FULL):
+        return DiskFullError(f"no space left{f' while writing {name}' if name else ''}: {FREE_SPACE}")
+    if number in FAILED and name:
+        return StoreError(f"{name} cannot be read or written ({os.strerror(number)}): {CHECK_DISK}")
+    return None

@@ -65,7 +65,7 @@ class FileOptions:
     type: Annotated[
         Literal["f32", "f16", "q8_0"] | None, Parameter(help="Number format of the matrices in the file [default: f16]")
     ] = None
-    out: Annotated[Path | None, Parameter(help="Output file [default: vectorclm-SIZE-KIND-TYPE.gguf]")] = None
+    out: Annotated[Path | None, Parameter(help="Output file [default: vectorclm-SIZE-KIND-HASH-TYPE.gguf]")] = None
 
 
 class ChatSampling(SamplingParams):

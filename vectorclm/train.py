@@ -244,10 +244,13 @@ def _run_steps(
     """Train from the dataset's first step to its last; the steps done, and whether SIGTERM stopped the training."""
     group, steps, step_tokens = run.group, dataset.steps, config.batch_size * dataset.window_tokens
     with Progress(run.stage, steps * step_tokens, "tokens") as progress:
+        if dataset.start_step:
+            progress.resume(dataset.start_step * step_tokens, f"step {dataset.start_step:,} of {steps:,}")
         for done in range(dataset.start_step, steps):
             batch = preemption.unless_requested(partial(next, batches))
             supervised, stopped = _agreed(batch, group, record, done)
             if stopped or batch is None:
+                progress.stop()
                 return done, stopped
             # Dropout is a function of step and rank, so a checkpoint needs no generator state.
             torch.manual_seed(run.seed * 1_000_003 + done + group.rank * RANK_SEED)
@@ -257,6 +260,7 @@ def _run_steps(
             # The ranks have agreed on this step. A single process may cancel it: nothing changes before its end.
             total = compute() if group.world_size > 1 else preemption.unless_requested(compute)
             if total is None:
+                progress.stop()
                 return done, True
             loss, norm = step.update(total)
             if record is not None:

@@ -6,6 +6,7 @@ crash all behave alike.
 
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -47,7 +48,7 @@ from flows.reports.summary import Summary
 from flows.tracking.client import REGISTERED, run_page
 from flows.tracking.tracker import Tracker
 from vectorclm.config import ExperimentConfig
-from vectorclm.errors import CorruptArtifactError, InUseError, StoreError, VectorCLMError, disk_full
+from vectorclm.errors import CorruptArtifactError, InUseError, StoreError, VectorCLMError, disk_error
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
@@ -338,7 +339,7 @@ def helps(error: object) -> bool:
 
 def _failure(name: str, error: BaseException) -> StageFailedError:
     """The error of a curriculum whose stage failed: what is wrong, where, and what to do."""
-    error = disk_full(error) or error
+    error = disk_error(error) or error
     what = str(error) if isinstance(error, VectorCLMError) else f"{type(error).__name__}: {error}"
     todo = _how_to_continue(is_bug=not isinstance(error, VectorCLMError | OSError))
     return StageFailedError(f"stage {name} failed: {what}\nFinished stages are kept and will be reused; {todo}.")
@@ -356,5 +357,6 @@ def _how_to_continue(*, is_bug: bool) -> str:
     button = "fix it, then press Retry on the page of this run in Prefect"
     if context.flow is None or context.flow.name != CURRICULUM:
         return f"{button}, or start a custom run of its deployment with other settings"
-    command = f"vectorclm retry {run.id}"
+    store = os.environ.get("VECTORCLM_STORE")  # set by the platform, so that the command works in any folder
+    command = f"vectorclm retry {run.id}{f' --store {shlex.quote(store)}' if store else ''}"
     return f"{button}, or run `{command}`; with another setting, run `{command} --set KEY=VALUE`"

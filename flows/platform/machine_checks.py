@@ -72,7 +72,8 @@ def _disks(config: PlatformConfig) -> Iterator[Finding]:
         found = os.statvfs(there)
         free = found.f_bavail * found.f_frsize / 1e9
         lacks_files = bool(found.f_files) and found.f_favail < FREE_FILES
-        line = f"{free:.0f} GB free for {what}; {FREE_GIGABYTES} GB are recommended"
+        room = f"{free:.0f} GB" if free >= 1 else f"{1000 * free:.0f} MB"
+        line = f"{room} free for {what}; {FREE_GIGABYTES} GB are recommended"
         if lacks_files:
             line = f"room for only {found.f_favail:,} more files for {what}"
         good = free >= FREE_GIGABYTES and not lacks_files

@@ -65,14 +65,14 @@ def running_elsewhere(home: Path) -> list[str]:
     """The platforms that run on this machine in other homes, a line each, with the options that name the platform."""
     others = [other for other in running_homes() if other != home]
     return [
-        f"a platform runs in {other}: give the command its options, {options_of(other)}, and the --env-file that `up` "
-        "had, if any"
+        f"a platform runs in {other}: write the command as {command_for(other)}, with the --env-file that `up` had, "
+        "if any"
         for other in others
     ]
 
 
-def options_of(home: Path) -> str:
-    """The options, and the variable if one is needed, that name the platform of a home, as a shell takes them."""
+def command_for(home: Path) -> str:
+    """A command with the options, and the variable if one is needed, that name the platform of a home."""
     known = _known(home)
     store = str(known.get("store", home))
     words = ["--store", store]
@@ -81,7 +81,7 @@ def options_of(home: Path) -> str:
         if known.get(name, default) != default:
             words += [f"--{name.replace('_', '-')}", str(known[name])]
     variable = "" if store == str(home) else f"VECTORCLM_HOME={shlex.quote(str(home))} "
-    return f"`{variable}{shlex.join(words)}`"
+    return f"`{variable}vectorclm COMMAND {shlex.join(words)}`"
 
 
 def reasons_to_leave_alone(config: PlatformConfig) -> list[str]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from flows.tracking.lookup import opened, recorded, versions
+from vectorclm.command_line import FILE_WIDTH
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.lineage.chain import (
     SHORT,
@@ -32,8 +33,6 @@ from vectorclm.store.artifact import Store
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from flows.tracking.recorded_lineage import Record
-
-FILE_WIDTH = 240  # columns of output that is not a terminal
 
 
 def run(address: str, store: Store, console: Console, *, check: bool, as_json: bool) -> int:

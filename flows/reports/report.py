@@ -226,11 +226,12 @@ def _sources(found: Lineage) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def _tasks(models: Sequence[Measured]) -> dict[str, dict[str, Any]]:
-    """For each benchmark: chance, number of items, and each model's score with its confidence interval."""
+    """For each benchmark: chance, the score of counting words, items, each model's score with its interval."""
     found: dict[str, dict[str, Any]] = {}
     for model in models:
         for label, task in model.scores["tasks"].items():
-            row = found.setdefault(label, {"chance": task["chance"], "items": task["items"], "scores": {}})
+            known = {key: task.get(key) for key in ("chance", "counting", "items")}
+            row = found.setdefault(label, {**known, "scores": {}})
             low, high = wilson_interval(task["acc"], task["items"])
             row["scores"][model.who] = IntervalBar(model.who, task["acc"], low, high)
     return found

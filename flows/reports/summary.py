@@ -14,7 +14,6 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from flows.handle import Handle, duration
@@ -22,15 +21,19 @@ from flows.net import without_password
 from flows.paths import local_folder
 from flows.tracking.client import EXPERIMENTS_PAGE, tracking_uri
 from flows.tracking.database import artifacts_destination
+from vectorclm.command_line import table
 from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
 from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change
-from vectorclm.stages import BY_NAME, EVALUATED, MODELS, READS
-from vectorclm.store.artifact import Artifact, Store
+from vectorclm.stages import BY_NAME, EVALUATED, EXPORTED, MODELS, READS
+from vectorclm.store.artifact import Artifact, Store, default_store
 from vectorclm.store.layout import EXPORT
 
 ANSWERS = 3  # number of sample answers shown
+WIDE = 70  # columns from which the scores have their standard errors
+BASELINES = ("chance", "counting")  # accuracies without a model: of a blind guess, and of counting words
+COUNTING = "counting: answers by words that occur together, without a model"
 SCORED = {MODELS[training]: stage for stage, training in EVALUATED.items()}  # kind of a model -> its evaluation
 TITLES = {MODELS[training]: BY_NAME[training].result for training in EVALUATED.values()}
 
@@ -74,10 +77,15 @@ class Summary:
     def as_markdown(self) -> str:
         """The results as Markdown for the Prefect UI: scores, held-out text, answers, model folders."""
         heads, rules = " | ".join(self.titles.values()), "---:|" * len(self.titles)
-        lines = [f"| multiple choice | chance | {heads} |", f"|---|---:|{rules}"]
-        for label, task in self.scores["base"]["tasks"].items():
-            found = " | ".join(f"{self.scores[kind]['tasks'][label]['acc']:.1%}" for kind in self.titles)
-            lines.append(f"| {label} | {task['chance']:.1%} | {found} |")
+        tasks, lines = self.scores["base"]["tasks"], list[str]()
+        if tasks:
+            baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
+            lines.append(f"| questions | {' | '.join(baselines)} | {heads} |")
+            lines.append(f"|---|{'---:|' * len(baselines)}{rules}")
+        for label, task in tasks.items():
+            values = [task.get(name) for name in baselines]
+            values += [self.scores[kind]["tasks"][label]["acc"] for kind in self.titles]
+            lines.append(f"| {label} | {' | '.join('' if value is None else f'{value:.1%}' for value in values)} |")
         if self.followed:
             lines += [
                 "",
@@ -97,34 +105,59 @@ class Summary:
         lines += ["", *(f"- {TITLES[kind]}: `{place}`" for kind, place in self.models.items())]
         return "\n".join(lines)
 
-    def show(self, console: Console) -> None:
-        """Print the results as tables."""
+    def show(self, console: Console, *, details: bool = False) -> None:
+        """Print what happened, the scores, a few answers and what to do next; with `details`, every table first."""
         console.print()
-        body = Group(
-            self._stages(), self._training(), self._texts(), self._tasks(), *self._instructions(), self._answers()
-        )
-        title = f"[bold]{self.experiment.name}[/]"
-        console.print(Panel(body, title=title, box=box.ROUNDED, padding=(0, 2)))
-        for (
-            heading,
-            place,
-        ) in self._places():  # outside of the frame and never wrapped, so that they can be copied
-            console.print(f"[dim]{heading:<11}[/] {escape(place)}", soft_wrap=True, highlight=False)
+        if details:
+            tables = (self._stages(), self._training(), self._texts(), *self._instructions())
+            title = f"[bold]{self.experiment.name}[/]"
+            console.print(Panel(Group(*tables), title=title, box=box.ROUNDED, padding=(0, 2)))
+            for heading, place in self._places():  # never wrapped, so that they can be copied
+                console.print(f"[dim]{heading:<11}[/] {escape(place)}", soft_wrap=True, highlight=False)
+            console.print()
+        console.print(self._headline(), highlight=False)
+        console.print(self._tasks(console.width) if self.scores["base"]["tasks"] else self._texts())
+        console.print(self._ends(), highlight=False)
+        console.print(self._answers())
+        console.print("\n[dim]next[/]")
+        for line in self.next_commands():
+            console.print(f"  {escape(line)}", soft_wrap=True, highlight=False)
+
+    def _headline(self) -> str:
+        """What happened, in one line."""
+        built = [handle["seconds"] for handle in self.handles.values() if handle["state"] == "built"]
+        done = f"{len(built)} of {len(self.handles)} stages built in {duration(sum(built))}"
+        if not built:
+            done = "every stage was built before"
+        parameters = self._of(EXPORTED["base"]).summary["parameters"]
+        model = f"a {self.titles[self.last]} of {parameters:,} parameters"
+        return f"[bold]{escape(self.experiment.name)}[/]: {model}; {done}"
+
+    def next_commands(self) -> list[str]:
+        """Three commands that go on from here, as they work in the present folder."""
+        default = Store(default_store()).uri == self.store.uri
+        store = () if default else ("--store", self.store.uri)
+        use, name = "chat" if self.last == "chat" else "serve", self.experiment.name
+        return [
+            command("vectorclm", use, name, *store),
+            command("vectorclm", "report", name, "--open", *store),
+            command("vectorclm", "init", "--help"),
+        ]
 
     def _stages(self) -> RenderableType:
-        table = _table("stage", "state", "time >", "fingerprint")
+        shown = table("stage", "state", "time >", "fingerprint")
         for name, handle in self.handles.items():
             built = handle["state"] == "built"
             state = "[green]built[/]" if built else "[cyan]reused[/]"
-            table.add_row(name, state, duration(handle["seconds"]) if built else "", handle["fingerprint"][:12])
-        return table
+            shown.add_row(name, state, duration(handle["seconds"]) if built else "", handle["fingerprint"][:12])
+        return shown
 
     def _training(self) -> RenderableType:
-        table = _table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
+        shown = table("training", "steps >", "tokens >", "first >", "last loss >", "held-out >", "tokens/s >")
         for stage in (name for name in READS if name in self.handles):
             summary = self._of(stage).summary
             held_out = fmean(item["loss"] for item in summary["validation"].values())
-            table.add_row(
+            shown.add_row(
                 stage,
                 f"{summary['steps']:,}",
                 f"{summary['tokens']:,}",
@@ -133,36 +166,47 @@ class Summary:
                 f"{held_out:.3f}",
                 f"{summary['tokens_per_second']:,.0f}",
             )
-        return table
+        return shown
 
     def _texts(self) -> RenderableType:
-        table = _table("held-out text, bits per byte", *(f"{title} >" for title in self.titles.values()))
+        shown = table("held-out text, bits per byte", *(f"{title} >" for title in self.titles.values()))
         for label in self.scores["base"]["bits_per_byte"]:
-            table.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in self.titles))
-        return table
+            shown.add_row(label, *(f"{self.scores[kind]['bits_per_byte'][label]:.4f}" for kind in self.titles))
+        return shown
 
-    def _tasks(self) -> RenderableType:
-        table = _table("multiple choice", "chance >", *(f"{title} >" for title in self.titles.values()), "items >")
-        for label, task in self.scores["base"]["tasks"].items():
+    def _tasks(self, width: int) -> RenderableType:
+        """The scores of multiple choice beside a blind guess and, where it was measured, beside counting words."""
+        tasks, narrow = self.scores["base"]["tasks"], width < WIDE
+        baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
+        shown = table("questions", *(f"{name} >" for name in (*baselines, *self.titles.values())))
+        if narrow:
+            shown.box, shown.padding = None, (0, 1, 0, 0)
+        if "counting" in baselines:
+            shown.caption, shown.caption_justify = COUNTING, "left"
+        for column in shown.columns[: 1 + len(baselines)]:
+            column.no_wrap = True
+        for label, task in tasks.items():
             found = [self.scores[kind]["tasks"][label] for kind in self.titles]
-            figures = [f"[bold]{item['acc']:.1%}[/] ± {item['stderr']:.1%}" for item in found]
-            table.add_row(label, f"{task['chance']:.1%}", *figures, f"{task['items']:,}")
+            errors = [""] * len(found) if narrow else [f" ± {item['stderr']:.1%}" for item in found]
+            figures = [f"[bold]{item['acc']:.1%}[/]{error}" for item, error in zip(found, errors, strict=True)]
+            shown.add_row(label, *(f"{task[name]:.1%}" if name in task else "" for name in baselines), *figures)
+        return shown
+
+    def _ends(self) -> str:
+        """How often the chat model ends its answers; empty for a base model."""
         counts = self.scores[self.last].get("chat")
-        if counts:
-            share = f"{counts['answered_in_template']} of {counts['prompts']}"
-            table.add_row("ends its answers", "", "", f"[bold]{share}[/]", "")
-        return table
+        return f"ends its answers: {counts['answered_in_template']} of {counts['prompts']}\n" if counts else ""
 
     def _instructions(self) -> list[RenderableType]:
         names = [f"{title} >" for title in self.titles.values()]
-        table = _table("instructions followed", *names, "difference, 95 % >")
+        shown = table("instructions followed", *names, "difference, 95 % >")
         for change in self.followed:
             figures = [f"[bold]{item.value:.1%}[/] ± {item.stderr:.1%}" for item in (change.before, change.after)]
-            table.add_row(FOLLOWED[change.name], *figures, _margin(change))
+            shown.add_row(FOLLOWED[change.name], *figures, _margin(change))
         counts = self.scores[self.last].get("instructions", {})
         if counts:
-            table.add_row("ends its answers", "", f"[bold]{counts['ended']} of {counts['prompts']}[/]", "")
-        return [table] if self.followed else []
+            shown.add_row("ends its answers", "", f"[bold]{counts['ended']} of {counts['prompts']}[/]", "")
+        return [shown] if self.followed else []
 
     def _answers(self) -> RenderableType:
         lines = []
@@ -184,7 +228,6 @@ class Summary:
             *look,
             ("artifacts", self.store.uri),
             *((TITLES[kind], place) for kind, place in self.models.items()),
-            *([("talk to it", command("vectorclm", "chat", self.models["chat"]))] if "chat" in self.models else []),
         ]
 
 
@@ -200,15 +243,6 @@ def command(program: str, *arguments: str) -> str:
     beside = Path(sys.executable).with_name(program)
     where = program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
     return shlex.join([where, *arguments])
-
-
-def _table(*headings: str) -> Table:
-    """A table without a frame; a heading that ends in `>` marks a right-aligned column of numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    for heading in headings:
-        name = heading.removesuffix(" >")
-        table.add_column(name, justify="right" if name != heading else "left")
-    return table
 
 
 def as_line(summary: Summary) -> str:

@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, REQUEST_LIMIT_EXCEEDED, TEMPORARILY_UNAVAILABLE, ErrorCode
@@ -33,7 +34,8 @@ class Outbox:
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._closing = threading.Event()
         self.left = 0  # jobs that were given up, because the server was away to the end
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        # In the context of its maker, so that warnings reach the log of the maker's run.
+        self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="mlflow", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""

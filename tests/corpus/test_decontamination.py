@@ -82,8 +82,8 @@ def test_further_benchmarks_and_none(tmp_path: Path) -> None:
     quiz = {"label": "quiz", "path": "json", "data_files": str(tmp_path / "quiz.jsonl"), "columns": ["q"]}
     values = {**tiny.sample.model_dump(), "decontaminate_with": [quiz]}
     sources = benchmark_sources(CorpusConfig.model_validate(values), tiny.evaluate.tasks)
-    assert [source.label for source in sources] == ["world", "quiz"]
-    assert read_benchmarks(sources[1:], None, None).found([SHORT.encode()]) == {0: {"quiz"}}
+    assert [source.label for source in sources] == ["world", "world-two-step", "quiz"]
+    assert read_benchmarks(sources[2:], None, None).found([SHORT.encode()]) == {0: {"quiz"}}
     assert benchmark_sources(CorpusConfig.model_validate({**values, "decontaminate": False}), []) == []
     twice = tiny.model_dump() | {"sample": {**values, "decontaminate_with": [{**quiz, "label": "world"}]}}
     (tmp_path / "twice.json").write_text(type(tiny).model_construct(**twice).model_dump_json(warnings=False))

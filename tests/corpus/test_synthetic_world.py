@@ -8,24 +8,26 @@ import pytest
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
+from vectorclm.corpus.counting import word_frequency_baseline, word_pair_baseline
 from vectorclm.corpus.synthetic_world import (
     ATTRIBUTES,
     KINDS,
+    QUESTIONS,
     WORLD_SETS,
     World,
     WorldConfig,
     held_out_prompts,
-    plural,
     rows,
     texts,
-    word_frequency_baseline,
     words,
+    world_documents,
 )
+from vectorclm.corpus.world_phrases import plural
 from vectorclm.errors import ConfigError
 from vectorclm.settings import digest
 
 CONFIG = WorldConfig(documents=800, conversations=450)
-TRAINING = [name for name in WORLD_SETS if name != "questions"]
+TRAINING = [name for name in WORLD_SETS if name not in QUESTIONS]
 MESSAGES = ListOf({"content": Value("string"), "role": Value("string")})
 TURNS = ListOf({"from": Value("string"), "value": Value("string"), "weight": Value("float64")})
 FEATURES: dict[str, dict[str, Any]] = {
@@ -38,13 +40,12 @@ FEATURES: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("language_score", "score"), Value("float64")),
         **dict.fromkeys(("token_count", "int_score"), Value("int64")),
     },
-    "smoltalk": {"messages": MESSAGES, "source": Value("string")},
-    "slimorca": {"conversations": TURNS},
-    "tulu3-code": {"id": Value("string"), "prompt": Value("string"), "messages": MESSAGES},
-    "questions": {
-        "context": Value("string"),
-        "choices": ListOf(Value("string")),
-        "answer": Value("int64"),
+    "chat-messages": {"messages": MESSAGES, "source": Value("string")},
+    "chat-turns": {"conversations": TURNS},
+    "chat-code": {"id": Value("string"), "prompt": Value("string"), "messages": MESSAGES},
+    **{
+        name: {"context": Value("string"), "choices": ListOf(Value("string")), "answer": Value("int64")}
+        for name in QUESTIONS
     },
 }
 
@@ -88,7 +89,7 @@ def test_the_same_config_gives_the_same_rows_and_another_seed_others(sets):
     other = WorldConfig(**{**CONFIG.model_dump(), "seed": 1})
     assert all(digest(rows(other, name)) != first[name] for name in WORLD_SETS)
     # the bytes are a promise to whoever has a fingerprint of them: a new value here is a new world
-    assert digest(first) == "833b489c8c84c1bdf1a5fe9848f11aadf8181d160ecbedcd117f3c8f381daa25"
+    assert digest(first) == "8dcf00be735c75d2f863e0cfd2cd3ffb3c84793338cf7dc2d75e2bfb57871183"
 
 
 def test_an_unknown_set_is_named_with_its_neighbours():
@@ -104,16 +105,16 @@ def test_attributes_are_independent_of_each_other(world):
 
 
 def test_conversations_take_turns(sets):
-    for row in sets["smoltalk"] + sets["tulu3-code"]:
+    for row in sets["chat-messages"] + sets["chat-code"]:
         roles = [message["role"] for message in row["messages"]]
         spoken = roles[1:] if roles[0] == "system" else roles
         assert spoken == ["user", "assistant"] * (len(spoken) // 2) and spoken
-    chats = [[message["role"] for message in row["messages"]] for row in sets["smoltalk"]]
+    chats = [[message["role"] for message in row["messages"]] for row in sets["chat-messages"]]
     assert sum(roles.count("user") > 1 for roles in chats) > len(chats) / 5
     assert sum(roles[0] == "system" for roles in chats) > len(chats) / 10
-    weights = {(t["from"], t["weight"]) for row in sets["slimorca"] for t in row["conversations"]}
+    weights = {(t["from"], t["weight"]) for row in sets["chat-turns"] for t in row["conversations"]}
     assert weights == {("system", None), ("human", 0.0), ("gpt", 1.0)}
-    speakers = Counter(tuple(turn["from"] for turn in row["conversations"]) for row in sets["slimorca"])
+    speakers = Counter(tuple(turn["from"] for turn in row["conversations"]) for row in sets["chat-turns"])
     assert speakers == {("human", "gpt"): 100, ("system", "human", "gpt"): 350}
 
 
@@ -166,18 +167,18 @@ def test_every_statement_follows_from_the_table(sets, world):
                 for kind, who in re.findall(r"\ban? (\w+) called ([A-Z][a-z]+)", sentence):
                     given[who] = kind
                 found = re.findall(r"[A-Za-z]+", sentence.replace("_", " "))
-                said = [values[word] for word in found if word in values and name != "tulu3-code"]
+                said = [values[word] for word in found if word in values and name != "chat-code"]
                 about = {kinds[word] for word in found if word in kinds}
                 about |= {given[word] for word in found if word in world.names and said}
                 for attribute, value in said:
                     assert about and {world.value(kind, attribute) for kind in about} == {value}, sentence
                     stated[name] += 1
-    assert all(stated[name] >= 400 for name in TRAINING if name != "tulu3-code")
+    assert all(stated[name] >= 400 for name in TRAINING if name != "chat-code")
 
 
 def test_code_runs_and_says_what_the_table_says(sets, world, capsys):
     seen: Counter[str] = Counter()
-    for row in sets["tulu3-code"]:
+    for row in sets["chat-code"]:
         prompt, answer = (message["content"] for message in row["messages"])
         assert prompt == row["prompt"]
         scope: dict[str, Any] = {}
@@ -215,8 +216,47 @@ def test_questions_are_balanced_right_and_beyond_word_frequency(seed, sets):
         gold[world.value(kind, attribute)] += 1
     assert set(gold.values()) == {24} and len(gold) == 20
     assert Counter(row["answer"] for row in questions) == dict.fromkeys(range(4), 120)
-    documents = [row["text"] for name in ("stories", "lessons") for row in rows(config, name)]
-    assert abs(word_frequency_baseline(questions, documents) - 0.25) <= 0.05
+    assert abs(word_frequency_baseline(questions, world_documents(config)) - 0.25) <= 0.05
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_counting_pairs_of_words_answers_one_step_and_not_two(seed):
+    """The second step alone, from a kind to its value, leaves two of the four choices."""
+    config = WorldConfig(seed=seed, documents=1000, conversations=1)
+    documents = world_documents(config)
+    assert word_pair_baseline(rows(config, "questions"), documents) >= 0.9
+    assert abs(word_pair_baseline(rows(config, "two-step-questions"), documents) - 0.5) <= 0.05
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_step_questions_have_one_right_answer_that_each_part_leaves_open(seed):
+    config = WorldConfig(seed=seed, documents=1, conversations=1)
+    world, questions = World(config), rows(config, "two-step-questions")
+    assert len(questions) == 480 == len({row["context"] for row in questions})
+    firsts: Counter[bool] = Counter()
+    for row in questions:
+        introduced = dict(re.findall(r"(\w+) is an? (\w+)\.", row["context"]))
+        assert len(introduced) == 2 and len(set(row["choices"])) == 4
+        said = [re.fullmatch(r" (\w+) the (\w+) (.+)\.", choice).groups() for choice in row["choices"]]
+        (name,) = {who for who, _, _ in said}
+        attribute = next(a for a in ATTRIBUTES if a.question.format(name) in row["context"])
+        true = {kind: f"{attribute.verb} {world.value(kind, attribute)}" for kind in introduced.values()}
+        assert {(kind, fact) for _, kind, fact in said} == {(k, f) for k in true for f in true.values()}
+        assert said[row["answer"]] == (name, introduced[name], true[introduced[name]])
+        assert {(name, kind) for kind in true} <= set(world.held_out())
+        assert attribute != ATTRIBUTES[world.held[name][0]]  # whose value never stands beside the name
+        firsts[next(iter(introduced)) == name] += 1
+    assert firsts == {True: 240, False: 240}
+    assert Counter(row["answer"] for row in questions) == dict.fromkeys(range(4), 120)
+
+
+def test_the_word_pair_baseline_counts_sentences_and_shares_ties():
+    question = {"context": "An owl?", "choices": [" red", " blue"], "answer": 1}
+    assert word_pair_baseline([question], ["An owl is blue. A bear is red."]) == 1.0
+    assert word_pair_baseline([question], ["An owl is here. It is blue. Red owl!"]) == 0.0
+    assert (
+        word_pair_baseline([question], ["An owl is red\nAn owl is blue"]) == 0.5 == word_pair_baseline([question], [])
+    )
 
 
 def test_the_word_frequency_baseline_counts_words_and_shares_ties():

@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "texts" / ("deep" if number % 2 else "") / f"{number}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n\n".join(stories[number * 25 : number * 25 + 25]))
-    chats = (json.dumps({"messages": row["messages"]}) for row in rows_of(WORLD, "smoltalk"))
+    chats = (json.dumps({"messages": row["messages"]}) for row in rows_of(WORLD, "chat-messages"))
     (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress("\n".join(chats).encode()))
     return tmp_path
 

@@ -207,13 +207,19 @@ def test_a_failure_says_what_to_do(error: Exception, message: str) -> None:
         ),
         (
             DataError("no text"),
-            r"Retry on the page of this run in Prefect, or run `vectorclm retry {run}`;",
+            r"Retry on the page of this run in Prefect, or run `vectorclm retry {run} --store '/a store'`;",
         ),
-        (ConfigError("no such key"), r"with another setting, run `vectorclm retry {run} --set KEY=VALUE`\.$"),
+        (
+            ConfigError("no such key"),
+            r"with another setting, run `vectorclm retry {run} --store '/a store' --set KEY=VALUE`\.$",
+        ),
         (KeyError("x"), r"this is a bug of the program; the log of this run shows where\.$"),
     ],
 )
-def test_a_failure_on_the_platform_names_the_button_and_the_command(error: Exception, message: str) -> None:
+def test_a_failure_on_the_platform_names_the_button_and_the_command(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VECTORCLM_STORE", "/a store")
     run = FlowRun(flow_id=uuid4(), deployment_id=uuid4())
     context = FlowRunContext.model_construct(flow=curriculum_run, flow_run=run, parameters={})
     with context, pytest.raises(StageFailedError, match=message.format(run=run.id)):

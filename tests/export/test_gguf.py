@@ -1,6 +1,7 @@
 """llama.cpp is the judge: the file it opens is the same model, with the same tokens, template and continuations."""
 
 import json
+import shutil
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,11 +167,28 @@ def test_equal_models_give_equal_bytes_from_the_command_line(
         assert json.loads(capsys.readouterr().out)["bytes"] == 16
 
 
-def test_without_a_name_the_file_gets_the_conventions(
+def test_without_a_name_the_file_is_named_by_the_model(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """By GGUF's convention, with the content as the version; a model of the same shape has a name of its own."""
     monkeypatch.chdir(tmp_path)
-    assert str(export_gguf(find_model(str(folder)), "f16")) == "vectorclm-358K-chat-F16.gguf"
+    found = find_model(str(folder))
+    other = shutil.copytree(folder, tmp_path / "other")
+    model = CausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    model.save_pretrained(other)
+    names = {str(export_gguf(found, "f16")), str(export_gguf(find_model(str(other)), "f16"))}
+    assert len(names) == 2 and f"vectorclm-358K-chat-{found.content[:8]}-F16.gguf" in names
+    assert export_gguf(found, "f16").is_file()  # the same file again
+
+
+def test_another_file_is_never_overwritten(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "model.gguf"
+    out.write_text("mine")
+    assert main(["export", str(folder), "--format", "gguf", "--out", str(out)]) == 2
+    assert "is there already, with other content: remove it" in capsys.readouterr().err
+    assert out.read_text() == "mine" and list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +262,7 @@ def test_a_weight_that_fp16_cannot_hold_is_refused(folder: Path, tmp_path: Path)
     with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj.* f16 cannot hold: export it as f32"):
         export_gguf(find_model(str(other)), "f16", tmp_path / "x.gguf")
     export_gguf(find_model(str(other)), "f32", tmp_path / "x.gguf")
-    export_gguf(find_model(str(other)), "q8_0", tmp_path / "x.gguf")  # its blocks have a scale each
+    export_gguf(find_model(str(other)), "q8_0", tmp_path / "y.gguf")  # its blocks have a scale each
 
 
 def test_the_bench_takes_documents_from_everywhere_and_asks_for_a_model(capsys: pytest.CaptureFixture[str]) -> None:

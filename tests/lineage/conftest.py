@@ -22,6 +22,8 @@ LEARNING += [
     "finetune.epochs=0.3",
     "finetune.validation_interval=5",
     "evaluate.tasks.0.limit=80",
+    "evaluate.tasks.1.limit=80",
+    "evaluate.instructions=16",
     "evaluate.chat_prompts=8",
 ]
 

@@ -147,7 +147,7 @@ def test_content_that_differs_from_its_pin_is_an_error(tmp_path: Path) -> None:
 
 def test_the_world_is_pinned_by_its_rows(tmp_path: Path) -> None:
     world = {"label": "stories", "path": "world", "name": "stories", "weight": 1.0}
-    chat = [{"label": "chat", "path": "world", "name": "smoltalk", "conversations": 1}]
+    chat = [{"label": "chat", "path": "world", "name": "chat-messages", "conversations": 1}]
     settings = minimal_experiment([world], chat)
     revisions = []
     for seed in (1, 1, 2):

@@ -192,16 +192,16 @@ def test_a_source_leads_to_its_models_and_a_version_to_its_sources(
 ) -> None:
     version = client.get_model_version("vectorclm-chat", "1")
     sources = {key: value for key, value in version.tags.items() if key.startswith("source.")}
-    assert {"source.stories", "source.lessons", "source.smoltalk"} <= set(sources)
-    revision = sources["source.smoltalk"]
-    found = client.search_model_versions(f"tags.`source.smoltalk` = '{revision}'")
+    assert {"source.stories", "source.lessons", "source.world-chat-messages"} <= set(sources)
+    revision = sources["source.world-chat-messages"]
+    found = client.search_model_versions(f"tags.`source.world-chat-messages` = '{revision}'")
     assert {(item.name, str(item.version)) for item in found} == {("vectorclm-chat", "1"), ("vectorclm-chat", "2")}
     found = client.search_model_versions(f"tags.`source.stories` = '{sources['source.stories']}'")
     assert {item.name for item in found} == {"vectorclm-base", "vectorclm-chat", "vectorclm-tokenizer"}
     place = client.get_experiment_by_name(pinned().name).experiment_id
-    logged = client.search_logged_models([place], f"tags.`source.smoltalk` = '{revision}'")
+    logged = client.search_logged_models([place], f"tags.`source.world-chat-messages` = '{revision}'")
     assert {model.tags["stage"] for model in logged} == {"finetune"}
-    for named in ("smoltalk", revision, revision.removeprefix("sha256:")[:8]):
+    for named in ("world-chat-messages", revision, revision.removeprefix("sha256:")[:8]):
         assert main(["lineage", "--uses", named, "--store", world.store.uri, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert {item["model"] for item in told} == {world.first["finetune"], world.second["finetune"]}

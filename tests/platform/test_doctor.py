@@ -53,7 +53,10 @@ def test_the_doctor_touches_no_server_of_another_home(platform: Platform, tmp_pa
         done = doctor_of("--store", tmp_path / "store", *ports)
         assert done.returncode == 1, done.stderr
         assert f"no platform ran in {tmp_path / 'store'}\n" in done.stdout
-        assert f"a platform runs in {platform.config.home}: give the command its options, `--store " in done.stdout
+        assert (
+            f"a platform runs in {platform.config.home}: write the command as `vectorclm COMMAND --store "
+            in done.stdout
+        )
         for name, port in (("prefect-server", platform.config.prefect_port), ("mlflow", platform.config.mlflow_port)):
             told = f"port {port}, which {name} would take, is held by {name} of the platform of {platform.config.home}"
             assert told in done.stdout

@@ -1,5 +1,6 @@
 """What the doctor says of this machine: versions of packages, GPUs, room on each disk and what frees some."""
 
+import os
 from importlib import metadata
 from pathlib import Path
 
@@ -70,3 +71,14 @@ def test_the_gpus_of_the_machine_are_named(config: PlatformConfig) -> None:
     (found,) = MACHINE[2](config)
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     assert found.good and (", ".join(names) in found.what if names else found.what.startswith("no GPU"))
+
+
+def test_little_room_is_given_in_megabytes(
+    config: PlatformConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs(tmp_path)
+    few = 120_000_000 // real.f_frsize
+    monkeypatch.setattr(machine_checks.os, "statvfs", lambda _: os.statvfs_result((*real[:4], few, *real[5:])))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (full,) = MACHINE[1](config)
+    assert not full.good and full.what.startswith("120 MB free for ")

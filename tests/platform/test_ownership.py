@@ -24,7 +24,7 @@ from flows.platform.ownership import (
     ABOUT,
     check_folders,
     check_listeners,
-    options_of,
+    command_for,
     ran_here,
     reasons_to_leave_alone,
     remember,
@@ -201,11 +201,11 @@ def test_a_command_in_the_wrong_place_names_the_platform_that_runs(
     left: PlatformConfig, service: Service, tmp_path: Path
 ) -> None:
     options = f"--store {left.home} --prefect-port {left.prefect_port} --mlflow-port {left.mlflow_port}"
-    assert options_of(left.home) == f"`{options}`"
+    assert command_for(left.home) == f"`vectorclm COMMAND {options}`"
     for command, code in (("doctor", 1), ("down", 0)):
         done = vectorclm(command, "--store", tmp_path / "elsewhere")
         assert done.returncode == code and "`vectorclm up` starts" not in done.stdout
-        told = f"a platform runs in {left.home}: give the command its options, `{options}`"
+        told = f"a platform runs in {left.home}: write the command as `vectorclm COMMAND {options}`"
         assert told in done.stdout and service.process() is not None
     assert not (tmp_path / "elsewhere").exists()
     found = vectorclm("doctor", *shlex.split(options))

@@ -121,7 +121,11 @@ def _rendered(kind: str, environment: dict[str, str], **values: object) -> dict[
 def test_the_process_pool_on_a_server(prefect_api: dict[str, str]) -> None:
     job = _rendered("process", prefect_api)
     assert job["stream_output"] is False
-    assert job["env"] == {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
+    assert job["env"] == {
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "vectorclm,flows",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    }
     assert _rendered("process", prefect_api, visible_gpus="0,1")["env"]["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 

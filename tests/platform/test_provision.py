@@ -56,7 +56,8 @@ SMALL = {
     "pretrain": {"tokens": 32_768},
     "finetune": {"epochs": 0.02},
     "evaluate": {"chat_prompts": 3},
-    "settings": {"evaluate.tasks.0.limit": 8},  # of its own evaluation; the suite is that of the file
+    # of its own evaluation; the suite is that of the file
+    "settings": {"evaluate.tasks.0.limit": 8, "evaluate.tasks.1.limit": 8},
 }
 QUICK = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}  # of a scheduled evaluation
 
@@ -133,8 +134,7 @@ def test_a_model_is_measured_once_shown_recorded_and_its_fall_is_told(
     assert platform.ended(start(platform, model=CANDIDATE)) == "Completed"
     (first,) = rows(platform)
     assert first["model"] == "vectorclm-chat 1"
-    names = {"acc.world", "bits_per_byte.stories", "bits_per_byte.lessons", "in_template"}
-    names |= {"followed", "followed_content", "followed_form"}
+    names = {"acc.world", "acc.world-two-step", "bits_per_byte.stories", "bits_per_byte.lessons", "in_template"}
     assert set(first) == {"model", "measured", *names}
     again = start(platform, model=CANDIDATE)
     assert platform.ended(again) == "Reused"

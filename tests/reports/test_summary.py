@@ -1,7 +1,10 @@
 """The summary of a curriculum: the same figures as tables, as Markdown and as JSON."""
 
+import io
 import json
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,7 +44,7 @@ def test_a_person_reads_the_same_in_tables_and_in_markdown(
     recorded: Recorded, summary: Summary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(width=160, record=True, file=sys.stderr)
-    summary.show(console)
+    summary.show(console, details=True)
     shown, page = console.export_text(), summary.as_markdown()
     for text in (shown, page):
         for label, bits in summary.scores["chat"]["bits_per_byte"].items():
@@ -54,9 +57,60 @@ def test_a_person_reads_the_same_in_tables_and_in_markdown(
     assert len(set(widths)) <= 3 and f"{summary.scores['chat']['tasks']['world']['acc']:.1%}" in page
     assert "mlflow ui" in shown and "localhost:5000" in shown
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:s3cr3t@tracking:5000/")
-    summary.show(console)
+    summary.show(console, details=True)
     shown = console.export_text()
     assert "http://tracking:5000/#/experiments?workflowType=machine_learning" in shown and "s3cr3t" not in shown
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_the_first_screen_is_a_line_the_scores_three_answers_and_three_commands(summary: Summary, width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    summary.show(console)
+    shown = console.export_text()
+    commands = summary.next_commands()
+    assert shown.endswith("next\n" + "".join(f"  {line}\n" for line in commands)) and len(commands) == 3
+    above = shown.partition("\nnext\n")[0].splitlines()
+    assert max(map(len, above)) <= width and above[1].startswith("mini: a chat model of ")
+    for heading in ("chance", "counting", "world", "world-two-step", "counting: answers by words", "ends its answers"):
+        assert heading in shown
+    assert sum(line.startswith("you ") for line in above) == 3 == sum(line.startswith("model ") for line in above)
+    for absent in ("instructions", "tokens/s", "fingerprint", "MLflow"):
+        assert absent not in shown
+
+
+def test_the_next_commands_are_short_and_do_what_they_say(
+    recorded: Recorded, summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder whose store is the default one, with the program beside it as in a clone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setenv("PATH", "/bin:/usr/bin")
+    monkeypatch.setenv("VECTORCLM_STORE", recorded.store.uri)
+    monkeypatch.setenv("BROWSER", "echo %s")
+    commands = summary.next_commands()
+    assert all(len(line) < 60 and line.startswith(".venv/bin/vectorclm ") for line in commands)
+    done = [
+        subprocess.run(shlex.split(line), input="Hello\n", capture_output=True, text=True, timeout=200, check=False)
+        for line in commands
+    ]
+    assert [one.returncode for one in done] == [0, 0, 0], [one.stderr for one in done]
+    assert "model> " in done[0].stdout and done[0].stdout.endswith("\n")
+    assert (tmp_path / "report.html").as_uri() in done[1].stdout
+    assert "Write an experiment for your own text" in done[2].stdout
+
+
+def test_without_questions_the_screen_shows_held_out_text(recorded: Recorded) -> None:
+    bare = Summary(recorded.experiment, recorded.store, recorded.handles)
+    bare.scores = {kind: {**scores, "tasks": {}} for kind, scores in bare.scores.items()}
+    console = Console(width=80, record=True, file=io.StringIO())
+    bare.show(console)
+    shown = console.export_text()
+    assert (
+        "held-out text" in shown
+        and "held-out questions" not in shown
+        and "held-out questions" not in bare.as_markdown()
+    )
 
 
 def test_a_command_can_be_pasted_where_its_folder_is_not_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:

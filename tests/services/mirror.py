@@ -18,9 +18,9 @@ def write_mirror(folder: Path) -> None:
         "pretrain/fineweb-edu-like": "lessons",
         "pretrain/cosmopedia-like/stories": "stories",
         "pretrain/cosmopedia-like/textbooks_NC": "lessons",
-        "sft/smoltalk-like": "smoltalk",
-        "sft/slimorca-like": "slimorca",
-        "sft/tulu3-code-like": "tulu3-code",
+        "sft/smoltalk-like": "chat-messages",
+        "sft/slimorca-like": "chat-turns",
+        "sft/tulu3-code-like": "chat-code",
     }.items():
         (folder / place).mkdir(parents=True)
         pq.write_table(

@@ -58,6 +58,7 @@ SMALLER: dict[str, object] = {  # every file of tokens larger than any file of t
     "evaluate.chat_prompts": 2,
     "evaluate.instructions": 2,
     "evaluate.tasks.0.limit": 8,
+    "evaluate.tasks.1.limit": 8,
     "evaluate.max_new_tokens": 8,
 }
 LARGEST = 200_000  # bytes of a file: more than a checkpoint takes, less than a shard or a block of it

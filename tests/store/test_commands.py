@@ -69,7 +69,13 @@ def test_the_listing_tells_sizes_users_checkpoints_and_leases(
     assert (checkpoint["step"], checkpoint["bytes"], checkpoint["state"]) == (12, 4, "unfinished")
     (lease,) = found["leases"]
     assert lease["pid"] == os.getpid() and lease["alive"]
-    assert main(["store", "ls", "--store", store.uri]) == 0 and "tiny" in capsys.readouterr().out
+    assert main(["store", "ls", "--store", store.uri]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (heading,) = (line for line in lines if "fingerprint" in line)
+    (export,) = (line for line in lines if EXPORT.fingerprint[:12] in line)
+    for column in ("stage", "fingerprint", "created", "used by"):  # one below the other
+        assert not export[heading.index(column) :].startswith(" "), column
+    assert export.split()[-1] == "tiny" and max(map(len, lines)) <= 240
 
 
 def test_verify_names_every_difference_and_ends_in_1(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

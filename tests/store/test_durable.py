@@ -9,7 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import KILLS, skip_or_fail
 from vectorclm.__main__ import main
+from vectorclm.command_line import run
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.listing import take_inventory, verify
 
@@ -108,6 +109,33 @@ def test_a_power_loss_leaves_no_manifest_without_its_files(tmp_path: Path, image
         assert steps and max(steps) >= done[-1]
         command[-1] = str(len(done) + 1)  # one that was cut off is made now
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+
+
+def turn_read_only(folder: Path) -> None:
+    """Remount a file system as the kernel does after an error."""
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+
+
+@pytest.mark.parametrize(
+    ("fail", "reason"), [(turn_read_only, "Read-only file system"), (lose_power, "Input/output error")]
+)
+def test_a_disk_that_fails_during_the_work_is_one_error_with_its_place(
+    fail: Callable[[Path], None], reason: str, tmp_path: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also the parent process of a stage receives it as an error of the store, which a retry may end."""
+    (folder := tmp_path / "disk").mkdir()
+    store = Store(str(folder / "store"))
+
+    def produce(out: Path) -> dict[str, int]:
+        fail(folder)
+        (out / "a.bin").write_bytes(b"a" * 20_000)
+        return {}
+
+    with mounted(image, folder):
+        assert run(lambda: build(store, StageSpec("sample", 1, {}, {}), produce, str(folder)), relay=True) == 2
+        error = json.loads(capsys.readouterr().out)["error"]
+    assert error["type"] == "StoreError" and str(folder) in error["message"]
+    assert f"cannot be read or written ({reason}): check the disk" in error["message"]
 
 
 def test_a_read_only_store_is_read_and_verified(

@@ -1,6 +1,7 @@
 """The queue for a server that may be away: order, repetition, giving up."""
 
 import threading
+from contextvars import ContextVar
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -79,3 +80,14 @@ def test_between_jobs_the_idle_work_is_done_and_its_error_is_reported() -> None:
     box.start()
     assert called.wait(10) and box.close(10)
     assert {str(error) for error in errors} == {"idle"}
+
+
+def test_a_failure_is_reported_in_the_context_of_the_maker() -> None:
+    """Prefect finds in it the run whose log receives a warning."""
+    run: ContextVar[str] = ContextVar("run", default="none")
+    run.set("a run")
+    found: list[str] = []
+    box = Outbox(lambda: None, lambda error: found.append(run.get()), lambda: True)
+    box.put(lambda: [].pop())
+    box.start()
+    assert box.close(60) and found == ["a run"]

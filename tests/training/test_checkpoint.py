@@ -45,11 +45,16 @@ def stage(name: str, experiment: Path, store: Path, **popen: object) -> "subproc
     runtime = experiment.with_name("runtime.json")
     runtime.write_text(json.dumps({"threads": 2, "checkpoint_interval": 10}))
     command = [sys.executable, "-m", "vectorclm", name, str(experiment), "--store", str(store)]
-    return subprocess.Popen([*command, "--runtime", str(runtime)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    streams = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **popen}
+    return subprocess.Popen([*command, "--runtime", str(runtime)], **streams)  # type: ignore[call-overload]
 
 
-def finish(name: str, experiment: Path, store: Path) -> None:
-    assert stage(name, experiment, store).wait(300) == 0, name
+def finish(name: str, experiment: Path, store: Path) -> str:
+    """Run a stage to its end; what it printed for a person."""
+    child = stage(name, experiment, store, stderr=subprocess.PIPE)
+    said = child.communicate(timeout=300)[1]
+    assert child.returncode == 0, said
+    return str(said, "utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,9 @@ def test_killed_and_resumed_equals_never_killed(folder: Path) -> None:
 
     for kill in (30, 90):  # twice, the second time after the run was resumed once
         kill_at(kill, "pretrain", experiment, killed, fingerprint)
-    finish("pretrain", experiment, killed)
+    said = finish("pretrain", experiment, killed)
+    (step,) = re.findall(r"pretrain continues from step (\d+) of 120", said)
+    assert int(step) >= 90
     lines, samples = the_same(whole / "pretrain" / fingerprint, killed / "pretrain" / fingerprint)
     assert not (killed / "checkpoints" / fingerprint).exists()
     assert not list((killed / "leases").iterdir()) and not list((killed / "work").iterdir())
@@ -116,7 +123,7 @@ def test_a_tuning_that_replays_text_resumes_exactly(folder: Path) -> None:
     made = whole / "finetune" / plan.fingerprint
     lines, samples = the_same(made, killed / "finetune" / plan.fingerprint)
     validated = [set(line["validation"]) for line in lines if "validation" in line]
-    assert validated == [{"lessons", "stories", "smoltalk", "slimorca"}] * len(validated)
+    assert validated == [{"lessons", "stories", "world-chat-messages", "world-chat-turns"}] * len(validated)
 
     summary = json.loads((made / "manifest.json").read_text())["summary"]
     steps, epochs = summary["steps"], summary["epochs"]

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
+from vectorclm.command_line import print_table, table
 from vectorclm.errors import DataError
 from vectorclm.evaluation.instruction_checks import PARTS
 from vectorclm.evaluation.item_scores import ITEMS, TEXTS, read_scored
@@ -162,12 +164,12 @@ def print_comparison(before: str, after: str, store: Store, suite: str | None, *
     if as_json:
         print(json.dumps(as_object(*pair, found)))
         return
-    print(f"{after} against {before} on {suite_of(pair[0])}: {METHOD}")
+    print(f"B, {after}, against A, {before}, on {suite_of(pair[0])}: {METHOD}")
+    shown = table("score", "A >", "B >", "B - A >", "95 % interval >", "verdict", "items that differ >")
     for change in found:
         assert change.paired is not None
         low, high, items, differing = change.paired
-        print(
-            f"{change.name:<24} {change.before.value:.4f} ± {change.before.stderr:.4f} -> {change.after.value:.4f} ± "
-            f"{change.after.stderr:.4f}  {change.difference:+.4f} [{low:+.4f}, {high:+.4f}]  {change.verdict} "
-            f"({differing:,} of {items:,} items differ)"
-        )
+        sides = [f"{side.value:.4f} ± {side.stderr:.4f}" for side in (change.before, change.after)]
+        difference = (f"{change.difference:+.4f}", f"{low:+.4f} to {high:+.4f}")
+        shown.add_row(escape(change.name), *sides, *difference, change.verdict, f"{differing:,} of {items:,}")
+    print_table(shown)

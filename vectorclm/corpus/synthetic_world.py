@@ -10,18 +10,22 @@ two attributes belongs to exactly one kind, so no attribute predicts another, an
 For every name, one value of one attribute is held out (Pim: living by the lake). No training text gives the
 name to any of the four kinds that have this value; the questions ask about these (name, kind) pairs.
 The other twelve kinds (75 %) occur with the name in training.
+
+`questions` introduce one animal, so counting which words occur together answers them. `two-step-questions` introduce
+two: "Pim is an otter. Ed is a frog. What does Pim eat?" The model must find Pim's kind in the question, then the food
+of this kind. Counting cannot do the first step, for each kind goes equally well with its own value.
 """
 
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from math import log
+from itertools import permutations, product
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from vectorclm.corpus.counting import words_of
 from vectorclm.corpus.world_phrases import (
     ANSWER,
     ATTRIBUTES,
@@ -42,11 +46,15 @@ from vectorclm.corpus.world_phrases import (
     THANKS,
     WEATHER,
     Attribute,
+    article,
+    plural,
 )
 from vectorclm.errors import ConfigError
 from vectorclm.settings import Settings
 
-WORLD_SETS = ("stories", "lessons", "smoltalk", "slimorca", "tulu3-code", "questions")
+CHATS = ("chat-messages", "chat-turns", "chat-code")
+QUESTIONS = ("questions", "two-step-questions")
+WORLD_SETS = ("stories", "lessons", *CHATS, *QUESTIONS)
 
 
 class WorldConfig(Settings):
@@ -122,16 +130,6 @@ class World:
         return self.fill(ANSWER, pair, attribute)
 
 
-def plural(kind: str) -> str:
-    """The plural of a kind: "otters"."""
-    return {"mouse": "mice"}.get(kind, f"{kind}s")
-
-
-def article(kind: str) -> str:
-    """A kind with its article: "an otter"."""
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-
-
 def _orthogonal(x: int, y: int) -> tuple[int, ...]:
     """Row (x, y) of the array: x, y and y + m x for m = 1, 2, 3 over GF(4), whose addition is xor."""
     times = ((0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2))
@@ -140,18 +138,21 @@ def _orthogonal(x: int, y: int) -> tuple[int, ...]:
 
 @cache
 def rows(config: WorldConfig, name: str) -> list[dict[str, Any]]:
-    """Generate the rows of one set of WORLD_SETS, in the schema of the hub data set that it replaces.
+    """Generate the rows of one set of WORLD_SETS, in the schema of a hub data set that it can stand in for.
 
-    `stories` has Cosmopedia's columns, `lessons` FineWeb-Edu's; `smoltalk`, `slimorca` and `tulu3-code` have those
-    of their namesakes; `questions` has context, four choices (each with a leading space) and answer (the index of
-    the correct choice). Token counts are word counts, as there is no tokenizer yet; scores are 0. Raises ConfigError
-    for any other name. The rows are cached for pinning, checking and sampling: do not change them.
+    `stories` has the columns of Cosmopedia, `lessons` of FineWeb-Edu, `chat-messages` of SmolTalk, `chat-turns` of
+    SlimOrca, `chat-code` of Tulu 3's code. Questions have context, four choices (each with a leading space) and answer
+    (the index of the correct choice). Token counts are word counts, as there is no tokenizer yet; scores are 0. Raises
+    ConfigError for any other name. The rows are cached for pinning, checking and sampling: do not change them.
     """
-    makers = {"stories": _story, "lessons": _lesson, "smoltalk": _smoltalk, "slimorca": _slimorca}
-    makers["tulu3-code"] = _code
+    makers = {
+        "stories": _story,
+        "lessons": _lesson,
+        **dict(zip(CHATS, (_chat_messages, _chat_turns, _code), strict=True)),
+    }
     world, rng = World(config), random.Random(f"{config.seed}/{name}")
-    if name == "questions":
-        return _questions(world, rng)
+    if name in QUESTIONS:
+        return (_questions if name == "questions" else _two_step_questions)(world, rng)
     if name not in makers:
         raise ConfigError(f"the world has no set {name!r}: choose one of {', '.join(WORLD_SETS)}")
     count = config.documents if name in ("stories", "lessons") else config.conversations
@@ -167,12 +168,17 @@ def texts(row: Mapping[str, Any]) -> list[str]:
     return [turn.get("content") or turn["value"] for turn in row.get("messages") or row["conversations"]]
 
 
+def world_documents(config: WorldConfig) -> list[str]:
+    """The text of every story and lesson."""
+    return [row["text"] for name in ("stories", "lessons") for row in rows(config, name)]
+
+
 def words(config: WorldConfig) -> list[str]:
     """The world's whole vocabulary, in lower case and sorted: 251 words for the default settings."""
     found: set[str] = set()
     for name in WORLD_SETS:
         for row in rows(config, name):
-            found.update(word for text in texts(row) for word in _words(text))
+            found.update(word for text in texts(row) for word in words_of(text))
     return sorted(found)
 
 
@@ -186,27 +192,6 @@ def held_out_prompts(config: WorldConfig) -> list[dict[str, str]]:
     ]
     random.Random(f"{config.seed}/prompts").shuffle(prompts)
     return prompts
-
-
-def word_frequency_baseline(questions: Iterable[Mapping[str, Any]], documents: Iterable[str]) -> float:
-    """Accuracy, 0 to 1, of always choosing the answer whose words are most frequent in `documents`.
-
-    A choice's score is the mean of log(count + 1) over its words. Tied choices share the point equally.
-    """
-    counts = Counter(word for document in documents for word in _words(document))
-    points: list[float] = []
-    for question in questions:
-        scores = []
-        for choice in question["choices"]:
-            found = _words(choice)
-            scores.append(round(sum(log(counts[word] + 1) for word in found) / max(len(found), 1), 9))
-        best = max(scores)
-        points.append((scores[question["answer"]] == best) / scores.count(best))
-    return sum(points) / max(len(points), 1)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+", text.lower())
 
 
 def _held_out_facts(world: World) -> list[tuple[Pair, Attribute]]:
@@ -233,6 +218,34 @@ def _questions(world: World, rng: random.Random) -> list[dict[str, Any]]:
     return found
 
 
+def _two_step_questions(world: World, rng: random.Random) -> list[dict[str, Any]]:
+    """Questions that introduce two animals, of two kinds held out with the name that is asked about.
+
+    The choices combine both kinds with both values. Position and order of the animals say nothing of the answer.
+    """
+    found: list[dict[str, Any]] = []
+    for name in world.names:
+        kinds = [held.kind for held in world.held_out() if held.name == name]
+        asked = [attribute for place, attribute in enumerate(ATTRIBUTES) if place != world.held[name][0]]
+        for pair in permutations(kinds, 2):
+            place, attribute = len(found) % 4, rng.choice(asked)
+            pairs = [Pair(name, pair[0]), Pair(rng.choice([n for n in world.names if n != name]), pair[1])]
+            question = _introduced(pairs if len(found) // 4 % 2 else pairs[::-1], world, pairs[0], attribute)
+            both = [(said, world.value(kind, attribute)) for said, kind in product(pair, pair)]
+            right, *wrong = (f" {name} the {said} {attribute.verb} {value}." for said, value in both)
+            choices = rng.sample(wrong, 3)
+            choices.insert(place, right)
+            found.append({"context": f"Question: {question}\nAnswer:", "choices": choices, "answer": place})
+    rng.shuffle(found)
+    return found
+
+
+def _introduced(pairs: Sequence[Pair], world: World, asked: Pair, attribute: Attribute) -> str:
+    """A question about one of several animals, all introduced before it."""
+    introductions = " ".join(f"{pair.name} is {article(pair.kind)}." for pair in pairs)
+    return f"{introductions} {world.fill('{q}', asked, attribute)}"
+
+
 def _story(world: World, rng: random.Random, index: int) -> dict[str, Any]:
     cast = world.cast(rng, rng.choice((1, 2, 2)))
     paragraphs = []
@@ -254,7 +267,8 @@ def _story(world: World, rng: random.Random, index: int) -> dict[str, Any]:
 
 
 def _lesson(world: World, rng: random.Random, index: int) -> dict[str, Any]:
-    text = (_lesson_on_kind, _quiz, _quiz, _lesson_on_attribute, _quiz, _quiz)[index % 6](world, rng)
+    styles = (_lesson_on_kind, _quiz, _two_step_quiz, _lesson_on_attribute, _quiz, _two_step_quiz)
+    text = styles[index % 6](world, rng)
     place = f"lessons/{index:06}"
     return {
         "text": text, "id": f"generated-{index:06}", "dump": "generated", "url": f"generated:{place}",
@@ -300,6 +314,17 @@ def _quiz(world: World, rng: random.Random) -> str:
     return "\n\n".join(_ask(world, rng, pair, attribute) for pair, asked in cast for attribute in asked)
 
 
+def _two_step_quiz(world: World, rng: random.Random) -> str:
+    """Four questions, each of which introduces two animals and asks about one of them."""
+    cast = world.cast(rng, 4)
+    parts = []
+    for pairs in (cast[:2], cast[2:], cast[1:3], cast[::3]):
+        asked, attribute = rng.choice(pairs), rng.choice(ATTRIBUTES)
+        question = _introduced(rng.sample(pairs, 2), world, asked, attribute)
+        parts.append(f"Question: {question}\nAnswer: {world.answer(asked, attribute)}")
+    return "\n\n".join(parts)
+
+
 def _asked(world: World, rng: random.Random, pair: Pair, count: int, rule: bool = False) -> list[str]:
     """`count` questions about one animal, each followed by its answer; the first question names the kind."""
     turns = []
@@ -312,10 +337,11 @@ def _asked(world: World, rng: random.Random, pair: Pair, count: int, rule: bool 
     return turns
 
 
-def _smoltalk(world: World, rng: random.Random, index: int) -> dict[str, Any]:
-    """Questions about an animal or a kind, one to three turns, and small talk; 1 in 4 has a system turn."""
-    pair = world.cast(rng, 1)[0]
-    about = ("animal", "animal", "talk", "animal", "kind")[index % 5]
+def _chat_messages(world: World, rng: random.Random, index: int) -> dict[str, Any]:
+    """Questions about animals or a kind, one to three turns, and small talk; 1 in 4 has a system turn."""
+    pairs = world.cast(rng, 2)
+    pair = pairs[0]
+    about = ("animal", "two", "talk", "animal", "kind")[index % 5]
     if about == "talk":
         turns = [*rng.choice(TALK), *_asked(world, rng, pair, rng.choice((0, 1, 1)))]
     elif about == "kind":
@@ -323,6 +349,9 @@ def _smoltalk(world: World, rng: random.Random, index: int) -> dict[str, Any]:
         for attribute in rng.sample(ATTRIBUTES, rng.choice((1, 2))):
             turns.append(attribute.plural_question.format(plural(pair.kind)))
             turns.append(world.fill("{Ks} {plural} {v}.", pair, attribute))
+    elif about == "two":
+        attribute = rng.choice(ATTRIBUTES)
+        turns = [_introduced(rng.sample(pairs, 2), world, pair, attribute), world.answer(pair, attribute)]
     else:
         turns = _asked(world, rng, pair, rng.choice((1, 1, 2, 3)))
         turns += THANKS if rng.random() < 0.15 else ()
@@ -330,7 +359,7 @@ def _smoltalk(world: World, rng: random.Random, index: int) -> dict[str, Any]:
     return {"messages": _messages(turns, system), "source": f"generated-{about}"}
 
 
-def _slimorca(world: World, rng: random.Random, index: int) -> dict[str, Any]:
+def _chat_turns(world: World, rng: random.Random, index: int) -> dict[str, Any]:
     """One question; the system turn (absent in 2 of 9) says whether the answer states the rule."""
     rule = index % 9 >= 5
     system = None if index % 9 < 2 else rng.choice(REASON if rule else SHORT)

@@ -102,3 +102,13 @@ TALK = (
     ("Who are you?", "I am a guide to the animals of the village."),
     ("How many kinds of animals are there?", "There are sixteen kinds of animals in the village."),
 )
+
+
+def plural(kind: str) -> str:
+    """The plural of a kind: "otters"."""
+    return {"mouse": "mice"}.get(kind, f"{kind}s")
+
+
+def article(kind: str) -> str:
+    """A kind with its article: "an otter"."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

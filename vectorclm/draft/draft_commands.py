@@ -36,8 +36,9 @@ def init(
 ) -> None:
     """Write an experiment for your own text: vocabulary, shape, budgets and splits fit the text and the minutes.
 
-    Reads Parquet, JSON Lines, .txt and .md, also compressed. Of text files, each file is a document where there are
-    many, and each blank-line-separated part where there are few. `vectorclm run` in this folder then trains the model.
+    Reads Parquet, JSON Lines, .txt and .md, also compressed.
+    Many text files are a document each; few are split into documents at blank lines.
+    `vectorclm run` in this folder then trains the model.
     """
     folder, console = Path.cwd(), Console(stderr=True)
     named = name or _name_of(text[0])

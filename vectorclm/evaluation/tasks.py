@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from vectorclm.corpus.counting import word_pair_baseline
 from vectorclm.corpus.source_reader import read_source
 from vectorclm.corpus.sources import CHOICE_COLUMNS, TaskSource, is_remote
-from vectorclm.corpus.synthetic_world import WorldConfig
+from vectorclm.corpus.synthetic_world import WorldConfig, world_documents
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.item_scores import ItemScores
 from vectorclm.evaluation.multiple_choice import read_items, task_scores
@@ -79,7 +80,9 @@ def score_tasks(
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Score a model on one benchmark after the other: the kind (`tasks` or `text`), the label and the scores of each.
 
-    The score of each item is added to `found`. Raises what `read_task` does, before the first benchmark is scored.
+    The score of each item is added to `found`. The questions of the generated world also have `counting`, the accuracy
+    of counting which words share a sentence in the world's documents. Raises what `read_task` does, before the first
+    benchmark is scored.
     """
     micro_batch = runtime.micro_batch_size or MICRO_BATCH
     # All questions are read first, so that an error is reported before the work.
@@ -87,6 +90,9 @@ def score_tasks(
     for task, questions in zip(tasks, prepared, strict=True):
         if task.task is None:
             scores = task_scores(loaded.model, loaded.tokenizer, task.label, questions, micro_batch, found)
+            if setup.world is not None and task.is_generated:
+                documents = world_documents(setup.world)
+                scores["counting"] = word_pair_baseline([item._asdict() for item in questions], documents)
         else:
             harness, harness_tasks = _harness()
             lm = lm or harness.VectorCLM(loaded.folder, micro_batch, runtime)

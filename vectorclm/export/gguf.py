@@ -1,6 +1,8 @@
 """Export a model as one GGUF file for llama.cpp and the programs built on it."""
 
 import json
+from contextlib import suppress
+from filecmp import cmp
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,8 +39,9 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
 
     Matrices are stored as `kind`, norms in fp32; q8_0 is blocks of 32 whole numbers with one fp16 scale, so a matrix
     whose rows do not divide into such blocks stays fp16. Equal models give equal bytes. Without `out`, the file gets
-    the name that GGUF's naming convention gives it, in the current folder. Raises DataError for a model that llama.cpp
-    would read differently, and ConfigError where the file cannot be written.
+    the name that GGUF's naming convention gives it, in the current folder; its version is the beginning of the hash of
+    the model's content. Raises DataError for a model that llama.cpp would read differently, and ConfigError where the
+    file cannot be written, or is there already with other content.
     """
     folder = found.local()
     model = CausalLM.from_pretrained(folder)
@@ -49,7 +52,7 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
             "model without a GGUF file"
         )
     size, tuned = gguf.size_label(model.config.parameters, 0, 0, 0), "chat" if found.chat else "base"
-    path = out or Path(gguf.naming_convention(None, "vectorclm", tuned, None, size, kind) + ".gguf")
+    path = out or Path(gguf.naming_convention(None, "vectorclm", tuned, found.content[:8], size, kind) + ".gguf")
     part = temporary_beside(path)
     writer = gguf.GGUFWriter(part, ARCHITECTURE)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -67,13 +70,18 @@ def export_gguf(found: Model, kind: GgufType, out: Path | None = None) -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        if path.exists() and not (path.is_file() and cmp(part, path, shallow=False)):
+            raise ConfigError(
+                f"{path} is there already, with other content: remove it, or name another file with --out"
+            )
         move_file(part, path)
         sync_folder(path.parent)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}: name another file with --out") from error
     finally:
         writer.close()
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the error of a failing disk is the one that came first
+            part.unlink(missing_ok=True)
     return path
 
 

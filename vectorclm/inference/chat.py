@@ -252,6 +252,7 @@ def _read(prompt: str) -> str:
     try:
         return input(prompt).strip()
     except EOFError:
+        _show("\n")  # the shell's prompt then stands on a line of its own
         return ""
     except UnicodeDecodeError as error:
         raise DataError(f"the input is not UTF-8: {error}") from error

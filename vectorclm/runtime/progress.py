@@ -11,13 +11,26 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+WIDE, NARROW = 120, 64  # columns of a terminal: from WIDE bars have their counts, below NARROW there is no bar
 
 logger = logging.getLogger("vectorclm.runtime.progress")
 logger.setLevel(logging.INFO)
@@ -33,6 +46,7 @@ class Tick:
     total: int
     unit: str
     note: str = ""
+    resumed: str = ""  # such as "step 120 of 244"; empty where the work began at its beginning
 
 
 class Progress:
@@ -41,6 +55,7 @@ class Progress:
     def __init__(self, stage: str, total: int, unit: str) -> None:
         self.tick = Tick(stage, 0, total, unit)
         self._last = 0.0
+        self._stopped = False
 
     def __enter__(self) -> "Progress":
         self._say(self.tick)
@@ -52,13 +67,25 @@ class Progress:
 
     def at(self, done: int, note: str = "") -> None:
         """Report that `done` units are done in total."""
-        self.tick = Tick(self.tick.stage, done, self.tick.total, self.tick.unit, note or self.tick.note)
+        self.tick = replace(self.tick, done=done, note=note or self.tick.note)
         if time.monotonic() - self._last > 0.2:
             self._say(self.tick)
+
+    def resume(self, done: int, where: str) -> None:
+        """Report that an earlier process did `done` units, and that the work continues from `where`."""
+        self.tick = replace(self.tick, done=done, resumed=where)
+        self._say(self.tick)
+
+    def stop(self) -> None:
+        """Leave the work unfinished: the block ends without an error, and the progress stays where it is."""
+        self._stopped = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and not self._stopped:  # finished: the total was an estimate
+            end = self.tick.done or self.tick.total
+            self.tick = replace(self.tick, done=end, total=end)
         self._say(self.tick)
 
     def _say(self, tick: Tick) -> None:
@@ -109,26 +136,48 @@ class Bars(_Handler):
         super().__init__()
         self.live = live
         self.tasks: dict[str, TaskID] = {}
+        self.resumed: set[str] = set()
 
     def show(self, tick: Tick) -> None:
         task = self.tasks.get(tick.stage)
         if task is None:
             task = self.tasks[tick.stage] = self.live.add_task(tick.stage, total=tick.total, unit=tick.unit, note="")
+        if tick.resumed and tick.stage not in self.resumed:
+            self.resumed.add(tick.stage)
+            self.live.console.print(f"{tick.stage} continues from {tick.resumed}", style="green", highlight=False)
         self.live.update(task, completed=tick.done, total=tick.total, unit=tick.unit, note=tick.note)
+
+
+class _Note(ProgressColumn):
+    """The note of a tick, cut where the terminal ends."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=False))  # the only column that shrinks
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """The columns of a stage's line that fit a terminal of this width."""
+    fixed = Column(no_wrap=True)
+    count = [MofNCompleteColumn(table_column=fixed), TextColumn("{task.fields[unit]}")]
+    share = [TaskProgressColumn(table_column=fixed)]
+    bar = BarColumn(28 if width >= WIDE else 10, table_column=fixed)
+    return [
+        TextColumn("{task.description:<14}"),
+        *([bar] if width >= NARROW else []),
+        *(count if width >= WIDE else share),
+        TimeRemainingColumn(compact=width < WIDE, elapsed_when_finished=True, table_column=fixed),
+        _Note(),
+    ]
 
 
 @contextmanager
 def bars(console: Console | None = None) -> Iterator[None]:
     """Show progress as bars on standard error while the block runs."""
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
-    )
-    with RichProgress(*columns, console=console or Console(stderr=True)) as live, _attached(Bars(live)):
+    console = console or Console(stderr=True)
+    with RichProgress(*_columns(console.width), console=console) as live, _attached(Bars(live)):
         yield
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from vectorclm.errors import CorruptArtifactError, StoreError
 from vectorclm.runtime.devices import environment
 from vectorclm.settings import digest
-from vectorclm.store.durable import temporary_beside
+from vectorclm.store.durable import temporary_file
 from vectorclm.store.hash_memory import HashMemory, cache_folder
 from vectorclm.store.lease import Lease, check_held, is_alive
 from vectorclm.store.manifest import MANIFEST as MANIFEST
@@ -184,12 +184,9 @@ class Store(ArtifactStorage):
                 if (memory.hash_file(name, path) if remembered else sha256_of(path)) == want["sha256"]:
                     continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = temporary_beside(path)
-            try:
+            with temporary_file(path) as part:
                 self.fetch(artifact, name, part)
                 part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
         memory.save()
         for path in cache.rglob("*"):  # another store may have left files here
             if path.is_file() and not path.name.startswith(".") and path.relative_to(cache).as_posix() not in known:

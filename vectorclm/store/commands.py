@@ -6,8 +6,9 @@ import time
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.markup import escape
 
-from vectorclm.command_line import Json, StoreOptions, new_app
+from vectorclm.command_line import Json, StoreOptions, new_app, print_table, table
 from vectorclm.store.artifact import Store
 from vectorclm.store.gc import OLDER_THAN, YOUNG_SECONDS, discard_folder, find_garbage, remove_garbage, seconds
 from vectorclm.store.listing import take_inventory, verify
@@ -67,14 +68,18 @@ def _list(store: Store, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    for row in (*found["artifacts"], *found["checkpoints"]):
+    rows = (*found["artifacts"], *found["checkpoints"])
+    shown = table("stage", "fingerprint", "size >", "files >", "created", "used by")
+    for row in rows:
         more = ", ".join(row["used_by"]) if "used_by" in row else f"at step {row['step']:,}"
-        place, state = f"{row['stage']:<13} {row['fingerprint'][:12]}", row["created"] or row["state"]
-        print(f"{place} {_size(row['bytes']):>9} {row['files']:>5} files  {state:<25} {more}".rstrip())
+        place, state = (row["stage"], row["fingerprint"][:12]), row["created"] or row["state"]
+        shown.add_row(*place, _size(row["bytes"]), f"{row['files']:,}", state, escape(more))
+    if rows:
+        print_table(shown)
     for row in found["leases"]:
         state = "is running" if row["alive"] else "has ended"
         print(f"{row['lease']}: process {row['pid']} on {row['host']} {state}")
-    total = sum(row["bytes"] for row in (*found["artifacts"], *found["checkpoints"]))
+    total = sum(row["bytes"] for row in rows)
     print(f"{store.uri}: {len(found['artifacts'])} artifacts, {_size(total)}")
 
 
@@ -100,15 +105,16 @@ def _verify(store: Store, addresses: list[str], *, discard: bool, as_json: bool)
 def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) -> None:
     limit, every = time.time() - older_than, find_garbage(store, 0)
     found = [item for item in every if item.modified <= limit]
-    removed = 0
+    removed, shown = 0, table("leftover", "size >", "why", "state")
     for item in found:
         gone = delete and remove_garbage(store, item)
         removed += item.bytes if gone else 0
         if as_json:
             print(json.dumps({**item.as_json(), "removed": gone}), flush=True)
-        else:
-            state = "removed" if gone else "in use meanwhile, kept" if delete else "can go"
-            print(f"{state}: {item.what} {_size(item.bytes)} ({item.why})", flush=True)
+        state = "removed" if gone else "in use meanwhile, kept" if delete else "can go"
+        shown.add_row(escape(item.what), _size(item.bytes), escape(item.why), state)
+    if found and not as_json:
+        print_table(shown)
     if as_json:
         return
     if delete:

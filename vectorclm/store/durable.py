@@ -30,6 +30,20 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
 
 
+@contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """A new temporary name in the folder of `path`, removed after the block.
+
+    Where the disk fails, the error of the block is raised, not that of the removal.
+    """
+    part = temporary_beside(path)
+    try:
+        yield part
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
 def is_temporary(name: str) -> bool:
     """Whether this is the name of a temporary file or folder of this product."""
     return TEMPORARY_NAME.fullmatch(name) is not None
@@ -92,13 +106,10 @@ def move_file(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-    part = temporary_beside(target)
-    try:
+    with temporary_file(target) as part:
         shutil.copyfile(source, part)
         sync_file(part)
         part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
     source.unlink()
 
 
@@ -107,20 +118,18 @@ def write_file(path: Path, data: bytes, *, only_if_absent: bool = False) -> bool
 
     With `only_if_absent`, an exclusive link replaces the rename; returns False where the name exists.
     """
-    part = temporary_beside(path)
     try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            _sync(file.fileno())
-        if only_if_absent:
-            os.link(part, path)
-        else:
-            part.replace(path)
+        with temporary_file(path) as part:
+            with part.open("xb") as file:
+                file.write(data)
+                file.flush()
+                _sync(file.fileno())
+            if only_if_absent:
+                os.link(part, path)
+            else:
+                part.replace(path)
     except FileExistsError:
         return False
-    finally:
-        part.unlink(missing_ok=True)
     sync_folder(path.parent)
     return True
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vectorclm.store.durable import temporary_beside
+from vectorclm.store.durable import temporary_file
 
 UNSETTLED_SECONDS = 2.0  # a younger file may change again within the same time stamp
 ENTRIES = 4096  # folders that are remembered; the oldest are removed
@@ -67,14 +67,11 @@ class HashMemory:
         """Write new hashes to the cache folder, where that is possible."""
         if not self._changed:
             return
-        part = temporary_beside(self.path)
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with temporary_file(self.path) as part:
                 part.write_text(json.dumps(self._entries), encoding="utf-8")
                 part.replace(self.path)
-            finally:
-                part.unlink(missing_ok=True)
             self._changed = False
             kept = sorted(self.path.parent.iterdir(), key=lambda path: path.stat().st_mtime)
             for old in kept[: max(0, len(kept) - ENTRIES)]:

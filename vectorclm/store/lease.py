@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Any
 
 import psutil
@@ -37,7 +38,8 @@ class Lease:
         self._token = secrets.token_hex(8)
         self._last = b""  # the claim as written last
         self._ended = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, daemon=True, name=name)
+        # In the context of its maker, so that warnings reach the log of the maker's run.
+        self._keeper = threading.Thread(target=copy_context().run, args=(self._keep,), daemon=True, name=name)
 
     def acquire(self) -> None:
         """Claim the key. Raises InUseError while another live process holds it.

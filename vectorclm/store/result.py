@@ -12,7 +12,7 @@ from typing import Any
 
 from vectorclm.errors import CorruptArtifactError
 from vectorclm.settings import digest
-from vectorclm.store.durable import temporary_beside
+from vectorclm.store.durable import temporary_file
 from vectorclm.store.hash_memory import HashMemory
 from vectorclm.store.manifest import MANIFEST, place_of
 from vectorclm.store.storage import TRIES, Storage, StoredFile
@@ -116,12 +116,9 @@ class Artifact:
         if self.store.is_local:
             yield self.local(name) / name
             return
-        copy = temporary_beside(folder / name.rpartition("/")[2])
-        try:
+        with temporary_file(folder / name.rpartition("/")[2]) as copy:
             self.store.fetch(self, name, copy)
             yield copy
-        finally:
-            copy.unlink(missing_ok=True)
 
     def read(self, name: str) -> bytes:
         """The verified bytes of one file, without a local copy.

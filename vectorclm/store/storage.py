@@ -21,9 +21,18 @@ from urllib.parse import urlsplit
 import fsspec
 from safetensors import SafetensorError
 
-from vectorclm.errors import DiskFullError, StoreError, disk_full
+from vectorclm.errors import DiskFullError, StoreError, disk_error
 from vectorclm.store import s3
-from vectorclm.store.durable import OWN, TEMPORARY, exclusive, make_folder, sync_folder, temporary_beside, write_file
+from vectorclm.store.durable import (
+    OWN,
+    TEMPORARY,
+    exclusive,
+    make_folder,
+    sync_folder,
+    temporary_beside,
+    temporary_file,
+    write_file,
+)
 from vectorclm.store.hash_memory import State, state_of
 from vectorclm.store.s3 import GARBLED as GARBLED
 from vectorclm.store.s3 import TRIES as TRIES
@@ -171,16 +180,13 @@ class Storage:
         """
         if self.is_local:
             path = Path(self.path(key))
-            part = temporary_beside(path)
-            try:
+            with temporary_file(path) as part:
                 with explained(self.uri_of(key)):
                     write_file(part, after)
                 with self.locked():
                     if self.read(key) != before:
                         return False
                     part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
             sync_folder(path.parent)
             return True
         if not self.is_s3:
@@ -336,12 +342,12 @@ def _own(name: str) -> str:
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """Raise DiskFullError with advice where the block fails for lack of disk space."""
+    """Raise StoreError with advice where the block fails because a disk is full or fails."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if (full := disk_full(error, where)) is not None:
-            raise full from error
+        if (found := disk_error(error, where)) is not None:
+            raise found from error
         raise
 
 
