@@ -169,8 +169,8 @@ def retry(
     with platform_server(platform.config(), is_named=platform != PlatformOptions()) as page:
         from flows.platform.retry import retry as start
 
-        run_id = start(run, again_from, list(settings))
-    Console().print(f"{page}/runs/flow-run/{run_id}", highlight=False, soft_wrap=True)
+        new = start(run, again_from, list(settings))
+    print(f"{new.before} runs again as a new run: {page}/runs/flow-run/{new.run_id}")
 
 
 @app.command(help_epilogue="Example: vectorclm promote --task hellaswag")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import httpx
@@ -22,20 +22,49 @@ from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.settings import validate
 
 
-def retry(run: str, again_from: str | None, changes: Sequence[str]) -> str:
-    """Start the curriculum of `run` again (an id, or a name for its newest run); returns the id of the new run.
+class Again(NamedTuple):
+    """A run that was started again."""
 
-    Raises ConfigError where the run is missing, is not a curriculum of the platform, or a setting is refused, and
-    VectorCLMError where the platform does not run.
+    before: str  # its name, id, state and time
+    run_id: str  # of the new run
+
+
+def retry(run: str, again_from: str | None, changes: Sequence[str]) -> Again:
+    """Start the curriculum of `run` (an id, or a name for its newest run) again, as a new run.
+
+    A change without a value, `KEY=`, leaves out a setting that `run` had. Raises ConfigError where the run is missing,
+    is not a curriculum of the platform, or a setting is refused, and VectorCLMError where the platform does not run.
     """
     with get_client(sync_client=True) as client, _explained(client):
         before = _find(client, run)
         parameters: dict[str, Any] = {key: value for key, value in before.parameters.items() if key != "dry_run"}
+        form = dict(parameters.get("changes") or {})
+        kept = {
+            **(form.pop("settings", None) or {}),
+            **(parameters.get("settings") or {}),
+        }  # older forms had them inside
         if changes:
-            parameters["settings"] = {**(parameters.get("settings") or {}), **assignments(changes)}
+            parameters |= {"changes": form, "settings": _changed(kept, assignments(changes))}
         if again_from is not None:
             parameters["again_from"] = again_from
-        return _create(client, str(parameters["experiment"]), parameters)
+        try:
+            run_id = _create(client, str(parameters["experiment"]), parameters)
+        except ConfigError as error:
+            if not kept:
+                raise
+            raise ConfigError(f"{error}; `--set KEY=` leaves out a setting that the run had") from error
+    state, ended = before.state_name or "", before.end_time or before.expected_start_time
+    when = f"{ended.astimezone():%Y-%m-%d %H:%M}" if ended is not None else "not ended"
+    return Again(f"{before.name} ({before.id}, {state}, {when})", run_id)
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with these changes; an empty text leaves a setting out. Raises ConfigError where it is not there."""
+    for key, value in changes.items():
+        if value == "" and key not in settings:
+            there = f"it has {', '.join(settings)}" if settings else "it has none"
+            raise ConfigError(f"{key}=: the run has no such setting that could be left out; {there}")
+    return {key: value for key, value in {**settings, **changes}.items() if value != ""}
 
 
 def start(experiment: str, parameters: Mapping[str, Any]) -> str:

@@ -57,21 +57,24 @@ def test_a_run_is_started_again_as_it_was_or_with_other_settings(
     settings = {"finetune.epochs": 1.0, "sample.bytes": 20_000}
     form = {"seed": 3, "settings": settings}
     before = finished(prefect_client, deployment, "first-of-retry", experiment="tiny", changes=form)
-    again = retry(before, None, [])
+    told, again = retry(before, None, [])
+    assert told.startswith(f"first-of-retry ({before}, Completed, 20")
     changes = {"seed": 3, "sample": {"bytes": 30_000}}
     wanted = {"experiment": "tiny", "changes": changes, "settings": settings}
     assert again != before and parameters_of(prefect_client, again) == wanted
-    other = retry(before, None, ["finetune.epochs=2.0", "pretrain.batch_size=4"])
+    other = retry(before, None, ["finetune.epochs=2.0", "pretrain.batch_size=4"]).run_id
     assert parameters_of(prefect_client, other) == {
         **wanted, "settings": {"finetune.epochs": 2.0, "sample.bytes": 20_000, "pretrain.batch_size": 4}
     }  # fmt: skip
+    fewer = retry(before, None, ["sample.bytes="]).run_id
+    assert parameters_of(prefect_client, fewer) == {**wanted, "settings": {"finetune.epochs": 1.0}}
     assert {"from: command line", f"user: {getpass.getuser()}"} <= set(prefect_client.read_flow_run(UUID(other)).tags)
 
 
 def test_a_name_means_its_newest_run(prefect_client: SyncPrefectClient, deployment: UUID) -> None:
     for seed in (1, 2):
         finished(prefect_client, deployment, "twice", experiment="tiny", changes={"seed": seed})
-    again = parameters_of(prefect_client, retry("twice", None, []))
+    again = parameters_of(prefect_client, retry("twice", None, []).run_id)
     assert again == {"experiment": "tiny", "changes": {"seed": 2, "sample": {"bytes": 30_000}}}
 
 
@@ -79,7 +82,7 @@ def test_a_dry_run_is_repeated_as_a_run(prefect_client: SyncPrefectClient, deplo
     schema = {**SCHEMA, "properties": {**SCHEMA["properties"], "dry_run": {"type": "boolean"}}}
     prefect_client.update_deployment(deployment, DeploymentUpdate(parameter_openapi_schema=schema))
     before = finished(prefect_client, deployment, "dry", experiment="tiny", dry_run=True)
-    assert "dry_run" not in parameters_of(prefect_client, retry(before, None, []))
+    assert "dry_run" not in parameters_of(prefect_client, retry(before, None, []).run_id)
     shown = parameters_of(prefect_client, start("tiny", {"dry_run": True, "changes": {"seed": 9}}))
     assert shown["dry_run"] is True and shown["changes"]["seed"] == 9
 
@@ -90,12 +93,15 @@ def test_a_retry_that_cannot_be_says_what_to_do(prefect_client: SyncPrefectClien
     finished(prefect_client, free, "by-run", experiment={"name": "tiny"})
     finished(prefect_client, free, "a-stage", experiment="tiny", stage="sample")
     finished(prefect_client, deployment, "by-form", experiment="tiny")
+    finished(prefect_client, deployment, "wrong-key", experiment="tiny", settings={"pretrain.optimiser.momentum": 0.9})
     count = len(prefect_client.read_flow_runs())
     for run, again_from, changes, message in (
         ("nowhere", None, [], "no run 'nowhere': give the id or the name"),
         ("by-run", None, [], "run 'by-run' was started by `vectorclm run`, not by the platform: start it again with"),
         ("a-stage", None, [], "run 'a-stage' is not a curriculum: start its deployment again from the UI"),
         ("by-form", None, ["pretrain.batchsize=3"], "pretrain.batchsize: unknown key; did you mean 'batch_size'"),
+        ("by-form", None, ["seed="], "seed=: the run has no such setting that could be left out; it has none"),
+        ("wrong-key", None, [], r"(?s)pretrain\.optimiser.*did you mean 'optimizer'.*; `--set KEY=` leaves out"),
         ("by-form", "export", [], "Prefect refuses the run: .*again_from"),
     ):
         with pytest.raises(ConfigError, match=message):
