@@ -61,7 +61,7 @@ def recall_credentials(config: PlatformConfig) -> str:
     )
 
 
-def running_elsewhere(home: Path) -> list[str]:
+def running_elsewhere(home: Path | None) -> list[str]:
     """The platforms that run on this machine in other homes, a line each, with the options that name the platform."""
     others = [other for other in running_homes() if other != home]
     return [

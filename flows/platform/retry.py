@@ -15,6 +15,7 @@ from prefect.exceptions import ObjectNotFound
 from flows.experiments import FOLDER, known_files
 from flows.form import Changes, chosen, completed
 from flows.net import PROVISION, without_password
+from flows.platform.ownership import running_elsewhere
 from flows.platform.password import SETTING
 from flows.run_names import command_line_tags
 from vectorclm.config import assignments
@@ -99,7 +100,8 @@ def _explained(client: SyncPrefectClient) -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         url = without_password(str(client.api_url))
-        raise VectorCLMError(f"no platform answers at {url}: {PROVISION}") from error
+        todo = "; ".join(running_elsewhere(None)) or PROVISION
+        raise VectorCLMError(f"no platform answers at {url}: {todo}") from error
     except httpx.HTTPStatusError as error:
         if error.response.status_code == httpx.codes.UNAUTHORIZED:
             raise ConfigError(

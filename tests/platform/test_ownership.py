@@ -207,6 +207,8 @@ def test_a_command_in_the_wrong_place_names_the_platform_that_runs(
         assert done.returncode == code and "`vectorclm up` starts" not in done.stdout
         told = f"a platform runs in {left.home}: write the command as `vectorclm COMMAND {options}`"
         assert told in done.stdout and service.process() is not None
+    lost = vectorclm("retry", "any", "--store", tmp_path / "elsewhere", "--prefect-port", free_port())
+    assert lost.returncode == 2 and told in lost.stderr and "run `vectorclm up`" not in lost.stderr
     assert not (tmp_path / "elsewhere").exists()
     found = vectorclm("doctor", *shlex.split(options))
     assert f"the platform of {left.home} was started with other settings" in found.stdout  # it looks at this one
