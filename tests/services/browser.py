@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -55,13 +56,22 @@ def click(window: WebDriver, tag: str, text: str) -> None:
 
 
 def fill(window: WebDriver, section: str, label: str, value: str) -> None:
-    """Write into the field `label` of the form's section."""
+    """Write into the field `label` of the form's section, instead of what is there."""
     named = "//span[contains(@class, 'schema-form-property__label') and normalize-space(.)='{}']"
     place = f"{named.format(section)}/following::{named.format(label)[2:]}[1]/following::input[1]"
-    field = until(lambda: window.find_elements(By.XPATH, place), f"{section} {label}", 60)[0]
-    window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
-    field.clear()
-    field.send_keys(value)
+
+    def written() -> bool:
+        """The page may draw the form anew while its data arrive: then the field is found and written again."""
+        try:
+            (field, *_) = window.find_elements(By.XPATH, place)
+            window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
+            field.send_keys(Keys.CONTROL, "a")
+            field.send_keys(value)
+        except (ValueError, WebDriverException):
+            return False
+        return field.get_attribute("value") == value
+
+    until(written, f"{section} {label}", 60)
 
 
 def log_in(window: WebDriver, platform: Platform) -> None:
