@@ -67,9 +67,9 @@ def fill(window: WebDriver, section: str, label: str, value: str) -> None:
             window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
             field.send_keys(Keys.CONTROL, "a")
             field.send_keys(value)
+            return field.get_attribute("value") == value
         except (ValueError, WebDriverException):
             return False
-        return field.get_attribute("value") == value
 
     until(written, f"{section} {label}", 60)
 
