@@ -11,8 +11,11 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Running
+
+from flows.terminal import flush_logs
 
 ANSWER_SECONDS = 2  # timeout of a request, as the machine may soon be taken away
 LOOK_SECONDS = 5  # well below the delay before a crashed run starts again
@@ -30,11 +33,17 @@ def watched() -> Iterator[None]:
     if flow_run.id is None:
         yield
         return
-    ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(UUID(flow_run.id), os.getppid(), ended), daemon=True, name="watch")
+    ended, cancelled = threading.Event(), threading.Event()
+    known = (UUID(flow_run.id), os.getppid(), ended, cancelled)
+    thread = threading.Thread(target=_watch, args=known, daemon=True, name="watch")
     thread.start()
     try:
         yield
+    except TerminationSignal:
+        if cancelled.is_set():
+            flush_logs()
+            os._exit(128 + signal.SIGTERM)  # Prefect would report a crash after this, and the run would start again
+        raise
     finally:
         ended.set()
         thread.join(LOOK_SECONDS)  # so that no state is set after the final one
@@ -50,25 +59,29 @@ def is_cancelled() -> bool:
     return False
 
 
-def _watch(run_id: UUID, worker: int, ended: threading.Event) -> None:
+def _watch(run_id: UUID, worker: int, ended: threading.Event, cancelled: threading.Event) -> None:
     while not ended.wait(LOOK_SECONDS):
         try:
             with get_client(sync_client=True) as client:  # kept: creating one costs more than a request
-                _look(client, run_id, os.getppid() != worker, ended)
-                while not ended.wait(LOOK_SECONDS):
-                    _look(client, run_id, os.getppid() != worker, ended)
+                while not ended.is_set():
+                    if _look(client, run_id, os.getppid() != worker, ended):
+                        cancelled.set()
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    ended.wait(LOOK_SECONDS)
         except Exception as error:  # of any kind: the server is away
             logger.debug("the state of run %s was not read: %s", run_id, error)
 
 
-def _look(client: SyncPrefectClient, run_id: UUID, orphaned: bool, ended: threading.Event) -> None:
+def _look(client: SyncPrefectClient, run_id: UUID, orphaned: bool, ended: threading.Event) -> bool:
+    """Correct the state of the run; True if it has to end, because it is cancelled and no worker ends it."""
     state = client.read_flow_run(run_id).state
     if state is None or ended.is_set():
-        return
+        return False
     if state.is_crashed():
         alive: State[Any] = Running(message="its process is alive: only its heartbeats were lost")
         client.set_flow_run_state(run_id, alive, force=True)
     elif state.is_cancelling() and orphaned:
         gone: State[Any] = Cancelled(message="cancelled by its own process, because its worker is gone")
         client.set_flow_run_state(run_id, gone, force=True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+    return False

@@ -320,9 +320,11 @@ def test_the_doctor_starts_a_dead_worker_and_mends_what_was_removed(platform: Pl
     assert torch_processes(platform)
     platform.client.set_flow_run_state(run_id, Crashed(message="as the automation does it"), force=True)
     until(lambda: platform.run(run_id).state_name == "Running", "it was only not heard, and puts itself right")
+    pid = int(str(platform.run(run_id).infrastructure_pid).rpartition(":")[2])
     platform.client.set_flow_run_state(run_id, Cancelling())
     assert platform.ended(run_id) == "Cancelled"
-    until(lambda: not torch_processes(platform), "no process is left", 30)
+    until(lambda: not torch_processes(platform) and not psutil.pid_exists(pid), "no process is left", 30)
+    assert platform.run(run_id).state_name == "Cancelled"  # its process reported no crash when it ended
 
 
 def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(platform: Platform) -> None:
