@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from prefect.client.schemas.objects import FlowRun
@@ -329,14 +330,15 @@ def test_the_doctor_starts_a_dead_worker_and_mends_what_was_removed(platform: Pl
 
 def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(platform: Platform) -> None:
     """It is noticed while the server lives, closed in MLflow, and starts again after the next `up`, from its step."""
-    run_id = platform.start(changes=LONG, runtime={"threads": 1, "checkpoint_interval": 4})
     store = Store(platform.config.vectorclm_store)
 
-    def saved() -> bool:
-        kept = [step for one in store.list("checkpoints") for step in store.list(f"checkpoints/{one}")]
-        return bool(torch_processes(platform)) and bool(kept)
+    def kept() -> set[str]:
+        return {f"{one}/{step}" for one in store.list("checkpoints") for step in store.list(f"checkpoints/{one}")}
 
-    until(saved, "the training has a checkpoint")
+    before = kept()
+    run_id = platform.start(changes=LONG, runtime={"threads": 1, "checkpoint_interval": 4})
+    until(lambda: torch_processes(platform) and kept() - before, "the training has a new checkpoint")
+    until(lambda: mlflow_status(platform, run_id) == {"RUNNING"}, "MLflow has its runs")
     killer = Killer(platform.config, lambda: None, platform.client)
     killer._gone(killer._kill("worker and flow", run_id))
     until(lambda: platform.run(run_id).state_name == "Crashed", "its end is noticed", 15)
