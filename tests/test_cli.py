@@ -223,6 +223,6 @@ def test_a_retry_prints_the_page_of_the_new_run(
     options = ["--store", tmp_path, "--prefect-port", port]
     assert vectorclm("retry", before, "--from", "export", "--set", "finetune.epochs=2.0", *options) == 0, vectorclm.err
     page, _, run_id = vectorclm.out.strip().rpartition("/")
-    assert page == f"http://127.0.0.1:{port}/runs/flow-run"
+    assert page.endswith(f" runs again as a new run: http://127.0.0.1:{port}/runs/flow-run") and str(before) in page
     parameters = prefect_client.read_flow_run(run_id).parameters  # type: ignore[arg-type]
     assert parameters["again_from"] == "export" and parameters["settings"] == {"finetune.epochs": 2.0}
