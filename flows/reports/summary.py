@@ -78,8 +78,8 @@ class Summary:
         """The results as Markdown for the Prefect UI: scores, held-out text, answers, model folders."""
         heads, rules = " | ".join(self.titles.values()), "---:|" * len(self.titles)
         tasks, lines = self.scores["base"]["tasks"], list[str]()
+        baselines = _baselines(tasks)
         if tasks:
-            baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
             lines.append(f"| questions | {' | '.join(baselines)} | {heads} |")
             lines.append(f"|---|{'---:|' * len(baselines)}{rules}")
         for label, task in tasks.items():
@@ -177,7 +177,7 @@ class Summary:
     def _tasks(self, width: int) -> RenderableType:
         """The scores of multiple choice beside a blind guess and, where it was measured, beside counting words."""
         tasks, narrow = self.scores["base"]["tasks"], width < WIDE
-        baselines = [name for name in BASELINES if any(name in task for task in tasks.values())]
+        baselines = _baselines(tasks)
         shown = table("questions", *(f"{name} >" for name in (*baselines, *self.titles.values())))
         if narrow:
             shown.box, shown.padding = None, (0, 1, 0, 0)
@@ -229,6 +229,11 @@ class Summary:
             ("artifacts", self.store.uri),
             *((TITLES[kind], place) for kind, place in self.models.items()),
         ]
+
+
+def _baselines(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The accuracies without a model that these benchmarks have."""
+    return [name for name in BASELINES if any(name in task for task in tasks.values())]
 
 
 def _margin(change: Change) -> str:

@@ -120,7 +120,7 @@ def test_what_cannot_work_is_one_sentence(here: Path, capsys: pytest.CaptureFixt
     (here / "empty").mkdir()
     (here / "stories.toml").write_text("")
     (here / "three.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
-    for arguments, told in (
+    for arguments, message in (
         (["--text", "little.txt"], "the text has 0 kB in 1 distinct documents: a model needs 200 kB at least"),
         (["--text", "one.jsonl"], "has 1 documents, and training and validation need different ones"),
         (["--text", "gone.txt"], f"there is nothing at {here}/gone.txt"),
@@ -133,7 +133,7 @@ def test_what_cannot_work_is_one_sentence(here: Path, capsys: pytest.CaptureFixt
     ):
         assert main(["init", *arguments]) == 2
         said = capsys.readouterr().err
-        assert told in said and said.count("error:") == 1, said
+        assert message in said and said.count("error:") == 1, said
     assert sorted(path.name for path in here.glob("*.toml")) == ["stories.toml"]
 
 

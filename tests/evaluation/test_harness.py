@@ -274,15 +274,17 @@ def test_without_a_sandbox_a_task_is_not_run_and_the_others_are(
         return json.loads(done.out), done.err
 
     with no_sandbox(tmp_path, monkeypatch):
-        found, told = measured()
-        assert "code not run: it runs programs that the model writes, and there is no sandbox here: bubblewrap" in told
+        found, printed = measured()
+        assert (
+            "code not run: it runs programs that the model writes, and there is no sandbox here: bubblewrap" in printed
+        )
         assert list(found["not_run"]) == ["code"] == found["scores"]["not_run"]
         assert set(found["scores"]["tasks"]) == {"lambada"} and "wiki" in found["scores"]["text"]
         assert main(["evaluate", str(folder), *options]) == 0
         assert "acc.code                 not run\n" in capsys.readouterr().out
-        risked, told = measured("--allow-unsandboxed")
-        assert "not run" not in told and "not_run" not in risked and risked["scores"]["tasks"]["code"]["acc"] == 0
-    again, told = measured()  # with a sandbox, the same question finds what was measured, not what was left out
+        risked, printed = measured("--allow-unsandboxed")
+        assert "not run" not in printed and "not_run" not in risked and risked["scores"]["tasks"]["code"]["acc"] == 0
+    again, printed = measured()  # with a sandbox, the same question finds what was measured, not what was left out
     assert again["scores"]["tasks"]["code"]["items"] == 1 and "not_run" not in again["scores"]
     assert again["uri"] == risked["uri"] != found["uri"]
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
 from vectorclm.shards.blocks import Column, Shard
 from vectorclm.shards.writer import Windows
-from vectorclm.store.durable import temporary_beside
+from vectorclm.store.durable import temporary_file
 from vectorclm.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -153,15 +153,13 @@ class RemoteBlockReader:
             shard.check(column, block, data)
             return data
         data = self._fetch(opened, shard, column, block)
-        part = temporary_beside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data)
-            part.replace(path)
+            with temporary_file(path) as part:
+                part.write_bytes(data)
+                part.replace(path)
         except OSError as error:  # a full disk must not stop a training
             self.cache = None
-            with suppress(OSError):
-                part.unlink()
             logger.warning("blocks are no longer kept in %s: %s", cache, error)
         return data
 

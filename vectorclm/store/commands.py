@@ -113,10 +113,10 @@ def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) ->
             print(json.dumps({**item.as_json(), "removed": gone}), flush=True)
         state = "removed" if gone else "in use meanwhile, kept" if delete else "can go"
         shown.add_row(escape(item.what), _size(item.bytes), escape(item.why), state)
-    if found and not as_json:
-        print_table(shown)
     if as_json:
         return
+    if found:
+        print_table(shown)
     if delete:
         print(f"{_size(removed)} freed")
     else:
