@@ -6,9 +6,9 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate
@@ -17,6 +17,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from flows.experiments import clashes, known_files, load_known
 from flows.form import form, parameters
 from flows.paths import local_folder
+from flows.platform.deployment_file import definition, fields_of, put
 from flows.reports.plan import plan_of
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import StoreError, VectorCLMError
@@ -25,48 +26,51 @@ from vectorclm.store.artifact import Store, default_store
 
 ALONE = tuple(stage.name for stage in TABLE if stage.own_process)  # stages with a form of their own
 BEFORE = ("curriculum", "curriculum")  # the one deployment of older versions
-TEMPLATES = {"curriculum": "curriculum/tiny", "stage": "stage/finetune"}  # deployments with the schema of their flow
+FLOWS = ("curriculum", "stage")
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A deployment as it should be."""
-
-    flow: str
-    name: str
-    pool: str
-    description: str
-    parameters: dict[str, Any]
-    schema: dict[str, Any]
 
 
 def fill_forms(client: SyncPrefectClient, report: Report) -> list[str]:
     """Create, fill and remove the deployments of the experiments; returns a line for each file that is not offered."""
     problems = list(clashes())
-    templates = {flow: client.read_deployment_by_name(name) for flow, name in TEMPLATES.items()}
-    flows = {found.flow_id: flow for flow, found in templates.items()}
+    common = {flow: _common(client, flow) for flow in FLOWS}
+    flows = {flow_id: flow for flow, (flow_id, _) in common.items()}
     there = {(flows[found.flow_id], found.name): found for found in client.read_deployments() if found.flow_id in flows}
     kept = set[tuple[str, str]]()
     for name in known_files():
         try:
             experiment, path = load_known(name)
-            every = list(_wanted(experiment, path, templates))
+            every = list(_wanted(experiment, path, {flow: fields for flow, (_, fields) in common.items()}))
         except VectorCLMError as error:
             problems.append(str(error))
             continue
-        for wanted in every:
-            key = wanted.flow, wanted.name
-            kept.add(key)
-            _put(client, wanted, templates[wanted.flow], there.get(key))
-            if key not in there:
-                report(f"deployment {'/'.join(key)} created")
+        for flow, deployment, fields in every:
+            kept.add((flow, deployment))
+            put(client, common[flow][0], deployment, fields, there.get((flow, deployment)))
+            if (flow, deployment) not in there:
+                report(f"deployment {flow}/{deployment} created")
     for key, found in there.items():
         if key not in kept and (_is_filled(found) or key == BEFORE):
-            client.delete_deployment(found.id)
-            report(f"deployment {'/'.join(key)} removed: no experiment has its name")
+            problems += _remove(client, "/".join(key), found, report)
     return problems
+
+
+def _common(client: SyncPrefectClient, flow: str) -> tuple[UUID, dict[str, Any]]:
+    """The flow on the server, and what all its deployments have in common."""
+    return fields_of(client, {"work_pool": {"name": "gpu"}, **definition(flow)})
+
+
+def _remove(client: SyncPrefectClient, name: str, found: DeploymentResponse, report: Report) -> list[str]:
+    """Remove the deployment of an experiment that is gone; one that a person scheduled stays, which a line says."""
+    if any(schedule.active for schedule in found.schedules):
+        return [
+            f"the deployment {name} has a schedule, but no experiment has its name: set the schedule on another "
+            "deployment, and delete this one"
+        ]
+    client.delete_deployment(found.id)
+    report(f"deployment {name} removed: no experiment has its name")
+    return []
 
 
 def describe(experiment: ExperimentConfig, path: Path) -> str:
@@ -92,51 +96,29 @@ def _about(path: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else f"The experiment {path.stem}."
 
 
-def _wanted(experiment: ExperimentConfig, path: Path, templates: Mapping[str, DeploymentResponse]) -> Iterator[_Wanted]:
-    schema = form(templates["curriculum"].parameter_openapi_schema or {}, experiment)
+def _wanted(
+    experiment: ExperimentConfig, path: Path, common: Mapping[str, dict[str, Any]]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The flow, the name and the fields of each deployment of an experiment."""
+    shape = form(common["curriculum"]["parameter_openapi_schema"], experiment)
+    usual = parameters(shape, experiment)
     about = describe(experiment, path)
-    yield _Wanted("curriculum", experiment.name, "cpu", about, parameters(schema, experiment), schema)
+    own = {"description": about, "parameters": usual, "parameter_openapi_schema": shape}
+    yield "curriculum", experiment.name, {**common["curriculum"], **own}
     for stage in (name for name in ALONE if BY_NAME[name].is_in(experiment)):
-        schema = form(templates["stage"].parameter_openapi_schema or {}, experiment, stage)
+        shape = form(common["stage"]["parameter_openapi_schema"], experiment, stage)
+        usual = parameters(shape, experiment, stage)
         about = (
             f"The stage {stage} of {experiment.name} alone: {BY_NAME[stage].about}. The stages before it are reused."
         )
-        yield _Wanted(
-            "stage", f"{experiment.name}-{stage}", "gpu", about, parameters(schema, experiment, stage), schema
-        )
+        own = {"description": about, "parameters": usual, "parameter_openapi_schema": shape}
+        yield "stage", f"{experiment.name}-{stage}", {**common["stage"], **own}
 
 
 def _is_filled(deployment: DeploymentResponse) -> bool:
     """Whether this module filled the form: it offers one experiment alone."""
     properties: Mapping[str, Any] = (deployment.parameter_openapi_schema or {}).get("properties", {})
     return "enum" in properties.get("experiment", {})
-
-
-def _put(
-    client: SyncPrefectClient, wanted: _Wanted, template: DeploymentResponse, found: DeploymentResponse | None
-) -> None:
-    filled: dict[str, Any] = {
-        "parameters": wanted.parameters,
-        "parameter_openapi_schema": wanted.schema,
-        "description": wanted.description,
-        "tags": ["vectorclm"],
-    }
-    if found is not None and all(getattr(found, name) == value for name, value in filled.items()):
-        return
-    if found is not None:
-        client.update_deployment(found.id, DeploymentUpdate(**filled))
-        return
-    client.create_deployment(
-        template.flow_id,
-        wanted.name,
-        entrypoint=template.entrypoint,
-        path=template.path,
-        pull_steps=template.pull_steps,
-        work_pool_name=wanted.pool,
-        work_queue_name=template.work_queue_name if wanted.flow == "curriculum" else None,
-        enforce_parameter_schema=True,
-        **filled,
-    )
 
 
 def main() -> int:

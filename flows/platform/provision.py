@@ -4,36 +4,25 @@ Provisioning is idempotent: what is correct stays untouched.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType
-from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.actions import CallWebhook, ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
-from flows.execution.placement import deployment_of
-from flows.experiments import OWN
 from flows.handle import CURRICULA, FELL, MAX_RESCUES, RESCUED
-from flows.net import HEARTBEAT_SECONDS, QUIET
+from flows.net import HEARTBEAT_SECONDS
 from flows.platform.config import POOLS
+from flows.platform.deployment_file import entries, fields_of, put
 from flows.platform.experiment_forms import fill_forms
-from vectorclm.errors import VectorCLMError
-from vectorclm.stages import TABLE
 
 POOL_FILE = Path(__file__).parent / "pools" / "process.json"
-PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
 ZOMBIE_SECONDS = 5 * HEARTBEAT_SECONDS  # longer than a short absence of the server
 CANCEL_SECONDS = 120  # longer than a worker waits for a run to end
 RESCUE_SECONDS = 20  # a worker reports a crash twice, seconds apart, and the second would undo an earlier rescue
@@ -46,15 +35,11 @@ NO_BLOCK = "none"
 Report = Callable[[str], None]
 
 
-class ProvisionError(VectorCLMError):
-    """Prefect rejected a part of the provisioning."""
-
-
 def provision(client: SyncPrefectClient, report: Report, notify: str) -> str | None:
     """Create what is missing and repair what differs; `report` is called with a line for each change.
 
     `notify` is the block that is notified when a score falls, as `type/name`, or `none`. Returns a message if the block
-    is missing or unsuitable, as at the first start, or if an experiment's file is not offered. Raises ProvisionError.
+    is missing or unsuitable, as at the first start, or if an experiment's file is not offered. Raises DeploymentError.
     """
     for pool in POOLS:
         _pool(client, pool, report)
@@ -246,48 +231,15 @@ def _essence(automation: AutomationCore) -> object:
     return automation.model_dump(include={"enabled", "trigger", "actions"})
 
 
-def prefect_file() -> dict[str, Any]:
-    """The content of `prefect.yaml`, with a deployment for each experiment of the package and for each stage.
-
-    The pool `gpu` runs the stages that run torch, `cpu` the rest.
-    """
-    content: dict[str, Any] = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
-    templates = content.pop("definitions")
-    for name in OWN:
-        content["deployments"].append({**templates["curriculum"], "name": name, "parameters": {"experiment": name}})
-    for stage in TABLE:
-        pool = {"name": "gpu" if stage.own_process else "cpu"}
-        named = {"name": deployment_of(stage.name), "parameters": {"stage": stage.name}, "work_pool": pool}
-        content["deployments"].append({**templates["stage"], **named})
-    return content
-
-
 def _deploy(client: SyncPrefectClient, report: Report) -> None:
-    """Deploy `prefect.yaml` and all stages by Prefect's own command. Raises ProvisionError with the end of its output.
-
-    A schedule that was switched on or off in the UI keeps its state.
-    """
-    before = {deployment.id: _switches(deployment) for deployment in client.read_deployments()}
-    with TemporaryDirectory() as folder:
-        file = Path(folder, PREFECT_FILE.name)
-        file.write_text(json.dumps(prefect_file()), encoding="utf-8")  # JSON is YAML
-        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
-        environment = {**os.environ, **QUIET}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        words = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise ProvisionError(f"Prefect rejected the deployments of {PREFECT_FILE}:\n{words}")
-    deployments = client.read_deployments()
-    for deployment in deployments:
-        for schedule in deployment.schedules:
-            switch = before.get(deployment.id, {}).get(schedule.slug)
-            if switch is not None and switch != schedule.active:
-                client.update_deployment_schedule(deployment.id, schedule.id, active=switch)
-    created = [deployment for deployment in deployments if deployment.id not in before]
+    """Create or update the deployments of `prefect.yaml` and of all stages. Raises DeploymentError."""
+    there = {(found.flow_id, found.name): found for found in client.read_deployments()}
+    created = list[str]()
+    for entry in entries():
+        flow_id, fields = fields_of(client, entry)
+        found = there.get((flow_id, entry["name"]))
+        put(client, flow_id, entry["name"], fields, found, entry.get("schedules", []))
+        if found is None:
+            created.append(entry["name"])
     if created:
-        report(f"{len(created)} deployments created: {', '.join(sorted(deployment.name for deployment in created))}")
-
-
-def _switches(deployment: DeploymentResponse) -> dict[str | None, bool]:
-    """The state of each schedule of a deployment: on or off."""
-    return {schedule.slug: schedule.active for schedule in deployment.schedules}
+        report(f"{len(created)} deployments created: {', '.join(sorted(created))}")

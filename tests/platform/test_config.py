@@ -12,16 +12,10 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from flows.deployments import curriculum_run, stage_run
-from flows.execution.placement import deployment_of
-from flows.experiments import OWN as OF_THE_PACKAGE
-from flows.handle import CURRICULA
 from flows.net import HEARTBEAT_SECONDS
 from flows.platform.config import PlatformConfig, read_platform
-from flows.platform.provision import prefect_file
 from vectorclm.errors import ConfigError
 from vectorclm.settings import validate
-from vectorclm.stages import TABLE
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "docker" / "platform.env.example"
@@ -221,22 +215,3 @@ def test_pools_take_secrets_from_blocks_only(kind: str) -> None:
         assert default == f"{{{{ prefect.blocks.secret.{name.replace('_', '-')} }}}}"
     assert secrets < placeholders(pool["job_configuration"]["env"])
     assert pool["job_configuration"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == str(HEARTBEAT_SECONDS)
-
-
-def test_every_stage_of_the_table_has_its_deployment_in_the_pool_of_its_kind() -> None:
-    deployments = prefect_file()["deployments"]
-    found = [item for item in deployments if item["entrypoint"] == f"flows.deployments.{stage_run.fn.__name__}"]
-    assert [
-        (item["name"], item["parameters"], item["work_pool"]["name"], item["enforce_parameter_schema"])
-        for item in found
-    ] == [(deployment_of(row.name), {"stage": row.name}, "gpu" if row.own_process else "cpu", True) for row in TABLE]
-    assert (
-        len({item["name"] for item in deployments}) == len(deployments) == len(TABLE) + len(OF_THE_PACKAGE) + 1
-    )  # evaluate
-    curricula = [
-        item for item in deployments if item["entrypoint"] == f"flows.deployments.{curriculum_run.fn.__name__}"
-    ]
-    named = [(item["name"], item["parameters"]) for item in curricula]
-    assert named == [(name, {"experiment": name}) for name in OF_THE_PACKAGE]
-    for item in curricula:
-        assert item["work_pool"] == {"name": "cpu", "work_queue_name": CURRICULA} and item["enforce_parameter_schema"]

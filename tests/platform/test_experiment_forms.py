@@ -2,17 +2,18 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
-from prefect.utilities.callables import parameter_schema
 
-from flows.deployments import curriculum_run, stage_run
 from flows.experiments import FOLDER
+from flows.handle import CURRICULA
 from flows.platform.experiment_forms import ALONE, fill_forms, refresh_description
 from tests.services.curricula import Recorded
 from vectorclm.config import EXPERIMENTS
@@ -20,20 +21,12 @@ from vectorclm.store.layout import STAGES
 
 
 @pytest.fixture(autouse=True)
-def templates(prefect_client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deployments with the schema of their flow, as `vectorclm up` creates them; a folder of experiments."""
+def pools(prefect_client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pools of the platform, and a folder of experiments."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setenv("VECTORCLM_STORE", str(tmp_path / "empty"))
     for pool in ("cpu", "gpu"):
         prefect_client.create_work_pool(WorkPoolCreate(name=pool, type="process"), overwrite=True)
-    for flow, name, pool in ((curriculum_run, "tiny", "cpu"), (stage_run, "finetune", "gpu")):
-        prefect_client.create_deployment(
-            prefect_client.create_flow_from_name(flow.name),
-            name,
-            entrypoint=f"flows.deployments.{flow.fn.__name__}",
-            parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
-            work_pool_name=pool,
-        )
 
 
 def filled(client: SyncPrefectClient) -> tuple[list[str], list[str]]:
@@ -61,7 +54,8 @@ def test_each_experiment_has_a_form_and_its_stages_have_theirs(
     assert {f"deployment stage/own-{stage} created" for stage in ALONE} <= set(lines)
     own = prefect_client.read_deployment_by_name("curriculum/own")
     assert own.parameters["changes"]["finetune"]["epochs"] == 1.2 and own.enforce_parameter_schema
-    assert own.entrypoint == "flows.deployments.curriculum_run" and own.work_pool_name == "cpu"
+    assert own.entrypoint == "flows.deployments.curriculum_run"
+    assert (own.work_pool_name, own.work_queue_name) == ("cpu", CURRICULA)
     schema: Any = own.parameter_openapi_schema
     assert schema["properties"]["experiment"]["enum"] == ["own"] and own.parameters["experiment"] == "own"
     assert "| pretrain | **built** |" in str(own.description)
@@ -107,6 +101,27 @@ def test_the_form_of_an_older_version_and_what_a_person_made_are_told_apart(pref
     _, lines = filled(prefect_client)
     assert "deployment curriculum/curriculum removed: no experiment has its name" in lines
     assert prefect_client.read_deployment_by_name("curriculum/by-a-person") is not None
+
+
+def test_a_schedule_of_a_form_stays_with_its_form_and_is_named_where_its_experiment_is_gone(
+    prefect_client: SyncPrefectClient, tmp_path: Path
+) -> None:
+    write(tmp_path, "mine")
+    filled(prefect_client)
+    mine = prefect_client.read_deployment_by_name("curriculum/mine")
+    hourly = IntervalSchedule(interval=timedelta(hours=1))
+    prefect_client.create_deployment_schedules(mine.id, [(hourly, True)])
+    write(tmp_path, "mine", **{"epochs = 1.2": "epochs = 0.5"})
+    assert filled(prefect_client) == ([], [])
+    again = prefect_client.read_deployment_by_name("curriculum/mine")
+    assert again.parameters["changes"]["finetune"]["epochs"] == 0.5 and len(again.schedules) == 1
+
+    (tmp_path / "mine.toml").unlink()
+    (problem,), lines = filled(prefect_client)
+    assert "the deployment curriculum/mine has a schedule, but no experiment has its name" in problem
+    assert "deployment stage/mine-finetune removed: no experiment has its name" in lines
+    prefect_client.delete_deployment_schedule(mine.id, again.schedules[0].id)
+    assert filled(prefect_client) == ([], ["deployment curriculum/mine removed: no experiment has its name"])
 
 
 def test_the_description_is_renewed_after_a_run(prefect_client: SyncPrefectClient) -> None:

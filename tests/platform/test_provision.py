@@ -25,6 +25,7 @@ from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import State
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
@@ -35,7 +36,8 @@ from flows.execution.launch import StageFailedError
 from flows.form import Changes, chosen
 from flows.handle import FELL, MAX_RESCUES
 from flows.platform import provision
-from flows.platform.provision import FALLEN_SCORE, PREFECT_FILE, _notification
+from flows.platform.deployment_file import PREFECT_FILE
+from flows.platform.provision import FALLEN_SCORE, _notification
 from flows.tracking.registry import EVALUATIONS
 from tests.conftest import chromium
 from tests.services.browser import says
@@ -79,7 +81,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         yield made
 
 
-def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: Platform, inbox: Inbox) -> None:
+def test_schedules_are_as_in_the_file_and_what_the_ui_switched_or_added_stays(platform: Platform, inbox: Inbox) -> None:
     file = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
     (wanted,) = (item["schedules"] for item in file["deployments"] if item["name"] == "evaluate")
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
@@ -91,6 +93,7 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: P
         assert (schedule.active, schedule.parameters) == (item["active"], item["parameters"])
 
     platform.client.update_deployment_schedule(deployment.id, found["weekly-base"].id, active=True)
+    platform.client.create_deployment_schedules(deployment.id, [(yearly := CronSchedule(cron="0 0 1 1 *"), True)])
     nobody = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
     assert nobody.returncode == 1 and "Prefect has no block webhook/team" in nobody.stdout
     with platform.addressed():
@@ -99,7 +102,10 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_stays(platform: P
     assert done.returncode == 0 and f"automation created: {FALLEN_SCORE}" in done.stdout
     assert "the block webhook/team is notified when a score falls" in done.stdout
     again = platform.client.read_deployment_by_name("evaluate/evaluate").schedules
-    assert {schedule.slug: schedule.active for schedule in again} == {"nightly-chat": False, "weekly-base": True}
+    active = {schedule.slug: schedule.active for schedule in again}
+    assert active == {"nightly-chat": False, "weekly-base": True, None: True}
+    (added,) = (schedule.id for schedule in again if schedule.schedule == yearly)
+    platform.client.delete_deployment_schedule(deployment.id, added)
 
 
 @pytest.mark.parametrize(

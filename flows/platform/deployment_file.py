@@ -1,0 +1,102 @@
+"""The deployments of `prefect.yaml`: what each consists of by the file and by its flow, created or updated on a server.
+
+Prefect's own `deploy` creates each anew, which deletes the schedules that a person set in the UI, and imports all of
+Prefect in a process of its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import yaml
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.utilities.callables import parameter_schema
+
+from flows.execution.placement import deployment_of
+from vectorclm.errors import VectorCLMError
+from vectorclm.stages import TABLE
+
+PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
+
+
+class DeploymentError(VectorCLMError):
+    """Prefect rejected a deployment."""
+
+
+def definition(name: str) -> dict[str, Any]:
+    """What all deployments of a flow have in common: `curriculum` or `stage`."""
+    found: dict[str, Any] = _content()["definitions"][name]
+    return found
+
+
+def entries() -> list[dict[str, Any]]:
+    """The deployments of the file, and one for each stage: those of experiments are made from their files.
+
+    The pool `gpu` runs the stages that run torch, `cpu` the rest.
+    """
+    found: list[dict[str, Any]] = _content()["deployments"]
+    for stage in TABLE:
+        pool = {"name": "gpu" if stage.own_process else "cpu"}
+        named = {"name": deployment_of(stage.name), "parameters": {"stage": stage.name}, "work_pool": pool}
+        found.append({**definition("stage"), **named})
+    return found
+
+
+def fields_of(client: SyncPrefectClient, entry: Mapping[str, Any]) -> tuple[UUID, dict[str, Any]]:
+    """The flow of an entry on the server, and the fields of its deployment but for its name and schedules."""
+    flow: Flow[..., Any] = load_flow_from_entrypoint(entry["entrypoint"])
+    return client.create_flow_from_name(flow.name), {
+        "version": flow.version,
+        "parameters": entry.get("parameters", {}),
+        "description": flow.description,
+        "work_pool_name": entry["work_pool"]["name"],
+        "work_queue_name": entry["work_pool"].get("work_queue_name", "default"),
+        "tags": entry["tags"],
+        "entrypoint": entry["entrypoint"],
+        "path": None,
+        "pull_steps": [],
+        "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
+        "enforce_parameter_schema": entry["enforce_parameter_schema"],
+    }
+
+
+def put(
+    client: SyncPrefectClient,
+    flow_id: UUID,
+    name: str,
+    fields: dict[str, Any],
+    found: DeploymentResponse | None,
+    schedules: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Create a deployment with its schedules, or update what differs of the one that is there, but not its schedules.
+
+    From then on the schedules are the user's. Raises DeploymentError with Prefect's reason.
+    """
+    try:
+        if found is None:
+            made = [_schedule(schedule) for schedule in schedules]
+            client.create_deployment(flow_id, name, schedules=made, **fields)
+        elif any(getattr(found, field) != value for field, value in fields.items()):
+            client.update_deployment(found.id, DeploymentUpdate(**fields))
+    except PrefectHTTPStatusError as error:
+        raise DeploymentError(
+            f"Prefect rejected the deployment {name} of {fields['entrypoint']}: {error.response.text}"
+        ) from error
+
+
+def _schedule(wanted: Mapping[str, Any]) -> DeploymentScheduleCreate:
+    when = CronSchedule(cron=wanted["cron"], timezone=wanted["timezone"])
+    return DeploymentScheduleCreate(
+        slug=wanted["slug"], schedule=when, active=wanted["active"], parameters=wanted["parameters"]
+    )
+
+
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
+    return content
