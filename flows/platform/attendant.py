@@ -1,5 +1,7 @@
 """The attendant of the runs, a thread beside Prefect's server: names new runs, says for whom one waits, finds the dead.
 
+It also looks for what the operator must know of (see `flows.platform.incidents`).
+
 Every action can be repeated, and a lost server or a run that changes meanwhile does no harm: the next look decides.
 """
 
@@ -21,8 +23,11 @@ from prefect.states import Cancelled, Crashed, Scheduled
 from flows.execution.labels import TAGGED, is_dead, label
 from flows.experiments import known_files
 from flows.handle import CURRICULA, RESCUED
+from flows.paths import local_folder
 from flows.platform.config import POOLS
+from flows.platform.incidents import Incidents
 from flows.platform.mlflow_runs import close_runs
+from vectorclm.store.artifact import Store
 
 LOOK_SECONDS = 2.0
 DEAD_LOOKS = 2  # a run is dead if this many looks find no process: its worker, if there is one, reports it first
@@ -143,18 +148,19 @@ def _stamps() -> Mapping[str, tuple[str, int, int]]:
     return found
 
 
-def attend(url: str, auth: str | None) -> threading.Event:
+def attend(url: str, auth: str | None, store: Store) -> threading.Event:
     """Attend the runs of the server at `url` in a thread, whatever goes wrong meanwhile, until the event is set."""
     ended = threading.Event()
 
     def work() -> None:
         with SyncPrefectClient(url, auth_string=auth) as client:
-            attendant = Attendant(client)
+            looks = (Attendant(client).look, Incidents(client, store, local_folder(store)).look)
             while not ended.wait(LOOK_SECONDS):
-                try:
-                    attendant.look()
-                except Exception as error:  # of any kind: the server is starting, or a run has changed meanwhile
-                    logger.debug("the runs were not looked at: %s", error)
+                for look in looks:
+                    try:
+                        look()
+                    except Exception as error:  # of any kind: the server is starting, or a run has changed meanwhile
+                        logger.debug("the platform was not looked at: %s", error)
 
     threading.Thread(target=work, daemon=True, name="attendant").start()
     return ended

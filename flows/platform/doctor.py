@@ -122,7 +122,7 @@ def _provision(config: PlatformConfig, report: Callable[[str], None]) -> str | N
     from flows.platform.provision import provision
 
     with get_client(sync_client=True) as client:
-        return provision(client, report, config.vectorclm_notify)
+        return provision(client, report, config)
 
 
 def _deployment_id(config: PlatformConfig) -> str:
@@ -293,10 +293,22 @@ def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
         yield Finding(True, change)
     yield Finding(True, f"password: {_password(config, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
-    notified = f"the block {config.vectorclm_notify} is notified when a score falls"
-    if config.vectorclm_notify == "none":
-        notified = "nobody is notified when a score falls: VECTORCLM_NOTIFY names no block"
-    yield Finding(problem is None, problem or notified)
+    yield _notified(config) if problem is None else Finding(False, problem)
+
+
+def _notified(config: PlatformConfig) -> Finding:
+    """Report who is notified, and whether the last message was sent."""
+    from prefect.client.orchestration import get_client
+
+    from flows.platform.notify import NOBODY, WHAT, shown, undelivered
+
+    if config.notify == NOBODY:
+        return Finding(True, f"nobody is notified of {WHAT}: VECTORCLM_NOTIFY names no receiver")
+    with get_client(sync_client=True) as client:
+        reason = undelivered(client)
+    if reason is not None:
+        return Finding(False, f"the last message to {shown(config)} was not sent ({reason}): check VECTORCLM_NOTIFY")
+    return Finding(True, f"{shown(config)} is notified of {WHAT}")
 
 
 def _schedules(config: PlatformConfig) -> Iterator[Finding]:
