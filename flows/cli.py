@@ -23,6 +23,7 @@ from rich.console import Console
 from flows.bench.cli import bench_app
 from flows.net import has_own_server
 from flows.paths import local_folder
+from flows.platform.options import PlatformOptions
 from flows.platform.prefect_server import PrivateServer, prefect_server
 from flows.reports import lineage_cli, report
 from flows.run_names import of_the_command_line
@@ -30,9 +31,6 @@ from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interr
 from flows.tracking import lookup
 from vectorclm.__main__ import ALONE, MODEL_COMMANDS
 from vectorclm.command_line import (
-    LOCAL_STORE,
-    STORE,
-    EnvFile,
     Json,
     Place,
     Setting,
@@ -73,25 +71,6 @@ app.register_install_completion_command()
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class PlatformOptions:
-    """The options that name a platform."""
-
-    # None, and not the default itself, which would override the file.
-    store: Annotated[str | None, STORE, Parameter(show_default=lambda _: LOCAL_STORE)] = None
-    env_file: EnvFile = None
-    prefect_port: Annotated[int | None, Parameter(help="Port of Prefect's server [default: 4200]")] = None
-    mlflow_port: Annotated[int | None, Parameter(help="Port of MLflow's server [default: 5000]")] = None
-
-    def config(self) -> Any:
-        """Read the platform's settings; options override the environment, which overrides the file."""
-        from flows.platform.config import read_platform
-
-        ports = {"prefect_port": self.prefect_port, "mlflow_port": self.mlflow_port}
-        return read_platform(self.env_file, vectorclm_store=self.store, **ports)
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
 class RunOptions:
     """How `vectorclm run` runs a curriculum and prints its results."""
 
@@ -123,21 +102,35 @@ def run_experiment(
 
 
 @app.command(help_epilogue="Example: vectorclm up --store ./store")
-def up(*, platform: PlatformOptions = PlatformOptions()) -> None:
+def up(
+    *,
+    platform: PlatformOptions = PlatformOptions(),
+    install: Annotated[bool, Parameter(help="Start it at each boot, too, by a systemd unit")] = False,
+) -> None:
     """Start the platform: Prefect server, MLflow, workers, deployments with run forms."""
+    from flows.platform import autostart
     from flows.platform import doctor as parts
 
     config, console = platform.config(), Console()
+    if install:
+        autostart.install(config, platform, console)
     with parts.alone(config, console, starts=True):
         parts.up(config, console)
 
 
 @app.command(help_epilogue="Example: vectorclm down")
-def down(*, platform: PlatformOptions = PlatformOptions()) -> None:
+def down(
+    *,
+    platform: PlatformOptions = PlatformOptions(),
+    uninstall: Annotated[bool, Parameter(help="Remove the systemd unit of `up --install`, too")] = False,
+) -> None:
     """Stop the platform; `vectorclm up` goes on from there."""
+    from flows.platform import autostart
     from flows.platform import doctor as parts
 
     config, console = platform.config(), Console()
+    if uninstall:
+        autostart.uninstall(config, console)
     with parts.alone(config, console, starts=False):
         parts.down(config, console)
 

@@ -14,10 +14,10 @@ CURRICULA = "curricula"  # the work queue of the pool cpu in which curricula wai
 FELL = "vectorclm.score.fell"
 RUN_FAILED = "vectorclm.run.failed"
 RUN_RECOVERED = "vectorclm.run.recovered"
-RUN_MISSED = "vectorclm.run.missed"  # a scheduled run that did not start
+MISSED = "vectorclm.run.missed"  # a scheduled run that no worker took
 DISK_FULL = "vectorclm.disk.full"
 DISK_RECOVERED = "vectorclm.disk.recovered"
-NOTIFIED = (FELL, RUN_FAILED, RUN_RECOVERED, RUN_MISSED, DISK_FULL, DISK_RECOVERED)
+NOTIFIED = (FELL, RUN_FAILED, RUN_RECOVERED, MISSED, DISK_FULL, DISK_RECOVERED)
 
 
 class Handle(TypedDict):
