@@ -1,7 +1,6 @@
 """The unit that starts the platform at boot, judged by systemd's own checker, and how it is installed."""
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from flows.platform.autostart import install, uninstall, unit, unit_file
 from flows.platform.config import PlatformConfig
 from flows.platform.options import PlatformOptions
 from tests.conftest import skip_or_fail
+from tests.services.platform import unit_command
 from vectorclm.errors import ConfigError
 
 
@@ -63,8 +63,7 @@ def test_the_unit_has_the_options_and_the_settings_of_the_environment(
     assert settings(text, "ExecStart") == [words.replace("VERB", "up")]
     assert settings(text, "ExecStop") == [words.replace("VERB", "down")]
     assert settings(text, "Environment") == ['"VECTORCLM_EXPERIMENTS=my experiments"']
-    (start,) = settings(unit(PlatformConfig(), PlatformOptions(store=str(folder))), "ExecStart")
-    words = [word.replace("$$", "$").replace("%%", "%") for word in shlex.split(start)]  # as systemd replaces them
+    words = unit_command(unit(PlatformConfig(), PlatformOptions(store=str(folder))), "ExecStart")
     assert words[-1] == f"--store={folder}"
     assert settings(text, "WorkingDirectory") == [str(folder).replace("%", "%%")]
 
