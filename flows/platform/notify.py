@@ -6,6 +6,7 @@ server sends the messages, so the class of the mail block must be known there, t
 
 from collections.abc import Callable
 from datetime import timedelta
+from http import HTTPStatus
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
@@ -118,8 +119,11 @@ def undelivered(client: SyncPrefectClient) -> str | None:
         wanted = {"event": {"name": outcomes}, "resource": {"id": [f"prefect.automation.{automation.id}"]}}
         asked = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1})
         for event in asked.json()["events"]:
+            found = event["payload"]
             if event["event"] == outcomes[1]:
-                return str(event["payload"].get("reason") or "no reason is known")
+                return " ".join(f"{found.get('reason', 'failed')} {found.get('notification_log', '')}".split())
+            if (status := found.get("status_code", HTTPStatus.OK)) >= HTTPStatus.BAD_REQUEST:
+                return f"the receiver answered {status}"
     return None
 
 
@@ -144,7 +148,8 @@ def _block_of(config: PlatformConfig) -> Block | None:
 
 def _save(client: SyncPrefectClient, block: Block, receiver: str, report: Callable[[str], None]) -> None:
     """Save the block of an address, unless it is there with the same values."""
-    values: dict[str, Any] = block.model_dump(mode="json", context={"include_secrets": True})
+    fields = set(type(block).model_fields)
+    values: dict[str, Any] = block.model_dump(mode="json", include=fields, context={"include_secrets": True})
     try:
         found = client.read_block_document_by_name(OWN, block.get_block_type_slug(), include_secrets=True)
     except ObjectNotFound:
