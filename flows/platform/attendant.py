@@ -154,7 +154,8 @@ def attend(url: str, auth: str | None, store: Store) -> threading.Event:
 
     def work() -> None:
         with SyncPrefectClient(url, auth_string=auth) as client:
-            looks = (Attendant(client).look, Incidents(client, store, local_folder(store)).look)
+            incidents = Incidents(client, store, local_folder(store))
+            looks = (Attendant(client).look, incidents.look_at_runs, incidents.look_at_disks)
             while not ended.wait(LOOK_SECONDS):
                 for look in looks:
                     try:

@@ -41,9 +41,7 @@ TOGETHER = (
     ("vectorclm_smtp_user", "vectorclm_smtp_password"),
 )
 MAIL_ADDRESS = r"[^\s@,;<>]+@[^\s@,;<>]+"
-NOTIFY = re.compile(
-    rf"none|[a-z0-9-]+/[a-z0-9-]+|webhook:https?://[^\s/@]+(/\S*)?|mailto:{MAIL_ADDRESS}(,{MAIL_ADDRESS})*"
-)
+NOTIFY = re.compile(rf"none|[a-z0-9-]+/[a-z0-9-]+|webhook:https?://[^\s/]\S*|mailto:{MAIL_ADDRESS}(,{MAIL_ADDRESS})*")
 
 
 class PlatformConfig(Settings):

@@ -33,6 +33,7 @@ FULL_DISKS = "vectorclm_full_disks"  # the variable with the paths of full disks
 RECENT = timedelta(hours=6)  # older ends of runs are not reported, such as those before an upgrade
 OVERLAP = timedelta(minutes=5)  # between the periods of two looks
 FINAL = timedelta(seconds=60)  # after which a crashed run is not started again: the attendant does it within 35 s
+MESSAGE_LETTERS = 2000
 ROOMY = 1.2  # a full disk has recovered with so many times the least room
 SUBJECT = ("experiment", "stage", "model", "suite")  # the parameters that say what a run is about
 ENDED = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)  # a person knows of a run that was cancelled
@@ -49,9 +50,8 @@ class Incidents:
         self._since = datetime.now(UTC) - RECENT
         self._seen: set[UUID] = set()  # states
 
-    def look(self) -> None:
-        """Look once at the disks, and at the runs that ended since the last look."""
-        self._look_at_disks()
+    def look_at_runs(self) -> None:
+        """Look once at the runs that ended since the last look."""
         begun = datetime.now(UTC)
         runs = self._ended(end_time={"after_": self._since})
         for run in reversed(runs):
@@ -82,7 +82,7 @@ class Incidents:
         if not state.is_completed():
             how = "crashed, and does not start again by itself" if state.is_crashed() else "failed"
             remedy = "Finished stages are kept: fix the cause, then press Retry on the page of the run."
-            self._report(RUN_FAILED, run, state, [f"{run.name} {how}", state.message or "", remedy])
+            self._report(RUN_FAILED, run, state, [f"{run.name} {how}", (state.message or "")[:MESSAGE_LETTERS], remedy])
         elif state.name != DRY_RUN and (before := self._failure_before(run)) is not None:
             lines = [f"{self._deployment_name(run)} runs again", f"{run.name} completed; {before.name} had failed."]
             self._report(RUN_RECOVERED, run, state, lines)
@@ -117,7 +117,8 @@ class Incidents:
         self._seen.add(state.id)  # also if the label cannot be written
         self.client.update_flow_run_labels(run.id, {REPORTED: f"{event} {state.id}"})
 
-    def _look_at_disks(self) -> None:
+    def look_at_disks(self) -> None:
+        """Look once at the disks on which the platform writes."""
         if self._full is None:
             self._full = self._read_full()
         before = set(self._full)
@@ -146,13 +147,13 @@ class Incidents:
         about: dict[str, Any],
     ) -> None:
         """Send an event about the first of the resources; the first of the lines is its title."""
-        links = [page] if page else []
+        links, title = [page] if page else [], " ".join(lines[0].split())  # the title becomes a header of a mail
         sent = Event(
             occurred=datetime.now(UTC),
             event=event,
             resource=Resource(resources[0]),
             related=[RelatedResource(each) for each in resources[1:]],
-            payload={"title": lines[0], "text": "\n".join([*lines, *links]), "links": links, **about},
+            payload={"title": title, "text": "\n".join([title, *lines[1:], *links]), "links": links, **about},
         )
         self.client.request("POST", "/events", json=[sent.model_dump(mode="json")])
 

@@ -91,12 +91,12 @@ def notification(
         block = client.read_block_document_by_name(name, kind, include_secrets=False)
     except ObjectNotFound:
         return None, (
-            f"nobody is notified: Prefect has no block {config.notify}, which VECTORCLM_NOTIFY names. Create it in the "
+            f"nobody is notified: Prefect has no block {kind}/{name}, which VECTORCLM_NOTIFY names. Create it in the "
             "UI under Blocks, then run `vectorclm doctor`"
         )
     if (action := _action(kind, block)) is None:
         return None, (
-            f"nobody is notified: the block {config.notify}, which VECTORCLM_NOTIFY names, sends no messages. Name a "
+            f"nobody is notified: the block {kind}/{name}, which VECTORCLM_NOTIFY names, sends no messages. Name a "
             "webhook, or a notification block such as slack-webhook/NAME or sendgrid-email/NAME"
         )
     trigger = EventTrigger(posture=Posture.Reactive, expect=set(NOTIFIED), threshold=1, within=timedelta(0))
@@ -108,7 +108,7 @@ def shown(config: PlatformConfig) -> str:
     """The receiver of messages as text, without what is secret in the address of a webhook."""
     kind, _, address = config.notify.partition(":")
     if kind == "webhook":
-        return f"the webhook at {urlsplit(address).netloc}"
+        return f"the webhook at {urlsplit(address).netloc.rpartition('@')[2]}"
     return address.replace(",", ", ") if kind == "mailto" else f"the block {config.notify}"
 
 

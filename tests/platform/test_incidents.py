@@ -63,24 +63,24 @@ def test_each_failure_is_one_event_and_the_next_success_about_the_same_is_anothe
 ) -> None:
     client, subject = prefect_client, {"model": "models:/m@candidate", "suite": "tiny"}
     first = ended(client, deployment, "first", Failed(message="no space left"), **subject)
-    incidents.look()
-    incidents.look()
-    Incidents(client, incidents.store, incidents.home).look()  # the server starts again
+    incidents.look_at_runs()
+    incidents.look_at_runs()
+    Incidents(client, incidents.store, incidents.home).look_at_runs()  # the server starts again
     ended(client, deployment, "unwanted", Cancelled(), **subject)
     ended(client, deployment, "another model", Completed(), **subject | {"model": "models:/n@candidate"})
     ended(client, deployment, "looked up", Completed(name=DRY_RUN), **subject)
-    incidents.look()
+    incidents.look_at_runs()
     ended(client, deployment, "second", Completed(name="Reused"), **subject)
-    incidents.look()
+    incidents.look_at_runs()
     ended(client, deployment, "third", Completed(), **subject)
-    incidents.look()
-    Incidents(client, incidents.store, incidents.home).look()
+    incidents.look_at_runs()
+    Incidents(client, incidents.store, incidents.home).look_at_runs()
     client.set_flow_run_state(first, Failed(message="retried in vain"), force=True)
-    incidents.look()
+    incidents.look_at_runs()
     client.set_flow_run_state(first, Completed(), force=True)
-    incidents.look()
+    incidents.look_at_runs()
     ended(client, deployment, FAR, Failed())
-    incidents.look()
+    incidents.look_at_runs()
     again = f"{client.read_deployment(deployment).name} runs again"
     assert [pair for pair in events(client, "flow-run.", f"{FAR} failed") if pair[1] in (again, "first failed")] == [
         (RUN_FAILED, "first failed"),
@@ -94,12 +94,12 @@ def test_a_crash_is_an_event_only_once_nothing_starts_the_run_again(
     prefect_client: SyncPrefectClient, deployment: UUID, incidents: Incidents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended(prefect_client, deployment, "crashes", Crashed(message="killed"))
-    incidents.look()
+    incidents.look_at_runs()
     ended(prefect_client, deployment, "fails meanwhile", Failed())
-    incidents.look()
+    incidents.look_at_runs()
     monkeypatch.setattr(module, "FINAL", timedelta(0))
-    incidents.look()
-    incidents.look()
+    incidents.look_at_runs()
+    incidents.look_at_runs()
     title = "crashes crashed, and does not start again by itself"
     found = events(prefect_client, "flow-run.", title)
     mine = [pair for pair in found if pair[1] in ("fails meanwhile failed", title)]
@@ -112,9 +112,9 @@ def test_a_run_without_a_deployment_or_of_long_ago_is_none(
     ended(prefect_client, deployment, "of long ago", Failed())
     monkeypatch.setattr(module, "RECENT", timedelta(0))
     later = Incidents(prefect_client, incidents.store, incidents.home)
-    later.look()
+    later.look_at_runs()
     ended(prefect_client, deployment, "of today", Failed())
-    later.look()
+    later.look_at_runs()
     titles = [title for _, title in events(prefect_client, "flow-run.", "of today failed")]
     assert "of long ago failed" not in titles
 
@@ -124,15 +124,15 @@ def test_a_full_disk_and_its_recovery_are_an_event_each(
 ) -> None:
     (disk,) = {disk.free for disk in machine_checks.disks(incidents.store, tmp_path) if disk.path == str(tmp_path)}
     free = disk / 1e9
-    incidents.look()
+    incidents.look_at_disks()
     for least in (1.1, 1.1, 0.9, 1.1):  # between the least room and 1.2 times that, nothing is said anew
         monkeypatch.setattr(machine_checks, "FREE_GIGABYTES", least * free)
-        incidents.look()
+        incidents.look_at_disks()
     restarted = Incidents(prefect_client, incidents.store, incidents.home)
-    restarted.look()
+    restarted.look_at_disks()
     monkeypatch.setattr(machine_checks, "FREE_GIGABYTES", 0.5 * free)
-    restarted.look()
-    restarted.look()
+    restarted.look_at_disks()
+    restarted.look_at_disks()
     name = f"disk.{module.socket.gethostname()}.{tmp_path}"
     found = events(prefect_client, name, f"{module.socket.gethostname()}: a disk of the platform has room again")
     assert [event for event, _ in found] == [DISK_FULL, DISK_RECOVERED]

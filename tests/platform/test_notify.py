@@ -117,7 +117,7 @@ def test_a_failure_arrives_by_mail_once_and_so_does_the_recovery(
 
     monkeypatch.setattr(machine_checks, "FREE_GIGABYTES", 10**9)
     incidents = Incidents(platform.client, Store(platform.config.vectorclm_store), platform.config.home)
-    incidents._look_at_disks()  # as the server does where its disk is full
+    incidents.look_at_disks()  # as the server does where its disk is full
 
     def told_of_disk() -> str:
         return "".join(message.get_content() for message in mailbox.messages if "disk" in message["Subject"])
@@ -157,6 +157,7 @@ def test_a_webhook_is_sent_json_and_the_mail_block_with_its_password_is_gone(
     changes, problem = install(platform, f"webhook:{inbox.url}/a-t0ken")
     assert problem is None and f"messages go to the webhook at {inbox.url.removeprefix('http://')}" in changes
     assert "a-t0ken" not in "".join(changes)
+    assert install(platform, f"webhook:{inbox.url}/a-t0ken") == ([], None)
     with pytest.raises(ObjectNotFound):
         platform.client.read_block_document_by_name(OWN, "vectorclm-mail")
     (automation,) = platform.client.read_automations_by_name(NOTIFICATION)

@@ -158,9 +158,11 @@ def unit_command(text: str, key: str) -> list[str]:
 def run_of_unit(config: PlatformConfig, key: str) -> "subprocess.CompletedProcess[str]":
     """Run a command of the unit of a platform as written, in the environment that systemd gives to a user's units."""
     options = PlatformOptions(config.vectorclm_store, None, config.prefect_port, config.mlflow_port)
-    command = unit_command(unit(config, options), key)
+    text = unit(config, options)
+    (folder,) = re.findall("^WorkingDirectory=(.*)$", text, re.MULTILINE)
     known = {name: os.environ[name] for name in ("HOME", "PATH", "TMPDIR") if name in os.environ}
-    return subprocess.run(command, env=known, cwd="/", capture_output=True, text=True, timeout=280, check=False)
+    command = unit_command(text, key)
+    return subprocess.run(command, env=known, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
 
 
 @contextmanager
