@@ -25,6 +25,7 @@ from flows.net import has_own_server
 from flows.paths import local_folder
 from flows.platform.options import PlatformOptions
 from flows.platform.prefect_server import PrivateServer, prefect_server
+from flows.platform.removal_commands import remove_from_store
 from flows.reports import lineage_cli, report
 from flows.run_names import of_the_command_line
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
@@ -62,6 +63,7 @@ app = new_app("vectorclm", "From raw text to an evaluated, instruction-tuned lan
 stages = new_app("stage", "Build one stage of an experiment alone, without Prefect and MLflow.")
 add_stages(stages, STAGES, "vectorclm stage")
 app.command(stages)
+store_app.command(remove_from_store, name="rm", help_epilogue="Example: vectorclm store rm tiny --yes")
 app.command(store_app)
 app.command(bench_app)
 app.update(models)
