@@ -35,8 +35,8 @@ def remove_from_store(
 ) -> int:
     """List what goes with a model or an experiment, and what stays; with --yes, remove it and its records.
 
-    With an artifact goes what was built from it. Of an experiment stays what other experiments use. Exit code 1 where
-    something that should go stays.
+    With an artifact goes what was built from it; of an experiment stays what other experiments use.
+    Exit code 1 where something stays that should go.
     """
     store = existing_store(place.store)
     removal = _plan(name, store)
