@@ -48,7 +48,7 @@ def events(client: SyncPrefectClient, resource: str, last: str) -> list[tuple[st
     """The events about resources of this kind, each with its title, once the one with the title `last` is there."""
 
     def found() -> list[tuple[str, str]]:
-        wanted = {"event": {"prefix": ["vectorclm."]}, "resource": {"id": [f"vectorclm.{resource}*"]}}
+        wanted = {"event": {"prefix": ["vectorclm."]}, "resource": {"id_prefix": [f"vectorclm.{resource}"]}}
         answer = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 50}).json()["events"]
         pairs = [
             (each["event"], each["payload"]["title"]) for each in sorted(answer, key=lambda each: each["occurred"])
