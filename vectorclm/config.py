@@ -14,12 +14,11 @@ from vectorclm.corpus.sources import CorpusConfig, anchored
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.config import EvaluateConfig, Questions
-from vectorclm.finetune import FinetuneConfig
 from vectorclm.model_config import ModelConfig
-from vectorclm.pretrain import PretrainConfig
 from vectorclm.settings import Settings, validate
 from vectorclm.shards.chat_writer import ChatConfig, ChatSource
 from vectorclm.shards.writer import ShardsConfig
+from vectorclm.train_config import FinetuneConfig, PretrainConfig
 from vectorclm.train_tokenizer import TokenizerConfig
 
 EXPERIMENTS = Path(__file__).parent / "experiments"

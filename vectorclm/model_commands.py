@@ -1,4 +1,7 @@
-"""Commands about models: evaluate, export, compare, chat and serve."""
+"""Commands about models: evaluate, export, compare, chat and serve.
+
+A command imports what loads a model only when it runs, because torch takes seconds to import.
+"""
 
 import json
 import sys
@@ -17,13 +20,8 @@ from vectorclm.comparison.curves import measure_checkpoints, write_curves
 from vectorclm.comparison.measurement import Limits, left_out, measure, measure_plan, not_run
 from vectorclm.config import Suite, load_suite
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluation.bits_per_byte import text_scores
 from vectorclm.evaluation.statistics import figures
-from vectorclm.export.gguf import export_gguf
-from vectorclm.export.llama_cpp import LlamaCpp
-from vectorclm.inference.chat import Conversation, open_chat_model, talk
-from vectorclm.inference.generate import SamplingParams
-from vectorclm.inference.load import open_model
+from vectorclm.inference.config import SamplingParams
 from vectorclm.lineage.pinning import pin, pin_suite
 from vectorclm.runtime import progress
 from vectorclm.runtime.devices import Runtime
@@ -152,6 +150,8 @@ def export(
         _refuse_settings(target, options)
     model = model_or_experiment(target, options.place.store, takes_model=file.format is not None)
     if file.format is not None:
+        from vectorclm.export.gguf import export_gguf
+
         path = export_gguf(find_model(model), file.type or "f16", file.out)
         print(f"{path}: {path.stat().st_size:,} bytes")
     elif file.type or file.out:
@@ -206,6 +206,8 @@ def chat(
     sampling: Annotated[ChatSampling, Parameter(name="*", group="SamplingParams")] = ChatSampling(),
 ) -> None:
     """Talk to a model in the terminal."""
+    from vectorclm.inference.chat import Conversation, open_chat_model, talk
+
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be 1 or more, not {options.max_new_tokens}")
     if "" in options.stop:
@@ -238,8 +240,13 @@ def score_text(address: str, file: Path, *, as_json: bool) -> None:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     if address.endswith(".gguf"):
+        from vectorclm.export.llama_cpp import LlamaCpp
+
         scores = LlamaCpp(Path(address)).text_scores(text)
     else:
+        from vectorclm.evaluation.bits_per_byte import text_scores
+        from vectorclm.inference.load import open_model
+
         folder, device = find_model(address).local(), Runtime().configure_torch()
         model, tokenizer = open_model(folder, address)
         scores = text_scores(model.to(device), tokenizer, text, device)

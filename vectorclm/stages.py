@@ -16,9 +16,8 @@ from vectorclm.corpus.decontamination import benchmark_sources
 from vectorclm.corpus.sampler import summary_lines as document_summary_lines
 from vectorclm.corpus.sources import Source, identity
 from vectorclm.errors import ConfigError, ReproducibilityError
-from vectorclm.finetune import FinetuneConfig
 from vectorclm.runtime.devices import Runtime
-from vectorclm.runtime.distributed import ALONE, Group
+from vectorclm.runtime.group import ALONE, Group
 from vectorclm.settings import validate
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.chat_writer import ChatConfig
@@ -44,6 +43,7 @@ from vectorclm.stage_builders import (
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build, rebuild
 from vectorclm.store.layout import EXPORT, STAGES, StageName
 from vectorclm.store.uploads import EarlyUpload
+from vectorclm.train_config import FinetuneConfig
 
 
 def _no_sources(experiment: ExperimentConfig) -> Sequence[Source]:

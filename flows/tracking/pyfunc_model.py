@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from flows.tracking.database import sqlite_path
 from vectorclm.errors import CorruptArtifactError, DataError, StoreError
-from vectorclm.inference.generate import SamplingParams, answer_text, continuation
+from vectorclm.inference.config import SamplingParams
+from vectorclm.inference.generate import answer_text, continuation
 from vectorclm.inference.load import LoadedModel, load_model
 from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import digest, validate

@@ -22,10 +22,7 @@ from vectorclm.evaluation.multiple_choice import log_likelihoods
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
 from vectorclm.nn.attention import (
-    ATTENTION_KINDS,
     QUERY_BLOCK,
-    AttentionConfig,
-    AttentionKind,
     AttentionMask,
     Documents,
     attention,
@@ -34,6 +31,7 @@ from vectorclm.nn.attention import (
     left_padded,
     plain_attention,
 )
+from vectorclm.nn.attention_kinds import ATTENTION_KINDS, AttentionConfig, AttentionKind
 from vectorclm.nn.loss import IGNORE_INDEX as NO
 from vectorclm.shards.chat_writer import ChatConfig, ChatSource, write_chat_shards
 from vectorclm.shards.conversations import Turn, render

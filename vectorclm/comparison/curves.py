@@ -18,10 +18,9 @@ from vectorclm.model_config import write_config
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import BY_NAME, READS, plans
 from vectorclm.store.artifact import Artifact, Store
-from vectorclm.store.layout import CURVES, MEASURE
+from vectorclm.store.layout import CURVES, MEASURE, STEP
 from vectorclm.store.model_ref import content_of, find_model
 from vectorclm.store.storage import Storage
-from vectorclm.training.checkpoint import STEP
 
 SCHEMA = pa.schema(
     [

@@ -7,7 +7,7 @@ content, so the result is found again under any name and place of the model.
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from tokenizers import Tokenizer
@@ -17,10 +17,7 @@ from vectorclm.corpus.sample_reader import SampleFiles
 from vectorclm.corpus.sources import identity
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.config import Questions
-from vectorclm.evaluation.run import SampleDocuments, ScoringData, score_model
 from vectorclm.evaluation.sandbox import find_sandbox
-from vectorclm.evaluation.tasks import TaskSetup, check_tasks
-from vectorclm.inference.load import load_model
 from vectorclm.lineage.chain import trained_on
 from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import Settings, digest
@@ -29,6 +26,10 @@ from vectorclm.stages import plans
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model
+
+if TYPE_CHECKING:  # with torch, which only a measurement itself needs
+    from vectorclm.evaluation.run import ScoringData
+    from vectorclm.evaluation.tasks import TaskSetup
 
 WINDOWS = 256  # of conversations decoded at a time
 VERSION = 4  # raised where new code computes other scores from equal settings
@@ -141,6 +142,10 @@ def measure(
     Raises CorruptArtifactError where the model's files are not what their store promises, and ConfigError for a
     benchmark that is not defined.
     """
+    from vectorclm.evaluation.run import score_model
+    from vectorclm.evaluation.tasks import TaskSetup, check_tasks
+    from vectorclm.inference.load import load_model
+
     spec = measure_plan(suite, limits, model, store, runtime)
     model.verify(store)
     asked = questions_within(suite, limits, runtime)
@@ -160,8 +165,10 @@ def measure(
     return build(store, spec, produce, runtime.work_dir)
 
 
-def _scoring_data(suite: Suite, spec: StageSpec, model: Model, store: Store, setup: TaskSetup) -> ScoringData:
+def _scoring_data(suite: Suite, spec: StageSpec, model: Model, store: Store, setup: "TaskSetup") -> "ScoringData":
     """The suite's text and conversations that the store has finished, and the model's training text."""
+    from vectorclm.evaluation.run import SampleDocuments, ScoringData
+
     finished = {name: store.find(name, spec.inputs[name]) for name in spec.config["data"] if name in spec.inputs}
     labels = [source.label for source in suite.experiment.sample.sources] if suite.experiment is not None else []
     sample, read = finished.get("sample"), trained_on(model, store)

@@ -11,7 +11,6 @@ from vectorclm.config import EXPERIMENTS, ExperimentConfig, load_experiment
 from vectorclm.corpus.sampler import drop_counts
 from vectorclm.draft.choice import LEAST_STEPS, Choice, choose
 from vectorclm.draft.experiment_file import SEED, experiment_file
-from vectorclm.draft.speed import training_speed
 from vectorclm.draft.survey import TextSurvey, survey_chat, survey_text
 from vectorclm.errors import ConfigError
 from vectorclm.model_config import ModelConfig
@@ -40,6 +39,8 @@ def init(
     Many text files are a document each; few are split into documents at blank lines.
     `vectorclm run` in this folder then trains the model.
     """
+    from vectorclm.draft.speed import training_speed  # with torch
+
     folder, console = Path.cwd(), Console(stderr=True)
     named = name or _name_of(text[0])
     path = folder / f"{named}.toml"

@@ -29,10 +29,10 @@ from vectorclm.corpus.sources import (
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.tasks import check_tasks
-from vectorclm.pretrain import Phase
 from vectorclm.settings import digest
 from vectorclm.shards.chat_writer import ChatSource
 from vectorclm.store.durable import write_file
+from vectorclm.train_config import Phase
 
 UNRESOLVED = "unresolved"  # revision of a hub repository that a dry run does not look up
 COMMIT = re.compile(r"[0-9a-f]{40}")
