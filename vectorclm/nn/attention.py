@@ -1,6 +1,6 @@
 """Grouped-query attention: over a window, inside its documents, and with a KV cache. Shape letters: model.py.
 
-The kinds of attention and their settings are in nn/attention_kinds.py. The causal kind has fast forms without a mask; the
+nn/attention_kinds.py has the kinds of attention and their settings. The causal kind has fast forms without a mask; the
 other kinds run under a dense mask.
 """
 

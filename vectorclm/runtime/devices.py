@@ -86,12 +86,12 @@ class Runtime(Settings):
         if self.device == "cuda" or processes > 1:
             import torch
 
-            gpus = torch.cuda.device_count()
             if self.device == "cuda" and not torch.cuda.is_available():
                 raise ConfigError(
                     "device is cuda, but torch sees no GPU here: use auto or cpu, or install a CUDA build"
                 )
-            if processes > max(gpus, 1) and self.torch_device().type == "cuda":
+            gpus = torch.cuda.device_count()
+            if processes > 1 and processes > gpus and self.torch_device().type == "cuda":
                 raise ConfigError(f"{processes} processes need a GPU each, but torch sees {gpus}: lower processes")
         if self.work_dir is not None:
             try:
