@@ -24,7 +24,7 @@ from flows.bench.cli import bench_app
 from flows.net import has_own_server
 from flows.paths import local_folder
 from flows.platform.prefect_server import PrivateServer, prefect_server
-from flows.reports import lineage_cli, report
+from flows.reports import lineage_cli
 from flows.run_names import of_the_command_line
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
@@ -224,8 +224,10 @@ def show_report(
     show: Annotated[bool, Parameter(name="--open", help="Open the page in a browser")] = False,
 ) -> None:
     """Write the report of a model as one HTML page: curves, scores, samples, data, lineage, costs."""
+    from flows.reports.report import write_report
+
     found = existing_store(place.store)
-    report.write_report(lookup.named_model(model, found), found, against, out)
+    write_report(lookup.named_model(model, found), found, against, out)
     if show and not webbrowser.open(out.absolute().as_uri()):
         print(f"no browser was found: open {out.absolute()} in one", file=sys.stderr)
 

@@ -27,7 +27,8 @@ from flows.form import SuiteName
 from flows.handle import FELL
 from flows.paths import local_folder
 from flows.tracking.registry import SHOWN, Registry, RegistryError, Result, Subject
-from vectorclm.comparison.measurement import Limits, left_out, measure_plan
+from vectorclm.comparison.config import Limits
+from vectorclm.comparison.measurement import left_out, measure_plan
 from vectorclm.config import load_suite
 from vectorclm.errors import StoreError
 from vectorclm.evaluation.statistics import Change, changes, figures

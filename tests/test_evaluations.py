@@ -15,7 +15,7 @@ from flows.tracking.registry import EVALUATIONS, Registry, RegistryError, Result
 from tests.services.curricula import Recorded, copied
 from tests.services.platform import until
 from tests.tracking.test_registry import measured
-from vectorclm.comparison.measurement import Limits
+from vectorclm.comparison.config import Limits
 from vectorclm.errors import DataError
 from vectorclm.evaluation.statistics import Figure
 from vectorclm.runtime.devices import Runtime

@@ -21,8 +21,10 @@ from vectorclm.dataset import Batch, to_batch
 from vectorclm.errors import DataError
 from vectorclm.model import CausalLM
 from vectorclm.nn.loss import IGNORE_INDEX
-from vectorclm.shards.chat_writer import ChatConfig, ChatSource, summary_lines, write_chat_shards
+from vectorclm.shards.chat_writer import write_chat_shards
+from vectorclm.shards.config import ChatConfig, ChatSource
 from vectorclm.shards.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
+from vectorclm.shards.summary import summary_lines
 from vectorclm.shards.writer import read_windows
 from vectorclm.tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
 from vectorclm.train import TrainStep

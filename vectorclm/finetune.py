@@ -8,7 +8,8 @@ from typing import Any
 
 from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
-from vectorclm.shards.order import MIX_BLOCK, MixturePhase, TrainingOrder
+from vectorclm.shards.config import MIX_BLOCK
+from vectorclm.shards.order import MixturePhase, TrainingOrder
 from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.store.artifact import Artifact
 from vectorclm.train import TrainingRun, own_share, train

@@ -1,6 +1,6 @@
 """Commands about models: evaluate, export, compare, chat and serve.
 
-A command imports what loads a model only when it runs, because torch takes seconds to import.
+A command imports what it runs, because torch takes seconds to import.
 """
 
 import json
@@ -15,12 +15,9 @@ from cyclopts import Parameter
 from pydantic import Field
 
 from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
-from vectorclm.comparison.compare import print_comparison
-from vectorclm.comparison.curves import measure_checkpoints, write_curves
-from vectorclm.comparison.measurement import Limits, left_out, measure, measure_plan, not_run
+from vectorclm.comparison.config import Limits
 from vectorclm.config import Suite, load_suite
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluation.statistics import figures
 from vectorclm.inference.config import SamplingParams
 from vectorclm.lineage.pinning import pin, pin_suite
 from vectorclm.runtime import progress
@@ -193,6 +190,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare two models on the same items: differences, their 95 % intervals, and which are beyond noise."""
+    from vectorclm.comparison.compare import print_comparison
+
     first, second = (resolve_model(name, store) for name in (before, after))
     print_comparison(first, second, existing_store(store), suite, as_json=json)
 
@@ -269,6 +268,9 @@ def _scoring_runtime(options: StageOptions, scored: ScoreOptions) -> Runtime:
 
 def measure_model(address: str, options: StageOptions, scored: ScoreOptions, limits: Limits) -> Artifact:
     """Score a model on a suite, or reuse finished scores; print them and return their artifact."""
+    from vectorclm.comparison.measurement import left_out, measure, measure_plan, not_run
+    from vectorclm.evaluation.statistics import figures
+
     place, relay = options.place, options.relay
     model = find_model(address)
     suite, path = load_suite(scored.suite or "")
@@ -307,6 +309,10 @@ def _about(scores: Mapping[str, Any], name: str) -> str:
 
 def measure_curves(named: str, options: StageOptions, scored: ScoreOptions, limits: Limits) -> None:
     """Score the checkpoints of an experiment's trainings on a suite (default: its own), and write the curves."""
+    from vectorclm.comparison.curves import measure_checkpoints, write_curves
+    from vectorclm.comparison.measurement import not_run
+    from vectorclm.evaluation.statistics import figures
+
     place = options.place
     store, runtime = Store(place.store), _scoring_runtime(options, scored)
     store.check_writable()

@@ -1,7 +1,7 @@
 """The builders of the stages: one function for each, which writes files into a folder and returns a summary.
 
-Beside them the main figures of each summary, for lineage and reports. The builders of models and scores import torch
-themselves, because most commands only ask the table of stages.
+Beside them the main figures of each summary, for lineage and reports. Each builder imports what it runs: most commands
+only ask the table of stages, and wait for neither torch nor Arrow.
 """
 
 import json
@@ -11,26 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vectorclm.config import ExperimentConfig
-from vectorclm.corpus.decontamination import Benchmarks, benchmark_sources, read_benchmarks
-from vectorclm.corpus.sampler import write_sample
-from vectorclm.corpus.source_reader import SourceRoots, draw, open_source
+from vectorclm.corpus.sources import benchmark_sources
 from vectorclm.errors import DataError
 from vectorclm.export.hugging_face import export, write_model_files
 from vectorclm.runtime.devices import Runtime, memory_explained
 from vectorclm.runtime.group import Group
 from vectorclm.settings import digest
-from vectorclm.shards.chat_writer import write_chat_shards
-from vectorclm.shards.writer import write_shards
 from vectorclm.store.artifact import Artifact, StageSpec, Store
-from vectorclm.store.resumable import ResumableUpload, Slices
 from vectorclm.store.uploads import EarlyUpload
 from vectorclm.store.work import attempt_folder
 from vectorclm.tokenizer import load_tokenizer, token_lengths
 from vectorclm.train_config import TrainConfig
-from vectorclm.train_tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
+    from vectorclm.corpus.decontamination import Benchmarks
     from vectorclm.model import CausalLM
+    from vectorclm.store.resumable import Slices
     from vectorclm.train import TrainingRun
     from vectorclm.training.checkpoint import Checkpoints
 
@@ -58,8 +54,10 @@ class StageJob:
         """The experiment's seed."""
         return self.experiment.seed
 
-    def benchmarks(self) -> Benchmarks | None:
+    def benchmarks(self) -> "Benchmarks | None":
         """The texts that no document or conversation for training may repeat."""
+        from vectorclm.corpus.decontamination import read_benchmarks
+
         sources = benchmark_sources(self.experiment.sample, self.experiment.evaluate.tasks)
         return read_benchmarks(sources, self.data, self.experiment.world)
 
@@ -71,6 +69,9 @@ class StageJob:
 
 def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw the documents of all text sources."""
+    from vectorclm.corpus.sampler import write_sample
+    from vectorclm.corpus.source_reader import SourceRoots
+
     upload = job.upload
     sent = None if upload is None else lambda path: upload.send(path, path.relative_to(out).as_posix())
     config, world = job.experiment.sample, job.experiment.world
@@ -80,12 +81,17 @@ def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_tokenizer(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Learn the vocabulary from the sample."""
+    from vectorclm.train_tokenizer import train_tokenizer
+
     length = job.experiment.model.max_position_embeddings
     return train_tokenizer(job.experiment.tokenizer, job.inputs["sample"], length, out)
 
 
 def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Encode and pack the documents of the sample."""
+    from vectorclm.shards.writer import write_shards
+    from vectorclm.store.resumable import ResumableUpload, Slices
+
     encoder = load_tokenizer(job.inputs["tokenizer"].local())
     slices: Slices
     if job.upload is None:
@@ -98,6 +104,9 @@ def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw, render and pack the conversations of all chat sources."""
+    from vectorclm.corpus.source_reader import draw, open_source
+    from vectorclm.shards.chat_writer import write_chat_shards
+
     config, rows = job.experiment.chat, {}
     assert config is not None  # else the experiment lacks this stage
     for source in config.sources:

@@ -1,14 +1,17 @@
 """Settings of the trainings: the training loop, pretraining with its phases, and instruction fine-tuning."""
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
 from vectorclm.settings import Settings
-from vectorclm.shards.order import MIX_BLOCK, MixturePhase, TrainingOrder, WhenExhausted, windows_per_block
+from vectorclm.shards.config import MIX_BLOCK, WhenExhausted
 from vectorclm.training.config import OptimizerConfig
 from vectorclm.training.schedule import ScheduleConfig
+
+if TYPE_CHECKING:
+    from vectorclm.shards.order import TrainingOrder
 
 
 class GenerationSamplesConfig(Settings):
@@ -74,12 +77,14 @@ class PretrainConfig(TrainConfig):
 
     def plan(
         self, sample_weights: Mapping[str, float], sizes: Mapping[str, int], length: int, itemsize: int, seed: int
-    ) -> TrainingOrder:
+    ) -> "TrainingOrder":
         """The training order over sources with `sizes` windows each.
 
         A window has `length` tokens of `itemsize` bytes. A phase without weights uses `sample_weights`. Raises
         ConfigError where a source runs out in a phase that forbids it.
         """
+        from vectorclm.shards.order import MixturePhase, TrainingOrder, windows_per_block
+
         phases = [
             MixturePhase(phase.tokens // length, phase.weights or sample_weights, phase.when_exhausted)
             for phase in self.phases

@@ -18,7 +18,7 @@ from flows.reports.plots import COLOURS, IntervalBar, bars, curves, intervals, s
 from flows.tracking.lookup import opened
 from vectorclm.comparison.compare import followed, has_items
 from vectorclm.comparison.curves import curves_of
-from vectorclm.corpus.sampler import drop_counts
+from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change, wilson_interval

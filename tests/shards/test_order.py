@@ -16,12 +16,11 @@ from vectorclm.config import load_experiment
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.pretrain import pretrain
 from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.config import MIX_BLOCK, WhenExhausted
 from vectorclm.shards.order import (
     GROUP_BLOCKS,
-    MIX_BLOCK,
     MixturePhase,
     TrainingOrder,
-    WhenExhausted,
     format_epochs,
     key_of,
     permute,

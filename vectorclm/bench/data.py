@@ -28,8 +28,9 @@ from vectorclm.config import ExperimentConfig, changed, load_experiment
 from vectorclm.corpus.sample_reader import read_texts
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.config import MIX_BLOCK
 from vectorclm.shards.encoder import Gigatoken
-from vectorclm.shards.order import MIX_BLOCK, MixturePhase, TrainingOrder, windows_per_block
+from vectorclm.shards.order import MixturePhase, TrainingOrder, windows_per_block
 from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
 from vectorclm.tokenizer import SPECIAL_TOKENS, load_tokenizer

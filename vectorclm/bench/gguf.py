@@ -21,8 +21,8 @@ from vectorclm.inference.generate import generate
 from vectorclm.lineage.pinning import pin
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.config import SPLITS
 from vectorclm.shards.encoder import SPACES, adversarial
-from vectorclm.shards.writer import SPLITS
 from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
 from vectorclm.store.model_ref import find_model

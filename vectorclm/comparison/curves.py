@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vectorclm.comparison.measurement import Limits, measure
+from vectorclm.comparison.config import Limits
+from vectorclm.comparison.measurement import measure
 from vectorclm.config import ExperimentConfig, Suite
 from vectorclm.errors import DataError
 from vectorclm.evaluation.statistics import figures

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
 from tokenizers import Tokenizer
 
+from vectorclm.comparison.config import Limits
 from vectorclm.config import Suite
 from vectorclm.corpus.sample_reader import SampleFiles
 from vectorclm.corpus.sources import identity
@@ -20,7 +20,7 @@ from vectorclm.evaluation.config import Questions
 from vectorclm.evaluation.sandbox import find_sandbox
 from vectorclm.lineage.chain import trained_on
 from vectorclm.runtime.devices import Runtime
-from vectorclm.settings import Settings, digest
+from vectorclm.settings import digest
 from vectorclm.shards.reader import open_shards
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
@@ -34,22 +34,6 @@ if TYPE_CHECKING:  # with torch, which only a measurement itself needs
 WINDOWS = 256  # of conversations decoded at a time
 VERSION = 4  # raised where new code computes other scores from equal settings
 JUDGE_VERSION = 2  # the same for running programs that a model writes
-
-
-class Limits(Settings):
-    """How much is measured."""
-
-    items: int = Field(0, ge=0, le=1_000_000, description="Questions of each task; 0 = as many as the suite asks")
-    documents: int = Field(200, ge=2, le=100_000, description="Held-out documents of each source, 2 to 100,000")
-    prompts: int = Field(
-        0, ge=0, le=100_000, description="Held-out conversations whose answers are checked; 0 = the suite's number"
-    )
-    max_new_tokens: int = Field(0, ge=0, le=4096, description="Longest answer, in tokens, to 4,096; 0 = the suite's")
-    template: bool = Field(False, description="Ask a chat model the benchmarks in its chat template")
-    run_code: bool = Field(
-        False,
-        description="Run the programs that the model writes (HumanEval), in a sandbox; without one, they do not run",
-    )
 
 
 def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime = Runtime()) -> StageSpec:
