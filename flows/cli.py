@@ -1,6 +1,6 @@
 """The command line `vectorclm`: run an experiment, operate the platform, or use a model.
 
-Prefect and MLflow take seconds to import, so only the commands that need them import them.
+Prefect, MLflow and torch take seconds to import, so only the commands that need them import them.
 """
 
 import gc
@@ -266,7 +266,7 @@ def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:
     if command not in MODEL_COMMANDS:
         return command(*bound.args, **bound.kwargs)
     store = _store_of(bound)
-    if (command is evaluate and not _takes_model(bound)) or (command is export and not _writes_file(bound)):
+    if not _names_a_model(command, bound):
         return command(*bound.args, **bound.kwargs)
     for name in ("before", "after") if command is compare else (next(iter(bound.signature.parameters)),):
         value = bound.arguments.get(name)
@@ -290,14 +290,12 @@ def _store_of(bound: BoundArguments) -> str:
     return str(bound.arguments.get("store") or getattr(place, "store", None) or default_store())
 
 
-def _takes_model(bound: BoundArguments) -> bool:
-    scored = bound.arguments.get("scored")
-    return scored is not None and bool(scored.suite or scored.text)
-
-
-def _writes_file(bound: BoundArguments) -> bool:
-    file = bound.arguments.get("file")
-    return file is not None and file.format is not None
+def _names_a_model(command: Callable[..., Any], bound: BoundArguments) -> bool:
+    """Whether the first argument is a model, and not an experiment."""
+    scored, file = bound.arguments.get("scored"), bound.arguments.get("file")
+    if command is evaluate:
+        return scored is not None and bool(scored.suite or scored.text)
+    return command is not export or (file is not None and file.format is not None)
 
 
 def _record(address: str, scores: Artifact, store: Store) -> None:
