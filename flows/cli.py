@@ -355,7 +355,7 @@ def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Ru
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
     here = estimate(pinned, options.place.data, runtime)
     costs["here"] = {
-        "device": runtime.torch_device().type,
+        "device": runtime.device_type(),
         "text_bytes": dict(here.available),
         "drawn_bytes": here.drawn,
         "epochs": here.epochs,

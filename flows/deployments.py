@@ -117,7 +117,7 @@ def _prepared(
 
 def _warn_of_idle_gpus(runtime: Runtime) -> None:
     """Log a warning if torch will run on this machine's CPU although another machine serves the pool `gpu`."""
-    if runtime.placement == "pools" or runtime.device != "auto" or runtime.torch_device().type == "cuda":
+    if runtime.placement == "pools" or runtime.device != "auto" or runtime.device_type() == "cuda":
         return
     with get_client(sync_client=True) as client:
         workers = [worker.name for worker in client.read_workers_for_work_pool("gpu") if worker.status == "ONLINE"]

@@ -205,13 +205,14 @@ def chat(
     sampling: Annotated[ChatSampling, Parameter(name="*", group="SamplingParams")] = ChatSampling(),
 ) -> None:
     """Talk to a model in the terminal."""
-    from vectorclm.inference.chat import Conversation, open_chat_model, talk
-
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be 1 or more, not {options.max_new_tokens}")
     if "" in options.stop:
         raise ConfigError("--stop must not be empty: an empty text would end every answer at once")
-    chat_model = open_chat_model(resolve_model(model, options.store), load_runtime(options.runtime))
+    address, runtime = resolve_model(model, options.store), load_runtime(options.runtime)
+    from vectorclm.inference.chat import Conversation, open_chat_model, talk
+
+    chat_model = open_chat_model(address, runtime)
     talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop)
 
 

@@ -89,7 +89,7 @@ class Stages:
         flow_run = context.flow_run if context is not None else None
         own = str(flow_run.id) if flow_run is not None else None
         self.tracker = Tracker(self.store, experiment, self.plans, own, prefect.runtime.flow_run.root_flow_run_id)
-        self.tracker.common["device"] = runtime.torch_device().type
+        self.tracker.common["device"] = runtime.device_type()
         if own is not None and (page := prefect.runtime.flow_run.ui_url):
             self.tracker.common["prefect.flow_run_url"] = str(page)
         self.served = prefect.runtime.deployment.id is not None  # by a platform, whose server shows reports

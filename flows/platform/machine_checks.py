@@ -11,6 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from flows.platform.config import PlatformConfig
+from vectorclm.runtime.devices import has_gpu_driver
 from vectorclm.store.artifact import Store
 
 FREE_GIGABYTES = 5
@@ -108,7 +109,9 @@ def _gpu(config: PlatformConfig) -> Iterator[Finding]:
 
 def gpus() -> list[str]:
     """The names of the GPUs that torch sees on this machine."""
-    import torch
+    if not has_gpu_driver():
+        return []
+    import torch  # takes seconds
 
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 

@@ -99,6 +99,12 @@ class Runtime(Settings):
             except OSError as error:
                 raise ConfigError(f"work_dir {self.work_dir} cannot be created: {error.strerror}") from error
 
+    def device_type(self) -> str:
+        """The type of the torch device: cpu or cuda. torch is asked only where a GPU is possible."""
+        if self.device != "auto":
+            return self.device
+        return self.torch_device().type if has_gpu_driver() else "cpu"
+
     def torch_device(self) -> "torch.device":
         """The torch device of these settings; auto is resolved."""
         import torch
@@ -109,11 +115,11 @@ class Runtime(Settings):
 
     def training_processes(self) -> int:
         """How many processes train together on this machine."""
-        if self.processes or self.device == "cpu":
+        if self.processes or self.device_type() == "cpu":
             return self.processes or 1
         import torch
 
-        return torch.cuda.device_count() if self.torch_device().type == "cuda" else 1
+        return torch.cuda.device_count()
 
     def threads_each(self, processes: int) -> int:
         """CPU threads of each process, for a number of processes on this machine."""
@@ -145,6 +151,17 @@ class Runtime(Settings):
             device = torch.device("cuda", group.local_rank)
             torch.cuda.set_device(device)
         return device
+
+
+def has_gpu_driver() -> bool:
+    """Whether torch may find a GPU: it finds none on Linux without NVIDIA's or AMD's driver."""
+    if platform.system() != "Linux":
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 def _keep_memory() -> None:
