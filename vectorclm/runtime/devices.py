@@ -4,6 +4,7 @@ torch takes seconds to import, and most commands need only the settings, so each
 """
 
 import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -139,6 +140,7 @@ class Runtime(Settings):
         import torch
 
         _keep_memory()
+        gc.freeze()  # torch's modules stay, so the garbage collector need not scan them
         torch.set_num_threads(self.threads_each(group.local_world_size))
         torch.set_float32_matmul_precision("high")
         device = self.torch_device()
