@@ -1,6 +1,8 @@
 """The deployments `curriculum` and `stage` as flows on a real server: what a worker does of a form."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,13 @@ def worker(store: Store, prefect_client: SyncPrefectClient, monkeypatch: pytest.
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     prefect_client.create_work_pool(WorkPoolCreate(name="gpu", type="process"), overwrite=True)
     prefect_client.send_worker_heartbeat("gpu", "another-machine-gpu", heartbeat_interval_seconds=60)
+
+
+def test_a_worker_loads_a_flow_without_torch() -> None:
+    """A stage that runs torch has a process of its own."""
+    task = "import sys, flows.deployments; print('prefect' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", task], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "True False\n", done.stderr
 
 
 class Kept(logging.Handler):
