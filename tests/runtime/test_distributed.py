@@ -110,7 +110,7 @@ import hashlib
 import torch
 from tests.test_finetune import CONFIG
 from vectorclm.dataset import Batch
-from vectorclm.runtime.torchrun import joined
+from vectorclm.runtime.ranks import joined
 from vectorclm.runtime.group import ALONE
 from vectorclm.errors import DataError
 from vectorclm.nn.loss import IGNORE_INDEX
@@ -204,7 +204,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from vectorclm.runtime.torchrun import joined
+from vectorclm.runtime.ranks import joined
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 with joined() as group:
