@@ -230,6 +230,7 @@ def test_ranks_that_hang_in_a_collective_end_when_the_flow_is_killed(tmp_path: P
 
 LITTLE_MEMORY = """
 import os, resource, sys
+import vectorclm.pretrain, vectorclm.runtime.distributed  # with torch, before the limit
 from vectorclm.__main__ import main
 
 if os.environ["RANK"] == "1":
