@@ -114,7 +114,5 @@ def test_the_same_data_gives_the_same_bytes_in_another_process() -> None:
 
 
 def test_a_command_that_draws_nothing_does_not_load_matplotlib() -> None:
-    source = (
-        "import sys, flows.cli; assert 'flows.reports.report' in sys.modules; assert 'matplotlib' not in sys.modules"
-    )
+    source = "import sys, flows.cli, flows.reports.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", source], check=True)
