@@ -11,6 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from flows.platform.config import PlatformConfig
+from vectorclm.runtime.temporary import remove_abandoned
 from vectorclm.store.artifact import Store
 
 FREE_GIGABYTES = 5
@@ -53,6 +54,12 @@ def _unsuitable() -> Iterator[str]:
             continue
         if not needed.specifier.contains(found, prereleases=True):
             yield f"{needed.name} {found} does not work here: {fix}"
+
+
+def _leftovers(config: PlatformConfig) -> Iterator[Finding]:
+    """Remove this user's temporary folders whose process was killed."""
+    if count := remove_abandoned():
+        yield Finding(True, f"{count} temporary folder(s) of killed processes removed from {tempfile.gettempdir()}")
 
 
 def _disks(config: PlatformConfig) -> Iterator[Finding]:
@@ -113,4 +120,4 @@ def gpus() -> list[str]:
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
-MACHINE = (_versions, _disks, _gpu)
+MACHINE = (_versions, _leftovers, _disks, _gpu)
