@@ -52,6 +52,13 @@ def record_process() -> None:
         client.update_flow_run_labels(UUID(flow_run.id), {PROCESS: json.dumps(known)})
 
 
+def machine_of(run: FlowRun) -> str:
+    """The name of the machine on which a run's process was recorded; "an unknown machine" where it was not."""
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(str(run.labels.get(PROCESS, "")))["machine"]).partition(" ")[0]
+    return "an unknown machine"
+
+
 def is_dead(run: FlowRun) -> bool:
     """Whether the recorded process of a run was on this machine and has ended; False where that is not known."""
     with suppress(ValueError, TypeError, KeyError):
