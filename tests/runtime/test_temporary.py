@@ -8,9 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fsspec
 import psutil
 import pytest
 
+from vectorclm.corpus.remote_files import fetch
 from vectorclm.runtime import temporary
 from vectorclm.runtime.processes import machine, process_identity
 from vectorclm.runtime.temporary import EMPTY_SECONDS, FILES, OWNER, PREFIX, remove_abandoned, temporary_folder
@@ -54,6 +56,15 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next_one_and_that_of_a
         assert remove_abandoned() == 0
     live.communicate("")  # it ends by itself
     assert list(place.iterdir()) == []
+
+
+def test_a_killed_download_is_removed_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fsspec.filesystem("memory").pipe("/of-a-test/text.jsonl", b'{"text": "a"}')
+    left = abandoned(tmp_path / "vectorclm" / "sources", "killed")
+    (left / FILES / "text.jsonl").write_text("{")
+    found = fetch("memory://of-a-test/text.jsonl")
+    assert found.read_text() == '{"text": "a"}' and list(left.parent.iterdir()) == [found.parent]
 
 
 def abandoned(place: Path, name: str, **changes: object) -> Path:

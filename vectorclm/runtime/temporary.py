@@ -1,4 +1,4 @@
-"""Temporary folders of this product in TMPDIR, which a later process removes where their owner was killed."""
+"""Temporary folders of this product, which a later process removes where their owner was killed."""
 
 import json
 import os
@@ -21,10 +21,10 @@ EMPTY_SECONDS = 3600  # after which an empty folder has lost its owner, who writ
 
 
 @contextmanager
-def temporary_folder(purpose: str = "") -> Iterator[Path]:
-    """A new folder in TMPDIR, removed after the block; after a SIGKILL, the next call of any process removes it."""
-    remove_abandoned()
-    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{purpose}") as name:
+def temporary_folder(purpose: str = "", place: Path | None = None) -> Iterator[Path]:
+    """A new folder in TMPDIR or `place`, removed after the block; after a SIGKILL, by the next call for this place."""
+    remove_abandoned(place)
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{purpose}", dir=place) as name:
         owner = {**process_identity(psutil.Process()), "machine": machine()}
         Path(name, OWNER).write_text(json.dumps(owner), encoding="utf-8")
         files = Path(name, FILES)
@@ -32,10 +32,10 @@ def temporary_folder(purpose: str = "") -> Iterator[Path]:
         yield files
 
 
-def remove_abandoned() -> int:
+def remove_abandoned(place: Path | None = None) -> int:
     """Remove this user's temporary folders whose owner on this machine has ended; returns their number."""
     removed = 0
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in (place or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"):
         with suppress(OSError):  # another process removes it, too
             if _is_abandoned(folder):
                 shutil.rmtree(folder / FILES, ignore_errors=True)  # before the identity, in case this process is killed
