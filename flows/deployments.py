@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, Crashed, Failed
+from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows.curriculum import curriculum
 from flows.execution.labels import name_of_this_run, record_process
@@ -177,7 +177,10 @@ def _give_up_after_rescues() -> None:
 
 
 def _end_lost_tasks() -> None:
-    """Mark the unfinished tasks of an earlier attempt of this run as crashed: their process is gone."""
+    """End the unfinished tasks of an earlier attempt of this run, whose process is gone.
+
+    A task that had begun has crashed; one that had not, such as a stage after a failed one, is cancelled.
+    """
     if flow_run.id is None or flow_run.run_count < 2:
         return
     with get_client(sync_client=True) as client:
@@ -185,5 +188,7 @@ def _end_lost_tasks() -> None:
         for task in client.read_task_runs(flow_run_filter=mine):
             stands_for_a_run = task.task_key.startswith("prefect.")  # a stage in a pool, which may still run
             if task.state is not None and not task.state.is_final() and not stands_for_a_run:
-                lost: State[Any] = Crashed(message="its process ended with the attempt before this one")
-                client.set_task_run_state(task.id, lost, force=True)
+                ended: State[Any] = Cancelled(message="it had not begun when the attempt before this one ended")
+                if task.state.is_running() or task.run_count > 0:
+                    ended = Crashed(message="its process ended with the attempt before this one")
+                client.set_task_run_state(task.id, ended, force=True)

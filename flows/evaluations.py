@@ -2,7 +2,6 @@
 
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -34,6 +33,7 @@ from vectorclm.errors import StoreError
 from vectorclm.evaluation.statistics import Change, changes, figures
 from vectorclm.lineage.pinning import pin_suite
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model, find_model
@@ -76,8 +76,7 @@ def _evaluate(model: str, suite: str, limits: Limits, data: str, runtime: Runtim
     spec = measure_plan(pinned, limits, found, store, runtime)
     for line in [*notes, *left_out(spec, pinned, limits, runtime)]:
         get_run_logger().warning(line)
-    with tempfile.TemporaryDirectory(prefix="vectorclm-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         (folder / "suite.json").write_text(pinned.model_dump_json(), encoding="utf-8")
         (folder / "runtime.json").write_text(runtime.model_dump_json(), encoding="utf-8")
         options = ["--suite", str(folder / "suite.json"), "--runtime", str(folder / "runtime.json")]

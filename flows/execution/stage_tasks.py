@@ -8,7 +8,6 @@ import logging
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -52,6 +51,7 @@ from vectorclm.errors import CorruptArtifactError, InUseError, StoreError, Vecto
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import BY_NAME, last_model, plans, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 from vectorclm.store.layout import EXPORT
@@ -100,7 +100,7 @@ class Stages:
             elsewhere = len(self.plans) if self.runtime.placement == "pools" else None
             workers = self.runtime.parallel_stages or elsewhere or default_workers()
             self._runner: ThreadPoolTaskRunner[Any] = stack.enter_context(ThreadPoolTaskRunner(max_workers=workers))
-            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vectorclm-")))
+            self.folder = stack.enter_context(temporary_folder())
             (self.folder / "experiment.json").write_text(self.experiment.model_dump_json(), encoding="utf-8")
             (self.folder / "runtime.json").write_text(self.runtime.model_dump_json(), encoding="utf-8")
             stack.enter_context(self.overview)

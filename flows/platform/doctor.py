@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import httpx
 from filelock import FileLock, Timeout
@@ -31,6 +31,7 @@ from vectorclm.store.artifact import Store
 OPEN = "none, so every user of this machine can run programs as you; without PREFECT_AUTH=none, `up` creates one"
 HEARTBEAT_SECONDS = 40  # within which a new worker must send a heartbeat
 WRITE_SECONDS = 60  # within which a write must succeed
+RUN_SILENT_SECONDS = 75  # more than two heartbeats of a run
 TAKE_SECONDS = 20  # within which a worker takes a run that is due
 
 
@@ -183,7 +184,7 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
     if not config.servers()[0].holds_its_port():
         message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
         return _report(Finding(False, message), console)
-    return _checked((_database, _inside_prefect, _schedules, _workers, _waiting), config, console) and well
+    return _checked((_database, _inside_prefect, _schedules, _workers, _waiting, _silent), config, console) and well
 
 
 def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) -> bool:
@@ -326,6 +327,23 @@ def _workers(config: PlatformConfig) -> Iterator[Finding]:
             yield Finding(True, f"pool {pool} has {online} worker(s) online{', started again' if again else ''}")
         else:
             yield Finding(False, f"pool {pool} has a worker process but no heartbeat: read {service.log}")
+
+
+def _silent(config: PlatformConfig) -> Iterator[Finding]:
+    """Report runs that send no heartbeats; after a restart of the server a run gets HEARTBEAT_SECONDS for one."""
+    from prefect.client.orchestration import get_client
+
+    from flows.platform.server_services import silent_runs
+
+    deadline = time.monotonic() + HEARTBEAT_SECONDS
+    with get_client(sync_client=True) as client:
+        while silent := silent_runs(client, datetime.now(UTC) - timedelta(seconds=RUN_SILENT_SECONDS)):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(1)
+    yield from (Finding(False, run) for run in silent)
+    if not silent:
+        yield Finding(True, "every run that shows Running sends heartbeats")
 
 
 def _waiting(config: PlatformConfig) -> Iterator[Finding]:

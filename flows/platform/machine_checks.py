@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from flows.platform.config import PlatformConfig
 from vectorclm.runtime.devices import has_gpu_driver
+from vectorclm.runtime.temporary import remove_abandoned
 from vectorclm.store.artifact import Store
 
 FREE_GIGABYTES = 5
@@ -54,6 +55,12 @@ def _unsuitable() -> Iterator[str]:
             continue
         if not needed.specifier.contains(found, prereleases=True):
             yield f"{needed.name} {found} does not work here: {fix}"
+
+
+def _leftovers(config: PlatformConfig) -> Iterator[Finding]:
+    """Remove this user's temporary folders whose process was killed."""
+    if count := remove_abandoned():
+        yield Finding(True, f"{count} temporary folder(s) of killed processes removed from {tempfile.gettempdir()}")
 
 
 def _disks(config: PlatformConfig) -> Iterator[Finding]:
@@ -116,4 +123,4 @@ def gpus() -> list[str]:
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
-MACHINE = (_versions, _disks, _gpu)
+MACHINE = (_versions, _leftovers, _disks, _gpu)
