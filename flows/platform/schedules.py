@@ -25,7 +25,7 @@ from flows.tracking.lookup import named_model
 from vectorclm.errors import ConfigError
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import STAGES
-from vectorclm.store.model_names import REGISTERED, is_place
+from vectorclm.store.model_names import REGISTERED, UnknownModelError, is_place, resolve_model
 from vectorclm.store.model_ref import ADDRESS, CANDIDATE_DIGITS, find_model
 
 EVALUATE = "evaluate/evaluate"
@@ -76,7 +76,10 @@ def schedulable_model(named: str, store: Store) -> str:
     is_registered = named.startswith(REGISTERED)
     if not is_registered and not is_place(named) and BY_NAME.fullmatch(named) and named.split("/")[0] not in STAGES:
         named, is_registered = REGISTERED + named, True
-    found = find_model(named_model(named, store)).address
+    try:
+        found = find_model(named_model(named, store) if is_registered else resolve_model(named, store.uri)).address
+    except UnknownModelError as error:
+        raise ConfigError(f"{error}; write a registered model with its alias, as {named}@candidate") from error
     return named if is_registered else found
 
 
