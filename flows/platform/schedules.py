@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
-from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, State, StateType
@@ -16,6 +16,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import SCHEDULE_TYPES, CronSchedule, IntervalSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
 from prefect.server.schemas import schedules as server_schedules
 from prefect.states import Cancelled
 from pydantic import ValidationError
@@ -201,6 +202,14 @@ def schedule_of(client: SyncPrefectClient, run: FlowRun) -> str | None:
         return None
     found = [schedule for schedule in deployment.schedules if schedule.id == run.created_by.id]
     return (found[0].slug or _title(found[0], deployment)) if found else None
+
+
+def schedule_of_this_run() -> str | None:
+    """The name of the schedule that started the present run; None if a person or a program did."""
+    if flow_run.id is None:
+        return None
+    with get_client(sync_client=True) as client:
+        return schedule_of(client, client.read_flow_run(UUID(flow_run.id)))
 
 
 def _plan(client: SyncPrefectClient, deployment_id: UUID) -> None:

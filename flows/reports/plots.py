@@ -161,9 +161,8 @@ def timeline(title: str, rows: Mapping[str, Sequence[TimedScore]]) -> Markup:
     for number, (name, scores) in enumerate(rows.items()):
         top = TOP + TIMELINE_ROW * number
         names.text(0, top + 10, plain(name), color=_ink("text"), gid="strong", parse_math=False)
-        place = (LEFT, height - top - TIMELINE_ROW + 12, WIDTH - LEFT - RIGHT, TIMELINE_ROW - 34)
-        left, bottom, width, high = place
-        axes = figure.add_axes((left / WIDTH, bottom / height, width / WIDTH, high / height), frame_on=False)
+        bottom, width, high = height - top - TIMELINE_ROW + 12, WIDTH - LEFT - RIGHT, TIMELINE_ROW - 34
+        axes = figure.add_axes((LEFT / WIDTH, bottom / height, width / WIDTH, high / height), frame_on=False)
         axes.set_xlim(first - room, last + room)
         _draw_scores(axes, scores, number, hints)
     for place, align in ((first, "left"), (last, "right")) if last > first else ((first, "center"),):
@@ -238,7 +237,7 @@ def _canvas(height: float, place: tuple[float, float, float, float]) -> "tuple[F
     figure = Figure((WIDTH / UNITS_PER_INCH, height / UNITS_PER_INCH), UNITS_PER_INCH)
     figure.patch.set_visible(False)
     left, bottom, width, high = place
-    axes = figure.add_axes((left / WIDTH, bottom / height, width / WIDTH, high / height), frame_on=False)
+    axes = figure.add_axes((LEFT / WIDTH, bottom / height, width / WIDTH, high / height), frame_on=False)
     axes.set_ylim(height, 0)
     axes.set_autoscale_on(False)
     return figure, axes

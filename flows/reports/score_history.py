@@ -8,12 +8,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flows.reports.plots import TimedScore, timeline
-from vectorclm.evaluation.statistics import Figure
+from vectorclm.evaluation.statistics import Figure, score_interval
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from flows.tracking.registry import Result
 
-CONFIDENCE = 1.96  # standard errors on each side of a 95 % interval
 TEXT_STYLE = (
     "svg { background: var(--card); } text { font: 12px system-ui, sans-serif; } .strong text { font-weight: 600; }"
 )
@@ -23,18 +22,12 @@ _templates = Environment(
 )
 
 
-def interval(name: str, figure: Figure) -> tuple[float, float]:
-    """The 95 % interval of a score; a share stays between 0 and 1."""
-    low, high = figure.value - CONFIDENCE * figure.stderr, figure.value + CONFIDENCE * figure.stderr
-    return (low, high) if name.startswith("bits_per_byte") else (max(0.0, low), min(1.0, high))
-
-
-def chart(title: str, results: "Sequence[Result]") -> Markup:
+def history_chart(title: str, results: "Sequence[Result]") -> Markup:
     """The chart of results, the newest of which is the first and decides which scores are shown."""
     names = results[0].figures if results else {}
     rows = {
         name: [
-            TimedScore(result.when, figure.value, *interval(name, figure), result.title)
+            TimedScore(result.when, figure.value, *score_interval(name, figure), result.title)
             for result in results
             if (figure := result.figures.get(name)) is not None
         ]
@@ -51,16 +44,16 @@ def as_image(picture: Markup) -> str:
     return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}'
 
 
-def page(title: str, results: "Sequence[Result]") -> str:
+def history_page(title: str, results: "Sequence[Result]") -> str:
     """The history as an HTML page without scripts or network."""
     names = list(results[0].figures)
-    content = {"title": title, "results": results, "names": names, "picture": chart(title, results)}
-    return _templates.get_template("score_history.html.jinja").render(content, interval=interval)
+    content = {"title": title, "results": results, "names": names, "picture": history_chart(title, results)}
+    return _templates.get_template("score_history.html.jinja").render(content, interval=score_interval)
 
 
 def as_markdown(title: str, results: "Sequence[Result]", link: str | None) -> str:
     """The history as Markdown with the chart inside, a table of the newest scores, and a link to the page."""
-    image = base64.b64encode(as_image(chart(title, results)).encode()).decode()
+    image = base64.b64encode(as_image(history_chart(title, results)).encode()).decode()
     lines = [f"## {title}: scores over time", ""]
     if link is not None:
         lines += [f"[{len(results)} results as a page]({link})", ""]
@@ -68,7 +61,7 @@ def as_markdown(title: str, results: "Sequence[Result]", link: str | None) -> st
     before: Mapping[str, Figure] = results[1].figures if len(results) > 1 else {}
     lines += [f"| score | {results[0].title} | 95 % interval | before |", "|---|---:|---:|---:|"]
     for name, figure in results[0].figures.items():
-        low, high = interval(name, figure)
+        low, high = score_interval(name, figure)
         earlier = f"{before[name].value:.4f}" if name in before else ""
         lines.append(f"| {name} | {figure.value:.4f} | {low:.4f} to {high:.4f} | {earlier} |")
     return "\n".join(lines)
