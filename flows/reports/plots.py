@@ -237,7 +237,7 @@ def _canvas(height: float, place: tuple[float, float, float, float]) -> "tuple[F
     figure = Figure((WIDTH / UNITS_PER_INCH, height / UNITS_PER_INCH), UNITS_PER_INCH)
     figure.patch.set_visible(False)
     left, bottom, width, high = place
-    axes = figure.add_axes((LEFT / WIDTH, bottom / height, width / WIDTH, high / height), frame_on=False)
+    axes = figure.add_axes((left / WIDTH, bottom / height, width / WIDTH, high / height), frame_on=False)
     axes.set_ylim(height, 0)
     axes.set_autoscale_on(False)
     return figure, axes

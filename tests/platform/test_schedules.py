@@ -57,13 +57,13 @@ def runs(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
 
 
 def planned(client: SyncPrefectClient, deployment: UUID, times: CronSchedule, begin: str, hours: int) -> list[datetime]:
-    """The runs that the server plans for a schedule, looking every half hour, as its scheduler does again and again."""
+    """The runs that the server plans for a schedule, in twelve looks one after another, as its scheduler makes them."""
     (made,) = client.create_deployment_schedules(deployment, [(times, True)])
     start = datetime.fromisoformat(begin)
     end = start + timedelta(hours=hours)
-    for half_hours in range(2 * hours):
-        now = start + timedelta(minutes=30 * half_hours)
-        window = {"start_time": now.isoformat(), "end_time": min(end, now + timedelta(hours=5)).isoformat()}
+    for look in range(12):
+        now = start + look * (end - start) / 12
+        window = {"start_time": now.isoformat(), "end_time": min(end, now + (end - start) / 4).isoformat()}
         client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment}, json=window)
     found = sorted(run.expected_start_time for run in runs(client, deployment) if run.expected_start_time)
     client.delete_deployment_schedule(deployment, made.id)

@@ -34,7 +34,7 @@ def start(platform: Platform, **parameters: Any) -> UUID:
 
 def rows(platform: Platform) -> list[dict[str, str]]:
     """The newest table of the chat model's results."""
-    key = ArtifactFilter.model_validate({"key": {"any_": ["evaluation-vectorclm-chat-tiny"]}})
+    key = ArtifactFilter.model_validate({"key": {"any_": ["evaluation-vectorclm-chat-candidate-tiny"]}})
     tables = sorted(platform.client.read_artifacts(artifact_filter=key), key=lambda found: str(found.created))
     return list(json.loads(str(tables[-1].data)))
 

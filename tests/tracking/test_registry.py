@@ -31,7 +31,8 @@ def test_a_model_is_found_by_name_and_by_place(recorded: Recorded, registry: Reg
     chat = recorded.handles["finetune"]
     for address in ("models:/vectorclm-chat@candidate", "models:/vectorclm-chat/1"):
         found = registry.find(address)
-        assert (found.name, found.title) == ("vectorclm-chat", "vectorclm-chat 1")
+        name = "vectorclm-chat@candidate" if "@" in address else "vectorclm-chat"
+        assert (found.name, found.title) == (name, "vectorclm-chat 1")
         assert found.address == chat["uri"] and found.model_id is not None
     place = registry.find(f"{chat['uri']}/")
     assert place.name == f"finetune/{chat['fingerprint'][:12]}" and place.address == chat["uri"]
@@ -74,6 +75,24 @@ def test_a_scheduled_evaluation_becomes_history_and_one_by_hand_does_not(
     (run,) = registry.client.search_runs([place], f"tags.fingerprint = '{'2' * 64}'")
     (model,) = registry.client.get_run(run.info.run_id).inputs.model_inputs
     assert model.model_id == subject.model_id and run.data.tags["not_run"] == "code"
+
+
+def test_each_alias_has_a_history_of_its_own_after_the_common_one_of_earlier_versions(
+    recorded: Recorded, registry: Registry
+) -> None:
+    settings = measured(recorded, 0.5, "8").manifest["config"] | {"suite": "of aliases"}
+
+    def scores(accuracy: float, digit: str) -> Artifact:
+        found = measured(recorded, accuracy, digit)
+        return Artifact(recorded.store, MEASURE, digit * 64, {**found.manifest, "config": settings})
+
+    candidate, champion = (Subject(f"vectorclm-chat@{alias}", "t", "/a", None) for alias in ("candidate", "champion"))
+    registry.record(Subject("vectorclm-chat", "t", "/a", None), scores(0.1, "a"), "an older flow run")
+    assert [found.fingerprint[0] for found in registry.history(candidate, settings)] == ["a"]
+    registry.record(candidate, scores(0.2, "b"), "a flow run")
+    registry.record(champion, scores(0.3, "c"), "another")
+    assert [found.fingerprint[0] for found in registry.history(candidate, settings)] == ["b"]
+    assert [found.fingerprint[0] for found in registry.history(champion, settings)] == ["c"]
 
 
 def test_scores_by_hand_are_recorded_once_for_a_registered_model(recorded: Recorded, registry: Registry) -> None:
