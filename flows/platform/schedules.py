@@ -53,6 +53,8 @@ def cron_times(cron: str, timezone: str) -> CronSchedule:
     fields = 'write minute, hour, day, month and weekday, as in --cron "0 3 * * *"'
     if len(cron.split()) > 5:
         raise ConfigError(f"--cron {cron!r} has {len(cron.split())} fields: {fields}")
+    if not timezone:
+        raise ConfigError("--timezone is empty: name a zone such as Europe/Berlin, or leave it out for UTC")
     try:
         found = CronSchedule(cron=cron, timezone=timezone)
     except ValidationError as error:
@@ -80,7 +82,7 @@ def schedulable_model(named: str, store: Store) -> str:
     try:
         found = find_model(named_model(named, store) if is_registered else resolve_model(named, store.uri)).address
     except UnknownModelError as error:
-        raise ConfigError(f"{error}; write a registered model with its alias, as {named}@candidate") from error
+        raise ConfigError(f"{error}; of a registered model, write the alias, too: NAME@ALIAS") from error
     return named if is_registered else found
 
 
@@ -161,7 +163,8 @@ def find(client: SyncPrefectClient, name: str) -> KnownSchedule:
 def switch(client: SyncPrefectClient, name: str, *, active: bool) -> KnownSchedule:
     """Pause or resume a schedule. Pausing skips its runs that are due and have not begun."""
     known = find(client, name)
-    client.update_deployment_schedule(known.deployment.id, known.schedule.id, active=active)
+    kept = known.schedule.parameters  # which Prefect's server removes where an update names none
+    client.update_deployment_schedule(known.deployment.id, known.schedule.id, active=active, parameters=kept)
     if not active:
         skipped: State[Any] = Cancelled(name="Skipped", message=f"the schedule {known.name} was paused")
         for run in _waiting(client, known):

@@ -239,7 +239,7 @@ def test_a_model_is_named_as_the_form_takes_it(recorded: Recorded, monkeypatch: 
     [
         ("vectorclm-chat@nobody", "has no models:/vectorclm-chat@nobody"),
         ("vectorclm-owl@candidate", "has no models:/vectorclm-owl@candidate"),
-        ("vectorclm-chat", "write vectorclm-chat@candidate"),
+        ("vectorclm-chat", "of a registered model, write the alias, too"),
         ("vectorclm-chat/99", "has no models:/vectorclm-chat/99"),
         ("finetune/000000", "finetune/000000"),
         ("/nowhere/at/all", "there is no folder /nowhere/at/all"),
