@@ -63,7 +63,7 @@ def _reason(newer: FlowRun) -> str:
 
 
 def check_is_newest() -> None:
-    """Raise SkippedRunError where the present run was started by a schedule of which a newer run is due.
+    """Raise SkippedRunError where a newer run of the present run's schedule was due when a worker took this one.
 
     A worker may take an old run before the attendant has looked at it.
     """
@@ -73,9 +73,11 @@ def check_is_newest() -> None:
         mine = client.read_flow_run(UUID(flow_run.id))
         if not mine.auto_scheduled or mine.created_by is None or mine.deployment_id is None:
             return
+        states = client.read_flow_run_states(mine.id)
+        taken = min((state.timestamp for state in states if state.type == StateType.PENDING), default=_due(mine))
         wanted = {
             "deployment_id": {"any_": [mine.deployment_id]},
-            "expected_start_time": {"after_": _due(mine), "before_": datetime.now(UTC)},
+            "expected_start_time": {"after_": _due(mine), "before_": taken},
         }
         due = client.read_flow_runs(
             flow_run_filter=FlowRunFilter.model_validate(wanted), sort=FlowRunSort.EXPECTED_START_TIME_DESC

@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.flow_engine import run_flow
-from prefect.states import Running, Scheduled
+from prefect.states import Pending, Running, Scheduled
 
 from flows.deployments import explained
 from flows.handle import CURRICULA, MISSED
@@ -110,11 +110,37 @@ def test_an_old_run_that_a_worker_takes_first_ends_as_skipped(
 
     old, new = missed(prefect_client, deployment, 2)
     for run in (old, new):
+        prefect_client.set_flow_run_state(run.id, Pending())  # a worker takes it
         run_flow(scheduled, flow_run=run, parameters=PARAMETERS, return_type="state")
     states = [prefect_client.read_flow_run(run.id).state for run in (old, new)]
     assert [state.name for state in states if state is not None] == ["Skipped", "Completed"]
     assert states[0] is not None and states[0].is_cancelled() and "the newest is made up" in str(states[0].message)
     assert done == ["models:/vectorclm-chat@candidate on tiny"]
+
+
+def test_a_run_of_a_short_interval_whose_process_starts_slowly_is_not_skipped(
+    prefect_client: SyncPrefectClient, deployment: UUID
+) -> None:
+    """Else none of its runs would ever be the newest."""
+
+    @flow(name="scheduled")
+    def scheduled(model: str, suite: str) -> Any:
+        return explained(check_is_newest)
+
+    for schedule in prefect_client.read_deployment(deployment).schedules:
+        prefect_client.delete_deployment_schedule(deployment, schedule.id)
+    often = IntervalSchedule(interval=timedelta(seconds=1), anchor_date=datetime.now(UTC))
+    prefect_client.create_deployment_schedules(deployment, [(often, True)])
+    soon = datetime.now(UTC) + timedelta(seconds=3)
+    window = {"start_time": soon.isoformat(), "min_runs": 20, "min_time": 1.0}
+    prefect_client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment}, json=window)
+    mine = FlowRunFilter.model_validate({"deployment_id": {"any_": [deployment]}})
+    planned = prefect_client.read_flow_runs(flow_run_filter=mine)
+    first = min(planned, key=lambda run: str(run.expected_start_time))
+    prefect_client.set_flow_run_state(first.id, Pending())  # a worker takes runs some seconds before their time
+    until(lambda: len(runs(prefect_client, deployment)) > 2, "others are due, too", 60)
+    state = run_flow(scheduled, flow_run=first, parameters=PARAMETERS, return_type="state")
+    assert state.name == "Completed"
 
 
 def test_a_run_that_no_worker_takes_is_one_event(prefect_client: SyncPrefectClient, deployment: UUID) -> None:
