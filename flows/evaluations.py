@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
+from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed
 from pydantic import Field
 
@@ -26,6 +27,7 @@ from flows.execution.stage_tasks import RETRY_DELAY, may_help
 from flows.execution.watch import watched
 from flows.form import SuiteName
 from flows.handle import FELL
+from flows.net import without_password
 from flows.paths import local_folder
 from flows.platform.schedules import schedule_of_this_run
 from flows.reports.score_history import as_image, as_markdown, history_chart, history_page
@@ -175,8 +177,8 @@ def _show_history(registry: Registry, subject: Subject, settings: Mapping[str, A
     results = registry.history(subject, settings, MOST)
     key = f"reports/{id_of_series}.html"
     registry.store.write(key, history_page(title, results).encode())
-    served = deployment.id is not None and flow_run.ui_url  # by a platform, whose server shows reports
-    link = f"{str(flow_run.ui_url).partition('/runs/')[0]}/{key}" if served else None
+    ui = PREFECT_UI_URL.value() if deployment.id is not None else None  # of a platform, whose server shows reports
+    link = f"{without_password(ui).rstrip('/')}/{key}" if ui else None
     about = f"`{title}`: every result with its 95 % interval"
     text = as_markdown(title, results, link)
     create_markdown_artifact(text, key=_key("scores", subject.name, settings["suite"]), description=about)
