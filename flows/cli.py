@@ -147,7 +147,7 @@ def retry(
     """Run a curriculum again with other settings, or rebuild finished stages and compare them."""
     from flows.platform.prefect_server import platform_server
 
-    with platform_server(platform.config(), is_named=platform != PlatformOptions()) as page:
+    with platform_server(platform.config(), is_named=platform.is_given) as page:
         from flows.platform.retry import retry as start
 
         new = start(run, again_from, list(settings))

@@ -137,7 +137,7 @@ def _connected(platform: PlatformOptions) -> Iterator[_Connection]:
     config = platform.config()
     if platform.prefect_port is None and platform.mlflow_port is None:
         config = remembered(config)
-    with platform_server(config, is_named=platform != PlatformOptions()) as page:
+    with platform_server(config, is_named=platform.is_given) as page:
         from prefect.client.orchestration import get_client
 
         from flows.platform.retry import translate_errors

@@ -151,13 +151,13 @@ class Registry:
     def history(self, subject: Subject, settings: Mapping[str, Any], count: int = SHOWN) -> list[Result]:
         """The last results of a subject with these settings of a suite, newest first.
 
-        Until an alias has results of its own, those count that earlier versions recorded for all aliases together.
+        Results that earlier versions recorded for all aliases together count for each of them.
         """
         found = self.results(f"tags.series = '{series(subject.name, settings)}'", count)
-        older = subject.name.partition("@")[0]
-        if not found and older != subject.name and REGISTERED_NAME.fullmatch(subject.name):
-            found = self.results(f"tags.series = '{series(older, settings)}'", count)
-        return [result for _, result in found]
+        if REGISTERED_NAME.fullmatch(subject.name):
+            older = self.results(f"tags.series = '{series(subject.name.partition('@')[0], settings)}'", count)
+            found += [(tags, result) for tags, result in older if "subject" not in tags]
+        return sorted((result for _, result in found), key=lambda result: result.when, reverse=True)[:count]
 
     def results(self, query: str, count: int) -> list[tuple[dict[str, str], Result]]:
         """The last finished evaluations that a query finds, newest first, each with the tags of its run."""

@@ -1,6 +1,7 @@
 """`vectorclm schedule …` as a person types it, on a real server, and what it says where something is wrong."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from uuid import UUID
 
@@ -15,14 +16,14 @@ __all__ = ["evaluate"]  # a fixture
 
 
 @pytest.fixture
-def typed(
-    evaluate: UUID, recorded: Recorded, shared_prefect: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[list[str]]:
-    """The options of a command beside a server that PREFECT_API_URL names, as in a container."""
-    monkeypatch.setenv("PREFECT_AUTH", shared_prefect["PREFECT_API_AUTH_STRING"])
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("VECTORCLM_STORE", recorded.store.uri)
-    yield []
+def typed(evaluate: UUID, recorded: Recorded, shared_prefect: Mapping[str, str]) -> Iterator[None]:
+    """The environment of a command beside a server that PREFECT_API_URL names, as in a container."""
+    before = dict(os.environ)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ |= {"PREFECT_AUTH": shared_prefect["PREFECT_API_AUTH_STRING"], "VECTORCLM_STORE": recorded.store.uri}
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
