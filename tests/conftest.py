@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vectorclm.model_config import ModelConfig
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that spins takes the core from the test beside it
 torch.set_num_threads(1)
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from one without the threads of other tests
 PROCESSES.set_forkserver_preload(
