@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -20,7 +21,9 @@ from prefect.states import Pending, Running, Scheduled
 from flows.deployments import explained
 from flows.handle import CURRICULA, MISSED
 from flows.platform import attendant as attendant_module
+from flows.platform import doctor
 from flows.platform.attendant import Attendant
+from flows.platform.config import PlatformConfig
 from flows.platform.missed_runs import MISSED_AFTER, SkippedRunError, check_is_newest, report_missed
 from tests.services.platform import until
 
@@ -153,6 +156,18 @@ def test_a_run_that_no_worker_takes_is_one_event(prefect_client: SyncPrefectClie
     assert event["payload"]["title"] == f"no worker took the scheduled run {NAME}"
     assert event["payload"]["text"].startswith(line + why) and event["payload"]["parameters"] == PARAMETERS
     assert event["payload"]["links"][0].endswith(f"/runs/flow-run/{run.id}")
+
+
+def test_the_doctor_reports_it_and_emits_the_same_event(
+    prefect_client: SyncPrefectClient, deployment: UUID, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = missed(prefect_client, deployment, 1)
+    monkeypatch.setattr(doctor, "TAKE_SECONDS", 0)
+    found = list(doctor._waiting(PlatformConfig(vectorclm_store=str(tmp_path))))
+    assert any(finding.what.startswith(f"no worker took the scheduled run {NAME}, due since ") for finding in found)
+    assert not any(finding.good for finding in found)
+    report_missed(prefect_client)
+    assert len(until(lambda: events(prefect_client, run), "the event is kept", 60)) == 1
 
 
 def test_the_attendant_gives_workers_time_after_a_start_and_after_a_suspension(

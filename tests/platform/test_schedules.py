@@ -13,6 +13,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
+from flows.platform import schedules
 from flows.platform.deployment_file import entries, fields_of, put
 from flows.platform.schedules import (
     add_evaluation,
@@ -205,7 +206,10 @@ def test_a_schedule_of_the_page_is_listed_found_paused_and_removed(
         switch(prefect_client, title, active=True)
 
 
-def test_schedules_of_other_deployments_are_listed_too(prefect_client: SyncPrefectClient, evaluate: UUID) -> None:
+def test_schedules_of_other_deployments_are_listed_too(
+    prefect_client: SyncPrefectClient, evaluate: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "PAGE", 1)  # the server's limit, with fewer deployments
     flow_id = prefect_client.create_flow_from_name("curriculum")
     curriculum = prefect_client.create_deployment(flow_id, "tiny", paused=True)
     prefect_client.create_deployment_schedules(curriculum, [(NIGHTLY, True)], slug="each night")
