@@ -1,6 +1,7 @@
 """The scores of a model on a suite over time: one chart with intervals, as a page, an image and Markdown."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from vectorclm.evaluation.statistics import Figure, score_interval
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from flows.tracking.registry import Result
 
+SCALE = 1.5  # pixels of an image for each unit of a plot
 TEXT_STYLE = (
     "svg { background: var(--card); } text { font: 12px system-ui, sans-serif; } .strong text { font-weight: 600; }"
 )
@@ -41,7 +43,13 @@ def as_image(picture: Markup) -> str:
     palette = _templates.get_template("palette.css.jinja").render()
     style = f"<style>{palette}{TEXT_STYLE}</style>"
     head, _, rest = str(picture).partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}'
+    size = re.sub(r'.*viewBox="0 0 (\S+) (\S+)".*', _size, head)
+    return f'{head} {size} xmlns="http://www.w3.org/2000/svg">{style}{rest}'
+
+
+def _size(found: re.Match[str]) -> str:
+    """The width and height of an image; without them a browser draws it as small as an icon."""
+    return f'width="{SCALE * float(found[1]):.0f}" height="{SCALE * float(found[2]):.0f}"'
 
 
 def history_page(title: str, results: "Sequence[Result]") -> str:

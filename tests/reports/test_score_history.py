@@ -39,6 +39,7 @@ def test_the_image_is_a_file_of_its_own_with_the_colours_of_the_page() -> None:
     image = as_image(history_chart(TITLE, RESULTS))
     root = ElementTree.fromstring(image)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert float(root.attrib["width"]) > 500 and float(root.attrib["height"]) > 300  # else it is drawn as an icon
     style = root.findtext("{http://www.w3.org/2000/svg}style") or ""
     used = {name for name in INKS if f"var(--{name})" in image}
     assert used and all(re.search(rf"--{name}: #", style) for name in used)

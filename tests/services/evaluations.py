@@ -52,7 +52,7 @@ def shows_history(platform: Platform, window: WebDriver) -> bool:
     place = f"/artifacts/artifact/{_newest(platform, 'scores-vectorclm-chat-candidate-tiny').id}"
     if not window.current_url.endswith(place):
         window.get(f"{platform.config.prefect_url}{place}")
-    drawn = "image => image.src.startsWith('data:image/svg') && image.complete && image.naturalWidth > 100"
+    drawn = "image => image.src.startsWith('data:image/svg') && image.complete && image.naturalWidth > 500"
     return bool(window.execute_script(f"return [...document.images].some({drawn})"))
 
 
