@@ -23,16 +23,15 @@ from rich.console import Console
 from flows.bench.cli import bench_app
 from flows.net import has_own_server
 from flows.paths import local_folder
+from flows.platform.options import PlatformOptions
 from flows.platform.prefect_server import PrivateServer, prefect_server
+from flows.platform.schedule_commands import schedule_app
 from flows.reports import lineage_cli
 from flows.run_names import of_the_command_line
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
 from vectorclm.__main__ import ALONE, MODEL_COMMANDS
 from vectorclm.command_line import (
-    LOCAL_STORE,
-    STORE,
-    EnvFile,
     Json,
     Place,
     Setting,
@@ -66,28 +65,10 @@ add_stages(stages, STAGES, "vectorclm stage")
 app.command(stages)
 app.command(store_app)
 app.command(bench_app)
+app.command(schedule_app)
 app.update(models)
 app.command(init, help_epilogue="Example: vectorclm init --text books/ --minutes 30")
 app.register_install_completion_command()
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class PlatformOptions:
-    """The options that name a platform."""
-
-    # None, and not the default itself, which would override the file.
-    store: Annotated[str | None, STORE, Parameter(show_default=lambda _: LOCAL_STORE)] = None
-    env_file: EnvFile = None
-    prefect_port: Annotated[int | None, Parameter(help="Port of Prefect's server [default: 4200]")] = None
-    mlflow_port: Annotated[int | None, Parameter(help="Port of MLflow's server [default: 5000]")] = None
-
-    def config(self) -> Any:
-        """Read the platform's settings; options override the environment, which overrides the file."""
-        from flows.platform.config import read_platform
-
-        ports = {"prefect_port": self.prefect_port, "mlflow_port": self.mlflow_port}
-        return read_platform(self.env_file, vectorclm_store=self.store, **ports)
 
 
 @Parameter(name="*")
@@ -166,7 +147,7 @@ def retry(
     """Run a curriculum again with other settings, or rebuild finished stages and compare them."""
     from flows.platform.prefect_server import platform_server
 
-    with platform_server(platform.config(), is_named=platform != PlatformOptions()) as page:
+    with platform_server(platform.config(), is_named=platform.is_given) as page:
         from flows.platform.retry import retry as start
 
         new = start(run, again_from, list(settings))

@@ -23,6 +23,7 @@ from flows.form import Again, Changes, Name, chosen
 from flows.handle import MAX_RESCUES, RESCUED, Handle
 from flows.paths import local_folder
 from flows.platform.experiment_forms import refresh_description
+from flows.platform.missed_runs import SKIPPED, SkippedRunError, check_is_newest
 from flows.reports.plan import plan_of
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import ConfigError, VectorCLMError
@@ -87,6 +88,8 @@ def explained(run: Callable[[], Any]) -> Any:
     """The result of `run`; for an expected error, a failed state, whose message ends the log in one line."""
     try:
         return run()
+    except SkippedRunError as skipped:
+        return Cancelled(name=SKIPPED, message=str(skipped))
     except (VectorCLMError, OSError) as error:
         leave_out("prefect.flow_runs", "Engine execution exited with unexpected exception")
         what = str(error) if isinstance(error, VectorCLMError) else f"{type(error).__name__}: {error}"
@@ -131,8 +134,10 @@ def _warn_of_idle_gpus(runtime: Runtime) -> None:
 def opened_store(runtime: Runtime) -> Store:
     """Open the worker's store at the beginning of a run, and check that it is writable.
 
-    Raises ConfigError where the worker has no store, and StageFailedError after too many crashes of this run.
+    Raises ConfigError where the worker has no store, StageFailedError after too many crashes of this run, and
+    SkippedRunError where a newer run of the same schedule is due.
     """
+    check_is_newest()
     record_process()
     _give_up_after_rescues()
     _end_lost_tasks()

@@ -10,6 +10,7 @@ RESCUED = "Rescued"  # the state that an automation sets on a crashed run
 MAX_RESCUES = 2
 CURRICULA = "curricula"  # the work queue of the pool cpu in which curricula wait for each other
 FELL = "vectorclm.score.fell"  # the event that a score fell
+MISSED = "vectorclm.run.missed"  # the event that no worker took a scheduled run
 
 
 class Handle(TypedDict):

@@ -347,21 +347,27 @@ def _silent(config: PlatformConfig) -> Iterator[Finding]:
 
 
 def _waiting(config: PlatformConfig) -> Iterator[Finding]:
-    """Report runs that are late although nothing runs before them; a new worker gets TAKE_SECONDS to take them."""
+    """Report runs that are late although nothing runs before them; a new worker gets TAKE_SECONDS to take them.
+
+    A scheduled run that no worker takes is also an event, for notifications.
+    """
     from prefect.client.orchestration import get_client
 
+    from flows.platform.missed_runs import report_missed
     from flows.platform.server_services import late_runs
 
     deadline = time.monotonic() + TAKE_SECONDS
     with get_client(sync_client=True) as client:
         while (late := late_runs(client)) and time.monotonic() < deadline:
             time.sleep(0.5)
+        missed = report_missed(client)
     logs = ", ".join(str(service.log) for service in config.workers())
     for line in late:
         yield Finding(
             False, f"{line}: read the log of its worker ({logs}), and check whether the pool or queue is paused"
         )
-    if not late:
+    yield from (Finding(False, line) for line in missed)
+    if not late and not missed:
         yield Finding(True, "no run is late without a reason")
 
 

@@ -123,6 +123,19 @@ class Platform:
         return found
 
 
+def listening(platform: Platform) -> dict[str, set[str]]:
+    """The addresses on which each service and its processes wait for others."""
+    found: dict[str, set[str]] = {}
+    for service in [*platform.config.servers(), *platform.config.workers()]:
+        main = service.process()
+        assert main is not None
+        for process in (main, *main.children(recursive=True)):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.setdefault(service.name, set()).add(connection.laddr.ip)
+    return found
+
+
 def is_repeated(error: LoopError) -> bool:
     """Whether Prefect hands the message of this error to its loop again; what is lost even so is kept in `dlq`.
 
