@@ -1,6 +1,6 @@
 """The command line `vectorclm`: run an experiment, operate the platform, or use a model.
 
-Prefect and MLflow take seconds to import, so only the commands that need them import them.
+Prefect, MLflow and torch take seconds to import, so only the commands that need them import them.
 """
 
 import gc
@@ -26,7 +26,8 @@ from flows.paths import local_folder
 from flows.platform.options import PlatformOptions
 from flows.platform.prefect_server import PrivateServer, prefect_server
 from flows.platform.removal_commands import remove_from_store
-from flows.reports import lineage_cli, report
+from flows.platform.schedule_commands import schedule_app
+from flows.reports import lineage_cli
 from flows.run_names import of_the_command_line
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
@@ -68,6 +69,7 @@ stores.command(remove_from_store, name="rm", help_epilogue="Example: vectorclm s
 app.command(stages)
 app.command(stores)
 app.command(bench_app)
+app.command(schedule_app)
 app.update(models)
 app.command(init, help_epilogue="Example: vectorclm init --text books/ --minutes 30")
 app.register_install_completion_command()
@@ -163,7 +165,7 @@ def retry(
     """Run a curriculum again with other settings, or rebuild finished stages and compare them."""
     from flows.platform.prefect_server import platform_server
 
-    with platform_server(platform.config(), is_named=platform != PlatformOptions()) as page:
+    with platform_server(platform.config(), is_named=platform.is_given) as page:
         from flows.platform.retry import retry as start
 
         new = start(run, again_from, list(settings))
@@ -221,8 +223,10 @@ def show_report(
     show: Annotated[bool, Parameter(name="--open", help="Open the page in a browser")] = False,
 ) -> None:
     """Write the report of a model as one HTML page: curves, scores, samples, data, lineage, costs."""
+    from flows.reports.report import write_report
+
     found = existing_store(place.store)
-    report.write_report(lookup.named_model(model, found), found, against, out)
+    write_report(lookup.named_model(model, found), found, against, out)
     if show and not webbrowser.open(out.absolute().as_uri()):
         print(f"no browser was found: open {out.absolute()} in one", file=sys.stderr)
 
@@ -261,7 +265,7 @@ def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:
     if command not in MODEL_COMMANDS:
         return command(*bound.args, **bound.kwargs)
     store = _store_of(bound)
-    if (command is evaluate and not _takes_model(bound)) or (command is export and not _writes_file(bound)):
+    if not _names_a_model(command, bound):
         return command(*bound.args, **bound.kwargs)
     for name in ("before", "after") if command is compare else (next(iter(bound.signature.parameters)),):
         value = bound.arguments.get(name)
@@ -285,14 +289,12 @@ def _store_of(bound: BoundArguments) -> str:
     return str(bound.arguments.get("store") or getattr(place, "store", None) or default_store())
 
 
-def _takes_model(bound: BoundArguments) -> bool:
-    scored = bound.arguments.get("scored")
-    return scored is not None and bool(scored.suite or scored.text)
-
-
-def _writes_file(bound: BoundArguments) -> bool:
-    file = bound.arguments.get("file")
-    return file is not None and file.format is not None
+def _names_a_model(command: Callable[..., Any], bound: BoundArguments) -> bool:
+    """Whether the first argument is a model, and not an experiment."""
+    scored, file = bound.arguments.get("scored"), bound.arguments.get("file")
+    if command is evaluate:
+        return scored is not None and bool(scored.suite or scored.text)
+    return command is not export or (file is not None and file.format is not None)
 
 
 def _record(address: str, scores: Artifact, store: Store) -> None:
@@ -352,7 +354,7 @@ def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Ru
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
     here = estimate(pinned, options.place.data, runtime)
     costs["here"] = {
-        "device": runtime.torch_device().type,
+        "device": runtime.device_type(),
         "text_bytes": dict(here.available),
         "drawn_bytes": here.drawn,
         "epochs": here.epochs,

@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, Crashed, Failed
+from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows.curriculum import curriculum
 from flows.execution.labels import name_of_this_run, record_process
@@ -23,6 +23,7 @@ from flows.form import Again, Changes, Name, chosen
 from flows.handle import DRY_RUN, MAX_RESCUES, RESCUED, Handle
 from flows.paths import local_folder
 from flows.platform.experiment_forms import refresh_description
+from flows.platform.missed_runs import SKIPPED, SkippedRunError, check_is_newest
 from flows.reports.plan import plan_of
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import ConfigError, VectorCLMError
@@ -87,6 +88,8 @@ def explained(run: Callable[[], Any]) -> Any:
     """The result of `run`; for an expected error, a failed state, whose message ends the log in one line."""
     try:
         return run()
+    except SkippedRunError as skipped:
+        return Cancelled(name=SKIPPED, message=str(skipped))
     except (VectorCLMError, OSError) as error:
         leave_out("prefect.flow_runs", "Engine execution exited with unexpected exception")
         what = str(error) if isinstance(error, VectorCLMError) else f"{type(error).__name__}: {error}"
@@ -117,7 +120,7 @@ def _prepared(
 
 def _warn_of_idle_gpus(runtime: Runtime) -> None:
     """Log a warning if torch will run on this machine's CPU although another machine serves the pool `gpu`."""
-    if runtime.placement == "pools" or runtime.device != "auto" or runtime.torch_device().type == "cuda":
+    if runtime.placement == "pools" or runtime.device != "auto" or runtime.device_type() == "cuda":
         return
     with get_client(sync_client=True) as client:
         workers = [worker.name for worker in client.read_workers_for_work_pool("gpu") if worker.status == "ONLINE"]
@@ -131,8 +134,10 @@ def _warn_of_idle_gpus(runtime: Runtime) -> None:
 def opened_store(runtime: Runtime) -> Store:
     """Open the worker's store at the beginning of a run, and check that it is writable.
 
-    Raises ConfigError where the worker has no store, and StageFailedError after too many crashes of this run.
+    Raises ConfigError where the worker has no store, StageFailedError after too many crashes of this run, and
+    SkippedRunError where a newer run of the same schedule is due.
     """
+    check_is_newest()
     record_process()
     _give_up_after_rescues()
     _end_lost_tasks()
@@ -177,7 +182,10 @@ def _give_up_after_rescues() -> None:
 
 
 def _end_lost_tasks() -> None:
-    """Mark the unfinished tasks of an earlier attempt of this run as crashed: their process is gone."""
+    """End the unfinished tasks of an earlier attempt of this run, whose process is gone.
+
+    A task that had begun has crashed; one that had not, such as a stage after a failed one, is cancelled.
+    """
     if flow_run.id is None or flow_run.run_count < 2:
         return
     with get_client(sync_client=True) as client:
@@ -185,5 +193,7 @@ def _end_lost_tasks() -> None:
         for task in client.read_task_runs(flow_run_filter=mine):
             stands_for_a_run = task.task_key.startswith("prefect.")  # a stage in a pool, which may still run
             if task.state is not None and not task.state.is_final() and not stands_for_a_run:
-                lost: State[Any] = Crashed(message="its process ended with the attempt before this one")
-                client.set_task_run_state(task.id, lost, force=True)
+                ended: State[Any] = Cancelled(message="it had not begun when the attempt before this one ended")
+                if task.state.is_running() or task.run_count > 0:
+                    ended = Crashed(message="its process ended with the attempt before this one")
+                client.set_task_run_state(task.id, ended, force=True)

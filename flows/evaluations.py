@@ -1,20 +1,21 @@
 """The Prefect deployment `evaluate`: score any model on any suite, compare it with earlier results, report a fall."""
 
 import re
+import shlex
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from prefect import Task, flow, get_run_logger
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
+from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed
 from pydantic import Field
 
@@ -25,14 +26,20 @@ from flows.execution.stage_tasks import RETRY_DELAY, may_help
 from flows.execution.watch import watched
 from flows.form import SuiteName
 from flows.handle import FELL
+from flows.net import without_password
 from flows.paths import local_folder
-from flows.tracking.registry import SHOWN, Registry, RegistryError, Result, Subject
-from vectorclm.comparison.measurement import Limits, left_out, measure_plan
+from flows.platform.schedules import schedule_of_this_run
+from flows.reports.score_history import as_image, as_markdown, history_chart, history_page
+from flows.tracking.histories import MOST, record_history
+from flows.tracking.registry import SHOWN, Registry, RegistryError, Result, Subject, series
+from vectorclm.comparison.config import Limits
+from vectorclm.comparison.measurement import left_out, measure_plan
 from vectorclm.config import load_suite
-from vectorclm.errors import StoreError
+from vectorclm.errors import ConfigError, DataError, StoreError
 from vectorclm.evaluation.statistics import Change, changes, figures
 from vectorclm.lineage.pinning import pin_suite
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model, find_model
@@ -65,8 +72,7 @@ def evaluate_run(
 def _evaluate(model: str, suite: str, limits: Limits, data: str, runtime: Runtime) -> State[Any]:
     store = opened_store(runtime)
     registry = Registry(store)
-    subject = registry.find(model)
-    found = find_model(subject.address)
+    subject, found = _model(registry, model)
     mirror = Path(data) if data else None
     asked, path = load_suite(suite)
     locks = local_folder(store) / "locks"
@@ -75,8 +81,7 @@ def _evaluate(model: str, suite: str, limits: Limits, data: str, runtime: Runtim
     spec = measure_plan(pinned, limits, found, store, runtime)
     for line in [*notes, *left_out(spec, pinned, limits, runtime)]:
         get_run_logger().warning(line)
-    with tempfile.TemporaryDirectory(prefix="vectorclm-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         (folder / "suite.json").write_text(pinned.model_dump_json(), encoding="utf-8")
         (folder / "runtime.json").write_text(runtime.model_dump_json(), encoding="utf-8")
         options = ["--suite", str(folder / "suite.json"), "--runtime", str(folder / "runtime.json")]
@@ -89,6 +94,18 @@ def _evaluate(model: str, suite: str, limits: Limits, data: str, runtime: Runtim
     assert artifact is not None
     _compare(registry, subject, artifact, needed=model.startswith("models:/"))
     return Completed(name=state.name, message=state.message, data={"uri": artifact.uri, "scores": artifact.summary})
+
+
+def _model(registry: Registry, address: str) -> tuple[Subject, Model]:
+    """Find the model; where it is gone, an error of a scheduled run also names how to end the schedule."""
+    try:
+        subject = registry.find(address)
+        return subject, find_model(subject.address)
+    except (ConfigError, DataError) as error:
+        if (schedule := schedule_of_this_run()) is None:
+            raise
+        advice = f"end the schedule that evaluates it with `vectorclm schedule remove {shlex.quote(schedule)}`"
+        raise ConfigError(f"{error}; {advice}") from error
 
 
 def _measured(spec: StageSpec, model: Model, arguments: Sequence[str], store: Store, runtime: Runtime) -> State[Any]:
@@ -132,6 +149,7 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
     """
     settings = artifact.manifest["config"]
     this = Result(subject.title, datetime.now(UTC), artifact.fingerprint, figures(artifact.summary))
+    recorded = True
     try:
         before = registry.history(subject, settings)
         if before and before[0].fingerprint == this.fingerprint:
@@ -145,10 +163,32 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
         if needed:
             raise
         get_run_logger().warning("%s; the result is in the store but not in MLflow, and is not compared", error)
-        results = [this]
+        results, recorded = [this], False
     about = f"`{subject.title}` on `{settings['suite']}`, newest first; each score ± its standard error"
     rows = table(results, artifact.summary.get("not_run", ()))
-    create_table_artifact(rows, key=_key(subject.name, settings["suite"]), description=about)
+    create_table_artifact(rows, key=_key("evaluation", subject.name, settings["suite"]), description=about)
+    if recorded:
+        _show_history(registry, subject, settings)
+
+
+def _show_history(registry: Registry, subject: Subject, settings: Mapping[str, Any]) -> None:
+    """Show the scores over time as one chart: under the run's artifacts, as a page of the platform, and in MLflow."""
+    title, id_of_series = f"{subject.name} on {settings['suite']}", series(subject.name, settings)
+    results = registry.history(subject, settings, MOST)
+    key = f"reports/{id_of_series}.html"
+    registry.store.write(key, history_page(title, results).encode())
+    ui = PREFECT_UI_URL.value() if deployment.id is not None else None  # of a platform, whose server shows reports
+    link = f"{without_password(ui).rstrip('/')}/{key}" if ui else None
+    about = f"`{title}`: every result with its 95 % interval"
+    text = as_markdown(title, results, link)
+    create_markdown_artifact(text, key=_key("scores", subject.name, settings["suite"]), description=about)
+    picture = as_image(history_chart(title, results))
+    try:
+        get_run_logger().info(
+            "scores over time in MLflow: %s", record_history(registry, id_of_series, title, results, picture)
+        )
+    except RegistryError as error:
+        get_run_logger().warning("%s; the next evaluation adds this result to the scores over time", error)
 
 
 def table(results: Sequence[Result], not_run: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -197,7 +237,7 @@ def _tell(subject: Subject, suite: str, results: Sequence[Result]) -> None:
     emit_event(
         FELL,
         resource={
-            "prefect.resource.id": f"vectorclm.{_key(subject.name, suite)}",
+            "prefect.resource.id": f"vectorclm.{_key('evaluation', subject.name, suite)}",
             "prefect.resource.name": f"{subject.name} on {suite}",
         },
         payload={
@@ -212,6 +252,6 @@ def _tell(subject: Subject, suite: str, results: Sequence[Result]) -> None:
     )
 
 
-def _key(name: str, suite: str) -> str:
-    """The key of the Prefect artifact: lower-case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", f"evaluation {name} {suite}".lower()).strip("-")
+def _key(kind: str, name: str, suite: str) -> str:
+    """The key of a Prefect artifact: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{kind} {name} {suite}".lower()).strip("-")

@@ -73,7 +73,7 @@ class ProgressLines(logging.Handler):
             return
         if tick.resumed and tick.stage not in self._resumed:
             self._resumed.add(tick.stage)
-            self.console.print(f"{tick.stage} continues from {tick.resumed}", highlight=False, markup=False)
+            self.console.print(tick.continues, highlight=False, markup=False)
         if now - self._last.setdefault(tick.stage, now) > REPORT_SECONDS:
             self._last[tick.stage] = now
             line = f"{tick.stage} {tick.done:,} of {tick.total:,} {tick.unit}  {tick.note}"

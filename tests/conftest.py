@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vectorclm.model_config import ModelConfig
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that spins takes the core from the test beside it
 torch.set_num_threads(1)
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from one without the threads of other tests
 PROCESSES.set_forkserver_preload(
@@ -218,7 +219,8 @@ def random_model(config: "ModelConfig") -> "CausalLM":
 
 def write_tokenizer(root: Path, texts: list[str], vocab_size: int, text_bytes: int, length: int) -> Path:
     """The folder of a tokenizer learnt from so many bytes of texts, for a model of context `length`."""
-    from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
+    from vectorclm.tokenizer import TokenizerConfig
+    from vectorclm.train_tokenizer import train_tokenizer
 
     write_sample_text(root / "sample" / "a", texts, "train")
     (root / "tokenizer").mkdir()
@@ -250,8 +252,8 @@ def chat_folder(tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) 
     from vectorclm.model import CausalLM
     from vectorclm.model_config import ModelConfig
     from vectorclm.shards.conversations import Turn, render
-    from vectorclm.tokenizer import load_tokenizer
-    from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
+    from vectorclm.tokenizer import TokenizerConfig, load_tokenizer
+    from vectorclm.train_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("chat")
     write_sample_text(root / "sample" / "a", [*tiny_text, "<b>makes</b>"], "train")

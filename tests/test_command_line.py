@@ -1,5 +1,6 @@
 """The command lines: the help of every command, found from the applications themselves, and what is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,13 @@ import pytest
 from cyclopts import App
 
 from flows import cli
+from tests.training.test_checkpoint import write_experiment
 from vectorclm import __main__ as core
+from vectorclm.config import load_experiment
+from vectorclm.lineage.pinning import pin
+from vectorclm.runtime.devices import Runtime
+from vectorclm.stages import run_stage
+from vectorclm.store.artifact import Store
 
 FRONT_ENDS: dict[str, tuple[Callable[[Sequence[str]], int], App]] = {
     "vectorclm": (cli.main, cli.app),
@@ -72,6 +79,59 @@ def test_help_of_a_process(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "two models on the same items: differences" in " ".join(done.stdout.split())
+
+
+# What takes a tenth of a second to seconds to import, and no help needs.
+HEAVY = {"torch", "prefect", "mlflow", "pandas", "transformers", "datasets", "httpx", "pyarrow", "numpy"}
+HELP_OF_EACH = """
+import contextlib, importlib, io, json, sys
+module, program, paths = json.loads(sys.argv[1])
+main = importlib.import_module(module).main
+for path in paths:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main([*path, "--help"]) == 0
+    assert said.getvalue().startswith(f"Usage: {' '.join([program, *path])} "), path
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "front"), [("flows.cli", "vectorclm"), ("vectorclm.__main__", "python -m vectorclm")]
+)
+def test_no_help_imports_what_takes_long(module: str, front: str) -> None:
+    """One process prints the help of every command, so its modules are those of all commands."""
+    task = json.dumps([module, front, [path for program, path in ALL if program == front]])
+    command = [sys.executable, "-c", HELP_OF_EACH, task]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert HEAVY & set(json.loads(done.stdout)) == set()
+
+
+def imported(*command: str | Path, **variables: str) -> tuple[str, set[str]]:
+    """What a program prints, and the packages that it imports, which Python lists on standard error."""
+    environment = {**os.environ, **variables, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    return done.stdout, {name.partition(".")[0] for name in names}
+
+
+def test_the_help_of_the_installed_program_imports_nothing_that_takes_long() -> None:
+    shown, modules = imported(Path(sys.executable).with_name("vectorclm"), "--help")
+    assert shown.startswith("Usage: vectorclm ") and {"flows", "cyclopts"} < modules and HEAVY & modules == set()
+
+
+def test_a_finished_stage_and_a_store_need_no_torch(tmp_path: Path) -> None:
+    file, store = write_experiment(tmp_path), tmp_path / "store"
+    experiment, _ = pin(load_experiment(str(file))[0], file, None, resolve=False)
+    built, _ = run_stage("sample", experiment, Store(str(store)), Runtime(), None)
+    alone = (sys.executable, "-m", "vectorclm")
+    for command, said in (
+        ((*alone, "sample", str(file)), f"sample reused: {built.uri}"),
+        ((*alone, "store", "ls"), built.fingerprint[:12]),
+        ((sys.executable, "-m", "flows.cli", "lineage", built.uri), built.fingerprint[:12]),
+    ):
+        shown, modules = imported(*command, VECTORCLM_STORE=str(store))
+        assert said in shown and HEAVY & modules == set(), command
 
 
 @pytest.mark.parametrize("front", FRONT_ENDS)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tests.conftest import PROCESSES, publish_shards
 from vectorclm.dataset import StreamingLanguageModelDataset, document_labels, position_ids
 from vectorclm.nn.loss import IGNORE_INDEX
-from vectorclm.runtime.distributed import Group
+from vectorclm.runtime.group import Group
 from vectorclm.shards.order import MixturePhase, TrainingOrder
 from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.tokenizer import BOS_ID, EOS_ID

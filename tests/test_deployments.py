@@ -1,17 +1,20 @@
 """The deployments `curriculum` and `stage` as flows on a real server: what a worker does of a form."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import task
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import ArtifactFilter
-from prefect.states import AwaitingRetry, Crashed, Running, Scheduled
+from prefect.client.schemas.objects import State
+from prefect.states import AwaitingRetry, Completed, Crashed, Pending, Running, Scheduled
 
 from flows.deployments import curriculum_run, opened_store, stage_run
 from flows.execution.launch import StageFailedError
@@ -46,6 +49,13 @@ def worker(store: Store, prefect_client: SyncPrefectClient, monkeypatch: pytest.
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     prefect_client.create_work_pool(WorkPoolCreate(name="gpu", type="process"), overwrite=True)
     prefect_client.send_worker_heartbeat("gpu", "another-machine-gpu", heartbeat_interval_seconds=60)
+
+
+def test_a_worker_loads_a_flow_without_torch() -> None:
+    """A stage that runs torch has a process of its own."""
+    task = "import sys, flows.deployments; print('prefect' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", task], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "True False\n", done.stderr
 
 
 class Kept(logging.Handler):
@@ -147,17 +157,33 @@ def test_a_run_gives_up_after_its_last_rescue_until_a_person_retries_it(
     assert opened_store(Runtime()).uri == store.uri
 
 
-def test_tasks_of_an_earlier_attempt_are_shown_as_crashed(prefect_client: SyncPrefectClient, run_id: UUID) -> None:
-    """But not one that stands for a run in a pool, which may go on."""
+def test_tasks_that_an_earlier_attempt_had_begun_are_shown_as_crashed(
+    prefect_client: SyncPrefectClient, run_id: UUID
+) -> None:
+    """But not one that stands for a run in a pool, which may go on, nor one that never began."""
     prefect_client.set_flow_run_state(run_id, Running(), force=True)
-    lost = prefect_client.create_task_run(a_stage, run_id, "0", state=Running()).id
-    of_a_run = a_stage.with_options()
-    of_a_run.task_key = "prefect.a_run"
-    stands = prefect_client.create_task_run(of_a_run, run_id, "1", state=Running()).id
-    opened_store(Runtime())
-    assert prefect_client.read_task_run(lost).state_name == "Running"  # by the first attempt itself
+
+    def made(*states: State[Any], key: str = "") -> UUID:
+        of_a_run = a_stage.with_options()
+        of_a_run.task_key = key or a_stage.task_key
+        task_id = prefect_client.create_task_run(of_a_run, run_id, str(uuid4())).id
+        for state in states:
+            prefect_client.set_task_run_state(task_id, state, force=True)
+        return task_id
+
+    expected = {
+        made(Running()): "Crashed",
+        made(Running(), AwaitingRetry()): "Crashed",
+        made(Running(), Completed()): "Completed",
+        made(Running(), key="prefect.a_run"): "Running",
+        made(Pending()): "Cancelled",
+        made(Pending(name="NotReady")): "Cancelled",  # a stage after one that failed
+        made(): "Cancelled",
+    }
+    before = {task_id: prefect_client.read_task_run(task_id).state_name for task_id in expected}
+    opened_store(Runtime())  # by the first attempt itself
+    assert {task_id: prefect_client.read_task_run(task_id).state_name for task_id in expected} == before
     prefect_client.set_flow_run_state(run_id, Scheduled(name=RESCUED), force=True)
     prefect_client.set_flow_run_state(run_id, Running(), force=True)
     opened_store(Runtime())
-    assert prefect_client.read_task_run(lost).state_name == "Crashed"
-    assert prefect_client.read_task_run(stands).state_name == "Running"
+    assert {task_id: prefect_client.read_task_run(task_id).state_name for task_id in expected} == expected

@@ -1,21 +1,28 @@
 """The deployment `evaluate` as a flow on a real server: measured once, compared, recorded, and a fall reported."""
 
 import json
-from datetime import UTC, datetime
+import tempfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.flow_engine import run_flow
+from prefect.states import Pending
 
 from flows.evaluations import _compare, evaluate_run, table
 from flows.handle import FELL
-from flows.tracking.registry import EVALUATIONS, Registry, RegistryError, Result
+from flows.reports.report import write_report
+from flows.tracking.histories import HISTORIES
+from flows.tracking.registry import EVALUATIONS, Registry, RegistryError, Result, series
 from tests.services.curricula import Recorded, copied
 from tests.services.platform import until
 from tests.tracking.test_registry import measured
-from vectorclm.comparison.measurement import Limits
+from vectorclm.comparison.config import Limits
 from vectorclm.errors import DataError
 from vectorclm.evaluation.statistics import Figure
 from vectorclm.runtime.devices import Runtime
@@ -45,6 +52,21 @@ def rows(client: SyncPrefectClient, key: str) -> list[dict[str, str]]:
     return list(json.loads(str(tables[-1].data)))
 
 
+def artifacts(client: SyncPrefectClient, key: str) -> list[str]:
+    """The artifacts with this key, oldest first."""
+    wanted = ArtifactFilter.model_validate({"key": {"any_": [key]}})
+    found = sorted(client.read_artifacts(artifact_filter=wanted), key=lambda found: str(found.created))
+    return [str(one.data) for one in found]
+
+
+def report_with_histories(registry: Registry, store: Store) -> str:
+    """The report of the base model, as the command writes it."""
+    address = registry.find("models:/vectorclm-base@candidate").address
+    with tempfile.TemporaryDirectory() as folder:
+        write_report(address, store, None, Path(folder) / "page.html")
+        return (Path(folder) / "page.html").read_text()
+
+
 def recorded_runs(store: Store, model: str) -> int:
     client = Registry(store).client
     place = client.get_experiment_by_name(EVALUATIONS)
@@ -56,13 +78,13 @@ def test_a_model_is_measured_once_and_shown_and_recorded(prefect_client: SyncPre
     assert first.name == "Completed" and str(first.message).startswith(f"measured: {store.uri}/measure/")
     found: dict[str, Any] = first.result()
     assert found["scores"]["tasks"]["world"]["items"] == 5
-    (row,) = rows(prefect_client, "evaluation-vectorclm-chat-tiny")
+    (row,) = rows(prefect_client, "evaluation-vectorclm-chat-candidate-tiny")
     assert row["model"] == "vectorclm-chat 1" and row["acc.world"].startswith(
         f"{found['scores']['tasks']['world']['acc']:.4f} ± "
     )
     again = evaluate_run(CANDIDATE, "tiny", LIMITS, "", ALONE, return_state=True)
     assert (again.name, again.message) == ("Reused", f"measured already: {found['uri']}")
-    assert again.result() == found and rows(prefect_client, "evaluation-vectorclm-chat-tiny") == [row]
+    assert again.result() == found and rows(prefect_client, "evaluation-vectorclm-chat-candidate-tiny") == [row]
     assert recorded_runs(store, "vectorclm-chat 1") == 1
 
 
@@ -70,6 +92,23 @@ def test_a_model_is_measured_once_and_shown_and_recorded(prefect_client: SyncPre
 def test_a_model_that_is_nowhere_fails_the_run() -> None:
     with pytest.raises(DataError, match="there is no folder /nowhere/at/all"):
         evaluate_run("/nowhere/at/all", "tiny", LIMITS, "", ALONE)
+
+
+def test_a_schedule_of_a_model_that_was_removed_is_named_by_its_failed_run(prefect_client: SyncPrefectClient) -> None:
+    made = prefect_client.create_deployment(prefect_client.create_flow_from_name("evaluate"), "of a removed model")
+    every = IntervalSchedule(interval=timedelta(days=1), anchor_date=datetime.now(UTC) + timedelta(minutes=1))
+    gone = {"model": "models:/vectorclm-chat@gone", "suite": "tiny"}
+    prefect_client.create_deployment_schedules(made, [(every, True)], parameters=gone, slug="nightly of gone")
+    prefect_client.request("POST", "/deployments/{id}/schedule", path_params={"id": made}, json={})
+    mine = FlowRunFilter.model_validate({"deployment_id": {"any_": [made]}})
+    run = min(prefect_client.read_flow_runs(flow_run_filter=mine), key=lambda run: str(run.expected_start_time))
+    prefect_client.set_flow_run_state(run.id, Pending(), force=True)
+    state = run_flow(evaluate_run, flow_run=run, parameters={**gone, "runtime": ALONE}, return_type="state")
+    assert state.is_failed() and prefect_client.read_flow_run(run.id).state_name == "Failed"
+    message = str(state.message)
+    assert "has no models:/vectorclm-chat@gone" in message and "\n" not in message
+    assert message.endswith("end the schedule that evaluates it with `vectorclm schedule remove 'nightly of gone'`")
+    prefect_client.delete_deployment(made)
 
 
 def fell(client: SyncPrefectClient, model: str) -> list[dict[str, Any]]:
@@ -91,14 +130,27 @@ def test_a_fall_beyond_the_noise_is_reported_and_recorded_once(
 
     for accuracy, digit in ((0.9, "a"), (0.88, "b"), (0.2, "c"), (0.2, "c")):
         compares(accuracy, digit)
-    newest, middle, oldest = rows(prefect_client, "evaluation-vectorclm-base-s")
+    newest, middle, oldest = rows(prefect_client, "evaluation-vectorclm-base-candidate-s")
     assert newest["acc.world"].endswith("(-0.6800, worse, beyond noise)") and newest["acc.code"] == "not run"
     assert middle["acc.world"].endswith("(-0.0200, within noise)") and oldest["acc.world"] == "0.9000 ± 0.0500"
     assert recorded_runs(store, "vectorclm-base 1") == 3
-    (event,) = until(lambda: fell(prefect_client, "vectorclm-base"), "the fall is an event", 60)
+    (event,) = until(lambda: fell(prefect_client, "vectorclm-base-candidate"), "the fall is an event", 60)
     assert event["title"] == "vectorclm-base 1 scores worse than vectorclm-base 1 on s"
     assert [fall["task"] for fall in event["falls"]] == ["acc.world"]
     assert "acc.world: 0.8800 -> 0.2000 (noise " in event["text"]
+
+    charts = artifacts(prefect_client, "scores-vectorclm-base-candidate-s")
+    assert len(charts) == 4 and "| acc.world | 0.2000 | 0.1020 to 0.2980 | 0.8800 |" in charts[-1]
+    assert "![vectorclm-base@candidate on s: scores over time](data:image/svg+xml;base64," in charts[-1]
+    page = (store.read(f"reports/{series('vectorclm-base@candidate', {'suite': 's'})}.html") or b"").decode()
+    assert page.count("<tr>") == 4 and "0.1020 to 0.2980" in page
+    client = registry.client
+    place = client.get_experiment_by_name(HISTORIES).experiment_id
+    (run,) = client.search_runs([place], "attributes.run_name = 'vectorclm-base@candidate on s'")
+    points = client.get_metric_history(run.info.run_id, "acc.world")
+    assert [point.value for point in sorted(points, key=lambda point: point.step)] == [0.9, 0.88, 0.2]
+    report = report_with_histories(registry, store)
+    assert ">Scores over time<" in report and 'aria-label="vectorclm-base@candidate on s: scores over time"' in report
 
 
 def test_a_result_is_kept_without_mlflow_unless_the_model_came_from_there(

@@ -21,8 +21,10 @@ from vectorclm.dataset import Batch, to_batch
 from vectorclm.errors import DataError
 from vectorclm.model import CausalLM
 from vectorclm.nn.loss import IGNORE_INDEX
-from vectorclm.shards.chat_writer import ChatConfig, ChatSource, summary_lines, write_chat_shards
+from vectorclm.shards.chat_writer import write_chat_shards
+from vectorclm.shards.config import ChatConfig, ChatSource
 from vectorclm.shards.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
+from vectorclm.shards.summary import summary_lines
 from vectorclm.shards.writer import read_windows
 from vectorclm.tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
 from vectorclm.train import TrainStep
@@ -249,8 +251,7 @@ def config(**changes: Any) -> ChatConfig:
 def test_shards_carry_the_mask_and_count_what_was_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [[{"role": "user", "content": f"Number {i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(50)]
     rows.append([{"role": "user", "content": "nobody answers"}])
-    summary = write_chat_shards(config(), {"chat": rows}, tokenizer, 1, tmp_path)
-    counts = summary["sources"]["chat"]
+    counts = write_chat_shards(config(), {"chat": rows}, tokenizer, 1, tmp_path)["sources"]["chat"]
     assert counts["dropped"] == {"no_assistant": 1} and counts["train"] + counts["validation"] == 50
     (shard,) = read_windows(tmp_path / "chat", "train")
     assert shard.supervised is not None
@@ -339,9 +340,8 @@ def test_malformed_conversations_are_left_out_and_counted_where_that_is_asked_fo
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     rows = [[*talk("user"), {"role": "assistant", "content": str(i)}] for i in range(50)]
-    asked = config(malformed="drop")
-    summary = write_chat_shards(asked, {"chat": [*(row for row, *_ in MALFORMED), *rows]}, tokenizer, 1, tmp_path)
-    counts = summary["sources"]["chat"]
+    asked, every = config(malformed="drop"), {"chat": [*(row for row, *_ in MALFORMED), *rows]}
+    counts = write_chat_shards(asked, every, tokenizer, 1, tmp_path)["sources"]["chat"]
     assert counts["dropped"] == {"role_order": 6, "empty_turn": 1} and counts["read"] == 57
     with pytest.raises(DataError, match=r"chat, row 0 as drawn.*role must be one of"):  # no schema that can be read
         write_chat_shards(asked, {"chat": [talk("user", "tool")]}, tokenizer, 1, tmp_path)

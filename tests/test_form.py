@@ -1,5 +1,6 @@
 """The run form: an empty field changes nothing, each field reaches its setting, and a wrong one is named."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from flows.experiments import FOLDER
-from flows.form import STAGE_SECTIONS, Changes, chosen, completed, form, parameters, shown, values
-from vectorclm.config import ExperimentConfig, load_experiment
+from flows.form import SECTIONS, STAGE_SECTIONS, Changes, chosen, completed, form, parameters, shown, values
+from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError
 from vectorclm.stages import TABLE
 
@@ -57,6 +58,40 @@ def test_any_other_setting_is_taken_by_its_dotted_name_and_wins() -> None:
     assert (found.pretrain.optimizer.momentum, found.seed) == (0.5, 8)
     with pytest.raises(ConfigError, match=r"pretrain\.batchsize: unknown key; did you mean 'batch_size'"):
         experiment(settings={"pretrain.batchsize": 3})
+
+
+def fields() -> list[str]:
+    return [f"{section}.{key}" for section, shown_there in SECTIONS.items() for key in shown_there.model_fields]
+
+
+@pytest.mark.parametrize("field", fields())
+def test_the_name_of_a_field_on_the_command_line_is_a_setting_or_names_the_one_that_it_sets(field: str) -> None:
+    tiny = load_experiment("tiny")[0]
+    section, _, key = field.partition(".")
+    value = values(tiny)[section][key]
+    wanted = type(value)((value or 0.5) * 0.75)
+    try:
+        found = override(tiny, [f"{field}={wanted}"])
+    except ConfigError as refused:
+        if "unknown key" not in str(refused) and field in str(refused):  # it is there, and disagrees with another one
+            return
+        named = re.search(rf"{field}: unknown key; did you mean '(.+?)'", str(refused))
+        assert named is not None, refused
+        found = override(tiny, [f"{named[1]}={wanted}"])
+    now = values(found)[section][key]
+    assert now != value and (now == wanted or field == "pretrain.tokens")  # the sum of all phases
+
+
+def test_a_setting_in_the_wrong_section_is_named_where_it_is() -> None:
+    tiny = load_experiment("tiny")[0]
+    for wrong, right in (
+        ("sample.vocab_size", "'tokenizer.vocab_size' or 'model.vocab_size'"),
+        ("learning_rate", "'pretrain.optimizer.learning_rate' or 'finetune.optimizer.learning_rate'"),
+        ("pretrain.phases.1.token", "'tokens'"),
+        ("pretrain.tokens", r"'pretrain.phases.0.tokens' \(0: the first of the list\)\?"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{wrong}: unknown key; did you mean {right}"):
+            override(tiny, [f"{wrong}=1"])
 
 
 @pytest.mark.parametrize(

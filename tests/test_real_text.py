@@ -19,7 +19,8 @@ from vectorclm.evaluation.tasks import read_task
 from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import validate
-from vectorclm.shards.writer import SPLITS, read_windows
+from vectorclm.shards.config import SPLITS
+from vectorclm.shards.writer import read_windows
 from vectorclm.stages import run_stage
 from vectorclm.store.artifact import Store
 from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, IM_START_ID, PAD_ID, load_tokenizer

@@ -21,8 +21,9 @@ from vectorclm.corpus.sources import CorpusConfig, TextSource
 from vectorclm.errors import ConfigError, DataError, PreemptedError
 from vectorclm.runtime.library_calls import ending, interruptibly
 from vectorclm.runtime.preemption import ENDED
+from vectorclm.shards.config import ShardsConfig
 from vectorclm.shards.conversations import Turn, render, render_prompt
-from vectorclm.shards.writer import ShardsConfig, write_shards
+from vectorclm.shards.writer import write_shards
 from vectorclm.tokenizer import (
     BOS,
     BOS_ID,
@@ -31,11 +32,12 @@ from vectorclm.tokenizer import (
     IM_START_ID,
     LONG_TEXT,
     SPECIAL_TOKENS,
+    TokenizerConfig,
     encode,
     load_tokenizer,
     token_lengths,
 )
-from vectorclm.train_tokenizer import LONGEST, TokenizerConfig, _kind, learn, train_tokenizer
+from vectorclm.train_tokenizer import LONGEST, _kind, learn, train_tokenizer
 
 STRINGS = [
     "",
@@ -211,7 +213,8 @@ from pathlib import Path
 from tests.conftest import write_sample_text
 from vectorclm.runtime.preemption import preemption
 from vectorclm.runtime.progress import json_lines
-from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
+from vectorclm.train_tokenizer import train_tokenizer
+from vectorclm.tokenizer import TokenizerConfig
 
 folder = Path(sys.argv[1])
 letters = random.Random(0)

@@ -9,18 +9,15 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from vectorclm.corpus.decontamination import benchmark_sources
-from vectorclm.corpus.sources import CorpusConfig, anchored
+from vectorclm.corpus.sources import CorpusConfig, anchored, benchmark_sources
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.config import EvaluateConfig, Questions
-from vectorclm.finetune import FinetuneConfig
 from vectorclm.model_config import ModelConfig
-from vectorclm.pretrain import PretrainConfig
 from vectorclm.settings import Settings, validate
-from vectorclm.shards.chat_writer import ChatConfig, ChatSource
-from vectorclm.shards.writer import ShardsConfig
-from vectorclm.train_tokenizer import TokenizerConfig
+from vectorclm.shards.config import ChatConfig, ChatSource, ShardsConfig
+from vectorclm.tokenizer import TokenizerConfig
+from vectorclm.train_config import FinetuneConfig, PretrainConfig
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 

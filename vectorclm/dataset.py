@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vectorclm.nn.loss import IGNORE_INDEX
-from vectorclm.runtime.distributed import Group
+from vectorclm.runtime.group import Group
 from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
 from vectorclm.shards.writer import Windows

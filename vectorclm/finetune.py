@@ -6,29 +6,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
-from vectorclm.shards.order import MIX_BLOCK, MixturePhase, TrainingOrder
+from vectorclm.shards.config import MIX_BLOCK
+from vectorclm.shards.order import MixturePhase, TrainingOrder
 from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.store.artifact import Artifact
-from vectorclm.train import TrainConfig, TrainingRun, own_share, train
+from vectorclm.train import TrainingRun, own_share, train
+from vectorclm.train_config import FinetuneConfig
 
 logger = logging.getLogger(__name__)
-
-
-class FinetuneConfig(TrainConfig):
-    """Settings of instruction fine-tuning."""
-
-    epochs: float = Field(gt=0, description="Number of passes over the conversations")
-    replay: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        exclude_if=lambda share: share == 0,
-        description="Share of pretraining text among the windows, against forgetting",
-    )
 
 
 def finetune(

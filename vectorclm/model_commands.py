@@ -1,4 +1,7 @@
-"""Commands about models: evaluate, export, compare, chat and serve."""
+"""Commands about models: evaluate, export, compare, chat and serve.
+
+A command imports what it runs, because torch takes seconds to import.
+"""
 
 import json
 import sys
@@ -12,18 +15,10 @@ from cyclopts import Parameter
 from pydantic import Field
 
 from vectorclm.command_line import LOCAL_STORE, Json, StoreUri, new_app
-from vectorclm.comparison.compare import print_comparison
-from vectorclm.comparison.curves import measure_checkpoints, write_curves
-from vectorclm.comparison.measurement import Limits, left_out, measure, measure_plan, not_run
+from vectorclm.comparison.config import Limits
 from vectorclm.config import Suite, load_suite
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluation.bits_per_byte import text_scores
-from vectorclm.evaluation.statistics import figures
-from vectorclm.export.gguf import export_gguf
-from vectorclm.export.llama_cpp import LlamaCpp
-from vectorclm.inference.chat import Conversation, open_chat_model, talk
-from vectorclm.inference.generate import SamplingParams
-from vectorclm.inference.load import open_model
+from vectorclm.inference.config import SamplingParams
 from vectorclm.lineage.pinning import pin, pin_suite
 from vectorclm.runtime import progress
 from vectorclm.runtime.devices import Runtime
@@ -152,6 +147,8 @@ def export(
         _refuse_settings(target, options)
     model = model_or_experiment(target, options.place.store, takes_model=file.format is not None)
     if file.format is not None:
+        from vectorclm.export.gguf import export_gguf
+
         path = export_gguf(find_model(model), file.type or "f16", file.out)
         print(f"{path}: {path.stat().st_size:,} bytes")
     elif file.type or file.out:
@@ -193,6 +190,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare two models on the same items: differences, their 95 % intervals, and which are beyond noise."""
+    from vectorclm.comparison.compare import print_comparison
+
     first, second = (resolve_model(name, store) for name in (before, after))
     print_comparison(first, second, existing_store(store), suite, as_json=json)
 
@@ -210,7 +209,10 @@ def chat(
         raise ConfigError(f"--max-new-tokens must be 1 or more, not {options.max_new_tokens}")
     if "" in options.stop:
         raise ConfigError("--stop must not be empty: an empty text would end every answer at once")
-    chat_model = open_chat_model(resolve_model(model, options.store), load_runtime(options.runtime))
+    address, runtime = resolve_model(model, options.store), load_runtime(options.runtime)
+    from vectorclm.inference.chat import Conversation, open_chat_model, talk
+
+    chat_model = open_chat_model(address, runtime)
     talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop)
 
 
@@ -238,8 +240,13 @@ def score_text(address: str, file: Path, *, as_json: bool) -> None:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     if address.endswith(".gguf"):
+        from vectorclm.export.llama_cpp import LlamaCpp
+
         scores = LlamaCpp(Path(address)).text_scores(text)
     else:
+        from vectorclm.evaluation.bits_per_byte import text_scores
+        from vectorclm.inference.load import open_model
+
         folder, device = find_model(address).local(), Runtime().configure_torch()
         model, tokenizer = open_model(folder, address)
         scores = text_scores(model.to(device), tokenizer, text, device)
@@ -262,6 +269,9 @@ def _scoring_runtime(options: StageOptions, scored: ScoreOptions) -> Runtime:
 
 def measure_model(address: str, options: StageOptions, scored: ScoreOptions, limits: Limits) -> Artifact:
     """Score a model on a suite, or reuse finished scores; print them and return their artifact."""
+    from vectorclm.comparison.measurement import left_out, measure, measure_plan, not_run
+    from vectorclm.evaluation.statistics import figures
+
     place, relay = options.place, options.relay
     model = find_model(address)
     suite, path = load_suite(scored.suite or "")
@@ -300,6 +310,10 @@ def _about(scores: Mapping[str, Any], name: str) -> str:
 
 def measure_curves(named: str, options: StageOptions, scored: ScoreOptions, limits: Limits) -> None:
     """Score the checkpoints of an experiment's trainings on a suite (default: its own), and write the curves."""
+    from vectorclm.comparison.curves import measure_checkpoints, write_curves
+    from vectorclm.comparison.measurement import not_run
+    from vectorclm.evaluation.statistics import figures
+
     place = options.place
     store, runtime = Store(place.store), _scoring_runtime(options, scored)
     store.check_writable()

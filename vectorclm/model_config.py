@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from vectorclm.errors import DataError
-from vectorclm.nn.attention import ATTENTION_KINDS, AttentionConfig, AttentionKind
+from vectorclm.nn.attention_kinds import ATTENTION_KINDS, AttentionConfig, AttentionKind
 from vectorclm.settings import Settings, validate
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
 

@@ -3,14 +3,16 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, SecretStr, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from vectorclm.errors import ConfigError
+
+SUGGESTIONS = 3  # that a message names
 
 
 class Settings(BaseModel):
@@ -64,10 +66,29 @@ def _explain(cls: type[BaseModel], item: Any) -> str:
         shows_value = path and item["type"] != "missing" and not _holds_secret(_place(cls, path)[1])
         given = f" (got {item['input']!r})" if shows_value else ""
         return f"{key or 'settings'}: {item['msg'].removeprefix('Value error, ')}{given if len(given) < 200 else ''}"
-    known = list(_place(cls, path[:-1])[0].model_fields)
-    close = difflib.get_close_matches(str(path[-1]), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    here = _place(cls, path[:-1])[0]
+    known = list(here.model_fields)
+    meant = (
+        _keys_called(str(path[-1]), here, [*path[:-1]])
+        or difflib.get_close_matches(str(path[-1]), known, n=1)
+        or _keys_called(str(path[-1]), cls, [])
+    )
+    shown = " or ".join(map(repr, meant[:SUGGESTIONS]))
+    first = " (0: the first of the list)" if ".0." in shown and ".0." not in key else ""
+    hint = f"; did you mean {shown}{first}?" if meant else ""
     return f"{key}: unknown key{hint} (known here: {', '.join(known)})"
+
+
+def _keys_called(name: str, cls: type[BaseModel], inside: Sequence[int | str]) -> list[str]:
+    """The dotted keys of this name in `cls`, whose own key is `inside`, and in its groups; 0 for one of a list."""
+    found = []
+    for key, field in cls.model_fields.items():
+        place = [*inside, key]
+        if key == name:
+            found.append(".".join(map(str, place)))
+        elif (group := _settings_in(field.annotation)) is not None:
+            found += _keys_called(name, group, [*place, 0] if _is_list(field.annotation) else place)
+    return found
 
 
 def _place(cls: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel], Any]:
@@ -84,6 +105,10 @@ def _holds_secret(annotation: Any) -> bool:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return any(_holds_secret(field.annotation) for field in annotation.model_fields.values())
     return annotation is SecretStr or any(_holds_secret(arg) for arg in get_args(annotation))
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(_is_list(arg) for arg in get_args(annotation))
 
 
 def _settings_in(annotation: Any) -> type[BaseModel] | None:

@@ -1,40 +1,34 @@
 """The builders of the stages: one function for each, which writes files into a folder and returns a summary.
 
-Beside them the main figures of each summary, for lineage and reports.
+Beside them the main figures of each summary, for lineage and reports. Each builder imports what it runs: most commands
+only ask the table of stages, and wait for neither torch nor Arrow.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vectorclm.config import ExperimentConfig
-from vectorclm.corpus.decontamination import Benchmarks, benchmark_sources, read_benchmarks
-from vectorclm.corpus.sampler import write_sample
-from vectorclm.corpus.source_reader import SourceRoots, draw, open_source
+from vectorclm.corpus.sources import benchmark_sources
 from vectorclm.errors import DataError
-from vectorclm.evaluation.run import ScoringData, ShardWindows, score_model
-from vectorclm.evaluation.tasks import TaskSetup
 from vectorclm.export.hugging_face import export, write_model_files
-from vectorclm.finetune import finetune
-from vectorclm.inference.generate import answer_text, continuation
-from vectorclm.inference.load import load_model
-from vectorclm.model import CausalLM
-from vectorclm.pretrain import pretrain
 from vectorclm.runtime.devices import Runtime, memory_explained
-from vectorclm.runtime.distributed import Group
+from vectorclm.runtime.group import Group
 from vectorclm.settings import digest
-from vectorclm.shards.chat_writer import write_chat_shards
-from vectorclm.shards.writer import write_shards
 from vectorclm.store.artifact import Artifact, StageSpec, Store
-from vectorclm.store.resumable import ResumableUpload, Slices
 from vectorclm.store.uploads import EarlyUpload
 from vectorclm.store.work import attempt_folder
 from vectorclm.tokenizer import load_tokenizer, token_lengths
-from vectorclm.train import TrainConfig, TrainingRun
-from vectorclm.train_tokenizer import train_tokenizer
-from vectorclm.training.checkpoint import Checkpoints
+from vectorclm.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from vectorclm.corpus.decontamination import Benchmarks
+    from vectorclm.model import CausalLM
+    from vectorclm.store.resumable import Slices
+    from vectorclm.train import TrainingRun
+    from vectorclm.training.checkpoint import Checkpoints
 
 STREAMED = frozenset({"shards", "chat_shards"})  # data sets that trainings stream, and never copy as a whole
 
@@ -53,15 +47,17 @@ class StageJob:
     inputs: Mapping[str, Artifact]
     upload: EarlyUpload | None = None  # sends large files to a remote store one by one
     again: bool = False  # the artifact exists, and is built once more for a comparison
-    kept: list[Checkpoints | Slices] = field(default_factory=list)  # removed once the artifact exists
+    kept: "list[Checkpoints | Slices]" = field(default_factory=list)  # removed once the artifact exists
 
     @property
     def seed(self) -> int:
         """The experiment's seed."""
         return self.experiment.seed
 
-    def benchmarks(self) -> Benchmarks | None:
+    def benchmarks(self) -> "Benchmarks | None":
         """The texts that no document or conversation for training may repeat."""
+        from vectorclm.corpus.decontamination import read_benchmarks
+
         sources = benchmark_sources(self.experiment.sample, self.experiment.evaluate.tasks)
         return read_benchmarks(sources, self.data, self.experiment.world)
 
@@ -73,6 +69,9 @@ class StageJob:
 
 def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw the documents of all text sources."""
+    from vectorclm.corpus.sampler import write_sample
+    from vectorclm.corpus.source_reader import SourceRoots
+
     upload = job.upload
     sent = None if upload is None else lambda path: upload.send(path, path.relative_to(out).as_posix())
     config, world = job.experiment.sample, job.experiment.world
@@ -82,12 +81,17 @@ def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_tokenizer(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Learn the vocabulary from the sample."""
+    from vectorclm.train_tokenizer import train_tokenizer
+
     length = job.experiment.model.max_position_embeddings
     return train_tokenizer(job.experiment.tokenizer, job.inputs["sample"], length, out)
 
 
 def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Encode and pack the documents of the sample."""
+    from vectorclm.shards.writer import write_shards
+    from vectorclm.store.resumable import ResumableUpload, Slices
+
     encoder = load_tokenizer(job.inputs["tokenizer"].local())
     slices: Slices
     if job.upload is None:
@@ -100,6 +104,9 @@ def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw, render and pack the conversations of all chat sources."""
+    from vectorclm.corpus.source_reader import draw, open_source
+    from vectorclm.shards.chat_writer import write_chat_shards
+
     config, rows = job.experiment.chat, {}
     assert config is not None  # else the experiment lacks this stage
     for source in config.sources:
@@ -112,6 +119,9 @@ def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Train or fine-tune the base model with all ranks of the group; the other ranks run `follow`."""
+    from vectorclm.train import TrainingRun
+    from vectorclm.training.checkpoint import Checkpoints
+
     folders = _training_inputs(job.name, job.store, job.specs)
     # The other ranks start only now, when all inputs are on this machine.
     job.group.call(json.dumps([job.experiment.model_dump(mode="json"), job.again]))
@@ -132,6 +142,9 @@ def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def follow(job: StageJob) -> None:
     """Train as a rank other than the first."""
+    from vectorclm.train import TrainingRun
+    from vectorclm.training.checkpoint import Checkpoints
+
     folders = _training_inputs(job.name, job.store, job.specs)
     data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
     spec = job.specs[job.name]
@@ -145,6 +158,10 @@ def follow(job: StageJob) -> None:
 
 def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Score the base or the chat model."""
+    from vectorclm.evaluation.run import ScoringData, ShardWindows, score_model
+    from vectorclm.evaluation.tasks import TaskSetup
+    from vectorclm.inference.load import load_model
+
     with memory_explained(job.runtime.micro_batch_size):
         chat, experiment = "finetune" in job.inputs, job.experiment
         folder = job.inputs["finetune" if chat else "pretrain"].local()
@@ -176,8 +193,12 @@ def _training_inputs(name: str, store: Store, stages: Mapping[str, StageSpec]) -
 
 
 def _train(
-    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], run: TrainingRun
-) -> tuple[CausalLM, dict[str, Any]]:
+    experiment: ExperimentConfig, folders: Mapping[str, Path], data: Mapping[str, Artifact], run: "TrainingRun"
+) -> "tuple[CausalLM, dict[str, Any]]":
+    from vectorclm.finetune import finetune
+    from vectorclm.inference.generate import answer_text, continuation
+    from vectorclm.pretrain import pretrain
+
     tokenizer = load_tokenizer(folders["tokenizer"])
     say = answer_text if run.stage == "finetune" else continuation
     run = replace(run, respond=lambda model, prompt, longest: say(model, tokenizer, prompt, longest))

@@ -16,8 +16,9 @@ from vectorclm.errors import ConfigError, PreemptedError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime import progress
 from vectorclm.runtime.devices import Runtime
-from vectorclm.runtime.distributed import Group, end_together, joined, record
+from vectorclm.runtime.group import Group
 from vectorclm.runtime.preemption import PREEMPTED
+from vectorclm.runtime.ranks import end_together, joined, record
 from vectorclm.settings import validate
 from vectorclm.stages import BY_NAME, TRAININGS, follow_stage, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Store

@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from vectorclm.config import ExperimentConfig
-from vectorclm.corpus.decontamination import benchmark_sources
-from vectorclm.corpus.sampler import summary_lines as document_summary_lines
-from vectorclm.corpus.sources import Source, identity
+from vectorclm.corpus.sources import Source, benchmark_sources, identity
+from vectorclm.corpus.summary import summary_lines as document_summary_lines
 from vectorclm.errors import ConfigError, ReproducibilityError
-from vectorclm.finetune import FinetuneConfig
 from vectorclm.runtime.devices import Runtime
-from vectorclm.runtime.distributed import ALONE, Group
+from vectorclm.runtime.group import ALONE, Group
 from vectorclm.settings import validate
-from vectorclm.shards.blocks import ShardDescriber
-from vectorclm.shards.chat_writer import ChatConfig
-from vectorclm.shards.chat_writer import summary_lines as conversation_summary_lines
+from vectorclm.shards.config import ChatConfig
+from vectorclm.shards.summary import summary_lines as conversation_summary_lines
 from vectorclm.stage_builders import (
     StageJob,
     ancestors,
@@ -44,6 +41,7 @@ from vectorclm.stage_builders import (
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build, rebuild
 from vectorclm.store.layout import EXPORT, STAGES, StageName
 from vectorclm.store.uploads import EarlyUpload
+from vectorclm.train_config import FinetuneConfig
 
 
 def _no_sources(experiment: ExperimentConfig) -> Sequence[Source]:
@@ -280,6 +278,8 @@ def run_stage(
     found = store.find_whole(spec)
     if found is not None:
         return found, True
+    from vectorclm.shards.blocks import ShardDescriber
+
     job = _new_job(name, experiment, store, runtime, data, group)
     if not store.is_local:  # a remote store gets large files one by one, while the stage still runs
         job = replace(job, upload=EarlyUpload(store, spec, ShardDescriber))

@@ -1,12 +1,14 @@
-"""The model's tokenizer: special tokens, chat template, loading and encoding."""
+"""The model's tokenizer: its settings, special tokens, chat template, loading and encoding."""
 
 import json
 from pathlib import Path
 
+from pydantic import Field
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
 from vectorclm.runtime.library_calls import interruptibly
+from vectorclm.settings import Settings
 
 BOS, EOS, IM_START, IM_END, PAD = SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -29,6 +31,13 @@ CHAT_TEMPLATE = (
 
 
 LONG_TEXT = 500_000  # characters; encoding them takes some tenths of a second
+
+
+class TokenizerConfig(Settings):
+    """Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2, section 2.2)."""
+
+    vocab_size: int = Field(16_384, ge=300, le=65_536, description="Tokens, special tokens included")
+    bytes: int = Field(gt=0, description="UTF-8 bytes of sampled text for training, divided equally among the sources")
 
 
 def write_tokenizer_config(directory: Path, model_max_length: int, eos_token: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -20,45 +19,22 @@ from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents, has_flash
 from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.runtime.devices import Runtime
-from vectorclm.runtime.distributed import ALONE, Group, PeerLostError
+from vectorclm.runtime.group import ALONE, Group, PeerLostError
 from vectorclm.runtime.preemption import FINISH, ignore_sigterm, preemption
 from vectorclm.runtime.progress import Progress
-from vectorclm.settings import Settings
 from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
+from vectorclm.train_config import GenerationSamplesConfig, TrainConfig
 from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot
 from vectorclm.training.metrics import Metrics
-from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
-from vectorclm.training.schedule import ScheduleConfig, schedule, set_learning_rates
+from vectorclm.training.optimizers import build_optimizers, set_learning_rates
+from vectorclm.training.schedule import schedule
 
 LossFunction = Callable[[Tensor, Tensor, Documents | None], Tensor]  # input_ids, labels, documents
 Scores = dict[str, dict[str, float]]
 logger = logging.getLogger(__name__)
 FLUSH_STEPS = 10  # steps between two reads of the metrics from the device
 RANK_SEED = 0x9E3779B1  # makes the ranks' seeds differ in their low 32 bits: the CPU's generator uses no others
-
-
-class GenerationSamplesConfig(Settings):
-    """Text samples from the model during training, always for the same prompts."""
-
-    prompts: list[str] = Field(min_length=1, description="Beginnings of texts in pretraining, questions in fine-tuning")
-    interval: int = Field(gt=0, description="Steps between samples; the first and the last step have one too")
-    max_new_tokens: int = Field(48, ge=1, description="Longest sample, in tokens")
-
-
-class TrainConfig(Settings):
-    """Settings of the training loop that pretraining and fine-tuning share."""
-
-    batch_size: int = Field(gt=0, description="Windows in one optimizer step, over all devices")
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient")
-    validation_interval: int = Field(gt=0, description="Steps between validations")
-    validation_windows: int = Field(64, gt=0, description="Held-out windows of each source in a validation")
-    document_mask: bool = Field(True, description="No attention between the documents of a window")
-    samples: GenerationSamplesConfig | None = Field(
-        None, exclude_if=lambda samples: samples is None, description="Text samples during training; none if left out"
-    )
 
 
 @dataclass(frozen=True)

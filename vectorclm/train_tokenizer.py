@@ -10,29 +10,28 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vectorclm.corpus.sample_reader import SampleFiles
 from vectorclm.errors import ConfigError, PreemptedError
 from vectorclm.runtime.library_calls import interruptibly
 from vectorclm.runtime.progress import Progress
-from vectorclm.settings import Settings
 from vectorclm.store.artifact import Artifact
-from vectorclm.tokenizer import BOS, BOS_ID, EOS, SPECIAL_TOKENS, load_tokenizer, write_tokenizer_config
+from vectorclm.tokenizer import (
+    BOS,
+    BOS_ID,
+    EOS,
+    SPECIAL_TOKENS,
+    TokenizerConfig,
+    load_tokenizer,
+    write_tokenizer_config,
+)
 
 LONGEST = 1000  # characters of a word used for training; the rest is cut
 SPACE, NO_SPACE = (
     re.compile(r"[^\S\x1c-\x1f]"),
     re.compile(r"[\S\x1c-\x1f]"),
 )  # the pre-tokenizer does not count \x1c to \x1f as spaces
-
-
-class TokenizerConfig(Settings):
-    """Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2, section 2.2)."""
-
-    vocab_size: int = Field(16_384, ge=300, le=65_536, description="Tokens, special tokens included")
-    bytes: int = Field(gt=0, description="UTF-8 bytes of sampled text for training, divided equally among the sources")
 
 
 def train_tokenizer(

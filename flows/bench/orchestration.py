@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from vectorclm.bench.table import Row, compared, could_not_run
 from vectorclm.config import ExperimentConfig, changed, load_experiment
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import STAGES
@@ -34,10 +34,10 @@ LOOP_CHANGES |= {"pretrain.batch_size": 4, "pretrain.validation_interval": 1000}
 
 def orchestration(rounds: int, data: Path | None) -> Iterator[Row]:
     """Rows for the whole of `tiny` and for the training loop of `small` on the text of the mirror `data`."""
-    with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as folder:
-        yield _whole(Path(folder), rounds)
-    with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as folder:
-        yield _loop(Path(folder), rounds, data)
+    with temporary_folder("bench-") as folder:
+        yield _whole(folder, rounds)
+    with temporary_folder("bench-") as folder:
+        yield _loop(folder, rounds, data)
 
 
 def _whole(folder: Path, rounds: int) -> Row:

@@ -16,7 +16,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +37,7 @@ from vectorclm.errors import VectorCLMError
 from vectorclm.lineage.pinning import pin
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
 from vectorclm.train import TrainStep
@@ -91,8 +91,7 @@ def _processor_seconds(process: psutil.Process | None) -> float:
 def tracking(rounds: int, data: Path | None) -> Iterator[Row]:
     """Rows for training steps of `small` on random tokens; `data` is not used."""
     experiment, path = load_experiment("small")
-    with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as name, ExitStack() as stack:
-        folder = Path(name)
+    with temporary_folder("bench-") as folder, ExitStack() as stack:
         experiment, _ = pin(experiment, folder / path.name, None, resolve=False)
         pool = stack.enter_context(ProcessPoolExecutor(1, CONTEXT, _begin, (experiment,)))
         alone, up, down = sides = [_Side(folder / side) for side in ("alone", "up", "down")]

@@ -1,11 +1,9 @@
 """Name and tag a flow run of the platform, and record its process, so that its end is noticed from outside."""
 
 import json
-import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +14,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from flows.run_names import is_generated, run_name, run_tags
-from vectorclm.runtime.processes import find_process, process_identity, process_space
+from vectorclm.runtime.processes import has_ended, machine, process_identity
 
 PROCESS = "vectorclm.process"  # the label with the identity of a run's process, as JSON
 TAGGED = "experiment: "  # the tag of a run that was named already
@@ -50,23 +48,21 @@ def record_process() -> None:
         return
     with get_client(sync_client=True) as client:
         pid = client.read_flow_run(UUID(flow_run.id)).infrastructure_pid
-        known = {**process_identity(psutil.Process()), "infrastructure_pid": pid, "machine": _machine()}
+        known = {**process_identity(psutil.Process()), "infrastructure_pid": pid, "machine": machine()}
         client.update_flow_run_labels(UUID(flow_run.id), {PROCESS: json.dumps(known)})
+
+
+def machine_of(run: FlowRun) -> str:
+    """The name of the machine on which a run's process was recorded; "an unknown machine" where it was not."""
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(str(run.labels.get(PROCESS, "")))["machine"]).partition(" ")[0]
+    return "an unknown machine"
 
 
 def is_dead(run: FlowRun) -> bool:
     """Whether the recorded process of a run was on this machine and has ended; False where that is not known."""
     with suppress(ValueError, TypeError, KeyError):
         known = json.loads(str(run.labels.get(PROCESS, "")))
-        if known["infrastructure_pid"] != run.infrastructure_pid or known["machine"] != _machine():
-            return False  # a newer process is starting, or it runs elsewhere
-        (boot, _, container), (now, _, mine) = (str(space).partition(" ") for space in (known["pids"], process_space()))
-        return boot != now or (container == mine and find_process(known) is None)
+        # Otherwise a newer process is starting.
+        return bool(known["infrastructure_pid"] == run.infrastructure_pid and has_ended(known))
     return False
-
-
-def _machine() -> str:
-    """The name and id of this machine, which outlive a reboot."""
-    with suppress(OSError):
-        return f"{socket.gethostname()} {Path('/etc/machine-id').read_text(encoding='ascii').strip()}"
-    return socket.gethostname()

@@ -1,5 +1,7 @@
 """Live progress of a stage in the Prefect UI: a progress artifact on the run graph, and lines in the log.
 
+The log also says from which step a resumed training continues.
+
 A thread sends only the newest tick to the server, so a slow or lost server never delays a stage.
 """
 
@@ -70,6 +72,7 @@ class _Live(logging.Handler):
         self._chip: UUID | None = None
         self._shown, self._share, self._when = -1, -100.0, 0.0  # the shown progress, and its time
         self._lined = time.monotonic()
+        self._resumed = ""
         self._stack = ExitStack()
         self._client: SyncPrefectClient | None = None  # kept: creating one costs more than a request
 
@@ -78,6 +81,9 @@ class _Live(logging.Handler):
         if isinstance(tick, Tick) and tick.stage == self.stage:
             if self._first is None:
                 self._first = (time.monotonic(), tick.done)
+            if tick.resumed and tick.resumed != self._resumed:
+                self._resumed = tick.resumed
+                self.log(tick.continues)
             self._tick = tick
 
     def work(self) -> None:

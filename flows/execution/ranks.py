@@ -4,18 +4,19 @@ torchrun itself always exits with 1, and leaves the folder of its ranks' error f
 """
 
 import sys
-import tempfile
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+from vectorclm.runtime.temporary import temporary_folder
+
 
 def run(arguments: list[str]) -> int:
     """Run torchrun; returns the exit code of the first failed rank, or 128 + n if signal n ended it or torchrun."""
-    with tempfile.TemporaryDirectory(prefix="vectorclm-") as folder:
+    with temporary_folder() as folder:
         try:
-            main(["--log-dir", folder, *arguments])
+            main(["--log-dir", str(folder), *arguments])
         except SignalException as error:
             return 128 + int(error.sigval)
         except ChildFailedError as error:

@@ -8,7 +8,6 @@ import logging
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -52,6 +51,7 @@ from vectorclm.errors import CorruptArtifactError, InUseError, StoreError, Vecto
 from vectorclm.lineage.chain import lineage
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import BY_NAME, last_model, plans, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 from vectorclm.store.layout import EXPORT
@@ -89,7 +89,7 @@ class Stages:
         flow_run = context.flow_run if context is not None else None
         own = str(flow_run.id) if flow_run is not None else None
         self.tracker = Tracker(self.store, experiment, self.plans, own, prefect.runtime.flow_run.root_flow_run_id)
-        self.tracker.common["device"] = runtime.torch_device().type
+        self.tracker.common["device"] = runtime.device_type()
         if own is not None and (page := prefect.runtime.flow_run.ui_url):
             self.tracker.common["prefect.flow_run_url"] = str(page)
         self.served = prefect.runtime.deployment.id is not None  # by a platform, whose server shows reports
@@ -100,7 +100,7 @@ class Stages:
             elsewhere = len(self.plans) if self.runtime.placement == "pools" else None
             workers = self.runtime.parallel_stages or elsewhere or default_workers()
             self._runner: ThreadPoolTaskRunner[Any] = stack.enter_context(ThreadPoolTaskRunner(max_workers=workers))
-            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vectorclm-")))
+            self.folder = stack.enter_context(temporary_folder())
             (self.folder / "experiment.json").write_text(self.experiment.model_dump_json(), encoding="utf-8")
             (self.folder / "runtime.json").write_text(self.runtime.model_dump_json(), encoding="utf-8")
             stack.enter_context(self.overview)

@@ -1,7 +1,7 @@
 """The attendant of the runs, a thread beside Prefect's server: names new runs, says for whom one waits, finds the dead.
 
+Of several missed runs of a schedule it keeps the newest, and it reports scheduled runs that no worker takes.
 It also looks for what the operator must know of (see `flows.platform.incidents`).
-
 Every action can be repeated, and a lost server or a run that changes meanwhile does no harm: the next look decides.
 """
 
@@ -26,12 +26,15 @@ from flows.handle import CURRICULA, RESCUED
 from flows.paths import local_folder
 from flows.platform.config import POOLS
 from flows.platform.incidents import Incidents
+from flows.platform.missed_runs import MISSED_AFTER, report_missed, skip_older
 from flows.platform.mlflow_runs import close_runs
+from flows.run_names import is_generated
 from vectorclm.store.artifact import Store
 
 LOOK_SECONDS = 2.0
 DEAD_LOOKS = 2  # a run is dead if this many looks find no process: its worker, if there is one, reports it first
 RESCUE_SECONDS = 35  # after which a crashed run starts again, where no automation has started it
+ASLEEP = timedelta(seconds=60)  # between two looks: the machine was suspended, and workers need time as after a start
 RECENT = timedelta(hours=6)  # older crashes are left alone
 ACTIVE = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 QUEUED = "Queued"  # the state of a run that waits for another
@@ -47,22 +50,36 @@ class Attendant:
         self._missed: dict[UUID, int] = {}  # looks that found no process of a run
         self._crashed: set[UUID] = set()  # states whose run was closed in MLflow
         self._files = _stamps()
+        self._awake_since = self._last_look = datetime.now(UTC)
 
     def look(self) -> None:
         """Look once at all unfinished and recently crashed runs, and at the folder of experiments."""
         if (stamps := _stamps()) != self._files:
             self._fill_forms()
             self._files = stamps
-        runs = self._runs()
+        runs = skip_older(self.client, self._runs())
         for run in runs:
             if not any(tag.startswith(TAGGED) for tag in run.tags) and "experiment" in run.parameters:
                 label(self.client, run)
+            elif {"model", "suite"} <= run.parameters.keys() and is_generated(run.name):
+                name = "{model} on {suite}".format(**run.parameters)  # as its flow names it when it begins
+                self.client.update_flow_run(run.id, name=name)
         self._queue([run for run in runs if run.work_queue_name == CURRICULA])
         for run in runs:
             if run.state is not None and run.state.is_crashed():
                 self._attend(run, run.state)
             elif run.state is not None and run.state.type in ACTIVE and run.state.type != StateType.PENDING:
                 self._check(run)
+        self._report_missed(runs)
+
+    def _report_missed(self, runs: list[FlowRun]) -> None:
+        """Report scheduled runs that no worker takes; workers first get time after a start and after a suspension."""
+        now = datetime.now(UTC)
+        if now - self._last_look > ASLEEP:
+            self._awake_since = now
+        self._last_look = now
+        if now - self._awake_since >= MISSED_AFTER:
+            report_missed(self.client, runs)
 
     def _runs(self) -> list[FlowRun]:
         """Runs of the pools that are due or run, and those that crashed lately, by the time at which they were due."""

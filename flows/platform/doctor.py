@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import httpx
 from filelock import FileLock, Timeout
@@ -31,6 +31,7 @@ from vectorclm.store.artifact import Store
 OPEN = "none, so every user of this machine can run programs as you; without PREFECT_AUTH=none, `up` creates one"
 HEARTBEAT_SECONDS = 40  # within which a new worker must send a heartbeat
 WRITE_SECONDS = 60  # within which a write must succeed
+RUN_SILENT_SECONDS = 75  # more than two heartbeats of a run
 TAKE_SECONDS = 20  # within which a worker takes a run that is due
 
 
@@ -183,7 +184,7 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
     if not config.servers()[0].holds_its_port():
         message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
         return _report(Finding(False, message), console)
-    return _checked((_database, _inside_prefect, _schedules, _workers, _waiting), config, console) and well
+    return _checked((_database, _inside_prefect, _schedules, _workers, _waiting, _silent), config, console) and well
 
 
 def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) -> bool:
@@ -282,33 +283,18 @@ def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
             yield from _provisioned(config)
         except VectorCLMError as error:
             yield Finding(False, str(error))
-        for good, what in server_services.findings(client, probe, unplanned, log):
-            yield Finding(good, what)
+        yield from (Finding(*found) for found in server_services.findings(client, probe, unplanned, log))
 
 
 def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
+    from flows.platform.notify import about
+
     changes: list[str] = []
     problem = _provision(config, changes.append)
-    for change in changes:
-        yield Finding(True, change)
+    yield from (Finding(True, change) for change in changes)
     yield Finding(True, f"password: {_password(config, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
-    yield _notified(config) if problem is None else Finding(False, problem)
-
-
-def _notified(config: PlatformConfig) -> Finding:
-    """Report who is notified, and whether the last message was sent."""
-    from prefect.client.orchestration import get_client
-
-    from flows.platform.notify import NOBODY, WHAT, shown, undelivered
-
-    if config.notify == NOBODY:
-        return Finding(True, f"nobody is notified of {WHAT}: VECTORCLM_NOTIFY names no receiver")
-    with get_client(sync_client=True) as client:
-        reason = undelivered(client)
-    if reason is not None:
-        return Finding(False, f"the last message to {shown(config)} was not sent ({reason}): check VECTORCLM_NOTIFY")
-    return Finding(True, f"{shown(config)} is notified of {WHAT}")
+    yield Finding(problem is None, problem or about(config))
 
 
 def _schedules(config: PlatformConfig) -> Iterator[Finding]:
@@ -340,22 +326,45 @@ def _workers(config: PlatformConfig) -> Iterator[Finding]:
             yield Finding(False, f"pool {pool} has a worker process but no heartbeat: read {service.log}")
 
 
-def _waiting(config: PlatformConfig) -> Iterator[Finding]:
-    """Report runs that are late although nothing runs before them; a new worker gets TAKE_SECONDS to take them."""
+def _silent(config: PlatformConfig) -> Iterator[Finding]:
+    """Report runs that send no heartbeats; after a restart of the server a run gets HEARTBEAT_SECONDS for one."""
     from prefect.client.orchestration import get_client
 
+    from flows.platform.server_services import silent_runs
+
+    deadline = time.monotonic() + HEARTBEAT_SECONDS
+    with get_client(sync_client=True) as client:
+        while silent := silent_runs(client, datetime.now(UTC) - timedelta(seconds=RUN_SILENT_SECONDS)):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(1)
+    yield from (Finding(False, run) for run in silent)
+    if not silent:
+        yield Finding(True, "every run that shows Running sends heartbeats")
+
+
+def _waiting(config: PlatformConfig) -> Iterator[Finding]:
+    """Report runs that are late although nothing runs before them; a new worker gets TAKE_SECONDS to take them.
+
+    A scheduled run that no worker takes is also an event, for notifications.
+    """
+    from prefect.client.orchestration import get_client
+
+    from flows.platform.missed_runs import report_missed
     from flows.platform.server_services import late_runs
 
     deadline = time.monotonic() + TAKE_SECONDS
     with get_client(sync_client=True) as client:
         while (late := late_runs(client)) and time.monotonic() < deadline:
             time.sleep(0.5)
+        missed = report_missed(client)
     logs = ", ".join(str(service.log) for service in config.workers())
     for line in late:
         yield Finding(
             False, f"{line}: read the log of its worker ({logs}), and check whether the pool or queue is paused"
         )
-    if not late:
+    yield from (Finding(False, line) for line in missed)
+    if not late and not missed:
         yield Finding(True, "no run is late without a reason")
 
 

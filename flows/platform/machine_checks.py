@@ -11,6 +11,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from flows.platform.config import PlatformConfig
+from vectorclm.runtime.devices import has_gpu_driver
+from vectorclm.runtime.temporary import remove_abandoned
 from vectorclm.store.artifact import Store
 
 FREE_GIGABYTES = 5
@@ -53,6 +55,12 @@ def _unsuitable() -> Iterator[str]:
             continue
         if not needed.specifier.contains(found, prereleases=True):
             yield f"{needed.name} {found} does not work here: {fix}"
+
+
+def _leftovers(config: PlatformConfig) -> Iterator[Finding]:
+    """Remove this user's temporary folders whose process was killed."""
+    if count := remove_abandoned():
+        yield Finding(True, f"{count} temporary folder(s) of killed processes removed from {tempfile.gettempdir()}")
 
 
 @dataclass(frozen=True)
@@ -135,9 +143,11 @@ def _gpu(config: PlatformConfig) -> Iterator[Finding]:
 
 def gpus() -> list[str]:
     """The names of the GPUs that torch sees on this machine."""
-    import torch
+    if not has_gpu_driver():
+        return []
+    import torch  # takes seconds
 
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
-MACHINE = (_versions, _disks, _gpu)
+MACHINE = (_versions, _leftovers, _disks, _gpu)

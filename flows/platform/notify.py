@@ -77,7 +77,8 @@ def notification(
 ) -> tuple[AutomationCore | None, str | None]:
     """The automation that notifies whom VECTORCLM_NOTIFY names, else None; creates its block, and removes other ones.
 
-    The second result is a message where Prefect lacks the block that is named, or where the block sends no messages.
+    The second result is a message where Prefect lacks the block that is named, where the block sends no messages, or
+    where the last message was not sent.
     """
     own = _block_of(config)
     _remove_blocks(client, report, but=own)
@@ -100,8 +101,10 @@ def notification(
             "webhook, or a notification block such as slack-webhook/NAME or sendgrid-email/NAME"
         )
     trigger = EventTrigger(posture=Posture.Reactive, expect=set(NOTIFIED), threshold=1, within=timedelta(0))
-    about = f"Sends {WHAT}, and what has recovered, to {shown(config)}."
-    return AutomationCore(name=NOTIFICATION, description=about, trigger=trigger, actions=[action]), None
+    purpose = f"Sends {WHAT}, and what has recovered, to {shown(config)}."
+    reason = undelivered(client)
+    problem = f"the last message to {shown(config)} was not sent ({reason}): check VECTORCLM_NOTIFY" if reason else None
+    return AutomationCore(name=NOTIFICATION, description=purpose, trigger=trigger, actions=[action]), problem
 
 
 def shown(config: PlatformConfig) -> str:
@@ -110,6 +113,13 @@ def shown(config: PlatformConfig) -> str:
     if kind == "webhook":
         return f"the webhook at {urlsplit(address).netloc.rpartition('@')[2]}"
     return address.replace(",", ", ") if kind == "mailto" else f"the block {config.notify}"
+
+
+def about(config: PlatformConfig) -> str:
+    """A line about who is notified."""
+    if config.notify == NOBODY:
+        return f"nobody is notified of {WHAT}: VECTORCLM_NOTIFY names no receiver"
+    return f"{shown(config)} is notified of {WHAT}"
 
 
 def undelivered(client: SyncPrefectClient) -> str | None:

@@ -1,6 +1,7 @@
 """The command-line options that name a platform."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -24,3 +25,9 @@ class PlatformOptions:
         """Read the platform's settings; options override the environment, which overrides the file."""
         ports = {"prefect_port": self.prefect_port, "mlflow_port": self.mlflow_port}
         return read_platform(self.env_file, vectorclm_store=self.store, **ports)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the command line names a platform; VECTORCLM_STORE alone does not, as a container has it, too."""
+        others = replace(self, store=None) != PlatformOptions()
+        return others or self.store not in (None, os.environ.get("VECTORCLM_STORE"))

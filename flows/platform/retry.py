@@ -36,7 +36,7 @@ def retry(run: str, again_from: str | None, changes: Sequence[str]) -> Again:
     A change without a value, `KEY=`, leaves out a setting that `run` had. Raises ConfigError where the run is missing,
     is not a curriculum of the platform, or a setting is refused, and VectorCLMError where the platform does not run.
     """
-    with get_client(sync_client=True) as client, _explained(client):
+    with get_client(sync_client=True) as client, translate_errors(client):
         before = _find(client, run)
         parameters: dict[str, Any] = {key: value for key, value in before.parameters.items() if key != "dry_run"}
         form = dict(parameters.get("changes") or {})
@@ -74,7 +74,7 @@ def start(experiment: str, parameters: Mapping[str, Any]) -> str:
     Raises ConfigError where the platform has no such experiment or refuses a setting, and VectorCLMError where the
     platform does not run.
     """
-    with get_client(sync_client=True) as client, _explained(client):
+    with get_client(sync_client=True) as client, translate_errors(client):
         return _create(client, experiment, parameters)
 
 
@@ -94,8 +94,8 @@ def _create(client: SyncPrefectClient, experiment: str, parameters: Mapping[str,
 
 
 @contextmanager
-def _explained(client: SyncPrefectClient) -> Iterator[None]:
-    """Translate errors of the platform into messages that say what to do."""
+def translate_errors(client: SyncPrefectClient, refused: str = "the run") -> Iterator[None]:
+    """Translate errors of the platform into messages that say what to do; `refused` is what Prefect may refuse."""
     try:
         yield
     except httpx.TransportError as error:
@@ -107,7 +107,7 @@ def _explained(client: SyncPrefectClient) -> Iterator[None]:
             raise ConfigError(
                 f"Prefect requires a password: give the --store or --env-file of `up`, or set {SETTING}=user:password"
             ) from error
-        raise ConfigError(f"Prefect refuses the run: {_detail(error.response)}") from error
+        raise ConfigError(f"Prefect refuses {refused}: {_detail(error.response)}") from error
 
 
 def _detail(response: httpx.Response) -> str:

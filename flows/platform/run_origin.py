@@ -29,32 +29,53 @@ class RunOrigin:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        body, read, more = b"", list[Message](), True
-        while more and len(body) <= LARGEST:
-            message = await receive()
-            read.append(message)
-            body += message.get("body", b"")
-            more = bool(message.get("more_body", False))
-        if not more and (asked := _noted(body, headers.get("user-agent", ""))) is not None:
+        body, read = await buffered(receive)
+        if body is not None and (asked := _noted(body, headers.get("user-agent", ""))) is not None:
             if _is_dry(asked) and await self._is_queued(created[1], headers.get("authorization")):
                 asked["work_queue_name"] = UNQUEUED
-            noted = json.dumps(asked).encode()
-            read = [{"type": "http.request", "body": noted, "more_body": False}]
-            length = (b"content-length", str(len(noted)).encode())
-            scope = {**scope, "headers": [*(h for h in scope["headers"] if h[0] != b"content-length"), length]}
-
-        async def again() -> Message:
-            return read.pop(0) if read else await receive()
-
-        await self.app(scope, again, send)
+            scope, read = rewritten(scope, asked)
+        await self.app(scope, replayed(read, receive), send)
 
     async def _is_queued(self, deployment: str, authorization: str | None) -> bool:
         """Whether the runs of a deployment wait in the queue of curricula; asks the server as the request does."""
-        headers = {"Authorization": authorization} if authorization else {}
-        transport = httpx.ASGITransport(self.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            found = await client.get(deployment, headers=headers)
-        return found.is_success and found.json().get("work_queue_name") == CURRICULA
+        found = await looked_up(self.app, deployment, authorization)
+        return isinstance(found, Mapping) and found.get("work_queue_name") == CURRICULA
+
+
+async def buffered(receive: Receive) -> tuple[bytes | None, list[Message]]:
+    """Read the body of a request; None if it is larger than LARGEST. The messages read are to be replayed."""
+    body, read, more = b"", list[Message](), True
+    while more and len(body) <= LARGEST:
+        message = await receive()
+        read.append(message)
+        body += message.get("body", b"")
+        more = bool(message.get("more_body", False))
+    return None if more else body, read
+
+
+def rewritten(scope: Scope, asked: Mapping[str, Any]) -> tuple[Scope, list[Message]]:
+    """The request with another JSON body."""
+    noted = json.dumps(asked).encode()
+    length = (b"content-length", str(len(noted)).encode())
+    headers = [*(header for header in scope["headers"] if header[0] != b"content-length"), length]
+    return {**scope, "headers": headers}, [{"type": "http.request", "body": noted, "more_body": False}]
+
+
+def replayed(read: list[Message], receive: Receive) -> Receive:
+    """A channel that hands out messages that were read already, and then those to come."""
+
+    async def again() -> Message:
+        return read.pop(0) if read else await receive()
+
+    return again
+
+
+async def looked_up(app: ASGIApp, path: str, authorization: str | None) -> Any:
+    """What the server answers at a path to whoever sent the request; None if it refuses."""
+    headers = {"Authorization": authorization} if authorization else {}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+        found = await client.get(path, headers=headers)
+    return found.json() if found.is_success else None
 
 
 def _is_dry(asked: Mapping[str, Any]) -> bool:

@@ -26,8 +26,10 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Pending, Scheduled
 
+from flows.execution.labels import machine_of
 from flows.net import without_password
 from flows.platform.config import POOLS
+from flows.platform.provision import ZOMBIE_SECONDS
 
 PROBE = "vectorclm-doctor"  # the name of the probe's flow, deployment and automation
 AGAIN_SECONDS = 10  # between two events for the probe's automation
@@ -41,6 +43,10 @@ MESSAGE_LETTERS = 300
 ROUND_SECONDS = 20  # of the slowest loop that matters; a repaired loop logs no error for two rounds
 RECENT_SECONDS = 180  # three rounds of the slowest loop
 RESTART = "restart the platform (`vectorclm down`, then `vectorclm up`)"
+SILENT_RUN = (
+    f"shows Running, but sends no heartbeat: if its machine is gone, it counts as crashed after {ZOMBIE_SECONDS} s and "
+    "starts again by itself; if it does not, cancel it on its page in Prefect, then press Retry"
+)
 RELIED = {  # Prefect's name of a service, the consequence of its failure, the names of its loops
     "scheduler": ("schedules start no runs", ("schedule_deployments", "schedule_recent_deployments")),
     "late_runs": ("a run that no worker takes is not shown as late", ("monitor_late_runs", "mark_flow_run_late")),
@@ -295,6 +301,25 @@ def late_runs(client: SyncPrefectClient) -> list[str]:
             found.append(
                 f"{len(late_since)} run(s) of pool {pool} are late, the first since {since}, and no run of it is active"
             )
+    return found
+
+
+def silent_runs(client: SyncPrefectClient, since: datetime) -> list[str]:
+    """A line for each run of the pools that is shown as running, and has sent no heartbeat since this time."""
+    found = []
+    running = FlowRunFilter.model_validate({"state": {"type": {"any_": [StateType.RUNNING]}}})
+    for pool in POOLS:
+        for run in client.read_flow_runs(flow_run_filter=running, work_pool_filter=_pool(pool)):
+            if run.state is None or run.state.timestamp > since:
+                continue
+            wanted = {
+                "occurred": {"since": since.isoformat(), "until": (since + timedelta(days=1)).isoformat()},
+                "event": {"name": ["prefect.flow-run.heartbeat"]},
+                "resource": {"id": [f"prefect.flow-run.{run.id}"]},
+            }
+            heard = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1}).json()["events"]
+            if not heard:
+                found.append(f"{run.name} on {machine_of(run)} {SILENT_RUN}")
     return found
 
 

@@ -1,4 +1,6 @@
-"""Plots as inline SVG, drawn by matplotlib: curves, confidence intervals and bars. The page sets their colours.
+"""Plots as inline SVG, drawn by matplotlib: curves, confidence intervals, timelines and bars.
+
+The page sets their colours.
 
 Each is 420 units wide with a font size of 12, so that it is readable on a telephone. The same data gives the same
 bytes. Labels are never parsed as formulas or markup.
@@ -10,6 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -27,6 +30,8 @@ INKS = (*(f"series-{number}" for number in range(COLOURS)), "quiet", "line", "te
 DASHES = (0, (3, 3))
 DOT: Mapping[str, Any] = {"solid_capstyle": "round", "clip_on": False}  # a line of no length with round ends
 UNITS_PER_INCH = 72
+TIMELINE_ROW = 100  # height of one score of a timeline
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Point = tuple[float, float]
 
@@ -125,6 +130,85 @@ def intervals(title: str, rows: Mapping[str, tuple[float, Sequence[IntervalBar]]
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         axes.text(share, top + 16, f"{share:.0%}", ha="right" if share == 1 else "center", color=_ink("quiet"))
     return _svg(figure, title, hints)
+
+
+@dataclass(frozen=True)
+class TimedScore:
+    """A score with its confidence interval, at the time of its measurement."""
+
+    when: datetime
+    value: float
+    low: float
+    high: float
+    who: str
+
+
+def timeline(title: str, rows: Mapping[str, Sequence[TimedScore]]) -> Markup:
+    """A row for each score over the same time: points with confidence intervals, joined by a line. Empty without any.
+
+    Each row has a scale of its own, as scores differ in kind.
+    """
+    times = [_seconds(score.when) for scores in rows.values() for score in scores]
+    if not times:
+        return Markup()
+    height = TOP + TIMELINE_ROW * len(rows) + BOTTOM
+    figure, names = _canvas(height, (0, 0, WIDTH, height))
+    names.set_axis_off()
+    names.set_xlim(0, WIDTH)
+    first, last = min(times), max(times)
+    room = (last - first) * 0.04 or 1.0
+    hints: dict[str, str] = {}
+    for number, (name, scores) in enumerate(rows.items()):
+        top = TOP + TIMELINE_ROW * number
+        names.text(0, top + 10, plain(name), color=_ink("text"), gid="strong", parse_math=False)
+        bottom, width, high = height - top - TIMELINE_ROW + 12, WIDTH - LEFT - RIGHT, TIMELINE_ROW - 34
+        axes = figure.add_axes((LEFT / WIDTH, bottom / height, width / WIDTH, high / height), frame_on=False)
+        axes.set_xlim(first - room, last + room)
+        _draw_scores(axes, scores, number, hints)
+    for place, align in ((first, "left"), (last, "right")) if last > first else ((first, "center"),):
+        x = LEFT + (place - first + room) / (last - first + 2 * room) * (WIDTH - LEFT - RIGHT)
+        shown = _date(place, last - first)
+        names.text(x, height - 8, shown, ha=align, color=_ink("quiet"), parse_math=False)
+    return _svg(figure, title, hints)
+
+
+def _draw_scores(axes: "Axes", scores: Sequence[TimedScore], number: int, hints: dict[str, str]) -> None:
+    """Draw one row of a timeline; the titles of its points are added to `hints`."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_autoscale_on(False)
+    low, high = min(score.low for score in scores), max(score.high for score in scores)
+    room = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    axes.set_ylim(low - room, high + room)
+    axes.xaxis.set_visible(False)
+    axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.tick_params(length=0, pad=6, labelcolor=_ink("quiet"), labelsize=12)
+    axes.grid(axis="y", color=_ink("line"), linewidth=1, clip_on=False)
+    axes.set_axisbelow(True)
+    colour = _ink(f"series-{number % COLOURS}")
+    ordered = sorted(scores, key=lambda score: score.when)
+    xs = [_seconds(score.when) for score in ordered]
+    axes.plot(
+        xs, [score.value for score in ordered], linewidth=1.2, alpha=0.5, color=colour, gid="curve", clip_on=False
+    )
+    for x, score in zip(xs, ordered, strict=True):
+        name = f"item-{len(hints)}"
+        hints[name] = (
+            f"{score.who}, {score.when:%Y-%m-%d %H:%M}: {score.value:.4f}, 95% from {score.low:.4f} to {score.high:.4f}"
+        )
+        axes.plot([x, x], [score.low, score.high], linewidth=2.5, alpha=0.65, color=colour, gid=name, **DOT)
+        axes.plot([x, x], [score.value, score.value], linewidth=7, color=colour, gid=name, **DOT)
+
+
+def _seconds(when: datetime) -> float:
+    return (when - EPOCH) / timedelta(seconds=1)
+
+
+def _date(seconds: float, span: float) -> str:
+    """A time of an axis that covers `span` seconds: the day, and where they are few the hour."""
+    when = EPOCH + timedelta(seconds=seconds)
+    return f"{when:%Y-%m-%d}" if span > 3 * 86_400 else f"{when:%Y-%m-%d %H:%M} UTC"
 
 
 def bars(title: str, shares: Mapping[str, float], labels: Mapping[str, str]) -> Markup:

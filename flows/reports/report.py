@@ -1,7 +1,7 @@
 """`vectorclm report`: a curriculum as one HTML page without network or scripts.
 
-The page is built from the artifacts of a store alone. Text of models and documents is untrusted: the template escapes
-all of it.
+The page is built from the artifacts of a store, and from the scores over time that MLflow has. Text of models and
+documents is untrusted: the template escapes all of it.
 """
 
 import json
@@ -9,16 +9,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flows.reports.lineage_graph import draw_lineage
 from flows.reports.plots import COLOURS, IntervalBar, bars, curves, intervals, short
-from flows.tracking.lookup import opened
+from flows.reports.score_history import history_chart
+from flows.tracking.lookup import opened, score_histories
 from vectorclm.comparison.compare import followed, has_items
 from vectorclm.comparison.curves import curves_of
-from vectorclm.corpus.sampler import drop_counts
+from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change, wilson_interval
@@ -30,6 +31,9 @@ from vectorclm.stages import BY_NAME, EXPORTED, READS
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.durable import write_file
 from vectorclm.store.layout import MEASURE
+
+if TYPE_CHECKING:  # MLflow takes seconds to import
+    from flows.tracking.registry import Result
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +54,17 @@ class Measured(NamedTuple):
         return self.artifact.summary
 
 
-def report(found: Lineage, store: Store, champion: Lineage | None = None, name: str = "") -> str:
-    """The report of a model as an HTML page; `champion` is a model to compare with, `name` the experiment."""
+def report(
+    found: Lineage,
+    store: Store,
+    champion: Lineage | None = None,
+    name: str = "",
+    histories: "Mapping[str, Sequence[Result]] | None" = None,
+) -> str:
+    """The report of a model as an HTML page; `champion` is a model to compare with, `name` the experiment.
+
+    `histories` are scores over time of the registered model, by their titles.
+    """
     models = _models(found, store, champion)
     page = {
         "name": name,
@@ -66,6 +79,7 @@ def report(found: Lineage, store: Store, champion: Lineage | None = None, name: 
         "tasks": _tasks(models),
         "picture": _picture(models),
         "instructions": _instructions(models),
+        "histories": {title: history_chart(title, results) for title, results in (histories or {}).items()},
         "samples": [(model.who, model.scores["samples"][:ANSWERS]) for model in models if model.scores.get("samples")],
         "graph": draw_lineage(found),
         "costs": _costs(found),
@@ -293,7 +307,8 @@ def _costs(found: Lineage) -> list[dict[str, Any]]:
 def write_report(model: str, store: Store, against: str | None, out: Path) -> None:
     """Write the report of a model to the file `out`. Raises ConfigError where the file cannot be written."""
     other = opened(against, store) if against is not None else None
-    page = report(opened(model, store), store, other)
+    found = opened(model, store)
+    page = report(found, store, other, histories=score_histories(found.root.fingerprint, store))
     try:
         write_file(out, page.encode())
     except OSError as error:

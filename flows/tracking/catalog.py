@@ -1,8 +1,5 @@
 """Data sets and logged models in MLflow, linked to the runs that read and built them."""
 
-import tempfile
-from pathlib import Path
-
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelInput, LoggedModelOutput
 
 from flows.tracking.client import VALUE_LENGTH, flatten
@@ -11,6 +8,7 @@ from flows.tracking.model_files import write_model_files
 from flows.tracking.pyfunc_model import content
 from flows.tracking.session import Session
 from vectorclm.lineage.chain import sources_of
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import BY_NAME, MODELS
 from vectorclm.store.artifact import Artifact
 
@@ -56,9 +54,9 @@ class Catalog:
         if model.tags.get(CONTENT) == content(built):
             return
         client = self.session.client
-        with tempfile.TemporaryDirectory(prefix="vectorclm-") as name:
-            write_model_files(Path(name), model, built)
-            client.log_model_artifacts(model.model_id, str(Path(name, "model")))
+        with temporary_folder() as folder:
+            write_model_files(folder, model, built)
+            client.log_model_artifacts(model.model_id, str(folder / "model"))
         if EXTERNAL in model.tags:  # recorded by an earlier version of this program
             client.delete_logged_model_tag(model.model_id, EXTERNAL)
         client.finalize_logged_model(model.model_id, "READY")

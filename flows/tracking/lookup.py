@@ -14,6 +14,7 @@ from vectorclm.store.model_names import REGISTERED, UnknownModelError, existing_
 
 if TYPE_CHECKING:
     from flows.tracking.recorded_lineage import Record
+    from flows.tracking.registry import Result
 
 
 def opened(address: str, store: Store) -> Lineage:
@@ -78,3 +79,15 @@ def versions(fingerprints: Iterable[str], store: Store) -> tuple[dict[str, list[
         return registered_versions(Registry(store), fingerprints), ""
     except RegistryError as error:
         return {}, str(error)
+
+
+def score_histories(fingerprint: str, store: Store) -> "dict[str, list[Result]]":
+    """The scores over time of a registered model, by subject and suite; empty where MLflow knows none."""
+    if not has_record(store):
+        return {}
+    from flows.tracking.histories import histories
+    from flows.tracking.registry import Registry, RegistryError
+
+    with suppress(RegistryError):
+        return histories(Registry(store), fingerprint)
+    return {}

@@ -17,7 +17,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
 from flows.tracking.pyfunc_model import MAX_NEW_TOKENS, REFERENCE, content
-from vectorclm.inference.generate import SamplingParams
+from vectorclm.inference.config import SamplingParams
 from vectorclm.store.artifact import Artifact
 from vectorclm.store.model_ref import find_model
 

@@ -33,6 +33,7 @@ class Outbox:
         self._idle, self._failed, self._answers = idle, failed, answers
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._closing = threading.Event()
+        self._ended = 0  # jobs that were done or rejected
         self.left = 0  # jobs that were given up, because the server was away to the end
         # In the context of its maker, so that warnings reach the log of the maker's run.
         self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="mlflow", daemon=True)
@@ -46,10 +47,16 @@ class Outbox:
         self._jobs.put(job)
 
     def close(self, seconds: float) -> bool:
-        """Finish the queue and end the thread; False if that takes longer. A server that is away is tried once more."""
+        """Finish the queue and end the thread; False if one job takes longer. A server that is away is tried once more.
+
+        A server under load that still does one job after the other is waited for, or its records would be lost.
+        """
         self._jobs.put(None)
         self._closing.set()
-        self._thread.join(seconds)
+        ended = -1
+        while self._thread.is_alive() and ended != self._ended:
+            ended = self._ended
+            self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _work(self) -> None:
@@ -64,6 +71,7 @@ class Outbox:
             if not self._done(job):
                 self.left = 1 + self._jobs.qsize()
                 return
+            self._ended += 1
             if time.monotonic() - polled > POLL_SECONDS:
                 self._try(self._idle)
                 polled = time.monotonic()

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
@@ -17,13 +17,15 @@ from tokenizers import Tokenizer
 
 from flows.tracking.database import sqlite_path
 from vectorclm.errors import CorruptArtifactError, DataError, StoreError
-from vectorclm.inference.generate import SamplingParams, answer_text, continuation
-from vectorclm.inference.load import LoadedModel, load_model
+from vectorclm.inference.config import SamplingParams
 from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import digest, validate
 from vectorclm.store.artifact import Artifact, StageSpec, Store, default_store
 from vectorclm.store.model_ref import content_of, find_model
 from vectorclm.tokenizer import encode, load_tokenizer
+
+if TYPE_CHECKING:  # with torch, which only a model in use needs
+    from vectorclm.inference.load import LoadedModel
 
 REFERENCE = "artifact.json"  # stage, fingerprint and content of the artifact, and the store where it was built
 MAX_NEW_TOKENS = 128
@@ -32,7 +34,7 @@ MAX_NEW_TOKENS = 128
 class TextModel:
     """A model with the method that MLflow calls: text in, text out."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: "LoadedModel") -> None:
         self.loaded = loaded
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
@@ -41,6 +43,8 @@ class TextModel:
         `params` are `max_new_tokens` and the sampling settings of `vectorclm chat`. Raises DataError for an empty
         question, and ConfigError for a setting outside its bounds.
         """
+        from vectorclm.inference.generate import answer_text, continuation
+
         settings = dict(params or {})
         length = int(settings.pop("max_new_tokens", MAX_NEW_TOKENS))
         sampling = validate(SamplingParams, settings, "params")
@@ -82,6 +86,8 @@ def _load_pyfunc(data_path: str) -> TextModel | TokenizerModel:
     verify_reference(artifact, reference)
     if artifact.stage == "tokenizer":
         return TokenizerModel(load_tokenizer(artifact.local(remembered=True)))
+    from vectorclm.inference.load import load_model
+
     found = find_model(artifact.uri)
     return TextModel(load_model(found.local(), Runtime().torch_device(), chat=found.chat, address=artifact.uri))
 

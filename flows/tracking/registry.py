@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Metric
+from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Metric, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
@@ -34,12 +34,13 @@ from vectorclm.store.model_ref import ADDRESS
 EVALUATIONS = "evaluations"  # MLflow's experiment
 STDERR = "stderr."  # prefix of a metric that is the standard error of another
 SHOWN = 10  # number of results of a suite that are compared
+REGISTERED_NAME = re.compile(r"[^/@:]+@[^/@]+")
 REGISTERED_MODEL = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An evaluated model; results of equal names form one series."""
+    """An evaluated model; results of equal names form one series, as of a registered model's alias."""
 
     name: str
     title: str
@@ -78,8 +79,10 @@ class Registry:
             match = _in_store(address)
             name = f"{match['stage']}/{match['fingerprint'][:12]}" if match is not None else address
             return Subject(name, name, address, None)
-        version = self.version(address)
-        return Subject(version.name, f"{version.name} {version.version}", self.place(version), logged_model(version))
+        version, match = self.version(address), REGISTERED_MODEL.fullmatch(address)
+        alias = match["alias"] if match is not None else None  # each alias has a series of its own
+        name = f"{version.name}@{alias}" if alias else version.name
+        return Subject(name, f"{version.name} {version.version}", self.place(version), logged_model(version))
 
     def place(self, version: ModelVersion) -> str:
         """The address of a version's files: in the store at hand where it has the fingerprint, else where it was built.
@@ -145,24 +148,27 @@ class Registry:
         found = self.client.search_model_versions(f"tags.fingerprint = '{match['fingerprint']}'", max_results=1)
         return logged_model(found[0]) if found else None
 
-    def history(self, subject: Subject, settings: Mapping[str, Any]) -> list[Result]:
-        """The last results of a subject with these settings of a suite, newest first."""
-        query = f"tags.series = '{_series(subject, settings)}' and attributes.status = 'FINISHED'"
+    def history(self, subject: Subject, settings: Mapping[str, Any], count: int = SHOWN) -> list[Result]:
+        """The last results of a subject with these settings of a suite, newest first.
+
+        Results that earlier versions recorded for all aliases together count for each of them.
+        """
+        found = self.results(f"tags.series = '{series(subject.name, settings)}'", count)
+        if REGISTERED_NAME.fullmatch(subject.name):
+            older = self.results(f"tags.series = '{series(subject.name.partition('@')[0], settings)}'", count)
+            found += [(tags, result) for tags, result in older if "subject" not in tags]
+        return sorted((result for _, result in found), key=lambda result: result.when, reverse=True)[:count]
+
+    def results(self, query: str, count: int) -> list[tuple[dict[str, str], Result]]:
+        """The last finished evaluations that a query finds, newest first, each with the tags of its run."""
         with self.asked():
             runs = self.client.search_runs(
-                [self._experiment_id()], query, max_results=SHOWN, order_by=["attributes.start_time DESC"]
+                [self.experiment_id()],
+                f"{query} and attributes.status = 'FINISHED'",
+                max_results=count,
+                order_by=["attributes.start_time DESC"],
             )
-        results = []
-        for run in runs:
-            values, tags = run.data.metrics, run.data.tags
-            found = {
-                name: Figure(value, values.get(STDERR + name, 0.0))
-                for name, value in values.items()
-                if not name.startswith(STDERR)
-            }
-            when = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
-            results.append(Result(tags["title"], when, tags["fingerprint"], found))
-        return results
+        return [(dict(run.data.tags), _result(run)) for run in runs]
 
     def record(self, subject: Subject, artifact: Artifact, flow_run_id: str | None) -> str:
         """Record the scores in `artifact` as a run, linked to their model; returns the URL of the run's page.
@@ -177,13 +183,14 @@ class Registry:
             "fingerprint": artifact.fingerprint,
             "uri": artifact.uri,
             **({"not_run": ", ".join(refused)} if (refused := artifact.summary.get("not_run")) else {}),
-            **({"prefect.flow_run_id": flow_run_id, "series": _series(subject, settings)} if flow_run_id else {}),
+            **({"prefect.flow_run_id": flow_run_id, "subject": subject.name} if flow_run_id else {}),
+            **({"series": series(subject.name, settings)} if flow_run_id else {}),
         }
         values: dict[str, float] = {}
         for name, figure in figures(artifact.summary).items():
             values |= {name: figure.value, STDERR + name: figure.stderr}
         with self.asked():
-            experiment_id = self._experiment_id()
+            experiment_id = self.experiment_id()
             name = f"{subject.title} on {settings['suite']}"
             run = self.client.create_run(
                 experiment_id, tags={key: value[:VALUE_LENGTH] for key, value in tags.items()}, run_name=name
@@ -219,7 +226,7 @@ class Registry:
             query = f"tags.fingerprint = '{match['fingerprint']}'"
             found = self.client.search_model_versions(query, max_results=1)
             recorded = f"tags.fingerprint = '{artifact.fingerprint}' and attributes.status = 'FINISHED'"
-            runs = self.client.search_runs([self._experiment_id()], recorded) if found else []
+            runs = self.client.search_runs([self.experiment_id()], recorded) if found else []
         if not found or any(run.data.tags.get("model") == address[:VALUE_LENGTH] for run in runs):
             return None
         subject = Subject(found[0].name, f"{found[0].name} {found[0].version}", address, logged_model(found[0]))
@@ -241,7 +248,7 @@ class Registry:
         """
         tags = {f"promotion.{key}": value[:VALUE_LENGTH] for key, value in about.items()}
         with self.asked():
-            experiment_id = self._experiment_id()
+            experiment_id = self.experiment_id()
             title = f"{version.name} {version.version} against {about['over']}"
             run = self.client.create_run(
                 experiment_id, tags={**tags, "fingerprint": self.tags(version)["fingerprint"]}, run_name=title
@@ -255,9 +262,10 @@ class Registry:
                 self.client.set_registered_model_alias(version.name, CHAMPION, version.version)
         return self.page(experiment_id, run.info.run_id)
 
-    def _experiment_id(self) -> str:
+    def experiment_id(self, name: str = EVALUATIONS) -> str:
+        """The id of MLflow's experiment of this name, which is created if it is not there."""
         folder = local_folder(self.store) if sqlite_path(self.uri) is not None else None
-        return open_experiment(self.client, EVALUATIONS, folder).experiment_id
+        return open_experiment(self.client, name, folder).experiment_id
 
     @contextmanager
     def asked(self, address: str = "") -> Iterator[None]:
@@ -300,6 +308,17 @@ def logged_model(version: ModelVersion) -> str | None:
     return match[1] if match is not None else None
 
 
-def _series(subject: Subject, settings: Mapping[str, Any]) -> str:
-    """The id of a series of comparable results: one name, equal settings."""
-    return digest({"name": subject.name, "settings": dict(settings)})
+def series(name: str, settings: Mapping[str, Any]) -> str:
+    """The id of a series of comparable results: one name of a subject, equal settings."""
+    return digest({"name": name, "settings": dict(settings)})
+
+
+def _result(run: Run) -> Result:
+    values, tags = run.data.metrics, run.data.tags
+    found = {
+        name: Figure(value, values.get(STDERR + name, 0.0))
+        for name, value in values.items()
+        if not name.startswith(STDERR)
+    }
+    when = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
+    return Result(tags["title"], when, tags["fingerprint"], found)

@@ -43,7 +43,7 @@ from vectorclm.store.layout import EXPORT
 
 logger = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 60  # that the end of a curriculum waits for MLflow
+CLOSE_SECONDS = 60  # that the end of a curriculum waits for each record in MLflow
 PROBE = "vectorclm.written"  # a tag of the experiment: the time of the last check that MLflow accepts writes
 
 ABOUT = """Curricula of the experiment `{name}`: text in, an evaluated chat model out.

@@ -3,9 +3,7 @@
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -15,6 +13,7 @@ from flows.tracking.client import ALIAS, NOTE, REGISTERED, TRAINING_VIEW, VALUE_
 from flows.tracking.model_files import loading_lines
 from flows.tracking.registry import logged_model
 from vectorclm.lineage.chain import SHORT, Lineage, describe_node, lineage, score_facts
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stage_builders import ancestors
 from vectorclm.stages import BY_NAME, EXPORTED, MODELS
 from vectorclm.store.layout import EXPORT
@@ -116,9 +115,9 @@ class Versions:
             linked.append({"name": name, "version": int(number)})
             client.set_logged_model_tags(model_id, {VERSIONS: json.dumps(linked)})
         if (card := self._card(stage)) is not None:
-            with tempfile.TemporaryDirectory(prefix="vectorclm-") as folder:
-                Path(folder, CARD).write_bytes(card)
-                client.log_model_artifact(model_id, str(Path(folder, CARD)))
+            with temporary_folder() as folder:
+                (folder / CARD).write_bytes(card)
+                client.log_model_artifact(model_id, str(folder / CARD))
         parts = [f"{self.session.experiment.name}, {MODELS[stage]}"]
         if found.root.artifact is not None:
             parts.append(loading_lines(name, str(number), found.root.artifact))

@@ -13,7 +13,8 @@ from tests.conftest import skip_or_fail
 from vectorclm.bench.data import data_layer, walked
 from vectorclm.bench.reading import FAULTS, FETCHED, LITDATA, REMOTE
 from vectorclm.bench.table import Row, bounded, show
-from vectorclm.shards.order import MIX_BLOCK, MixturePhase, TrainingOrder
+from vectorclm.shards.config import MIX_BLOCK
+from vectorclm.shards.order import MixturePhase, TrainingOrder
 
 
 def test_every_row_is_an_object_with_the_agreed_keys() -> None:

@@ -19,8 +19,9 @@ from flows.tracking.registry import Registry
 from tests.test_curriculum import mini
 from vectorclm.__main__ import main
 from vectorclm.comparison.compare import OWN_SUITE, common_results, compare
+from vectorclm.comparison.config import Limits
 from vectorclm.comparison.curves import curves_of
-from vectorclm.comparison.measurement import Limits, left_out, measure_plan, training_text
+from vectorclm.comparison.measurement import left_out, measure_plan, training_text
 from vectorclm.config import Suite, override
 from vectorclm.corpus.sample_reader import read_texts
 from vectorclm.corpus.synthetic_world import rows as world_rows

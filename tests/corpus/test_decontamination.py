@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vectorclm.config import load_experiment
-from vectorclm.corpus.decontamination import ANCHOR, GRAM, Benchmarks, benchmark_sources, contaminated, read_benchmarks
-from vectorclm.corpus.sources import CorpusConfig
+from vectorclm.corpus.decontamination import ANCHOR, GRAM, Benchmarks, contaminated, read_benchmarks
+from vectorclm.corpus.sources import CorpusConfig, benchmark_sources
 from vectorclm.corpus.synthetic_world import rows
 from vectorclm.errors import ConfigError
 

@@ -20,9 +20,10 @@ from tests.corpus.source_files import documents, source, write_parquet
 from vectorclm.corpus import sampler
 from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.sample_reader import read_texts
-from vectorclm.corpus.sampler import summary_lines, write_sample
+from vectorclm.corpus.sampler import write_sample
 from vectorclm.corpus.source_reader import SourceRoots, open_source
 from vectorclm.corpus.sources import CorpusConfig
+from vectorclm.corpus.summary import summary_lines
 from vectorclm.errors import DataError
 
 

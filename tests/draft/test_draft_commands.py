@@ -13,7 +13,6 @@ from vectorclm.config import ExperimentConfig, changed, experiment_here, load_ex
 from vectorclm.corpus import file_formats
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.corpus.synthetic_world import rows as rows_of
-from vectorclm.draft import draft_commands
 from vectorclm.draft.speed import training_speed
 from vectorclm.draft.survey import _source_of
 from vectorclm.errors import ConfigError
@@ -32,7 +31,7 @@ BASE = ["sample", "tokenizer", "shards", "pretrain", "evaluate_base", "export"]
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: stories as text and conversations, and a machine of a known speed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(draft_commands, "training_speed", lambda model, *_: 2e9 / model.parameters)
+    monkeypatch.setattr("vectorclm.draft.speed.training_speed", lambda model, *_: 2e9 / model.parameters)
     stories = [row["text"] for row in rows_of(WORLD, "stories")]
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"id": 1, "body": text}) + "\n" for text in stories))
     for number in range(60):

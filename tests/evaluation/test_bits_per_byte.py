@@ -17,7 +17,8 @@ from vectorclm.corpus.sources import TaskSource
 from vectorclm.errors import DataError
 from vectorclm.evaluation.bits_per_byte import text_scores
 from vectorclm.evaluation.multiple_choice import Item, pair_ids, read_items, task_scores
-from vectorclm.inference.generate import SamplingParams, answer, continuation, generate
+from vectorclm.inference.config import SamplingParams
+from vectorclm.inference.generate import answer, continuation, generate
 from vectorclm.model import CausalLM
 from vectorclm.shards.chat_writer import read_prompts
 from vectorclm.shards.conversations import Turn

@@ -16,7 +16,7 @@ from vectorclm.evaluation.instruction_checks import CONTENT, PARTS, Check, Instr
 from vectorclm.evaluation.instruction_prompts import FORMS, MOST, SHOTS, instructions
 from vectorclm.evaluation.instructions import STOP, base_answer, chat_answer, few_shot, instruction_scores, judge
 from vectorclm.evaluation.item_scores import ItemScore, ItemScores, read_scored
-from vectorclm.inference.generate import SamplingParams
+from vectorclm.inference.config import SamplingParams
 from vectorclm.model import CausalLM
 from vectorclm.settings import validate
 from vectorclm.tokenizer import EOS_ID, encode, load_tokenizer

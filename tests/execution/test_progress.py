@@ -5,14 +5,15 @@ from contextlib import suppress
 from uuid import UUID
 
 import pytest
-from prefect import flow
+from prefect import flow, get_run_logger, task
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import ArtifactFilter
-from prefect.runtime import flow_run
+from prefect.client.schemas.filters import ArtifactFilter, LogFilter
+from prefect.runtime import flow_run, task_run
 from prefect.states import Cancelling
 
 from flows.execution import progress
 from flows.execution.progress import live, show_waiting
+from flows.terminal import flush_logs
 from tests.services.platform import until
 from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Tick, say
@@ -86,6 +87,35 @@ def test_a_slow_stage_writes_lines_into_its_log(monkeypatch: pytest.MonkeyPatch)
     with live("slow", log):
         say(Tick("slow", 2, 1_000_000, "tokens"))
     assert lines[-1] == "slow: 1,000,000 of 1,000,000 tokens"
+
+
+def test_the_log_of_a_task_in_prefect_says_from_which_step_a_stage_continues(prefect_client: SyncPrefectClient) -> None:
+    """Once for each attempt, however often it reports, and not for a stage that begins at its beginning."""
+    task_ids: list[UUID] = []
+
+    @task
+    def resumed() -> None:
+        task_ids.append(UUID(str(task_run.id)))
+        with live("train", get_run_logger().info):
+            for done in (40, 50, 60):
+                say(Tick("train", done, 60, "tokens", resumed="step 40 of 60"))
+            say(Tick("another", 1, 60, "tokens", resumed="step 1 of 60"))
+        with live("fresh", get_run_logger().info):
+            say(Tick("fresh", 60, 60, "tokens"))
+        get_run_logger().info("the end")
+
+    def lines() -> list[str]:
+        mine = LogFilter.model_validate({"task_run_id": {"any_": task_ids}})
+        return [line.message for line in prefect_client.read_logs(log_filter=mine)]
+
+    @flow
+    def goes_on() -> None:
+        resumed()
+
+    goes_on()
+    flush_logs()
+    until(lambda: "the end" in lines(), "the log is on the server", 60)
+    assert [line for line in lines() if "continues" in line] == ["train continues from step 40 of 60"]
 
 
 def test_a_run_that_waits_for_the_devices_is_queued_unless_it_is_cancelled(prefect_client: SyncPrefectClient) -> None:

@@ -25,7 +25,7 @@ from vectorclm.export.gguf import GGUF_TYPES, export_gguf
 from vectorclm.export.llama_cpp import LlamaCpp
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig, write_config
-from vectorclm.nn.attention import ATTENTION_KINDS
+from vectorclm.nn.attention_kinds import ATTENTION_KINDS
 from vectorclm.shards.conversations import Turn, render_prompt
 from vectorclm.store.model_ref import find_model
 from vectorclm.tokenizer import BOS_ID, IM_END, IM_END_ID, SPECIAL_TOKENS, encode, load_tokenizer

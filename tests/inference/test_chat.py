@@ -33,16 +33,8 @@ from vectorclm.inference.chat import (
     reply,
     talk,
 )
-from vectorclm.inference.generate import (
-    SamplingParams,
-    choose,
-    cut_prompt,
-    generate,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalized,
-)
+from vectorclm.inference.config import SamplingParams
+from vectorclm.inference.generate import choose, cut_prompt, generate, keep_min_p, keep_top_k, keep_top_p, penalized
 from vectorclm.model_commands import ChatOptions, chat
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, render_prompt

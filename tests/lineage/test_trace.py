@@ -29,7 +29,8 @@ from tests.lineage.conftest import curriculum, pinned
 from tests.services.browser import browser, says
 from tests.services.mlflow_server import MLflowServer
 from tests.services.platform import until
-from vectorclm.inference.generate import SamplingParams, answer_text, continuation
+from vectorclm.inference.config import SamplingParams
+from vectorclm.inference.generate import answer_text, continuation
 from vectorclm.inference.load import open_model
 from vectorclm.store.artifact import Store
 from vectorclm.tokenizer import encode, load_tokenizer

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vectorclm.model_config import ModelConfig
-from vectorclm.nn.attention import ATTENTION_KINDS, AttentionConfig, AttentionSpec
+from vectorclm.nn.attention_kinds import ATTENTION_KINDS, AttentionConfig, AttentionSpec
 
 
 class ExampleConfig(AttentionConfig):

@@ -22,10 +22,7 @@ from vectorclm.evaluation.multiple_choice import log_likelihoods
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
 from vectorclm.nn.attention import (
-    ATTENTION_KINDS,
     QUERY_BLOCK,
-    AttentionConfig,
-    AttentionKind,
     AttentionMask,
     Documents,
     attention,
@@ -34,11 +31,13 @@ from vectorclm.nn.attention import (
     left_padded,
     plain_attention,
 )
+from vectorclm.nn.attention_kinds import ATTENTION_KINDS, AttentionConfig, AttentionKind
 from vectorclm.nn.loss import IGNORE_INDEX as NO
-from vectorclm.shards.chat_writer import ChatConfig, ChatSource, write_chat_shards
+from vectorclm.shards.chat_writer import write_chat_shards
+from vectorclm.shards.config import ChatConfig, ChatSource, ShardsConfig
 from vectorclm.shards.conversations import Turn, render
 from vectorclm.shards.reader import open_shards
-from vectorclm.shards.writer import ShardsConfig, Windows, read_windows, write_shards
+from vectorclm.shards.writer import Windows, read_windows, write_shards
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, load_tokenizer
 from vectorclm.train import TrainStep
 

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -249,3 +250,26 @@ def test_the_password_is_in_no_command_line_and_in_no_log(servers: Servers) -> N
     others = [path for path in folder.parent.rglob("*") if path.is_file() and path != file]
     assert len(others) > 3
     assert [path for path in others if secret.encode() in path.read_bytes()] == []
+
+
+def test_a_program_that_is_refused_a_change_reads_what_to_send_and_succeeds_with_it(servers: Servers) -> None:
+    config_home, url = servers.services[0].folder, servers.targets["prefect"].url
+    auth = next(
+        line.partition("=")[2].strip("\"'")
+        for line in (config_home / "prefect.env").read_text().splitlines()
+        if "AUTH_STRING=" in line
+    )
+    place, user = f"{url}/api/flows/filter", httpx.BasicAuth(*auth.split(":", 1))
+    refused = httpx.post(place, json={}, auth=user)
+    assert refused.status_code == 403 and "Missing CSRF token: " in refused.text and "prefect api POST" in refused.text
+    given = httpx.get(f"{url}/api/csrf-token?client=me", auth=user).json()["token"]
+    headers = {"Prefect-Csrf-Client": "me", "Prefect-Csrf-Token": given}
+    assert httpx.post(place, json={}, auth=user, headers=headers).status_code == 200
+    wrong = httpx.post(place, json={}, auth=user, headers={**headers, "Prefect-Csrf-Token": "other"})
+    assert wrong.status_code == 403 and "Prefect-Csrf-Client: NAME" in wrong.text
+    command = [sys.executable, "-m", "prefect", "api", "POST", "/flows/filter", "--data", "{}"]
+    known = {"PREFECT_API_URL": f"{url}/api", "PREFECT_API_AUTH_STRING": auth}
+    done = subprocess.run(
+        command, env={**os.environ, **known}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0 and '"name": "curriculum"' in done.stdout, done.stderr

@@ -1,15 +1,22 @@
 """What the doctor says of this machine: versions of packages, GPUs, room on each disk and what frees some."""
 
+import json
 import os
+import subprocess
+import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from flows.platform import machine_checks
 from flows.platform.config import PlatformConfig
 from flows.platform.machine_checks import MACHINE
+from vectorclm.runtime.processes import machine, process_identity
+from vectorclm.runtime.temporary import OWNER
 
 
 @pytest.fixture
@@ -20,7 +27,7 @@ def config(tmp_path: Path) -> PlatformConfig:
 def test_every_disk_of_the_platform_is_looked_at_with_what_frees_it(
     config: PlatformConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disks = MACHINE[1]
+    disks = MACHINE[2]
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     everything = [f"store {config.home}", f"home {config.home}", f"work {config.home}/work", f"TMPDIR {tmp_path}/tmp"]
@@ -35,6 +42,22 @@ def test_every_disk_of_the_platform_is_looked_at_with_what_frees_it(
         store, temporary = disks(config)
         assert "TMPDIR" not in store.what and f"free for TMPDIR {other}" in temporary.what
         assert "set it to a folder elsewhere" in temporary.what and "store gc" not in temporary.what
+
+
+def test_temporary_folders_of_killed_processes_are_removed(
+    config: PlatformConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leftovers = MACHINE[1]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        owner = {**process_identity(process), "machine": machine()}
+        (folder := tmp_path / "vectorclm-0123abcd").mkdir()
+        (folder / OWNER).write_text(json.dumps(owner))
+        assert list(leftovers(config)) == [] and folder.is_dir()
+        process.kill()
+    (found,) = leftovers(config)
+    assert found.good and found.what == f"1 temporary folder(s) of killed processes removed from {tmp_path}"
+    assert not folder.exists() and list(leftovers(config)) == []
 
 
 def install(folder: Path, name: str, version: str, *lines: str) -> None:
@@ -68,7 +91,7 @@ def test_packages_of_a_wrong_version_are_named_with_the_command_that_mends_them(
 
 
 def test_the_gpus_of_the_machine_are_named(config: PlatformConfig) -> None:
-    (found,) = MACHINE[2](config)
+    (found,) = MACHINE[3](config)
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     assert found.good and (", ".join(names) in found.what if names else found.what.startswith("no GPU"))
 
@@ -80,5 +103,5 @@ def test_little_room_is_given_in_megabytes(
     few = 120_000_000 // real.f_frsize
     monkeypatch.setattr(machine_checks.os, "statvfs", lambda _: os.statvfs_result((*real[:4], few, *real[5:])))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    (full,) = MACHINE[1](config)
+    (full,) = MACHINE[2](config)
     assert not full.good and full.what.startswith("120 MB free for ")

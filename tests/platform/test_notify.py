@@ -144,6 +144,8 @@ def test_a_message_that_cannot_be_sent_is_named_until_one_is_sent(
     ended(platform, deployment, Failed(message="first"), name="unsent")
     reason = until(lambda: undelivered(platform.client), "the server says so", 60)
     assert "Notification failed" in str(reason) and "Sending email to" in str(reason)
+    _, problem = install(platform)
+    assert str(problem).startswith("the last message to team@example.org, night@example.org was not sent (Notif")
     mailbox.is_full = False
     ended(platform, deployment, Failed(message="second"), name="sent")
     until(lambda: undelivered(platform.client) is None, "the next message was sent", 60)

@@ -27,7 +27,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from flows.net import answers
 from flows.platform import doctor
-from tests.conftest import following
+from tests.conftest import following, one_of
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, says
 from tests.services.platform import Platform, platform_at, until
@@ -273,12 +273,13 @@ def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDri
     until(lambda: not torch_processes(platform), "no process is left", 15)
 
 
+@pytest.mark.parametrize("cell", one_of([Cell("flow", "pretrain"), Cell("flow", "finetune")]), ids=str)
 def test_a_killed_run_starts_again_by_itself_and_ends_in_the_same_model(
-    platform: Platform, reference: Reference
+    platform: Platform, reference: Reference, cell: Cell
 ) -> None:
-    """kill -9 of the flow's process in pretraining: no child survives, and the automation starts the run again."""
+    """kill -9 of the flow's process in a training: no child survives, and the automation starts the run again."""
     killer = Killer(platform.config, lambda: platform.command("doctor"), platform.client)
-    outcome = killer.run(Cell("flow", "pretrain"), reference)
+    outcome = killer.run(cell, reference)
     assert outcome.end == "by itself" and outcome.states.count("Rescued") == 1
 
 

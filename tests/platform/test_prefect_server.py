@@ -97,6 +97,7 @@ def test_a_retry_in_a_container_uses_the_server_that_the_environment_names(
     """There the server is another machine, and nothing listens at a port of this one."""
     without = {name: value for name, value in prefect_api.items() if "AUTH" not in name}
     environment = without | {"PREFECT_AUTH": prefect_api["PREFECT_API_AUTH_STRING"], "VECTORCLM_HOME": str(tmp_path)}
+    environment["VECTORCLM_STORE"] = str(tmp_path / "store")
     command = [sys.executable, "-m", "flows.cli", "retry", "nowhere"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2

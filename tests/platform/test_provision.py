@@ -24,7 +24,6 @@ from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import State
-from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
@@ -45,18 +44,20 @@ from tests.services.browser import says
 from tests.services.evaluations import (
     LIMITS,
     RUNTIME,
+    history_page,
     register_untrained,
     rows,
     schedule_ends,
     scheduled,
     set_schedule,
+    shows_history,
     start,
 )
 from tests.services.inbox import Inbox, open_inbox
 from tests.services.platform import Platform, listening, platform_at, until
 from vectorclm.runtime.devices import Runtime
 
-CANDIDATE = "models:/vectorclm-chat@candidate"
+CANDIDATE, OWN = "models:/vectorclm-chat@candidate", "vectorclm-chat@candidate on tiny"
 SMALL = {
     "pretrain": {"tokens": 32_768},
     "finetune": {"epochs": 0.02},
@@ -94,7 +95,9 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_or_added_stays(pl
         assert (schedule.active, schedule.parameters) == (item["active"], item["parameters"])
 
     platform.client.update_deployment_schedule(deployment.id, found["weekly-base"].id, active=True)
-    platform.client.create_deployment_schedules(deployment.id, [(yearly := CronSchedule(cron="0 0 1 1 *"), True)])
+    new_year = ("--suite", "tiny", "--cron", "0 0 1 1 *")
+    made = platform.command("schedule", "evaluate", "vectorclm-chat@candidate", *new_year)
+    assert made.stdout.startswith(f"{OWN}: next runs "), made.stderr
     nobody = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
     assert nobody.returncode == 1 and "Prefect has no block webhook/team" in nobody.stdout
     with platform.addressed():
@@ -104,8 +107,8 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_or_added_stays(pl
     assert f"the block webhook/team is notified of {WHAT}" in done.stdout
     again = platform.client.read_deployment_by_name("evaluate/evaluate").schedules
     active = {schedule.slug: schedule.active for schedule in again}
-    assert active == {"nightly-chat": False, "weekly-base": True, None: True}
-    (added,) = (schedule.id for schedule in again if schedule.schedule == yearly)
+    assert active == {"nightly-chat": False, "weekly-base": True, OWN: True}
+    (added,) = (schedule.id for schedule in again if schedule.slug == OWN)
     platform.client.delete_deployment_schedule(deployment.id, added)
 
 
@@ -176,6 +179,7 @@ def test_a_model_is_measured_once_shown_recorded_and_its_fall_is_told(
     newest, oldest = rows(platform)
     assert oldest == first and newest["model"] == "vectorclm-chat 2"
     assert "worse, beyond noise" in newest["bits_per_byte.stories"]
+    assert "vectorclm-chat 1" in (page := history_page(platform)) and "vectorclm-chat 2" in page
 
 
 def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: Inbox) -> None:
@@ -238,6 +242,7 @@ def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebD
             set_schedule(platform, window, "by-page")
             until(lambda: says(window, "by-page"), "the page shows the schedule", 60)
             until(lambda: len(scheduled(platform, "by-page")) >= 2, "two runs of the schedule end")
+        until(lambda: shows_history(platform, window), "the page shows the scores over time", 60)
     finally:
         before = {"parameters": deployment.parameters}
         platform.client.request("PATCH", "/deployments/{id}", path_params=place, json=before)

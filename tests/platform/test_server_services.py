@@ -1,18 +1,22 @@
 """The services inside Prefect's server: which are off, what they leave undone, and which errors their log has."""
 
+import json
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import task
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.events import Event
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Running, Scheduled
 
+from flows.execution.labels import PROCESS
 from flows.platform import server_services
 from flows.platform.server_services import (
     PROBE,
@@ -24,6 +28,7 @@ from flows.platform.server_services import (
     probe,
     switched_off,
 )
+from tests.services.platform import until
 
 
 @pytest.fixture
@@ -82,6 +87,39 @@ def test_what_idle_services_leave_undone_is_seen(
     idle_server.set_flow_run_state(running.id, Cancelled(), force=True)
     assert server_services.unended_tasks(idle_server) == 1
     assert server_services.unnoticed_deaths(idle_server) == ["a worker"]
+
+
+def test_a_run_without_heartbeats_is_named_with_its_machine(idle_server: SyncPrefectClient) -> None:
+    idle_server.create_work_pool(WorkPoolCreate(name="gpu", type="process"), overwrite=True)
+    flow_id = idle_server.create_flow_from_name("a flow")
+    made = idle_server.create_deployment(flow_id, "heard", work_pool_name="gpu")
+
+    def start(name: str) -> UUID:
+        run_id = idle_server.create_flow_run_from_deployment(made, name=name, state=Running()).id
+        idle_server.update_flow_run_labels(run_id, {PROCESS: json.dumps({"machine": "far-away 0123"})})
+        return run_id
+
+    begun = datetime.now(UTC)
+    dead, alive = start("dead"), start("alive")
+    since = datetime.now(UTC)
+    fresh = start("fresh")
+    assert server_services.silent_runs(idle_server, begun) == []
+    assert len(server_services.silent_runs(idle_server, since)) == 2  # and not the fresh one
+
+    def silent() -> list[str]:
+        return [line.partition(" shows Running, but sends no heartbeat: ")[0] for line in lines()]
+
+    def lines() -> list[str]:
+        for run_id, when in ((alive, datetime.now(UTC)), (dead, begun)):  # the last one of the dead was earlier
+            resource = {"prefect.resource.id": f"prefect.flow-run.{run_id}"}
+            event = Event(event="prefect.flow-run.heartbeat", occurred=when, resource=resource, id=uuid4())
+            idle_server.request("POST", "/events", json=[event.model_dump(mode="json")])
+        return server_services.silent_runs(idle_server, since)
+
+    until(lambda: silent() == ["dead on far-away"], "the heartbeat is heard", 60)
+    for run_id in (dead, alive, fresh):
+        idle_server.set_flow_run_state(run_id, Cancelled(), force=True)
+    assert server_services.silent_runs(idle_server, datetime.now(UTC)) == []
 
 
 @task

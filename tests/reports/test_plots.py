@@ -4,12 +4,13 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from xml.etree import ElementTree
 
 import pytest
 
 from flows.reports.lineage_graph import Box, graph
-from flows.reports.plots import INKS, POINTS, IntervalBar, bars, curves, intervals, short, thinned
+from flows.reports.plots import INKS, POINTS, IntervalBar, TimedScore, bars, curves, intervals, short, thinned, timeline
 
 EVIL = '</svg><script>alert(1)</script>"&$\\frac{$\n\x00\x1b\ud800 你好'
 
@@ -76,6 +77,38 @@ def test_scores_stand_between_0_and_100_percent_with_their_interval_as_a_title()
     assert [{x for x, _ in line} for line, _ in drawn(picture, "mark")] == [{141}, {230}]
 
 
+def scored(day: int, value: float, stderr: float = 0.1, who: str = "model 1") -> TimedScore:
+    return TimedScore(datetime(2026, 3, day, 3, tzinfo=UTC), value, value - stderr, value + stderr, who)
+
+
+def test_a_timeline_has_a_row_for_each_score_and_places_points_by_time() -> None:
+    scores = [scored(11, 0.4, who="model 2"), scored(1, 0.5), scored(3, 0.6)]  # in any order
+    picture = timeline("scores", {"acc.world": scores, "bits_per_byte.web": [scored(11, 1.5)]})
+    first, second = [line for line, _ in drawn(picture, "curve")]
+    xs = [x for x, _ in first]
+    assert math.isclose((xs[1] - xs[0]) / (xs[2] - xs[0]), 0.2, abs_tol=0.01) and second[0][0] == xs[2]
+    assert first[1][1] < first[0][1] < first[2][1] < second[0][1]  # the higher score above; the second row below
+    labels = texts(picture)
+    assert {"acc.world", "bits_per_byte.web", "2026-03-01", "2026-03-11"} <= set(labels)
+    hints = {group.findtext("title") for group in ElementTree.fromstring(picture).iter("g")}
+    assert "model 2, 2026-03-11 03:00: 0.4000, 95% from 0.3000 to 0.5000" in hints
+    bars_of = [
+        [float(part) for part in path.attrib["d"].split() if part not in "MLz"]
+        for group in ElementTree.fromstring(picture).iter("g")
+        if (group.findtext("title") or "").startswith("model 2")
+        for path in group.iter("path")
+    ]
+    assert bars_of[0][0] == bars_of[0][2] == xs[2] and bars_of[0][1] > bars_of[0][3]  # the interval, from low to high
+
+
+def test_a_timeline_of_one_day_shows_hours_and_of_nothing_is_empty() -> None:
+    one = scored(1, 0.5, 0.0)
+    later = TimedScore(one.when + timedelta(hours=5), 0.5, 0.5, 0.5, "model 2")
+    assert {"2026-03-01 03:00 UTC", "2026-03-01 08:00 UTC"} <= set(texts(timeline("scores", {"a": [one, later]})))
+    assert "2026-03-01 03:00 UTC" in texts(timeline("scores", {"a": [one]}))
+    assert timeline("scores", {"a": []}) == "" == timeline("scores", {})
+
+
 def test_bars_are_as_long_as_their_shares() -> None:
     picture = bars("data mix", {"stories": 3.0, "web": 1.5, "none": 0.0}, {"stories": "3", "web": "1.5", "none": "0"})
     lengths = [max(x for x, _ in area) - min(x for x, _ in area) for area, _ in drawn(picture, "bar")]
@@ -88,6 +121,7 @@ PICTURES = [
     curves("one point", {"a": [(1.0, 2.0)]}),
     intervals(EVIL, {EVIL: (0.25, [IntervalBar(EVIL, 0.5, 0.4, 0.6)])}),
     bars(EVIL, {EVIL: 1.0}, {EVIL: EVIL}),
+    timeline(EVIL, {EVIL: [scored(1, 0.5, who=EVIL), scored(2, 0.6)]}),
     graph(EVIL, [Box("a", 0, 0, [EVIL], []), Box("b", 1, 1, [EVIL], ["a"])]),
 ]
 
@@ -100,7 +134,7 @@ def test_pictures_are_well_formed_whatever_their_text(picture: str) -> None:
     assert root.get("aria-label") == "one point" or (root.get("aria-label") or "").startswith("</svg><script>")
 
 
-@pytest.mark.parametrize("picture", PICTURES[:4])
+@pytest.mark.parametrize("picture", PICTURES[:5])
 def test_plots_have_only_colours_of_the_page_and_no_ids(picture: str) -> None:
     styles = " ".join(element.get("style", "") for element in ElementTree.fromstring(picture).iter())
     assert "#" not in styles and "font" not in styles and " id=" not in picture
@@ -114,7 +148,5 @@ def test_the_same_data_gives_the_same_bytes_in_another_process() -> None:
 
 
 def test_a_command_that_draws_nothing_does_not_load_matplotlib() -> None:
-    source = (
-        "import sys, flows.cli; assert 'flows.reports.report' in sys.modules; assert 'matplotlib' not in sys.modules"
-    )
+    source = "import sys, flows.cli, flows.reports.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", source], check=True)

@@ -110,11 +110,13 @@ import hashlib
 import torch
 from tests.test_finetune import CONFIG
 from vectorclm.dataset import Batch
-from vectorclm.runtime.distributed import ALONE, joined
+from vectorclm.runtime.ranks import joined
+from vectorclm.runtime.group import ALONE
 from vectorclm.errors import DataError
 from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
-from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
+from vectorclm.training.optimizers import build_optimizers
+from vectorclm.training.config import OptimizerConfig
 from vectorclm.train import TrainStep
 
 def steps(batch, group):
@@ -202,7 +204,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from vectorclm.runtime.distributed import joined
+from vectorclm.runtime.ranks import joined
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 with joined() as group:
@@ -228,6 +230,7 @@ def test_ranks_that_hang_in_a_collective_end_when_the_flow_is_killed(tmp_path: P
 
 LITTLE_MEMORY = """
 import os, resource, sys
+import vectorclm.pretrain, vectorclm.runtime.distributed  # with torch, before the limit
 from vectorclm.__main__ import main
 
 if os.environ["RANK"] == "1":

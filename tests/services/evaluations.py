@@ -1,6 +1,7 @@
 """Evaluations on a platform for tests: start one, read its table, schedule one by the page, break the candidate."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import torch
 from mlflow import MlflowClient
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import Artifact, FlowRun
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -34,9 +36,29 @@ def start(platform: Platform, **parameters: Any) -> UUID:
 
 def rows(platform: Platform) -> list[dict[str, str]]:
     """The newest table of the chat model's results."""
-    key = ArtifactFilter.model_validate({"key": {"any_": ["evaluation-vectorclm-chat-tiny"]}})
-    tables = sorted(platform.client.read_artifacts(artifact_filter=key), key=lambda found: str(found.created))
-    return list(json.loads(str(tables[-1].data)))
+    return list(json.loads(str(_newest(platform, "evaluation-vectorclm-chat-candidate-tiny").data)))
+
+
+def history_page(platform: Platform) -> str:
+    """The page of the chat model's scores over time, to which the newest chart links."""
+    chart = _newest(platform, "scores-vectorclm-chat-candidate-tiny")
+    (link,) = re.findall(r"\((http\S+/reports/[0-9a-f]{64}\.html)\)", str(chart.data))
+    user, _, password = (platform.config.prefect_password or "").partition(":")
+    return httpx.get(link, auth=(user, password)).raise_for_status().text
+
+
+def shows_history(platform: Platform, window: WebDriver) -> bool:
+    """Whether Prefect's page of the newest chart draws it."""
+    place = f"/artifacts/artifact/{_newest(platform, 'scores-vectorclm-chat-candidate-tiny').id}"
+    if not window.current_url.endswith(place):
+        window.get(f"{platform.config.prefect_url}{place}")
+    drawn = "image => image.src.startsWith('data:image/svg') && image.complete && image.naturalWidth > 500"
+    return bool(window.execute_script(f"return [...document.images].some({drawn})"))
+
+
+def _newest(platform: Platform, key: str) -> Artifact:
+    wanted = ArtifactFilter.model_validate({"key": {"any_": [key]}})
+    return max(platform.client.read_artifacts(artifact_filter=wanted), key=lambda found: str(found.created))
 
 
 def register_untrained(platform: Platform, mlflow: MlflowClient, folder: Path) -> None:

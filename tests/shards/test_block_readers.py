@@ -25,7 +25,7 @@ from vectorclm.dataset import AHEAD, StreamingLanguageModelDataset
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
-from vectorclm.runtime.distributed import Group
+from vectorclm.runtime.group import Group
 from vectorclm.shards import order as plan_module
 from vectorclm.shards.block_readers import RetryPolicy
 from vectorclm.shards.order import GROUP_BLOCKS, MixturePhase, TrainingOrder

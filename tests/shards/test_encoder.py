@@ -17,13 +17,23 @@ from vectorclm.corpus.synthetic_world import WorldConfig, rows
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.shards.audit import audit, check_round_trip
 from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.config import ShardsConfig
 from vectorclm.shards.encoder import JUDGE_EVERY, Encoder, Gigatoken, adversarial, open_encoder
-from vectorclm.shards.writer import ShardsConfig, read_windows, write_shards
+from vectorclm.shards.writer import read_windows, write_shards
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build
 from vectorclm.store.resumable import ResumableUpload
 from vectorclm.store.uploads import EarlyUpload
-from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS, encode, load_tokenizer, token_lengths
-from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
+from vectorclm.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    PAD_ID,
+    SPECIAL_TOKENS,
+    TokenizerConfig,
+    encode,
+    load_tokenizer,
+    token_lengths,
+)
+from vectorclm.train_tokenizer import train_tokenizer
 
 CONFIG = ShardsConfig(sequence_length=32, shard_bytes=4096)
 

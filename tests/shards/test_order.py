@@ -14,14 +14,13 @@ from tests.test_model import CONFIG
 from vectorclm.bench.data import walk
 from vectorclm.config import load_experiment
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.pretrain import Phase, PretrainConfig, pretrain
+from vectorclm.pretrain import pretrain
 from vectorclm.runtime.devices import Runtime
+from vectorclm.shards.config import MIX_BLOCK, WhenExhausted
 from vectorclm.shards.order import (
     GROUP_BLOCKS,
-    MIX_BLOCK,
     MixturePhase,
     TrainingOrder,
-    WhenExhausted,
     format_epochs,
     key_of,
     permute,
@@ -30,8 +29,9 @@ from vectorclm.shards.order import (
 from vectorclm.store.artifact import StageSpec as ArtifactPlan
 from vectorclm.store.artifact import Store
 from vectorclm.train import TrainingRun
+from vectorclm.train_config import Phase, PretrainConfig
 from vectorclm.training.checkpoint import Checkpoints
-from vectorclm.training.optimizers import OptimizerConfig
+from vectorclm.training.config import OptimizerConfig
 
 SIZES = {"a": 3000, "b": 900}
 

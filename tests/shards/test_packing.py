@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from vectorclm.shards.audit import split_documents
-from vectorclm.shards.packing import Packed, Packing, best_fit, pack
+from vectorclm.shards.config import Packing
+from vectorclm.shards.packing import Packed, best_fit, pack
 
 PAD = 4
 

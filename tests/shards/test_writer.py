@@ -14,14 +14,14 @@ from tests.conftest import write_sample_text
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.shards import writer
 from vectorclm.shards.blocks import ShardDescriber
+from vectorclm.shards.config import SPLITS, Packing, ShardsConfig
 from vectorclm.shards.encoder import Encoder
-from vectorclm.shards.packing import Packing
-from vectorclm.shards.writer import SPLITS, ShardsConfig, read_windows, write_shards
+from vectorclm.shards.writer import read_windows, write_shards
 from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, build
 from vectorclm.store.resumable import ResumableUpload, Slices
 from vectorclm.store.uploads import EarlyUpload
-from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, encode, load_tokenizer
-from vectorclm.train_tokenizer import TokenizerConfig, train_tokenizer
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenizerConfig, encode, load_tokenizer
+from vectorclm.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,23 @@ def test_verify_names_every_difference_and_ends_in_1(store: Store, capsys: pytes
     assert "has no finished shards" in capsys.readouterr().err
 
 
+def test_verify_ends_in_0_when_it_has_discarded_all_that_differs(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And in 1 while one of them is in use by another process."""
+    for plan in (SAMPLE, EXPORT):
+        (Path(store.uri) / plan.stage / plan.fingerprint / "part" / "x.txt").write_text("hullo")
+    with store.lease(EXPORT.lease):
+        code, rows = asked(capsys, "verify", "--discard", "--store", store.uri)
+    gone = {row["key"].split("/")[0]: row["discarded"] for row in rows}
+    assert code == 1 and gone == {"sample": True, "pretrain": False, "export": False}
+    assert main(["store", "verify", "--discard", "--store", store.uri]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("2 verified, 1 differ, 1 of them discarded\n") and f"!! export/{EXPORT.fingerprint}" in out
+    code, rows = asked(capsys, "verify", "--discard", "--store", store.uri)
+    assert code == 0 and [row["key"] for row in rows] == [f"pretrain/{TRAINED.fingerprint}"]
+
+
 def leave_behind(store: Store) -> set[str]:
     """What processes that were killed leave, a month old; and what has to stay. Returns the keys of the former."""
     root = Path(store.uri)

@@ -1,6 +1,7 @@
 """The queue for a server that may be away: order, repetition, giving up."""
 
 import threading
+import time
 from contextvars import ContextVar
 
 import pytest
@@ -67,6 +68,18 @@ def test_a_server_that_stays_away_ends_the_queue_at_its_close() -> None:
     box = server.outbox("first", "hard", "last")
     assert server.asked.wait(10) and box.close(10)
     assert server.accepted == ["first"] and box.left == 3  # the job, the one behind it, and the end
+
+
+def test_a_slow_server_is_waited_for_as_long_as_it_takes_jobs_and_no_longer() -> None:
+    def box(*seconds: float) -> Outbox:
+        made = Outbox(lambda: None, lambda error: None, lambda: True)
+        for each in seconds:
+            made.put(lambda each=each: time.sleep(each))  # type: ignore[misc]
+        made.start()
+        return made
+
+    assert box(0.8, 0.8, 0.8, 0.8).close(2)  # together they take longer than one may
+    assert not box(0.01, 30).close(1)
 
 
 def test_between_jobs_the_idle_work_is_done_and_its_error_is_reported() -> None:

@@ -12,7 +12,8 @@ import pytest
 from flows.tracking.pyfunc_model import TextModel, TokenizerModel, _load_pyfunc, content, find_artifact, texts
 from tests.services.curricula import Recorded
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError
-from vectorclm.inference.generate import SamplingParams, answer_text, continuation
+from vectorclm.inference.config import SamplingParams
+from vectorclm.inference.generate import answer_text, continuation
 from vectorclm.inference.load import open_model
 from vectorclm.tokenizer import encode, load_tokenizer
 

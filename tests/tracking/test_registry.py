@@ -31,7 +31,8 @@ def test_a_model_is_found_by_name_and_by_place(recorded: Recorded, registry: Reg
     chat = recorded.handles["finetune"]
     for address in ("models:/vectorclm-chat@candidate", "models:/vectorclm-chat/1"):
         found = registry.find(address)
-        assert (found.name, found.title) == ("vectorclm-chat", "vectorclm-chat 1")
+        name = "vectorclm-chat@candidate" if "@" in address else "vectorclm-chat"
+        assert (found.name, found.title) == (name, "vectorclm-chat 1")
         assert found.address == chat["uri"] and found.model_id is not None
     place = registry.find(f"{chat['uri']}/")
     assert place.name == f"finetune/{chat['fingerprint'][:12]}" and place.address == chat["uri"]
@@ -74,6 +75,28 @@ def test_a_scheduled_evaluation_becomes_history_and_one_by_hand_does_not(
     (run,) = registry.client.search_runs([place], f"tags.fingerprint = '{'2' * 64}'")
     (model,) = registry.client.get_run(run.info.run_id).inputs.model_inputs
     assert model.model_id == subject.model_id and run.data.tags["not_run"] == "code"
+
+
+def test_each_alias_has_a_history_of_its_own_and_the_common_one_of_earlier_versions(
+    recorded: Recorded, registry: Registry
+) -> None:
+    settings = measured(recorded, 0.5, "8").manifest["config"] | {"suite": "of aliases"}
+
+    def record(name: str, accuracy: float, digit: str) -> None:
+        found = measured(recorded, accuracy, digit)
+        scores = Artifact(recorded.store, MEASURE, digit * 64, {**found.manifest, "config": settings})
+        registry.record(Subject(name, "t", "/a", None), scores, "a flow run")
+
+    def history(name: str) -> list[str]:
+        return [result.fingerprint[0] for result in registry.history(Subject(name, "t", "/a", None), settings)]
+
+    record("vectorclm-chat", 0.1, "a")
+    (run,) = registry.client.search_runs([registry.experiment_id()], f"tags.fingerprint = '{'a' * 64}'")
+    registry.client.delete_tag(run.info.run_id, "subject")  # as an earlier version recorded it
+    for name, digit in (("vectorclm-chat", "b"), ("vectorclm-chat@candidate", "c"), ("vectorclm-chat@champion", "d")):
+        record(name, 0.2, digit)
+    assert history("vectorclm-chat@candidate") == ["c", "a"] and history("vectorclm-chat@champion") == ["d", "a"]
+    assert history("vectorclm-chat") == ["b", "a"]
 
 
 def test_scores_by_hand_are_recorded_once_for_a_registered_model(recorded: Recorded, registry: Registry) -> None:

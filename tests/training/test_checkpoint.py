@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,9 +68,9 @@ def test_killed_and_resumed_equals_never_killed(folder: Path) -> None:
     config, _ = load_experiment(str(experiment))
     fingerprint = plans(pin(config, experiment, None, resolve=False)[0])["pretrain"].fingerprint
     whole, killed = folder / "whole", folder / "killed"
-    for store in (whole, killed):
-        for name in ("sample", "tokenizer", "shards"):
-            finish(name, experiment, store)
+    for name in ("sample", "tokenizer", "shards"):
+        finish(name, experiment, whole)
+    shutil.copytree(whole, killed)
     finish("pretrain", experiment, whole)
 
     for kill in (30, 90):  # twice, the second time after the run was resumed once
@@ -115,8 +116,8 @@ def test_a_tuning_that_replays_text_resumes_exactly(folder: Path) -> None:
     config, _ = load_experiment(str(experiment))
     plan = plans(pin(config, experiment, None, resolve=False)[0])["finetune"]
     assert set(plan.inputs) == {"pretrain", "chat_shards", "shards"}
-    for store in (whole, killed):
-        finish("chat_shards", experiment, store)
+    finish("chat_shards", experiment, whole)
+    shutil.copytree(whole / "chat_shards", killed / "chat_shards")
     finish("finetune", experiment, whole)
     kill_at(30, "finetune", experiment, killed, plan.fingerprint)
     finish("finetune", experiment, killed)

@@ -28,8 +28,10 @@ from vectorclm.config import ExperimentConfig, changed, load_experiment
 from vectorclm.corpus.sample_reader import read_texts
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.temporary import temporary_folder
+from vectorclm.shards.config import MIX_BLOCK
 from vectorclm.shards.encoder import Gigatoken
-from vectorclm.shards.order import MIX_BLOCK, MixturePhase, TrainingOrder, windows_per_block
+from vectorclm.shards.order import MixturePhase, TrainingOrder, windows_per_block
 from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
 from vectorclm.tokenizer import SPECIAL_TOKENS, load_tokenizer
@@ -68,14 +70,14 @@ class Text:
 def data_layer(rounds: int, data: Path | None, store: str | None = None, text_bytes: int = TEXT_BYTES) -> Iterator[Row]:
     """Every row, on about `text_bytes` of the mirror `data` or of the generated world. S3 rows use `store`."""
     with (
-        tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as folder,
+        temporary_folder("bench-") as folder,
         ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
-        text = prepare(Path(folder), data, text_bytes)
+        text = prepare(folder, data, text_bytes)
         yield from _encoding(text, rounds, pool)
         yield _training(text, rounds, pool)
         yield _packing(text)
-        yield from reading(Path(folder), rounds, pool, store)
+        yield from reading(folder, rounds, pool, store)
     yield from _planning(rounds)
 
 

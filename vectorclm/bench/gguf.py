@@ -2,7 +2,6 @@
 
 import random
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +20,9 @@ from vectorclm.inference.generate import generate
 from vectorclm.lineage.pinning import pin
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.temporary import temporary_folder
+from vectorclm.shards.config import SPLITS
 from vectorclm.shards.encoder import SPACES, adversarial
-from vectorclm.shards.writer import SPLITS
 from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
 from vectorclm.store.model_ref import find_model
@@ -56,9 +56,9 @@ def same_model(address: str, data: Path | None) -> Iterator[Row]:
     found = find_model(address)
     folder, device = found.local(), torch.device("cpu")  # full fp32, as in llama.cpp
     model, tokenizer = CausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
-    with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as place:
-        train, held_out = _documents(Path(place), data)
-        files = {kind: export_gguf(found, kind, Path(place, f"{kind}.gguf")) for kind in GGUF_TYPES}
+    with temporary_folder("bench-") as place:
+        train, held_out = _documents(place, data)
+        files = {kind: export_gguf(found, kind, place / f"{kind}.gguf") for kind in GGUF_TYPES}
         judges = {kind: LlamaCpp(file, torch.get_num_threads()) for kind, file in files.items()}
         hard = list(hard_strings(tokenizer))
         for name, texts in (("documents", train), ("hard strings", hard)):

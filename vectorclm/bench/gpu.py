@@ -23,8 +23,7 @@ from vectorclm.nn.attention import Documents
 from vectorclm.runtime.devices import Runtime
 from vectorclm.tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS
 from vectorclm.train import TrainStep, loss_function
-from vectorclm.training.optimizers import build_optimizers
-from vectorclm.training.schedule import set_learning_rates
+from vectorclm.training.optimizers import build_optimizers, set_learning_rates
 
 # Peak dense bf16 FLOP/s with fp32 sums, from the vendors' data sheets. The first name found in the device's applies.
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}

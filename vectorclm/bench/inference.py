@@ -3,7 +3,6 @@
 Both sides read the same model directory, which has the shape of `base` and random weights.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from vectorclm.inference.generate import generate, generate_batch
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.temporary import temporary_folder
 
 PROMPT, NEW = 64, 64  # tokens
 FASTER = {1: 1.4, 16: 1.3}  # bounds on the speed over transformers, by the number of prompts in a batch
@@ -36,8 +36,7 @@ MICRO_BATCH = 16  # in one forward pass: the harness counts choices, we count qu
 def generating(rounds: int, experiment: str = "base") -> Iterator[Row]:
     """Speed of greedy generation from random prompts, for each batch size."""
     config = load_experiment(experiment)[0].model
-    with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as name:
-        folder = Path(name)
+    with temporary_folder("bench-") as folder:
         _random_model(config, folder)
         for batch, ask in FASTER.items():
             arguments = (folder, batch)
@@ -95,8 +94,7 @@ def evaluating(rounds: int, data: Path | None, experiment: str = "base") -> Iter
         why = "the harness is not installed: pip install -c constraints.txt 'vectorclm[bench]'"
         yield could_not_run(EVALUATED, "choices/s", 2.5, why)
         return
-    with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as name:
-        folder = Path(name)
+    with temporary_folder("bench-") as folder:
         items = _questions(folder, data, experiment)
         found, _ = in_turns(rounds, {"ours": (_ours, (folder, items)), "peer": (_harness, (folder, items))})
     choices = sum(len(item.choices) for item in items)
@@ -111,8 +109,8 @@ def _questions(folder: Path, data: Path | None, experiment: str) -> list[Item]:
     """Read the questions; write a random model and a small tokenizer to `folder`."""
     from vectorclm.evaluation.harness_tasks import build_tasks
 
-    with tempfile.TemporaryDirectory(prefix="vectorclm-bench-") as work:
-        text = prepare(Path(work), data, TEXT_BYTES)
+    with temporary_folder("bench-") as work:
+        text = prepare(work, data, TEXT_BYTES)
         source = text.experiment.evaluate.tasks[0].model_copy(update={"limit": QUESTIONS})
         rows, seed = read_task(source, data, text.experiment.world), text.experiment.seed
         if source.task is None:

@@ -1,7 +1,6 @@
 """Scores over training: each kept checkpoint of an experiment's trainings, measured on a suite."""
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,19 +8,20 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vectorclm.comparison.measurement import Limits, measure
+from vectorclm.comparison.config import Limits
+from vectorclm.comparison.measurement import measure
 from vectorclm.config import ExperimentConfig, Suite
 from vectorclm.errors import DataError
 from vectorclm.evaluation.statistics import figures
 from vectorclm.export.hugging_face import write_model_files
 from vectorclm.model_config import write_config
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import BY_NAME, READS, plans
 from vectorclm.store.artifact import Artifact, Store
-from vectorclm.store.layout import CURVES, MEASURE
+from vectorclm.store.layout import CURVES, MEASURE, STEP
 from vectorclm.store.model_ref import content_of, find_model
 from vectorclm.store.storage import Storage
-from vectorclm.training.checkpoint import STEP
 
 SCHEMA = pa.schema(
     [
@@ -72,8 +72,7 @@ def measure_checkpoints(
     """Measure each point that is not measured yet, in the order of the trainings. Both configs must be pinned."""
     tokenizer = store.find("tokenizer", plans(experiment)["tokenizer"].fingerprint)
     for point in points(experiment, store):
-        with tempfile.TemporaryDirectory(prefix="vectorclm-checkpoint-") as name:
-            folder = Path(name)
+        with temporary_folder("checkpoint-") as folder:
             if point.artifact.stage == point.stage:  # a model, with all its files
                 address = point.artifact.uri
             elif tokenizer is not None:
@@ -82,7 +81,7 @@ def measure_checkpoints(
                 write_config(experiment.model, folder)
                 length = experiment.model.max_position_embeddings
                 write_model_files(tokenizer.local(), length, chat=BY_NAME[point.stage].model == "chat", out=folder)
-                address = name
+                address = str(folder)
             else:
                 raise DataError(f"{store.uri} has no tokenizer of {experiment.name}, which its checkpoints need")
             yield point, measure(suite, limits, find_model(address), store, runtime, data)[0]

@@ -7,48 +7,33 @@ content, so the result is found again under any name and place of the model.
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
 from tokenizers import Tokenizer
 
+from vectorclm.comparison.config import Limits
 from vectorclm.config import Suite
 from vectorclm.corpus.sample_reader import SampleFiles
 from vectorclm.corpus.sources import identity
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.config import Questions
-from vectorclm.evaluation.run import SampleDocuments, ScoringData, score_model
 from vectorclm.evaluation.sandbox import find_sandbox
-from vectorclm.evaluation.tasks import TaskSetup, check_tasks
-from vectorclm.inference.load import load_model
 from vectorclm.lineage.chain import trained_on
 from vectorclm.runtime.devices import Runtime
-from vectorclm.settings import Settings, digest
+from vectorclm.settings import digest
 from vectorclm.shards.reader import open_shards
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build
 from vectorclm.store.layout import MEASURE
 from vectorclm.store.model_ref import Model
 
+if TYPE_CHECKING:  # with torch, which only a measurement itself needs
+    from vectorclm.evaluation.run import ScoringData
+    from vectorclm.evaluation.tasks import TaskSetup
+
 WINDOWS = 256  # of conversations decoded at a time
 VERSION = 4  # raised where new code computes other scores from equal settings
 JUDGE_VERSION = 2  # the same for running programs that a model writes
-
-
-class Limits(Settings):
-    """How much is measured."""
-
-    items: int = Field(0, ge=0, le=1_000_000, description="Questions of each task; 0 = as many as the suite asks")
-    documents: int = Field(200, ge=2, le=100_000, description="Held-out documents of each source, 2 to 100,000")
-    prompts: int = Field(
-        0, ge=0, le=100_000, description="Held-out conversations whose answers are checked; 0 = the suite's number"
-    )
-    max_new_tokens: int = Field(0, ge=0, le=4096, description="Longest answer, in tokens, to 4,096; 0 = the suite's")
-    template: bool = Field(False, description="Ask a chat model the benchmarks in its chat template")
-    run_code: bool = Field(
-        False,
-        description="Run the programs that the model writes (HumanEval), in a sandbox; without one, they do not run",
-    )
 
 
 def measure_plan(suite: Suite, limits: Limits, model: Model, store: Store, runtime: Runtime = Runtime()) -> StageSpec:
@@ -141,6 +126,10 @@ def measure(
     Raises CorruptArtifactError where the model's files are not what their store promises, and ConfigError for a
     benchmark that is not defined.
     """
+    from vectorclm.evaluation.run import score_model
+    from vectorclm.evaluation.tasks import TaskSetup, check_tasks
+    from vectorclm.inference.load import load_model
+
     spec = measure_plan(suite, limits, model, store, runtime)
     model.verify(store)
     asked = questions_within(suite, limits, runtime)
@@ -160,8 +149,10 @@ def measure(
     return build(store, spec, produce, runtime.work_dir)
 
 
-def _scoring_data(suite: Suite, spec: StageSpec, model: Model, store: Store, setup: TaskSetup) -> ScoringData:
+def _scoring_data(suite: Suite, spec: StageSpec, model: Model, store: Store, setup: "TaskSetup") -> "ScoringData":
     """The suite's text and conversations that the store has finished, and the model's training text."""
+    from vectorclm.evaluation.run import SampleDocuments, ScoringData
+
     finished = {name: store.find(name, spec.inputs[name]) for name in spec.config["data"] if name in spec.inputs}
     labels = [source.label for source in suite.experiment.sample.sources] if suite.experiment is not None else []
     sample, read = finished.get("sample"), trained_on(model, store)

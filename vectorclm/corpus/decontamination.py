@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vectorclm.corpus.source_reader import in_groups, read_source
-from vectorclm.corpus.sources import BenchmarkSource, CorpusConfig, Source, TaskSource, check_labels
+from vectorclm.corpus.sources import BenchmarkSource
 from vectorclm.corpus.synthetic_world import WorldConfig
 
 GRAM = 13  # words
@@ -26,22 +26,6 @@ WORDS = bytes(c if c > 127 else ord(chr(c).lower()) if chr(c).isalnum() else 0 f
 FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 
 Hashes = NDArray[np.uint64]
-
-
-def benchmark_sources(config: CorpusConfig, tasks: Sequence[TaskSource]) -> list[BenchmarkSource]:
-    """The benchmarks to decontaminate against: all items of `tasks`, whatever their limit, and `decontaminate_with`.
-
-    Raises ValueError where two of them share a label.
-    """
-    if not config.decontaminate:
-        return []
-    of_tasks = [
-        BenchmarkSource(**task.model_dump(include=set(Source.model_fields)), columns=list(task.text_columns))
-        for task in tasks
-    ]
-    sources = [*of_tasks, *config.decontaminate_with]
-    check_labels(sources)
-    return sources
 
 
 def read_benchmarks(sources: Sequence[BenchmarkSource], data: Path | None, world: WorldConfig | None) -> "Benchmarks":

@@ -8,10 +8,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic_core import from_json
 
 from vectorclm.corpus.filters import Filter
@@ -19,6 +17,10 @@ from vectorclm.corpus.lines import COMPRESSED_SUFFIXES, LONGEST, first_bytes, li
 from vectorclm.corpus.row_batches import BATCH_ROWS, RowBatch, filtered, row_batches
 from vectorclm.corpus.text_files import text_batches, text_columns, text_rows
 from vectorclm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 PARQUET_MAGIC = b"PAR1"
 REFUSED = {
@@ -37,7 +39,7 @@ class FileFormat:
     name: str  # the `path` of a source whose `data_files` have this format
     suffixes: tuple[str, ...]
     columns: Callable[[Path], list[str]]  # a file's columns; empty for a file without rows
-    column_type: Callable[[Path, str], pa.DataType | None]  # a column's type; None where the format has no types
+    column_type: "Callable[[Path, str], pa.DataType | None]"  # a column's type; None where the format has no types
     # Rows with these columns, or with all columns where the tuple is empty.
     rows: Callable[[Path, tuple[str, ...]], Iterator[dict[str, Any]]]
     batches: Callable[[Path, str, Filter | None], Iterator[RowBatch]]  # the texts of one column
@@ -75,13 +77,15 @@ def columns_of(path: Path) -> list[str]:
     return format_of(path).columns(path)
 
 
-def column_type(path: Path, column: str) -> pa.DataType | None:
+def column_type(path: Path, column: str) -> "pa.DataType | None":
     """The type of a column of a file; None where its format has no types."""
     return format_of(path).column_type(path, column)
 
 
-def is_text(kind: pa.DataType) -> bool:
+def is_text(kind: "pa.DataType") -> bool:
     """Whether a column of this type holds texts, or bytes that may be text."""
+    import pyarrow as pa
+
     try:
         pa.array([], kind).cast(pa.large_binary())
     except pa.ArrowException:
@@ -116,7 +120,9 @@ def read_parquet(source: Path | bytes, columns: tuple[str, ...], where: str) -> 
             raise DataError(f"{where} holds text that is not UTF-8: {error}") from error
 
 
-def _parquet_batches(source: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(source: Path | bytes, columns: tuple[str, ...], where: str) -> "Iterator[pa.RecordBatch]":
+    import pyarrow as pa
+
     with _parquet(source, where) as file:
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
@@ -134,7 +140,10 @@ def _parquet_batches(source: Path | bytes, columns: tuple[str, ...], where: str)
                 yield batch
 
 
-def _parquet(source: Path | bytes, where: str) -> pq.ParquetFile:
+def _parquet(source: Path | bytes, where: str) -> "pq.ParquetFile":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         return pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
     except (OSError, pa.ArrowException) as error:
@@ -148,7 +157,7 @@ def _parquet_columns(path: Path) -> list[str]:
         return list(file.schema_arrow.names) if file.metadata.num_rows else []
 
 
-def _parquet_type(path: Path, column: str) -> pa.DataType | None:
+def _parquet_type(path: Path, column: str) -> "pa.DataType | None":
     with _parquet(path, str(path)) as file:
         return file.schema_arrow.field(column).type
 
@@ -158,12 +167,14 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, An
 
 
 def _parquet_texts(path: Path, column: str, condition: Filter | None) -> Iterator[RowBatch]:
+    import pyarrow as pa
+
     columns = tuple(dict.fromkeys([column, *(condition.columns if condition else [])]))
     for batch in _parquet_batches(path, columns, str(path)):
         yield filtered(pa.Table.from_batches([batch]), column, condition, str(path))
 
 
-def _no_type(path: Path, column: str) -> pa.DataType | None:
+def _no_type(path: Path, column: str) -> "pa.DataType | None":
     return None
 
 

@@ -1,15 +1,16 @@
 """Row filters such as `int_score >= 3 and token_count < 8000`, translated from Python syntax to Arrow expressions.
 
-Python's parser reads a filter, but nothing is evaluated as Python code.
+Python's parser reads a filter, but nothing is evaluated as Python code. Arrow is imported where rows are read, because
+most commands read an experiment's sources without their rows.
 """
 
 import ast
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 OPERATORS: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -49,13 +50,17 @@ class Filter:
         if not self.columns:
             raise ValueError(f"{text!r} names no column")
 
-    def holds(self, table: pa.Table) -> list[int]:
+    def holds(self, table: "pa.Table") -> list[int]:
         """Indices of the rows that pass the filter. Raises pa.ArrowException where a column's type does not fit."""
+        import pyarrow as pa
+
         numbered = table.append_column(ROW, pa.array(range(len(table)), pa.int64()))
         found: list[int] = numbered.filter(self.expression)[ROW].to_pylist()
         return found
 
     def _read(self, node: ast.AST) -> Any:
+        import pyarrow.compute as pc
+
         match node:
             case ast.Constant(value=bool() | int() | float() | str() as value):
                 return pc.scalar(value)
@@ -98,6 +103,8 @@ class Filter:
         return OPERATORS[type(op)](self._read(left), self._read(right))
 
     def _column(self, node: ast.AST) -> Any:
+        import pyarrow.compute as pc
+
         path: list[str] = []
         while isinstance(node, ast.Attribute):
             path.insert(0, node.attr)

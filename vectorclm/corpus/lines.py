@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
-import pyarrow as pa
-
 from vectorclm.errors import DataError
 
 LONGEST = 2**26  # characters of a line, or of a file that is one JSON array; each is in memory as a whole
@@ -30,6 +28,8 @@ def open_decompressed(path: Path) -> BinaryIO:
 
     Arrow decompresses, because zstandard's reader ends a truncated file silently.
     """
+    import pyarrow as pa
+
     start = first_bytes(path)
     kind = next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
     if kind == "xz":
@@ -42,6 +42,8 @@ def lines_of(path: Path, errors: str = "strict") -> Iterator[str]:
 
     A byte order mark is left out. Raises DataError naming a file that cannot be read.
     """
+    import pyarrow as pa
+
     try:
         with open_decompressed(path) as stream:
             text: TextIO = io.TextIOWrapper(stream, encoding="utf-8-sig", errors=errors, newline="\n")

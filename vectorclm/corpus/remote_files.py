@@ -3,12 +3,12 @@
 import glob
 import hashlib
 import shutil
-import tempfile
 from pathlib import Path, PurePosixPath
 
 import fsspec
 
 from vectorclm.errors import DataError
+from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.settings import digest
 from vectorclm.store import s3
 from vectorclm.store.hash_memory import cache_folder
@@ -75,8 +75,8 @@ def _inside(path: str, base: str) -> str:
 def _download(fs: fsspec.AbstractFileSystem, names: dict[str, str], folder: Path) -> None:
     """Copy all files into a temporary folder, which then gets its name as a whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        part = Path(temporary) / "files"
+    with temporary_folder(place=folder.parent) as temporary:
+        part = temporary / "files"
         for path, name in names.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(path, str(part / name))

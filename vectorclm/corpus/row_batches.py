@@ -2,12 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vectorclm.corpus.filters import Filter
 from vectorclm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BATCH_ROWS = 1000
 
@@ -26,6 +27,8 @@ def row_batches(
     rows: Iterator[dict[str, Any]], column: str, condition: Filter | None, where: str
 ) -> Iterator[RowBatch]:
     """Batch rows that are dictionaries, such as those of JSON; see `read_file_batches`."""
+    import pyarrow as pa
+
     while part := list(itertools.islice(rows, BATCH_ROWS)):
         kept = part
         if condition is not None:
@@ -37,11 +40,13 @@ def row_batches(
         yield RowBatch(len(part), [row.get(column) for row in kept])
 
 
-def filtered(table: pa.Table, column: str, condition: Filter | None, where: str) -> RowBatch:
+def filtered(table: "pa.Table", column: str, condition: Filter | None, where: str) -> RowBatch:
     """The texts in `column`, as bytes, of the table's rows that pass the filter.
 
     Raises DataError where the filter cannot compare the columns' types.
     """
+    import pyarrow as pa
+
     texts = table[column]
     if condition is not None:
         try:
@@ -51,5 +56,5 @@ def filtered(table: pa.Table, column: str, condition: Filter | None, where: str)
     return RowBatch(len(table), texts.cast(pa.large_binary()).to_pylist())
 
 
-def _no_filter(condition: Filter, where: str, error: pa.ArrowException) -> DataError:
+def _no_filter(condition: Filter, where: str, error: "pa.ArrowException") -> DataError:
     return DataError(f"{where}: the filter {condition.text!r} does not fit the columns' types: {error}")

@@ -7,7 +7,7 @@ order. The order is a shuffle of the whole sample.
 import mmap
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.row_batches import RowBatch
 from vectorclm.corpus.source_reader import SourceRoots, read_batches
 from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote
+from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Progress
 
@@ -110,23 +111,6 @@ def write_sample(
         "bytes": sum(item.bytes for item in drawn.values()),
         "sources": {label: item.summary() for label, item in drawn.items()},
     }
-
-
-def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """One line for each source: the documents that `write_sample` drew and dropped."""
-    lines = []
-    for label, source in summary["sources"].items():
-        drawn = source["documents"] + source["validation_documents"]
-        lost = drop_counts(source["dropped"], source["contaminated"])
-        lines.append(f"sample {label}: {drawn:,} of {source['read']:,} documents drawn; dropped: {lost}")
-    return lines
-
-
-def drop_counts(dropped: Mapping[str, int], contaminated: Mapping[str, int]) -> str:
-    """Format drop counts by reason, with the benchmarks that were found in brackets."""
-    counts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in sorted(dropped.items()) if count]
-    tasks = ", ".join(f"{label} {count:,}" for label, count in sorted(contaminated.items()))
-    return (", ".join(counts) or "none") + (f" ({tasks})" if tasks else "")
 
 
 class _Reserve:

@@ -277,6 +277,22 @@ class TaskSource(Source):
         return tuple(self.texts) if self.task is not None else CHOICE_COLUMNS
 
 
+def benchmark_sources(config: CorpusConfig, tasks: Sequence[TaskSource]) -> list[BenchmarkSource]:
+    """The benchmarks to decontaminate against: all items of `tasks`, whatever their limit, and `decontaminate_with`.
+
+    Raises ValueError where two of them share a label.
+    """
+    if not config.decontaminate:
+        return []
+    of_tasks = [
+        BenchmarkSource(**task.model_dump(include=set(Source.model_fields)), columns=list(task.text_columns))
+        for task in tasks
+    ]
+    sources = [*of_tasks, *config.decontaminate_with]
+    check_labels(sources)
+    return sources
+
+
 def drawn(task: TaskSource, count: int, seed: int) -> list[int]:
     """Indices of the items to score, sorted: all `count` of a task, or a seeded draw of `task.limit`."""
     if not task.limit or task.limit >= count:

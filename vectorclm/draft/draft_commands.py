@@ -1,21 +1,24 @@
-"""`vectorclm init`: write an experiment that fits one's own text, this machine and the minutes."""
+"""`vectorclm init`: write an experiment that fits one's own text, this machine and the minutes.
+
+The command imports what it runs: its help waits for neither torch nor Arrow.
+"""
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
 
 from vectorclm.config import EXPERIMENTS, ExperimentConfig, load_experiment
-from vectorclm.corpus.sampler import drop_counts
-from vectorclm.draft.choice import LEAST_STEPS, Choice, choose
-from vectorclm.draft.experiment_file import SEED, experiment_file
-from vectorclm.draft.speed import training_speed
-from vectorclm.draft.survey import TextSurvey, survey_chat, survey_text
+from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import ConfigError
 from vectorclm.model_config import ModelConfig
 from vectorclm.runtime.devices import Runtime
+
+if TYPE_CHECKING:
+    from vectorclm.draft.choice import Choice
+    from vectorclm.draft.survey import TextSurvey
 
 
 def init(
@@ -40,6 +43,11 @@ def init(
     Many text files are a document each; few are split into documents at blank lines.
     `vectorclm run` in this folder then trains the model.
     """
+    from vectorclm.draft.choice import choose
+    from vectorclm.draft.experiment_file import SEED, experiment_file
+    from vectorclm.draft.speed import training_speed
+    from vectorclm.draft.survey import survey_chat, survey_text
+
     folder, console = Path.cwd(), Console(stderr=True)
     named = name or _name_of(text[0])
     path = folder / f"{named}.toml"
@@ -79,8 +87,10 @@ def _labels(places: tuple[str, ...]) -> list[str]:
     return names
 
 
-def explanation(choice: Choice, experiment: ExperimentConfig) -> list[str]:
+def explanation(choice: "Choice", experiment: ExperimentConfig) -> list[str]:
     """What was found and chosen, and why, in lines of 80 columns."""
+    from vectorclm.draft.choice import LEAST_STEPS
+
     lines = [line for text in choice.texts for line in _about_text(text)]
     for chat in choice.chats:
         lost = drop_counts(chat.dropped, {})
@@ -104,7 +114,7 @@ def explanation(choice: Choice, experiment: ExperimentConfig) -> list[str]:
     return lines
 
 
-def _about_text(text: TextSurvey) -> list[str]:
+def _about_text(text: "TextSurvey") -> list[str]:
     more = "" if text.whole else "more than "
     unit = "blank-line-separated parts" if text.source.text_column == "part" else "documents"
     lines = [

@@ -25,11 +25,12 @@ from vectorclm.corpus.file_formats import (
 )
 from vectorclm.corpus.files import TABLES
 from vectorclm.corpus.remote_files import is_address
-from vectorclm.corpus.sampler import clean_texts, drop_counts
+from vectorclm.corpus.sampler import clean_texts
 from vectorclm.corpus.source_reader import read_batches, read_source
 from vectorclm.corpus.sources import HUB_ID, TextSource, left_out, local_files
+from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import DataError
-from vectorclm.shards.chat_writer import ChatSource
+from vectorclm.shards.config import ChatSource
 from vectorclm.shards.conversations import Turn, find_fault, read_conversation
 
 READ_BYTES = 200_000_000  # text that is read; of more, the rest is not looked at

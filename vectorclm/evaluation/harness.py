@@ -15,7 +15,8 @@ import torch
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.bits_per_byte import text_scores
 from vectorclm.evaluation.multiple_choice import Likelihood, Pair, log_likelihoods, pair_ids
-from vectorclm.inference.generate import SamplingParams, generate, generate_batch
+from vectorclm.inference.config import SamplingParams
+from vectorclm.inference.generate import generate, generate_batch
 from vectorclm.inference.load import open_model
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import Progress

@@ -14,7 +14,8 @@ from vectorclm.evaluation.instruction_checks import PARTS, Instruction, holds
 from vectorclm.evaluation.instruction_prompts import SHOTS
 from vectorclm.evaluation.item_scores import ItemScore, ItemScores
 from vectorclm.evaluation.statistics import share_stderr
-from vectorclm.inference.generate import GREEDY, SamplingParams, answer, generate, plain_text
+from vectorclm.inference.config import GREEDY, SamplingParams
+from vectorclm.inference.generate import answer, generate, plain_text
 from vectorclm.model import CausalLM
 from vectorclm.runtime.progress import Progress
 from vectorclm.settings import canonical_json

@@ -19,7 +19,8 @@ from vectorclm.evaluation.instruction_prompts import instructions
 from vectorclm.evaluation.instructions import base_answer, chat_answer, instruction_scores
 from vectorclm.evaluation.item_scores import ItemScores, write_scores
 from vectorclm.evaluation.tasks import MICRO_BATCH, TaskSetup, score_tasks
-from vectorclm.inference.generate import SamplingParams, answer_text, continuation, template_scores
+from vectorclm.inference.config import SamplingParams
+from vectorclm.inference.generate import answer_text, continuation, template_scores
 from vectorclm.inference.load import LoadedModel
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import Progress

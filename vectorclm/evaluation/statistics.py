@@ -100,6 +100,7 @@ def interval(draws: NDArray[np.float64], items: int, differing: int) -> Interval
     return Interval(float(low), float(high), items, differing)
 
 
+CONFIDENCE = 1.96  # standard errors on each side of a 95 % interval
 NOISE = 2.0  # standard errors; chance exceeds them in 1 of 20 differences
 
 
@@ -108,6 +109,12 @@ class Figure(NamedTuple):
 
     value: float
     stderr: float
+
+
+def score_interval(name: str, figure: Figure) -> tuple[float, float]:
+    """The 95 % interval of a score by its standard error; a share stays between 0 and 1."""
+    low, high = figure.value - CONFIDENCE * figure.stderr, figure.value + CONFIDENCE * figure.stderr
+    return (low, high) if name.startswith("bits_per_byte") else (max(0.0, low), min(1.0, high))
 
 
 def mean_figure(figures: Sequence[Figure]) -> Figure:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -13,9 +13,10 @@ from vectorclm.corpus.sources import CHOICE_COLUMNS, TaskSource, is_remote
 from vectorclm.corpus.synthetic_world import WorldConfig, world_documents
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.item_scores import ItemScores
-from vectorclm.evaluation.multiple_choice import read_items, task_scores
-from vectorclm.inference.load import LoadedModel
 from vectorclm.runtime.devices import Runtime
+
+if TYPE_CHECKING:  # with torch, which only scores need
+    from vectorclm.inference.load import LoadedModel
 
 MICRO_BATCH = 16  # questions or windows read at a time, where the runtime does not say
 
@@ -76,7 +77,7 @@ class TaskSetup(NamedTuple):
 
 
 def score_tasks(
-    loaded: LoadedModel, tasks: Sequence[TaskSource], setup: TaskSetup, runtime: Runtime, found: ItemScores
+    loaded: "LoadedModel", tasks: Sequence[TaskSource], setup: TaskSetup, runtime: Runtime, found: ItemScores
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Score a model on one benchmark after the other: the kind (`tasks` or `text`), the label and the scores of each.
 
@@ -84,6 +85,8 @@ def score_tasks(
     of counting which words share a sentence in the world's documents. Raises what `read_task` does, before the first
     benchmark is scored.
     """
+    from vectorclm.evaluation.multiple_choice import task_scores
+
     micro_batch = runtime.micro_batch_size or MICRO_BATCH
     # All questions are read first, so that an error is reported before the work.
     lm, prepared = None, [_prepared(task, setup, runtime) for task in tasks]
@@ -102,5 +105,7 @@ def score_tasks(
 
 def _prepared(task: TaskSource, setup: TaskSetup, runtime: Runtime) -> Any:
     """The questions of a benchmark, or its tasks of the harness."""
+    from vectorclm.evaluation.multiple_choice import read_items
+
     rows = read_task(task, setup.mirror, setup.world)
     return read_items(task, rows, setup.seed) if task.task is None else _harness()[1].build_tasks(task, rows, runtime)

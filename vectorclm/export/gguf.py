@@ -15,7 +15,7 @@ from torch import Tensor
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
-from vectorclm.nn.attention import ATTENTION_KINDS
+from vectorclm.nn.attention_kinds import ATTENTION_KINDS
 from vectorclm.store.durable import move_file, sync_folder, temporary_beside
 from vectorclm.store.model_ref import Model
 from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, load_tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vectorclm.corpus.sampler import drop_counts
+from vectorclm.corpus.summary import drop_counts
 from vectorclm.evaluation.instruction_checks import FOLLOWED, PARTS
 from vectorclm.store.artifact import Artifact
 from vectorclm.tokenizer import BOS_ID, EOS, EOS_ID, IM_END, IM_END_ID, PAD_ID, write_tokenizer_config

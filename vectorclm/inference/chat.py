@@ -8,7 +8,8 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
-from vectorclm.inference.generate import GREEDY, SamplingParams, drop_oldest, generate
+from vectorclm.inference.config import GREEDY, SamplingParams
+from vectorclm.inference.generate import drop_oldest, generate
 from vectorclm.inference.load import open_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime

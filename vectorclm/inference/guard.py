@@ -19,6 +19,11 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 AUTHORITY = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{0,5}))?", re.ASCII)
 ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<authority>[^/]+)")
 PORTS = {"http": 80, "https": 443}
+FOREIGN_PAGE = (
+    "pages of other origins have no access to this server: open its own page, or send no header Origin; a proxy has to "
+    "pass the header Host on"
+)
+FOREIGN_SITE = "other sites have no access to this server: open its address in a tab of its own"
 POLICY_VIOLATION = 1008  # close code of a websocket
 
 
@@ -65,8 +70,8 @@ class Guard:
             return f"this server is not called {host[0]}: name it by its address, or list the name in {ALLOWED}"
         if origins:
             own = len(origins) == 1 and (is_own(origins[0], host) or not {"*", origins[0]}.isdisjoint(self.origins))
-            return None if own else "pages of other origins have no access to this server"
-        return "other sites have no access to this server" if is_embedded(headers, method) else None
+            return None if own else FOREIGN_PAGE
+        return FOREIGN_SITE if is_embedded(headers, method) else None
 
 
 def split_authority(text: str) -> tuple[str, int | None] | None:

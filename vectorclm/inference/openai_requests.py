@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
 from vectorclm.inference.chat import LanguageModel, check_turns
-from vectorclm.inference.generate import SamplingParams
+from vectorclm.inference.config import SamplingParams
 from vectorclm.inference.openai_errors import Refusal
 from vectorclm.settings import Settings
 from vectorclm.shards.conversations import Turn, read_conversation, render_prompt

@@ -14,7 +14,6 @@ from typing import TypeVar
 from vectorclm.config import ExperimentConfig, Suite
 from vectorclm.corpus.files import revision_of
 from vectorclm.corpus.hub import hub_error
-from vectorclm.corpus.source_reader import open_source
 from vectorclm.corpus.sources import (
     GENERATED,
     BenchmarkSource,
@@ -28,11 +27,10 @@ from vectorclm.corpus.sources import (
 )
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluation.tasks import check_tasks
-from vectorclm.pretrain import Phase
 from vectorclm.settings import digest
-from vectorclm.shards.chat_writer import ChatSource
+from vectorclm.shards.config import ChatSource
 from vectorclm.store.durable import write_file
+from vectorclm.train_config import Phase
 
 UNRESOLVED = "unresolved"  # revision of a hub repository that a dry run does not look up
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -93,6 +91,9 @@ def check_sources(experiment: ExperimentConfig, data: Path | None, *, hub: bool)
     Raises DataError for the first source that cannot be read, is empty, or lacks its column, and ConfigError for an
     undefined benchmark. With `hub=False`, only sources on this machine are opened.
     """
+    from vectorclm.corpus.source_reader import open_source
+    from vectorclm.evaluation.tasks import check_tasks
+
     check_tasks(experiment.evaluate.tasks)
     sample = [*experiment.sample.sources, *experiment.sample.decontaminate_with]
     for source in [*sample, *experiment.chat_sources, *experiment.evaluate.tasks]:

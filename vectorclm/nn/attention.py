@@ -1,20 +1,17 @@
 """Grouped-query attention: over a window, inside its documents, and with a KV cache. Shape letters: model.py.
 
-Each kind of attention has a row in ATTENTION_KINDS, and its settings are fields of AttentionConfig. The causal kind has
-fast forms without a mask; the other kinds run under a dense mask.
+nn/attention_kinds.py has the kinds of attention and their settings. The causal kind has fast forms without a mask; the
+other kinds run under a dense mask.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from vectorclm.settings import Settings
+from vectorclm.nn.attention_kinds import ATTENTION_KINDS, AttentionConfig
 
 # torch 2.11 has no such argument: its varlen_attn accepts fewer key heads than query heads without it.
 VARLEN_GROUPED_HEADS: Any = {"enable_gqa": True} if TorchVersion(torch.__version__) >= "2.12" else {}
@@ -44,42 +41,6 @@ class Documents(NamedTuple):
 
             maybe_mark_dynamic(moved.cu_seqlens, 0)  # one compiled model for every number of documents
         return moved
-
-
-AttentionKind = Literal["causal"]
-
-
-class AttentionConfig(Settings):
-    """The kind of attention, and the settings of each kind that has some.
-
-    Every field has a default and `exclude_if` for it: a kind keeps its fingerprints when other kinds get settings.
-    """
-
-    kind: AttentionKind = Field(
-        "causal", exclude_if=lambda value: value == "causal", description="Which keys a query attends to"
-    )
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """One kind of attention: the rule of its mask, and its names in `config.json` of Hugging Face."""
-
-    # True [..., T, S] where a query attends to a key: never for a later key, always for the query's own. Arguments:
-    # the settings, the number of the layer (from 0), the positions of the queries [..., T, 1] and keys [..., 1, S].
-    mask_rule: Callable[[AttentionConfig, int, Tensor, Tensor], Tensor]
-    model_type: str  # where transformers lacks the kind, a name that transformers refuses
-    architecture: str  # transformers' class of the model
-    is_causal: bool = False  # whether the rule is causality alone, which the fast forms and llama.cpp compute
-    config_keys: Mapping[str, str] = field(default_factory=dict)  # fields of AttentionConfig: keys in config.json
-
-
-def _causal(config: AttentionConfig, layer: int, query_T1: Tensor, key_1S: Tensor) -> Tensor:
-    return key_1S <= query_T1
-
-
-ATTENTION_KINDS: Mapping[AttentionKind, AttentionSpec] = {
-    "causal": AttentionSpec(_causal, "llama", "LlamaForCausalLM", is_causal=True),
-}
 
 
 class AttentionMask(NamedTuple):

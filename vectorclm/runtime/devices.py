@@ -1,6 +1,10 @@
-"""Runtime settings of a machine (device, threads, micro-batch size), never part of a fingerprint; torch set-up."""
+"""Runtime settings of a machine (device, threads, micro-batch size), never part of a fingerprint; torch set-up.
+
+torch takes seconds to import, and most commands need only the settings, so each function that uses torch imports it.
+"""
 
 import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -8,15 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import torch.distributed as dist
 from pydantic import Field
 
 from vectorclm.errors import ConfigError, OutOfMemoryError
-from vectorclm.runtime.distributed import ALONE, Group
+from vectorclm.runtime.group import ALONE, Group
 from vectorclm.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameter numbers of mallopt in glibc's malloc.h
 
@@ -78,41 +83,64 @@ class Runtime(Settings):
 
     def check(self, group: Group = ALONE) -> None:
         """Raise ConfigError where this machine cannot run these settings."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device is cuda, but torch sees no GPU here: use auto or cpu, or install a CUDA build")
-        processes, gpus = max(self.processes, group.local_world_size), torch.cuda.device_count()
-        if processes > 1 and self.torch_device().type == "cuda" and processes > gpus:
-            raise ConfigError(f"{processes} processes need a GPU each, but torch sees {gpus}: lower processes")
+        processes = max(self.processes, group.local_world_size)
+        if self.device == "cuda" or processes > 1:
+            import torch
+
+            if self.device == "cuda" and not torch.cuda.is_available():
+                raise ConfigError(
+                    "device is cuda, but torch sees no GPU here: use auto or cpu, or install a CUDA build"
+                )
+            gpus = torch.cuda.device_count()
+            if processes > 1 and processes > gpus and self.torch_device().type == "cuda":
+                raise ConfigError(f"{processes} processes need a GPU each, but torch sees {gpus}: lower processes")
         if self.work_dir is not None:
             try:
                 Path(self.work_dir).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(f"work_dir {self.work_dir} cannot be created: {error.strerror}") from error
 
-    def torch_device(self) -> torch.device:
+    def device_type(self) -> str:
+        """The type of the torch device: cpu or cuda. torch is asked only where a GPU is possible."""
+        if self.device != "auto":
+            return self.device
+        return self.torch_device().type if has_gpu_driver() else "cpu"
+
+    def torch_device(self) -> "torch.device":
         """The torch device of these settings; auto is resolved."""
+        import torch
+
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
     def training_processes(self) -> int:
         """How many processes train together on this machine."""
-        return self.processes or (torch.cuda.device_count() if self.torch_device().type == "cuda" else 1)
+        if self.processes or self.device_type() == "cpu":
+            return self.processes or 1
+        import torch
+
+        return torch.cuda.device_count()
 
     def threads_each(self, processes: int) -> int:
         """CPU threads of each process, for a number of processes on this machine."""
         return self.threads or max(1, (os.cpu_count() or 1) // processes)
 
-    def windows_at_once(self, window_tokens: int, device: torch.device) -> int:
+    def windows_at_once(self, window_tokens: int, device: "torch.device") -> int:
         """Windows in one forward pass: the setting, or 2**12 tokens (CPU), 2**16 (GPU), 2**17 (GPU above 60 GB)."""
         tokens = 2**12
         if device.type == "cuda":
+            import torch
+
             tokens = 2**17 if torch.cuda.get_device_properties(device).total_memory > 60e9 else 2**16
         return self.micro_batch_size or max(1, tokens // window_tokens)
 
-    def configure_torch(self, group: Group = ALONE) -> torch.device:
+    def configure_torch(self, group: Group = ALONE) -> "torch.device":
         """Set torch's threads and precision for this process; return the device, on GPUs that of the local rank."""
+        import torch
+
         _keep_memory()
+        gc.freeze()  # torch's modules stay, so the garbage collector need not scan them
         torch.set_num_threads(self.threads_each(group.local_world_size))
         torch.set_float32_matmul_precision("high")
         device = self.torch_device()
@@ -125,6 +153,17 @@ class Runtime(Settings):
             device = torch.device("cuda", group.local_rank)
             torch.cuda.set_device(device)
         return device
+
+
+def has_gpu_driver() -> bool:
+    """Whether torch may find a GPU: it finds none on Linux without NVIDIA's or AMD's driver."""
+    if platform.system() != "Linux":
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 def _keep_memory() -> None:
@@ -141,6 +180,8 @@ def memory_explained(micro_batch_size: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError, on GPUs a subclass
+        import torch
+
         message = str(error)
         on_cpu, on_gpu = "DefaultCPUAllocator: can't allocate memory" in message, "out of memory" in message
         if not (on_cpu or on_gpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
@@ -154,6 +195,9 @@ def memory_explained(micro_batch_size: int) -> Iterator[None]:
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and git revision: what byte identity depends on besides the settings."""
+    import torch
+    import torch.distributed as dist
+
     packages = ("torch", "tokenizers", "datasets", "pyarrow", "numpy", "safetensors")
     return {
         "python": platform.python_version(),

@@ -1,5 +1,6 @@
 """Process identity that survives pid reuse: pid, start time, machine and container."""
 
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,24 @@ def find_process(known: Mapping[str, Any]) -> psutil.Process | None:
         if (known["started"], known["pids"]) == (_started(process), process_space()):
             return None if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else process
     return None
+
+
+def has_ended(known: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine has ended, also by a restart; False where that is not known.
+
+    `known` is its identity, with the `machine` on which it ran.
+    """
+    if "pids" not in known or known.get("machine") != machine():
+        return False  # it ran elsewhere
+    (boot, _, container), (now, _, mine) = (str(space).partition(" ") for space in (known["pids"], process_space()))
+    return boot != now or (container == mine and find_process(known) is None)
+
+
+def machine() -> str:
+    """The name and id of this machine, which outlive a restart."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {Path('/etc/machine-id').read_text(encoding='ascii').strip()}"
+    return socket.gethostname()
 
 
 def _started(process: psutil.Process) -> float:

@@ -48,6 +48,11 @@ class Tick:
     note: str = ""
     resumed: str = ""  # such as "step 120 of 244"; empty where the work began at its beginning
 
+    @property
+    def continues(self) -> str:
+        """The line that says from where resumed work continues."""
+        return f"{self.stage} continues from {self.resumed}"
+
 
 class Progress:
     """Reporter of one stage's progress, at most five times a second: `with Progress("shards", n, "documents") as p`."""
@@ -144,7 +149,7 @@ class Bars(_Handler):
             task = self.tasks[tick.stage] = self.live.add_task(tick.stage, total=tick.total, unit=tick.unit, note="")
         if tick.resumed and tick.stage not in self.resumed:
             self.resumed.add(tick.stage)
-            self.live.console.print(f"{tick.stage} continues from {tick.resumed}", style="green", highlight=False)
+            self.live.console.print(tick.continues, style="green", highlight=False)
         self.live.update(task, completed=tick.done, total=tick.total, unit=tick.unit, note=tick.note)
 
 

@@ -7,72 +7,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.sampler import drop_counts
-from vectorclm.corpus.sources import Source, check_labels
+from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Progress
-from vectorclm.settings import Settings, canonical_json
+from vectorclm.settings import canonical_json
+from vectorclm.shards.config import SPLITS, ChatConfig, ChatSource
 from vectorclm.shards.conversations import Turn, find_fault, fit, read_conversation
-from vectorclm.shards.packing import Packing, pack
-from vectorclm.shards.writer import SPLITS, ShardWriter, token_dtype
+from vectorclm.shards.packing import pack
+from vectorclm.shards.writer import ShardWriter, token_dtype
 from vectorclm.store.artifact import Artifact
 from vectorclm.tokenizer import PAD_ID
 
 BATCH = 256  # conversations checked against the benchmarks at a time
-
-
-class ChatSource(Source):
-    """A source of conversations."""
-
-    column: str = Field("messages", description="Column with the turns")
-    conversations: int = Field(gt=0, description="Conversations to draw, at most")
-    weight: float = Field(
-        1.0,
-        gt=0,
-        exclude_if=lambda weight: weight == 1,
-        description="Share of chat.tokens, relative to the other sources",
-    )
-
-
-class ChatConfig(Settings):
-    """Conversations for instruction tuning, and how they are packed."""
-
-    sources: list[ChatSource] = Field(min_length=1)
-    tokens: int = Field(
-        0,
-        ge=0,
-        exclude_if=lambda tokens: tokens == 0,
-        description="Training tokens, divided among the sources by weight; each source then has its own windows. "
-        "0 = all drawn conversations, packed together",
-    )
-    sequence_length: int = Field(ge=8, description="Tokens in a window of packed conversations")
-    validation_share: float = Field(0.01, gt=0, lt=0.5, description="Share of conversations held out")
-    shuffle_buffer: int = Field(10_000, ge=1, description="Conversations held in memory for shuffling")
-    packing: Packing = Field(
-        "best_fit", description="best_fit keeps conversations whole, concatenate cuts them where a window ends"
-    )
-    malformed: Literal["refuse", "drop"] = Field(
-        "refuse",
-        description="On an empty turn or roles out of order: stop with an error, or drop and count the conversation",
-    )
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> Self:
-        check_labels(self.sources)
-        return self
-
-    def budget(self, source: ChatSource) -> int | None:
-        """Training tokens of a source; None = all."""
-        return round(self.tokens * source.weight / sum(s.weight for s in self.sources)) if self.tokens else None
 
 
 @dataclass
@@ -157,18 +111,6 @@ def write_chat_shards(
     with (out / "prompts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(canonical_json(prompt) + "\n" for prompt in prompts)
     return summary
-
-
-def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """One line for each source: the conversations that `write_chat_shards` kept and dropped."""
-    lines = []
-    for label, source in summary["sources"].items():
-        kept = sum(source[split] for split in SPLITS)
-        lost = drop_counts(source["dropped"], source["contaminated"])
-        read, short = f"{kept:,} of {source['read']:,} conversations kept", f"{source['shortened']:,} shortened"
-        of = f", {source['tokens']['train']:,} of {source['tokens']['budget']:,} tokens" if "tokens" in source else ""
-        lines.append(f"chat_shards {label}: {read}{of}, {short}; dropped: {lost}")
-    return lines
 
 
 def _distinct(

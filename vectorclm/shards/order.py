@@ -17,22 +17,20 @@ loader workers take their share of the same order. The order suits reads from an
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vectorclm.errors import ConfigError
 from vectorclm.settings import digest
+from vectorclm.shards.config import MIX_BLOCK, WhenExhausted
 
 ORDER = 2  # version of the order; increase it when new code changes the order of windows
-MIX_BLOCK = 1024  # windows; at the end of each mix block, the mix of a phase is exact
 BLOCK_BYTES = 2**20  # of tokens in a block
 GROUP_BLOCKS = 16  # blocks whose windows are shuffled together
 ROUNDS = np.array([[0], [16], [32], [48]], np.uint64)  # first bit of the key for each round
 PATTERN, BLOCKS, WINDOWS = range(3)  # the purpose of a permutation, so that no two are the same
-
-WhenExhausted = Literal["stop", "repeat", "renormalise"]
 
 
 def windows_per_block(sequence_length: int, itemsize: int) -> int:

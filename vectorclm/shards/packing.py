@@ -5,12 +5,13 @@ window wait for the next buffer, and the last window is padded.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Packing = Literal["best_fit", "concatenate"]
+from vectorclm.shards.config import Packing
+
 BUFFER_TOKENS = 1 << 24  # packed together in memory
 CARRIED = 4  # at most one in so many tokens waits for the next buffer
 SHORTEST = 16  # tokens; a shorter part of a long document is not split off

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field
 from tokenizers import Tokenizer
 
 from vectorclm.corpus.sample_reader import SampleFiles
@@ -21,29 +20,18 @@ from vectorclm.corpus.source_reader import in_groups
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.runtime.library_calls import interruptibly
 from vectorclm.runtime.progress import Progress
-from vectorclm.settings import Settings
 from vectorclm.shards.audit import audit, check_round_trip, split_documents
+from vectorclm.shards.config import SPLITS, ShardsConfig
 from vectorclm.shards.encoder import JUDGE_EVERY, Encoder, EncoderMismatch, open_encoder
-from vectorclm.shards.packing import Packing, pack
+from vectorclm.shards.packing import pack
 from vectorclm.store.artifact import Artifact
 from vectorclm.store.durable import TEMPORARY
 from vectorclm.store.resumable import Slices
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
-SPLITS = ("train", "validation")
 GROUP_DOCUMENTS = 512  # documents encoded at a time, at most
 GROUP_CHARACTERS = 4_000_000  # characters, after which a group of documents ends
 PIECES = "documents.parquet"  # suffix of the file beside each shard with the places of its documents
-
-
-class ShardsConfig(Settings):
-    """Window length, shard size and packing of training documents."""
-
-    sequence_length: int = Field(ge=8, le=65_536, description="Tokens in a window")
-    shard_bytes: int = Field(64 * 1024 * 1024, ge=4096, description="Size of a shard file")
-    packing: Packing = Field(
-        "best_fit", description="best_fit keeps documents that fit whole, concatenate cuts them where a window ends"
-    )
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

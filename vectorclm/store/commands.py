@@ -39,7 +39,7 @@ def verify_store(
     ] = False,
     json: Json = False,
 ) -> int:
-    """Read every byte and compare it with the manifests; exit code 1 for a difference."""
+    """Read every byte and compare it with the manifests; exit code 1 if something damaged is left."""
     return _verify(existing_store(place.store), list(addresses), discard=discard, as_json=json)
 
 
@@ -84,10 +84,11 @@ def _list(store: Store, *, as_json: bool) -> None:
 
 
 def _verify(store: Store, addresses: list[str], *, discard: bool, as_json: bool) -> int:
-    folders = wrong = 0
+    folders = wrong = discarded = 0
     for folder, differences in verify(store, addresses):
         folders, wrong = folders + 1, wrong + bool(differences)
         gone = discard and bool(differences) and discard_folder(store, folder)
+        discarded += gone
         if as_json:
             row = {"key": folder.key, "files": len(folder.files), "bytes": folder.bytes, "differences": differences}
             print(json.dumps({**row, "discarded": gone} if discard else row), flush=True)
@@ -98,8 +99,8 @@ def _verify(store: Store, addresses: list[str], *, discard: bool, as_json: bool)
         if discard and differences:
             print("   discarded: its stage builds it again" if gone else "   in use, kept")
     if not as_json:
-        print(f"{folders:,} verified, {wrong:,} differ")
-    return 1 if wrong else 0
+        print(f"{folders:,} verified, {wrong:,} differ" + (f", {discarded:,} of them discarded" if discard else ""))
+    return 1 if wrong > discarded else 0
 
 
 def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) -> None:

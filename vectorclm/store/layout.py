@@ -1,9 +1,11 @@
-"""Names of the stages, and of the other folders of a store: measurements and curves."""
+"""Names of the stages, and of the other folders of a store: checkpoints, measurements and curves."""
 
+import re
 from typing import Literal, get_args
 
 CURVES = "curves"
 MEASURE = "measure"
+STEP = re.compile(r"step-([0-9]+)(-[0-9a-f]{8})?")  # a checkpoint: step number, and the attempt that wrote it
 
 StageName = Literal[
     "sample",

@@ -6,7 +6,6 @@ checkpoints of its successor. A resume uses the newest checkpoint that verifies.
 the hashes of the training order and of the data set, and a run with another order or data set does not resume from it.
 """
 
-import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 
 from vectorclm.errors import CorruptArtifactError, DataError
 from vectorclm.store.artifact import Artifact, StageSpec, Store
+from vectorclm.store.layout import STEP
 from vectorclm.store.storage import explained
 
 KEEP = 2  # checkpoints; older ones are removed
-STEP = re.compile(r"step-([0-9]+)(-[0-9a-f]{8})?")  # step number, and the attempt that wrote it
 AGAIN = "again"  # subfolder for the checkpoints of a finished training that is rebuilt
 
 

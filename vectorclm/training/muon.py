@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vectorclm.nn.matmul import matmul, takes_onednn
-from vectorclm.runtime.distributed import ALONE, Group
+from vectorclm.runtime.group import ALONE, Group
 
 # Coefficients of the quintic iteration: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024
 A, B, C = 3.4445, -4.7750, 2.0315

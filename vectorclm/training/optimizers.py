@@ -1,50 +1,14 @@
 """The optimizers of a model: one for the hidden matrices, AdamW for embeddings and norms."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 
 from vectorclm.nn.layers import StackedLinear
-from vectorclm.runtime.distributed import ALONE, Group
-from vectorclm.settings import Settings
+from vectorclm.runtime.group import ALONE, Group
+from vectorclm.training.config import MatrixOptimizer, OptimizerConfig
 from vectorclm.training.muon import Muon, WeightDecay
-
-MatrixOptimizer = Literal["muon", "adamw"]
-
-
-class OptimizerConfig(Settings):
-    """The optimizers' settings.
-
-    A setting that older experiments lack stays out of the fingerprint at its default value.
-    """
-
-    learning_rate: float = Field(gt=0, description="Peak learning rate of the hidden matrices")
-    adamw_learning_rate: float = Field(gt=0, description="Peak learning rate of embeddings and norms, under AdamW")
-    matrices: MatrixOptimizer = Field(
-        "muon",
-        exclude_if=lambda value: value == "muon",
-        description="Optimizer of the hidden matrices, at learning_rate",
-    )
-    momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov momentum of Muon")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean")
-    weight_decay: float = Field(
-        0.0, ge=0, description="Decoupled decay of the hidden matrices, per unit of learning rate"
-    )
-    cautious_weight_decay: bool = Field(
-        False,
-        exclude_if=lambda value: not value,
-        description="Decay only the weights that the update moves towards zero as well; Muon only",
-    )
-
-    @model_validator(mode="after")
-    def _muon_is_cautious(self) -> Self:
-        if self.cautious_weight_decay and self.matrices != "muon":
-            raise ValueError("cautious_weight_decay needs matrices = 'muon'")
-        return self
 
 
 def _adamw(
@@ -91,3 +55,11 @@ def build_optimizers(
         (hidden if id(p) in projections and ".layers." in name else rest).append(p)
     matrices = MATRIX_OPTIMIZERS[config.matrices](hidden, config, model, group)
     return matrices, _adamw(rest, config, config.adamw_learning_rate, 0.0)
+
+
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set every parameter group's learning rate to its peak times `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("peak", group["lr"])
+            group["lr"] = group["peak"] * factor

@@ -1,10 +1,9 @@
 """Learning-rate schedules: warm-up, then cosine or a constant stretch with a linear decay."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 
 from vectorclm.settings import Settings
@@ -55,11 +54,3 @@ def schedule(config: ScheduleConfig, step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return SCHEDULES[config.kind](config, step, steps, warmup)
-
-
-def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
-    """Set every parameter group's learning rate to its peak times `factor`."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("peak", group["lr"])
-            group["lr"] = group["peak"] * factor

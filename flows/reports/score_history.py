@@ -1,0 +1,75 @@
+"""The scores of a model on a suite over time: one chart with intervals, as a page, an image and Markdown."""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from flows.reports.plots import TimedScore, timeline
+from vectorclm.evaluation.statistics import Figure, score_interval
+
+if TYPE_CHECKING:  # MLflow takes seconds to import
+    from flows.tracking.registry import Result
+
+SCALE = 1.5  # pixels of an image for each unit of a plot
+TEXT_STYLE = (
+    "svg { background: var(--card); } text { font: 12px system-ui, sans-serif; } .strong text { font-weight: 600; }"
+)
+
+_templates = Environment(
+    loader=PackageLoader("flows.reports", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
+
+
+def history_chart(title: str, results: "Sequence[Result]") -> Markup:
+    """The chart of results, the newest of which is the first and decides which scores are shown."""
+    names = results[0].figures if results else {}
+    rows = {
+        name: [
+            TimedScore(result.when, figure.value, *score_interval(name, figure), result.title)
+            for result in results
+            if (figure := result.figures.get(name)) is not None
+        ]
+        for name in names
+    }
+    return timeline(f"{title}: scores over time", rows)
+
+
+def as_image(picture: Markup) -> str:
+    """A plot of a page as an SVG file of its own, with the colours of the page."""
+    palette = _templates.get_template("palette.css.jinja").render()
+    style = f"<style>{palette}{TEXT_STYLE}</style>"
+    head, _, rest = str(picture).partition(">")
+    size = re.sub(r'.*viewBox="0 0 (\S+) (\S+)".*', _size, head)
+    return f'{head} {size} xmlns="http://www.w3.org/2000/svg">{style}{rest}'
+
+
+def _size(found: re.Match[str]) -> str:
+    """The width and height of an image; without them a browser draws it as small as an icon."""
+    return f'width="{SCALE * float(found[1]):.0f}" height="{SCALE * float(found[2]):.0f}"'
+
+
+def history_page(title: str, results: "Sequence[Result]") -> str:
+    """The history as an HTML page without scripts or network."""
+    names = list(results[0].figures)
+    content = {"title": title, "results": results, "names": names, "picture": history_chart(title, results)}
+    return _templates.get_template("score_history.html.jinja").render(content, interval=score_interval)
+
+
+def as_markdown(title: str, results: "Sequence[Result]", link: str | None) -> str:
+    """The history as Markdown with the chart inside, a table of the newest scores, and a link to the page."""
+    image = base64.b64encode(as_image(history_chart(title, results)).encode()).decode()
+    lines = [f"## {title}: scores over time", ""]
+    if link is not None:
+        lines += [f"[{len(results)} results as a page]({link})", ""]
+    lines += [f"![{title}: scores over time](data:image/svg+xml;base64,{image})", ""]
+    before: Mapping[str, Figure] = results[1].figures if len(results) > 1 else {}
+    lines += [f"| score | {results[0].title} | 95 % interval | before |", "|---|---:|---:|---:|"]
+    for name, figure in results[0].figures.items():
+        low, high = score_interval(name, figure)
+        earlier = f"{before[name].value:.4f}" if name in before else ""
+        lines.append(f"| {name} | {figure.value:.4f} | {low:.4f} to {high:.4f} | {earlier} |")
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""The group of ranks that train together, and the group of a process that works alone."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:  # a process alone needs no torch here
+    from torch import Tensor
+
+Value = TypeVar("Value", bound=int | str | None)
+
+
+class PeerLostError(RuntimeError):
+    """Another rank has ended; that rank or the launcher reports the cause."""
+
+
+class Group:
+    """The ranks that train together, and this process's rank. All ranks call each method, in the same order.
+
+    These methods are those of a process alone; `DistributedGroup` has those of several ranks.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, local_world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.local_rank, self.local_world_size = local_rank, local_world_size  # among the ranks of this machine
+        self.at_work = False
+
+    def share(self, value: Value) -> Value:
+        """Broadcast the first rank's `value` and return it."""
+        return value
+
+    def call(self, task: str | None = None) -> str | None:
+        """Broadcast the first rank's `task`, which all ranks begin; None releases the other ranks (see `joined`)."""
+        return task
+
+    def total(self, count: int) -> int:
+        """The sum of `count` over the ranks; waits for the ranks, not for a device."""
+        return self.agree(count, stop=False)[0]
+
+    def agree(self, count: int, stop: bool) -> tuple[int, bool]:
+        """The sum of `count` over the ranks, and whether any rank wants to stop."""
+        return count, stop
+
+    def add(self, tensors: "Sequence[Tensor]") -> None:
+        """Replace each tensor (all of one type) by its sum over the ranks."""
+
+    def divide(self, work: "Callable[[Tensor], Tensor]", rows: "Tensor") -> "Tensor":
+        """Return `work(rows)`: each rank computes its share of the rows. `work` must treat each row independently."""
+        return work(rows)
+
+
+ALONE = Group()

@@ -1,0 +1,111 @@
+"""The life of a process under torchrun: it joins the group of ranks, and ends with it; one process has no overhead.
+
+The first rank holds the lease, writes files and reports; the others compute their share. A rank ends when its launcher
+or another rank ends, whatever the rank is doing at that moment.
+"""
+
+import ctypes
+import logging
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, NoReturn
+
+from vectorclm.errors import VectorCLMError
+from vectorclm.runtime.group import ALONE, Group, PeerLostError
+from vectorclm.runtime.preemption import ENDED, GRACE, preemption
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def joined() -> Iterator[Group]:
+    """Join the group that torchrun's environment variables describe, while the block runs; without them, ALONE.
+
+    The other ranks wait in `call` until the first rank calls, or releases them because it needs no help. Where several
+    ranks fail, the first to fail raises its VectorCLMError, and the others end with exit code 2. Each rank writes its
+    error into the file that torchrun names. Ranks that worked together and succeeded end the process at the end of the
+    block.
+    """
+    if "RANK" in os.environ:
+        _end_with_launcher()
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    try:
+        with preemption.listening(), _together() if several else nullcontext(ALONE) as group:
+            yield group
+    except PeerLostError as error:
+        cause = str(error).partition("\n")[0]
+        logger.error("rank %s ends because another has ended (%s)", os.environ["RANK"], cause)
+        sys.exit(ENDED)  # the exit code of SIGTERM, which torchrun is about to send
+    except Exception as error:
+        record(error)
+        raise
+
+
+@contextmanager
+def _together() -> Iterator[Group]:
+    """The group of several ranks, while the block runs."""
+    from vectorclm.runtime.distributed import connect, disconnect  # with torch, which a process alone may not need
+
+    preemption.limit(GRACE)  # a rank may wait in a collective for ranks that do not answer
+    group, store = connect()
+    try:
+        yield group
+        if group.at_work:
+            group.total(0)  # no rank leaves before all have succeeded
+            _leave(0)
+    except VectorCLMError as error:
+        if not _is_first(store):
+            record(error)
+            sys.exit(2)
+        raise
+    finally:
+        if group.rank == 0 and not group.at_work:
+            with suppress(PeerLostError):
+                group.call(None)
+        signal.alarm(GRACE)  # whatever the other ranks do
+        disconnect()
+        signal.alarm(0)
+
+
+def record(error: Exception) -> None:
+    """Write an error into the file that torchrun names for this rank; torchrun prints the error.
+
+    The environment variable TORCHELASTIC_ERROR_FILE holds the file's name; without the variable nothing is written.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def end_together(group: Group, code: int) -> NoReturn:
+    """End this process and all ranks with an exit code, once all ranks have called this function."""
+    with suppress(PeerLostError):
+        group.total(0)
+    if group.world_size == 1:
+        sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without destroying the group: gloo may abort where another rank ended a moment earlier."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_first(store: Any) -> bool:
+    """Whether no other rank has failed before. Without the rendezvous store, the first rank, its host, has failed."""
+    with suppress(RuntimeError):
+        return int(store.add("failed", 1)) == 1
+    return False
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM when the parent process ends, even by `kill -9` (prctl PR_SET_PDEATHSIG)."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

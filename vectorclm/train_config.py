@@ -1,0 +1,105 @@
+"""Settings of the trainings: the training loop, pretraining with its phases, and instruction fine-tuning."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Self
+
+from pydantic import Field, model_validator
+
+from vectorclm.settings import Settings
+from vectorclm.shards.config import MIX_BLOCK, WhenExhausted
+from vectorclm.training.config import OptimizerConfig
+from vectorclm.training.schedule import ScheduleConfig
+
+if TYPE_CHECKING:
+    from vectorclm.shards.order import TrainingOrder
+
+
+class GenerationSamplesConfig(Settings):
+    """Text samples from the model during training, always for the same prompts."""
+
+    prompts: list[str] = Field(min_length=1, description="Beginnings of texts in pretraining, questions in fine-tuning")
+    interval: int = Field(gt=0, description="Steps between samples; the first and the last step have one too")
+    max_new_tokens: int = Field(48, ge=1, description="Longest sample, in tokens")
+
+
+class TrainConfig(Settings):
+    """Settings of the training loop that pretraining and fine-tuning share."""
+
+    batch_size: int = Field(gt=0, description="Windows in one optimizer step, over all devices")
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient")
+    validation_interval: int = Field(gt=0, description="Steps between validations")
+    validation_windows: int = Field(64, gt=0, description="Held-out windows of each source in a validation")
+    document_mask: bool = Field(True, description="No attention between the documents of a window")
+    samples: GenerationSamplesConfig | None = Field(
+        None, exclude_if=lambda samples: samples is None, description="Text samples during training; none if left out"
+    )
+
+
+class Phase(Settings):
+    """A phase of pretraining: a token budget and a data mix."""
+
+    tokens: int = Field(gt=0, description="Token budget")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={}, description="Share of each source; the sample's weights if left out"
+    )
+    when_exhausted: WhenExhausted = Field(
+        "repeat",
+        description="If a source runs out: an error before training, another epoch, or its share to the others",
+    )
+
+    @model_validator(mode="after")
+    def _weights_count(self) -> Self:
+        total = sum(self.weights.values())
+        if self.weights and not total:
+            raise ValueError("every weight of a phase is 0: at least one must be greater")
+        if too_small := [label for label, weight in self.weights.items() if 0 < weight < total / MIX_BLOCK]:
+            small = ", ".join(too_small)
+            raise ValueError(f"{small} has less than 1/{MIX_BLOCK} of the phase: raise its weight, or set it to 0")
+        return self
+
+
+class PretrainConfig(TrainConfig):
+    """Settings of pretraining: the phases in their order, and the training loop's settings."""
+
+    phases: list[Phase] = Field(min_length=1)
+    zero_output_projections: bool = Field(
+        False,
+        exclude_if=lambda value: not value,  # older experiments keep their fingerprints
+        description="Start the projections into the residual stream at zero instead of small random values",
+    )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens over all phases."""
+        return sum(phase.tokens for phase in self.phases)
+
+    def plan(
+        self, sample_weights: Mapping[str, float], sizes: Mapping[str, int], length: int, itemsize: int, seed: int
+    ) -> "TrainingOrder":
+        """The training order over sources with `sizes` windows each.
+
+        A window has `length` tokens of `itemsize` bytes. A phase without weights uses `sample_weights`. Raises
+        ConfigError where a source runs out in a phase that forbids it.
+        """
+        from vectorclm.shards.order import MixturePhase, TrainingOrder, windows_per_block
+
+        phases = [
+            MixturePhase(phase.tokens // length, phase.weights or sample_weights, phase.when_exhausted)
+            for phase in self.phases
+        ]
+        return TrainingOrder(phases, sizes, seed, windows_per_block=windows_per_block(length, itemsize))
+
+
+class FinetuneConfig(TrainConfig):
+    """Settings of instruction fine-tuning."""
+
+    epochs: float = Field(gt=0, description="Number of passes over the conversations")
+    replay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=lambda share: share == 0,
+        description="Share of pretraining text among the windows, against forgetting",
+    )
