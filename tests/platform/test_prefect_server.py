@@ -166,14 +166,14 @@ from flows.platform.doctor import process_workers
 from flows.platform.config import read_platform
 from flows.platform.provision import provision
 
+config = read_platform(None, vectorclm_store=sys.argv[1])
 with get_client(sync_client=True) as client:
     stored = client.read_work_pool("gpu")
-    provision(client, lambda line: None, "none")
+    provision(client, lambda line: None, config)
     pool = client.read_work_pool("gpu")
     assert (pool.type, pool.base_job_template) == ("kubernetes", stored.base_job_template)
     assert client.read_work_pool("cpu").type == "process"
     assert client.read_deployment_by_name("stage/pretrain").work_pool_name == "gpu"
-config = read_platform(None, vectorclm_store=sys.argv[1])
 print([pool for _, pool in process_workers(config)])
 """
 
