@@ -123,7 +123,7 @@ def _provision(config: PlatformConfig, report: Callable[[str], None]) -> str | N
     from flows.platform.provision import provision
 
     with get_client(sync_client=True) as client:
-        return provision(client, report, config.vectorclm_notify)
+        return provision(client, report, config)
 
 
 def _deployment_id(config: PlatformConfig) -> str:
@@ -283,21 +283,18 @@ def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
             yield from _provisioned(config)
         except VectorCLMError as error:
             yield Finding(False, str(error))
-        for good, what in server_services.findings(client, probe, unplanned, log):
-            yield Finding(good, what)
+        yield from (Finding(*found) for found in server_services.findings(client, probe, unplanned, log))
 
 
 def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
+    from flows.platform.notify import about
+
     changes: list[str] = []
     problem = _provision(config, changes.append)
-    for change in changes:
-        yield Finding(True, change)
+    yield from (Finding(True, change) for change in changes)
     yield Finding(True, f"password: {_password(config, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
-    notified = f"the block {config.vectorclm_notify} is notified when a score falls"
-    if config.vectorclm_notify == "none":
-        notified = "nobody is notified when a score falls: VECTORCLM_NOTIFY names no block"
-    yield Finding(problem is None, problem or notified)
+    yield Finding(problem is None, problem or about(config))
 
 
 def _schedules(config: PlatformConfig) -> Iterator[Finding]:
