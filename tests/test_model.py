@@ -18,8 +18,7 @@ from vectorclm.model_config import ModelConfig
 from vectorclm.nn.loss import CHUNK, IGNORE_INDEX, chunked_cross_entropy
 from vectorclm.tokenizer import PAD_ID
 from vectorclm.train import TrainStep
-from vectorclm.training.config import OptimizerConfig
-from vectorclm.training.optimizers import build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 CONFIG = ModelConfig(
     vocab_size=307,

@@ -13,9 +13,8 @@ from vectorclm.errors import DivergedError
 from vectorclm.model import CausalLM
 from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.train import TrainStep
-from vectorclm.training.config import OptimizerConfig
 from vectorclm.training.metrics import DIVERGED_STEPS, SPIKE_STEPS, Metrics, is_divergence, is_spike
-from vectorclm.training.optimizers import build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 IDS = torch.randint(5, CONFIG.vocab_size, (6, 32), generator=torch.Generator().manual_seed(3))
 

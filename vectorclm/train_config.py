@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from vectorclm.settings import Settings
 from vectorclm.shards.config import MIX_BLOCK, WhenExhausted
-from vectorclm.training.config import OptimizerConfig
+from vectorclm.training.optimizers import OptimizerConfig
 from vectorclm.training.schedule import ScheduleConfig
 
 if TYPE_CHECKING:

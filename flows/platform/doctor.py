@@ -184,7 +184,7 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
     if not config.servers()[0].holds_its_port():
         message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
         return _report(Finding(False, message), console)
-    return _checked((_database, _inside_prefect, _schedules, _workers, _waiting, _silent), config, console) and well
+    return _checked((_database, _inside_prefect, _schedules, _workers, _waiting), config, console) and well
 
 
 def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) -> bool:
@@ -326,46 +326,33 @@ def _workers(config: PlatformConfig) -> Iterator[Finding]:
             yield Finding(False, f"pool {pool} has a worker process but no heartbeat: read {service.log}")
 
 
-def _silent(config: PlatformConfig) -> Iterator[Finding]:
-    """Report runs that send no heartbeats; after a restart of the server a run gets HEARTBEAT_SECONDS for one."""
-    from prefect.client.orchestration import get_client
-
-    from flows.platform.server_services import silent_runs
-
-    deadline = time.monotonic() + HEARTBEAT_SECONDS
-    with get_client(sync_client=True) as client:
-        while silent := silent_runs(client, datetime.now(UTC) - timedelta(seconds=RUN_SILENT_SECONDS)):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(1)
-    yield from (Finding(False, run) for run in silent)
-    if not silent:
-        yield Finding(True, "every run that shows Running sends heartbeats")
-
-
 def _waiting(config: PlatformConfig) -> Iterator[Finding]:
-    """Report runs that are late although nothing runs before them; a new worker gets TAKE_SECONDS to take them.
+    """Report late runs that nothing delays, and runs without heartbeats; new workers and servers get time first.
 
     A scheduled run that no worker takes is also an event, for notifications.
     """
     from prefect.client.orchestration import get_client
 
     from flows.platform.missed_runs import report_missed
-    from flows.platform.server_services import late_runs
+    from flows.platform.server_services import late_runs, silent_runs
 
-    deadline = time.monotonic() + TAKE_SECONDS
+    begun, since = time.monotonic(), datetime.now(UTC) - timedelta(seconds=RUN_SILENT_SECONDS)
     with get_client(sync_client=True) as client:
-        while (late := late_runs(client)) and time.monotonic() < deadline:
+        while (late := late_runs(client)) and time.monotonic() < begun + TAKE_SECONDS:
             time.sleep(0.5)
         missed = report_missed(client)
+        while (silent := silent_runs(client, since)) and time.monotonic() < begun + HEARTBEAT_SECONDS:
+            time.sleep(1)
     logs = ", ".join(str(service.log) for service in config.workers())
     for line in late:
         yield Finding(
             False, f"{line}: read the log of its worker ({logs}), and check whether the pool or queue is paused"
         )
-    yield from (Finding(False, line) for line in missed)
+    yield from (Finding(False, line) for line in [*missed, *silent])
     if not late and not missed:
         yield Finding(True, "no run is late without a reason")
+    if not silent:
+        yield Finding(True, "every run that shows Running sends heartbeats")
 
 
 def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:

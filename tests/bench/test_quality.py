@@ -16,9 +16,8 @@ from vectorclm.errors import ConfigError
 from vectorclm.model import CausalLM
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
-from vectorclm.training.config import OptimizerConfig
 from vectorclm.training.muon import Muon, WeightDecay
-from vectorclm.training.optimizers import build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 LITTLE: dict[str, Any] = {
     "sample.bytes": 200_000,

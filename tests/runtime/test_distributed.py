@@ -116,7 +116,7 @@ from vectorclm.errors import DataError
 from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
 from vectorclm.training.optimizers import build_optimizers
-from vectorclm.training.config import OptimizerConfig
+from vectorclm.training.optimizers import OptimizerConfig
 from vectorclm.train import TrainStep
 
 def steps(batch, group):

@@ -31,7 +31,7 @@ from vectorclm.store.artifact import Store
 from vectorclm.train import TrainingRun
 from vectorclm.train_config import Phase, PretrainConfig
 from vectorclm.training.checkpoint import Checkpoints
-from vectorclm.training.config import OptimizerConfig
+from vectorclm.training.optimizers import OptimizerConfig
 
 SIZES = {"a": 3000, "b": 900}
 

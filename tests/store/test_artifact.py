@@ -21,8 +21,7 @@ from vectorclm.model import CausalLM
 from vectorclm.runtime.processes import process_space
 from vectorclm.store.artifact import MANIFEST, StageSpec, Store, build, rebuild
 from vectorclm.training.checkpoint import KEEP, Checkpoints, Snapshot, restore, snapshot
-from vectorclm.training.config import OptimizerConfig
-from vectorclm.training.optimizers import build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 PLAN = StageSpec("sample", 1, {"a": 1}, {})
 

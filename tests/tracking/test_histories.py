@@ -7,12 +7,17 @@ import pytest
 from flows.tracking.histories import HISTORIES, PICTURE, histories, record_history
 from flows.tracking.lookup import score_histories
 from flows.tracking.registry import Registry, Result, series
-from tests.services.curricula import Recorded
+from tests.services.curricula import Recorded, copied
 from tests.tracking.test_registry import measured
 from vectorclm.evaluation.statistics import Figure
 from vectorclm.store.artifact import Store
 
 NOW = datetime(2026, 3, 30, 3, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def store(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return copied(recorded, tmp_path_factory.mktemp("histories"))
 
 
 def result(day: int, accuracy: float) -> Result:
@@ -24,8 +29,8 @@ def points(registry: Registry, run_id: str, name: str) -> list[tuple[int, float,
     return sorted((point.step, round(point.value, 4), point.timestamp) for point in found)
 
 
-def test_a_run_of_a_series_grows_by_time_with_its_intervals(recorded: Recorded) -> None:
-    registry = Registry(recorded.store)
+def test_a_run_of_a_series_grows_by_time_with_its_intervals(store: Store) -> None:
+    registry = Registry(store)
     results = [result(1, 0.5), result(0, 0.95)]
     first = record_history(registry, "s1", "m on s", results, "<svg>1</svg>")
     results = [result(2, 0.4), *results]
@@ -55,8 +60,8 @@ def test_a_run_of_a_series_grows_by_time_with_its_intervals(recorded: Recorded) 
     assert again.info.run_id != run.info.run_id and points(registry, again.info.run_id, "acc.world") == known
 
 
-def test_the_histories_of_a_model_are_those_with_several_results(recorded: Recorded) -> None:
-    registry = Registry(recorded.store)
+def test_the_histories_of_a_model_are_those_with_several_results(recorded: Recorded, store: Store) -> None:
+    registry = Registry(store)
     subject, fingerprint = (
         registry.find("models:/vectorclm-base@candidate"),
         recorded.handles["pretrain"]["fingerprint"],
@@ -65,7 +70,7 @@ def test_the_histories_of_a_model_are_those_with_several_results(recorded: Recor
     for accuracy, digit in ((0.4, "5"), (0.5, "6")):
         registry.record(subject, measured(recorded, accuracy, digit), "a flow run")
     found = histories(registry, fingerprint)
-    assert found == score_histories(fingerprint, recorded.store)
+    assert found == score_histories(fingerprint, store)
     (title,) = found.keys() - before.keys()
     assert title.startswith("vectorclm-base@candidate on s")
     assert [one.figures["acc.world"].value for one in found[title]][:2] == [0.5, 0.4]
@@ -74,10 +79,10 @@ def test_the_histories_of_a_model_are_those_with_several_results(recorded: Recor
 
 
 def test_without_mlflow_there_is_no_history(
-    recorded: Recorded, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    recorded: Recorded, store: Store, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fingerprint = recorded.handles["pretrain"]["fingerprint"]
     assert score_histories(fingerprint, Store(str(tmp_path_factory.mktemp("none")))) == {}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert score_histories(fingerprint, recorded.store) == {}
+    assert score_histories(fingerprint, store) == {}

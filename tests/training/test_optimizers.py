@@ -10,9 +10,8 @@ from vectorclm.dataset import Batch
 from vectorclm.model import CausalLM
 from vectorclm.train import TrainStep
 from vectorclm.training.checkpoint import restore, snapshot
-from vectorclm.training.config import MatrixOptimizer, OptimizerConfig
 from vectorclm.training.muon import Muon, WeightDecay, orthogonalise
-from vectorclm.training.optimizers import MATRIX_OPTIMIZERS, build_optimizers
+from vectorclm.training.optimizers import MATRIX_OPTIMIZERS, MatrixOptimizer, OptimizerConfig, build_optimizers
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 64), (64, 24)])

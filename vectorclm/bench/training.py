@@ -19,8 +19,7 @@ from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig, hugging_face_config
 from vectorclm.nn.matmul import matmul
 from vectorclm.runtime.devices import Runtime
-from vectorclm.training.config import OptimizerConfig
-from vectorclm.training.optimizers import build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 Parts = tuple[float, float]  # seconds of one micro-batch, and of one update
 

@@ -7,8 +7,7 @@ import torch
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
 from vectorclm.runtime.devices import Runtime
-from vectorclm.training.config import OptimizerConfig
-from vectorclm.training.optimizers import build_optimizers
+from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 MEASURE_SECONDS = 2.0  # of steps, after two that warm up
 LEAST_STEPS = 2
