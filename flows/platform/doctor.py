@@ -32,7 +32,6 @@ OPEN = "none, so every user of this machine can run programs as you; without PRE
 HEARTBEAT_SECONDS = 40  # within which a new worker must send a heartbeat
 WRITE_SECONDS = 60  # within which a write must succeed
 RUN_SILENT_SECONDS = 75  # more than two heartbeats of a run
-TAKE_SECONDS = 20  # within which a worker takes a run that is due
 
 
 def up(config: PlatformConfig, console: Console) -> None:
@@ -347,28 +346,14 @@ def _silent(config: PlatformConfig) -> Iterator[Finding]:
 
 
 def _waiting(config: PlatformConfig) -> Iterator[Finding]:
-    """Report runs that are late although nothing runs before them; a new worker gets TAKE_SECONDS to take them.
-
-    A scheduled run that no worker takes is also an event, for notifications.
-    """
+    """Report runs that no worker takes; a scheduled one is also an event, for notifications."""
     from prefect.client.orchestration import get_client
 
-    from flows.platform.missed_runs import report_missed
-    from flows.platform.server_services import late_runs
+    from flows.platform.server_services import waiting
 
-    deadline = time.monotonic() + TAKE_SECONDS
-    with get_client(sync_client=True) as client:
-        while (late := late_runs(client)) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        missed = report_missed(client)
     logs = ", ".join(str(service.log) for service in config.workers())
-    for line in late:
-        yield Finding(
-            False, f"{line}: read the log of its worker ({logs}), and check whether the pool or queue is paused"
-        )
-    yield from (Finding(False, line) for line in missed)
-    if not late and not missed:
-        yield Finding(True, "no run is late without a reason")
+    with get_client(sync_client=True) as client:
+        yield from (Finding(good, what) for good, what in waiting(client, logs))
 
 
 def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:
