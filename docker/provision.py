@@ -13,5 +13,5 @@ store = Store(config.vectorclm_store)
 store.create()
 store.check_writable()
 with get_client(sync_client=True) as client:
-    if (problem := provision(client, print, config.vectorclm_notify)) is not None:
+    if (problem := provision(client, print, config)) is not None:
         sys.stderr.write(f"{problem}\n")

@@ -25,6 +25,7 @@ from flows.net import has_own_server
 from flows.paths import local_folder
 from flows.platform.options import PlatformOptions
 from flows.platform.prefect_server import PrivateServer, prefect_server
+from flows.platform.removal_commands import remove_from_store
 from flows.platform.schedule_commands import schedule_app
 from flows.reports import lineage_cli
 from flows.run_names import of_the_command_line
@@ -62,8 +63,11 @@ LOG_LEVELS = {"flows": logging.INFO, "vectorclm": logging.WARNING}  # shown with
 app = new_app("vectorclm", "From raw text to an evaluated, instruction-tuned language model.")
 stages = new_app("stage", "Build one stage of an experiment alone, without Prefect and MLflow.")
 add_stages(stages, STAGES, "vectorclm stage")
+stores = new_app("store", "List and verify a store, remove leftovers, models and experiments, create a store.")
+stores.update(store_app)
+stores.command(remove_from_store, name="rm", help_epilogue="Example: vectorclm store rm tiny --yes")
 app.command(stages)
-app.command(store_app)
+app.command(stores)
 app.command(bench_app)
 app.command(schedule_app)
 app.update(models)
@@ -104,21 +108,35 @@ def run_experiment(
 
 
 @app.command(help_epilogue="Example: vectorclm up --store ./store")
-def up(*, platform: PlatformOptions = PlatformOptions()) -> None:
+def up(
+    *,
+    platform: PlatformOptions = PlatformOptions(),
+    install: Annotated[bool, Parameter(help="Start it at each boot, too, by a systemd unit")] = False,
+) -> None:
     """Start the platform: Prefect server, MLflow, workers, deployments with run forms."""
+    from flows.platform import autostart
     from flows.platform import doctor as parts
 
     config, console = platform.config(), Console()
+    if install:
+        autostart.install(config, platform, console)
     with parts.alone(config, console, starts=True):
         parts.up(config, console)
 
 
 @app.command(help_epilogue="Example: vectorclm down")
-def down(*, platform: PlatformOptions = PlatformOptions()) -> None:
+def down(
+    *,
+    platform: PlatformOptions = PlatformOptions(),
+    uninstall: Annotated[bool, Parameter(help="Remove the systemd unit of `up --install`, too")] = False,
+) -> None:
     """Stop the platform; `vectorclm up` goes on from there."""
+    from flows.platform import autostart
     from flows.platform import doctor as parts
 
     config, console = platform.config(), Console()
+    if uninstall:
+        autostart.uninstall(config, console)
     with parts.alone(config, console, starts=False):
         parts.down(config, console)
 

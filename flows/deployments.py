@@ -20,7 +20,7 @@ from flows.execution.launch import StageFailedError
 from flows.execution.stage_tasks import CURRICULUM, Stages, leave_out
 from flows.execution.watch import watched
 from flows.form import Again, Changes, Name, chosen
-from flows.handle import MAX_RESCUES, RESCUED, Handle
+from flows.handle import DRY_RUN, MAX_RESCUES, RESCUED, Handle
 from flows.paths import local_folder
 from flows.platform.experiment_forms import refresh_description
 from flows.platform.missed_runs import SKIPPED, SkippedRunError, check_is_newest
@@ -102,7 +102,7 @@ def _dry_run(name: str, changes: Changes, settings: Mapping[str, Any], data: str
     experiment, path = chosen(name, changes, settings)
     plan = plan_of(experiment, local_folder(store) / "locks" / path.name, Path(data) if data else None, store)
     create_markdown_artifact(plan, key="plan", description=f"What a run of {name} with these settings does")
-    return Completed(name="DryRun", message="nothing was run: the plan is under Artifacts")
+    return Completed(name=DRY_RUN, message="nothing was run: the plan is under Artifacts")
 
 
 def _prepared(

@@ -7,10 +7,17 @@ from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Artifact
 
 RESCUED = "Rescued"  # the state that an automation sets on a crashed run
+DRY_RUN = "DryRun"  # the state in which a dry run ends
 MAX_RESCUES = 2
 CURRICULA = "curricula"  # the work queue of the pool cpu in which curricula wait for each other
-FELL = "vectorclm.score.fell"  # the event that a score fell
-MISSED = "vectorclm.run.missed"  # the event that no worker took a scheduled run
+# Events of which the operator is notified; the payload of each has a `title`, a `text` and `links`.
+FELL = "vectorclm.score.fell"
+RUN_FAILED = "vectorclm.run.failed"
+RUN_RECOVERED = "vectorclm.run.recovered"
+MISSED = "vectorclm.run.missed"  # a scheduled run that no worker took
+DISK_FULL = "vectorclm.disk.full"
+DISK_RECOVERED = "vectorclm.disk.recovered"
+NOTIFIED = (FELL, RUN_FAILED, RUN_RECOVERED, MISSED, DISK_FULL, DISK_RECOVERED)
 
 
 class Handle(TypedDict):

@@ -1,6 +1,7 @@
 """The attendant of the runs, a thread beside Prefect's server: names new runs, says for whom one waits, finds the dead.
 
 Of several missed runs of a schedule it keeps the newest, and it reports scheduled runs that no worker takes.
+It also looks for what the operator must know of (see `flows.platform.incidents`).
 Every action can be repeated, and a lost server or a run that changes meanwhile does no harm: the next look decides.
 """
 
@@ -22,10 +23,13 @@ from prefect.states import Cancelled, Crashed, Scheduled
 from flows.execution.labels import TAGGED, is_dead, label
 from flows.experiments import known_files
 from flows.handle import CURRICULA, RESCUED
+from flows.paths import local_folder
 from flows.platform.config import POOLS
+from flows.platform.incidents import Incidents
 from flows.platform.missed_runs import MISSED_AFTER, report_missed, skip_older
 from flows.platform.mlflow_runs import close_runs
 from flows.run_names import is_generated
+from vectorclm.store.artifact import Store
 
 LOOK_SECONDS = 2.0
 DEAD_LOOKS = 2  # a run is dead if this many looks find no process: its worker, if there is one, reports it first
@@ -161,18 +165,20 @@ def _stamps() -> Mapping[str, tuple[str, int, int]]:
     return found
 
 
-def attend(url: str, auth: str | None) -> threading.Event:
+def attend(url: str, auth: str | None, store: Store) -> threading.Event:
     """Attend the runs of the server at `url` in a thread, whatever goes wrong meanwhile, until the event is set."""
     ended = threading.Event()
 
     def work() -> None:
         with SyncPrefectClient(url, auth_string=auth) as client:
-            attendant = Attendant(client)
+            incidents = Incidents(client, store, local_folder(store))
+            looks = (Attendant(client).look, incidents.look_at_runs, incidents.look_at_disks)
             while not ended.wait(LOOK_SECONDS):
-                try:
-                    attendant.look()
-                except Exception as error:  # of any kind: the server is starting, or a run has changed meanwhile
-                    logger.debug("the runs were not looked at: %s", error)
+                for look in looks:
+                    try:
+                        look()
+                    except Exception as error:  # of any kind: the server is starting, or a run has changed meanwhile
+                        logger.debug("the platform was not looked at: %s", error)
 
     threading.Thread(target=work, daemon=True, name="attendant").start()
     return ended

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 from urllib.parse import unquote, urlsplit
 
 from dotenv.parser import parse_stream
@@ -35,6 +35,13 @@ NO_STORE = (
 )
 CONNECT_SECONDS = 10
 SCHEDULE_SECONDS = 10  # between two checks for new schedules
+TOGETHER = (
+    ("mlflow_admin_password", "mlflow_secret_key"),
+    ("s3_access_key", "s3_secret_key"),
+    ("vectorclm_smtp_user", "vectorclm_smtp_password"),
+)
+MAIL_ADDRESS = r"[^\s@,;<>]+@[^\s@,;<>]+"
+NOTIFY = re.compile(rf"none|[a-z0-9-]+/[a-z0-9-]+|webhook:https?://[^\s/]\S*|mailto:{MAIL_ADDRESS}(,{MAIL_ADDRESS})*")
 
 
 class PlatformConfig(Settings):
@@ -44,11 +51,19 @@ class PlatformConfig(Settings):
     vectorclm_database: SecretStr | None = Field(
         None, description="postgresql://user:password@host:port for Prefect and MLflow; default: SQLite in the home"
     )
-    vectorclm_notify: str = Field(
-        "none",
-        pattern=r"^(none|[a-z0-9-]+/[a-z0-9-]+)$",
-        description="Prefect's block to notify when a score falls, as type/name: webhook/team; none = no message",
+    vectorclm_notify: SecretStr = Field(  # the address of a webhook often is its password
+        SecretStr("none"),
+        description="Who is notified of failures, missed runs, full disks and fallen scores: webhook:https://…, "
+        "mailto:name@host, or a block of Prefect as type/name: slack-webhook/team; none = nobody",
     )
+    vectorclm_smtp_host: str | None = Field(None, description="The mail server that sends the messages of mailto:")
+    vectorclm_smtp_port: int | None = Field(None, ge=1, le=65_535, description="Default: 587; tls: 465; none: 25")
+    vectorclm_smtp_user: str | None = None
+    vectorclm_smtp_password: SecretStr | None = None
+    vectorclm_smtp_from: str | None = Field(
+        None, description="The sender's address; default: VECTORCLM_SMTP_USER if it is one, else the first receiver"
+    )
+    vectorclm_smtp_tls: Literal["starttls", "tls", "none"] = "starttls"
     vectorclm_home: str | None = Field(None, description="The folder on this machine for databases and logs")
     vectorclm_experiments: str | None = Field(
         None, description="A folder of experiment files (TOML or JSON), each offered with a form of its own"
@@ -69,7 +84,7 @@ class PlatformConfig(Settings):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        for one, other in (("mlflow_admin_password", "mlflow_secret_key"), ("s3_access_key", "s3_secret_key")):
+        for one, other in TOGETHER:
             if (getattr(self, one) is None) != (getattr(self, other) is None):
                 raise ValueError(f"{one.upper()} and {other.upper()} go together: set both, or neither")
         if self.s3_access_key is not None and self.aws_endpoint_url is None:
@@ -85,6 +100,27 @@ class PlatformConfig(Settings):
         if url is not None and not re.match(r"postgres(ql)?://", url.get_secret_value()):
             raise ValueError("VECTORCLM_DATABASE must be postgresql://user:password@host:port")
         return self
+
+    @model_validator(mode="after")
+    def _can_notify(self) -> Self:
+        if not NOTIFY.fullmatch(self.notify):
+            raise ValueError(
+                "VECTORCLM_NOTIFY must be webhook:https://…, mailto:name@host, a block of Prefect as type/name, or none"
+            )
+        if self.notify.startswith("mailto:") and self.vectorclm_smtp_host is None:
+            raise ValueError("VECTORCLM_NOTIFY=mailto:… needs a mail server: set VECTORCLM_SMTP_HOST")
+        sender = self.vectorclm_smtp_from
+        if sender is not None and not re.fullmatch(MAIL_ADDRESS, sender):
+            raise ValueError("VECTORCLM_SMTP_FROM must be an address such as vectorclm@example.org")
+        is_open = self.vectorclm_smtp_tls == "none" and self.vectorclm_smtp_host not in ("localhost", HOST, "::1")
+        if is_open and self.vectorclm_smtp_password is not None:
+            raise ValueError("VECTORCLM_SMTP_TLS=none would send the password in plain text: set starttls or tls")
+        return self
+
+    @property
+    def notify(self) -> str:
+        """Who is notified: the value of VECTORCLM_NOTIFY, in which the address of a webhook is a secret."""
+        return self.vectorclm_notify.get_secret_value()
 
     @property
     def home(self) -> Path:

@@ -32,6 +32,7 @@ OPEN = "none, so every user of this machine can run programs as you; without PRE
 HEARTBEAT_SECONDS = 40  # within which a new worker must send a heartbeat
 WRITE_SECONDS = 60  # within which a write must succeed
 RUN_SILENT_SECONDS = 75  # more than two heartbeats of a run
+TAKE_SECONDS = 20  # within which a worker takes a run that is due
 
 
 def up(config: PlatformConfig, console: Console) -> None:
@@ -122,7 +123,7 @@ def _provision(config: PlatformConfig, report: Callable[[str], None]) -> str | N
     from flows.platform.provision import provision
 
     with get_client(sync_client=True) as client:
-        return provision(client, report, config.vectorclm_notify)
+        return provision(client, report, config)
 
 
 def _deployment_id(config: PlatformConfig) -> str:
@@ -183,7 +184,7 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
     if not config.servers()[0].holds_its_port():
         message = f"the server at {config.prefect_url}, if any, is not this platform's: its content is not checked"
         return _report(Finding(False, message), console)
-    return _checked((_database, _inside_prefect, _schedules, _workers, _waiting, _silent), config, console) and well
+    return _checked((_database, _inside_prefect, _schedules, _workers, _waiting), config, console) and well
 
 
 def _checked(checks: Sequence[Check], config: PlatformConfig, console: Console) -> bool:
@@ -282,21 +283,18 @@ def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
             yield from _provisioned(config)
         except VectorCLMError as error:
             yield Finding(False, str(error))
-        for good, what in server_services.findings(client, probe, unplanned, log):
-            yield Finding(good, what)
+        yield from (Finding(*found) for found in server_services.findings(client, probe, unplanned, log))
 
 
 def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
+    from flows.platform.notify import about
+
     changes: list[str] = []
     problem = _provision(config, changes.append)
-    for change in changes:
-        yield Finding(True, change)
+    yield from (Finding(True, change) for change in changes)
     yield Finding(True, f"password: {_password(config, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
-    notified = f"the block {config.vectorclm_notify} is notified when a score falls"
-    if config.vectorclm_notify == "none":
-        notified = "nobody is notified when a score falls: VECTORCLM_NOTIFY names no block"
-    yield Finding(problem is None, problem or notified)
+    yield Finding(problem is None, problem or about(config))
 
 
 def _schedules(config: PlatformConfig) -> Iterator[Finding]:
@@ -328,32 +326,33 @@ def _workers(config: PlatformConfig) -> Iterator[Finding]:
             yield Finding(False, f"pool {pool} has a worker process but no heartbeat: read {service.log}")
 
 
-def _silent(config: PlatformConfig) -> Iterator[Finding]:
-    """Report runs that send no heartbeats; after a restart of the server a run gets HEARTBEAT_SECONDS for one."""
+def _waiting(config: PlatformConfig) -> Iterator[Finding]:
+    """Report late runs that nothing delays, and runs without heartbeats; new workers and servers get time first.
+
+    A scheduled run that no worker takes is also an event, for notifications.
+    """
     from prefect.client.orchestration import get_client
 
-    from flows.platform.server_services import silent_runs
+    from flows.platform.missed_runs import report_missed
+    from flows.platform.server_services import late_runs, silent_runs
 
-    deadline = time.monotonic() + HEARTBEAT_SECONDS
+    begun, since = time.monotonic(), datetime.now(UTC) - timedelta(seconds=RUN_SILENT_SECONDS)
     with get_client(sync_client=True) as client:
-        while silent := silent_runs(client, datetime.now(UTC) - timedelta(seconds=RUN_SILENT_SECONDS)):
-            if time.monotonic() > deadline:
-                break
+        while (late := late_runs(client)) and time.monotonic() < begun + TAKE_SECONDS:
+            time.sleep(0.5)
+        missed = report_missed(client)
+        while (silent := silent_runs(client, since)) and time.monotonic() < begun + HEARTBEAT_SECONDS:
             time.sleep(1)
-    yield from (Finding(False, run) for run in silent)
+    logs = ", ".join(str(service.log) for service in config.workers())
+    for line in late:
+        yield Finding(
+            False, f"{line}: read the log of its worker ({logs}), and check whether the pool or queue is paused"
+        )
+    yield from (Finding(False, line) for line in [*missed, *silent])
+    if not late and not missed:
+        yield Finding(True, "no run is late without a reason")
     if not silent:
         yield Finding(True, "every run that shows Running sends heartbeats")
-
-
-def _waiting(config: PlatformConfig) -> Iterator[Finding]:
-    """Report runs that no worker takes; a scheduled one is also an event, for notifications."""
-    from prefect.client.orchestration import get_client
-
-    from flows.platform.server_services import waiting
-
-    logs = ", ".join(str(service.log) for service in config.workers())
-    with get_client(sync_client=True) as client:
-        yield from (Finding(good, what) for good, what in waiting(client, logs))
 
 
 def process_workers(config: PlatformConfig) -> list[tuple[Service, str]]:

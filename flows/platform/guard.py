@@ -32,6 +32,8 @@ def prefect_app() -> ASGIApp:
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 
+    import flows.platform.notify  # noqa: F401 - registers the mail block, with which automations send
+
     app: ASGIApp = Refusals(ScheduleUpdates(RunOrigin(create_app(final=True))))
     if store := os.environ.get("VECTORCLM_STORE"):
         auth = get_current_settings().server.api.auth_string
@@ -66,8 +68,8 @@ def serve_prefect(arguments: Sequence[str]) -> None:
     auth = server.api.auth_string
     if auth is not None and not is_complete(auth.get_secret_value()):
         raise ConfigError("PREFECT_SERVER_API_AUTH_STRING must be user:password")
-    if os.environ.get("VECTORCLM_STORE"):
-        attendant.attend(f"http://127.0.0.1:{args.port}/api", auth.get_secret_value() if auth else None)
+    if store := os.environ.get("VECTORCLM_STORE"):
+        attendant.attend(f"http://127.0.0.1:{args.port}/api", auth.get_secret_value() if auth else None, Store(store))
     uvicorn.run(
         prefect_app(),
         host=args.host,

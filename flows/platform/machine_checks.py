@@ -63,29 +63,56 @@ def _leftovers(config: PlatformConfig) -> Iterator[Finding]:
         yield Finding(True, f"{count} temporary folder(s) of killed processes removed from {tempfile.gettempdir()}")
 
 
-def _disks(config: PlatformConfig) -> Iterator[Finding]:
-    """Report the room on each file system on which the platform writes, with what frees some."""
-    store = Store(config.vectorclm_store)
-    places = {"home": config.home, "work": store.work_root(None), "TMPDIR": _temporary_folder()}
+@dataclass(frozen=True)
+class Disk:
+    """A file system on which the platform writes."""
+
+    path: str  # of the first of the platform's places on it
+    places: str  # the names and paths of all of them
+    free: int  # bytes
+    files: int | None  # that may still be created, where the file system counts them
+    remedy: str  # what frees room
+
+    def lacks(self, factor: float) -> bool:
+        """Whether there is less room than so many times FREE_GIGABYTES or FREE_FILES."""
+        few_files = self.files is not None and self.files < factor * FREE_FILES
+        return few_files or self.free < factor * FREE_GIGABYTES * 1e9
+
+    def __str__(self) -> str:
+        if self.files is not None and self.files < FREE_FILES:
+            return f"room for only {self.files:,} more files for {self.places}"
+        room = f"{self.free / 1e9:.0f} GB" if self.free >= 1e9 else f"{self.free / 1e6:.0f} MB"
+        return f"{room} free for {self.places}; {FREE_GIGABYTES} GB are recommended"
+
+
+def disks(store: Store, home: Path) -> Iterator[Disk]:
+    """Each file system on which a platform writes, once."""
+    places = {"home": home, "work": store.work_root(None), "TMPDIR": _temporary_folder()}
     if store.is_local:
         places = {"store": Path(store.root), **places}
     by_disk: dict[int, list[str]] = {}
     for name, path in places.items():
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        by_disk.setdefault(there.stat().st_dev, []).append(name)
+        by_disk.setdefault(_existing(path).stat().st_dev, []).append(name)
     for names in by_disk.values():
-        what = ", ".join(f"{name} {places[name]}" for name in names)
-        path = places[names[0]]
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        found = os.statvfs(there)
-        free = found.f_bavail * found.f_frsize / 1e9
-        lacks_files = bool(found.f_files) and found.f_favail < FREE_FILES
-        room = f"{free:.0f} GB" if free >= 1 else f"{1000 * free:.0f} MB"
-        line = f"{room} free for {what}; {FREE_GIGABYTES} GB are recommended"
-        if lacks_files:
-            line = f"room for only {found.f_favail:,} more files for {what}"
-        good = free >= FREE_GIGABYTES and not lacks_files
-        yield Finding(good, line if good else f"{line}: {_remedy(names, places, store)}")
+        found = os.statvfs(_existing(places[names[0]]))
+        yield Disk(
+            path=str(places[names[0]]),
+            places=", ".join(f"{name} {places[name]}" for name in names),
+            free=found.f_bavail * found.f_frsize,
+            files=found.f_favail if found.f_files else None,
+            remedy=_remedy(names, places, store),
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _disks(config: PlatformConfig) -> Iterator[Finding]:
+    """Report the room on each file system on which the platform writes, with what frees some."""
+    for disk in disks(Store(config.vectorclm_store), config.home):
+        good = not disk.lacks(1.0)
+        yield Finding(good, str(disk) if good else f"{disk}: {disk.remedy}")
 
 
 def _remedy(names: list[str], places: dict[str, Path], store: Store) -> str:

@@ -1,4 +1,4 @@
-"""Provision Prefect: create work pools, deployments, and automations that restart runs and report fallen scores.
+"""Provision Prefect: create work pools, deployments, and automations that restart runs and notify the operator.
 
 Provisioning is idempotent: what is correct stays untouched.
 """
@@ -11,16 +11,17 @@ from pathlib import Path
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import CallWebhook, ChangeFlowRunState, SendNotification
+from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 
-from flows.handle import CURRICULA, FELL, MAX_RESCUES, RESCUED
+from flows.handle import CURRICULA, MAX_RESCUES, RESCUED
 from flows.net import HEARTBEAT_SECONDS
-from flows.platform.config import POOLS
+from flows.platform.config import POOLS, PlatformConfig
 from flows.platform.deployment_file import entries, fields_of, put
 from flows.platform.experiment_forms import fill_forms
+from flows.platform.notify import NOTIFICATION, notification
 
 POOL_FILE = Path(__file__).parent / "pools" / "process.json"
 ZOMBIE_SECONDS = 5 * HEARTBEAT_SECONDS  # longer than a short absence of the server
@@ -29,17 +30,16 @@ RESCUE_SECONDS = 20  # a worker reports a crash twice, seconds apart, and the se
 RUNS = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
 ENDED = ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed")
 
-FALLEN_SCORE = "vectorclm: a score fell by more than its noise"
-NO_BLOCK = "none"
+FALLEN_SCORE = "vectorclm: a score fell by more than its noise"  # an automation of earlier versions
 
 Report = Callable[[str], None]
 
 
-def provision(client: SyncPrefectClient, report: Report, notify: str) -> str | None:
+def provision(client: SyncPrefectClient, report: Report, config: PlatformConfig) -> str | None:
     """Create what is missing and repair what differs; `report` is called with a line for each change.
 
-    `notify` is the block that is notified when a score falls, as `type/name`, or `none`. Returns a message if the block
-    is missing or unsuitable, as at the first start, or if an experiment's file is not offered. Raises DeploymentError.
+    Returns a message if the block that VECTORCLM_NOTIFY names is missing or unsuitable, as at the first start, or if an
+    experiment's file is not offered. Raises DeploymentError.
     """
     for pool in POOLS:
         _pool(client, pool, report)
@@ -48,7 +48,7 @@ def provision(client: SyncPrefectClient, report: Report, notify: str) -> str | N
     _queue(client, report)
     _deploy(client, report)
     problems = fill_forms(client, report)
-    if (problem := _notification(client, notify, report)) is not None:
+    if (problem := _notification(client, config, report)) is not None:
         problems.append(problem)
     return "\n".join(problems) or None
 
@@ -129,42 +129,16 @@ def _silence(after: str, seconds: int, related: ResourceSpecification | None = N
     )
 
 
-def _notification(client: SyncPrefectClient, notify: str, report: Report) -> str | None:
-    """Create the automation that notifies the operator's block of a fallen score; returns a message if it cannot."""
-    if notify == NO_BLOCK:
-        for extra in client.read_automations_by_name(FALLEN_SCORE):
-            client.delete_automation(extra.id)
-            report(f"automation removed, as VECTORCLM_NOTIFY names no block: {FALLEN_SCORE}")
-        return None
-    kind, _, name = notify.partition("/")
-    try:
-        block = client.read_block_document_by_name(name, kind, include_secrets=False)
-    except ObjectNotFound:
-        return (
-            f"nobody is notified when a score falls: Prefect has no block {notify}, which VECTORCLM_NOTIFY names. "
-            "Create it in the UI under Blocks, then run `vectorclm doctor`"
-        )
-    action: CallWebhook | SendNotification
-    if kind == "webhook":
-        action = CallWebhook(block_document_id=block.id, payload="{{ event.payload | tojson }}")
-    elif block.block_schema is not None and "notify" in block.block_schema.capabilities:
-        subject, body = "{{ event.payload.title }}", "{{ event.payload.text }}"
-        action = SendNotification(block_document_id=block.id, subject=subject, body=body)
-    else:
-        return (
-            f"nobody is notified when a score falls: the block {notify}, which VECTORCLM_NOTIFY names, sends no "
-            "messages. Name a webhook, or a notification block such as slack-webhook/NAME or sendgrid-email/NAME"
-        )
-    trigger = EventTrigger(
-        posture=Posture.Reactive,
-        expect={FELL},
-        match=ResourceSpecification({"prefect.resource.id": ["vectorclm.evaluation-*"]}),
-        threshold=1,
-        within=timedelta(0),
-    )
-    about = f"Compared with the result before, beyond the noise. Sent to the block {notify}."
-    _automation(client, AutomationCore(name=FALLEN_SCORE, description=about, trigger=trigger, actions=[action]), report)
-    return None
+def _notification(client: SyncPrefectClient, config: PlatformConfig, report: Report) -> str | None:
+    """Create or remove what notifies the operator; returns a message if the receiver is missing or unsuitable."""
+    wanted, problem = notification(client, config, report)
+    unwanted = [FALLEN_SCORE] if wanted is not None or problem is not None else [FALLEN_SCORE, NOTIFICATION]
+    for found in (found for name in unwanted for found in client.read_automations_by_name(name)):
+        client.delete_automation(found.id)
+        report(f"automation removed: {found.name}")
+    if wanted is not None:
+        _automation(client, wanted, report)
+    return problem
 
 
 def _pool(client: SyncPrefectClient, name: str, report: Report) -> None:

@@ -29,13 +29,11 @@ from prefect.states import Pending, Scheduled
 from flows.execution.labels import machine_of
 from flows.net import without_password
 from flows.platform.config import POOLS
-from flows.platform.missed_runs import report_missed
 from flows.platform.provision import ZOMBIE_SECONDS
 
 PROBE = "vectorclm-doctor"  # the name of the probe's flow, deployment and automation
 AGAIN_SECONDS = 10  # between two events for the probe's automation
 PROBE_SECONDS = 60  # the slowest of the probed loops takes 5 s on an idle machine
-TAKE_SECONDS = 20  # within which a worker takes a run that is due
 LATE_SECONDS = 60  # a worker asks for runs every 5 s
 CLEAN_SECONDS = 120  # the clean-up loops every 20 s
 SILENT_SECONDS = 120  # a worker is offline after three missed heartbeats of 30 s, and the foreman loops every 15 s
@@ -323,22 +321,6 @@ def silent_runs(client: SyncPrefectClient, since: datetime) -> list[str]:
             if not heard:
                 found.append(f"{run.name} on {machine_of(run)} {SILENT_RUN}")
     return found
-
-
-def waiting(client: SyncPrefectClient, logs: str) -> Iterator[tuple[bool, str]]:
-    """The runs that no worker takes although nothing runs before them; a new worker gets TAKE_SECONDS to take them.
-
-    `logs` are the logs of the workers, for the message.
-    """
-    deadline = time.monotonic() + TAKE_SECONDS
-    while (late := late_runs(client)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    missed = report_missed(client)
-    for line in late:
-        yield False, f"{line}: read the log of its worker ({logs}), and check whether the pool or queue is paused"
-    yield from ((False, line) for line in missed)
-    if not late and not missed:
-        yield True, "no run is late without a reason"
 
 
 def _pool(name: str) -> WorkPoolFilter:

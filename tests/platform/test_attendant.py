@@ -26,6 +26,7 @@ from flows.platform import attendant as module
 from flows.platform.attendant import Attendant, attend
 from tests.services.platform import until
 from vectorclm.runtime.processes import process_identity
+from vectorclm.store.artifact import Store
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +177,7 @@ def test_a_change_in_the_folder_fills_the_forms_and_a_scheduled_run_of_tomorrow_
 
 
 def test_it_works_beside_the_server_and_outlives_errors(
-    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch
+    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     looks: list[Attendant] = []
     look = Attendant.look
@@ -191,7 +192,8 @@ def test_it_works_beside_the_server_and_outlives_errors(
     monkeypatch.setattr(Attendant, "look", fails_once)
     run_id = started(prefect_client, deployment)
     auth = get_current_settings().api.auth_string
-    ended = attend(str(prefect_client.api_url), auth.get_secret_value() if auth is not None else None)
+    secret = auth.get_secret_value() if auth is not None else None
+    ended = attend(str(prefect_client.api_url), secret, Store(str(tmp_path)))
     try:
         until(lambda: prefect_client.read_flow_run(run_id).name.startswith("tiny, "), "the run has its name", 60)
     finally:

@@ -60,6 +60,7 @@ def placeholders(part: object) -> set[str]:
     return {name for text in _texts(part) for name in re.findall(r"{{\s*(.+?)\s*}}", text)}
 
 
+MAIL = {"vectorclm_smtp_user": "me", "vectorclm_smtp_password": "hunter2"}
 OWN = {"VECTORCLM_DATABASE": "postgresql://me:mine@db:5432", "AWS_ENDPOINT_URL": "http://s3:9000"}
 
 
@@ -133,12 +134,30 @@ def test_a_secret_left_empty_in_the_file_is_named(tmp_path: Path) -> None:
         ({"mlflow_admin_password": "hunter2-hunter2"}, "MLFLOW_SECRET_KEY go together"),
         ({"vectorclm_database": "mysql://u:hunter2@h"}, "VECTORCLM_DATABASE must be postgresql://"),
         ({"prefect_port": 0}, r"prefect_port: .* \(got 0\)"),
+        ({"vectorclm_notify": "https://hooks.example.org/hunter2"}, "VECTORCLM_NOTIFY must be webhook:https://"),
+        ({"vectorclm_notify": "webhook:ftp://hunter2"}, "VECTORCLM_NOTIFY must be webhook:https://"),
+        ({"vectorclm_notify": "mailto:hunter2"}, "VECTORCLM_NOTIFY must be webhook:https://"),
+        ({"vectorclm_notify": "mailto:a@b.org"}, "needs a mail server: set VECTORCLM_SMTP_HOST"),
+        ({"vectorclm_smtp_password": "hunter2"}, "VECTORCLM_SMTP_USER and VECTORCLM_SMTP_PASSWORD go together"),
+        ({"vectorclm_smtp_from": "the platform"}, "VECTORCLM_SMTP_FROM must be an address"),
+        (
+            {**MAIL, "vectorclm_smtp_host": "smtp.example.org", "vectorclm_smtp_tls": "none"},
+            "VECTORCLM_SMTP_TLS=none would send the password in plain text",
+        ),
     ],
 )
 def test_a_bad_setting_is_told_without_any_secret(given: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         validate(PlatformConfig, given, "platform settings")
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "receiver", ["none", "slack-webhook/team", "webhook:http://localhost:8000/a?b=c", "mailto:a@b.org,c@d.org"]
+)
+def test_who_is_notified_is_a_block_or_an_address(receiver: str) -> None:
+    config = PlatformConfig(vectorclm_notify=SecretStr(receiver), vectorclm_smtp_host="smtp.example.org")
+    assert config.notify == receiver and receiver not in repr(config)
 
 
 def test_a_postgres_that_does_not_answer_is_named_without_its_password() -> None:

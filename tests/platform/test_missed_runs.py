@@ -21,7 +21,7 @@ from prefect.states import Pending, Running, Scheduled
 from flows.deployments import explained
 from flows.handle import CURRICULA, MISSED
 from flows.platform import attendant as attendant_module
-from flows.platform import doctor, server_services
+from flows.platform import doctor
 from flows.platform.attendant import Attendant
 from flows.platform.config import PlatformConfig
 from flows.platform.missed_runs import MISSED_AFTER, SkippedRunError, check_is_newest, report_missed
@@ -162,7 +162,7 @@ def test_the_doctor_reports_it_and_emits_the_same_event(
     prefect_client: SyncPrefectClient, deployment: UUID, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run,) = missed(prefect_client, deployment, 1)
-    monkeypatch.setattr(server_services, "TAKE_SECONDS", 0)
+    monkeypatch.setattr(doctor, "TAKE_SECONDS", 0)
     found = list(doctor._waiting(PlatformConfig(vectorclm_store=str(tmp_path))))
     assert any(finding.what.startswith(f"no worker took the scheduled run {NAME}, due since ") for finding in found)
     assert not any(finding.good for finding in found)

@@ -27,15 +27,17 @@ from prefect.client.schemas.objects import State
 from prefect.events import Event, Resource
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelling, Crashed, Running
+from pydantic import SecretStr
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from flows.deployments import opened_store
 from flows.execution.launch import StageFailedError
 from flows.form import Changes, chosen
-from flows.handle import FELL, MAX_RESCUES
+from flows.handle import FELL, MAX_RESCUES, RUN_FAILED
 from flows.platform import provision
 from flows.platform.deployment_file import PREFECT_FILE
-from flows.platform.provision import FALLEN_SCORE, _notification
+from flows.platform.notify import NOTIFICATION, WHAT
+from flows.platform.provision import _notification
 from flows.tracking.registry import EVALUATIONS
 from tests.conftest import chromium
 from tests.services.browser import says
@@ -75,7 +77,7 @@ def inbox() -> Iterator[Inbox]:
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """A platform on which a very small curriculum has ended."""
-    with platform_at(tmp_path_factory.mktemp("schedules") / "store") as made:
+    with platform_at(tmp_path_factory.mktemp("schedules") / "store", by_unit=True) as made:
         run_id = made.start(experiment="tiny", changes=SMALL, runtime=RUNTIME)
         assert made.ended(run_id) == "Completed"
         yield made
@@ -101,8 +103,8 @@ def test_schedules_are_as_in_the_file_and_what_the_ui_switched_or_added_stays(pl
     with platform.addressed():
         Webhook(url=inbox.url).save("team")
     done = platform.command("doctor", environment={"VECTORCLM_NOTIFY": "webhook/team"})
-    assert done.returncode == 0 and f"automation created: {FALLEN_SCORE}" in done.stdout
-    assert "the block webhook/team is notified when a score falls" in done.stdout
+    assert done.returncode == 0 and f"automation created: {NOTIFICATION}" in done.stdout
+    assert f"the block webhook/team is notified of {WHAT}" in done.stdout
     again = platform.client.read_deployment_by_name("evaluate/evaluate").schedules
     active = {schedule.slug: schedule.active for schedule in again}
     assert active == {"nightly-chat": False, "weekly-base": True, OWN: True}
@@ -126,7 +128,7 @@ def test_bad_values_are_refused_at_the_form(platform: Platform, parameters: dict
     assert message in refused.value.response.text
 
 
-def test_a_wrong_address_fails_and_says_why(platform: Platform) -> None:
+def test_a_wrong_address_fails_and_says_why(platform: Platform, inbox: Inbox) -> None:
     runs = {
         "models:/vectorclm-chat@champion": "has no models:/vectorclm-chat@champion",
         "/nowhere/at/all": "there is no folder /nowhere/at/all",
@@ -136,6 +138,8 @@ def test_a_wrong_address_fails_and_says_why(platform: Platform) -> None:
         assert platform.ended(run_id) == "Failed"
         state = platform.run(run_id).state
         assert state is not None and message in (state.message or "")
+        told = lambda: [each for each in inbox.messages if each.get("run_id") == str(run_id)]  # noqa: B023, E731
+        assert [each["event"] for each in until(told, "the failure is told")] == [RUN_FAILED]
 
 
 def test_a_model_is_measured_once_shown_recorded_and_its_fall_is_told(
@@ -164,9 +168,8 @@ def test_a_model_is_measured_once_shown_recorded_and_its_fall_is_told(
     assert [item.model_id for item in mlflow.get_run(run.info.run_id).inputs.model_inputs] == [chat.model_id]
 
     register_untrained(platform, mlflow, tmp_path / "untrained")
-    assert inbox.messages == []
     assert platform.ended(start(platform, model=CANDIDATE)) == "Completed"
-    (message,) = until(lambda: inbox.messages, "the fall is told")
+    (message,) = until(lambda: [each for each in inbox.messages if each["event"] == FELL], "the fall is told")
     assert message["title"] == "vectorclm-chat 2 scores worse than vectorclm-chat 1 on tiny"
     falls = {fall["task"]: fall for fall in message["falls"]}
     assert {"bits_per_byte.stories", "bits_per_byte.lessons"} <= set(falls)
@@ -185,9 +188,13 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
     texts = {"subject": "{{subject}}", "text": "{{body}}"}
     with platform.addressed():
         CustomWebhookNotificationBlock(name="team", url=inbox.url, json_data=texts).save("words")
-    assert _notification(platform.client, "secret/words", told.append) is not None  # no such block: nothing changes
-    assert _notification(platform.client, "custom-webhook/words", told.append) is None
-    assert told == [f"automation repaired: {FALLEN_SCORE}"]
+    unknown, words = (
+        platform.config.model_copy(update={"vectorclm_notify": SecretStr(name)})
+        for name in ("secret/words", "custom-webhook/words")
+    )
+    assert _notification(platform.client, unknown, told.append) is not None  # no such block: nothing changes
+    assert _notification(platform.client, words, told.append) is None
+    assert told == [f"automation repaired: {NOTIFICATION}"]
     inbox.messages.clear()
     payload = {"title": "this scores worse", "text": "this scores worse\nacc.world: 0.9 -> 0.4"}
     event = Event(
@@ -197,8 +204,9 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
         payload=payload,
     )
     platform.client.request("POST", "/events", json=[event.model_dump(mode="json")])
-    (message,) = until(lambda: inbox.messages, "the fall is told")
-    assert message["subject"] == payload["title"] and payload["text"] in message["text"]
+    sent = lambda: [each for each in inbox.messages if each.get("subject") == payload["title"]]  # noqa: E731
+    (message,) = until(sent, "the fall is told")
+    assert payload["text"] in message["text"]
 
 
 def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platform) -> None:

@@ -15,6 +15,7 @@ class Inbox:
 
     url: str
     messages: list[dict[str, Any]]
+    is_full: bool = False  # refuses further messages
 
 
 @contextmanager
@@ -24,16 +25,19 @@ def open_inbox() -> Iterator[Inbox]:
 
     class Keep(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
+            message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if not kept.is_full:
+                messages.append(message)
+            self.send_response(507 if kept.is_full else 200)
             self.end_headers()
 
         def log_message(self, *arguments: Any) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Keep)
+    kept = Inbox(f"http://127.0.0.1:{server.server_port}", messages)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield Inbox(f"http://127.0.0.1:{server.server_port}", messages)
+        yield kept
     finally:
         server.shutdown()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -20,7 +22,9 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 from flows.form import completed
 from flows.net import free_port
+from flows.platform.autostart import unit
 from flows.platform.config import PlatformConfig, read_platform
+from flows.platform.options import PlatformOptions
 from flows.platform.server_services import LoopError, loop_errors
 
 WAIT = 400  # seconds; a bound for a machine under load, nothing is measured by it
@@ -145,9 +149,28 @@ def is_repeated(error: LoopError) -> bool:
     return error.loop == "prefect.server.utilities.messaging.memory" and "database is locked" in error.message
 
 
+def unit_command(text: str, key: str) -> list[str]:
+    """The words of a command in a systemd unit, read as systemd reads them."""
+    (line,) = re.findall(rf"^{key}=(.*)$", text, re.MULTILINE)
+    return [word.replace("$$", "$").replace("%%", "%") for word in shlex.split(line)]
+
+
+def run_of_unit(config: PlatformConfig, key: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command of the unit of a platform as written, in the environment that systemd gives to a user's units."""
+    options = PlatformOptions(config.vectorclm_store, None, config.prefect_port, config.mlflow_port)
+    text = unit(config, options)
+    (folder,) = re.findall("^WorkingDirectory=(.*)$", text, re.MULTILINE)
+    known = {name: os.environ[name] for name in ("HOME", "PATH", "TMPDIR") if name in os.environ}
+    command = unit_command(text, key)
+    return subprocess.run(command, env=known, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+
+
 @contextmanager
-def platform_at(place: Path, **settings: str) -> Iterator[Platform]:
-    """A platform, up while the block runs; then nothing of it is left. `place`: its settings file, or its store."""
+def platform_at(place: Path, by_unit: bool = False, **settings: str) -> Iterator[Platform]:
+    """A platform, up while the block runs; then nothing of it is left. `place`: its settings file, or its store.
+
+    `by_unit`: it is started and stopped by the commands of its systemd unit.
+    """
     if place.suffix == ".env":
         config, options = read_platform(place), ["--env-file", str(place)]
     else:
@@ -158,7 +181,7 @@ def platform_at(place: Path, **settings: str) -> Iterator[Platform]:
         options += ["--mlflow-port", str(config.mlflow_port)]
     made = Platform(config, options, {name.upper(): value for name, value in settings.items()})
     try:
-        done = made.command("up")
+        done = run_of_unit(config, "ExecStart") if by_unit else made.command("up")
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{config.prefect_url}/deployments/deployment/" in done.stdout
         assert config.prefect_password is not None and config.prefect_password not in done.stdout  # a log, as here
@@ -167,6 +190,7 @@ def platform_at(place: Path, **settings: str) -> Iterator[Platform]:
             yield made
         made.check_log()
     finally:
-        made.command("down")
+        done = run_of_unit(config, "ExecStop") if by_unit else made.command("down")
+    assert not by_unit or done.returncode == 0, done.stdout + done.stderr
     lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     assert [line for line in lines if str(config.home) in line] == []

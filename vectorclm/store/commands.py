@@ -73,14 +73,14 @@ def _list(store: Store, *, as_json: bool) -> None:
     for row in rows:
         more = ", ".join(row["used_by"]) if "used_by" in row else f"at step {row['step']:,}"
         place, state = (row["stage"], row["fingerprint"][:12]), row["created"] or row["state"]
-        shown.add_row(*place, _size(row["bytes"]), f"{row['files']:,}", state, escape(more))
+        shown.add_row(*place, readable_size(row["bytes"]), f"{row['files']:,}", state, escape(more))
     if rows:
         print_table(shown)
     for row in found["leases"]:
         state = "is running" if row["alive"] else "has ended"
         print(f"{row['lease']}: process {row['pid']} on {row['host']} {state}")
     total = sum(row["bytes"] for row in rows)
-    print(f"{store.uri}: {len(found['artifacts'])} artifacts, {_size(total)}")
+    print(f"{store.uri}: {len(found['artifacts'])} artifacts, {readable_size(total)}")
 
 
 def _verify(store: Store, addresses: list[str], *, discard: bool, as_json: bool) -> int:
@@ -93,7 +93,7 @@ def _verify(store: Store, addresses: list[str], *, discard: bool, as_json: bool)
             row = {"key": folder.key, "files": len(folder.files), "bytes": folder.bytes, "differences": differences}
             print(json.dumps({**row, "discarded": gone} if discard else row), flush=True)
             continue
-        print(f"{'!!' if differences else 'ok'} {folder.key} {_size(folder.bytes)}", flush=True)
+        print(f"{'!!' if differences else 'ok'} {folder.key} {readable_size(folder.bytes)}", flush=True)
         for difference in differences:
             print(f"   {difference}")
         if discard and differences:
@@ -113,18 +113,18 @@ def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) ->
         if as_json:
             print(json.dumps({**item.as_json(), "removed": gone}), flush=True)
         state = "removed" if gone else "in use meanwhile, kept" if delete else "can go"
-        shown.add_row(escape(item.what), _size(item.bytes), escape(item.why), state)
+        shown.add_row(escape(item.what), readable_size(item.bytes), escape(item.why), state)
     if as_json:
         return
     if found:
         print_table(shown)
     if delete:
-        print(f"{_size(removed)} freed")
+        print(f"{readable_size(removed)} freed")
     else:
-        total = _size(sum(item.bytes for item in found))
+        total = readable_size(sum(item.bytes for item in found))
         print(f"{len(found):,} of them, {total}" + ("; --delete removes them" if found else ""), file=sys.stderr)
     if young := [item for item in every if item.modified > limit]:
-        size = _size(sum(item.bytes for item in young))
+        size = readable_size(sum(item.bytes for item in young))
         print(
             f"{len(young):,} younger ones, {size}, stay: --older-than 0s includes them; what a live process uses, and "
             f"what was written in the last {YOUNG_SECONDS} s, always stays",
@@ -132,7 +132,7 @@ def _collect(store: Store, older_than: float, *, delete: bool, as_json: bool) ->
         )
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
     """A number of bytes in a readable unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

@@ -128,7 +128,7 @@ def discard_folder(store: Store, folder: Folder) -> bool:
     """Withdraw the manifest of a damaged artifact or checkpoint under its leases; False where it is in use."""
     with ExitStack() as stack:
         try:
-            for key in _owners(folder.key):
+            for key in owners(folder.key):
                 stack.enter_context(store.lease(key))
         except InUseError:
             return False
@@ -148,10 +148,10 @@ def _folders(store: Store, inventory: Inventory) -> Iterator[Garbage]:
             why = "checkpoint of a finished training"
         else:
             continue
-        if _is_linked(store, folder.key) or _holds_foreign(folder):
+        if is_linked(store, folder.key) or _holds_foreign(folder):
             continue
         remove = partial(_remove_folder, store, folder)
-        yield Garbage(folder.key, why, folder.bytes, folder.modified, _owners(folder.key), remove)
+        yield Garbage(folder.key, why, folder.bytes, folder.modified, owners(folder.key), remove)
 
 
 def _superseded(store: Store, artifact: Artifact, folder: Folder) -> Iterator[Garbage]:
@@ -160,10 +160,10 @@ def _superseded(store: Store, artifact: Artifact, folder: Folder) -> Iterator[Ga
         files = {f"{folder.key}/{name}": file for name, file in folder.files.items()}
         for key in superseded(artifact, files):
             why, file = "file of an attempt that another replaced", files[key]
-            yield Garbage(key, why, file.bytes, file.modified, _owners(key), partial(store.delete, key))
+            yield Garbage(key, why, file.bytes, file.modified, owners(key), partial(store.delete, key))
 
 
-def _owners(key: str) -> list[str]:
+def owners(key: str) -> list[str]:
     """The leases of this key; a writer holds one of them."""
     stage, fingerprint, *_ = key.split("/")
     return [f"{each}-{fingerprint[:16]}" for each in (TRAINED if stage == "checkpoints" else [stage])]
@@ -172,12 +172,12 @@ def _owners(key: str) -> list[str]:
 def _remove_folder(store: Store, seen: Folder) -> None:
     """Remove a folder that has not changed since the inventory. Raises InUseError where it has."""
     below = {key.removeprefix(f"{seen.key}/"): file for key, file in store.files(seen.key).items()}
-    if _is_linked(store, seen.key) or below != seen.files or read_folder(store, seen.key, below).state != seen.state:
+    if is_linked(store, seen.key) or below != seen.files or read_folder(store, seen.key, below).state != seen.state:
         raise InUseError(f"{store.uri_of(seen.key)} was written to")
     store.remove(seen.key)
 
 
-def _is_linked(store: Store, key: str) -> bool:
+def is_linked(store: Store, key: str) -> bool:
     """Whether the path to `key` in a local store contains a link, which may lead out of the store."""
     parts = PurePosixPath(key).parts
     places = [Path(store.root, *parts[: count + 1]) for count in range(len(parts))]
@@ -196,7 +196,7 @@ def _files(store: Store, held: Collection[str]) -> Iterator[Garbage]:
     for name in store.list(""):
         if is_temporary(name) or EARLIER_PROBE.fullmatch(name):
             found[name] = store.files(name)
-        elif store.is_local and name in WRITTEN and not _is_linked(store, name):
+        elif store.is_local and name in WRITTEN and not is_linked(store, name):
             for key, file in store.files(name).items():
                 if (temporary := _temporary(key)) is not None:
                     found.setdefault(temporary, {})[key] = file
@@ -210,7 +210,7 @@ def _files(store: Store, held: Collection[str]) -> Iterator[Garbage]:
             with suppress(FileNotFoundError):
                 modified = max(modified, Path(store.path(key)).lstat().st_mtime)
         remove = partial(store.delete if key in files else store.remove, key)
-        yield Garbage(key, why, size, modified, _owners(key) if OWNED.match(key) else [], remove)
+        yield Garbage(key, why, size, modified, owners(key) if OWNED.match(key) else [], remove)
 
 
 def _temporary(key: str) -> str | None:
@@ -284,4 +284,4 @@ def _uploads(store: Store) -> Iterator[Garbage]:
         key, named = path.removeprefix(f"{store.root}/"), {"Key": upload["Key"], "UploadId": upload["UploadId"]}
         if path.startswith(f"{store.root}/") and key.partition("/")[0] in WRITTEN:
             abort = partial(store.fs.call_s3, "abort_multipart_upload", Bucket=bucket, **named)
-            yield Garbage(key, "upload never completed", 0, begun, _owners(key) if OWNED.match(key) else [], abort)
+            yield Garbage(key, "upload never completed", 0, begun, owners(key) if OWNED.match(key) else [], abort)

@@ -1,0 +1,87 @@
+"""A model or an experiment is removed with what was built from it, and without what others need."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vectorclm.errors import ConfigError
+from vectorclm.store.artifact import StageSpec, Store, build
+from vectorclm.store.listing import take_inventory
+from vectorclm.store.removal import plan_removal, remove
+
+SAMPLE = StageSpec("sample", 1, {"a": 1}, {})
+BASE = StageSpec("pretrain", 1, {"a": 1}, {"sample": SAMPLE.fingerprint})
+CHAT = StageSpec("finetune", 1, {"a": 1}, {"pretrain": BASE.fingerprint})
+OTHER = StageSpec("finetune", 1, {"a": 2}, {"pretrain": BASE.fingerprint})
+BEHIND = {"sample": SAMPLE.fingerprint, "pretrain": BASE.fingerprint}
+EXPORTS = [
+    StageSpec("export", 1, {"name": name}, {**BEHIND, "finetune": chat.fingerprint})
+    for name, chat in (("tiny", CHAT), ("own", OTHER))
+]
+
+
+def produce(out: Path) -> dict[str, Any]:
+    (out / "x.txt").write_text("hello")
+    return {}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two experiments with one base model."""
+    made = Store(str(tmp_path / "store"))
+    for spec in (SAMPLE, BASE, CHAT, OTHER, *EXPORTS):
+        build(made, spec, produce)
+    made.write(f"checkpoints/{CHAT.fingerprint}/step-00000012/model.safetensors", b"1234")
+    made.write(f"reports/{EXPORTS[0].fingerprint}.html", b"<p>")
+    return made
+
+
+def key(spec: StageSpec) -> str:
+    return f"{spec.stage}/{spec.fingerprint}"
+
+
+def removed(store: Store, name: str) -> dict[str, str]:
+    return {folder.key: why for folder, why in remove(store, plan_removal(name, store))}
+
+
+def left(store: Store) -> set[str]:
+    return {folder.key for folder in take_inventory(store).artifacts}
+
+
+def test_an_experiment_goes_without_what_another_one_uses(store: Store) -> None:
+    plan = plan_removal("tiny", store)
+    assert [folder.key for folder in plan.kept] == [key(SAMPLE), key(BASE)]
+    assert plan.as_json()["keeps"][0]["used_by"] == ["own", "tiny"]
+    assert len(left(store)) == 6  # a plan removes nothing
+    checkpoint = f"checkpoints/{CHAT.fingerprint}/step-00000012"
+    gone = removed(store, "tiny")
+    assert next(iter(gone)) == key(EXPORTS[0]) and gone == dict.fromkeys([key(EXPORTS[0]), checkpoint, key(CHAT)], "")
+    assert left(store) == {key(SAMPLE), key(BASE), key(OTHER), key(EXPORTS[1])}
+    assert store.files("reports") == {} and take_inventory(store).checkpoints == []
+    assert set(removed(store, "own").values()) == {""} and left(store) == set()
+
+
+def test_a_model_goes_with_all_that_was_built_from_it(store: Store) -> None:
+    plan = plan_removal(f"pretrain/{BASE.fingerprint[:8]}", store)
+    assert set(plan.fingerprints) == {each.fingerprint for each in (BASE, CHAT, OTHER, *EXPORTS)} and not plan.kept
+    assert {name for row in plan.as_json()["removes"] for name in row["used_by"]} == {"own", "tiny"}
+    assert set(removed(store, key(BASE)).values()) == {""} and left(store) == {key(SAMPLE)}
+
+
+def test_what_a_process_uses_stays_with_all_that_it_was_built_from(store: Store) -> None:
+    with store.lease(f"finetune-{OTHER.fingerprint[:16]}"):
+        found = removed(store, key(BASE))
+    assert found[key(OTHER)] == "is in use" and found[key(BASE)] == "what was built from it stays"
+    assert left(store) == {key(SAMPLE), key(BASE), key(OTHER)}
+
+
+def test_a_link_and_a_model_elsewhere_are_left_alone(store: Store, tmp_path: Path) -> None:
+    folder = Path(store.root, "finetune", CHAT.fingerprint)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert removed(store, key(CHAT))[key(CHAT)] == "is a link: remove it by hand"
+    assert (tmp_path / "elsewhere" / "x.txt").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="only an artifact of a store can be removed"):
+        plan_removal(str(tmp_path / "mine"), store)
