@@ -22,6 +22,7 @@ from flows.execution.placement import deployment_of
 from vectorclm.errors import VectorCLMError
 from vectorclm.stages import TABLE
 
+PAGE = 200
 PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
 
 
@@ -64,6 +65,14 @@ def fields_of(client: SyncPrefectClient, entry: Mapping[str, Any]) -> tuple[UUID
         "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
         "enforce_parameter_schema": entry["enforce_parameter_schema"],
     }
+
+
+def all_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
+    """Every deployment of the server, which returns PAGE of them at once."""
+    found: list[DeploymentResponse] = []
+    while len(page := client.read_deployments(limit=PAGE, offset=len(found))) == PAGE:
+        found += page
+    return found + page
 
 
 def put(

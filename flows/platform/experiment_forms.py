@@ -17,7 +17,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from flows.experiments import clashes, known_files, load_known
 from flows.form import form, parameters
 from flows.paths import local_folder
-from flows.platform.deployment_file import definition, fields_of, put
+from flows.platform.deployment_file import all_deployments, definition, fields_of, put
 from flows.reports.plan import plan_of
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import StoreError, VectorCLMError
@@ -36,7 +36,7 @@ def fill_forms(client: SyncPrefectClient, report: Report) -> list[str]:
     problems = list(clashes())
     common = {flow: _common(client, flow) for flow in FLOWS}
     flows = {flow_id: flow for flow, (flow_id, _) in common.items()}
-    there = {(flows[found.flow_id], found.name): found for found in client.read_deployments() if found.flow_id in flows}
+    there = {(flows[found.flow_id], found.name): found for found in all_deployments(client) if found.flow_id in flows}
     kept = set[tuple[str, str]]()
     for name in known_files():
         try:

@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from flows.handle import CURRICULA, MAX_RESCUES, RESCUED
 from flows.net import HEARTBEAT_SECONDS
 from flows.platform.config import POOLS, PlatformConfig
-from flows.platform.deployment_file import entries, fields_of, put
+from flows.platform.deployment_file import all_deployments, entries, fields_of, put
 from flows.platform.experiment_forms import fill_forms
 from flows.platform.notify import NOTIFICATION, notification
 
@@ -207,7 +207,7 @@ def _essence(automation: AutomationCore) -> object:
 
 def _deploy(client: SyncPrefectClient, report: Report) -> None:
     """Create or update the deployments of `prefect.yaml` and of all stages. Raises DeploymentError."""
-    there = {(found.flow_id, found.name): found for found in client.read_deployments()}
+    there = {(found.flow_id, found.name): found for found in all_deployments(client)}
     created = list[str]()
     for entry in entries():
         flow_id, fields = fields_of(client, entry)

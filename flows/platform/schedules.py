@@ -22,6 +22,7 @@ from prefect.states import Cancelled
 from pydantic import ValidationError
 
 from flows.net import PROVISION
+from flows.platform.deployment_file import all_deployments
 from flows.tracking.lookup import named_model
 from vectorclm.errors import ConfigError
 from vectorclm.store.artifact import Store
@@ -33,7 +34,6 @@ EVALUATE = "evaluate/evaluate"
 BY_NAME = re.compile(r"[\w.-]+(@[\w.-]+|/[0-9]+)")  # a registered model and its alias or version
 EVERY_HOUR = re.compile(r"(\S+ +\* +\* +\* +\*|@hourly)")
 SHOWN_RUNS = 3
-PAGE = 200
 ID_DIGITS = 4  # at least, of an id that is given by its beginning
 
 
@@ -114,7 +114,7 @@ def known_schedules(client: SyncPrefectClient) -> list[KnownSchedule]:
     """Every schedule of the platform, with those that were set in Prefect's page, by name."""
     found = [
         KnownSchedule(schedule.slug or _title(schedule, deployment), schedule, deployment)
-        for deployment in _deployments(client)
+        for deployment in all_deployments(client)
         for schedule in deployment.schedules
     ]
     return sorted(found, key=lambda known: known.name)
@@ -229,14 +229,6 @@ def _waiting(client: SyncPrefectClient, known: KnownSchedule) -> list[FlowRun]:
     """The runs of a schedule that have not begun."""
     runs = _runs(client, [str(known.deployment.id)], [StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC)
     return [run for run in runs if run.created_by is not None and run.created_by.id == known.schedule.id]
-
-
-def _deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
-    """Every deployment; the server returns PAGE of them at once."""
-    found: list[DeploymentResponse] = []
-    while len(page := client.read_deployments(limit=PAGE, offset=len(found))) == PAGE:
-        found += page
-    return found + page
 
 
 def _runs(

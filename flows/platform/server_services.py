@@ -29,6 +29,7 @@ from prefect.states import Pending, Scheduled
 from flows.execution.labels import machine_of
 from flows.net import without_password
 from flows.platform.config import POOLS
+from flows.platform.deployment_file import all_deployments
 from flows.platform.provision import ZOMBIE_SECONDS
 
 PROBE = "vectorclm-doctor"  # the name of the probe's flow, deployment and automation
@@ -251,7 +252,7 @@ def _runs_of(deployment_id: UUID) -> FlowRunFilter:
 def unplanned(client: SyncPrefectClient) -> list[str]:
     """Deployments with a schedule that is on, but without a next run although there was time to plan one."""
     found = []
-    for deployment in client.read_deployments():
+    for deployment in all_deployments(client):
         runs = None
         for schedule in deployment.schedules:
             since = schedule.updated or schedule.created or datetime.now(UTC)
@@ -269,7 +270,7 @@ def unplanned(client: SyncPrefectClient) -> list[str]:
 def idle_schedules(client: SyncPrefectClient) -> list[tuple[str, UUID]]:
     """The deployments whose schedules start no runs, because they are off or the deployment is paused, with its id."""
     found = []
-    for deployment in client.read_deployments():
+    for deployment in all_deployments(client):
         off = sorted(schedule.slug or str(schedule.id) for schedule in deployment.schedules if not schedule.active)
         if deployment.paused and deployment.schedules:
             found.append((f"the schedules of {deployment.name} are paused", deployment.id))
