@@ -41,9 +41,9 @@ PROMPT = "Question: Pim is an otter. Where does Pim live?\nAnswer:"
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `vectorclm run tiny --json` prints last."""
+    """What `vectorclm run tiny --json` prints last; on one core, as other tests have the others."""
     store = tmp_path_factory.mktemp("tiny") / "store"
-    command = [sys.executable, "-m", "flows.cli", "run", "tiny", "--json", "--store", str(store)]
+    command = [sys.executable, "-m", "flows.cli", "run", "tiny", "--json", "--threads", "1", "--store", str(store)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_TRACKING"))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
