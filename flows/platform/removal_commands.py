@@ -138,7 +138,9 @@ def _prefect(place: StoreOptions) -> Iterator["SyncPrefectClient | None"]:
     server, _ = config.servers()
     if not server.holds_its_port():
         if ran_here(config):
-            raise ServerError(f"the platform of {config.home} does not run, and has Prefect's runs: `vectorclm up`")
+            raise ServerError(
+                f"the platform of {config.home} does not run, so Prefect's runs stay: start it with `vectorclm up`"
+            )
         yield None
         return
     from httpx import HTTPError

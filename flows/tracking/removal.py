@@ -51,9 +51,9 @@ def find_records(registry: Registry, fingerprints: Collection[str], experiment: 
         own = re.compile(rf"{re.escape(experiment or '')}( \d+)?")  # the second one was opened after a deletion
         named = {place for place, name in experiments.items() if experiment and own.fullmatch(name)}
         found = _Runs(registry, _all_runs(client, places | named), fingerprints, named)
-        known = {version: registry.tags(version) for version in versions}
-        found.note_elsewhere([*known.values(), *(model.tags for model in models)])
-        ours = [version for version in versions if not is_elsewhere(registry, known[version])]
+        known = [(version, registry.tags(version)) for version in versions]
+        found.note_elsewhere([*(tags for _, tags in known), *(model.tags for model in models)])
+        ours = [version for version, tags in known if not is_elsewhere(registry, tags)]
         titles = [version_title(registry, version) for version in ours]
     going, unfinished = found.chosen()
     ids = [model.model_id for model in models if not is_elsewhere(registry, model.tags)]
