@@ -44,7 +44,7 @@ def write_experiment(folder: Path) -> Path:
 
 def stage(name: str, experiment: Path, store: Path, **popen: object) -> "subprocess.Popen[bytes]":
     runtime = experiment.with_name("runtime.json")
-    runtime.write_text(json.dumps({"threads": 2, "checkpoint_interval": 10}))
+    runtime.write_text(json.dumps({"threads": 1, "checkpoint_interval": 10}))
     command = [sys.executable, "-m", "vectorclm", name, str(experiment), "--store", str(store)]
     streams = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **popen}
     return subprocess.Popen([*command, "--runtime", str(runtime)], **streams)  # type: ignore[call-overload]
