@@ -10,6 +10,7 @@ from vectorclm.stages import MODELS
 from vectorclm.store.artifact import Store
 
 NOTE = "mlflow.note.content"  # the tag with the description of a run or an experiment
+STORE = "store"  # the tag of a run with the address of the store that its artifacts are in
 ALIAS = "candidate"
 CHAMPION = "champion"
 REGISTERED = {stage: f"vectorclm-{model}" for stage, model in MODELS.items()}

@@ -41,7 +41,7 @@ def registered_versions(registry: Registry, fingerprints: Iterable[str]) -> dict
     with registry.asked():
         for fingerprint in fingerprints:
             query = f"tags.fingerprint = '{fingerprint}'"
-            if known := [_title(registry, version) for version in registry.client.search_model_versions(query)]:
+            if known := [version_title(registry, version) for version in registry.client.search_model_versions(query)]:
                 versions[fingerprint] = sorted(known)
     return versions
 
@@ -54,7 +54,8 @@ def registered_names(registry: Registry, address: str) -> Any:
         return _Walker(registry).names(tags.get("stage", ""), tags["fingerprint"])
 
 
-def _title(registry: Registry, version: ModelVersion) -> str:
+def version_title(registry: Registry, version: ModelVersion) -> str:
+    """A registered version with its aliases, as `vectorclm-chat 3 @champion`."""
     aliases = registry.client.get_model_version(version.name, version.version).aliases
     return " ".join([f"{version.name} {version.version}", *(f"@{alias}" for alias in aliases)])
 

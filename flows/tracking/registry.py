@@ -219,9 +219,7 @@ class Registry:
         """
         if (match := _in_store(address)) is None:
             return None
-        place = without_password(self.uri).rstrip("/")
-        if place.startswith("http") and not answers(f"{place}/health"):  # faster than the client's retries
-            raise RegistryError(f"MLflow at {place} does not answer")
+        check_server(self.uri)
         with self.asked():
             query = f"tags.fingerprint = '{match['fingerprint']}'"
             found = self.client.search_model_versions(query, max_results=1)
@@ -283,6 +281,13 @@ class Registry:
         except (SQLAlchemyError, OSError) as error:
             first = without_password(str(error).strip().partition("\n")[0])[:200]
             raise RegistryError(f"MLflow at {without_password(self.uri)} cannot be used: {first}") from error
+
+
+def check_server(uri: str) -> None:
+    """Raise RegistryError where the MLflow server at `uri` does not answer, without the client's long retries."""
+    place = without_password(uri).rstrip("/")
+    if place.startswith("http") and not answers(f"{place}/health"):
+        raise RegistryError(f"MLflow at {place} does not answer")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from flows.tracking.client import BATCH, NotOpenError, flatten, tracking_uri
+from flows.tracking.client import BATCH, STORE, NotOpenError, flatten, tracking_uri
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.chain import score_facts
 from vectorclm.runtime.devices import git_revision
@@ -44,6 +44,7 @@ class Session:
         git = git_revision() or "none"
         self.common = {
             "experiment": self.experiment.name,
+            STORE: self.store.uri,
             "git": git,
             **({"mlflow.source.git.commit": git.removesuffix("-dirty")} if git != "none" else {}),
             "mlflow.source.name": "vectorclm",

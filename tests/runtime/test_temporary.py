@@ -100,11 +100,14 @@ def test_what_may_be_in_use_or_belongs_to_others_stays(place: Path, monkeypatch:
     kept[-1].symlink_to(outside)
     foreign = place / f"{PREFIX}without-an-owner"
     (foreign / "data").mkdir(parents=True)
-    new, old = place / f"{PREFIX}new", place / f"{PREFIX}old"
-    for folder in (new, old):
+    new, old = place / f"{PREFIX}of-a-test-new4567_", place / f"{PREFIX}of-a-test-old4567_"
+    own = [place / f"{PREFIX}data", place / f"{PREFIX}data4567"]  # of the user: by its name, and by its mode
+    for folder, mode in ((new, 0o700), (old, 0o700), (own[0], 0o700), (own[1], 0o755)):
         folder.mkdir()
-    for folder in (foreign, old):
+        folder.chmod(mode)
+    for folder in (foreign, old, *own):
         os.utime(folder, (1, 1))
+    kept += own
     assert remove_abandoned() == 1  # the old one, whose owner was killed before it wrote its identity
     assert not old.exists() and new.exists() and EMPTY_SECONDS > 60
     assert all(folder.exists() for folder in (*kept, outside / FILES, foreign / "data"))

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from vectorclm.errors import ConfigError
+from vectorclm.errors import ConfigError, InUseError
 from vectorclm.store.artifact import StageSpec, Store, build
 from vectorclm.store.listing import take_inventory
-from vectorclm.store.removal import plan_removal, remove
+from vectorclm.store.removal import claimed, plan_removal, remove
 
 SAMPLE = StageSpec("sample", 1, {"a": 1}, {})
 BASE = StageSpec("pretrain", 1, {"a": 1}, {"sample": SAMPLE.fingerprint})
@@ -42,7 +42,9 @@ def key(spec: StageSpec) -> str:
 
 
 def removed(store: Store, name: str) -> dict[str, str]:
-    return {folder.key: why for folder, why in remove(store, plan_removal(name, store))}
+    plan = plan_removal(name, store)
+    with claimed(store, plan) as stays:
+        return dict.fromkeys((folder.key for folder in remove(store, plan, stays)), "") | stays
 
 
 def left(store: Store) -> set[str]:
@@ -56,7 +58,7 @@ def test_an_experiment_goes_without_what_another_one_uses(store: Store) -> None:
     assert len(left(store)) == 6  # a plan removes nothing
     checkpoint = f"checkpoints/{CHAT.fingerprint}/step-00000012"
     gone = removed(store, "tiny")
-    assert next(iter(gone)) == key(EXPORTS[0]) and gone == dict.fromkeys([key(EXPORTS[0]), checkpoint, key(CHAT)], "")
+    assert list(gone)[-1] == key(EXPORTS[0]) and gone == dict.fromkeys([key(EXPORTS[0]), checkpoint, key(CHAT)], "")
     assert left(store) == {key(SAMPLE), key(BASE), key(OTHER), key(EXPORTS[1])}
     assert store.files("reports") == {} and take_inventory(store).checkpoints == []
     assert set(removed(store, "own").values()) == {""} and left(store) == set()
@@ -74,6 +76,58 @@ def test_what_a_process_uses_stays_with_all_that_it_was_built_from(store: Store)
         found = removed(store, key(BASE))
     assert found[key(OTHER)] == "is in use" and found[key(BASE)] == "what was built from it stays"
     assert left(store) == {key(SAMPLE), key(BASE), key(OTHER)}
+
+
+def test_what_no_export_uses_yet_stays_with_its_inputs(store: Store) -> None:
+    store.remove(key(EXPORTS[1]))  # `own` shares the base of `tiny`, and is not exported yet
+    rows = {row["key"]: row["why"] for row in plan_removal("tiny", store).as_json()["keeps"]}
+    built = f"{key(OTHER)} was built from it"
+    assert rows == {key(SAMPLE): built, key(BASE): built, key(OTHER): "no export uses it"}
+    assert set(removed(store, "tiny")) == {
+        key(EXPORTS[0]),
+        key(CHAT),
+        f"checkpoints/{CHAT.fingerprint}/step-00000012",
+    }
+    assert left(store) == {key(SAMPLE), key(BASE), key(OTHER)}
+
+
+@pytest.mark.parametrize("name", ["tiny", key(BASE)])
+def test_what_a_process_builds_from_stays_before_its_result_is_there(store: Store, name: str) -> None:
+    for spec in (EXPORTS[1], OTHER):
+        store.remove(key(spec))
+    found = dict[str, str]()
+
+    def produce_meanwhile(out: Path) -> dict[str, Any]:
+        found.update(removed(store, name))
+        return produce(out)
+
+    build(store, OTHER, produce_meanwhile)
+    assert found[key(BASE)] == "a running process builds from it" and found[key(CHAT)] == ""
+    assert {key(SAMPLE), key(BASE), key(OTHER)} <= left(store)
+    if name == "tiny":  # its export stays, so that a second call goes on
+        assert found[key(EXPORTS[0])] == "the rest of the experiment stays"
+        assert removed(store, "tiny") == {key(EXPORTS[0]): ""}
+
+
+def test_nothing_goes_while_a_process_builds_from_unknown_inputs(store: Store) -> None:
+    with store.lease("finetune-0123456789abcdef"), pytest.raises(InUseError, match="perhaps from what would go"):
+        removed(store, "tiny")
+    with store.lease("measure-0123456789abcdef", []), pytest.raises(InUseError):
+        removed(store, "tiny")  # a measurement names its model by the content
+    assert len(left(store)) == 6
+
+
+@pytest.mark.parametrize("name", ["tiny", key(BASE)])
+def test_a_removal_that_was_killed_goes_on(store: Store, name: str) -> None:
+    store.remove(key(EXPORTS[1]))
+    store.remove(key(OTHER))
+    while True:  # a process that is killed after each folder
+        plan = plan_removal(name, store)
+        with claimed(store, plan) as stays:
+            next(remove(store, plan, stays))
+        if len(plan.folders) == 1:
+            break
+    assert left(store) <= {key(SAMPLE)} and not take_inventory(store).checkpoints
 
 
 def test_a_link_and_a_model_elsewhere_are_left_alone(store: Store, tmp_path: Path) -> None:

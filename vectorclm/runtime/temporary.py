@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -17,6 +18,7 @@ from vectorclm.runtime.processes import has_ended, machine, process_identity
 PREFIX = "vectorclm-"
 OWNER = "owner.json"  # the identity of the process that uses the folder
 FILES = "files"  # what it writes
+CREATED = re.compile(rf"{PREFIX}(?:.+-)?[a-z0-9_]{{8}}")  # as `mkdtemp` names a folder
 EMPTY_SECONDS = 3600  # after which an empty folder has lost its owner, who writes its identity at once
 
 
@@ -38,8 +40,11 @@ def remove_abandoned(place: Path | None = None) -> int:
     for folder in (place or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"):
         with suppress(OSError):  # another process removes it, too
             if _is_abandoned(folder):
-                shutil.rmtree(folder / FILES, ignore_errors=True)  # before the identity, in case this process is killed
-                shutil.rmtree(folder)
+                if (folder / OWNER).is_file():
+                    shutil.rmtree(folder / FILES, ignore_errors=True)  # before the identity, in case of a kill here
+                    shutil.rmtree(folder)
+                else:
+                    folder.rmdir()  # a file that was written there meanwhile stays
                 removed += 1
     return removed
 
@@ -49,8 +54,9 @@ def _is_abandoned(folder: Path) -> bool:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         return False
-    if not (owner := folder / OWNER).is_file():
-        return found.st_mtime < time.time() - EMPTY_SECONDS and not any(folder.iterdir())
+    if not (owner := folder / OWNER).is_file():  # perhaps a folder that the user created
+        private = stat.S_IMODE(found.st_mode) == 0o700 and CREATED.fullmatch(folder.name) is not None
+        return private and found.st_mtime < time.time() - EMPTY_SECONDS and not any(folder.iterdir())
     with suppress(ValueError, TypeError, AttributeError):
         return has_ended(json.loads(owner.read_text(encoding="utf-8")))
     return False

@@ -7,7 +7,7 @@ if absent. A rerun therefore skips finished stages, and a killed writer leaves n
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -209,13 +209,14 @@ class Store(ArtifactStorage):
         super().remove(key)
 
     @contextmanager
-    def lease(self, key: str) -> Iterator["Lease"]:
+    def lease(self, key: str, inputs: Iterable[str] | None = None) -> Iterator["Lease"]:
         """Hold the lease on `key` while the block runs: this process is the only writer of `key`.
 
-        The lease renews itself and expires when its holder dies. Raises InUseError while another process holds the
-        lease, and in place of any error that follows a takeover by another process.
+        `inputs` are the fingerprints of what it reads for that. The lease renews itself and expires when its holder
+        dies. Raises InUseError while another process holds the lease, and in place of any error that follows a takeover
+        by another process.
         """
-        lease = Lease(self, f"leases/{key}.json")
+        lease = Lease(self, f"leases/{key}.json", None if inputs is None else sorted(inputs))
         lease.acquire()
         try:
             yield lease
@@ -281,7 +282,7 @@ def build(
     """
     if (found := store.find_whole(spec)) is not None:
         return found, True
-    with store.lease(spec.lease) as lease:
+    with store.lease(spec.lease, spec.inputs.values()) as lease:
         try:
             if (found := store.find(spec.stage, spec.fingerprint)) is not None:
                 return found, True
@@ -316,7 +317,10 @@ def rebuild(
     The artifact stays as it is. In `metrics.jsonl`, neither the speed nor the order of the lines is compared, because
     lines may be written some steps late.
     """
-    with store.lease(spec.lease) as lease, attempt_folder(store.work_folder(spec, work_dir)) as work:
+    with (
+        store.lease(spec.lease, spec.inputs.values()) as lease,
+        attempt_folder(store.work_folder(spec, work_dir)) as work,
+    ):
         out = work / "out"
         with explained(str(out)):
             out.mkdir()

@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from typing import Any
@@ -31,10 +31,13 @@ _held: dict[tuple[str, str], "Lease"] = {}  # leases of this process, by store a
 
 
 class Lease:
-    """A claim on a key, renewed by a thread; a random token identifies the holder."""
+    """A claim on a key, renewed by a thread; a random token identifies the holder.
 
-    def __init__(self, store: Storage, name: str) -> None:
-        self.store, self.name = store, name
+    `inputs` are the fingerprints of the artifacts that the holder reads, which no other process removes meanwhile.
+    """
+
+    def __init__(self, store: Storage, name: str, inputs: Sequence[str] | None = None) -> None:
+        self.store, self.name, self.inputs = store, name, inputs
         self._token = secrets.token_hex(8)
         self._last = b""  # the claim as written last
         self._ended = threading.Event()
@@ -119,6 +122,7 @@ class Lease:
             **process_identity(psutil.Process()),
             "token": self._token,
             "renewed": time.time(),
+            **({"inputs": list(self.inputs)} if self.inputs is not None else {}),
         }
         return json.dumps(claim).encode()
 

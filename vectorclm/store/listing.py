@@ -1,9 +1,10 @@
 """Inventory and verification of a store: its artifacts, checkpoints and leases, and their bytes."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vectorclm.errors import ConfigError, CorruptArtifactError
@@ -59,6 +60,11 @@ class Claim:
     bytes: int
     modified: float
 
+    @property
+    def name(self) -> str:
+        """The name of the lease: the stage, and the first digits of the fingerprint."""
+        return self.key.removeprefix("leases/").removesuffix(".json")
+
 
 @dataclass(frozen=True)
 class Inventory:
@@ -68,20 +74,30 @@ class Inventory:
     checkpoints: Sequence[Folder]
     leases: Sequence[Claim]
 
+    @cached_property
+    def inputs(self) -> dict[str, set[str]]:
+        """The fingerprints of the inputs of each finished artifact, by the artifact's fingerprint."""
+        return {
+            folder.fingerprint: set(folder.artifact.manifest.get("inputs", {}).values())
+            for folder in self.artifacts
+            if folder.artifact is not None
+        }
+
+    def behind(self, fingerprints: Iterable[str]) -> set[str]:
+        """The fingerprints of all that these artifacts were built from, and their own."""
+        inputs, found, new = self.inputs, set[str](), set(fingerprints)
+        while new:
+            found |= new
+            new = {each for fingerprint in new for each in inputs.get(fingerprint, ())} - found
+        return found
+
     def used_by(self) -> dict[str, set[str]]:
         """The names of the experiments whose export was built from an artifact, by the artifact's fingerprint."""
-        known = {folder.fingerprint: folder.artifact.manifest for folder in self.artifacts if folder.artifact}
         users: dict[str, set[str]] = {}
-
-        def mark(fingerprint: str, name: str) -> None:
-            if name not in users.setdefault(fingerprint, set()):
-                users[fingerprint].add(name)
-                for behind in known.get(fingerprint, {}).get("inputs", {}).values():
-                    mark(behind, name)
-
-        for fingerprint, manifest in known.items():
-            if manifest.get("stage") == EXPORT:
-                mark(fingerprint, manifest["config"]["name"])
+        for folder in self.artifacts:
+            if folder.artifact is not None and folder.artifact.manifest.get("stage") == EXPORT:
+                for fingerprint in self.behind([folder.fingerprint]):
+                    users.setdefault(fingerprint, set()).add(folder.artifact.manifest["config"]["name"])
         return users
 
     def as_json(self) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Remove a model or an experiment from a store, with what was built from it, and without what others need."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from vectorclm.errors import ConfigError, InUseError
 from vectorclm.store.artifact import Store
 from vectorclm.store.gc import is_linked, owners
-from vectorclm.store.layout import EXPORT
+from vectorclm.store.layout import EXPORT, MEASURE
 from vectorclm.store.listing import Folder, Inventory, take_inventory
 from vectorclm.store.model_names import resolve_model
 from vectorclm.store.model_ref import ADDRESS
@@ -21,8 +21,9 @@ class Removal:
     what: str
     experiment: str | None  # the name of an experiment that goes as a whole
     folders: Sequence[Folder]  # artifacts and checkpoints; what was built from others comes first
-    kept: Sequence[Folder]  # artifacts of the experiment that other experiments use
+    kept: Sequence[Folder]  # artifacts that others use, or that no export uses
     users: Mapping[str, set[str]]  # the experiments that use an artifact, by its fingerprint
+    reasons: Mapping[str, str]  # for which an artifact is kept, by its key
 
     @property
     def fingerprints(self) -> list[str]:
@@ -34,7 +35,7 @@ class Removal:
         return {
             "what": self.what,
             "removes": [self._row(folder) for folder in self.folders],
-            "keeps": [self._row(folder) for folder in self.kept],
+            "keeps": [{**self._row(folder), "why": self.reasons[folder.key]} for folder in self.kept],
             "bytes": sum(folder.bytes for folder in self.folders),
         }
 
@@ -46,13 +47,16 @@ class Removal:
 def plan_removal(name: str, store: Store) -> Removal:
     """What goes with an experiment, or with the model that a name means (see `resolve_model`); removes nothing.
 
-    With an experiment go the artifacts that no other experiment uses; with each artifact goes what was built from it.
-    Raises ConfigError where the store has no such model, or more than one.
+    With an experiment go the artifacts that only its exports were built from. What another artifact was built from
+    stays, also where no export uses that one yet. With a model goes what was built from it. Raises ConfigError where
+    the store has no such model, or more than one.
     """
     inventory = take_inventory(store)
     users = inventory.used_by()
     if any(name in names for names in users.values()):
-        chosen = {fingerprint for fingerprint, names in users.items() if names == {name}}
+        own = {fingerprint for fingerprint, names in users.items() if names == {name}}
+        others = [fingerprint for fingerprint in inventory.inputs if fingerprint not in users]
+        chosen = own - inventory.behind(others)
         what, experiment = f"the experiment {name}", name
     else:
         match = ADDRESS.fullmatch(resolve_model(name, store.uri).rstrip("/"))
@@ -61,57 +65,112 @@ def plan_removal(name: str, store: Store) -> Removal:
         chosen, what, experiment = {match["fingerprint"]}, f"{match['stage']}/{match['fingerprint'][:12]}", None
     order = _with_dependents(chosen, inventory)
     folders = [folder for folder in (*inventory.checkpoints, *inventory.artifacts) if folder.fingerprint in order]
-    folders.sort(key=lambda folder: -order[folder.fingerprint])
-    kept = [
-        folder
-        for folder in inventory.artifacts
-        if experiment in users.get(folder.fingerprint, ()) and folder.fingerprint not in order
-    ]
-    return Removal(what, experiment, folders, kept, users)
+    # What the name finds is removed last, so that a second call goes on where a first one ended.
+    folders.sort(key=lambda folder: order[folder.fingerprint] * (1 if experiment else -1))
+    kept = _kept(experiment, chosen, inventory, users) if experiment else {}
+    return Removal(
+        what, experiment, folders, [folder for folder in inventory.artifacts if folder.key in kept], users, kept
+    )
+
+
+def _kept(
+    experiment: str, chosen: Collection[str], inventory: Inventory, users: Mapping[str, set[str]]
+) -> dict[str, str]:
+    """The artifacts of an experiment that stay, and what was built from it without an export; each with the reason."""
+    inputs, kept = inventory.inputs, dict[str, str]()
+    behind = {folder.key: inventory.behind([folder.fingerprint]) for folder in inventory.artifacts}
+    unused = [folder for folder in inventory.artifacts if folder.fingerprint in inputs.keys() - users.keys()]
+    for folder in inventory.artifacts:
+        names = users.get(folder.fingerprint, set())
+        if experiment in names and folder.fingerprint not in chosen:
+            built = [other.key for other in unused if folder.fingerprint in behind[other.key]]
+            others = sorted(names - {experiment})
+            kept[folder.key] = f"{', '.join(others)} uses it" if others else f"{', '.join(built)} was built from it"
+    own = {fingerprint for fingerprint, names in users.items() if experiment in names}
+    for folder in unused:
+        if behind[folder.key] & own:
+            kept[folder.key] = "no export uses it"
+    return kept
 
 
 def _with_dependents(chosen: set[str], inventory: Inventory) -> dict[str, int]:
     """The chosen artifacts and all that were built from them, each with the number of steps from the first inputs."""
-    inputs = {
-        folder.fingerprint: set(folder.artifact.manifest.get("inputs", {}).values())
-        for folder in inventory.artifacts
-        if folder.artifact is not None
-    }
     order = dict.fromkeys(chosen, 0)
     changed = True
     while changed:
         changed = False
-        for fingerprint, behind in inputs.items():
+        for fingerprint, behind in inventory.inputs.items():
             steps = max((order[each] + 1 for each in behind if each in order), default=0)
             if steps > order.get(fingerprint, 0):
                 order[fingerprint], changed = steps, True
     return order
 
 
-def remove(store: Store, removal: Removal) -> Iterator[tuple[Folder, str]]:
-    """Remove the folders one by one; yields each with the reason for which it stays, which is empty where it is gone.
+@contextmanager
+def claimed(store: Store, removal: Removal) -> Iterator[dict[str, str]]:
+    """Hold the leases of all that goes while the block runs; yields what stays, by key, with the reason.
 
-    What a folder that stays was built from stays, too.
+    What a process builds stays with all that it is built from. While a part of an experiment stays, so do its exports,
+    by which a later removal finds it. Raises InUseError while a process builds something whose inputs are not known.
     """
-    needed: set[str] = set()
-    for folder in removal.folders:
-        why = "what was built from it stays" if folder.fingerprint in needed else _remove(store, folder)
-        if why and folder.artifact is not None:
-            needed |= set(folder.artifact.manifest.get("inputs", {}).values())
-        if not why and folder.key.startswith(f"{EXPORT}/"):
-            store.delete(f"reports/{folder.fingerprint}.html")
-        yield folder, why
-
-
-def _remove(store: Store, folder: Folder) -> str:
-    """Remove a folder under its leases; returns the reason for which it stays, if it does."""
-    if is_linked(store, folder.key):
-        return "is a link: remove it by hand"
+    stays, taken = dict[str, str](), dict[str, bool]()
     with ExitStack() as stack:
-        try:
-            for lease in owners(folder.key):
-                stack.enter_context(store.lease(lease))
-        except InUseError:
-            return "is in use"
-        store.remove(folder.key)
-    return ""
+        for folder in removal.folders:
+            leases = owners(folder.key)
+            for lease in leases:
+                if lease not in taken:
+                    taken[lease] = _acquired(stack, store, lease)
+            if is_linked(store, folder.key):
+                stays[folder.key] = "is a link: remove it by hand"
+            elif not all(taken[lease] for lease in leases):
+                stays[folder.key] = "is in use"
+        inventory = take_inventory(store)  # from here on, no other process begins to build what goes
+        read = inventory.behind(_read_now(inventory, [lease for lease, own in taken.items() if own]))
+        going = {folder.fingerprint for folder in removal.folders if folder.key not in stays}
+        staying = inventory.behind(inventory.inputs.keys() - going)
+        for folder in removal.folders:
+            if folder.fingerprint in staying:
+                stays.setdefault(folder.key, "what was built from it stays")
+            elif folder.fingerprint in read:
+                stays.setdefault(folder.key, "a running process builds from it")
+        if stays and removal.experiment is not None:
+            for folder in removal.folders:
+                if folder.key.startswith(f"{EXPORT}/"):
+                    stays.setdefault(folder.key, "the rest of the experiment stays")
+        yield stays
+
+
+def _acquired(stack: ExitStack, store: Store, lease: str) -> bool:
+    try:
+        stack.enter_context(store.lease(lease))
+    except InUseError:
+        return False
+    return True
+
+
+def _read_now(inventory: Inventory, own: Collection[str]) -> set[str]:
+    """The inputs of all that other processes build now. Raises InUseError where a lease does not state them."""
+    inputs = inventory.inputs
+    finished = {
+        f"{folder.key.split('/')[0]}-{folder.fingerprint[:16]}": folder.fingerprint for folder in inventory.artifacts
+    }
+    found = set[str]()
+    for claim in inventory.leases:
+        if not claim.alive or claim.name in own:
+            continue
+        known = claim.holder.get("inputs", inputs.get(finished.get(claim.name, "")))
+        if known is None or claim.name.startswith(f"{MEASURE}-"):  # a measurement reads a model by its content
+            by = f"process {claim.holder.get('pid')} on {claim.holder.get('host')}"
+            raise InUseError(f"{by} builds {claim.name}, perhaps from what would go: wait for it, or stop it")
+        found |= set(known)
+    return found
+
+
+def remove(store: Store, removal: Removal, stays: Collection[str]) -> Iterator[Folder]:
+    """Remove the folders but for those that stay, while `claimed` holds their leases; yields each once it is gone."""
+    for folder in removal.folders:
+        if folder.key not in stays:
+            if folder.key.startswith(f"{EXPORT}/"):
+                store.delete(f"reports/{folder.fingerprint}.html")
+            store.remove(folder.key)
+            yield folder
