@@ -211,5 +211,6 @@ def _repeat(looks: Sequence[Look], ended: threading.Event) -> None:
                 look()
             except Exception as error:  # of any kind: a run has changed meanwhile, or a disk does not answer
                 line = f"{type(error).__name__}: {error}"
-                logger.log(logging.DEBUG if line in warned else logging.WARNING, "a look at the platform: %s", line)
+                level = logging.DEBUG if line in warned else logging.WARNING
+                logger.log(level, "the platform was not looked at: %s", line)
                 warned.add(line)
