@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, RelatedResource, Resource
+from prefect.settings import PREFECT_UI_URL
 from prefect.utilities.urls import url_for
 
 from flows.net import without_password
@@ -61,8 +62,8 @@ def _cut(value: Any) -> Any:
 
 def _page(client: SyncPrefectClient, resources: Sequence[Mapping[str, str]]) -> str | None:
     """The page of the run that is one of the resources, else the dashboard."""
-    base = str(client.api_url).rstrip("/").removesuffix("/api")
+    base = PREFECT_UI_URL.value() or str(client.api_url).rstrip("/").removesuffix("/api")
     ids = [each["prefect.resource.id"] for each in resources]
     runs = [found.removeprefix(RUN) for found in ids if found.startswith(RUN)]
-    page = url_for("flow-run", runs[0], default_base_url=base) if runs else url_for("dashboard", default_base_url=base)
+    page = url_for("flow-run", runs[0], default_base_url=base) if runs else f"{base.rstrip('/')}/dashboard"
     return without_password(page) if page else None
