@@ -97,18 +97,21 @@ def test_a_failure_with_a_message_without_end_is_reported(
     prefect_client: SyncPrefectClient, deployment: UUID, incidents: Incidents
 ) -> None:
     """Prefect's server drops an event beyond its limit, and answers as if it kept it."""
+    last = f"{FAR} {uuid4()}"
     most = get_current_settings().server.events.maximum_size_bytes
     ended(prefect_client, deployment, "verbose", Failed(message="no space left " + "." * most))
     incidents.look_at_runs()
-    ended(prefect_client, deployment, FAR, Failed())
+    ended(prefect_client, deployment, last, Failed())
     incidents.look_at_runs()
-    titles = [title for _, title in events(prefect_client, "flow-run.", f"{FAR} failed")]
+    titles = [title for _, title in events(prefect_client, "flow-run.", f"{last} failed")]
     assert "verbose failed" in titles
 
 
 def test_a_failure_whose_label_was_not_written_is_one_event(
     prefect_client: SyncPrefectClient, deployment: UUID, incidents: Incidents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    last = f"{FAR} {uuid4()}"
+
     def fails(*_: Any) -> None:
         raise ConnectError("the server ends")
 
@@ -117,9 +120,9 @@ def test_a_failure_whose_label_was_not_written_is_one_event(
         patch.setattr(prefect_client, "update_flow_run_labels", fails)
         incidents.look_at_runs()
     Incidents(prefect_client, incidents.store, incidents.home).look_at_runs()  # the server starts again
-    ended(prefect_client, deployment, FAR, Failed())
+    ended(prefect_client, deployment, last, Failed())
     incidents.look_at_runs()
-    events(prefect_client, "flow-run.", f"{FAR} failed")
+    events(prefect_client, "flow-run.", f"{last} failed")
     assert len(events(prefect_client, f"flow-run.{run_id}", "unlabelled failed")) == 1
 
 
