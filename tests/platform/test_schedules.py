@@ -12,7 +12,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
-from prefect.states import Pending, Running, Scheduled
+from prefect.states import Running, Scheduled
 
 from flows.handle import RESCUED
 from flows.platform import deployment_file
@@ -196,11 +196,11 @@ def test_a_run_that_waits_to_start_again_outlives_the_end_of_its_schedule(
         runs(prefect_client, evaluate), key=lambda run: str(run.expected_start_time)
     )
     again: dict[UUID, State[Any]] = {
-        crashed.id: Scheduled(name=RESCUED),  # before its process said that it runs
+        crashed.id: Scheduled(name=RESCUED),
         retried.id: Scheduled(name="Late"),  # as the server calls any run that is late
     }
     for run_id, state in again.items():
-        prefect_client.set_flow_run_state(run_id, Running() if run_id == retried.id else Pending(), force=True)
+        prefect_client.set_flow_run_state(run_id, Running(), force=True)
         prefect_client.set_flow_run_state(run_id, state, force=True)
     (row,) = overview(prefect_client)
     assert row["next"] == f"{following.expected_start_time:%Y-%m-%d %H:%M} UTC"
