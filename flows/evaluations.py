@@ -28,6 +28,7 @@ from flows.form import SuiteName
 from flows.handle import FELL
 from flows.net import without_password
 from flows.paths import local_folder
+from flows.platform.events import payload
 from flows.platform.schedules import schedule_of_this_run
 from flows.reports.score_history import as_image, as_markdown, history_chart, history_page
 from flows.tracking.histories import MOST, record_history
@@ -172,22 +173,24 @@ def _compare(registry: Registry, subject: Subject, artifact: Artifact, *, needed
 
 
 def _show_history(registry: Registry, subject: Subject, settings: Mapping[str, Any]) -> None:
-    """Show the scores over time as one chart: under the run's artifacts, as a page of the platform, and in MLflow."""
+    """Show the scores over time as one chart: under the run's artifacts, as a page of the platform, and in MLflow.
+
+    The evaluation is done and recorded, so a store or an MLflow that fails now is a warning.
+    """
     title, id_of_series = f"{subject.name} on {settings['suite']}", series(subject.name, settings)
-    results = registry.history(subject, settings, MOST)
     key = f"reports/{id_of_series}.html"
-    registry.store.write(key, history_page(title, results).encode())
     ui = PREFECT_UI_URL.value() if deployment.id is not None else None  # of a platform, whose server shows reports
     link = f"{without_password(ui).rstrip('/')}/{key}" if ui else None
-    about = f"`{title}`: every result with its 95 % interval"
-    text = as_markdown(title, results, link)
-    create_markdown_artifact(text, key=_key("scores", subject.name, settings["suite"]), description=about)
-    picture = as_image(history_chart(title, results))
     try:
-        get_run_logger().info(
-            "scores over time in MLflow: %s", record_history(registry, id_of_series, title, results, picture)
-        )
-    except RegistryError as error:
+        results = registry.history(subject, settings, MOST)
+        registry.store.write(key, history_page(title, results).encode())
+        text = as_markdown(title, results, link)
+        about = f"`{title}`: every result with its 95 % interval"
+        create_markdown_artifact(text, key=_key("scores", subject.name, settings["suite"]), description=about)
+        picture = as_image(history_chart(title, results))
+        page = record_history(registry, id_of_series, title, results, picture)
+        get_run_logger().info("scores over time in MLflow: %s", page)
+    except (RegistryError, StoreError, OSError) as error:
         get_run_logger().warning("%s; the next evaluation adds this result to the scores over time", error)
 
 
@@ -229,26 +232,19 @@ def _tell(subject: Subject, suite: str, results: Sequence[Result]) -> None:
     ]
     title = f"{this.title} scores worse than {before.title} on {suite}"
     get_run_logger().warning("%s: %s", title, "; ".join(lines))
-    page = flow_run.ui_url
+    page = str(flow_run.ui_url) if flow_run.ui_url else None
     falls = [
         {"task": change.name, "before": change.before.value, "after": change.after.value, "noise": change.noise}
         for change in fallen
     ]
+    about = {"model": this.title, "before": before.title, "suite": suite, "falls": falls}
     emit_event(
         FELL,
         resource={
             "prefect.resource.id": f"vectorclm.{_key('evaluation', subject.name, suite)}",
             "prefect.resource.name": f"{subject.name} on {suite}",
         },
-        payload={
-            "title": title,
-            "text": "\n".join([title, *lines, *([str(page)] if page else [])]),
-            "model": this.title,
-            "before": before.title,
-            "suite": suite,
-            "falls": falls,
-            "links": [str(page)] if page else [],
-        },
+        payload=payload([title, *lines], page, about),
     )
 
 

@@ -1,6 +1,7 @@
 """The deployment `evaluate` as a flow on a real server: measured once, compared, recorded, and a fall reported."""
 
 import json
+import shutil
 import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.flow_engine import run_flow
 from prefect.states import Pending
@@ -170,6 +171,32 @@ def test_a_result_is_kept_without_mlflow_unless_the_model_came_from_there(
     assert (row["model"], row["acc.world"]) == ("/some/folder", "0.5000 ± 0.0500")
     with pytest.raises(RegistryError, match="does not answer"):
         compares(True)
+
+
+def test_an_evaluation_is_done_also_where_its_chart_cannot_be_kept(
+    prefect_client: SyncPrefectClient, recorded: Recorded, tmp_path: Path
+) -> None:
+    own = copied(recorded, tmp_path)
+    registry = Registry(own)
+    subject = registry.find("models:/vectorclm-base@candidate")
+    shutil.rmtree(Path(own.root) / "reports", ignore_errors=True)
+    (Path(own.root) / "reports").write_text("a file in the place of the folder of reports")
+
+    @flow
+    def compares() -> None:
+        _compare(registry, subject, measured(recorded, 0.5, "e"), needed=True)
+
+    state = compares(return_state=True)
+    assert state.is_completed()
+    assert recorded_runs(own, "vectorclm-base 1") == 1
+    mine = LogFilter.model_validate({"flow_run_id": {"any_": [state.state_details.flow_run_id]}})
+    until(
+        lambda: any(
+            "adds this result to the scores over time" in line.message for line in prefect_client.read_logs(mine)
+        ),
+        "the log says so",
+        30,
+    )
 
 
 def test_a_task_that_could_not_run_stands_in_the_table_as_such() -> None:

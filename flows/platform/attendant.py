@@ -1,4 +1,4 @@
-"""The attendant of the runs, a thread beside Prefect's server: names new runs, says for whom one waits, finds the dead.
+"""The attendant of the runs, threads beside Prefect's server: names new runs, says for whom one waits, finds the dead.
 
 Of several missed runs of a schedule it keeps the newest, and it reports scheduled runs that no worker takes.
 It also looks for what the operator must know of (see `flows.platform.incidents`).
@@ -9,7 +9,7 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -37,7 +37,10 @@ RESCUE_SECONDS = 35  # after which a crashed run starts again, where no automati
 ASLEEP = timedelta(seconds=60)  # between two looks: the machine was suspended, and workers need time as after a start
 RECENT = timedelta(hours=6)  # older crashes are left alone
 ACTIVE = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+FILL_SECONDS = 300  # at most, for the forms of all experiments
 QUEUED = "Queued"  # the state of a run that waits for another
+
+Look = Callable[[], None]
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +52,10 @@ class Attendant:
         self.client = client
         self._missed: dict[UUID, int] = {}  # looks that found no process of a run
         self._crashed: set[UUID] = set()  # states whose run was closed in MLflow
-        self._files = _stamps()
         self._awake_since = self._last_look = datetime.now(UTC)
 
     def look(self) -> None:
-        """Look once at all unfinished and recently crashed runs, and at the folder of experiments."""
-        if (stamps := _stamps()) != self._files:
-            self._fill_forms()
-            self._files = stamps
+        """Look once at all unfinished and recently crashed runs."""
         runs = skip_older(self.client, self._runs())
         for run in runs:
             if not any(tag.startswith(TAGGED) for tag in run.tags) and "experiment" in run.parameters:
@@ -146,9 +145,20 @@ class Attendant:
         line = {"name": "vectorclm", "level": logging.WARNING, "message": message}
         self.client.create_logs([{**line, "timestamp": datetime.now(UTC).isoformat(), "flow_run_id": str(run.id)}])
 
-    def _fill_forms(self) -> None:
+
+class ExperimentForms:
+    """Fills the forms of the experiments again when a file in their folder has changed."""
+
+    def __init__(self) -> None:
+        self._files: Mapping[str, tuple[str, int, int]] | None = None  # None: not looked at yet
+
+    def look(self) -> None:
+        """Look once at the folder of experiments. Raises TimeoutExpired where the forms take too long."""
+        before, self._files = self._files, _stamps()  # kept first: what fails is not repeated until the next change
+        if before is None or before == self._files:
+            return
         command = [sys.executable, "-m", "flows.platform.experiment_forms"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=FILL_SECONDS, check=False)
         for line in (done.stdout + done.stderr).splitlines():
             logger.warning("%s", line)
 
@@ -166,19 +176,41 @@ def _stamps() -> Mapping[str, tuple[str, int, int]]:
 
 
 def attend(url: str, auth: str | None, store: Store) -> threading.Event:
-    """Attend the runs of the server at `url` in a thread, whatever goes wrong meanwhile, until the event is set."""
+    """Attend the runs of the server at `url`, whatever goes wrong meanwhile, until the event is set.
+
+    Disks and folders have a thread each beside that of the runs, as a file system that is away may block a look.
+    """
     ended = threading.Event()
 
-    def work() -> None:
-        with SyncPrefectClient(url, auth_string=auth) as client:
-            incidents = Incidents(client, store, local_folder(store))
-            looks = (Attendant(client).look, incidents.look_at_runs, incidents.look_at_disks)
-            while not ended.wait(LOOK_SECONDS):
-                for look in looks:
-                    try:
-                        look()
-                    except Exception as error:  # of any kind: the server is starting, or a run has changed meanwhile
-                        logger.debug("the platform was not looked at: %s", error)
+    def runs(client: SyncPrefectClient) -> Sequence[Look]:
+        return Attendant(client).look, Incidents(client, store, local_folder(store)).look_at_runs
 
-    threading.Thread(target=work, daemon=True, name="attendant").start()
+    def disks(client: SyncPrefectClient) -> Sequence[Look]:
+        return (Incidents(client, store, local_folder(store)).look_at_disks,)
+
+    def forms(client: SyncPrefectClient) -> Sequence[Look]:
+        return (ExperimentForms().look,)
+
+    def work(looks: Callable[[SyncPrefectClient], Sequence[Look]]) -> None:
+        with SyncPrefectClient(url, auth_string=auth) as client:
+            while client.api_healthcheck() is not None and not ended.wait(LOOK_SECONDS):
+                pass  # the server is starting
+            _repeat(looks(client), ended)
+
+    for looks in (runs, disks, forms):
+        threading.Thread(target=work, args=[looks], daemon=True, name=f"attendant of {looks.__name__}").start()
     return ended
+
+
+def _repeat(looks: Sequence[Look], ended: threading.Event) -> None:
+    """Look again and again; each error is a warning the first time."""
+    warned: set[str] = set()
+    while not ended.wait(LOOK_SECONDS):
+        for look in looks:
+            try:
+                look()
+            except Exception as error:  # of any kind: a run has changed meanwhile, or a disk does not answer
+                line = f"{type(error).__name__}: {error}"
+                level = logging.DEBUG if line in warned else logging.WARNING
+                logger.log(level, "the platform was not looked at: %s", line)
+                warned.add(line)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid5
 
 from httpx import HTTPError
 from prefect.client.orchestration import SyncPrefectClient
@@ -20,11 +20,10 @@ from prefect.client.schemas.actions import VariableCreate, VariableUpdate
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.events import Event, RelatedResource, Resource
 from prefect.exceptions import ObjectNotFound
-from prefect.utilities.urls import url_for
 
 from flows.handle import DISK_FULL, DISK_RECOVERED, DRY_RUN, RUN_FAILED, RUN_RECOVERED
+from flows.platform.events import emit
 from flows.platform.machine_checks import Disk, disks
 from vectorclm.store.artifact import Store
 
@@ -33,7 +32,6 @@ FULL_DISKS = "vectorclm_full_disks"  # the variable with the paths of full disks
 RECENT = timedelta(hours=6)  # older ends of runs are not reported, such as those before an upgrade
 OVERLAP = timedelta(minutes=5)  # between the periods of two looks
 FINAL = timedelta(seconds=60)  # after which a crashed run is not started again: the attendant does it within 35 s
-MESSAGE_LETTERS = 2000
 ROOMY = 1.2  # a full disk has recovered with so many times the least room
 SUBJECT = ("experiment", "stage", "model", "suite")  # the parameters that say what a run is about
 ENDED = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)  # a person knows of a run that was cancelled
@@ -82,7 +80,7 @@ class Incidents:
         if not state.is_completed():
             how = "crashed, and does not start again by itself" if state.is_crashed() else "failed"
             remedy = "Finished stages are kept: fix the cause, then press Retry on the page of the run."
-            self._report(RUN_FAILED, run, state, [f"{run.name} {how}", (state.message or "")[:MESSAGE_LETTERS], remedy])
+            self._report(RUN_FAILED, run, state, [f"{run.name} {how}", state.message or "", remedy])
         elif state.name != DRY_RUN and (before := self._failure_before(run)) is not None:
             lines = [f"{self._deployment_name(run)} runs again", f"{run.name} completed; {before.name} had failed."]
             self._report(RUN_RECOVERED, run, state, lines)
@@ -112,8 +110,8 @@ class Incidents:
             "prefect.resource.name": run.name,
         }
         resource = {"prefect.resource.id": f"vectorclm.flow-run.{run.id}", "prefect.resource.name": run.name}
-        page = url_for("flow-run", obj_id=run.id)
-        self._emit(event, [resource, related], [line for line in lines if line], page, about)
+        event_id = uuid5(state.id, event)  # the same one where the label is not written, and the server starts again
+        emit(self.client, event, [resource, related], [line for line in lines if line], about, event_id)
         self._seen.add(state.id)  # also if the label cannot be written
         self.client.update_flow_run_labels(run.id, {REPORTED: f"{event} {state.id}"})
 
@@ -122,40 +120,27 @@ class Incidents:
         if self._full is None:
             self._full = self._read_full()
         before = set(self._full)
-        for disk in disks(self.store, self.home):
-            if disk.path not in self._full and disk.lacks(1.0):
-                self._report_disk(DISK_FULL, disk, ["a disk of the platform is almost full", f"{disk}: {disk.remedy}"])
-                self._full.add(disk.path)
-            elif disk.path in self._full and not disk.lacks(ROOMY):
-                self._report_disk(DISK_RECOVERED, disk, ["a disk of the platform has room again", str(disk)])
-                self._full.remove(disk.path)
-        if self._full != before:
-            self._write_full(self._full)
+        try:
+            for disk in disks(self.store, self.home):
+                self._check_disk(disk, self._full)
+        finally:  # what was reported before a disk failed is not reported again
+            if self._full != before:
+                self._write_full(self._full)
+
+    def _check_disk(self, disk: Disk, full: set[str]) -> None:
+        """Report a disk that has become full or has room again; changes the paths of full disks."""
+        if disk.path not in full and disk.lacks(1.0):
+            self._report_disk(DISK_FULL, disk, ["a disk of the platform is almost full", f"{disk}: {disk.remedy}"])
+            full.add(disk.path)
+        elif disk.path in full and not disk.lacks(ROOMY):
+            self._report_disk(DISK_RECOVERED, disk, ["a disk of the platform has room again", str(disk)])
+            full.remove(disk.path)
 
     def _report_disk(self, event: str, disk: Disk, lines: Sequence[str]) -> None:
         machine = socket.gethostname()
         name = {"prefect.resource.id": f"vectorclm.disk.{machine}.{disk.path}", "prefect.resource.name": disk.path}
         about = {"machine": machine, "places": disk.places, "free_bytes": disk.free}
-        self._emit(event, [name], [f"{machine}: {lines[0]}", *lines[1:]], url_for("dashboard"), about)
-
-    def _emit(
-        self,
-        event: str,
-        resources: Sequence[dict[str, str]],
-        lines: Sequence[str],
-        page: str | None,
-        about: dict[str, Any],
-    ) -> None:
-        """Send an event about the first of the resources; the first of the lines is its title."""
-        links, title = [page] if page else [], " ".join(lines[0].split())  # the title becomes a header of a mail
-        sent = Event(
-            occurred=datetime.now(UTC),
-            event=event,
-            resource=Resource(resources[0]),
-            related=[RelatedResource(each) for each in resources[1:]],
-            payload={"title": title, "text": "\n".join([title, *lines[1:], *links]), "links": links, **about},
-        )
-        self.client.request("POST", "/events", json=[sent.model_dump(mode="json")])
+        emit(self.client, event, [name], [f"{machine}: {lines[0]}", *lines[1:]], about)
 
     def _read_full(self) -> set[str]:
         found = self.client.read_variable_by_name(FULL_DISKS)

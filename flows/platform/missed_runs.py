@@ -12,21 +12,20 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.events import Event, RelatedResource, Resource
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
-from prefect.utilities.urls import url_for
 
 from flows.handle import MISSED
 from flows.platform.config import POOLS
-from flows.platform.schedules import schedule_of
+from flows.platform.events import emit
+from flows.platform.schedules import has_not_begun, schedule_of
 from vectorclm.errors import VectorCLMError
 
 MISSED_AFTER = timedelta(minutes=2)
 SKIPPED = "Skipped"  # the name of the state of a run whose place a newer run of its schedule takes
 REPORTED = "vectorclm.missed"  # the label of a run that was reported
-NOT_BEGUN = ("Scheduled", "Late", "Queued", "AwaitingConcurrencySlot")  # not one that is retried or started again
+STOPPED = (StateType.CANCELLED, StateType.CANCELLING)
 ACTIVE = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 
 
@@ -82,8 +81,9 @@ def check_is_newest() -> None:
         due = client.read_flow_runs(
             flow_run_filter=FlowRunFilter.model_validate(wanted), sort=FlowRunSort.EXPECTED_START_TIME_DESC
         )
-    for run in due:
-        if _waits_since(run) == mine.created_by.id and _due(run) > _due(mine):
+    for run in due:  # another worker may have taken the newer run meanwhile, so its state says nothing
+        is_of_mine = run.auto_scheduled and run.created_by is not None and run.created_by.id == mine.created_by.id
+        if is_of_mine and run.state_type not in STOPPED and _due(run) > _due(mine):
             raise SkippedRunError(_reason(run))
 
 
@@ -99,19 +99,19 @@ def report_missed(client: SyncPrefectClient, runs: Sequence[FlowRun] | None = No
             continue
         schedule = schedule_of(client, run) or run.name
         title = f"no worker took the scheduled run {schedule}"
-        lines.append(f"{title}, due since {_due(run):%Y-%m-%d %H:%M} UTC: {why}")
+        since = f"due since {_due(run):%Y-%m-%d %H:%M} UTC: {why}"
+        lines.append(f"{title}, {since}")
         if REPORTED not in run.labels:
-            _emit(client, run, title, lines[-1])
+            _report(client, run, [title, since])
             client.update_flow_run_labels(run.id, {REPORTED: datetime.now(UTC).isoformat()})
     return lines
 
 
 def _waits_since(run: FlowRun) -> UUID | None:
     """The id of the schedule of a run that is due and has not begun; None for other runs."""
-    if not run.auto_scheduled or run.created_by is None or run.state is None or run.run_count:
+    if not run.auto_scheduled or run.created_by is None:
         return None
-    waits = run.state.type == StateType.SCHEDULED and run.state.name in NOT_BEGUN
-    return run.created_by.id if waits and _due(run) <= datetime.now(UTC) else None
+    return run.created_by.id if has_not_begun(run) and _due(run) <= datetime.now(UTC) else None
 
 
 def _due(run: FlowRun) -> datetime:
@@ -167,7 +167,7 @@ def _due_runs(client: SyncPrefectClient) -> list[FlowRun]:
     )
 
 
-def _emit(client: SyncPrefectClient, run: FlowRun, title: str, text: str) -> None:
+def _report(client: SyncPrefectClient, run: FlowRun, lines: Sequence[str]) -> None:
     """Emit the event of a missed run; its id follows from the run's, so that two observers emit the same event."""
     resource = {
         "prefect.resource.id": f"prefect.flow-run.{run.id}",
@@ -179,20 +179,5 @@ def _emit(client: SyncPrefectClient, run: FlowRun, title: str, text: str) -> Non
         "prefect.resource.role": "work-pool",
         "prefect.resource.name": run.work_pool_name or "",
     }
-    base = str(client.api_url).rstrip("/").removesuffix("/api")
-    page = url_for("flow-run", run.id, default_base_url=base)
-    event = Event(
-        occurred=datetime.now(UTC),
-        event=MISSED,
-        resource=Resource(resource),
-        related=[RelatedResource(pool)],
-        id=uuid5(run.id, MISSED),
-        payload={
-            "title": title,
-            "text": "\n".join([text, *([page] if page else [])]),
-            "due": _due(run).isoformat(),
-            "parameters": run.parameters,
-            "links": [page] if page else [],
-        },
-    )
-    client.request("POST", "/events", json=[event.model_dump(mode="json")])
+    about = {"due": _due(run).isoformat(), "parameters": run.parameters}
+    emit(client, MISSED, [resource, pool], lines, about, uuid5(run.id, MISSED))

@@ -34,6 +34,7 @@ EVALUATE = "evaluate/evaluate"
 BY_NAME = re.compile(r"[\w.-]+(@[\w.-]+|/[0-9]+)")  # a registered model and its alias or version
 EVERY_HOUR = re.compile(r"(\S+ +\* +\* +\* +\*|@hourly)")
 SHOWN_RUNS = 3
+NOT_BEGUN = ("Scheduled", "Late", "Queued", "AwaitingConcurrencySlot")  # not one that is retried or started again
 ID_DIGITS = 4  # at least, of an id that is given by its beginning
 
 
@@ -124,7 +125,8 @@ def overview(client: SyncPrefectClient) -> list[dict[str, Any]]:
     """What each schedule runs, when, whether it is on, and its next and last run."""
     known = known_schedules(client)
     ids = [str(one.deployment.id) for one in known]
-    coming = _first(_runs(client, ids, [StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC))
+    planned = _runs(client, ids, [StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC)
+    coming = _first([run for run in planned if has_not_begun(run)])
     begun = [kind for kind in StateType if kind != StateType.SCHEDULED]
     last = _first(_runs(client, ids, begun, FlowRunSort.EXPECTED_START_TIME_DESC))
     rows = []
@@ -196,6 +198,11 @@ def next_runs(client: SyncPrefectClient, known: KnownSchedule) -> str:
     )
 
 
+def has_not_begun(run: FlowRun) -> bool:
+    """Whether a run waits for its first attempt; one that is retried or was rescued waits, too, and has begun."""
+    return not run.run_count and run.state_type == StateType.SCHEDULED and run.state_name in NOT_BEGUN
+
+
 def schedule_of(client: SyncPrefectClient, run: FlowRun) -> str | None:
     """The name of the schedule that started a run; None if a person or a program did, or it is gone."""
     if not run.auto_scheduled or run.created_by is None or run.deployment_id is None:
@@ -228,7 +235,8 @@ def _plan(client: SyncPrefectClient, deployment_id: UUID) -> None:
 def _waiting(client: SyncPrefectClient, known: KnownSchedule) -> list[FlowRun]:
     """The runs of a schedule that have not begun."""
     runs = _runs(client, [str(known.deployment.id)], [StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC)
-    return [run for run in runs if run.created_by is not None and run.created_by.id == known.schedule.id]
+    mine = [run for run in runs if run.created_by is not None and run.created_by.id == known.schedule.id]
+    return [run for run in mine if has_not_begun(run)]
 
 
 def _runs(

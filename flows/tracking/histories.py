@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mlflow.entities import Metric, Run
+from mlflow.entities import Metric, Run, RunTag
 
 from flows.tracking.client import BATCH
 from flows.tracking.registry import Registry, Result
@@ -10,7 +10,8 @@ from vectorclm.evaluation.statistics import Figure, score_interval
 
 HISTORIES = "scores over time"  # MLflow's experiment
 SERIES = "history"  # the tag with the id of the series that a run shows
-LOGGED = "results"  # the tag with the number of results that a run has
+LOGGED = "results"  # the tag with the number of results that a run has, also of those that were removed since
+NEWEST = "newest_result"  # the tag with the time of the newest of them, in milliseconds
 PICTURE = "scores-over-time.svg"
 MOST = 1000  # results of a series; MLflow returns no more at once
 
@@ -23,16 +24,20 @@ def record_history(registry: Registry, series: str, title: str, results: Sequenc
     ordered = results[::-1]
     with registry.asked():
         run = _run(registry, series, title)
-        known = int(run.data.tags.get(LOGGED, 0))
+        newest = int(run.data.tags.get(NEWEST, 0))  # a count would not do: results are removed with their model
+        known = int(run.data.tags.get(LOGGED, 0)) if newest else 0
+        added = [result for result in ordered if _time(result) > newest]
         metrics = [
-            Metric(name, value, round(result.when.timestamp() * 1000), step)
-            for step, result in enumerate(ordered[known:], known)
+            Metric(name, value, _time(result), step)
+            for step, result in enumerate(added, known)
             for name, value in _values(result.figures).items()
         ]
         for start in range(0, len(metrics), BATCH):
             registry.client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
         registry.client.log_text(run.info.run_id, picture, PICTURE)
-        registry.client.set_tag(run.info.run_id, LOGGED, str(len(ordered)))
+        if added:
+            tags = [RunTag(LOGGED, str(known + len(added))), RunTag(NEWEST, str(_time(added[-1])))]
+            registry.client.log_batch(run.info.run_id, tags=tags)
     return registry.page(str(run.info.experiment_id), run.info.run_id)
 
 
@@ -71,6 +76,11 @@ def _run(registry: Registry, series: str, title: str) -> Run:
     made = registry.client.create_run(experiment_id, tags={SERIES: series}, run_name=title)
     registry.client.set_terminated(made.info.run_id)
     return made
+
+
+def _time(result: Result) -> int:
+    """The time of a result in milliseconds, as MLflow keeps it."""
+    return round(result.when.timestamp() * 1000)
 
 
 def _values(figures: Mapping[str, Figure]) -> dict[str, float]:

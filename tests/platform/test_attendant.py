@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ from flows.execution.labels import PROCESS, record_process
 from flows.experiments import FOLDER
 from flows.handle import CURRICULA, RESCUED
 from flows.platform import attendant as module
-from flows.platform.attendant import Attendant, attend
+from flows.platform import incidents
+from flows.platform.attendant import Attendant, ExperimentForms, attend
 from tests.services.platform import until
 from vectorclm.runtime.processes import process_identity
 from vectorclm.store.artifact import Store
+
+Start = Callable[[], None]
 
 
 @pytest.fixture(autouse=True)
@@ -154,30 +158,51 @@ def test_an_old_crash_is_left_alone(
     assert prefect_client.read_flow_run(run_id).state_name == "Crashed"
 
 
-def test_a_change_in_the_folder_fills_the_forms_and_a_scheduled_run_of_tomorrow_waits_unnamed(
-    prefect_client: SyncPrefectClient, deployment: UUID, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+def test_a_scheduled_run_of_tomorrow_waits_unnamed(prefect_client: SyncPrefectClient, deployment: UUID) -> None:
     tomorrow = datetime.now(UTC) + module.timedelta(days=1)
     later = started(prefect_client, deployment, Scheduled(scheduled_time=tomorrow), name="brave-otter")
+    Attendant(prefect_client).look()
+    assert prefect_client.read_flow_run(later).name == "brave-otter"
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_a_change_in_the_folder_fills_the_forms_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_slow: bool
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
     ran: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
         ran.append(command)
+        if is_slow:
+            raise subprocess.TimeoutExpired(command, 300)
         return subprocess.CompletedProcess(command, 0, "filled", "")
 
     monkeypatch.setattr(module.subprocess, "run", run)  # the command has a test of its own
-    attendant = Attendant(prefect_client)
-    attendant.look()
-    assert ran == [] and prefect_client.read_flow_run(later).name == "brave-otter"
+    forms = ExperimentForms()
+    forms.look()
+    assert ran == []
     (tmp_path / "own.toml").write_text("")
-    attendant.look()
-    attendant.look()
+    with pytest.raises(subprocess.TimeoutExpired) if is_slow else nullcontext():
+        forms.look()
+    forms.look()
     assert ran == [[sys.executable, "-m", "flows.platform.experiment_forms"]]
 
 
+@pytest.fixture
+def beside(prefect_client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Start the attendant beside the server; it ends with the test."""
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    auth = get_current_settings().api.auth_string
+    secret = auth.get_secret_value() if auth is not None else None
+    started: list[threading.Event] = []
+    yield lambda: started.append(attend(str(prefect_client.api_url), secret, Store(str(tmp_path))))
+    for ended in started:
+        ended.set()
+
+
 def test_it_works_beside_the_server_and_outlives_errors(
-    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch, beside: Start
 ) -> None:
     looks: list[Attendant] = []
     look = Attendant.look
@@ -188,14 +213,55 @@ def test_it_works_beside_the_server_and_outlives_errors(
             raise ConnectionError("the server is starting")
         look(self)
 
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(Attendant, "look", fails_once)
     run_id = started(prefect_client, deployment)
-    auth = get_current_settings().api.auth_string
-    secret = auth.get_secret_value() if auth is not None else None
-    ended = attend(str(prefect_client.api_url), secret, Store(str(tmp_path)))
+    beside()
+    until(lambda: prefect_client.read_flow_run(run_id).name.startswith("tiny, "), "the run has its name", 60)
+    assert looks[0] is looks[1]  # what it had seen is not forgotten
+
+
+@pytest.mark.parametrize("place", ["a disk", "the folder of experiments"])
+def test_a_place_that_does_not_answer_keeps_no_run_waiting(
+    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch, beside: Start, place: str
+) -> None:
+    answers, asked = threading.Event(), threading.Event()
+
+    def hangs(*_: Any) -> Any:
+        asked.set()
+        answers.wait()
+        return {}
+
+    if place == "a disk":
+        monkeypatch.setattr(incidents, "disks", hangs)
+    else:
+        monkeypatch.setattr(module, "known_files", hangs)
     try:
+        beside()
+        assert asked.wait(60)
+        run_id = started(prefect_client, deployment)
         until(lambda: prefect_client.read_flow_run(run_id).name.startswith("tiny, "), "the run has its name", 60)
     finally:
-        ended.set()
-    assert looks[0] is looks[1]  # what it had seen is not forgotten
+        answers.set()
+
+
+def test_an_error_that_stays_is_a_warning_once(
+    monkeypatch: pytest.MonkeyPatch,
+    beside: Start,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    looks: list[str] = []
+
+    def fails(*_: Any) -> Any:
+        looks.append("stale" if len(looks) < 9 else "broken")
+        raise OSError(f"{looks[-1]} file handle")
+
+    monkeypatch.setattr(incidents, "disks", fails)
+    beside()
+    until(lambda: any("broken" in line for line in warned(caplog)), "the second error is a warning", 60)
+    seen = len(looks)
+    until(lambda: len(looks) > seen + 3, "others follow", 60)
+    assert [line.rpartition(": ")[2] for line in warned(caplog)] == ["stale file handle", "broken file handle"]
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == module.__name__]

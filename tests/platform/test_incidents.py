@@ -7,14 +7,17 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from httpx import ConnectError
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import State
+from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows.handle import DISK_FULL, DISK_RECOVERED, DRY_RUN, RUN_FAILED, RUN_RECOVERED
 from flows.platform import incidents as module
 from flows.platform import machine_checks
 from flows.platform.incidents import FULL_DISKS, Incidents
+from flows.platform.machine_checks import Disk
 from tests.services.platform import until
 from vectorclm.store.artifact import Store
 
@@ -90,6 +93,39 @@ def test_each_failure_is_one_event_and_the_next_success_about_the_same_is_anothe
     ]
 
 
+def test_a_failure_with_a_message_without_end_is_reported(
+    prefect_client: SyncPrefectClient, deployment: UUID, incidents: Incidents
+) -> None:
+    """Prefect's server drops an event beyond its limit, and answers as if it kept it."""
+    last = f"{FAR} {uuid4()}"
+    most = get_current_settings().server.events.maximum_size_bytes
+    ended(prefect_client, deployment, "verbose", Failed(message="no space left " + "." * most))
+    incidents.look_at_runs()
+    ended(prefect_client, deployment, last, Failed())
+    incidents.look_at_runs()
+    titles = [title for _, title in events(prefect_client, "flow-run.", f"{last} failed")]
+    assert "verbose failed" in titles
+
+
+def test_a_failure_whose_label_was_not_written_is_one_event(
+    prefect_client: SyncPrefectClient, deployment: UUID, incidents: Incidents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = f"{FAR} {uuid4()}"
+
+    def fails(*_: Any) -> None:
+        raise ConnectError("the server ends")
+
+    run_id = ended(prefect_client, deployment, "unlabelled", Failed())
+    with monkeypatch.context() as patch, pytest.raises(ConnectError):
+        patch.setattr(prefect_client, "update_flow_run_labels", fails)
+        incidents.look_at_runs()
+    Incidents(prefect_client, incidents.store, incidents.home).look_at_runs()  # the server starts again
+    ended(prefect_client, deployment, last, Failed())
+    incidents.look_at_runs()
+    events(prefect_client, "flow-run.", f"{last} failed")
+    assert len(events(prefect_client, f"flow-run.{run_id}", "unlabelled failed")) == 1
+
+
 def test_a_crash_is_an_event_only_once_nothing_starts_the_run_again(
     prefect_client: SyncPrefectClient, deployment: UUID, incidents: Incidents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +153,28 @@ def test_a_run_without_a_deployment_or_of_long_ago_is_none(
     later.look_at_runs()
     titles = [title for _, title in events(prefect_client, "flow-run.", "of today failed")]
     assert "of long ago failed" not in titles
+
+
+def test_a_full_disk_is_one_event_also_where_the_next_disk_does_not_answer(
+    prefect_client: SyncPrefectClient, incidents: Incidents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"/full/{uuid4()}"
+
+    def found(*_: Any) -> Iterator[Disk]:
+        yield Disk(path, f"home {path}", 0, None, "remove something")
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(module, "disks", found)
+    for _ in range(2):  # the server starts again
+        with pytest.raises(OSError, match="stale"):
+            Incidents(prefect_client, incidents.store, incidents.home).look_at_disks()
+    machine = module.socket.gethostname()
+    title = f"{machine}: a disk of the platform is almost full"
+    last = f"/full/{uuid4()}"
+    monkeypatch.setattr(module, "disks", lambda *_: [Disk(last, f"home {last}", 0, None, "remove something")])
+    incidents.look_at_disks()
+    events(prefect_client, f"disk.{machine}.{last}", title)
+    assert events(prefect_client, f"disk.{machine}.{path}", title) == [(DISK_FULL, title)]
 
 
 def test_a_full_disk_and_its_recovery_are_an_event_each(

@@ -12,11 +12,11 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.flow_engine import run_flow
-from prefect.states import Pending, Running, Scheduled
+from prefect.states import Cancelled, Pending, Running, Scheduled
 
 from flows.deployments import explained
 from flows.handle import CURRICULA, MISSED
@@ -121,6 +121,24 @@ def test_an_old_run_that_a_worker_takes_first_ends_as_skipped(
     assert done == ["models:/vectorclm-chat@candidate on tiny"]
 
 
+@pytest.mark.parametrize(
+    ("newer", "ends"),
+    [("taken", "Skipped"), ("begun", "Skipped"), ("cancelled", "Completed")],
+)
+def test_an_old_run_is_skipped_also_where_another_worker_has_taken_the_newer_one(
+    prefect_client: SyncPrefectClient, deployment: UUID, newer: str, ends: str
+) -> None:
+    @flow(name="scheduled")
+    def scheduled(model: str, suite: str) -> Any:
+        return explained(check_is_newest)
+
+    old, new = missed(prefect_client, deployment, 2)
+    states: dict[str, State[Any]] = {"taken": Pending(), "begun": Running(), "cancelled": Cancelled()}
+    prefect_client.set_flow_run_state(new.id, states[newer], force=True)
+    prefect_client.set_flow_run_state(old.id, Pending())
+    assert run_flow(scheduled, flow_run=old, parameters=PARAMETERS, return_type="state").name == ends
+
+
 def test_a_run_of_a_short_interval_whose_process_starts_slowly_is_not_skipped(
     prefect_client: SyncPrefectClient, deployment: UUID
 ) -> None:
@@ -154,7 +172,8 @@ def test_a_run_that_no_worker_takes_is_one_event(prefect_client: SyncPrefectClie
         assert [found for found in report_missed(prefect_client) if NAME in found] == [line + why]
     (event,) = until(lambda: events(prefect_client, run), "the event is kept", 60)
     assert event["payload"]["title"] == f"no worker took the scheduled run {NAME}"
-    assert event["payload"]["text"].startswith(line + why) and event["payload"]["parameters"] == PARAMETERS
+    assert event["payload"]["text"].splitlines()[1] == (line + why).removeprefix(f"{event['payload']['title']}, ")
+    assert event["payload"]["parameters"] == PARAMETERS
     assert event["payload"]["links"][0].endswith(f"/runs/flow-run/{run.id}")
 
 

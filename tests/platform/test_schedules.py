@@ -10,10 +10,12 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.states import Running, Scheduled
 
-from flows.platform import schedules
+from flows.handle import RESCUED
+from flows.platform import deployment_file
 from flows.platform.deployment_file import entries, fields_of, put
 from flows.platform.schedules import (
     add_evaluation,
@@ -184,6 +186,34 @@ def test_a_paused_schedule_skips_its_run_that_no_worker_has_taken(
     assert str(row["last"]).startswith("Skipped, ")
 
 
+@pytest.mark.parametrize("end", ["pause", "remove"])
+def test_a_run_that_waits_to_start_again_outlives_the_end_of_its_schedule(
+    prefect_client: SyncPrefectClient, evaluate: UUID, end: str
+) -> None:
+    """Else its finished tasks would be lost."""
+    add_evaluation(prefect_client, CHAT, NIGHTLY, None)
+    crashed, retried, following, *_ = sorted(
+        runs(prefect_client, evaluate), key=lambda run: str(run.expected_start_time)
+    )
+    again: dict[UUID, State[Any]] = {
+        crashed.id: Scheduled(name=RESCUED),
+        retried.id: Scheduled(name="Late"),  # as the server calls any run that is late
+    }
+    for run_id, state in again.items():
+        prefect_client.set_flow_run_state(run_id, Running(), force=True)
+        prefect_client.set_flow_run_state(run_id, state, force=True)
+    (row,) = overview(prefect_client)
+    assert row["next"] == f"{following.expected_start_time:%Y-%m-%d %H:%M} UTC"
+    if end == "remove":
+        remove(prefect_client, NAME)
+    else:
+        switch(prefect_client, NAME, active=False)
+    left = [prefect_client.read_flow_run(run_id).state_name for run_id in again]
+    assert left == [RESCUED, "Late"]
+    waiting = [run for run in runs(prefect_client, evaluate) if run.state_name == "Scheduled"]
+    assert waiting == []
+
+
 def test_a_schedule_of_the_page_is_listed_found_paused_and_removed(
     prefect_client: SyncPrefectClient, evaluate: UUID
 ) -> None:
@@ -209,7 +239,7 @@ def test_a_schedule_of_the_page_is_listed_found_paused_and_removed(
 def test_schedules_of_other_deployments_are_listed_too(
     prefect_client: SyncPrefectClient, evaluate: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schedules, "PAGE", 1)  # the server's limit, with fewer deployments
+    monkeypatch.setattr(deployment_file, "PAGE", 1)  # the server's limit, with fewer deployments
     flow_id = prefect_client.create_flow_from_name("curriculum")
     curriculum = prefect_client.create_deployment(flow_id, "tiny", paused=True)
     prefect_client.create_deployment_schedules(curriculum, [(NIGHTLY, True)], slug="each night")

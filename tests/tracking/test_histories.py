@@ -60,6 +60,21 @@ def test_a_run_of_a_series_grows_by_time_with_its_intervals(store: Store) -> Non
     assert again.info.run_id != run.info.run_id and points(registry, again.info.run_id, "acc.world") == known
 
 
+def test_a_new_result_is_added_after_older_ones_were_removed(store: Store) -> None:
+    """Removed with their model, or beyond the number of results that MLflow returns."""
+    registry = Registry(store)
+    results = [result(2, 0.6), result(1, 0.5), result(0, 0.4)]
+    record_history(registry, "s2", "m on s", results, "<svg>1</svg>")
+    for day in (3, 4):
+        results = [result(day, 0.7), results[0], results[-1]]
+        record_history(registry, "s2", "m on s", results, "<svg>2</svg>")
+    record_history(registry, "s2", "m on s", results[1:], "<svg>2</svg>")  # the newest was removed
+    record_history(registry, "s2", "m on s", [result(5, 0.8)], "<svg>2</svg>")
+    (run,) = registry.client.search_runs([registry.experiment_id(HISTORIES)], "tags.history = 's2'")
+    known = [(step, value) for step, value, _ in points(registry, run.info.run_id, "acc.world")]
+    assert known == list(enumerate((0.4, 0.5, 0.6, 0.7, 0.7, 0.8)))
+
+
 def test_the_histories_of_a_model_are_those_with_several_results(recorded: Recorded, store: Store) -> None:
     registry = Registry(store)
     subject, fingerprint = (
