@@ -212,8 +212,7 @@ def _deploy(client: SyncPrefectClient, report: Report) -> None:
     for entry in entries():
         flow_id, fields = fields_of(client, entry)
         found = there.get((flow_id, entry["name"]))
-        put(client, flow_id, entry["name"], fields, found, entry.get("schedules", []))
-        if found is None:
+        if put(client, flow_id, entry["name"], fields, found, entry.get("schedules", [])):
             created.append(entry["name"])
     if created:
         report(f"{len(created)} deployments created: {', '.join(sorted(created))}")
