@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from vectorclm.config import EXPERIMENTS, ExperimentConfig, load_experiment
@@ -37,8 +38,21 @@ def clashes() -> Iterator[str]:
             yield f"{path} is not offered: the package has an experiment {path.stem}; give the file another name"
 
 
-def _of_the_folder() -> list[Path]:
+def unreadable_folder() -> str | None:
+    """A line where the folder VECTORCLM_EXPERIMENTS cannot be read, as while its disk is not mounted; else None."""
     folder = os.environ.get(FOLDER)
-    if not folder or not Path(folder).is_dir():
+    try:
+        if folder:
+            next(Path(folder).iterdir(), None)
+    except OSError as error:
+        return f"the folder {folder}, which {FOLDER} names, cannot be read ({error.strerror}): mount or create it"
+    return None
+
+
+def _of_the_folder() -> list[Path]:
+    """The files of the folder; none while it cannot be read."""
+    if not (folder := os.environ.get(FOLDER)):
         return []
-    return sorted(path for path in Path(folder).iterdir() if path.suffix in (".toml", ".json") and path.is_file())
+    with suppress(OSError):
+        return sorted(path for path in Path(folder).iterdir() if path.suffix in (".toml", ".json") and path.is_file())
+    return []

@@ -20,6 +20,16 @@ from vectorclm.settings import digest
 BOOTED = Path("/run/systemd/system")  # there where systemd runs
 START_SECONDS = 900  # `up` waits for each service, and a first start migrates databases
 STOP_SECONDS = 120
+# Variables that libraries and programs read. None is a secret, except the password in the address of a proxy.
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+READ_BY_LIBRARIES = (
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"),  # whom mail, S3 and downloads trust
+    *("TMPDIR", "XDG_CACHE_HOME"),  # temporary folders; the work folder of an S3 store
+    *(name for proxy in PROXIES for name in (proxy, proxy.lower())),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE"),  # the hub and its cache
+    *("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"),  # S3
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),  # the devices and threads of trainings
+)
 PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)  # a word that needs no quotes
 
 
@@ -34,13 +44,7 @@ def unit(config: PlatformConfig, options: PlatformOptions) -> str:
 
     Settings in the environment become part of the unit. Raises ConfigError where one of them is a secret.
     """
-    names = [name.upper() for name in PlatformConfig.model_fields if os.environ.get(name.upper())]
-    secret = [name for name in names if name.lower() in SECRETS or os.environ[name].startswith("webhook:")]
-    if secret:
-        raise ConfigError(
-            f"{', '.join(secret)} must not be in a systemd unit, which others can read: write it into a file and give "
-            "it as --env-file"
-        )
+    names = _variables(unit_file(config).name)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if value is not None]
     command = [sys.executable, "-P", "-m", "flows.cli"]
     lines = [
@@ -67,6 +71,30 @@ def unit(config: PlatformConfig, options: PlatformOptions) -> str:
     return "\n".join(lines)
 
 
+def _variables(unit_name: str) -> list[str]:
+    """The variables of this process that the unit needs. Raises ConfigError where one of them is a secret."""
+    settings = [name.upper() for name in PlatformConfig.model_fields if os.environ.get(name.upper())]
+    others = [name for name in READ_BY_LIBRARIES if os.environ.get(name)]
+    if secret := [name for name in settings if name.lower() in SECRETS or _has_secret(os.environ[name])]:
+        raise ConfigError(
+            f"{', '.join(secret)} must not be in a systemd unit, which others can read: write it into a file and give "
+            "it as --env-file"
+        )
+    # The address of a proxy needs no scheme.
+    if secret := [name for name in others if _has_secret(f"{'//' * (name.upper() in PROXIES)}{os.environ[name]}")]:
+        raise ConfigError(
+            f"{', '.join(secret)} must not be in a systemd unit with a password, which others can read: unset it for "
+            f"this command, and name a file of yours that sets it by `systemctl --user edit {unit_name}`, as "
+            "EnvironmentFile=FILE below [Service]"
+        )
+    return [*settings, *others]
+
+
+def _has_secret(value: str) -> bool:
+    """Whether a value is the address of a webhook, or has the user or password of a URL."""
+    return value.startswith("webhook:") or re.search(r"//.*@", value) is not None
+
+
 def install(config: PlatformConfig, options: PlatformOptions, console: Console) -> None:
     """Install the unit and start it, so that the services belong to it. Raises ConfigError where it does not start.
 
@@ -81,7 +109,7 @@ def install(config: PlatformConfig, options: PlatformOptions, console: Console) 
     _systemctl("daemon-reload")
     _systemctl("enable", "--now", file.name)
     _say(console, f"{file.name} starts the platform at boot; `vectorclm down --uninstall` removes it")
-    if lacking := credentials.names():
+    if lacking := [name for name in credentials.names() if name not in READ_BY_LIBRARIES]:
         _say(console, f"the unit has no {', '.join(lacking)}: add them by `systemctl --user edit {file.name}`")
     if not _lingers():
         _say(console, "until you log in, systemd starts nothing of yours at boot: run `loginctl enable-linger` once")

@@ -54,7 +54,7 @@ class PlatformConfig(Settings):
     vectorclm_notify: SecretStr = Field(  # the address of a webhook often is its password
         SecretStr("none"),
         description="Who is notified of failures, missed runs, full disks and fallen scores: webhook:https://…, "
-        "mailto:name@host, or a block of Prefect as type/name: slack-webhook/team; none = nobody",
+        "mailto:name@host, or a block of Prefect as type/name: slack-webhook/team; none = nobody; not set = as before",
     )
     vectorclm_smtp_host: str | None = Field(None, description="The mail server that sends the messages of mailto:")
     vectorclm_smtp_port: int | None = Field(None, ge=1, le=65_535, description="Default: 587; tls: 465; none: 25")
@@ -121,6 +121,11 @@ class PlatformConfig(Settings):
     def notify(self) -> str:
         """Who is notified: the value of VECTORCLM_NOTIFY, in which the address of a webhook is a secret."""
         return self.vectorclm_notify.get_secret_value()
+
+    @property
+    def names_receiver(self) -> bool:
+        """Whether VECTORCLM_NOTIFY is set, if only to `none`: without it, who was notified before still is."""
+        return "vectorclm_notify" in self.model_fields_set
 
     @property
     def home(self) -> Path:

@@ -12,6 +12,7 @@ from uuid import UUID
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
+from prefect.client.schemas.filters import DeploymentFilter, FlowFilter
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import PrefectHTTPStatusError
@@ -82,12 +83,15 @@ def put(
     fields: dict[str, Any],
     found: DeploymentResponse | None,
     schedules: Sequence[Mapping[str, Any]] = (),
-) -> None:
+) -> bool:
     """Create a deployment with its schedules, or update what differs of the one that is there, but not its schedules.
 
-    From then on the schedules are the user's. Raises DeploymentError with Prefect's reason.
+    From then on the schedules are the user's. `found` is the deployment as it was read before. Returns whether it
+    is new. Raises DeploymentError with Prefect's reason.
     """
     try:
+        # Another command may have created it meanwhile, and to create it again would delete its schedules and runs.
+        found = found or _read(client, flow_id, name)
         if found is None:
             made = [_schedule(schedule) for schedule in schedules]
             client.create_deployment(flow_id, name, schedules=made, **fields)
@@ -97,6 +101,13 @@ def put(
         raise DeploymentError(
             f"Prefect rejected the deployment {name} of {fields['entrypoint']}: {error.response.text}"
         ) from error
+    return found is None
+
+
+def _read(client: SyncPrefectClient, flow_id: UUID, name: str) -> DeploymentResponse | None:
+    of_flow = FlowFilter.model_validate({"id": {"any_": [flow_id]}})
+    named = DeploymentFilter.model_validate({"name": {"any_": [name]}})
+    return next(iter(client.read_deployments(flow_filter=of_flow, deployment_filter=named)), None)
 
 
 def _schedule(wanted: Mapping[str, Any]) -> DeploymentScheduleCreate:

@@ -287,6 +287,8 @@ def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
 
 
 def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
+    from prefect.client.orchestration import get_client
+
     from flows.platform.notify import about
 
     changes: list[str] = []
@@ -294,7 +296,8 @@ def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
     yield from (Finding(True, change) for change in changes)
     yield Finding(True, f"password: {_password(config, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
-    yield Finding(problem is None, problem or about(config))
+    with get_client(sync_client=True) as client:
+        yield Finding(problem is None, problem or about(client, config))
 
 
 def _schedules(config: PlatformConfig) -> Iterator[Finding]:

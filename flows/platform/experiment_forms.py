@@ -12,9 +12,11 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
-from flows.experiments import clashes, known_files, load_known
+from flows.experiments import clashes, known_files, load_known, unreadable_folder
 from flows.form import form, parameters
 from flows.paths import local_folder
 from flows.platform.deployment_file import all_deployments, definition, fields_of, put
@@ -27,12 +29,16 @@ from vectorclm.store.artifact import Store, default_store
 ALONE = tuple(stage.name for stage in TABLE if stage.own_process)  # stages with a form of their own
 BEFORE = ("curriculum", "curriculum")  # the one deployment of older versions
 FLOWS = ("curriculum", "stage")
+UNENDED = [state for state in StateType if state not in TERMINAL_STATES]
 
 Report = Callable[[str], None]
 
 
 def fill_forms(client: SyncPrefectClient, report: Report) -> list[str]:
-    """Create, fill and remove the deployments of the experiments; returns a line for each file that is not offered."""
+    """Create, fill and remove the deployments of the experiments; returns a line for each file that is not offered.
+
+    What cannot be read for now, such as a file that is being edited, keeps its deployments as they are.
+    """
     problems = list(clashes())
     common = {flow: _common(client, flow) for flow in FLOWS}
     flows = {flow_id: flow for flow, (flow_id, _) in common.items()}
@@ -42,14 +48,16 @@ def fill_forms(client: SyncPrefectClient, report: Report) -> list[str]:
         try:
             experiment, path = load_known(name)
             every = list(_wanted(experiment, path, {flow: fields for flow, (_, fields) in common.items()}))
-        except VectorCLMError as error:
+        except (VectorCLMError, OSError) as error:
             problems.append(str(error))
+            kept |= {("curriculum", name), *(("stage", f"{name}-{stage}") for stage in ALONE)}
             continue
         for flow, deployment, fields in every:
             kept.add((flow, deployment))
-            put(client, common[flow][0], deployment, fields, there.get((flow, deployment)))
-            if (flow, deployment) not in there:
+            if put(client, common[flow][0], deployment, fields, there.get((flow, deployment))):
                 report(f"deployment {flow}/{deployment} created")
+    if (unreadable := unreadable_folder()) is not None:  # asked after the files were listed
+        return [*problems, unreadable]
     for key, found in there.items():
         if key not in kept and (_is_filled(found) or key == BEFORE):
             problems += _remove(client, "/".join(key), found, report)
@@ -62,11 +70,20 @@ def _common(client: SyncPrefectClient, flow: str) -> tuple[UUID, dict[str, Any]]
 
 
 def _remove(client: SyncPrefectClient, name: str, found: DeploymentResponse, report: Report) -> list[str]:
-    """Remove the deployment of an experiment that is gone; one that a person scheduled stays, which a line says."""
-    if any(schedule.active for schedule in found.schedules):
+    """Remove the deployment of an experiment that is gone; returns a line where a schedule or a run still needs it.
+
+    With a deployment, Prefect deletes its schedules and its waiting runs, also those that a person set.
+    """
+    if found.schedules:
         return [
             f"the deployment {name} has a schedule, but no experiment has its name: set the schedule on another "
             "deployment, and delete this one"
+        ]
+    wanted = {"deployment_id": {"any_": [found.id]}, "state": {"type": {"any_": UNENDED}}}
+    if runs := client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted), limit=1):
+        return [
+            f"the deployment {name} has the run {runs[0].name}, which has not ended, but no experiment has its name: "
+            "wait for the run or cancel it, then run `vectorclm doctor`"
         ]
     client.delete_deployment(found.id)
     report(f"deployment {name} removed: no experiment has its name")

@@ -5,6 +5,7 @@ server sends the messages, so the class of the mail block must be known there, t
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from http import HTTPStatus
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from flows.platform.config import PlatformConfig
 NOTIFICATION = "vectorclm: notify the operator"
 OWN = "vectorclm-notify"  # the name of the block that is created for an address
 NOBODY = "none"
+AS_SET = "as set at `vectorclm up`"
 WHAT = "failed runs, missed runs, full disks and fallen scores"
 PAYLOAD = "{{ dict(event.payload, event=event.event) | tojson }}"
 PORTS = {"starttls": 587, "tls": 465, "none": 25}
@@ -77,9 +79,15 @@ def notification(
 ) -> tuple[AutomationCore | None, str | None]:
     """The automation that notifies whom VECTORCLM_NOTIFY names, else None; creates its block, and removes other ones.
 
+    Where the setting is missing, as in another shell than that of `up`, whoever was notified before still is.
     The second result is a message where Prefect lacks the block that is named, where the block sends no messages, or
     where the last message was not sent.
     """
+    if not config.names_receiver:
+        if (kept := _kept_block(client)) is not None:
+            return _automation(client, kept, _receiver(kept))
+        gone = "nobody is notified: the block of the receiver is gone. Set VECTORCLM_NOTIFY, then run `vectorclm up`"
+        return None, gone if client.read_automations_by_name(NOTIFICATION) else None
     own = _block_of(config)
     _remove_blocks(client, report, but=own)
     if config.notify == NOBODY:
@@ -95,28 +103,21 @@ def notification(
             f"nobody is notified: Prefect has no block {kind}/{name}, which VECTORCLM_NOTIFY names. Create it in the "
             "UI under Blocks, then run `vectorclm doctor`"
         )
-    if (action := _action(kind, block)) is None:
-        return None, (
-            f"nobody is notified: the block {kind}/{name}, which VECTORCLM_NOTIFY names, sends no messages. Name a "
-            "webhook, or a notification block such as slack-webhook/NAME or sendgrid-email/NAME"
-        )
-    trigger = EventTrigger(posture=Posture.Reactive, expect=set(NOTIFIED), threshold=1, within=timedelta(0))
-    purpose = f"Sends {WHAT}, and what has recovered, to {shown(config)}."
-    reason = undelivered(client)
-    problem = f"the last message to {shown(config)} was not sent ({reason}): check VECTORCLM_NOTIFY" if reason else None
-    return AutomationCore(name=NOTIFICATION, description=purpose, trigger=trigger, actions=[action]), problem
+    return _automation(client, block, shown(config))
 
 
 def shown(config: PlatformConfig) -> str:
     """The receiver of messages as text, without what is secret in the address of a webhook."""
     kind, _, address = config.notify.partition(":")
     if kind == "webhook":
-        return f"the webhook at {urlsplit(address).netloc.rpartition('@')[2]}"
+        return _host(address)
     return address.replace(",", ", ") if kind == "mailto" else f"the block {config.notify}"
 
 
-def about(config: PlatformConfig) -> str:
+def about(client: SyncPrefectClient, config: PlatformConfig) -> str:
     """A line about who is notified."""
+    if not config.names_receiver and (kept := _kept_block(client)) is not None:
+        return f"{_receiver(kept)} is notified of {WHAT}, {AS_SET}"
     if config.notify == NOBODY:
         return f"nobody is notified of {WHAT}: VECTORCLM_NOTIFY names no receiver"
     return f"{shown(config)} is notified of {WHAT}"
@@ -154,6 +155,54 @@ def _block_of(config: PlatformConfig) -> Block | None:
         sender=config.vectorclm_smtp_from or (user if user and "@" in user else receivers[0]),
         receivers=receivers,
     )
+
+
+def _kept_block(client: SyncPrefectClient) -> BlockDocument | None:
+    """The block by which somebody is notified already, with its secrets: of the automation, else of an address."""
+    for automation in client.read_automations_by_name(NOTIFICATION):
+        for action in automation.actions:
+            if isinstance(action, CallWebhook | SendNotification):
+                with suppress(ObjectNotFound):  # a person deleted it
+                    return client.read_block_document(action.block_document_id, include_secrets=True)
+    for kind in (Webhook, Mail):
+        with suppress(ObjectNotFound):
+            return client.read_block_document_by_name(OWN, kind.get_block_type_slug(), include_secrets=True)
+    return None
+
+
+def _receiver(block: BlockDocument) -> str:
+    """The receiver of a block's messages as text, without what is secret."""
+    kind = _kind(block)
+    if block.name == OWN and kind == Mail.get_block_type_slug():
+        return ", ".join(block.data["receivers"])
+    if block.name == OWN and kind == Webhook.get_block_type_slug():
+        return _host(block.data["url"])
+    return f"the block {kind}/{block.name}"
+
+
+def _host(url: str) -> str:
+    return f"the webhook at {urlsplit(url).netloc.rpartition('@')[2]}"
+
+
+def _kind(block: BlockDocument) -> str:
+    assert block.block_type is not None  # the server always names it
+    return block.block_type.slug
+
+
+def _automation(
+    client: SyncPrefectClient, block: BlockDocument, receiver: str
+) -> tuple[AutomationCore | None, str | None]:
+    """The automation that sends messages by a block, and a message where that does not work."""
+    if (action := _action(_kind(block), block)) is None:
+        return None, (
+            f"nobody is notified: the block {_kind(block)}/{block.name}, which VECTORCLM_NOTIFY names, sends no "
+            "messages. Name a webhook, or a notification block such as slack-webhook/NAME or sendgrid-email/NAME"
+        )
+    trigger = EventTrigger(posture=Posture.Reactive, expect=set(NOTIFIED), threshold=1, within=timedelta(0))
+    purpose = f"Sends {WHAT}, and what has recovered, to {receiver}."
+    reason = undelivered(client)
+    problem = f"the last message to {receiver} was not sent ({reason}): check VECTORCLM_NOTIFY" if reason else None
+    return AutomationCore(name=NOTIFICATION, description=purpose, trigger=trigger, actions=[action]), problem
 
 
 def _save(client: SyncPrefectClient, block: Block, receiver: str, report: Callable[[str], None]) -> None:

@@ -132,7 +132,8 @@ def _silence(after: str, seconds: int, related: ResourceSpecification | None = N
 def _notification(client: SyncPrefectClient, config: PlatformConfig, report: Report) -> str | None:
     """Create or remove what notifies the operator; returns a message if the receiver is missing or unsuitable."""
     wanted, problem = notification(client, config, report)
-    unwanted = [FALLEN_SCORE] if wanted is not None or problem is not None else [FALLEN_SCORE, NOTIFICATION]
+    keeps = wanted is not None or problem is not None or not config.names_receiver
+    unwanted = [FALLEN_SCORE] if keeps else [FALLEN_SCORE, NOTIFICATION]
     for found in (found for name in unwanted for found in client.read_automations_by_name(name)):
         client.delete_automation(found.id)
         report(f"automation removed: {found.name}")
@@ -212,8 +213,7 @@ def _deploy(client: SyncPrefectClient, report: Report) -> None:
     for entry in entries():
         flow_id, fields = fields_of(client, entry)
         found = there.get((flow_id, entry["name"]))
-        put(client, flow_id, entry["name"], fields, found, entry.get("schedules", []))
-        if found is None:
+        if put(client, flow_id, entry["name"], fields, found, entry.get("schedules", [])):
             created.append(entry["name"])
     if created:
         report(f"{len(created)} deployments created: {', '.join(sorted(created))}")

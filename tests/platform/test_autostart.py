@@ -21,8 +21,8 @@ from vectorclm.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in PlatformConfig.model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
+    for name in (*(name.upper() for name in PlatformConfig.model_fields), *autostart.READ_BY_LIBRARIES):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
@@ -68,8 +68,50 @@ def test_the_unit_has_the_options_and_the_settings_of_the_environment(
     assert settings(text, "WorkingDirectory") == [str(folder).replace("%", "%%")]
 
 
+def test_the_unit_has_what_libraries_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "SSL_CERT_FILE": "/etc/own.pem",
+        "TMPDIR": "/scratch/tmp",
+        "XDG_CACHE_HOME": "/scratch/cache",
+        "HTTP_PROXY": "http://proxy.example.org:3128",
+        "https_proxy": "proxy.example.org:3128",
+        "NO_PROXY": "localhost",
+        "HF_HOME": "/scratch/hub",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_REGION": "eu-central-1",
+        "AWS_PROFILE": "training",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = settings(unit(PlatformConfig(), PlatformOptions()), "Environment")
+    assert sorted(found) == sorted(f"{name}={value}" for name, value in given.items())
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("PREFECT_AUTH", "me:hunter2"), ("VECTORCLM_NOTIFY", "webhook:https://example.org/hunter2")]
+    ("name", "value"),
+    [
+        ("HTTPS_PROXY", "http://me:hunter2@proxy.example.org:3128"),
+        ("http_proxy", "me:hunter2@proxy.example.org:3128"),
+        ("ALL_PROXY", "socks5h://me:a/hunter2@proxy.example.org"),
+        ("HF_ENDPOINT", "https://me:hunter2@hub.example.org"),
+    ],
+)
+def test_a_password_in_an_address_that_libraries_read_is_refused_and_not_shown(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name} must not be in a systemd unit.* EnvironmentFile=FILE") as refused:
+        unit(PlatformConfig(), PlatformOptions())
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PREFECT_AUTH", "me:hunter2"),
+        ("VECTORCLM_NOTIFY", "webhook:https://example.org/hunter2"),
+        ("AWS_ENDPOINT_URL", "https://me:hunter2@s3.example.org"),
+    ],
 )
 def test_a_secret_of_the_environment_is_refused_and_not_shown(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
@@ -117,6 +159,7 @@ def test_the_unit_is_enabled_and_removed(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / "bin" / program).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("HF_TOKEN", "hunter2")
+    monkeypatch.setenv("AWS_PROFILE", "training")  # a name, which the unit has
     monkeypatch.setattr(autostart, "BOOTED", tmp_path)
     monkeypatch.chdir(tmp_path)
     config, written = PlatformConfig(vectorclm_store=str(tmp_path / "store")), Written()

@@ -160,6 +160,16 @@ def test_who_is_notified_is_a_block_or_an_address(receiver: str) -> None:
     assert config.notify == receiver and receiver not in repr(config)
 
 
+def test_an_empty_receiver_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for value in ("", "none", "slack-webhook/team"):
+        monkeypatch.setenv("VECTORCLM_NOTIFY", value)
+        found[value] = read_platform(None).names_receiver
+    monkeypatch.delenv("VECTORCLM_NOTIFY")
+    assert not read_platform(None).names_receiver
+    assert found == {"": False, "none": True, "slack-webhook/team": True}
+
+
 def test_a_postgres_that_does_not_answer_is_named_without_its_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         at = f"127.0.0.1:{listening.getsockname()[1]}"

@@ -11,7 +11,8 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
 from flows.deployments import curriculum_run, stage_run
 from flows.execution.placement import deployment_of
-from flows.platform.deployment_file import DeploymentError, definition, entries, fields_of, put
+from flows.platform import deployment_file
+from flows.platform.deployment_file import DeploymentError, all_deployments, definition, entries, fields_of, put
 from vectorclm.stages import TABLE
 
 
@@ -49,6 +50,32 @@ def test_the_schedules_that_a_person_set_added_or_removed_stay(prefect_client: S
         found = {schedule.slug: (schedule.schedule, schedule.active) for schedule in again.schedules}
         assert found[None][0].interval == own.interval and found[None][1]
         assert found["nightly-chat"] == (late, True) and len(found) == 2
+
+
+def test_what_another_command_created_meanwhile_is_updated_and_keeps_its_schedules(
+    prefect_client: SyncPrefectClient,
+) -> None:
+    made = deployed(prefect_client)
+    hourly = IntervalSchedule(interval=timedelta(hours=1))
+    prefect_client.create_deployment_schedules(made.id, [(hourly, True)])
+    (entry,) = (entry for entry in entries() if entry["name"] == "evaluate")
+    flow_id, fields = fields_of(prefect_client, entry)
+    changed = {**fields, "description": "of the slower command"}
+    put(prefect_client, flow_id, "evaluate", changed, None, entry["schedules"])  # it saw no deployment when it began
+    again = prefect_client.read_deployment_by_name("evaluate/evaluate")
+    assert (again.id, again.description) == (made.id, "of the slower command")
+    assert {schedule.slug for schedule in again.schedules} == {None, "nightly-chat", "weekly-base"}
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 4])
+def test_every_deployment_is_read_whatever_the_size_of_a_page(
+    prefect_client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, page: int
+) -> None:
+    flow_id = prefect_client.create_flow_from_name("curriculum")
+    made = [prefect_client.create_deployment(flow_id, f"number-{number}") for number in range(3)]
+    monkeypatch.setattr(deployment_file, "PAGE", page)
+    found = [deployment.id for deployment in all_deployments(prefect_client)]
+    assert sorted(found) == sorted(made)
 
 
 def test_what_differs_is_updated_and_what_does_not_is_left_alone(prefect_client: SyncPrefectClient) -> None:

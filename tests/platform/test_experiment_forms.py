@@ -11,6 +11,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Completed
 
 from flows.experiments import FOLDER
 from flows.handle import CURRICULA
@@ -103,6 +104,56 @@ def test_the_form_of_an_older_version_and_what_a_person_made_are_told_apart(pref
     assert prefect_client.read_deployment_by_name("curriculum/by-a-person") is not None
 
 
+def test_a_file_that_cannot_be_read_for_now_keeps_its_forms(prefect_client: SyncPrefectClient, tmp_path: Path) -> None:
+    def forms() -> list[Any]:
+        named = ["curriculum/typed", *(f"stage/typed-{stage}" for stage in ALONE)]
+        return [prefect_client.read_deployment_by_name(name).id for name in named]
+
+    write(tmp_path, "typed")
+    filled(prefect_client)
+    before, text = forms(), (tmp_path / "typed.toml").read_text(encoding="utf-8")
+    for broken in (text[: len(text) // 2] + "[", text.replace('name = "typed"', 'name = "other"'), "\udcff"):
+        (tmp_path / "typed.toml").write_text(broken, encoding="utf-8", errors="surrogateescape")
+        (problem,), lines = filled(prefect_client)
+        assert "typed.toml" in problem and lines == [] and forms() == before
+    (tmp_path / "typed.toml").write_text(text, encoding="utf-8")
+    assert filled(prefect_client) == ([], [])
+
+
+def test_a_folder_that_is_gone_for_now_keeps_the_forms_of_its_files(
+    prefect_client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mounted := tmp_path / "mounted").mkdir()
+    monkeypatch.setenv(FOLDER, str(mounted))
+    write(mounted, "afar")
+    filled(prefect_client)
+    before = prefect_client.read_deployment_by_name("curriculum/afar").id
+    mounted.rename(tmp_path / "unmounted")
+    (problem,), lines = filled(prefect_client)
+    assert f"the folder {mounted}, which {FOLDER} names, cannot be read" in problem and lines == []
+    assert prefect_client.read_deployment_by_name("curriculum/afar").id == before
+    assert prefect_client.read_deployment_by_name("stage/afar-finetune") is not None
+    monkeypatch.delenv(FOLDER)  # now its experiments are gone indeed
+    assert "deployment curriculum/afar removed: no experiment has its name" in filled(prefect_client)[1]
+
+
+def test_a_form_stays_as_long_as_a_run_of_it_has_not_ended(prefect_client: SyncPrefectClient, tmp_path: Path) -> None:
+    write(tmp_path, "queued")
+    filled(prefect_client)
+    form = prefect_client.read_deployment_by_name("curriculum/queued").id
+    waiting = prefect_client.create_flow_run_from_deployment(form)
+    ended = prefect_client.create_flow_run_from_deployment(form)
+    prefect_client.set_flow_run_state(ended.id, Completed(), force=True)
+    (tmp_path / "queued.toml").unlink()
+    (problem,), lines = filled(prefect_client)
+    assert f"the deployment curriculum/queued has the run {waiting.name}, which has not ended" in problem
+    assert "deployment stage/queued-finetune removed: no experiment has its name" in lines
+    assert prefect_client.read_flow_run(waiting.id).state == waiting.state
+    prefect_client.set_flow_run_state(waiting.id, Completed(), force=True)
+    assert filled(prefect_client) == ([], ["deployment curriculum/queued removed: no experiment has its name"])
+    assert prefect_client.read_flow_run(waiting.id).state is not None  # the record of a run outlives its form
+
+
 def test_a_schedule_of_a_form_stays_with_its_form_and_is_named_where_its_experiment_is_gone(
     prefect_client: SyncPrefectClient, tmp_path: Path
 ) -> None:
@@ -120,6 +171,8 @@ def test_a_schedule_of_a_form_stays_with_its_form_and_is_named_where_its_experim
     (problem,), lines = filled(prefect_client)
     assert "the deployment curriculum/mine has a schedule, but no experiment has its name" in problem
     assert "deployment stage/mine-finetune removed: no experiment has its name" in lines
+    prefect_client.update_deployment_schedule(mine.id, again.schedules[0].id, active=False)  # paused is kept, too
+    assert filled(prefect_client) == ([problem], [])
     prefect_client.delete_deployment_schedule(mine.id, again.schedules[0].id)
     assert filled(prefect_client) == ([], ["deployment curriculum/mine removed: no experiment has its name"])
 

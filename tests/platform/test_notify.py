@@ -18,7 +18,7 @@ from flows.net import free_port
 from flows.platform import machine_checks
 from flows.platform.config import PlatformConfig
 from flows.platform.incidents import Incidents
-from flows.platform.notify import NOTIFICATION, OWN, undelivered
+from flows.platform.notify import NOTIFICATION, OWN, WHAT, about, undelivered
 from flows.platform.provision import _notification
 from tests.services.inbox import Inbox, open_inbox
 from tests.services.mailbox import Mailbox, open_mailbox
@@ -90,6 +90,48 @@ def install(platform: Platform, receiver: str | None = None) -> tuple[list[str],
     with platform.addressed():
         problem = _notification(platform.client, platform.config.model_copy(update=update), changes.append)
     return changes, problem
+
+
+def of_another_shell(platform: Platform) -> PlatformConfig:
+    """The settings of a command without VECTORCLM_NOTIFY and the mail server in its environment."""
+    fields = {"vectorclm_store", "prefect_port", "prefect_auth"}
+    return PlatformConfig(**{name: getattr(platform.config, name) for name in fields})
+
+
+def test_a_command_without_the_setting_leaves_whoever_is_notified(
+    platform: Platform, mailbox: Mailbox, inbox: Inbox, deployment: UUID
+) -> None:
+    bare, changes = of_another_shell(platform), list[str]()
+    install(platform, "none")
+    assert _notification(platform.client, bare, changes.append) is None and changes == []
+    assert about(platform.client, bare).startswith("nobody is notified")
+    for receiver, shown, title, arrived in (
+        (None, "team@example.org, night@example.org", "by mail", lambda: len(mailbox.messages) == 2),
+        (
+            f"webhook:{inbox.url}/a-t0ken",
+            f"the webhook at {inbox.url.removeprefix('http://')}",
+            "by web",
+            lambda: inbox.messages,
+        ),
+    ):
+        install(platform, receiver)
+        assert _notification(platform.client, bare, changes.append) is None and changes == []
+        assert about(platform.client, bare) == f"{shown} is notified of {WHAT}, as set at `vectorclm up`"
+        (automation,) = platform.client.read_automations_by_name(NOTIFICATION)
+        platform.client.delete_automation(automation.id)
+        assert _notification(platform.client, bare, changes.append) is None
+        assert changes == [f"automation created: {NOTIFICATION}"]
+        changes.clear()
+        ended(platform, deployment, Failed(message=PROBLEM), name=title)
+        until(arrived, "the message arrives", 60)
+
+    block = platform.client.read_block_document_by_name(OWN, "webhook")
+    platform.client.delete_block_document(block.id)
+    assert "the block of the receiver is gone" in str(_notification(platform.client, bare, changes.append))
+    install(platform, "none")
+    assert platform.client.read_automations_by_name(NOTIFICATION) == []
+    mailbox.messages.clear()
+    inbox.messages.clear()
 
 
 def test_a_failure_arrives_by_mail_once_and_so_does_the_recovery(
