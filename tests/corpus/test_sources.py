@@ -39,8 +39,12 @@ def test_a_task_of_ones_own_has_columns_that_are_computed_from_the_others(tmp_pa
         label="quiz",
         path="json",
         data_files=str(tmp_path / "quiz.jsonl"),
-        columns={"context": "question + '?'", "choices": "[' ' + options[0], ' ' + options[1]]", "answer": "'AB'.find(key)"},
-    )  # fmt: skip
+        columns={
+            "context": "question + '?'",
+            "choices": "[' ' + options[0], ' ' + options[1]]",
+            "answer": "'AB'.find(key)",
+        },
+    )
     (found,) = read_task(task, None, None)
     assert (found["context"], found["choices"], found["answer"]) == (f"{words}?", [" beaver", " otter"], 0)
     corpus = CorpusConfig(sources=[source()], bytes=1000)
