@@ -197,15 +197,15 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
     assert told == [f"automation repaired: {NOTIFICATION}"]
     inbox.messages.clear()
     payload = {"title": "this scores worse", "text": "this scores worse\nacc.world: 0.9 -> 0.4"}
-    event = Event(
-        occurred=datetime.now(UTC),
-        event=FELL,
-        resource=Resource({"prefect.resource.id": "vectorclm.evaluation-of-a-test"}),
-        payload=payload,
-    )
-    platform.client.request("POST", "/events", json=[event.model_dump(mode="json")])
-    sent = lambda: [each for each in inbox.messages if each.get("subject") == payload["title"]]  # noqa: E731
-    (message,) = until(sent, "the fall is told")
+    resource = Resource({"prefect.resource.id": "vectorclm.evaluation-of-a-test"})
+
+    def sent() -> list[dict[str, Any]]:
+        """What was posted; the server may take an event for the automation as it was before the repair."""
+        event = Event(occurred=datetime.now(UTC), event=FELL, resource=resource, payload=payload)
+        platform.client.request("POST", "/events", json=[event.model_dump(mode="json")])
+        return [each for each in inbox.messages if each.get("subject") == payload["title"]]
+
+    message = until(sent, "the fall is told")[0]
     assert payload["text"] in message["text"]
 
 
