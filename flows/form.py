@@ -160,7 +160,6 @@ STAGE_SECTIONS = {
     "evaluate_base": ("evaluate",),
     "finetune": ("finetune",),
     "evaluate": ("evaluate",),
-    "export": (),
 }
 FIELDS = {  # title and description of the flow's parameters
     "stage": ("Stage", "The stages before it must be finished, for the same values; they are reused"),

@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import following
 from vectorclm.config import EXPERIMENTS, ExperimentConfig, changed, load_experiment
+from vectorclm.corpus.sources import GENERATED
 from vectorclm.errors import ConfigError
 from vectorclm.lineage.pinning import pin
 from vectorclm.stages import plans
@@ -98,6 +99,19 @@ def test_an_unknown_key_in_a_list_is_named_with_its_place(tmp_path: Path) -> Non
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load_experiment(write(tmp_path, **changes))
+
+
+def test_every_generated_source_needs_the_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GENERATED, "planets", GENERATED["world"])
+    tiny = load_experiment("tiny")[0].model_dump(mode="json")
+    for tasks in tiny["evaluate"]["tasks"], tiny["sample"]["sources"], tiny["chat"]["sources"]:
+        for source in tasks:
+            source["path"] = "planets"
+    (path := tmp_path / "planets.json").write_text(json.dumps(tiny))
+    assert load_experiment(str(path))[0].world is not None
+    path.write_text(json.dumps(tiny | {"world": None}))
+    with pytest.raises(ConfigError, match=r"world-two-step read the generated world, but there is no \[world\]"):
+        load_experiment(str(path))
 
 
 def test_a_missing_experiment_and_a_broken_file_are_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The batches of a plan are the same for every reader, from any step on."""
+"""The batches of a training order are the same for every reader, from any step on."""
 
 import hashlib
 from collections.abc import Iterator
@@ -31,14 +31,14 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Shar
         yield opened
 
 
-PLAN = TrainingOrder([MixturePhase(300, {"a": 0.5, "b": 0.5})], SIZES, seed=1, windows_per_block=8)
+ORDER = TrainingOrder([MixturePhase(300, {"a": 0.5, "b": 0.5})], SIZES, seed=1, windows_per_block=8)
 
 
 def hashes(readers: dict[str, ShardReader], world_size: int, workers: int) -> list[str]:
     """SHA-256 of each global batch, put together from what the ranks' loaders give."""
     loaders = [
         DataLoader(
-            StreamingLanguageModelDataset(readers, PLAN, 25, Group(rank, world_size)),
+            StreamingLanguageModelDataset(readers, ORDER, 25, Group(rank, world_size)),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=PROCESSES if workers else None,
@@ -64,20 +64,20 @@ def test_ranks_and_workers_only_slice_the_same_batches(readers: dict[str, ShardR
 
 
 def test_more_ranks_than_rows_get_empty_batches(readers: dict[str, ShardReader]) -> None:
-    batches = list(StreamingLanguageModelDataset(readers, PLAN, 2, Group(2, 3)))
+    batches = list(StreamingLanguageModelDataset(readers, ORDER, 2, Group(2, 3)))
     assert len(batches) == 150 and all(batch.input_ids.shape == (0, 4) for batch in batches)
 
 
 def test_a_resumed_stream_is_the_rest_of_the_whole(readers: dict[str, ShardReader]) -> None:
-    whole = list(StreamingLanguageModelDataset(readers, PLAN, 24))
-    rest = list(StreamingLanguageModelDataset(readers, PLAN, 24, start_step=7))
+    whole = list(StreamingLanguageModelDataset(readers, ORDER, 24))
+    rest = list(StreamingLanguageModelDataset(readers, ORDER, 24, start_step=7))
     assert len(whole) == 12 and len(rest) == 5
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(whole[7:], rest, strict=True))
-    assert list(StreamingLanguageModelDataset(readers, PLAN, 24, start_step=12)) == []
+    assert list(StreamingLanguageModelDataset(readers, ORDER, 24, start_step=12)) == []
 
 
 def test_the_windows_of_a_step_are_named_by_shard(readers: dict[str, ShardReader]) -> None:
-    dataset = StreamingLanguageModelDataset(readers, PLAN, 25)
+    dataset = StreamingLanguageModelDataset(readers, ORDER, 25)
     found = []
     for part in dataset.describe(3).split("; "):
         shard, _, windows = part.partition(" ")
@@ -90,9 +90,9 @@ def test_labels_follow_the_supervision(tmp_path: Path) -> None:
     supervised = np.array([[0, 0, 1, 1], [0, 1, 0, 0]], np.uint8)
     sources = {"chat": {"input_ids": np.arange(8, dtype=np.uint16).reshape(2, 4), "supervised": supervised}}
     artifact = publish_shards(str(tmp_path / "store"), tmp_path / "work", sources, 4096)
-    plan = TrainingOrder([MixturePhase(2, {"chat": 1.0})], {"chat": 2}, seed=0, windows_per_block=1)
+    order = TrainingOrder([MixturePhase(2, {"chat": 1.0})], {"chat": 2}, seed=0, windows_per_block=1)
     with open_shards(artifact, "train") as readers:
-        (batch,) = StreamingLanguageModelDataset(readers, plan, 2)
+        (batch,) = StreamingLanguageModelDataset(readers, order, 2)
     for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
         expected = {0: [IGNORE_INDEX, IGNORE_INDEX, 2, 3], 4: [IGNORE_INDEX, 5, IGNORE_INDEX, IGNORE_INDEX]}
         assert labels == expected[ids[0]]
@@ -107,9 +107,9 @@ def test_text_beside_conversations_has_the_labels_of_pretraining(tmp_path: Path,
     one = publish_shards(str(tmp_path / "a"), tmp_path / "work", {"a": {"input_ids": text}}, 4096)
     columns = {"chat": {"input_ids": talk, "supervised": marked}}
     two = publish_shards(str(tmp_path / "b"), tmp_path / "work", columns, 4096)
-    plan = TrainingOrder([MixturePhase(10, {"a": 0.4, "chat": 0.6})], {"a": 2, "chat": 3}, seed=0, windows_per_block=1)
+    order = TrainingOrder([MixturePhase(10, {"a": 0.4, "chat": 0.6})], {"a": 2, "chat": 3}, seed=0, windows_per_block=1)
     with open_shards(one, "train") as texts, open_shards(two, "train") as talks:
-        (batch,) = StreamingLanguageModelDataset({**texts, **talks}, plan, 10, document_mask=apart)
+        (batch,) = StreamingLanguageModelDataset({**texts, **talks}, order, 10, document_mask=apart)
     expected = document_labels(text.astype(np.int64), position_ids(text.astype(np.int64)) if apart else None)
     wanted = {tuple(ids): labels for ids, labels in zip(text.tolist(), expected.tolist(), strict=True)}
     wanted |= {

@@ -170,7 +170,13 @@ def test_the_form_of_a_stage_has_the_settings_that_no_stage_above_it_reads() -> 
     given = parameters(schema, tiny, "pretrain")
     assert given["stage"] == "pretrain" and given["data"] == "" and given["changes"] == shown(tiny, "pretrain")
     assert "enum" not in SCHEMA["properties"]["stage"]  # the flow's own schema stays
-    assert set(STAGE_SECTIONS) == {stage.name for stage in TABLE}
+    assert set(STAGE_SECTIONS) <= {stage.name for stage in TABLE}
+    assert {section for sections in STAGE_SECTIONS.values() for section in sections} == set(SECTIONS)
+
+
+def test_a_stage_without_fields_has_the_other_settings_only() -> None:
+    schema = form(SCHEMA, load_experiment("tiny")[0], "export")
+    assert list(schema["properties"]["changes"]["properties"]) == ["settings"]
 
 
 def test_an_experiment_that_ends_at_the_base_model_has_no_fields_of_conversations(

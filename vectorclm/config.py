@@ -81,7 +81,7 @@ class ExperimentConfig(Settings):
         self._check_mixes({source.label for source in self.sample.sources})
         benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
         everything = [*self.sample.sources, *benchmarks, *self.chat_sources, *self.evaluate.tasks]
-        if self.world is None and (lost := sorted({source.label for source in everything if source.path == "world"})):
+        if self.world is None and (lost := sorted({source.label for source in everything if source.is_generated})):
             raise ValueError(f"{', '.join(lost)} read the generated world, but there is no [world]")
         return self
 

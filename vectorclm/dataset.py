@@ -64,9 +64,8 @@ def document_labels(input_ids: NDArray[np.integer[Any]], positions: NDArray[np.i
 AHEAD = 2  # groups of each source prefetched beyond the one in use, so that requests overlap
 TEXT = 2  # marks the tokens of a window of text among conversations, which gets labels as in pretraining
 GATHERED_BLOCKS = 4  # blocks (or one step) whose windows are gathered at a time
-WIDENED_TOKENS = (
-    2**16
-)  # tokens (or one step) converted to int64 at a time: few calls, and the memory stays in the cache
+# Tokens (or one step) converted to int64 at a time: few calls, and the memory stays in the cache.
+WIDENED_TOKENS = 2**16
 
 
 class Batch(NamedTuple):
@@ -84,9 +83,8 @@ class Batch(NamedTuple):
 def to_batch(windows: Windows, document_mask: bool = False) -> Batch:
     """Convert windows [B, T] to a batch; with `document_mask` it has position ids that restart in each document."""
     input_ids = windows.input_ids.astype(np.int64)
-    positions = (
-        position_ids(windows.input_ids) if document_mask else None
-    )  # from the shards' small integers, which is faster
+    # From the shards' small integers, which is faster.
+    positions = position_ids(windows.input_ids) if document_mask else None
     if windows.supervised is None:
         labels = document_labels(windows.input_ids, positions)
     else:
@@ -112,7 +110,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
     def __init__(
         self,
         readers: Mapping[str, ShardReader],
-        plan: TrainingOrder,
+        order: TrainingOrder,
         batch_size: int,
         group: Group | None = None,
         *,
@@ -120,8 +118,8 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         document_mask: bool = False,
     ) -> None:
         super().__init__()
-        self.readers = [readers[label] for label in plan.labels]
-        self.plan = plan
+        self.readers = [readers[label] for label in order.labels]
+        self.order = order
         self.batch_size = batch_size
         self.start_step = start_step
         group = group or Group()
@@ -131,7 +129,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
     @property
     def steps(self) -> int:
         """Steps in the whole training order; a last, partial batch is dropped."""
-        return self.plan.windows // self.batch_size
+        return self.order.windows // self.batch_size
 
     @property
     def window_tokens(self) -> int:
@@ -140,7 +138,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
 
     def describe(self, step: int) -> str:
         """List the windows of a step, over all ranks, by shard: `stories/train-00000.arrow 3, 17; …`."""
-        sources, windows = self.plan.locate(np.arange(self.batch_size) + step * self.batch_size)
+        sources, windows = self.order.locate(np.arange(self.batch_size) + step * self.batch_size)
         rows: dict[str, list[int]] = {}
         for source, window in zip(sources, windows, strict=True):
             shard, row = self.readers[source].find(int(window))
@@ -150,15 +148,15 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over this rank's batches. Raises CorruptBlockError and StoreError where a block cannot be read."""
         worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        steps = np.arange(self.start_step + first, self.steps, stride)
+        number, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        steps = np.arange(self.start_step + number, self.steps, stride)
         own = np.arange(self.batch_size)[self.rank :: self.world_size]
         together = max(1, GATHERED_BLOCKS * self.readers[0].block_windows // (self.batch_size * stride))
         widest = next((reader for reader in self.readers if reader.has_mask), self.readers[0])
         room = widest.empty(together * len(own))  # reused, because new memory is slow
         at_once = max(1, WIDENED_TOKENS // max(1, len(own) * self.window_tokens))
         ahead = _Prefetcher(
-            self.plan, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.plan.windows
+            self.order, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.order.windows
         )
         try:
             for begin in range(0, len(steps), together):
@@ -177,7 +175,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         """Copy the windows at some positions of the training order to `into`."""
         if len(places):  # empty where there are more ranks than rows
             ahead.reach(places)
-            sources, windows = self.plan.locate(places)
+            sources, windows = self.order.locate(places)
             for number, reader in enumerate(self.readers):
                 rows = np.flatnonzero(sources == number)
                 reader.gather(windows[rows], into, rows)
@@ -188,12 +186,12 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
 class _Prefetcher:
     """Prefetches the groups of blocks after the one in use, for each source."""
 
-    def __init__(self, plan: TrainingOrder, readers: list[ShardReader], place: int) -> None:
+    def __init__(self, order: TrainingOrder, readers: list[ShardReader], place: int) -> None:
         for reader in readers:
             reader.close()  # release blocks of another process or an earlier pass
-        self.plan = plan
+        self.order = order
         self.readers = readers
-        self.groups = plan.groups(place)
+        self.groups = order.groups(place)
         self.next = next(self.groups, None)
 
     def reach(self, places: NDArray[np.int64]) -> None:
@@ -204,5 +202,5 @@ class _Prefetcher:
             reader = self.readers[group.source]
             if group.place > places[-1] and len(reader.held) > AHEAD:
                 break
-            reader.prefetch(group.place, (self.plan.block_windows(group.source, int(b)) for b in group.blocks))
+            reader.prefetch(group.place, (self.order.block_windows(group.source, int(b)) for b in group.blocks))
             self.next = next(self.groups, None)

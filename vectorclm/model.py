@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vectorclm.errors import DataError
-from vectorclm.model_config import ModelConfig, model_config, write_config
+from vectorclm.model_config import ModelConfig, read_model_config, write_config
 from vectorclm.nn.attention import AttentionMask, Documents, attention, left_padded
 from vectorclm.nn.layers import (
     Linear,
@@ -205,6 +205,7 @@ class CausalLM(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, Attention | MLP):
             # Projections into the residual stream start smaller, by the root of their number (GPT-2, section 2.3).
+            # `apply` visits children first, so the projections already have their random values.
             out = module.o_proj if isinstance(module, Attention) else module.down_proj
             with torch.no_grad():
                 out.weight /= math.sqrt(2 * self.config.num_hidden_layers)
@@ -276,7 +277,7 @@ class CausalLM(nn.Module):
             size, tensors = weights.stat().st_size, load_file(weights)
         except (OSError, ValueError, SafetensorError) as error:
             raise DataError(f"{directory} is not a model directory: {error}") from error
-        config = model_config(raw, str(directory / "config.json"))
+        config = read_model_config(raw, str(directory / "config.json"))
         if config.parameters > size:  # checked before memory is allocated for a size that only config.json claims
             raise DataError(
                 f"{weights} does not fit its config.json: {config.parameters:,} parameters in {size:,} bytes"

@@ -94,7 +94,7 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_config(raw: Any, where: str) -> ModelConfig:
+def read_model_config(raw: Any, where: str) -> ModelConfig:
     """The ModelConfig of a Hugging Face `config.json`. Raises DataError where the file has another architecture."""
     kinds: dict[Any, AttentionKind] = {spec.model_type: kind for kind, spec in ATTENTION_KINDS.items()}
     if not isinstance(raw, dict):

@@ -38,7 +38,7 @@ def pretrain(
     ):
         sizes = {label: len(reader) for label, reader in training.items()}
         any_source = next(iter(training.values()))
-        order = config.plan(sample_weights, sizes, any_source.sequence_length, any_source.token_bytes, run.seed)
+        order = config.order(sample_weights, sizes, any_source.sequence_length, any_source.token_bytes, run.seed)
         dataset = own_share(training, order, config, run.group)
         if dataset.steps == 0:
             step = config.batch_size * any_source.sequence_length

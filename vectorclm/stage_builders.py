@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from vectorclm.config import ExperimentConfig
 from vectorclm.corpus.sources import benchmark_sources
-from vectorclm.errors import DataError
+from vectorclm.errors import ConfigError, DataError
 from vectorclm.export.hugging_face import export, write_model_files
 from vectorclm.runtime.devices import Runtime, memory_explained
 from vectorclm.runtime.group import Group
 from vectorclm.settings import digest
 from vectorclm.store.artifact import Artifact, StageSpec, Store
+from vectorclm.store.layout import TRAINED
 from vectorclm.store.uploads import EarlyUpload
 from vectorclm.store.work import attempt_folder
 from vectorclm.tokenizer import load_tokenizer, token_lengths
@@ -118,10 +119,14 @@ def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 
 def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
-    """Train or fine-tune the base model with all ranks of the group; the other ranks run `follow`."""
+    """Train or fine-tune the base model with all ranks of the group; the other ranks run `follow`.
+
+    Raises ConfigError for a stage other than these two.
+    """
     from vectorclm.train import TrainingRun
     from vectorclm.training.checkpoint import Checkpoints
 
+    settings = _training_of(job.experiment, job.name)
     folders = _training_inputs(job.name, job.store, job.specs)
     # The other ranks start only now, when all inputs are on this machine.
     job.group.call(json.dumps([job.experiment.model_dump(mode="json"), job.again]))
@@ -135,7 +140,7 @@ def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
     model.save_pretrained(out)
     length = job.experiment.model.max_position_embeddings
     write_model_files(folders["tokenizer"], length, chat=job.name == "finetune", out=out)
-    for written in ("metrics.jsonl", *(["samples.jsonl"] if _training_of(job.experiment, job.name).samples else [])):
+    for written in ("metrics.jsonl", *(["samples.jsonl"] if settings.samples else [])):
         (out.parent / written).rename(out / written)
     return summary
 
@@ -163,11 +168,10 @@ def build_scores(job: StageJob, out: Path) -> Mapping[str, Any]:
     from vectorclm.inference.load import load_model
 
     with memory_explained(job.runtime.micro_batch_size):
-        chat, experiment = "finetune" in job.inputs, job.experiment
-        folder = job.inputs["finetune" if chat else "pretrain"].local()
-        loaded = load_model(folder, job.runtime.configure_torch(), chat=chat)
-        trained = _training_of(experiment, "finetune" if chat else "pretrain")
-        text = ShardWindows(job.inputs["shards"], trained.document_mask)  # as the model was trained
+        experiment, training = job.experiment, next(stage for stage in reversed(TRAINED) if stage in job.inputs)
+        chat, settings = training == "finetune", _training_of(experiment, training)
+        loaded = load_model(job.inputs[training].local(), job.runtime.configure_torch(), chat=chat)
+        text = ShardWindows(job.inputs["shards"], settings.document_mask)  # as the model was trained
         setup = TaskSetup(job.seed, job.data, experiment.world)
         data = ScoringData(setup, text, job.inputs["chat_shards"] if chat else None)
         return score_model(loaded, experiment.evaluate, data, job.runtime, out, job.name)
@@ -208,11 +212,23 @@ def _train(
             texts = (data["shards"], weights) if "shards" in data else None
             assert experiment.finetune is not None
             return finetune(experiment.finetune, folders["pretrain"], data["chat_shards"], lengths, run, texts)
-        return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, run)
+        if run.stage == "pretrain":
+            return pretrain(experiment.model, experiment.pretrain, weights, data["shards"], lengths, run)
+    raise _no_training(run.stage)
 
 
 def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
-    return experiment.finetune if name == "finetune" and experiment.finetune is not None else experiment.pretrain
+    """The settings of a training. Raises ConfigError for a stage that `build_model` does not train."""
+    if name == "finetune":
+        assert experiment.finetune is not None  # else the experiment lacks the stage
+        return experiment.finetune
+    if name == "pretrain":
+        return experiment.pretrain
+    raise _no_training(name)
+
+
+def _no_training(name: str) -> ConfigError:
+    return ConfigError(f"build_model trains pretrain and finetune only: stage {name} needs a builder of its own")
 
 
 def _identity(data: Mapping[str, Artifact]) -> str:

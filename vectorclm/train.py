@@ -72,7 +72,7 @@ class Record:
     ) -> None:
         self.model, self.optimizers, self.config, self.run = model, optimizers, config, run
         self.validate = validate
-        self.order = dataset.plan.digest(config.batch_size)
+        self.order = dataset.order.digest(config.batch_size)
         self.steps, self.step_tokens = dataset.steps, config.batch_size * dataset.window_tokens
         self.interval = run.runtime.checkpoint_interval or max(25, min(1000, self.steps // 20))
         self.metrics = Metrics(run.folder / "metrics.jsonl", dataset.describe)
@@ -200,7 +200,7 @@ def _resume(
     run: TrainingRun,
 ) -> Snapshot | None:
     """Restore the newest checkpoint on all ranks, if there is one; the first rank chooses it."""
-    order = dataset.plan.digest(dataset.batch_size)
+    order = dataset.order.digest(dataset.batch_size)
     saved = run.checkpoints.latest(order) if run.group.rank == 0 else None
     if (name := run.group.share(run.checkpoints.resumed)) is not None:
         saved = saved or run.checkpoints.named(name)

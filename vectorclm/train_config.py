@@ -75,7 +75,7 @@ class PretrainConfig(TrainConfig):
         """Number of tokens over all phases."""
         return sum(phase.tokens for phase in self.phases)
 
-    def plan(
+    def order(
         self, sample_weights: Mapping[str, float], sizes: Mapping[str, int], length: int, itemsize: int, seed: int
     ) -> "TrainingOrder":
         """The training order over sources with `sizes` windows each.

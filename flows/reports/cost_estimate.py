@@ -90,7 +90,7 @@ def _hours_on(flops: float) -> dict[str, float]:
 def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[str, float]:
     weights = {source.label: source.weight for source in experiment.sample.sources}
     length, itemsize = experiment.shards.sequence_length, token_dtype(experiment.tokenizer.vocab_size).itemsize
-    order = experiment.pretrain.plan(weights, windows, length, itemsize, experiment.seed)
+    order = experiment.pretrain.order(weights, windows, length, itemsize, experiment.seed)
     return order.epochs(order.windows // experiment.pretrain.batch_size * experiment.pretrain.batch_size)
 
 

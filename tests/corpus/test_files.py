@@ -3,6 +3,7 @@
 import gzip
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,8 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from tests.corpus.source_files import source
+from vectorclm.corpus import file_formats
 from vectorclm.corpus.file_formats import columns_of, read_rows
-from vectorclm.corpus.files import find_files, revision_of
+from vectorclm.corpus.files import find_files, list_folder, revision_of
+from vectorclm.corpus.source_reader import read_source
 from vectorclm.errors import DataError
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "é\u2028"}]
@@ -71,6 +75,24 @@ def test_the_split_is_a_word_of_the_name(tmp_path: Path) -> None:
         "test": ["smol_test.jsonl"],
         "validation": ["x.valid.jsonl.zst"],
     }
+
+
+def test_a_row_of_the_table_of_formats_is_read_in_folders_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = replace(file_formats.JSON, name="made", title="made-up", suffixes=(".made",))
+    *tables, text = file_formats.FORMATS
+    monkeypatch.setattr(file_formats, "FORMATS", (*tables, made, text))
+    path, licence = write(tmp_path / "books" / "a.made", LINES), write(tmp_path / "books" / "licence.txt", b"MIT")
+    why = "text beside Parquet, JSON or made-up files"
+    assert list_folder(tmp_path / "books", "train") == ([path], {licence: why})
+    own = source(path=str(tmp_path), data_dir="books", text_column="b")
+    for asked, data in ((own, None), (source(mirror="books", text_column="b"), tmp_path)):
+        assert list(read_source(asked, data, None, ("a", "b"))) == ROWS
+    path.unlink()
+    licence.unlink()
+    with pytest.raises(DataError, match="no Parquet, JSON, made-up or text files of this split"):
+        list(read_source(own, None, None, ()))
 
 
 def test_files_without_a_split_are_for_training(tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
 """Settings of sources: what is refused, and what enters a fingerprint."""
 
+import json
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from tests.corpus.source_files import HUB, source
-from vectorclm.corpus.sources import identity
+from vectorclm.corpus.decontamination import read_benchmarks
+from vectorclm.corpus.sources import CorpusConfig, TaskSource, benchmark_sources, identity
+from vectorclm.evaluation.tasks import read_task
 
 
 def test_other_builders_of_datasets_are_refused() -> None:
@@ -24,3 +29,28 @@ def test_identity_is_content_for_files_and_the_commit_for_the_hub() -> None:
     hub = identity(source(revision="c" * 40, **there))
     assert "mirror" not in hub
     assert (hub["path"], hub["name"], hub["split"], hub["data_dir"]) == (HUB, "a", "test", "d")
+
+
+def test_a_task_of_ones_own_has_columns_that_are_computed_from_the_others(tmp_path: Path) -> None:
+    words = "Which of the animals that live beside the river builds a dam of twigs and mud"
+    row = {"question": words, "options": ["beaver", "otter"], "key": "A"}
+    (tmp_path / "quiz.jsonl").write_text(json.dumps(row) + "\n")
+    task = TaskSource(
+        label="quiz",
+        path="json",
+        data_files=str(tmp_path / "quiz.jsonl"),
+        columns={
+            "context": "question + '?'",
+            "choices": "[' ' + options[0], ' ' + options[1]]",
+            "answer": "'AB'.find(key)",
+        },
+    )
+    (found,) = read_task(task, None, None)
+    assert (found["context"], found["choices"], found["answer"]) == (f"{words}?", [" beaver", " otter"], 0)
+    corpus = CorpusConfig(sources=[source()], bytes=1000)
+    for texts, labels in (([], {"quiz"}), (["question"], {"quiz"}), (["options"], set())):
+        asked = benchmark_sources(corpus, [task.model_copy(update={"texts": texts})])
+        marks = read_benchmarks(asked, None, None)
+        assert marks.found([f"Then: {words}".encode()]) == ({0: labels} if labels else {})
+    plain = task.model_copy(update={"columns": {}, "texts": ["question"]})
+    assert plain.text_columns == ("context", "choices", "answer")

@@ -26,7 +26,7 @@ class ExampleModelConfig(ModelConfig):
 
 
 class Kind(NamedTuple):
-    """A kind with settings that hide keys in a text of 13 tokens, and its rule without tensors."""
+    """A kind with settings that hide keys in a text of 13 tokens, unless its rule is causal, and the rule in Python."""
 
     config: AttentionConfig
     attends: Callable[[int, int, int], bool]  # from the layer, the query's position and the key's

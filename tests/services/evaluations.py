@@ -22,7 +22,7 @@ from selenium.webdriver.support.ui import Select
 from tests.services.browser import click, log_in
 from tests.services.platform import Platform, until
 from vectorclm.model import CausalLM
-from vectorclm.model_config import model_config
+from vectorclm.model_config import read_model_config
 
 LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}
 RUNTIME = {"threads": 1}
@@ -67,7 +67,7 @@ def register_untrained(platform: Platform, mlflow: MlflowClient, folder: Path) -
     shutil.copytree(version.tags["uri"], folder)
     config = json.loads((folder / "config.json").read_text())
     torch.manual_seed(0)
-    CausalLM(model_config(config, "config.json")).save_pretrained(folder)
+    CausalLM(read_model_config(config, "config.json")).save_pretrained(folder)
     experiment = mlflow.get_experiment_by_name("tiny")
     model = mlflow.create_logged_model(experiment.experiment_id, name="untrained")
     made = mlflow.create_model_version(

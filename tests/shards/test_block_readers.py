@@ -89,8 +89,8 @@ def publish(uri: str, work: Path) -> Artifact:
 def stream(readers: Mapping[str, ShardReader], **options: int) -> StreamingLanguageModelDataset:
     """A bit more than one epoch of both sources."""
     phase = MixturePhase(9000, {"a": 0.7, "b": 0.3})
-    plan = TrainingOrder([phase], WINDOWS, 1, windows_per_block=readers["a"].block_windows)
-    return StreamingLanguageModelDataset(readers, plan, BATCH, **options)
+    order = TrainingOrder([phase], WINDOWS, 1, windows_per_block=readers["a"].block_windows)
+    return StreamingLanguageModelDataset(readers, order, BATCH, **options)
 
 
 def hashes(readers: Mapping[str, ShardReader], **options: int) -> list[str]:
@@ -165,8 +165,8 @@ def test_s3_gives_the_same_batches_and_fetches_what_it_uses_once(
         assert found == expected and source.fetched <= 1.02 * used
     assert held <= (1 + AHEAD) * GROUP_BLOCKS + 6  # those that lie in two of the seven shards are held in two parts
     with open_shards(remote, "train") as readers:
-        plan = TrainingOrder([MixturePhase(WINDOWS["a"], {"a": 1.0})], {"a": WINDOWS["a"]}, 1, windows_per_block=64)
-        for _ in StreamingLanguageModelDataset(readers, plan, 64):
+        order = TrainingOrder([MixturePhase(WINDOWS["a"], {"a": 1.0})], {"a": WINDOWS["a"]}, 1, windows_per_block=64)
+        for _ in StreamingLanguageModelDataset(readers, order, 64):
             pass
         assert readers["a"].source.fetched == WINDOWS["a"] * LENGTH * 3
     assert [t for t in threading.enumerate() if t.name.startswith("blocks")] == [] or _ends("blocks")
@@ -185,13 +185,13 @@ def _ends(name: str) -> bool:
 def test_ranks_and_loader_workers_only_slice_the_same_batches(local: Artifact, remote: Artifact, proxy: Proxy) -> None:
     """Of a batch of 25, which few of these numbers divide."""
     proxy.reset(lambda number: "")
-    plan = TrainingOrder([MixturePhase(SOME, {"b": 1.0})], {"b": SOME}, 1, windows_per_block=64)
+    order = TrainingOrder([MixturePhase(SOME, {"b": 1.0})], {"b": SOME}, 1, windows_per_block=64)
 
     def hashes_of(artifact: Artifact, world_size: int, workers: int) -> list[str]:
-        whole = torch.zeros((plan.windows // 25, 2, 25, LENGTH), dtype=torch.int64)
+        whole = torch.zeros((order.windows // 25, 2, 25, LENGTH), dtype=torch.int64)
         with open_shards(artifact, "train") as readers:
             for rank in range(world_size):
-                stream = StreamingLanguageModelDataset(readers, plan, 25, Group(rank, world_size))
+                stream = StreamingLanguageModelDataset(readers, order, 25, Group(rank, world_size))
                 apart = PROCESSES if workers else None
                 loader = DataLoader(stream, batch_size=None, num_workers=workers, multiprocessing_context=apart)
                 for step, batch in enumerate(loader):

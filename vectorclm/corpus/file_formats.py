@@ -37,6 +37,7 @@ class FileFormat:
     """How files of one format are recognised and read. Every reader raises DataError naming the file."""
 
     name: str  # the `path` of a source whose `data_files` have this format
+    title: str  # the name in messages
     suffixes: tuple[str, ...]
     columns: Callable[[Path], list[str]]  # a file's columns; empty for a file without rows
     column_type: "Callable[[Path, str], pa.DataType | None]"  # a column's type; None where the format has no types
@@ -53,13 +54,23 @@ def format_of(path: Path) -> FileFormat:
     start = first_bytes(path)
     if start.startswith(PARQUET_MAGIC):
         return PARQUET
-    named = next((known for known in FORMATS if path.name.lower().endswith(known.suffixes)), None)
-    if named is not None:
+    if (named := suffix_format(path)) is not None:
         return named
     if refused := next((what for suffix, what in REFUSED.items() if path.name.lower().endswith(suffix)), None):
-        raise DataError(f"{path} is {refused}, which is not read: convert it to JSON Lines, Parquet or plain text")
+        raise DataError(f"{path} is {refused}, which is not read: convert it to {titles()}")
     first = next((line for line in lines_of(path, "surrogateescape") if line.strip()), "").lstrip()
     return JSON if first.startswith(("{", "[")) else TEXT
+
+
+def suffix_format(path: Path) -> FileFormat | None:
+    """The format whose suffix a file's name has; None for another suffix. The file is not read."""
+    return next((known for known in FORMATS if path.name.lower().endswith(known.suffixes)), None)
+
+
+def titles(*, tables: bool = False) -> str:
+    """The formats that are read, as in "Parquet, JSON or text"; with `tables`, those of rows with columns."""
+    *others, last = (known.title for known in FORMATS if not (tables and known is TEXT))
+    return f"{', '.join(others)} or {last}"
 
 
 def named_format(address: str) -> FileFormat:
@@ -263,7 +274,9 @@ def _object(row: Any, path: Path, line: int) -> dict[str, Any]:
 PARQUET_SUFFIXES = (".parquet", ".pq")
 JSON_SUFFIXES = _with_compressed(".jsonl", ".json", ".ndjson")
 TEXT_SUFFIXES = _with_compressed(".txt", ".md", ".text", ".markdown")
-PARQUET = FileFormat("parquet", PARQUET_SUFFIXES, _parquet_columns, _parquet_type, _parquet_rows, _parquet_texts)
-JSON = FileFormat("json", JSON_SUFFIXES, _json_columns, _no_type, _json_rows, _json_texts)
-TEXT = FileFormat("text", TEXT_SUFFIXES, text_columns, _no_type, text_rows, text_batches)
+PARQUET = FileFormat(
+    "parquet", "Parquet", PARQUET_SUFFIXES, _parquet_columns, _parquet_type, _parquet_rows, _parquet_texts
+)
+JSON = FileFormat("json", "JSON", JSON_SUFFIXES, _json_columns, _no_type, _json_rows, _json_texts)
+TEXT = FileFormat("text", "text", TEXT_SUFFIXES, text_columns, _no_type, text_rows, text_batches)
 FORMATS = (PARQUET, JSON, TEXT)

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vectorclm.corpus.file_formats import JSON_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES, labels_of
+from vectorclm.corpus.file_formats import TEXT, labels_of, suffix_format, titles
 from vectorclm.errors import DataError
 
-TABLES = (*PARQUET_SUFFIXES, *JSON_SUFFIXES)
 SHOWN = 3  # names in a message about files that are not read
 
 # Words in a file's name, as `datasets` knows them, and the split that each stands for.
@@ -46,18 +45,17 @@ def list_folder(place: Path, split: str) -> FolderFiles:
     """List the files of a folder and its sub-folders: those that are read for `split`, and the reason for each other.
 
     A word of the file's name states the split, as in `test-00000-of-00002.parquet`, or the name of its folder; where
-    neither does in any file, all files belong to `train`. Text files are read where there are no Parquet or JSON
-    files, which a text such as a licence only accompanies. Hidden files are ignored.
+    neither does in any file, all files belong to `train`. Text files are read where there are no files of another
+    format, which a text such as a licence only accompanies. Hidden files are ignored.
     """
     left_out: dict[Path, str] = {}
-    found = list(_visible_files(place, left_out))
-    tables = [path for path in found if path.name.lower().endswith(TABLES)]
-    files = tables or [path for path in found if path.name.lower().endswith(TEXT_SUFFIXES)]
+    found = {path: suffix_format(path) for path in _visible_files(place, left_out)}
+    tables = [path for path, known in found.items() if known not in (None, TEXT)]
+    files = tables or [path for path, known in found.items() if known is TEXT]
     accompanying = {labels_of(path) for path in files}
-    for path in found:
+    for path, known in found.items():
         if path not in files and path not in accompanying:
-            is_text = path.name.lower().endswith(TEXT_SUFFIXES)
-            left_out[path] = "text beside Parquet or JSON files" if is_text else "its format is not read"
+            left_out[path] = f"text beside {titles(tables=True)} files" if known is TEXT else "its format is not read"
     splits = {path: _split_in(path.name) or _folder_split(path.parent, place) for path in files}
     if any(splits.values()):
         wanted = SPLIT_WORDS.get(split, split)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, AnyStr, NamedTuple
 
 import pyarrow as pa
 
-from vectorclm.corpus.file_formats import column_type, columns_of, format_of, is_text, read_file_batches, read_rows
+from vectorclm.corpus.file_formats import (
+    column_type,
+    columns_of,
+    format_of,
+    is_text,
+    read_file_batches,
+    read_rows,
+    titles,
+)
 from vectorclm.corpus.files import revision_of
 from vectorclm.corpus.filters import Filter
 from vectorclm.corpus.hub import hub_error, open_hub
@@ -91,7 +99,7 @@ def _check_local(source: Source, data: Path | None, columns: Sequence[str]) -> l
     """The source's local files that have rows. Raises DataError as `open_source` does."""
     place, files = local_place(source, data), local_files(source, data)
     if not files:
-        raise DataError(f"{describe(source)}: no Parquet, JSON or text files of this split at {place}")
+        raise DataError(f"{describe(source)}: no {titles()} files of this split at {place}")
     filled = []
     for path in files:
         if _names_format(source, data) and (found := format_of(path).name) != source.path:

@@ -22,7 +22,7 @@ CHOICE_COLUMNS = ("context", "choices", "answer")  # columns of a benchmark that
 
 GENERATED = {"world": world_rows}  # `path` of a generated source -> function that returns its rows by name
 BUILDERS = tuple(known.name for known in FORMATS)  # the `path` of a source of files
-MEANT = {"jsonl": "json", "ndjson": "json", "jsonlines": "json", "pq": "parquet", "txt": "text", "md": "text"}
+MEANT = {suffix.lstrip("."): known.name for known in FORMATS for suffix in known.suffixes} | {"jsonlines": "json"}
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -34,7 +34,8 @@ class Source(Settings):
 
     label: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the source in file names and metrics")
     path: str = Field(
-        description="Hub id, local folder or file, s3://…, parquet, json or text (with data_files), or world"
+        description="Hub id, local folder or file, s3://…, "
+        f"{', '.join(BUILDERS[:-1])} or {BUILDERS[-1]} (with data_files), or {' or '.join(GENERATED)}"
     )
     name: str | None = Field(None, description="The hub's config")
     split: str = Field("train", description="Split of the data set")
@@ -256,10 +257,14 @@ class TaskSource(Source):
     """A benchmark: a task defined by EleutherAI's lm-evaluation-harness, or rows of context, choices and answer."""
 
     task: str | None = Field(
-        None, description="Task or group of lm-evaluation-harness; if unset, rows have context, choices and answer"
+        None,
+        description="Task or group of lm-evaluation-harness; if unset, rows have context, choices (each choice begins "
+        "with its space) and answer (an index from 0)",
     )
     columns: dict[str, str] = Field(
-        {}, description="Columns that the task needs and the mirror's files lack, as Jinja expressions of their columns"
+        {},
+        description="Columns that the task needs and the files lack, as Jinja expressions of their columns; with task, "
+        "of a mirror's files only",
     )
     subset: str | None = Field(None, description="For a group: the column that names the task of a row")
     shots: int | None = Field(
@@ -274,7 +279,12 @@ class TaskSource(Source):
     @property
     def text_columns(self) -> tuple[str, ...]:
         """The columns with the benchmark's texts; empty = all."""
-        return tuple(self.texts) if self.task is not None else CHOICE_COLUMNS
+        return self.row_columns or tuple(self.texts)
+
+    @property
+    def row_columns(self) -> tuple[str, ...]:
+        """The columns that the files must have; empty = all are read, which the task or `columns` may need."""
+        return CHOICE_COLUMNS if self.task is None and not self.columns else ()
 
 
 def benchmark_sources(config: CorpusConfig, tasks: Sequence[TaskSource]) -> list[BenchmarkSource]:

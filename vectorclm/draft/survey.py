@@ -15,15 +15,14 @@ import xxhash
 
 from vectorclm.corpus.file_formats import (
     TEXT,
-    TEXT_SUFFIXES,
     column_type,
     columns_of,
     format_of,
     is_text,
     named_format,
     read_rows,
+    suffix_format,
 )
-from vectorclm.corpus.files import TABLES
 from vectorclm.corpus.remote_files import is_address
 from vectorclm.corpus.sampler import clean_texts
 from vectorclm.corpus.source_reader import read_batches, read_source
@@ -125,8 +124,13 @@ def survey_text(place: str, label: str, folder: Path, seed: int) -> TextSurvey:
 def _is_own(place: str) -> bool:
     """Whether a place is on this machine or at an address, and not a hub id."""
     local = Path(place).expanduser()
-    is_file = local.name.lower().endswith((*TABLES, *TEXT_SUFFIXES))
-    return is_address(place) or is_file or local.exists() or glob.has_magic(place) or HUB_ID.fullmatch(place) is None
+    return (
+        is_address(place)
+        or suffix_format(local) is not None
+        or local.exists()
+        or glob.has_magic(place)
+        or HUB_ID.fullmatch(place) is None
+    )
 
 
 def _source_of(place: str, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vectorclm.corpus.counting import word_pair_baseline
 from vectorclm.corpus.source_reader import read_source
-from vectorclm.corpus.sources import CHOICE_COLUMNS, TaskSource, is_remote
+from vectorclm.corpus.sources import TaskSource, is_remote
 from vectorclm.corpus.synthetic_world import WorldConfig, world_documents
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.item_scores import ItemScores
@@ -42,12 +42,13 @@ def _harness() -> tuple[Any, Any]:
 
 def read_task(task: TaskSource, data: Path | None, world: WorldConfig | None) -> Iterator[Mapping[str, Any]]:
     """The rows of a benchmark, from the mirror `data` or the hub. Raises DataError where they cannot be read."""
-    rows = read_source(task, data, world, CHOICE_COLUMNS if task.task is None else ())
-    return rows if is_remote(task, data) else _with_columns(task, rows)
+    rows = read_source(task, data, world, task.row_columns)
+    of_hub = task.task is not None and is_remote(task, data)  # the harness knows the hub's columns
+    return rows if of_hub else _with_columns(task, rows)
 
 
 def _with_columns(task: TaskSource, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The rows of a mirror, with the columns that the task computes from the others."""
+    """The rows, with the columns that the task computes from the others."""
     expressions = {name: _expression(task, text) for name, text in task.columns.items()}
     for row in rows:
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vectorclm.config import ExperimentConfig, Suite
+from vectorclm.corpus.file_formats import titles
 from vectorclm.corpus.files import revision_of
 from vectorclm.corpus.hub import hub_error
 from vectorclm.corpus.sources import (
@@ -185,7 +186,7 @@ class _Pinner:
                 places = ", ".join(str(local_place(source, self.data)) for source in (lost if sets else missing))
                 raise DataError(
                     f"{path if sets else 'the benchmarks'}: the mirror {self.data} has no files of it; "
-                    f"expected Parquet, JSON or text files at {places}"
+                    f"expected {titles()} files at {places}"
                 )
             self.notes.append(_note(path, lost, left, sets))
         return kept
@@ -202,7 +203,7 @@ class _Pinner:
                 if self.data is not None and Path(place).is_relative_to(self.data):
                     return None
                 instead = _instead(source, self.data)
-                raise DataError(f"{describe(source)}: no Parquet, JSON or text files of this split at {place}{instead}")
+                raise DataError(f"{describe(source)}: no {titles()} files of this split at {place}{instead}")
             if (note := left_out(source, self.data)) is not None:
                 self.notes.append(note)
             found = revision_of(files)

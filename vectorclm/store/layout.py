@@ -22,6 +22,6 @@ StageName = Literal[
 STAGES: tuple[str, ...] = get_args(StageName)
 
 # What the store asks about stages, which it cannot ask the table: a checkpoint's key does not name its stage, and only
-# an export names the experiment.
+# an export names the experiment. Every training is here, the later ones last.
 TRAINED: tuple[StageName, ...] = ("pretrain", "finetune")
 EXPORT: StageName = "export"

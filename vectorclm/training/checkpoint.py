@@ -152,8 +152,8 @@ class Checkpoints:
             try:
                 if (found := self.store.find(self.root, name)) is not None:
                     self._check(found, order)
-                    snapshot, self.resumed = self._load(found), name
-                    return snapshot
+                    newest, self.resumed = self._load(found), name
+                    return newest
             except CorruptArtifactError:
                 pass
             self.store.remove(f"{self.root}/{name}")

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: warm-up, then cosine or a constant stretch with a linear decay."""
+"""Learning-rate schedules: a linear warm-up, then a function of the step for each kind."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -37,7 +37,8 @@ def _warmup_stable_decay(config: ScheduleConfig, step: int, steps: int, warmup: 
     return config.floor + (1 - config.floor) * left
 
 
-# The factor after the warm-up, from the config, the step, the number of steps, and the number of warm-up steps.
+# The factor after the warm-up, from the settings, the step (from 0), the number of steps, and the warm-up's steps.
+# `schedule` computes the warm-up, and calls the function for later steps only. The last step returns `config.floor`.
 SCHEDULES: Mapping[ScheduleKind, Callable[[ScheduleConfig, int, int, int], float]] = {
     "cosine": _cosine,
     "warmup_stable_decay": _warmup_stable_decay,
