@@ -43,8 +43,9 @@ def remove_from_store(
 ) -> int:
     """List what goes with a model or an experiment, and what stays; with --yes, remove it and its records.
 
-    With an artifact goes what was built from it; of an experiment stays what others use or were built from. Where
-    MLflow or Prefect does not answer, nothing is removed. Exit code 1 where something stays that should go.
+    What was built from an artifact goes with it; what other experiments use or build from stays.
+    Nothing is removed where MLflow or Prefect does not answer.
+    Exit code 1 if something stays that should go.
     """
     store = existing_store(place.store)
     removal = _plan(name, store)
