@@ -29,7 +29,7 @@ from flows.net import answers
 from flows.platform import doctor
 from tests.conftest import following, one_of
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
-from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, says
+from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, rest, says
 from tests.services.platform import Platform, platform_at, until
 from tests.services.trigger import (
     by_prefect,
@@ -101,6 +101,7 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
         return found
 
     (run,) = until(started, "the run is there", 120)
+    rest(page)
     assert run.parameters["changes"]["pretrain"]["tokens"] == 16384
     assert platform.ended(run.id) == "Failed"
     run = platform.run(run.id)
@@ -120,6 +121,7 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     until(lambda: len(by_text(page, "button", "Retry")) > 1, "it asks whether to retry", 60)
     page.execute_script("arguments[0].click()", by_text(page, "button", "Retry")[-1])
     until(lambda: platform.run(run.id).run_count == 2, "the run starts again")
+    rest(page)
     assert platform.ended(run.id) == "Completed"
     tasks = platform.tasks(run.id)
     assert [tasks[name][-1] for name in ("sample", "tokenizer", "shards", "pretrain", "export")] == [
@@ -130,6 +132,7 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     for name in ("pretrain", "finetune", "export"):
         until(lambda name=name: says(page, name), f"the graph shows {name}", 60)
     picture(page, "retried")
+    rest(page)
     shown = {str(found.key): found for found in platform.client.read_artifacts()}
     assert {"pretrain-progress", "finetune-progress", "mlflow", "overview"} <= set(shown)
     assert all(found.description for found in shown.values())
@@ -264,6 +267,7 @@ def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDri
     click(page, "button", "Cancel")
     click(page, "button", "Confirm")
     assert platform.ended(run_id) == "Cancelled"
+    rest(page)
     until(lambda: mlflow_status(platform, run_id) == {"KILLED"}, "MLflow's runs are closed", 60)
     until(lambda: platform.run(second).state_name == "Running" and torch_processes(platform), "the second has its turn")
     assert platform.run(third).state_name == "Queued"
