@@ -26,7 +26,7 @@ from flows.handle import CURRICULA, RESCUED
 from flows.paths import local_folder
 from flows.platform.config import POOLS
 from flows.platform.incidents import Incidents
-from flows.platform.missed_runs import MISSED_AFTER, report_missed, skip_older
+from flows.platform.missed_runs import ACTIVE, MISSED_AFTER, report_missed, skip_older
 from flows.platform.mlflow_runs import close_runs
 from flows.run_names import is_generated
 from vectorclm.store.artifact import Store
@@ -36,7 +36,6 @@ DEAD_LOOKS = 2  # a run is dead if this many looks find no process: its worker, 
 RESCUE_SECONDS = 35  # after which a crashed run starts again, where no automation has started it
 ASLEEP = timedelta(seconds=60)  # between two looks: the machine was suspended, and workers need time as after a start
 RECENT = timedelta(hours=6)  # older crashes are left alone
-ACTIVE = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 FILL_SECONDS = 300  # at most, for the forms of all experiments
 QUEUED = "Queued"  # the state of a run that waits for another
 

@@ -5,6 +5,7 @@ Prefect in a process of its own.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -42,17 +43,18 @@ def entries() -> list[dict[str, Any]]:
 
     The pool `gpu` runs the stages that run torch, `cpu` the rest.
     """
-    found: list[dict[str, Any]] = _content()["deployments"]
+    content = _content()
+    found: list[dict[str, Any]] = content["deployments"]
     for stage in TABLE:
         pool = {"name": "gpu" if stage.own_process else "cpu"}
         named = {"name": deployment_of(stage.name), "parameters": {"stage": stage.name}, "work_pool": pool}
-        found.append({**definition("stage"), **named})
+        found.append({**content["definitions"]["stage"], **named})
     return found
 
 
 def fields_of(client: SyncPrefectClient, entry: Mapping[str, Any]) -> tuple[UUID, dict[str, Any]]:
     """The flow of an entry on the server, and the fields of its deployment but for its name and schedules."""
-    flow: Flow[..., Any] = load_flow_from_entrypoint(entry["entrypoint"])
+    flow, schema = _flow(entry["entrypoint"])
     return client.create_flow_from_name(flow.name), {
         "version": flow.version,
         "parameters": entry.get("parameters", {}),
@@ -63,9 +65,16 @@ def fields_of(client: SyncPrefectClient, entry: Mapping[str, Any]) -> tuple[UUID
         "entrypoint": entry["entrypoint"],
         "path": None,
         "pull_steps": [],
-        "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
+        "parameter_openapi_schema": schema,
         "enforce_parameter_schema": entry["enforce_parameter_schema"],
     }
+
+
+@cache
+def _flow(entrypoint: str) -> tuple[Flow[..., Any], dict[str, Any]]:
+    """The flow at an entrypoint and the schema of its parameters, which many deployments share."""
+    flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
+    return flow, parameter_schema(flow).model_dump(exclude_unset=True)
 
 
 def all_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
