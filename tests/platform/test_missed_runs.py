@@ -28,7 +28,7 @@ from flows.platform.missed_runs import MISSED_AFTER, SkippedRunError, check_is_n
 from tests.services.platform import until
 
 HOURLY = IntervalSchedule(interval=timedelta(hours=1), anchor_date=datetime.now(UTC) - timedelta(minutes=30))
-NAME = "vectorclm-chat@candidate on tiny"
+NAME = "of the tests of missed runs"  # other tests of the same server have schedules, too
 PARAMETERS = {"model": "models:/vectorclm-chat@candidate", "suite": "tiny"}
 
 
