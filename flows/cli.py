@@ -47,6 +47,7 @@ from vectorclm.draft.draft_commands import init
 from vectorclm.errors import ConfigError, StoreError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.model_commands import ServeOptions, compare, evaluate, export, models, serve
+from vectorclm.planner.planner_commands import estimate, simulate
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import bars
 from vectorclm.settings import validate
@@ -72,6 +73,8 @@ app.command(bench_app)
 app.command(schedule_app)
 app.update(models)
 app.command(init, help_epilogue="Example: vectorclm init --text books/ --minutes 30")
+app.command(estimate, help_epilogue="Example: vectorclm estimate base --nodes 2 --network 100G --price 3.50")
+app.command(simulate, help_epilogue="Example: vectorclm simulate base --device h200 --network 100G")
 app.register_install_completion_command()
 
 
@@ -347,12 +350,12 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
 
 def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Runtime, options: RunOptions) -> None:
     from flows.reports.cost_estimate import budget, known_windows, show
-    from vectorclm.draft.estimate import estimate
+    from vectorclm.draft.estimate import estimate as estimate_here
 
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
     specs = plans(pinned)
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
-    here = estimate(pinned, options.place.data, runtime)
+    here = estimate_here(pinned, options.place.data, runtime)
     costs["here"] = {
         "device": runtime.device_type(),
         "text_bytes": dict(here.available),

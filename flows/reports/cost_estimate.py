@@ -14,20 +14,16 @@ from rich.table import Table
 from flows.handle import duration
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.pinning import UNRESOLVED
+from vectorclm.memory_plan import TrainingShape, plan_memory
+from vectorclm.planner.hardware import DEVICES
+from vectorclm.planner.plan import alone_on
 from vectorclm.shards.order import format_epochs
 from vectorclm.shards.writer import token_dtype
 from vectorclm.stages import BY_NAME
 from vectorclm.store.artifact import StageSpec, Store
+from vectorclm.train_config import TrainConfig
 
-# Training FLOP/s assumed for the estimate: a fifth of the dense bf16 peak on GPUs, because the matrix products of a
-# small model are short, and 25 GFLOP/s for each core in fp32 on CPUs with AVX2.
-DEVICES: Mapping[str, float] = {
-    "2 CPU cores": 0.05e12,
-    "16 CPU cores": 0.4e12,
-    "RTX 4090": 33e12,
-    "A100": 62e12,
-    "H100 or H200": 200e12,
-}
+HERE = ("2cpucores", "16cpucores", "rtx4090", "a100", "h100", "h200")  # of the planner's devices
 
 
 def known_windows(store: Store, shards: StageSpec) -> dict[str, int] | None:
@@ -43,19 +39,17 @@ def budget(
     """The budget of an experiment: tokens, parameters, FLOPs, bytes, hours and fingerprints.
 
     A fingerprint is `unresolved` while a source has no commit. With the `windows` of each source, the budget says how
-    often it is read; with a token budget for fine-tuning (`chat.tokens`), what fine-tuning costs. Memory is that of
-    training in fp32: weights, gradients, one moment for Muon's matrices, two moments for AdamW's parameters, and the
-    activations of one window. Raises ConfigError where a source runs out in a phase that forbids it.
+    often it is read; with a token budget for fine-tuning (`chat.tokens`), what fine-tuning costs. Hours are the
+    planner's, as those of `vectorclm estimate`. Memory is that of training in fp32 by the memory plan. Raises
+    ConfigError where a source runs out in a phase that forbids it.
     """
     model, shards = experiment.model, experiment.shards
     tokens = experiment.pretrain.tokens
     flops = model.flops_per_token(shards.sequence_length) * tokens
-    one_moment = 0  # parameters of Muon; a new optimizer counts as AdamW
-    if experiment.pretrain.optimizer.matrices == "muon":
-        one_moment = model.parameters - model.vocab_size * model.hidden_size
-    state = 4 * (4 * model.parameters - one_moment)
-    window = 4 * shards.sequence_length * model.num_hidden_layers
-    window *= 10 * model.hidden_size + 4 * model.intermediate_size
+    shape = TrainingShape(
+        model, shards.sequence_length, "cpu", experiment.pretrain.document_mask, experiment.pretrain.optimizer.matrices
+    )
+    one, two = (plan_memory(shape, windows) for windows in (1, 2))
     return {
         "stages": {name: _fingerprint(name, experiment, plans) for name in plans},
         "parameters": model.parameters,
@@ -67,8 +61,11 @@ def budget(
         "sample_bytes": experiment.sample.bytes,
         "conversations": sum(source.conversations for source in experiment.chat_sources),
         "flops": flops,
-        "memory_bytes": {"model_and_optimizer": state, "one_window": window},
-        "hours": _hours_on(flops),
+        "memory_bytes": {
+            "model_and_optimizer": one.weights + one.gradients + one.optimizer,
+            "one_window": two.bytes - one.bytes,
+        },
+        "hours": _hours_of(experiment, experiment.pretrain, shards.sequence_length, tokens),
         "tuning": _tuning(experiment),
     }
 
@@ -80,11 +77,13 @@ def _tuning(experiment: ExperimentConfig) -> dict[str, Any] | None:
         return None
     tokens = round(finetune.epochs * chat.tokens / (1 - finetune.replay))
     flops = experiment.model.flops_per_token(chat.sequence_length) * tokens
-    return {"tokens": tokens, "flops": flops, "hours": _hours_on(flops)}
+    return {"tokens": tokens, "flops": flops, "hours": _hours_of(experiment, finetune, chat.sequence_length, tokens)}
 
 
-def _hours_on(flops: float) -> dict[str, float]:
-    return {device: flops / speed / 3600 for device, speed in DEVICES.items()}
+def _hours_of(experiment: ExperimentConfig, config: TrainConfig, length: int, tokens: int) -> dict[str, float]:
+    """Hours of a training's tokens on one device of each kind."""
+    devices = [DEVICES[key] for key in HERE]
+    return {device.name: tokens * alone_on(device, experiment.model, config, length) / 3600 for device in devices}
 
 
 def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[str, float]:
@@ -140,9 +139,10 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     facts.add_row("memory", f"{memory['model_and_optimizer'] / 1e9:.2f} GB for model and optimizer")
     facts.add_row("", f"and about {memory['one_window'] / 1e9:.2f} GB for each window of a micro-batch")
     trainings = {"pretraining": costs["hours"], **({"fine-tuning": tuning["hours"]} if tuning else {})}
-    hours = Table("device", "TFLOP/s assumed", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    for device, speed in DEVICES.items():
-        hours.add_row(device, f"{speed / 1e12:g}", *(_hours(training[device]) for training in trainings.values()))
+    hours = Table("device", "TFLOP/s", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for device, needed in costs["hours"].items():
+        speed = costs["flops"] / needed / 3.6e15
+        hours.add_row(device, f"{speed:.3g}", *(_hours(training[device]) for training in trainings.values()))
     console.print(
         Panel(Group(stages, facts, hours, *_here(here)), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED)
     )

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
+from flows.reports.cost_estimate import HERE
 from tests.test_curriculum import mini
-from vectorclm.config import load_experiment
+from vectorclm.config import changed, load_experiment
 from vectorclm.lineage.pinning import pin
+from vectorclm.planner.hardware import DEVICES
+from vectorclm.planner.plan import alone_on
 from vectorclm.stages import plans
 from vectorclm.store.layout import STAGES
 
@@ -53,7 +56,12 @@ def test_a_dry_run_counts_tuning_and_small_weights(
     tuning, model = json.loads(capsys.readouterr().out)["tuning"], mini().model
     assert tuning["tokens"] == 1_500_000
     assert tuning["flops"] == pytest.approx(1_500_000 * model.flops_per_token(mini().chat.sequence_length))
-    assert tuning["hours"]["2 CPU cores"] == pytest.approx(tuning["flops"] / 0.05e12 / 3600)
+    changes = {"chat.tokens": 1_000_000, "finetune.epochs": 1.5}
+    config, length = changed(mini(), changes).finetune, mini().chat.sequence_length
+    for key in HERE:
+        token = alone_on(DEVICES[key], model, config, length)
+        assert tuning["hours"][DEVICES[key].name] == pytest.approx(1_500_000 * token / 3600)
+        assert token > model.flops_per_token(length) / DEVICES[key].product_flops
     assert main(dry) == 0
     told = capsys.readouterr().out
     assert "stories 0.5%, lessons 99.5%" in told and "about 1,500,000 tokens" in told and " fine-tuning " in told
