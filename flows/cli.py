@@ -32,22 +32,13 @@ from flows.run_names import of_the_command_line
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
 from vectorclm.__main__ import ALONE, MODEL_COMMANDS
-from vectorclm.command_line import (
-    Json,
-    Place,
-    Setting,
-    StoreOptions,
-    explain,
-    new_app,
-    parse,
-    run,
-)
+from vectorclm.command_line import Json, Place, Setting, StoreOptions, explain, new_app, parse, run
 from vectorclm.config import ExperimentConfig, assignments, experiment_here
 from vectorclm.draft.draft_commands import init
 from vectorclm.errors import ConfigError, StoreError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.model_commands import ServeOptions, compare, evaluate, export, models, serve
-from vectorclm.planner.planner_commands import estimate, simulate
+from vectorclm.planner.planner_commands import planners
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import bars
 from vectorclm.settings import validate
@@ -72,9 +63,8 @@ app.command(stores)
 app.command(bench_app)
 app.command(schedule_app)
 app.update(models)
+app.update(planners)
 app.command(init, help_epilogue="Example: vectorclm init --text books/ --minutes 30")
-app.command(estimate, help_epilogue="Example: vectorclm estimate base --nodes 2 --network 100G --price 3.50")
-app.command(simulate, help_epilogue="Example: vectorclm simulate base --device h200 --network 100G")
 app.register_install_completion_command()
 
 
@@ -350,12 +340,12 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
 
 def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Runtime, options: RunOptions) -> None:
     from flows.reports.cost_estimate import budget, known_windows, show
-    from vectorclm.draft.estimate import estimate as estimate_here
+    from vectorclm.draft.estimate import estimate
 
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
     specs = plans(pinned)
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
-    here = estimate_here(pinned, options.place.data, runtime)
+    here = estimate(pinned, options.place.data, runtime)
     costs["here"] = {
         "device": runtime.device_type(),
         "text_bytes": dict(here.available),

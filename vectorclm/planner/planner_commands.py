@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from vectorclm.command_line import Json, Setting, print_table, table
+from vectorclm.command_line import Json, Setting, new_app, print_table, table
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vectorclm.planner.plan import TrainingPlan
 
 CPU = "cpu"
+planners = new_app("planners", "Trainings on machines not at hand: estimate, simulate.")
 
 
 @Parameter(name="*")
@@ -55,6 +56,7 @@ def _measured(experiment: ExperimentConfig) -> "Device":
     return measure_cpu(TrainingShape(experiment.model, experiment.shards.sequence_length, "cpu"))
 
 
+@planners.command(help_epilogue="Example: vectorclm estimate base --nodes 2 --network 100G --price 3.50")
 def estimate(
     experiment: Annotated[str, Parameter(help="tiny, small, base, or a TOML file")],
     /,
@@ -105,6 +107,7 @@ def explanation(name: str, plan: "TrainingPlan") -> list[str]:
     ]
 
 
+@planners.command(help_epilogue="Example: vectorclm simulate base --device h200 --network 100G")
 def simulate(
     experiment: Annotated[str, Parameter(help="tiny, small, base, or a TOML file")],
     /,
