@@ -12,6 +12,7 @@ from vectorclm.memory_plan import TrainingShape, checkpoint_bytes
 from vectorclm.model import CausalLM
 from vectorclm.planner.hardware import DEVICES, Cluster, network
 from vectorclm.planner.plan import DEVICE_HOURS_BETWEEN_FAILURES, Prices, checkpoint_interval, plan_training
+from vectorclm.runtime.devices import Runtime
 from vectorclm.training.checkpoint import snapshot
 from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
@@ -108,3 +109,18 @@ def test_the_interval_of_checkpoints_costs_the_least() -> None:
     assert best == pytest.approx(math.sqrt(2 * cost * between), rel=0.05)  # Young's
     assert spent(best) < min(spent(0.8 * best), spent(1.25 * best))
     assert checkpoint_interval(3 * between, ranks) == between
+
+
+def test_the_planner_has_the_constants_of_the_code_that_it_plans() -> None:
+    """Those modules import torch, which a plan does not need."""
+    from vectorclm import memory_plan
+    from vectorclm.bench import gpu
+    from vectorclm.nn import attention, loss
+    from vectorclm.planner import step, traffic
+    from vectorclm.runtime import distributed
+
+    assert (memory_plan.CHUNK, memory_plan.GPU_CHUNK) == (loss.CHUNK, loss.GPU_CHUNK)
+    assert memory_plan.QUERY_BLOCK == attention.QUERY_BLOCK
+    assert traffic.BUCKET == distributed.BUCKET
+    assert step.DOCUMENT_TOKENS == gpu.DOCUMENT
+    assert Runtime().windows_at_once(1, torch.device("cpu")) == 2**12
