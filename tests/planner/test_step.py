@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.conftest import KILLS
 from tests.planner.network import BATCH, LENGTH, MODEL, steps_in_one_namespace, steps_over_a_link
@@ -13,7 +14,8 @@ from vectorclm.config import load_experiment
 from vectorclm.memory_plan import TrainingShape
 from vectorclm.planner.hardware import DEVICES, NETWORK_LATENCY, AttentionSpeed, Cluster, Device, Network, network
 from vectorclm.planner.step import Workload, attention_seconds, step_time, update_calls
-from vectorclm.planner.traffic import exchange_gradients, exchange_muon, muon_matrices
+from vectorclm.planner.traffic import exchange_gradients, exchange_muon, muon_matrices, muon_share
+from vectorclm.runtime.distributed import DistributedGroup
 from vectorclm.runtime.group import Group
 from vectorclm.training.muon import Muon
 from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
@@ -105,6 +107,32 @@ def test_two_ranks_send_the_bytes_that_the_planner_counts() -> None:
     counted = exchange_gradients(MODEL, cluster).sent + exchange_muon(MODEL, cluster).sent
     for sent in found["bytes"]:  # both ranks on one loopback
         assert sent == pytest.approx(2 * counted, rel=0.03)
+
+
+@pytest.mark.parametrize("nodes", [1, 3, 8])
+def test_ranks_share_and_pad_matrices_as_the_training_divides_them(nodes: int) -> None:
+    """Each rank in turn, in a process group that exchanges nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    cluster, worked, matrices = Cluster(H200, nodes, 8, network(100e9)), list[torch.Tensor](), 16
+
+    def work(rows: torch.Tensor) -> torch.Tensor:
+        worked.append(rows)
+        return rows
+
+    for rank in range(cluster.ranks):
+        dist.init_process_group("fake", rank=rank, world_size=cluster.ranks, store=FakeStore())
+        try:
+            group = DistributedGroup(rank, cluster.ranks, rank % 8, 8)
+            group.divide(work, torch.ones(matrices, 4, 6))
+        finally:
+            dist.destroy_process_group()
+    share, _ = muon_share(matrices, cluster)
+    assert {len(rows) for rows in worked} == {share}
+    assert sum(int(rows.any(2).any(1).sum()) for rows in worked) == matrices
+    padded = 1 - matrices / (share * cluster.ranks)
+    found = exchange_muon(BASE.model.model_copy(update={"num_hidden_layers": matrices}), cluster)
+    assert (found.padding > 0) == (padded > 0)
 
 
 def test_more_ranks_send_more_padding_and_less_each() -> None:
