@@ -170,7 +170,7 @@ def _warnings(work: Workload, cluster: Cluster, step: StepTime, read: float, pri
     if read > prices.store_bytes:
         yield (
             f"the ranks read {read / 1e6:,.0f} MB a second and the store gives {prices.store_bytes / 1e6:,.0f}: "
-            "set block_cache to a folder on each node, take fewer ranks, or a faster store"
+            "take fewer ranks, or a faster store"
         )
     room = USABLE[cluster.device.kind] * cluster.device.memory
     if step.plan.bytes > room:
