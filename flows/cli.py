@@ -24,7 +24,7 @@ from flows.bench.cli import bench_app
 from flows.net import has_own_server
 from flows.paths import local_folder
 from flows.platform.options import PlatformOptions
-from flows.platform.prefect_server import PrivateServer, prefect_server
+from flows.platform.prefect_server import PrivateServer, parameters_fit, prefect_server
 from flows.platform.removal_commands import remove_from_store
 from flows.platform.schedule_commands import schedule_app
 from flows.reports import lineage_cli
@@ -392,6 +392,7 @@ def _curriculum(
         place = str(data.absolute()) if (data := options.place.data) is not None else None
         name, its_tags = of_the_command_line(experiment.name, assignments(options.settings))
         stack.enter_context(tags(*its_tags))
+        stack.enter_context(parameters_fit())
         return curriculum.with_options(flow_run_name=name)(experiment, runtime, store.uri, place)
 
 

@@ -214,6 +214,7 @@ class Stages:
         began = time.monotonic()
         found = self._found(name)
         if found is not None and name not in self.again:
+            BY_NAME[name].check(self.experiment, found.summary)
             self.tracker.reused(name, found)
             logger.info("%s reused", name)
             self.overview.ends(name, REUSED)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -105,6 +106,22 @@ class PrivateServer:
                 process.wait()
         self._watcher.shutdown()
         self._lock.release()
+
+
+@contextmanager
+def parameters_fit() -> Iterator[None]:
+    """Raise ServerError where the Prefect server refuses a run because its parameters are too large."""
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        yield
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != HTTPStatus.UNPROCESSABLE_ENTITY or "must be less than" not in str(error):
+            raise
+        raise ServerError(
+            "the experiment is larger than the Prefect server at PREFECT_API_URL takes as a parameter: name files by a "
+            "pattern such as texts/*.jsonl, or set PREFECT_SERVER_API_MAX_PARAMETER_SIZE=0 for the server"
+        ) from error
 
 
 def _without_store() -> dict[str, str]:
