@@ -303,7 +303,11 @@ def _about(scores: Mapping[str, Any], name: str) -> str:
     task = scores["tasks"].get(name.removeprefix("acc."))
     if task is None:
         return ""
-    normed = f", acc_norm {task['acc_norm']:.4f} ± {task['stderr_norm']:.4f}" if "acc_norm" in task else ""
+    normed = ""
+    if "acc_norm" in task:
+        from vectorclm.evaluation.statistics import share_error
+
+        normed = f", acc_norm {task['acc_norm']:.4f} ± {share_error(task['acc_norm'], task['items']):.4f}"
     repeated = f", {task['contaminated']:,} repeated in training" if "contaminated" in task else ""
     return f"{normed}, chance {task['chance']:.3f}, {task['items']:,} items{repeated}"
 

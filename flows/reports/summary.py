@@ -25,7 +25,7 @@ from vectorclm.command_line import table
 from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
 from vectorclm.evaluation.instruction_checks import FOLLOWED
-from vectorclm.evaluation.statistics import Change
+from vectorclm.evaluation.statistics import Change, share_error
 from vectorclm.stages import BY_NAME, EVALUATED, EXPORTED, MODELS, READS
 from vectorclm.store.artifact import Artifact, Store, default_store
 from vectorclm.store.layout import EXPORT
@@ -187,7 +187,8 @@ class Summary:
             column.no_wrap = True
         for label, task in tasks.items():
             found = [self.scores[kind]["tasks"][label] for kind in self.titles]
-            errors = [""] * len(found) if narrow else [f" ± {item['stderr']:.1%}" for item in found]
+            known = [share_error(item["acc"], item["items"]) for item in found]
+            errors = [""] * len(found) if narrow else [f" ± {error:.1%}" for error in known]
             figures = [f"[bold]{item['acc']:.1%}[/]{error}" for item, error in zip(found, errors, strict=True)]
             shown.add_row(label, *(f"{task[name]:.1%}" if name in task else "" for name in baselines), *figures)
         return shown

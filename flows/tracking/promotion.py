@@ -14,7 +14,7 @@ from flows.tracking.registry import Registry
 from vectorclm.comparison.compare import METHOD, OWN_SUITE, has_items, paired
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.item_scores import read_scored
-from vectorclm.evaluation.statistics import NOISE, Change, Figure, adjusted_stderr, changes, figures
+from vectorclm.evaluation.statistics import NOISE, Change, Figure, changes, figures
 from vectorclm.lineage.chain import Lineage
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
@@ -71,12 +71,8 @@ def _asked(scores: Artifact) -> dict[str, Any]:
 
 
 def _figures(scores: Artifact) -> dict[str, Figure]:
-    """The scores that have a standard error, which at an accuracy of 0 or 1 is not 0 either."""
-    summary = {"text": {}, **scores.summary}
-    found = figures(summary)
-    for label, task in summary["tasks"].items():
-        found[f"acc.{label}"] = Figure(task["acc"], adjusted_stderr(task["acc"], task["items"]))
-    return found
+    """The scores of an evaluation; older ones have no scores of text."""
+    return figures({"text": {}, **scores.summary})
 
 
 def decided(tasks: Sequence[str], found: Sequence[Change]) -> tuple[bool, list[str]]:

@@ -21,6 +21,7 @@ from vectorclm.evaluation.statistics import (
     mean_figure,
     ratio,
     resampled,
+    share_error,
 )
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
@@ -120,7 +121,11 @@ def paired(before: Mapping[str, Scored], after: Mapping[str, Scored]) -> list[Ch
 
 
 def _figure(scored: Scored) -> Figure:
-    return Figure(*ratio(scored.parts.tolist(), scored.sizes.tolist()))
+    parts, sizes = scored.parts.tolist(), scored.sizes.tolist()
+    value, stderr = ratio(parts, sizes)
+    if set(sizes) == {1.0} and set(parts) <= {0.0, 1.0}:
+        stderr = share_error(value, len(parts))
+    return Figure(value, stderr, len(parts))
 
 
 def _average(kind: str, group: list[tuple[Change, Any]]) -> Change:
