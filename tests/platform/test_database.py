@@ -16,7 +16,9 @@ import httpx
 import psutil
 import pytest
 from mlflow import MlflowClient
+from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Cancelling, Pending
 
 from flows.net import free_port
 from flows.platform.process import HOST, Service
@@ -27,8 +29,9 @@ from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
 from tests.services.ceph import PACKAGES, object_store
-from tests.services.platform import Platform, platform_at
+from tests.services.platform import Platform, platform_at, until
 from tests.services.postgres import INSTALLED, Postgres
+from tests.services.queue import check_made, check_nothing_left, check_order, enqueue, second_worker
 from tests.services.trigger import SECTIONS, check_form
 from vectorclm.lineage.chain import lineage
 from vectorclm.store.artifact import Store
@@ -42,6 +45,7 @@ SECRETS = {
     "S3_SECRET_KEY": "of-s3-secret-7c1d",
 }
 OF_POSTGRES = "of-postgres: 7c%1d@/"
+QUEUED = 20 if KILLS >= 10 else 3  # curricula that are queued at once
 
 
 class Servers:
@@ -168,6 +172,21 @@ def test_a_stage_finds_what_the_curriculum_made(platform: Platform) -> None:
     run = platform.client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
     assert platform.ended(run.id) == "Completed"
     assert platform.tasks(run.id)["sample"] == ["Reused"]
+
+
+def test_curricula_that_are_queued_at_once_are_done_in_order_and_once(platform: Platform, tmp_path: Path) -> None:
+    """By two workers, in pools and inline; one is cancelled in the queue, and a worker is killed in between."""
+    with second_worker(platform) as worker:
+        *wanted, cancelled = enqueue(platform, tmp_path, QUEUED + 1)
+        until(lambda: (platform.run(cancelled.run_id).state or Pending()).name == "Queued", "the last one waits", 60)
+        platform.client.set_flow_run_state(cancelled.run_id, Cancelling())
+        until(lambda: platform.run(wanted[1].run_id).state_type == StateType.RUNNING, "the second one runs")
+        kill(worker)
+        assert [platform.ended(one.run_id) for one in wanted] == ["Completed"] * QUEUED
+    check_order(platform, wanted)
+    check_made(platform, wanted)
+    assert platform.run(cancelled.run_id).state_name == "Cancelled" and platform.run(cancelled.run_id).run_count == 0
+    check_nothing_left(platform, [one.run_id for one in (*wanted, cancelled)])
 
 
 def test_no_other_machine_is_listened_to(platform: Platform) -> None:
