@@ -18,20 +18,20 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Cancelling, Pending
+from prefect.states import Cancelling
 
 from flows.net import free_port
 from flows.platform.process import HOST, Service
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
 from tests.conftest import KILLS, skip_or_fail
-from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
+from tests.kill_matrix import CHANGES, Cell, Killer, Reference
 from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
 from tests.services.ceph import PACKAGES, object_store
 from tests.services.platform import Platform, platform_at, until
 from tests.services.postgres import INSTALLED, Postgres
-from tests.services.queue import check_made, check_nothing_left, check_order, enqueue, second_worker
+from tests.services.queue import Wanted, check_made, check_nothing_left, check_order, enqueue, second_worker
 from tests.services.trigger import SECTIONS, check_form
 from vectorclm.lineage.chain import lineage
 from vectorclm.store.artifact import Store
@@ -139,17 +139,32 @@ def test_the_form_keeps_its_order_and_its_bounds(platform: Platform) -> None:
         assert message in refused.value.response.text
 
 
-def test_a_curriculum_runs_from_the_form_to_models_in_the_bucket(platform: Platform) -> None:
-    run_id = platform.start(experiment="tiny", changes=CHANGES, runtime=RUNTIME)
-    assert platform.ended(run_id) == "Completed"
+@pytest.fixture(scope="module")
+def queued(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> list[Wanted]:
+    """Curricula that two workers did one after the other, in pools and inline.
+
+    One was cancelled in the queue, and a worker was killed in between.
+    """
+    with second_worker(platform) as worker:
+        *wanted, cancelled = enqueue(platform, tmp_path_factory.mktemp("queue"), QUEUED + 1)
+        until(lambda: platform.run(cancelled.run_id).state_name == "Queued", "the last one waits", 60)
+        platform.client.set_flow_run_state(cancelled.run_id, Cancelling())
+        until(lambda: platform.run(wanted[1].run_id).state_type == StateType.RUNNING, "the second one runs")
+        kill(worker)
+        assert [platform.ended(one.run_id) for one in wanted] == ["Completed"] * QUEUED
+    run = platform.run(cancelled.run_id)
+    assert (run.state_name, run.run_count) == ("Cancelled", 0)
+    return wanted
+
+
+def test_curricula_that_are_queued_at_once_are_done_in_order_and_once(platform: Platform, queued: list[Wanted]) -> None:
+    check_order(platform, queued)
+    check_made(platform, queued)
+    check_nothing_left(platform, [one.run_id for one in queued])
+
+
+def test_a_curriculum_runs_from_the_form_to_models_in_the_bucket(platform: Platform, queued: list[Wanted]) -> None:
     store = Store(platform.config.vectorclm_store)
-    for stage in STAGES:
-        (fingerprint,) = store.list(stage)
-        artifact = store.find(stage, fingerprint)
-        assert artifact is not None
-        artifact.verify()
-    # A lease that was given back is an empty object on S3 until gc removes it.
-    assert not any(file.bytes for file in store.files("leases").values()) and store.list("checkpoints") == []
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     for name in ("vectorclm-base", "vectorclm-chat"):
         version = client.get_model_version_by_alias(name, "candidate")
@@ -159,7 +174,7 @@ def test_a_curriculum_runs_from_the_form_to_models_in_the_bucket(platform: Platf
     experiment = client.get_experiment_by_name("tiny")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.status for run in runs} == {"FINISHED"} and len(runs) == 1 + len(STAGES)
+    assert {run.info.status for run in runs} == {"FINISHED"} and len(runs) == len(queued) * (1 + len(STAGES))
     assert any(client.list_artifacts(run.info.run_id) for run in runs)
     assert store.list("mlflow")  # where MLflow keeps its artifacts
     files = [path.name for path in platform.config.home.rglob("*.db") if path.is_file()]
@@ -172,21 +187,6 @@ def test_a_stage_finds_what_the_curriculum_made(platform: Platform) -> None:
     run = platform.client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
     assert platform.ended(run.id) == "Completed"
     assert platform.tasks(run.id)["sample"] == ["Reused"]
-
-
-def test_curricula_that_are_queued_at_once_are_done_in_order_and_once(platform: Platform, tmp_path: Path) -> None:
-    """By two workers, in pools and inline; one is cancelled in the queue, and a worker is killed in between."""
-    with second_worker(platform) as worker:
-        *wanted, cancelled = enqueue(platform, tmp_path, QUEUED + 1)
-        until(lambda: (platform.run(cancelled.run_id).state or Pending()).name == "Queued", "the last one waits", 60)
-        platform.client.set_flow_run_state(cancelled.run_id, Cancelling())
-        until(lambda: platform.run(wanted[1].run_id).state_type == StateType.RUNNING, "the second one runs")
-        kill(worker)
-        assert [platform.ended(one.run_id) for one in wanted] == ["Completed"] * QUEUED
-    check_order(platform, wanted)
-    check_made(platform, wanted)
-    assert platform.run(cancelled.run_id).state_name == "Cancelled" and platform.run(cancelled.run_id).run_count == 0
-    check_nothing_left(platform, [one.run_id for one in (*wanted, cancelled)])
 
 
 def test_no_other_machine_is_listened_to(platform: Platform) -> None:
