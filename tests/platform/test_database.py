@@ -143,7 +143,7 @@ def test_the_form_keeps_its_order_and_its_bounds(platform: Platform) -> None:
 def queued(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> list[Wanted]:
     """Curricula that two workers did one after the other, in pools and inline.
 
-    One was cancelled in the queue, and a worker was killed in between.
+    One was cancelled in the queue, and a worker was killed in between; of many, also the server and the other worker.
     """
     with second_worker(platform) as worker:
         *wanted, cancelled = enqueue(platform, tmp_path_factory.mktemp("queue"), QUEUED + 1)
@@ -151,6 +151,14 @@ def queued(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> list
         platform.client.set_flow_run_state(cancelled.run_id, Cancelling())
         until(lambda: platform.run(wanted[1].run_id).state_type == StateType.RUNNING, "the second one runs")
         kill(worker)
+        if len(wanted) > 9:
+            until(lambda: platform.run(wanted[5].run_id).state_type == StateType.RUNNING, "the sixth one runs")
+            platform.breaks()
+            kill(platform.config.servers()[0])
+            assert platform.command("doctor").returncode == 0
+            until(lambda: platform.run(wanted[9].run_id).state_type == StateType.RUNNING, "the tenth one runs")
+            kill(platform.config.workers()[0])
+            assert platform.command("doctor").returncode == 0
         assert [platform.ended(one.run_id) for one in wanted] == ["Completed"] * QUEUED
     run = platform.run(cancelled.run_id)
     assert (run.state_name, run.run_count) == ("Cancelled", 0)
