@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
@@ -66,10 +66,10 @@ def variant(number: int) -> tuple[dict[str, Any], str]:
     return {"seed": 5, "evaluate": evaluate, "settings": settings}, "pools" if place % 2 else "inline"
 
 
-def enqueue(platform: Platform, folder: Path, count: int) -> list[Wanted]:
-    """Start so many curricula at once."""
+def enqueue(platform: Platform, folder: Path, numbers: Iterable[int]) -> list[Wanted]:
+    """Start the curricula of these numbers at once."""
     found = []
-    for number in range(count):
+    for number in numbers:
         changes, placement = variant(number)
         experiment, path = chosen("tiny", Changes.model_validate(changes))
         pinned, _ = pin(experiment, folder / path.name, None, resolve=True)
