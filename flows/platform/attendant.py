@@ -87,7 +87,7 @@ class Attendant:
         due = {"before_": now + timedelta(seconds=LOOK_SECONDS)}
         found = self._read(state={"type": {"any_": [StateType.SCHEDULED, *ACTIVE]}}, expected_start_time=due)
         found += self._read(state={"type": {"any_": [StateType.CRASHED]}}, end_time={"after_": now - RECENT})
-        return sorted(found, key=lambda run: run.next_scheduled_start_time or run.expected_start_time or now)
+        return sorted(found, key=_due)
 
     def _read(self, **wanted: Any) -> list[FlowRun]:
         """All runs of the pools that fulfil these conditions; the server returns PAGE of them at once."""
@@ -114,8 +114,7 @@ class Attendant:
                 message = f"waits until the runs before it have ended; place {PLACES + 1} or later in the queue"
             assert run.state is not None
             if run.state.name != QUEUED or run.state.message != message:
-                due = run.next_scheduled_start_time or run.expected_start_time
-                state: State[Any] = Scheduled(name=QUEUED, scheduled_time=due, message=message)
+                state: State[Any] = Scheduled(name=QUEUED, scheduled_time=_due(run), message=message)
                 if self.client.set_flow_run_state(run.id, state).status == SetStateStatus.ACCEPT:  # not taken meanwhile
                     self._log(run, message)
 
@@ -148,6 +147,12 @@ class Attendant:
     def _log(self, run: FlowRun, message: str) -> None:
         line = {"name": "vectorclm", "level": logging.WARNING, "message": message}
         self.client.create_logs([{**line, "timestamp": datetime.now(UTC).isoformat(), "flow_run_id": str(run.id)}])
+
+
+def _due(run: FlowRun) -> datetime:
+    """The time that decides a run's place in the queue: one that crashed and starts again keeps its place."""
+    first = run.expected_start_time or datetime.now(UTC)
+    return first if run.state_name == RESCUED else run.next_scheduled_start_time or first
 
 
 class ExperimentForms:

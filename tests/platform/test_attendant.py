@@ -135,6 +135,30 @@ def test_the_end_of_a_run_renews_only_the_first_places_of_a_long_queue(
     assert [state.id for state in after[2:]] == [state.id for state in before[3:]]
 
 
+def test_a_run_that_crashed_and_starts_again_is_the_next_one_of_its_queue(
+    prefect_client: SyncPrefectClient, deployment: UUID
+) -> None:
+    """A person's retry is a new wish, and takes its turn."""
+    crashed, failed, active, waiting = (started(prefect_client, deployment, name=f"run {n}") for n in range(4))
+    prefect_client.set_flow_run_state(active, Pending())
+    for run_id, end, again in (
+        (crashed, Crashed(), Scheduled(name=RESCUED)),
+        (failed, Failed(), Scheduled(name="AwaitingRetry")),
+    ):
+        prefect_client.set_flow_run_state(run_id, Running(), force=True)
+        prefect_client.set_flow_run_state(run_id, end, force=True)
+        prefect_client.set_flow_run_state(run_id, again)
+    Attendant(prefect_client).look()
+    due = {
+        run_id: prefect_client.read_flow_run(run_id).next_scheduled_start_time for run_id in (crashed, waiting, failed)
+    }
+    assert list(due) == sorted(due, key=lambda run_id: due[run_id])  # as workers take them
+    states = [prefect_client.read_flow_run(run_id).state for run_id in due]
+    assert [str(state and state.message).rpartition("; ")[2] for state in states] == [
+        f"place {place} in the queue" for place in (1, 2, 3)
+    ]
+
+
 def test_a_look_reads_no_run_that_ended_long_ago(
     prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
