@@ -7,6 +7,8 @@ from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Artifact
 
 RESCUED = "Rescued"  # the state that an automation sets on a crashed run
+QUEUED = "Queued"  # the state of a run that waits for another
+SKIPPED = "Skipped"  # the state of a run whose place a newer run of its schedule takes
 DRY_RUN = "DryRun"  # the state in which a dry run ends
 MAX_RESCUES = 2
 CURRICULA = "curricula"  # the work queue of the pool cpu in which curricula wait for each other

@@ -17,14 +17,16 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelled, Crashed, Scheduled
 
 from flows.execution.labels import TAGGED, is_dead, label
 from flows.experiments import known_files
-from flows.handle import CURRICULA, RESCUED
+from flows.handle import CURRICULA, QUEUED, RESCUED
 from flows.paths import local_folder
 from flows.platform.config import POOLS
+from flows.platform.deployment_file import PAGE
 from flows.platform.incidents import Incidents
 from flows.platform.missed_runs import ACTIVE, MISSED_AFTER, report_missed, skip_older
 from flows.platform.mlflow_runs import close_runs
@@ -37,7 +39,7 @@ RESCUE_SECONDS = 35  # after which a crashed run starts again, where no automati
 ASLEEP = timedelta(seconds=60)  # between two looks: the machine was suspended, and workers need time as after a start
 RECENT = timedelta(hours=6)  # older crashes are left alone
 FILL_SECONDS = 300  # at most, for the forms of all experiments
-QUEUED = "Queued"  # the state of a run that waits for another
+PLACES = 10  # of the queue, each of which is said; with further ones, each end of a run would renew every other run
 
 Look = Callable[[], None]
 
@@ -82,22 +84,23 @@ class Attendant:
     def _runs(self) -> list[FlowRun]:
         """Runs of the pools that are due or run, and those that crashed lately, by the time at which they were due."""
         now = datetime.now(UTC)
-        types = [StateType.SCHEDULED, *ACTIVE, StateType.CRASHED]
-        wanted = {
-            "state": {"type": {"any_": types}},
-            "expected_start_time": {"before_": now + timedelta(seconds=LOOK_SECONDS)},
-        }
-        found = self.client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate(wanted),
-            work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": list(POOLS)}}),
-            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-        )
-        recent = [
-            run
-            for run in found
-            if run.state is not None and (not run.state.is_crashed() or now - run.state.timestamp < RECENT)
-        ]
-        return sorted(recent, key=lambda run: run.next_scheduled_start_time or run.expected_start_time or now)
+        due = {"before_": now + timedelta(seconds=LOOK_SECONDS)}
+        found = self._read(state={"type": {"any_": [StateType.SCHEDULED, *ACTIVE]}}, expected_start_time=due)
+        found += self._read(state={"type": {"any_": [StateType.CRASHED]}}, end_time={"after_": now - RECENT})
+        return sorted(found, key=_due)
+
+    def _read(self, **wanted: Any) -> list[FlowRun]:
+        """All runs of the pools that fulfil these conditions; the server returns PAGE of them at once."""
+        found: list[FlowRun] = []
+        pools = WorkPoolFilter.model_validate({"name": {"any_": list(POOLS)}})
+        asked, order = FlowRunFilter.model_validate(wanted), FlowRunSort.EXPECTED_START_TIME_ASC
+        while True:
+            page = self.client.read_flow_runs(
+                flow_run_filter=asked, work_pool_filter=pools, sort=order, limit=PAGE, offset=len(found)
+            )
+            found += page
+            if len(page) < PAGE:
+                return list({run.id: run for run in found}.values())  # a run may be on two pages if one has gone
 
     def _queue(self, runs: list[FlowRun]) -> None:
         """Say of each run that waits in the queue of curricula for whom it waits, and at which place."""
@@ -107,12 +110,13 @@ class Attendant:
             return
         for place, run in enumerate(waiting, 1):
             message = f"waits for {active[0].name} to end; place {place} in the queue"
+            if place > PLACES:
+                message = f"waits until the runs before it have ended; place {PLACES + 1} or later in the queue"
             assert run.state is not None
             if run.state.name != QUEUED or run.state.message != message:
-                due = run.next_scheduled_start_time or run.expected_start_time
-                state: State[Any] = Scheduled(name=QUEUED, scheduled_time=due, message=message)
-                self.client.set_flow_run_state(run.id, state)
-                self._log(run, message)
+                state: State[Any] = Scheduled(name=QUEUED, scheduled_time=_due(run), message=message)
+                if self.client.set_flow_run_state(run.id, state).status == SetStateStatus.ACCEPT:  # not taken meanwhile
+                    self._log(run, message)
 
     def _check(self, run: FlowRun) -> None:
         """Mark a run as crashed whose process on this machine has ended without a word, as after a reboot.
@@ -143,6 +147,12 @@ class Attendant:
     def _log(self, run: FlowRun, message: str) -> None:
         line = {"name": "vectorclm", "level": logging.WARNING, "message": message}
         self.client.create_logs([{**line, "timestamp": datetime.now(UTC).isoformat(), "flow_run_id": str(run.id)}])
+
+
+def _due(run: FlowRun) -> datetime:
+    """The time that decides a run's place in the queue: one that crashed and starts again keeps its place."""
+    first = run.expected_start_time or datetime.now(UTC)
+    return first if run.state_name == RESCUED else run.next_scheduled_start_time or first
 
 
 class ExperimentForms:

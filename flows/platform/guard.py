@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from flows.platform.mlflow_pages import TrainingPages
 from flows.platform.password import is_complete
+from flows.platform.password_checks import remember_passwords
 from flows.platform.refusals import Refusals
 from flows.platform.report_pages import ReportPages
 from flows.platform.run_origin import RunOrigin
@@ -33,7 +34,9 @@ def prefect_app() -> ASGIApp:
     from prefect.settings import get_current_settings
 
     import flows.platform.notify  # noqa: F401 - registers the mail block, with which automations send
+    from flows.platform.state_rules import use_platform_policy
 
+    use_platform_policy()
     app: ASGIApp = Refusals(ScheduleUpdates(RunOrigin(create_app(final=True))))
     if store := os.environ.get("VECTORCLM_STORE"):
         auth = get_current_settings().server.api.auth_string
@@ -52,6 +55,7 @@ def mlflow_app_with_users() -> ASGIApp:
     """MLflow's server with users and passwords, behind the guard."""
     from mlflow.server.auth import create_app
 
+    remember_passwords()
     return Guard(TrainingPages(create_app()), allowed_hosts(os.environ))
 
 

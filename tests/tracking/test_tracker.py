@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from flows.handle import StageCancelledError
-from flows.tracking.tracker import Tracker
+from flows.tracking.tracker import NUMBER, Tracker
 from tests.services.curricula import Recorded
 from tests.services.platform import until
 from tests.tracking.conftest import client, step, tracker
@@ -169,6 +169,24 @@ def test_a_password_in_an_address_is_never_told(
         pass
     assert "the run goes on without it" in caplog.text
     assert "s3cr3t" not in caplog.text and "bob" not in caplog.text
+
+
+def test_the_number_of_a_curriculum_is_that_of_the_run_before_it_and_one(
+    store: Store, experiment: ExperimentConfig
+) -> None:
+    """Of any number of runs before, one is read; a run of an earlier version has its number in its name alone."""
+    with tracker(store, experiment, "numbered") as first:
+        pass
+    found = client(store)
+    before = found.get_run(first.run_ids["curriculum"])
+    found.update_run(before.info.run_id, name=f"{before.info.run_name} run 1207")
+    found.delete_tag(before.info.run_id, NUMBER)
+    names = []
+    for _ in range(2):
+        with tracker(store, experiment, "numbered") as again:
+            pass
+        names.append(str(found.get_run(again.run_ids["curriculum"]).info.run_name))
+    assert names == [f"{before.info.run_name} run {number}" for number in (1208, 1209)]
 
 
 def test_a_cancelled_stage_is_killed_and_runs_are_told_apart(
