@@ -35,6 +35,7 @@ NO_STORE = (
 )
 CONNECT_SECONDS = 10
 SCHEDULE_SECONDS = 10  # between two checks for new schedules
+PROBED_SECONDS = 2  # between two rounds of the loops whose effect `doctor` waits for
 TOGETHER = (
     ("mlflow_admin_password", "mlflow_secret_key"),
     ("s3_access_key", "s3_secret_key"),
@@ -294,6 +295,9 @@ def _prefect_server(config: PlatformConfig) -> Service:
         "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": EVENTS_KEPT,
         # Prefect's default is a minute.
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": str(SCHEDULE_SECONDS),
+        # Prefect's default is 5 seconds, for which `doctor` would wait.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": str(PROBED_SECONDS),
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": str(PROBED_SECONDS),
     }
     if (url := config.database("prefect", "asyncpg")) is not None:
         environment["PREFECT_API_DATABASE_CONNECTION_URL"] = url

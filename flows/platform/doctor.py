@@ -4,6 +4,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from flows.platform import password
 from flows.platform.config import POOLS, PlatformConfig
-from flows.platform.machine_checks import MACHINE, Check, Finding, gpus
+from flows.platform.machine_checks import MACHINE, Check, Finding, gpu_finding, gpus
 from flows.platform.ownership import (
     check_folders,
     check_listeners,
@@ -168,7 +169,20 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
     If `up` started no platform with these settings, doctor reports this, and creates and starts nothing.
     """
     point_at(config)
-    well = _checked(MACHINE, config, console)
+    with ThreadPoolExecutor(1) as beside:
+        found = beside.submit(gpus)
+
+        def gpu(config: PlatformConfig) -> Iterator[Finding]:
+            yield gpu_finding(found.result())
+
+        well = _checked(MACHINE, config, console)
+        well &= _examine(config, console)
+        return _checked((gpu,), config, console) and well
+
+
+def _examine(config: PlatformConfig, console: Console) -> bool:
+    """Check and repair the platform that `up` started with these settings; False if a problem is left."""
+    well = True
     if reasons := reasons_to_leave_alone(config):
         for reason in reasons:
             _report(Finding(False, reason), console)
