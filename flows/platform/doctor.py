@@ -92,11 +92,11 @@ def down(config: PlatformConfig, console: Console) -> None:
 
 def _print_links(config: PlatformConfig, console: Console) -> None:
     console.print()
-    form = f"{config.prefect_url}/deployments/deployment/{_deployment_id(config)}/run"
+    form = f"{config.prefect_page}/deployments/deployment/{_deployment_id(config)}/run"
     for name, link in (
         ("run tiny", form),
-        ("Prefect", config.prefect_url),
-        ("MLflow", f"{config.mlflow_url}/{EXPERIMENTS_PAGE}"),
+        ("Prefect", config.prefect_page),
+        ("MLflow", f"{config.mlflow_page}/{EXPERIMENTS_PAGE}"),
         ("store", Store(config.vectorclm_store).uri),
         ("logs", str(config.home / "platform")),
     ):
@@ -323,7 +323,7 @@ def _schedules(config: PlatformConfig) -> Iterator[Finding]:
     with get_client(sync_client=True) as client:
         idle = idle_schedules(client)
     for what, deployment_id in idle:
-        page = f"{config.prefect_url}/deployments/deployment/{deployment_id}"
+        page = f"{config.prefect_page}/deployments/deployment/{deployment_id}"
         yield Finding(True, f"{what}, so they start no run; the switch is on the page of the deployment: {page}")
     if not idle:
         yield Finding(True, "every schedule is on")

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from flows.platform.mlflow_pages import TrainingPages
 from flows.platform.password import is_complete
+from flows.platform.public_address import UiAddress
 from flows.platform.refusals import Refusals
 from flows.platform.report_pages import ReportPages
 from flows.platform.run_origin import RunOrigin
@@ -35,6 +36,7 @@ def prefect_app() -> ASGIApp:
     import flows.platform.notify  # noqa: F401 - registers the mail block, with which automations send
 
     app: ASGIApp = Refusals(ScheduleUpdates(RunOrigin(create_app(final=True))))
+    app = UiAddress(app, os.environ.get("VECTORCLM_URL"))
     if store := os.environ.get("VECTORCLM_STORE"):
         auth = get_current_settings().server.api.auth_string
         app = ReportPages(app, Store(store), auth.get_secret_value() if auth is not None else None)

@@ -22,7 +22,9 @@ from vectorclm.store.artifact import Store
 FREE_GIGABYTES = 5
 FREE_FILES = 10_000  # of a file system that counts them
 VERSIONS = ("prefect", "sqlalchemy", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
-NAMES = "import json, torch; print(json.dumps([torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]))"
+NAMES = (
+    "import json, torch; print(json.dumps([torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]))"
+)
 
 
 class DeviceError(VectorCLMError):

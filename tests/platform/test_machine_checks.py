@@ -96,12 +96,16 @@ def test_the_gpus_of_the_machine_are_named() -> None:
     assert found.good and (", ".join(names) in found.what if names else found.what.startswith("no GPU"))
 
 
-def test_a_driver_without_a_working_torch_is_an_error_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_driver_without_a_working_torch_is_an_error_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """As with a torch that was built for another driver; the process of its own meets a torch that does not load."""
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(machine_checks, "has_gpu_driver", lambda: True)
-    with pytest.raises(DeviceError, match=r"torch cannot list the GPUs \(OSError: libcudart.so: cannot open .*\): check"):
+    with pytest.raises(
+        DeviceError, match=r"torch cannot list the GPUs \(OSError: libcudart.so: cannot open .*\): check"
+    ):
         gpus()
 
 
