@@ -44,7 +44,7 @@ from flows.net import without_password
 from flows.paths import local_folder
 from flows.reports.report import report
 from flows.reports.summary import Summary
-from flows.tracking.client import REGISTERED, run_page
+from flows.tracking.client import REGISTERED, TRAINING_VIEW, page_url, run_page
 from flows.tracking.tracker import Tracker
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import CorruptArtifactError, InUseError, StoreError, VectorCLMError, disk_error
@@ -55,6 +55,7 @@ from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import BY_NAME, last_model, plans, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 from vectorclm.store.layout import EXPORT
+from vectorclm.store.removal import protected
 
 CURRICULUM = "curriculum"  # the name of its flow
 RETRY_DELAY = 5  # seconds
@@ -103,6 +104,7 @@ class Stages:
             self.folder = stack.enter_context(temporary_folder())
             (self.folder / "experiment.json").write_text(self.experiment.model_dump_json(), encoding="utf-8")
             (self.folder / "runtime.json").write_text(self.runtime.model_dump_json(), encoding="utf-8")
+            stack.enter_context(protected(self.store, list(self.plans.values())))
             stack.enter_context(self.overview)
             stack.enter_context(self.tracker)
             stack.enter_context(self.launcher)  # entered last: children end before their MLflow run is closed
@@ -190,12 +192,11 @@ class Stages:
         links = self.overview.links
         if self.served and (ui := PREFECT_UI_URL.value()):
             links["report"] = without_password(ui).rstrip("/") + report
-        if (mlflow := without_password(self.tracker.uri)).startswith("http"):
-            view = "workflowType=machine_learning"
-            links["chat model"] = f"{mlflow.rstrip('/')}/#/models/{REGISTERED['finetune']}?{view}"
-            links["base model"] = f"{mlflow.rstrip('/')}/#/models/{REGISTERED['pretrain']}?{view}"
+        if (mlflow := self.tracker.uri).startswith("http"):
+            links["chat model"] = page_url(mlflow, f"#/models/{REGISTERED['finetune']}{TRAINING_VIEW}")
+            links["base model"] = page_url(mlflow, f"#/models/{REGISTERED['pretrain']}{TRAINING_VIEW}")
             if (run_id := self.tracker.run_ids.get("shards")) is not None:
-                links["data"] = f"{mlflow.rstrip('/')}/{run_page(self.tracker.experiment_id, run_id)}"
+                links["data"] = page_url(mlflow, run_page(self.tracker.experiment_id, run_id))
 
     def _run(self, name: str) -> State[Handle]:
         """Build or reuse a stage, and show it; an error that a retry cannot help ends the task in one line."""

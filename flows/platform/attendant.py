@@ -30,6 +30,7 @@ from flows.platform.deployment_file import PAGE
 from flows.platform.incidents import Incidents
 from flows.platform.missed_runs import ACTIVE, MISSED_AFTER, report_missed, skip_older
 from flows.platform.mlflow_runs import close_runs
+from flows.platform.retention import Retention
 from flows.run_names import is_generated
 from vectorclm.store.artifact import Store
 
@@ -187,7 +188,8 @@ def _stamps() -> Mapping[str, tuple[str, int, int]]:
 def attend(url: str, auth: str | None, store: Store) -> threading.Event:
     """Attend the runs of the server at `url`, whatever goes wrong meanwhile, until the event is set.
 
-    Disks and folders have a thread each beside that of the runs, as a file system that is away may block a look.
+    Disks, folders and records have a thread each beside that of the runs, as a file system that is away, or an MLflow
+    that does not answer, may block a look.
     """
     ended = threading.Event()
 
@@ -206,7 +208,10 @@ def attend(url: str, auth: str | None, store: Store) -> threading.Event:
                 pass  # the server is starting
             _repeat(looks(client), ended)
 
-    for looks in (runs, disks, forms):
+    def records(client: SyncPrefectClient) -> Sequence[Look]:
+        return (Retention(local_folder(store)).look,)
+
+    for looks in (runs, disks, forms, records):
         threading.Thread(target=work, args=[looks], daemon=True, name=f"attendant of {looks.__name__}").start()
     return ended
 

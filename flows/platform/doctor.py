@@ -4,6 +4,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from flows.platform import password
 from flows.platform.config import POOLS, PlatformConfig
-from flows.platform.machine_checks import MACHINE, Check, Finding, gpus
+from flows.platform.machine_checks import MACHINE, Check, Finding, gpu_finding, gpus
 from flows.platform.ownership import (
     check_folders,
     check_listeners,
@@ -91,11 +92,11 @@ def down(config: PlatformConfig, console: Console) -> None:
 
 def _print_links(config: PlatformConfig, console: Console) -> None:
     console.print()
-    form = f"{config.prefect_url}/deployments/deployment/{_deployment_id(config)}/run"
+    form = f"{config.prefect_page}/deployments/deployment/{_deployment_id(config)}/run"
     for name, link in (
         ("run tiny", form),
-        ("Prefect", config.prefect_url),
-        ("MLflow", f"{config.mlflow_url}/{EXPERIMENTS_PAGE}"),
+        ("Prefect", config.prefect_page),
+        ("MLflow", f"{config.mlflow_page}/{EXPERIMENTS_PAGE}"),
         ("store", Store(config.vectorclm_store).uri),
         ("logs", str(config.home / "platform")),
     ):
@@ -168,7 +169,20 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
     If `up` started no platform with these settings, doctor reports this, and creates and starts nothing.
     """
     point_at(config)
-    well = _checked(MACHINE, config, console)
+    with ThreadPoolExecutor(1) as beside:
+        found = beside.submit(gpus)
+
+        def gpu(config: PlatformConfig) -> Iterator[Finding]:
+            yield gpu_finding(found.result())
+
+        well = _checked(MACHINE, config, console)
+        well &= _examine(config, console)
+        return _checked((gpu,), config, console) and well
+
+
+def _examine(config: PlatformConfig, console: Console) -> bool:
+    """Check and repair the platform that `up` started with these settings; False if a problem is left."""
+    well = True
     if reasons := reasons_to_leave_alone(config):
         for reason in reasons:
             _report(Finding(False, reason), console)
@@ -309,7 +323,7 @@ def _schedules(config: PlatformConfig) -> Iterator[Finding]:
     with get_client(sync_client=True) as client:
         idle = idle_schedules(client)
     for what, deployment_id in idle:
-        page = f"{config.prefect_url}/deployments/deployment/{deployment_id}"
+        page = f"{config.prefect_page}/deployments/deployment/{deployment_id}"
         yield Finding(True, f"{what}, so they start no run; the switch is on the page of the deployment: {page}")
     if not idle:
         yield Finding(True, "every schedule is on")

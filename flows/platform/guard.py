@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from flows.platform.mlflow_pages import TrainingPages
 from flows.platform.password import is_complete
 from flows.platform.password_checks import remember_passwords
+from flows.platform.public_address import UiAddress
 from flows.platform.refusals import Refusals
 from flows.platform.report_pages import ReportPages
 from flows.platform.run_origin import RunOrigin
@@ -38,6 +39,7 @@ def prefect_app() -> ASGIApp:
 
     use_platform_policy()
     app: ASGIApp = Refusals(ScheduleUpdates(RunOrigin(create_app(final=True))))
+    app = UiAddress(app, os.environ.get("VECTORCLM_URL"))
     if store := os.environ.get("VECTORCLM_STORE"):
         auth = get_current_settings().server.api.auth_string
         app = ReportPages(app, Store(store), auth.get_secret_value() if auth is not None else None)

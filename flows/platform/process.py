@@ -6,6 +6,7 @@ The process outlives the command that starts it; its folder keeps its log and a 
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ HOST = "127.0.0.1"
 PREFECT = "prefect-server"  # the name of the service
 START_SECONDS = 180  # a cold start migrates a new database
 STOP_SECONDS = 20
+LOG_BYTES = 10_000_000  # of a service, beside which as much of its past is kept
 
 
 class ServiceError(VectorCLMError):
@@ -136,6 +138,7 @@ class Service:
         if self.prepare is not None:
             self.prepare()
         self.log.touch(mode=0o600)
+        limit_log(self.log)
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 self.command,
@@ -174,6 +177,19 @@ class Service:
         _end(_of_session(known))
         self.record.unlink(missing_ok=True)
         return process is not None
+
+
+def limit_log(log: Path) -> None:
+    """Move the content of a log that has grown beyond LOG_BYTES into a file beside it, in place of an earlier one.
+
+    A process that appends to the log goes on; a line that it writes between the copy and the cut is lost.
+    """
+    with suppress(FileNotFoundError):
+        if log.stat().st_size > LOG_BYTES:
+            before = log.with_name(f"{log.name}.1")
+            before.touch(mode=0o600)
+            shutil.copyfile(log, before)
+            os.truncate(log, 0)
 
 
 def listens(port: int) -> bool:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flows.net import answers, without_password
 from flows.paths import local_folder
-from flows.tracking.client import ALIAS, CHAMPION, VALUE_LENGTH, run_page, tracking_uri
+from flows.tracking.client import ALIAS, CHAMPION, VALUE_LENGTH, page_url, run_page, tracking_uri
 from flows.tracking.client import RegistryError as RegistryError
 from flows.tracking.database import check_database, relocate, sqlite_path
 from flows.tracking.datasets import dataset_of, measured_on, named
@@ -138,7 +138,7 @@ class Registry:
         """The URL of a run's page; without a server, the run's id."""
         if not self.uri.startswith("http"):
             return f"run {run_id}"
-        return f"{without_password(self.uri).rstrip('/')}/{run_page(experiment_id, run_id)}"
+        return page_url(self.uri, run_page(experiment_id, run_id))
 
     def _model_id(self, subject: Subject) -> str | None:
         """The logged model of a subject, also if the subject is an artifact in the store that is registered."""

@@ -27,7 +27,7 @@ from flows.handle import StageCancelledError
 from flows.net import answers, without_password
 from flows.paths import local_folder
 from flows.tracking.catalog import Catalog
-from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, RegistryError, run_page
+from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, RegistryError, page_url, run_page
 from flows.tracking.database import check_database, relocate, sqlite_path
 from flows.tracking.experiments import open_experiment
 from flows.tracking.outbox import Outbox
@@ -91,7 +91,7 @@ class Tracker(Session):
         """The URL of the curriculum's run in MLflow's UI; None without a server, or if it is not open in time."""
         if not self.uri.startswith("http") or not self._tried.wait(seconds) or "curriculum" not in self.run_ids:
             return None
-        return f"{without_password(self.uri).rstrip('/')}/{run_page(self.experiment_id, self.run_ids['curriculum'])}"
+        return page_url(self.uri, run_page(self.experiment_id, self.run_ids["curriculum"]))
 
     def champion(self, seconds: float) -> str | None:
         """The address of the champion's files; None without a champion, or if MLflow does not answer in time."""
