@@ -73,10 +73,7 @@ class PlatformConfig(Settings):
         None, description="A folder of experiment files (TOML or JSON), each offered with a form of its own"
     )
     vectorclm_keep_records: int | None = Field(
-        None,
-        ge=1,
-        description="Days for which runs and events in Prefect and traces in MLflow are kept; default: runs "
-        "for ever, events for 7 days",
+        None, ge=1, description="Days for which runs and events in Prefect and traces in MLflow are kept"
     )
     prefect_port: int = Field(4200, ge=1, le=65_535)
     mlflow_port: int = Field(5000, ge=1, le=65_535)

@@ -79,7 +79,9 @@ class Service:
 
     def _known(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
-            return dict(json.loads(self.record.read_text(encoding="utf-8")))
+            known = dict(json.loads(self.record.read_text(encoding="utf-8")))
+            if known.get("folder", str(self.folder)) == str(self.folder):  # else it came with a copy of the home
+                return known
         return {}
 
     def _settings(self, salt: str) -> str:
@@ -151,7 +153,8 @@ class Service:
                 umask=self.umask,
             )
         salt = secrets.token_hex(16)
-        record = {**process_identity(psutil.Process(child.pid)), "salt": salt, "settings": self._settings(salt)}
+        about = {"folder": str(self.folder), "salt": salt, "settings": self._settings(salt)}
+        record = {**process_identity(psutil.Process(child.pid)), **about}
         self.record.touch(mode=0o600)
         self.record.write_text(json.dumps(record), encoding="utf-8")
         return True
