@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flows.platform.config import PlatformConfig
 from flows.platform.ownership import before
-from flows.tracking.database import artifacts_destination, relocate
+from flows.tracking.database import ARTIFACTS, artifacts_destination, relocate
 from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Store
 from vectorclm.store.storage import Storage
@@ -68,7 +68,8 @@ def follow(config: PlatformConfig) -> list[str]:
             if url is not None or (config.home / folder).exists():
                 _change_database(url or f"sqlite:///{config.home / folder}", columns, names)
         store = Store(config.vectorclm_store)
-        _change_files(Storage(artifacts_destination(store, config.home)), "models", MODEL_FILES, names)
+        files = str(config.home / ARTIFACTS) if store.is_local else artifacts_destination(store, config.home)
+        _change_files(Storage(files), "models", MODEL_FILES, names)
         _change_files(store, "reports", (".html",), names)
     relocate(f"sqlite:///{config.home / 'mlflow.db'}", config.home)  # also of a store that had no platform yet
     return [f"records follow from {old} to {new}" for old, new in places.items()]
@@ -84,7 +85,9 @@ class Names:
             if old.startswith("/") and new.startswith("/"):
                 forms.append((Path(old).as_uri(), Path(new).as_uri()))
             for one, other in forms:
-                self._new |= {one: other, json.dumps(one)[1:-1]: json.dumps(other)[1:-1]}
+                self._new[one] = other
+                if (escaped := json.dumps(one)[1:-1]) != one:
+                    self._new[escaped] = json.dumps(other)[1:-1]
         longest = sorted(self._new, key=len, reverse=True)
         # A whole name: not the beginning of a longer one, and not a part of another path.
         self._pattern = re.compile(rf"(?<![\w./-])({'|'.join(map(re.escape, longest))})(?![\w-]|\.\w)")
