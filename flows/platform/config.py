@@ -22,7 +22,7 @@ from flows.paths import local_folder
 from flows.platform import password
 from flows.platform.process import HOST, PREFECT, Service
 from flows.platform.public_address import host_of
-from flows.platform.retention import KEEP, prefect_settings
+from flows.platform.retention import KEEP
 from flows.tracking.client import MLFLOW_PAGE
 from flows.tracking.database import artifacts_destination
 from vectorclm.errors import ConfigError
@@ -333,7 +333,6 @@ def _prefect_server(config: PlatformConfig) -> Service:
         # Prefect's default is 5 seconds, for which `doctor` would wait.
         "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": str(PROBED_SECONDS),
         "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": str(PROBED_SECONDS),
-        **prefect_settings(config.vectorclm_keep_records),
     }
     if (url := config.database("prefect", "asyncpg")) is not None:
         environment["PREFECT_API_DATABASE_CONNECTION_URL"] = url

@@ -1,0 +1,121 @@
+"""A store of many artifacts is listed in few operations: one list for each folder, one read for each new manifest."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import S3
+from vectorclm.__main__ import main
+from vectorclm.store.artifact import StageSpec, Store, build
+from vectorclm.store.hash_memory import cache_folder
+from vectorclm.store.layout import STAGES
+from vectorclm.store.listing import Inventory, take_inventory
+from vectorclm.store.storage import Storage
+
+MANY = 24  # artifacts
+
+
+def produce(out: Path) -> dict[str, Any]:
+    for name in ("model.safetensors", "config.json", "metrics.jsonl"):
+        (out / name).write_text("hello")
+    return {}
+
+
+def filled(store: Store, begin: int = 0, end: int = MANY) -> Store:
+    """A store with artifacts of every stage."""
+    store.create()
+    for number in range(begin, end):
+        build(store, StageSpec(STAGES[number % len(STAGES)], 1, {"name": "tiny", "number": number}, {}), produce)
+    return store
+
+
+def test_a_local_store_is_listed_with_one_read_for_each_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = filled(Store(str(tmp_path / "store")))
+    done: Counter[str] = Counter()
+
+    def counted(name: str) -> None:
+        real = getattr(Storage, name)
+
+        def operation(self: Storage, *arguments: Any) -> Any:
+            done[name] += 1
+            return real(self, *arguments)
+
+        monkeypatch.setattr(Storage, name, operation)
+
+    for name in ("read", "files", "list"):
+        counted(name)
+    assert main(["store", "ls", "--store", store.uri]) == 0
+    assert done == {"read": MANY, "files": len(STAGES) + 2, "list": 1}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[0].split() == ["stage", "fingerprint", "size", "files", "created", "used", "by"]
+    assert lines[-1].startswith(f"{store.uri}: {MANY} artifacts, ") and len(lines) == MANY + 3
+
+
+def test_a_bucket_is_listed_with_requests_for_new_manifests_only(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**s3.environment(), "XDG_CACHE_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    store = filled(Store(f"s3://{s3.bucket}/listed"))
+
+    def requests() -> tuple[Counter[str], Inventory]:
+        asked: Counter[str] = Counter()
+        opened = Store(store.uri)
+        client = opened.fs.connect() if hasattr(opened.fs, "connect") else opened.fs.s3
+        record = lambda model, **_: asked.update([model.name])  # noqa: E731
+        client.meta.events.register("before-call.s3", record)
+        try:
+            return asked, take_inventory(opened)
+        finally:
+            client.meta.events.unregister("before-call.s3", record)
+
+    def finished(found: Inventory) -> int:
+        return sum(folder.state == "finished" for folder in found.artifacts)
+
+    first, found = requests()
+    assert first["GetObject"] == MANY == finished(found) and first.total() <= MANY + len(STAGES) + 4
+    second, found = requests()
+    assert "GetObject" not in second and finished(found) == MANY and second.total() <= len(STAGES) + 4
+    filled(store, MANY, MANY + 2)
+    store.write(f"{found.artifacts[0].key}/manifest.json", b"{}")  # damaged since
+    third, found = requests()
+    assert third["GetObject"] >= 3 and finished(found) == MANY + 1 and found.artifacts[0].state == "broken"
+    (kept,) = (cache_folder() / "manifests").iterdir()
+    kept.write_text(kept.read_text().replace("hello", "jello").replace("tiny", "tinY"))  # the cache is damaged
+    fourth, found = requests()
+    assert fourth["GetObject"] >= MANY and finished(found) == MANY + 1
+
+
+def test_a_long_table_is_whole_in_a_pipe_and_ends_with_its_reader(tmp_path: Path) -> None:
+    """More rows than rich prints fast; names in brackets stay as they are."""
+    code = (
+        "from vectorclm.command_line import print_table, run, table\n"
+        "found = table('name', 'size >', 'a kind')\n"
+        "for n in range({rows}): found.add_row(f'n{{n}}', f'{{n:,}}', '\\\\[of {{n}}] ü日本')\n"
+        "raise SystemExit(run(lambda: print_table(found)))"
+    )
+    command = [sys.executable, "-c", code.format(rows=1200)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    few = subprocess.run([sys.executable, "-c", code.format(rows=3)], capture_output=True, text=True, check=True)
+    assert lines[0].split() == ["name", "size", "a", "kind"] and set(lines[1].strip()) == {"─"}
+    assert lines[-1].split() == ["n1199", "1,199", "[of", "{n}]", "ü日本"] and len(lines) == 1202
+    assert lines[2].split() == few.stdout.splitlines()[3].split()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(60) in (0, 141)
+
+
+def test_the_listing_as_json_has_every_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = filled(Store(str(tmp_path / "store")), end=9)
+    assert main(["store", "ls", "--json", "--store", store.uri]) == 0
+    assert len(json.loads(capsys.readouterr().out)["artifacts"]) == 9
