@@ -94,7 +94,7 @@ def command_for(home: Path) -> str:
 def reasons_to_leave_alone(config: PlatformConfig) -> list[str]:
     """Reasons why a command with these settings must not touch the platform, a line each; empty if it may."""
     services = [*config.servers(), *config.workers()]
-    started = [service for service in services if service.record.exists()]
+    started = [service for service in services if service.was_started()]
     if not started:
         elsewhere = running_elsewhere(config.home)
         if ran_here(config):

@@ -78,11 +78,21 @@ class Service:
         return False
 
     def _known(self) -> dict[str, Any]:
+        known = self._read()
+        return {} if self._is_copied(known) else known
+
+    def _read(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
-            known = dict(json.loads(self.record.read_text(encoding="utf-8")))
-            if known.get("folder", str(self.folder)) == str(self.folder):  # else it came with a copy of the home
-                return known
+            return dict(json.loads(self.record.read_text(encoding="utf-8")))
         return {}
+
+    def was_started(self) -> bool:
+        """Whether it was started and not stopped since, be it running or dead; a record from another home is none."""
+        return self.record.exists() and not self._is_copied(self._read())
+
+    def _is_copied(self, known: Mapping[str, Any]) -> bool:
+        """Whether a record came with a copy of its home."""
+        return bool(known.get("folder", str(self.folder)) != str(self.folder))
 
     def _settings(self, salt: str) -> str:
         """A digest of command and environment; salted, because passwords are part of it."""

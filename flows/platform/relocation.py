@@ -32,7 +32,13 @@ MLFLOW = {  # tables, with the columns of texts that name places
     "model_versions": ("description", "source", "storage_location"),
     "model_version_tags": ("value",),
 }
-PREFECT = {"artifact": ("data", "description"), "artifact_collection": ("data", "description")}
+PREFECT = {
+    "artifact": ("data", "description"),
+    "artifact_collection": ("data", "description"),
+    "deployment": ("parameters",),
+    "deployment_schedule": ("parameters",),
+    "flow_run": ("parameters",),  # of a model by its address, for Retry
+}
 MODEL_FILES = ("MLmodel", "artifact.json")  # the files of a logged model that name its artifact
 Places = Mapping[str, str]  # what a place was called, and is called now
 
@@ -49,9 +55,11 @@ def moved(config: PlatformConfig) -> dict[str, str]:
     known = before(config.home)
     store, home = Store(config.vectorclm_store).uri, str(config.home)
     pairs = {known.get("prefect_page"): config.prefect_page, known.get("mlflow_page"): config.mlflow_page}
-    # Earlier versions did not write the home down, which of a local store is the store itself.
-    if (home_before := known.get("home", known.get("store"))) is not None and home_before != home:
-        pairs |= {known.get("store"): store, **({home_before: home} if "://" not in home_before else {})}
+    home_before = known.get("home")
+    if home_before is None and config.vectorclm_home is None and "://" not in known.get("store", "://"):
+        home_before = known["store"]  # earlier versions did not write it down
+    if home_before not in (None, home):
+        pairs |= {known.get("store"): store, home_before: home}
     return {old: new for old, new in pairs.items() if old and old != new}
 
 
@@ -126,11 +134,10 @@ def _change_columns(engine: Engine, tables: Mapping[str, tuple[str, ...]], names
                 name = str(column["name"])
                 if name not in tables[table]:
                     continue
-                is_json = is_postgres and str(column["type"]).upper().startswith("JSON")
-                value = f"cast({name} as text)" if is_json else name
-                change = (
-                    f"update {table} set {name} = {'cast(:new as json)' if is_json else ':new'} where {value} = :old"
-                )
+                kind = str(column["type"]).lower()
+                is_json = is_postgres and kind.startswith("json")
+                value, new = (f"cast({name} as text)", f"cast(:new as {kind})") if is_json else (name, ":new")
+                change = f"update {table} set {name} = {new} where {value} = :old"
                 for form in names.forms:
                     asked = f"select distinct {value} from {table} where {contains.format(value=value)}"
                     for (found,) in connection.execute(text(asked), {"form": form}).fetchall():

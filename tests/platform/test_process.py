@@ -59,7 +59,13 @@ print(Service("sleeper", {sleeper.command!r}, {dict(sleeper.environment)!r}, Pat
     assert "s3cr3t" not in sleeper.record.read_text()
     shutil.copytree(sleeper.folder, sleeper.folder.parents[1] / "copy")  # by a backup of a platform that runs
     copy = dataclasses.replace(sleeper, folder=sleeper.folder.parents[1] / "copy")
-    assert copy.record.exists() and copy.process() is None and copy.stop() is False and found.is_running()
+    assert (
+        copy.record.exists()
+        and not copy.was_started()
+        and copy.process() is None
+        and copy.stop() is False
+        and found.is_running()
+    )
     assert sleeper.stop() is True
     assert not found.is_running() and not sleeper.record.exists() and sleeper.stop() is False
 

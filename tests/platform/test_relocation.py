@@ -39,6 +39,8 @@ def test_a_copy_of_a_platform_names_its_own_place(recorded: Recorded, tmp_path: 
         (new / name).mkdir()
     with sqlite3.connect(new / ".prefect" / "prefect.db") as prefect:
         prefect.execute("create table artifact (data json, description text)")
+        prefect.execute("create table deployment_schedule (parameters json)")
+        prefect.execute("insert into deployment_schedule values (?)", (json.dumps({"model": f"{old}/finetune/12"}),))
         prefect.execute("insert into artifact values (?, ?)", (json.dumps(f"[report]({PAGE})"), "of a run"))
     (new / "reports" / "a.html").write_text(f'<a href="{PAGE}">{old}/export/1</a>')
     about = {"store": old, "home": old, "prefect_page": "http://127.0.0.1:4200", "mlflow_page": "http://127.0.0.1:5000"}
@@ -59,6 +61,8 @@ def test_a_copy_of_a_platform_names_its_own_place(recorded: Recorded, tmp_path: 
     assert f'href="http://127.0.0.1:14200/runs/flow-run/1">{new}/export/1<' in (new / "reports" / "a.html").read_text()
     with sqlite3.connect(new / ".prefect" / "prefect.db") as prefect:
         ((data, description),) = prefect.execute("select data, description from artifact").fetchall()
+        ((parameters,),) = prefect.execute("select parameters from deployment_schedule").fetchall()
+    assert json.loads(parameters) == {"model": f"{new}/finetune/12"}
     assert (json.loads(data), description) == ("[report](http://127.0.0.1:14200/runs/flow-run/1)", "of a run")
     remember(config)
     assert moved(config) == {} and follow(config) == []
@@ -90,8 +94,10 @@ def test_only_a_platform_that_was_moved_is_followed(tmp_path: Path) -> None:
         str(tmp_path / "home"): str(tmp_path / "copy"),
     }
     about = tmp_path / "copy" / "platform" / "about.json"
-    about.write_text(json.dumps({"store": "/data/store"}))  # as an earlier version wrote it
-    assert moved(copy) == {"/data/store": "s3://bucket/prefix"} or str(tmp_path / "copy") in moved(copy).values()
+    about.write_text(json.dumps({"store": "/data/store"}))  # as an earlier version wrote it, without the home
+    assert moved(copy) == {}
+    plain = PlatformConfig(vectorclm_store=str(tmp_path / "copy"))
+    assert moved(plain) == {"/data/store": str(tmp_path / "copy")}
 
 
 @pytest.mark.parametrize(
