@@ -19,6 +19,7 @@ RUN_RECOVERED = "vectorclm.run.recovered"
 MISSED = "vectorclm.run.missed"  # a scheduled run that no worker took
 DISK_FULL = "vectorclm.disk.full"
 DISK_RECOVERED = "vectorclm.disk.recovered"
+SENT_AGAIN = "vectorclm.message.sent-again"  # a copy of an event below whose message was not delivered
 NOTIFIED = (FELL, RUN_FAILED, RUN_RECOVERED, MISSED, DISK_FULL, DISK_RECOVERED)
 
 

@@ -186,6 +186,7 @@ def test_every_option_of_a_page_exists(page: str) -> None:
     foreign = r"`(?:build )?--(?:profile|build-arg)[^`]*`|`docker compose[^`]*`|`--user[^`]*`|`curl [^`]*`"
     text = re.sub(foreign, "", text)
     known = {"--limit"}  # of a worker of Prefect
+    known |= {"--format", "--file", "--command", "--no-owner", "--dbname"}  # of Postgres, run by test_backup
     matrix = parsed(tests.kill_matrix.main, ["x"])
     assert isinstance(matrix, Parsed)
     known |= options(cli.app) | options(core.app) | set(matrix.parser._option_string_actions)

@@ -30,6 +30,7 @@ from flows.platform.deployment_file import PAGE
 from flows.platform.incidents import Incidents
 from flows.platform.missed_runs import ACTIVE, MISSED_AFTER, report_missed, skip_older
 from flows.platform.mlflow_runs import close_runs
+from flows.platform.resend import Resender
 from flows.platform.retention import Retention
 from flows.run_names import is_generated
 from vectorclm.store.artifact import Store
@@ -194,7 +195,8 @@ def attend(url: str, auth: str | None, store: Store) -> threading.Event:
     ended = threading.Event()
 
     def runs(client: SyncPrefectClient) -> Sequence[Look]:
-        return Attendant(client).look, Incidents(client, store, local_folder(store)).look_at_runs
+        incidents = Incidents(client, store, local_folder(store))
+        return Attendant(client).look, incidents.look_at_runs, Resender(client).look
 
     def disks(client: SyncPrefectClient) -> Sequence[Look]:
         return (Incidents(client, store, local_folder(store)).look_at_disks,)

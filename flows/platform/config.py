@@ -22,7 +22,7 @@ from flows.paths import local_folder
 from flows.platform import password
 from flows.platform.process import HOST, PREFECT, Service
 from flows.platform.public_address import host_of
-from flows.platform.retention import KEEP, prefect_settings
+from flows.platform.retention import KEEP
 from flows.tracking.client import MLFLOW_PAGE
 from flows.tracking.database import artifacts_destination
 from vectorclm.errors import ConfigError
@@ -73,10 +73,7 @@ class PlatformConfig(Settings):
         None, description="A folder of experiment files (TOML or JSON), each offered with a form of its own"
     )
     vectorclm_keep_records: int | None = Field(
-        None,
-        ge=1,
-        description="Days for which runs and events in Prefect and traces in MLflow are kept; default: runs "
-        "for ever, events for 7 days",
+        None, ge=1, description="Days for which runs and events in Prefect and traces in MLflow are kept"
     )
     prefect_port: int = Field(4200, ge=1, le=65_535)
     mlflow_port: int = Field(5000, ge=1, le=65_535)
@@ -336,7 +333,6 @@ def _prefect_server(config: PlatformConfig) -> Service:
         # Prefect's default is 5 seconds, for which `doctor` would wait.
         "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": str(PROBED_SECONDS),
         "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": str(PROBED_SECONDS),
-        **prefect_settings(config.vectorclm_keep_records),
     }
     if (url := config.database("prefect", "asyncpg")) is not None:
         environment["PREFECT_API_DATABASE_CONNECTION_URL"] = url

@@ -25,11 +25,11 @@ from flows.platform.ownership import (
     running_elsewhere,
 )
 from flows.platform.process import Service, ServiceError
+from flows.platform.relocation import follow
 from flows.tracking.client import EXPERIMENTS_PAGE
 from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Store
 
-OPEN = "none, so every user of this machine can run programs as you; without PREFECT_AUTH=none, `up` creates one"
 HEARTBEAT_SECONDS = 40  # within which a new worker must send a heartbeat
 WRITE_SECONDS = 60  # within which a write must succeed
 RUN_SILENT_SECONDS = 75  # more than two heartbeats of a run
@@ -45,8 +45,11 @@ def up(config: PlatformConfig, console: Console) -> None:
     if config.prefect_auth is None:
         password.ensure(config.home, f"{config.prefect_url}/api")
     point_at(config)  # with the password
-    remember(config)
     servers = config.servers()
+    if not any(service.process() for service in servers):
+        for line in follow(config):
+            console.print(line, highlight=False, soft_wrap=True)
+    remember(config)
     for service in servers:
         if service.start():
             console.print(f"starting {service.name} …", highlight=False)
@@ -101,21 +104,13 @@ def _print_links(config: PlatformConfig, console: Console) -> None:
         ("logs", str(config.home / "platform")),
     ):
         console.print(f"{name:>20}  {link}", highlight=False, soft_wrap=True)
-    console.print(f"{'password':>20}  {_password(config, shown=console.is_terminal)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{'password':>20}  {password.about(config.home, config.prefect_auth, shown=console.is_terminal)}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if not gpus():
         console.print(f"{'gpu':>20}  none: this machine's workers run on its CPU", highlight=False)
-
-
-def _password(config: PlatformConfig, *, shown: bool) -> str:
-    """A line about Prefect's password. The one that `up` created is printed only to a terminal (`shown`)."""
-    if config.prefect_password is None:
-        return OPEN
-    if config.prefect_auth is not None:
-        return f"{password.SETTING}; Prefect's page asks once for all of it, as user:password"
-    place = password.place(config.home)
-    if not shown:
-        return f"in {place}, after {password.AUTH}=; Prefect's page asks for it once"
-    return f"{config.prefect_password}  (Prefect's page asks once for all of it; it is kept in {place})"
 
 
 def _provision(config: PlatformConfig, report: Callable[[str], None]) -> str | None:
@@ -308,7 +303,7 @@ def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
     changes: list[str] = []
     problem = _provision(config, changes.append)
     yield from (Finding(True, change) for change in changes)
-    yield Finding(True, f"password: {_password(config, shown=False)}")
+    yield Finding(True, f"password: {password.about(config.home, config.prefect_auth, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
     with get_client(sync_client=True) as client:
         yield Finding(problem is None, problem or about(client, config))

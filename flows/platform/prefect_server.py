@@ -25,7 +25,6 @@ from flows.platform import password, private
 from flows.platform.config import PlatformConfig
 from flows.platform.ownership import check_listeners
 from flows.platform.process import PREFECT, Service
-from flows.platform.retention import kept_days, prefect_settings
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.inference.guard import ALLOWED
 
@@ -69,7 +68,6 @@ class PrivateServer:
         settings |= {"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_SERVER_UI_ENABLED": "false"}
         settings |= {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}"}
         settings |= {"PREFECT_SERVER_LOGGING_LEVEL": "ERROR", ALLOWED: ""}
-        settings |= prefect_settings(kept_days(os.environ))
         command = [sys.executable, "-m", "flows.platform.guard", "prefect", "--port", str(port)]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -78,9 +78,21 @@ class Service:
         return False
 
     def _known(self) -> dict[str, Any]:
+        known = self._read()
+        return {} if self._is_copied(known) else known
+
+    def _read(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
             return dict(json.loads(self.record.read_text(encoding="utf-8")))
         return {}
+
+    def was_started(self) -> bool:
+        """Whether it was started and not stopped since, be it running or dead; a record from another home is none."""
+        return self.record.exists() and not self._is_copied(self._read())
+
+    def _is_copied(self, known: Mapping[str, Any]) -> bool:
+        """Whether a record came with a copy of its home."""
+        return bool(known.get("folder", str(self.folder)) != str(self.folder))
 
     def _settings(self, salt: str) -> str:
         """A digest of command and environment; salted, because passwords are part of it."""
@@ -151,7 +163,8 @@ class Service:
                 umask=self.umask,
             )
         salt = secrets.token_hex(16)
-        record = {**process_identity(psutil.Process(child.pid)), "salt": salt, "settings": self._settings(salt)}
+        about = {"folder": str(self.folder), "salt": salt, "settings": self._settings(salt)}
+        record = {**process_identity(psutil.Process(child.pid)), **about}
         self.record.touch(mode=0o600)
         self.record.write_text(json.dumps(record), encoding="utf-8")
         return True
