@@ -7,6 +7,8 @@ checkpoint; 130 Ctrl-C; 143 SIGTERM.
 import inspect
 import json
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +71,13 @@ def print_table(found: Table) -> None:
     """Print a table to standard output; in a file or a pipe no line is wrapped."""
     console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
     console.print(found, highlight=False)
+
+
+def shell_line(program: str, *arguments: str) -> str:
+    """A command line for a shell; with the program's folder if it is not on the PATH."""
+    beside = Path(sys.executable).with_name(program)
+    where = program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
+    return shlex.join([where, *arguments])
 
 
 def new_app(name: str, about: str) -> App:
