@@ -28,7 +28,7 @@ HELD_OUT_LEAST = 1.0  # window of each source
 
 # Of the machine of speed.PLAIN_SECONDS, at rest: amounts per second, and seconds.
 READ, DRAWN, GENERATED = 60e6, 60e6, 4000.0  # bytes that are read and written by `sample`; generated documents
-LEARNED, MERGES = 6e6, 0.00004  # bytes of text on two cores; seconds for each token of the vocabulary
+LEARNED, MERGES = 9e6, 0.0003  # bytes of text on two cores; seconds for each token of the vocabulary
 ENCODED = 45e6  # bytes
 RENDERED = 1800.0  # conversations
 HARNESS, ASKED = 8.0, 1500.0  # seconds to load the harness; questions that are prepared
