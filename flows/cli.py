@@ -346,21 +346,14 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
 
 
 def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Runtime, options: RunOptions) -> None:
-    from flows.reports.cost_estimate import budget, known_windows, show
+    from flows.reports.cost_estimate import budget, known_windows, machine_costs, reused, show
     from vectorclm.draft.estimate import estimate
 
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
     specs = plans(pinned)
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
-    here = estimate(pinned, options.place.data, runtime)
-    costs["here"] = {
-        "device": runtime.device_type(),
-        "text_bytes": dict(here.available),
-        "drawn_bytes": here.drawn,
-        "epochs": here.epochs,
-        "tokens_per_second": here.speed,
-        "seconds": dict(here.seconds),
-    }
+    there = reused(store, specs, costs["stages"])
+    costs["here"] = machine_costs(estimate(pinned, options.place.data, runtime), runtime, there)
     if options.json:
         print(json.dumps(costs))
         return

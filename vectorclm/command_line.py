@@ -8,6 +8,8 @@ import inspect
 import json
 import os
 import select
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +101,13 @@ def _print_rows(found: Table, console: Console) -> bool:
 def _plain(cell: object) -> str:
     """The text of a cell without its markup."""
     return Text.from_markup(cell).plain if isinstance(cell, str) and "[" in cell else str(cell)
+
+
+def shell_line(program: str, *arguments: str) -> str:
+    """A command line for a shell; with the program's folder if it is not on the PATH."""
+    beside = Path(sys.executable).with_name(program)
+    where = program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
+    return shlex.join([where, *arguments])
 
 
 def new_app(name: str, about: str) -> App:

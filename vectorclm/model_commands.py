@@ -231,25 +231,31 @@ def serve(
     start_server(address, load_runtime(options.runtime), options.host, options.port, name, options.cors)
 
 
+def _text_scores(address: str, text: str) -> dict[str, float]:
+    """Bits per byte of a text; a model folder and a GGUF file of the same model have the same figure."""
+    if address.endswith(".gguf"):
+        from vectorclm.export.llama_cpp import LlamaCpp
+
+        return LlamaCpp(Path(address)).text_scores(text)
+    from vectorclm.evaluation.bits_per_byte import comparable_length, text_scores
+    from vectorclm.inference.load import open_model
+
+    folder, device = find_model(address).local(), Runtime().configure_torch()
+    model, tokenizer = open_model(folder, address)
+    length = comparable_length(model.config.max_position_embeddings)
+    return text_scores(model.to(device), tokenizer, text, device, length, shown=True)
+
+
 def score_text(address: str, file: Path, *, as_json: bool) -> None:
     """Print the bits per byte of a model on a text; llama.cpp scores a GGUF file."""
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8: byte {error.start} cannot be read; convert the file first") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    if address.endswith(".gguf"):
-        from vectorclm.export.llama_cpp import LlamaCpp
-
-        scores = LlamaCpp(Path(address)).text_scores(text)
-    else:
-        from vectorclm.evaluation.bits_per_byte import text_scores
-        from vectorclm.inference.load import open_model
-
-        folder, device = find_model(address).local(), Runtime().configure_torch()
-        model, tokenizer = open_model(folder, address)
-        scores = text_scores(model.to(device), tokenizer, text, device)
+    with progress.bars():
+        scores = _text_scores(address, text)
     if as_json:
         print(json.dumps(scores))
     else:

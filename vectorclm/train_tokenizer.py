@@ -146,3 +146,10 @@ def _reported(texts: Iterable[str], progress: Progress, left: threading.Event) -
             raise PreemptedError("the tokenizer training was cancelled")
         yield text
         progress.advance(len(text.encode()))
+
+
+def bytes_per_token(texts: Iterable[str], vocab_size: int) -> float:
+    """Bytes of text for each token of a vocabulary that is learned from these texts; a few kilobytes suffice."""
+    kept = [cut_long_words(text, Counter()) if may_have_long_words(text) else text for text in texts]
+    encoded = learn(kept, vocab_size).encode_batch_fast(kept, add_special_tokens=False)
+    return max(1.0, sum(len(text.encode()) for text in kept) / max(1, sum(len(item.ids) for item in encoded)))

@@ -3,8 +3,8 @@
 If its shards are in a local store, also how often each source is read. No network is used.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -14,19 +14,23 @@ from rich.table import Table
 from flows.handle import duration
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.pinning import UNRESOLVED
+from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.order import format_epochs
 from vectorclm.shards.writer import token_dtype
 from vectorclm.stages import BY_NAME
 from vectorclm.store.artifact import StageSpec, Store
 
-# Training FLOP/s assumed for the estimate: a fifth of the dense bf16 peak on GPUs, because the matrix products of a
-# small model are short, and 25 GFLOP/s for each core in fp32 on CPUs with AVX2.
+if TYPE_CHECKING:  # with torch
+    from vectorclm.draft.estimate import Estimate
+
+# Training FLOP/s assumed for the estimate: on GPUs a third of the dense bf16 peak, as `base` reaches on an H200; on
+# CPUs in fp32 what `small` reaches on two cores with AVX-512.
 DEVICES: Mapping[str, float] = {
-    "2 CPU cores": 0.05e12,
-    "16 CPU cores": 0.4e12,
-    "RTX 4090": 33e12,
-    "A100": 62e12,
-    "H100 or H200": 200e12,
+    "2 CPU cores": 0.2e12,
+    "16 CPU cores": 1.3e12,
+    "RTX 4090": 55e12,
+    "A100": 100e12,
+    "H100 or H200": 330e12,
 }
 
 
@@ -101,6 +105,29 @@ def _fingerprint(name: str, experiment: ExperimentConfig, plans: Mapping[str, St
     return UNRESOLVED if own or before else plans[name].fingerprint
 
 
+def reused(store: Store, specs: Mapping[str, StageSpec], known: Mapping[str, str]) -> list[str]:
+    """The stages whose artifacts a local store has; a stage with an unresolved fingerprint is none of them."""
+    if not store.is_local:
+        return []
+    return [name for name, spec in specs.items() if known[name] != UNRESOLVED and store.find_whole(spec) is not None]
+
+
+def machine_costs(found: "Estimate", runtime: Runtime, there: Sequence[str]) -> dict[str, Any]:
+    """An estimate for this machine as values of JSON; the stages that are `there` take no time."""
+    return {
+        "device": runtime.device_type(),
+        "busy": found.speed.busy,
+        "text_bytes": dict(found.available),
+        "drawn_bytes": found.drawn,
+        "epochs": found.epochs,
+        "tokens_per_second": found.speed.training,
+        "work": {stage: dict(amounts) for stage, amounts in found.work.items()},
+        "seconds": {stage: 0.0 if stage in there else seconds for stage, seconds in found.seconds.items()},
+        "reused": list(there),
+        "around_seconds": found.around,
+    }
+
+
 def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Console) -> None:
     """Print the budget for a person."""
     stages = Table("stage", "fingerprint", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
@@ -126,11 +153,11 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
         if known:
             sizes = ", ".join(f"{label} {size / 1e6:,.1f} MB" for label, size in known.items())
             facts.add_row("", f"there are {sizes}; {here['drawn_bytes'] / 1e6:,.1f} MB are drawn")
-        facts.add_row("", f"read about {here['epochs']:.1f} times in pretraining")
+        facts.add_row("", f"pretraining reads it {_times(here['epochs'])}")
     if experiment.finetune is not None:
         often = f"read {experiment.finetune.epochs:g} times"
         facts.add_row("fine-tuning", f"up to {costs['conversations']:,} conversations, {often}")
-    tuning = costs["tuning"]
+    tuning = costs["tuning"] or _tuning_here(experiment, here)
     if tuning is not None:
         again = ", replayed text included" if experiment.replay else ""
         facts.add_row("", f"about {tuning['tokens']:,} tokens{again}")
@@ -140,26 +167,44 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     facts.add_row("memory", f"{memory['model_and_optimizer'] / 1e9:.2f} GB for model and optimizer")
     facts.add_row("", f"and about {memory['one_window'] / 1e9:.2f} GB for each window of a micro-batch")
     trainings = {"pretraining": costs["hours"], **({"fine-tuning": tuning["hours"]} if tuning else {})}
-    hours = Table("device", "TFLOP/s assumed", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    hours = Table(
+        "the trainings on", "TFLOP/s assumed", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim"
+    )
     for device, speed in DEVICES.items():
-        hours.add_row(device, f"{speed / 1e12:g}", *(_hours(training[device]) for training in trainings.values()))
+        times = (_time(3600 * training[device]) for training in trainings.values())
+        hours.add_row(device, f"{speed / 1e12:g}", *times)
     console.print(
         Panel(Group(stages, facts, hours, *_here(here)), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED)
     )
+
+
+def _tuning_here(experiment: ExperimentConfig, here: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What fine-tuning costs by the conversations that were looked at."""
+    if here is None or experiment.chat is None or "finetune" not in here["work"]:
+        return None
+    tokens = round(here["work"]["finetune"]["tokens"])
+    flops = experiment.model.flops_per_token(experiment.chat.sequence_length) * tokens
+    return {"tokens": tokens, "flops": flops, "hours": _hours_on(flops)}
 
 
 def _here(here: Mapping[str, Any] | None) -> list[RenderableType]:
     """The time of each stage on this machine."""
     if here is None:
         return []
-    seconds = here["seconds"]
-    title = f"on this machine ({here['device']}, {here['tokens_per_second']:,.0f} tokens/s measured)"
+    title = f"on this machine ({here['device']}, {here['tokens_per_second']:,.0f} tokens/s)"
     table = Table(title, "time", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    for stage, needed in seconds.items():
-        table.add_row(stage, duration(needed))
-    table.add_row("all stages", f"[bold]{duration(sum(seconds.values()))}[/]")
-    return [table]
+    for stage, needed in here["seconds"].items():
+        table.add_row(stage, "reused" if stage in here["reused"] else _time(needed))
+    table.add_row("Prefect and MLflow", _time(here["around_seconds"]))
+    table.add_row("in all", f"[bold]{_time(sum(here['seconds'].values()) + here['around_seconds'])}[/]")
+    busy = "Other programs use this machine now: the times are those without them.\n" if here["busy"] else ""
+    return [table, f"{busy}The times come from a few seconds of measurement: half as much more or less is usual."]
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+def _time(seconds: float) -> str:
+    return duration(seconds) if seconds >= 1 else "under 1 s"
+
+
+def _times(epochs: float) -> str:
+    """How often a text is read: a share of it, or a number of times."""
+    return f"about {epochs:.1f} times" if epochs >= 1 else f"to about {100 * epochs:.0f} %"

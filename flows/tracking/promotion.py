@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.tracking.client import CHAMPION
+from flows.tracking.client import CHAMPION, tracking_uri
+from flows.tracking.database import sqlite_path
 from flows.tracking.lookup import opened
 from flows.tracking.registry import Registry
 from vectorclm.comparison.compare import METHOD, OWN_SUITE, has_items, paired
@@ -100,6 +101,8 @@ def _better(change: Change) -> bool:
 
 def promote(address: str, tasks: Sequence[str], store: Store, console: Console) -> int:
     """Move `champion` to a registered model if it is better; exit code 1 if not. Both decisions are recorded."""
+    if sqlite_path(tracking_uri(store)) is not None:  # both the decision and the alias are written there
+        store.check_writable()
     registry = Registry(store)
     version = (
         registry.version(address)
