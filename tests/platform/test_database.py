@@ -19,7 +19,6 @@ import mlflow
 import psutil
 import pytest
 from mlflow import MlflowClient
-from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelling
