@@ -5,6 +5,7 @@ another worker process; this one compares with the hash that MLflow reads from i
 """
 
 import hmac
+import logging
 import secrets
 import threading
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable
 REMEMBERED_SECONDS = 300
 MOST = 1000  # passwords
 CHECK = "check_password_hash"  # the name of Werkzeug's function in MLflow's module
+
+logger = logging.getLogger(__name__)
 
 
 class RememberedPasswords:
@@ -48,4 +51,7 @@ def remember_passwords() -> None:
     """Have this process check the passwords of MLflow's users by RememberedPasswords; call it once."""
     from mlflow.server.auth import sqlalchemy_store as users
 
-    setattr(users, CHECK, RememberedPasswords(getattr(users, CHECK)))
+    if (check := getattr(users, CHECK, None)) is None:
+        logger.warning("this version of MLflow checks passwords elsewhere, so each request costs a hash")
+    else:
+        setattr(users, CHECK, RememberedPasswords(check))

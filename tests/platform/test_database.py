@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,6 @@ import mlflow
 import psutil
 import pytest
 from mlflow import MlflowClient
-from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelling
@@ -51,6 +50,10 @@ SECRETS = {
 }
 OF_POSTGRES = "of-postgres: 7c%1d@/"
 QUEUED = 20 if KILLS >= 10 else 3  # curricula that are queued at once
+KILLED: Mapping[int, Callable[[Platform], Service]] = {  # in the curriculum of this number
+    5: lambda platform: platform.config.servers()[0],
+    9: lambda platform: platform.config.workers()[0],
+}
 
 
 class Servers:
@@ -161,17 +164,15 @@ def queued(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Queu
         *wanted, cancelled = enqueue(platform, tmp_path_factory.mktemp("queue"), [*range(QUEUED), 0])
         until(lambda: platform.run(cancelled.run_id).state_name == "Queued", "the last one waits", 60)
         platform.client.set_flow_run_state(cancelled.run_id, Cancelling())
-        until(lambda: platform.run(wanted[1].run_id).state_type == StateType.RUNNING, "the second one runs")
-        kill(worker)
-        if len(wanted) > 9:
-            until(lambda: platform.run(wanted[5].run_id).state_type == StateType.RUNNING, "the sixth one runs")
-            platform.breaks()
-            kill(platform.config.servers()[0])
-            assert platform.command("doctor").returncode == 0
-            until(lambda: platform.run(wanted[9].run_id).state_type == StateType.RUNNING, "the tenth one runs")
-            kill(platform.config.workers()[0])
-            assert platform.command("doctor").returncode == 0
-        assert [platform.ended(one.run_id) for one in wanted] == ["Completed"] * QUEUED
+        for number, one in enumerate(wanted):
+            until(lambda one=one: platform.run(one.run_id).run_count, f"curriculum {number} begins")
+            if number == 1:
+                kill(worker)
+            elif number in KILLED:
+                platform.breaks()
+                kill(KILLED[number](platform))
+                assert platform.command("doctor").returncode == 0
+            assert platform.ended(one.run_id) == "Completed"
     run = platform.run(cancelled.run_id)
     assert (run.state_name, run.run_count) == ("Cancelled", 0)
     return Queued(wanted, cancelled)

@@ -58,12 +58,13 @@ def online(platform: Platform) -> list[str]:
 def variant(number: int) -> tuple[dict[str, Any], str]:
     """The changes and the placement of curriculum `number`.
 
-    The first is whole; of each four, one changes the evaluation, one the fine-tuning, and two repeat what is there.
+    The first is whole, the fourth changes the fine-tuning; of the others half change the evaluation, half repeat one.
     """
     group, place = divmod(number, 4)
-    settings = {**SETTINGS, "finetune.epochs": 0.5 + 0.1 * group} if number > 2 else SETTINGS
-    evaluate = {"chat_prompts": 4 if place in (1, 2) else 3, "max_new_tokens": 32}
-    return {"seed": 5, "evaluate": evaluate, "settings": settings}, "pools" if place % 2 else "inline"
+    settings = {**SETTINGS, "finetune.epochs": 0.5} if number == 3 else SETTINGS
+    more = int(place in (1, 2)) if group == 0 else (group + 1) * (place < 2)
+    evaluate = {"chat_prompts": 3 + more, "max_new_tokens": 32}
+    return {"seed": 5, "evaluate": evaluate, "settings": settings}, "pools" if (number + group) % 2 else "inline"
 
 
 def enqueue(platform: Platform, folder: Path, numbers: Iterable[int]) -> list[Wanted]:
