@@ -193,3 +193,13 @@ def test_a_cancelled_stage_is_killed_and_runs_are_told_apart(
         f"sample {short['sample']} attempt 2",
     ]
     assert {run.info.status for run in runs if run.data.tags["stage"] == "sample"} == {"KILLED"}
+
+
+def test_a_curriculum_has_the_name_of_its_run_in_prefect(store: Store, experiment: ExperimentConfig) -> None:
+    renamed = experiment.model_copy(update={"name": "titles"})
+    title = "titles finetune.epochs=2, 30 Nov 17:31 (57e6)"
+    for name in (title, title, "another"):
+        with Tracker(store, renamed, plans(renamed), title=name) as told:
+            pass
+    names = sorted(run.info.run_name for run in client(store).search_runs([told.experiment_id]))
+    assert names == sorted([title, f"{title} run 2", "another"])
