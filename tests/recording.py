@@ -178,10 +178,11 @@ def as_svg(film: list[Shown]) -> str:
         screens.append(f'<g transform="translate(0 {number * height})">{"".join(uses)}</g>')
     drawn = "".join(f'<g id="{name}">{"".join(map(_text, line))}</g>' for line, name in known.items())
     style = STYLE.format(seconds=whole, frames="".join(frames))
+    inner = f'<svg x="12" y="12" width="{width - 24}" height="{height - 24}">'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f'<style>{style}</style><rect width="100%" height="100%" rx="8" fill="#0d1117"/><defs>{drawn}</defs>'
-        f'<svg x="12" y="12" width="{width - 24}" height="{height - 24}"><g class="film" fill="{COLOURS["default"]}">{"".join(screens)}</g></svg></svg>\n'
+        f'{inner}<g class="film" fill="{COLOURS["default"]}">{"".join(screens)}</g></svg></svg>\n'
     )
 
 
@@ -195,8 +196,11 @@ def _text(run: Run) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("Makefile", "pyproject.toml", "constraints.txt", ".venv"):  # as in a clone that is installed
+        for part in ("Makefile", "pyproject.toml", "constraints.txt"):
             (folder / part).symlink_to(ROOT / part)
+        (folder / ".venv").mkdir()
+        (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+        (folder / ".venv" / "installed").touch()  # as in a clone where `make install` was run
         (folder / "handbook").mkdir()
         for topic, text in topics.items():
             (folder / "handbook" / f"{topic}.txt").write_text(text, encoding="utf-8")

@@ -232,8 +232,8 @@ class Tracker(Session):
         key = f"{self._session}-curriculum"
         query = f"tags.stage = 'curriculum' and tags.fingerprint = '{whole}'"
         title = self.title or f"{self.experiment.name} {whole[:8]}"
-        found = self.client.search_runs([self.experiment_id], query)
-        before = [run for run in found if run.data.tags["key"] != key and str(run.info.run_name).startswith(title)]
+        known = self.client.search_runs([self.experiment_id], query)
+        before = [run for run in known if run.data.tags["key"] != key and str(run.info.run_name).startswith(title)]
         title += f" run {len(before) + 1}" if before else ""
         self.run_ids["curriculum"] = self._create(key, title, tags)
         self.log_params(self.parent_id, self.experiment.model_dump(mode="json"))

@@ -42,7 +42,9 @@ def pages() -> TestClient:
 @pytest.mark.parametrize("address", ["/", "/?parts"])
 def test_the_first_page_has_the_script_once_and_its_own_length(pages: TestClient, address: str) -> None:
     found: httpx.Response = pages.get(address)
-    assert found.text == PAGE.replace("<head>", f"<head>{SCRIPT.decode()}", 1) and all(key in found.text for key in CHOICES)
+    assert found.text == PAGE.replace("<head>", f"<head>{SCRIPT.decode()}", 1) and all(
+        key in found.text for key in CHOICES
+    )
     assert found.headers["content-length"] == str(len(found.content)) and found.headers["x-kept"] == "yes"
     assert not {"etag", "last-modified"} & set(found.headers)
 

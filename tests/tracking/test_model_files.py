@@ -50,7 +50,8 @@ def test_a_version_says_how_it_is_loaded(recorded: Recorded) -> None:
     chat = artifact(recorded, "finetune")
     lines = loading_lines("vectorclm-chat", "3", chat).splitlines()
     assert lines[1] == f'mlflow.pyfunc.load_model("models:/vectorclm-chat/3").predict(["{EXAMPLE[0]}"])'
-    assert lines[2] == 'mlflow.transformers.load_model("models:/vectorclm-chat/3")' and chat.fingerprint[:SHORT] in lines[-3]
+    assert lines[2] == 'mlflow.transformers.load_model("models:/vectorclm-chat/3")'
+    assert f"finetune/{chat.fingerprint[:SHORT]}" in lines[-3]
     assert max(map(len, lines)) <= 100 + len(chat.store.uri)  # else the page scrolls sideways
     remote = Artifact(Store("memory://models"), "finetune", chat.fingerprint, chat.manifest)
     assert (
