@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field
 from flows.experiments import load_known
 from vectorclm.config import ExperimentConfig, changed
 from vectorclm.errors import ConfigError
-from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import Settings, validate
 from vectorclm.store.layout import StageName
 
@@ -269,8 +268,18 @@ def described(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def defaults(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The default values of the parameters of a flow."""
-    return {name: shape["default"] for name, shape in schema["properties"].items() if "default" in shape}
+    """The default values of the parameters of a flow, without those of None, which no field takes."""
+    found = {name: shape["default"] for name, shape in schema["properties"].items() if "default" in shape}
+    return _known(found)
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not None, also of the mappings inside."""
+    return {
+        name: _known(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def form(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
@@ -293,7 +302,7 @@ def form(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | N
 
 def parameters(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
     """The values of all fields of a form, which a run takes where its request leaves one out."""
-    return {**defaults(schema), "changes": shown(experiment, stage), "runtime": Runtime().model_dump(exclude_none=True)}
+    return {**defaults(schema), "changes": shown(experiment, stage)}
 
 
 def shown(experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:

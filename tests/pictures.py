@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.objects import FlowRun
+from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from tests.conftest import chromium
@@ -61,9 +62,9 @@ class Camera:
         self.window.get(page)
         until(lambda: says(self.window, shown), f"{page} says {shown!r}", 120)
 
-    def take(self, name: str) -> None:
+    def take(self, name: str, settles: float = SETTLES) -> None:
         """Save what the window shows as a small file, without the names of the machine and its user."""
-        time.sleep(SETTLES)
+        time.sleep(settles)
         users = {getpass.getuser(), psutil.Process().username()}
         names = [(socket.gethostname(), "laptop"), *((user, "researcher") for user in users)]
         self.window.execute_script(RENAME, [(re.escape(name), other) for name, other in names])
@@ -91,16 +92,17 @@ def form_refuses_and_starts(camera: Camera) -> UUID:
     """Fill the form of `tiny`: it refuses a value, then starts a run, in whose third stage the disk is broken."""
     platform, window = camera.platform, camera.window
     deployment = platform.client.read_deployment_by_name("curriculum/tiny")
-    window.get(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}/run")
+    page = f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}/run"
+    window.get(page)
     log_in(window, platform)
-    camera.look(window.current_url, 1000, "Token budget")
+    camera.look(page, 1000, "Token budget")
     fill(window, "Pretraining", "Token budget", "5")
     fill(window, "Fine-tuning", "Epochs", "0.6")
     click(window, "button", "Submit")
     until(lambda: says(window, "5 is less than the minimum of 1000"), "the form refuses", 60)
     camera.scroll_to("Pretraining")
-    camera.take("form")
-    camera.look(f"{platform.config.prefect_url}/deployments/deployment/{deployment.id}/run", 1000, "Token budget")
+    camera.take("form", settles=1)  # the message goes away
+    camera.look(page, 1000, "Token budget")
     fill(window, "Fine-tuning", "Epochs", "0.6")
 
     def started() -> list[FlowRun]:
@@ -122,7 +124,7 @@ def retry(camera: Camera, run_id: UUID) -> None:
     until(lambda: platform.run(run_id).run_count == 2, "the run starts again", 120)
     until(lambda: "Samples at step" in platform.overview(run_id), "the training has samples", BUSY)
     camera.look(camera.page_of_run(run_id), 1000, "pretrain")
-    click(window, "*[@role='tab' or self::button]", "Artifacts")
+    click(window, "*[not(*)]", "Artifacts")
     until(lambda: says(window, "renewed every few seconds"), "the artifacts are shown", 60)
     camera.take("graph")
     camera.look(camera.page_of_artifact("overview"), 1000, "Samples at step")
@@ -153,8 +155,8 @@ def evaluate(platform: Platform) -> None:
     assert ended(platform, run.id) == "Completed"
 
 
-def schedule(camera: Camera) -> None:
-    """Set a schedule, and score three candidates as it does."""
+def schedule(camera: Camera) -> UUID:
+    """Set a schedule, and score three candidates as it does; returns the run of the last one."""
     platform, prefect = camera.platform, camera.platform.config.prefect_url
     evaluate(platform)
     second, third = command_line(platform), command_line(platform, "--set", "finetune.epochs=2.0")
@@ -173,26 +175,31 @@ def schedule(camera: Camera) -> None:
     camera.take("schedule")
     camera.look(camera.page_of_artifact("scores-vectorclm-chat-candidate-tiny"), 1000, "on tiny")
     camera.take("scores")
+    return third
 
 
-def trace(camera: Camera) -> None:
+def trace(camera: Camera, run_id: UUID) -> None:
     """MLflow's pages of the runs, a training, and the candidate; the report on a screen and on a telephone."""
-    url = camera.platform.config.mlflow_url
+    url, window = camera.platform.config.mlflow_url, camera.window
     client = MlflowClient(url)
     version = client.get_model_version_by_alias("vectorclm-chat", "candidate")
-    place = client.get_experiment_by_name("tiny").experiment_id
-    camera.look(f"{url}/#/experiments/{place}/runs", 700, "matching runs")
-    click(camera.window, "label", "Expand rows")
-    until(lambda: says(camera.window, "pretrain "), "the stages are shown", 60)
+    found = client.get_experiment_by_name("tiny")
+    assert found is not None
+    place = f"{url}/#/experiments/{found.experiment_id}/runs"
+    camera.look(place, 700, "matching runs")
+    opens = "button[data-component-id*='runnamecellrenderer']"  # the plus sign before a curriculum
+    until(lambda: window.find_elements(By.CSS_SELECTOR, opens), "a run with stages", 60)[0].click()
+    until(lambda: says(window, "pretrain "), "the stages are shown", 60)
     camera.take("runs")
-    (training, *_) = client.search_runs([place], "tags.stage = 'pretrain' and tags.state = 'built'")
-    camera.look(f"{url}/#/experiments/{place}/runs/{training.info.run_id}/model-metrics", 1000, "train (")
+    (training, *_) = client.search_runs([found.experiment_id], "tags.stage = 'pretrain' and tags.state = 'built'")
+    camera.look(f"{place}/{training.info.run_id}/model-metrics", 1000, "final_validation")
+    click(window, "*[not(*)]", "final_validation")  # closed, so that the curves are in sight
     camera.take("curves")
     camera.look(f"{url}/#/models/vectorclm-chat/versions/{version.version}", 900, "what it holds")
     camera.take("version")
-    newest = max((camera.platform.config.home / "reports").glob("*.html"), key=lambda file: file.stat().st_mtime)
+    (report,) = re.findall(r"\[report\]\(\S+/reports/(\S+?)\)", camera.platform.overview(run_id))
     for name, width, height in (("report", WIDTH, 1000), ("report-narrow", NARROW, 1200)):
-        camera.look(newest.as_uri(), height, "chat model", width)
+        camera.look((camera.platform.config.home / "reports" / report).as_uri(), height, "chat model", width)
         camera.take(name)
 
 
@@ -208,8 +215,7 @@ def stories(camera: Camera) -> None:
     camera.look(camera.page_of_run(run_id), 1000, "Completed")
     until(lambda: all(says(camera.window, name) for name in ("pretrain", "finetune", "export")), "the graph", 60)
     camera.take("retried")
-    schedule(camera)
-    trace(camera)
+    trace(camera, schedule(camera))
 
 
 def main() -> None:

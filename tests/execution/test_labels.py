@@ -67,7 +67,7 @@ def test_an_evaluation_is_named_after_what_it_does_and_a_typed_name_stays(prefec
     run = prefect_client.read_flow_run(UUID(measured("models:/vectorclm-chat@candidate")))
     assert run.name.startswith("vectorclm-chat@candidate on tiny, ") and run.name.endswith(f" ({str(run.id)[:4]})")
     assert "suite: tiny" in run.tags and not [tag for tag in run.tags if tag.startswith("experiment")]
-    typed = prefect_client.create_flow_run(measured, {"model": "a", "suite": "b"}, name="before the change")
+    typed = prefect_client.create_flow_run(measured, "before the change", {"model": "a", "suite": "b"})
     assert label(prefect_client, typed) == "before the change" == prefect_client.read_flow_run(typed.id).name
 
 
