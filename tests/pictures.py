@@ -97,13 +97,13 @@ def form_refuses_and_starts(camera: Camera) -> UUID:
     log_in(window, platform)
     camera.look(page, 1000, "Token budget")
     fill(window, "Pretraining", "Token budget", "5")
-    fill(window, "Fine-tuning", "Epochs", "0.6")
+    fill(window, "Fine-tuning", "Epochs", "0.3")
     click(window, "button", "Submit")
     until(lambda: says(window, "5 is less than the minimum of 1000"), "the form refuses", 60)
     camera.scroll_to("Pretraining")
     camera.take("form", settles=1)  # the message goes away
     camera.look(page, 1000, "Token budget")
-    fill(window, "Fine-tuning", "Epochs", "0.6")
+    fill(window, "Fine-tuning", "Epochs", "0.3")
 
     def started() -> list[FlowRun]:
         """The run; Submit is pressed again where the page lost it."""
@@ -159,7 +159,7 @@ def schedule(camera: Camera) -> UUID:
     """Set a schedule, and score three candidates as it does; returns the run of the last one."""
     platform, prefect = camera.platform, camera.platform.config.prefect_url
     evaluate(platform)
-    second, third = command_line(platform), command_line(platform, "--set", "finetune.epochs=2.0")
+    second, third = command_line(platform, "--set", "finetune.epochs=0.6"), command_line(platform)
     until(lambda: platform.run(second).state_name == "Running", "the second runs", BUSY)
     until(lambda: platform.run(third).state_name == "Queued", "the third waits", BUSY)
     camera.look(f"{prefect}/runs", 1000, "Queued")
