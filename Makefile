@@ -6,7 +6,7 @@ EXPERIMENT ?= tiny
 
 LONG ?= long
 
-.PHONY: install run test long coverage check format bench
+.PHONY: install run test long coverage check format bench pictures
 
 install: .venv/installed
 
@@ -45,6 +45,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_layout.py
+
+pictures: install # those of the pages, taken anew from a real run in a real browser: minutes
+	$(BIN)/python -m tests.pictures
+	$(BIN)/python -m tests.recording
 
 bench: install # each a ratio to a peer measured in the same run
 	$(BIN)/vectorclm bench train

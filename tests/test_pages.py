@@ -212,6 +212,17 @@ def test_every_file_of_a_page_exists(page: str) -> None:
     assert (ROOT / "docker" / "platform.env.example").is_file()
 
 
+def test_every_picture_is_in_a_page_and_is_small() -> None:
+    """`make pictures` takes those of the platform and of the terminal anew."""
+    shown = {
+        (ROOT / page).parent.joinpath(name).resolve()
+        for page, text in PAGES.items()
+        for name in re.findall(r"(?:\]\(|src=\")([^)\s\"]+\.(?:png|svg))", text)
+    }
+    pictures = {*(ROOT / "infra" / "pictures").iterdir()}
+    assert pictures == shown and max(file.stat().st_size for file in pictures) < 300_000
+
+
 @pytest.mark.parametrize("package", ["vectorclm", "flows"])
 def test_the_map_of_a_package_names_every_module_and_no_other(package: str) -> None:
     named = set()

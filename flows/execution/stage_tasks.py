@@ -84,17 +84,19 @@ class Stages:
         for name, spec in self.plans.items():
             if self.again & set(spec.inputs):
                 self.again.add(name)
-        self.launcher = Launcher(local_folder(self.store) / "locks", prefect.runtime.flow_run.name or experiment.name)
+        name = prefect.runtime.flow_run.name or experiment.name
+        self.launcher = Launcher(local_folder(self.store) / "locks", name)
         self._futures: dict[str, PrefectFuture[Any]] = {}
         context = FlowRunContext.get()
         flow_run = context.flow_run if context is not None else None
         own = str(flow_run.id) if flow_run is not None else None
-        self.tracker = Tracker(self.store, experiment, self.plans, own, prefect.runtime.flow_run.root_flow_run_id)
+        root = prefect.runtime.flow_run.root_flow_run_id
+        self.tracker = Tracker(self.store, experiment, self.plans, own, root, None if name == experiment.name else name)
         self.tracker.common["device"] = runtime.device_type()
         if own is not None and (page := prefect.runtime.flow_run.ui_url):
             self.tracker.common["prefect.flow_run_url"] = str(page)
         self.served = prefect.runtime.deployment.id is not None  # by a platform, whose server shows reports
-        self.overview = Overview(experiment.name, list(self.plans))
+        self.overview = Overview(name, list(self.plans))
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:

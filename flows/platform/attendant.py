@@ -21,7 +21,7 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelled, Crashed, Scheduled
 
-from flows.execution.labels import TAGGED, is_dead, label
+from flows.execution.labels import EVALUATES, TAGGED, is_dead, label
 from flows.experiments import known_files
 from flows.handle import CURRICULA, QUEUED, RESCUED
 from flows.paths import local_folder
@@ -32,7 +32,6 @@ from flows.platform.missed_runs import ACTIVE, MISSED_AFTER, report_missed, skip
 from flows.platform.mlflow_runs import close_runs
 from flows.platform.resend import Resender
 from flows.platform.retention import Retention
-from flows.run_names import is_generated
 from vectorclm.store.artifact import Store
 
 LOOK_SECONDS = 2.0
@@ -61,11 +60,9 @@ class Attendant:
         """Look once at all unfinished and recently crashed runs."""
         runs = skip_older(self.client, self._runs())
         for run in runs:
-            if not any(tag.startswith(TAGGED) for tag in run.tags) and "experiment" in run.parameters:
+            known = "experiment" in run.parameters or run.parameters.keys() >= EVALUATES
+            if known and not any(tag.startswith(TAGGED) for tag in run.tags):
                 label(self.client, run)
-            elif {"model", "suite"} <= run.parameters.keys() and is_generated(run.name):
-                name = "{model} on {suite}".format(**run.parameters)  # as its flow names it when it begins
-                self.client.update_flow_run(run.id, name=name)
         self._queue([run for run in runs if run.work_queue_name == CURRICULA])
         for run in runs:
             if run.state is not None and run.state.is_crashed():

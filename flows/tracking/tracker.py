@@ -45,7 +45,7 @@ from vectorclm.store.layout import EXPORT
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60  # that the end of a curriculum waits for each record in MLflow
-NUMBER = "run_number"  # a tag of the curriculum's run, among the runs of the same curriculum
+NEWEST = 50  # runs of the same curriculum, among which one of the same name is looked for
 PROBE = "vectorclm.written"  # a tag of the experiment: the time of the last check that MLflow accepts writes
 
 ABOUT = """Curricula of the experiment `{name}`: text in, an evaluated chat model out.
@@ -232,23 +232,21 @@ class Tracker(Session):
         whole = self.plans[EXPORT].fingerprint
         tags = {**self.common, "stage": "curriculum", "fingerprint": whole, NOTE: BEGUN.format(store=self.store.uri)}
         key = f"{self._session}-curriculum"
-        title = f"{self.experiment.name} {whole[:8]}"
-        if (number := self._number(whole, key)) > 1:
-            title += f" run {number}"
-        self.run_ids["curriculum"] = self._create(key, title, {**tags, NUMBER: str(number)})
+        title = self._numbered(self.title or f"{self.experiment.name} {whole[:8]}", whole, key)
+        self.run_ids["curriculum"] = self._create(key, title, tags)
         self.log_params(self.parent_id, self.experiment.model_dump(mode="json"))
 
-    def _number(self, whole: str, key: str) -> int:
-        """The number of this run among those of the same curriculum: one more than that of the run before it.
+    def _numbered(self, title: str, whole: str, key: str) -> str:
+        """The title, with a number where an earlier run of the same curriculum bears it.
 
-        Only the run before is read, as there may be thousands. A run of an earlier version has its number in its name.
+        Only the newest runs are read, as there may be thousands.
         """
         query = f"tags.stage = 'curriculum' and tags.fingerprint = '{whole}' and tags.key != '{key}'"
         newest_first = ["attributes.start_time DESC"]
-        for run in self.client.search_runs([self.experiment_id], query, max_results=1, order_by=newest_first):
-            named = re.search(r" run (\d+)$", run.info.run_name or "")
-            return 1 + int(run.data.tags.get(NUMBER, named[1] if named else 1))
-        return 1
+        for run in self.client.search_runs([self.experiment_id], query, max_results=NEWEST, order_by=newest_first):
+            if number := re.fullmatch(rf"{re.escape(title)}(?: run (\d+))?", run.info.run_name or ""):
+                return f"{title} run {int(number[1] or 1) + 1}"
+        return title
 
     def _curriculum_elsewhere(self) -> str | None:
         """The run of the curriculum on another machine that placed this stage here; that machine ends it."""

@@ -29,7 +29,7 @@ from flows.net import answers
 from flows.platform import doctor
 from tests.conftest import following, one_of
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
-from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, rest, says
+from tests.services.browser import browser, by_text, click, fill, log_in, page, rest, says
 from tests.services.platform import Platform, platform_at, until
 from tests.services.trigger import (
     by_prefect,
@@ -92,7 +92,6 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     assert "changes.pretrain.tokens" in page.find_element(By.TAG_NAME, "body").text
     fill(page, "Pretraining", "Token budget", "16384")
     page.execute_script("window.scrollTo(0, 0)")
-    picture(page, "form")
 
     def started() -> list[FlowRun]:
         """The run; presses Submit again where the page lost it, which shows the form as long as nothing started."""
@@ -129,7 +128,6 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     page.get(f"{platform.config.prefect_url}/runs/flow-run/{run.id}")
     until(lambda: says(page, "Completed"), "the page shows the end", 60)
     until(lambda: all(says(page, name) for name in ("pretrain", "finetune", "export")), "the graph shows them", 60)
-    picture(page, "retried")
     shown = {str(found.key): found for found in platform.client.read_artifacts()}
     assert {"pretrain-progress", "finetune-progress", "mlflow", "overview"} <= set(shown)
     assert all(found.description for found in shown.values())
@@ -260,7 +258,6 @@ def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDri
     assert state is not None and state.message == "waits for the first to end; place 1 in the queue"
     page.get(f"{platform.config.prefect_url}/runs/flow-run/{run_id}")
     until(lambda: says(page, "Running"), "the page shows it", 60)
-    picture(page, "graph")
     click(page, "button", "Cancel")
     click(page, "button", "Confirm")
     assert platform.ended(run_id) == "Cancelled"

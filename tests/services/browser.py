@@ -1,9 +1,6 @@
-"""A real browser for tests, at the pages of the platform: press a button, fill a field, log in, take a picture."""
+"""A real browser for tests, at the pages of the platform: press a button, fill a field, log in."""
 
-import os
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from selenium.common.exceptions import WebDriverException
@@ -14,8 +11,6 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from tests.conftest import chromium
 from tests.services.platform import Platform, until
-
-PICTURES = os.environ.get("VECTORCLM_PICTURES")  # a folder: the pictures of the README are taken anew
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +25,6 @@ def page(browser: WebDriver) -> Iterator[WebDriver]:
     """The browser, which leaves its page in the end: a drawn graph keeps a core busy."""
     yield browser
     browser.get("about:blank")
-
-
-def picture(window: WebDriver, name: str) -> None:
-    if PICTURES:
-        time.sleep(3)  # a graph's bars glide to their places
-        window.save_screenshot(str(Path(PICTURES) / f"{name}.png"))
 
 
 def by_text(window: WebDriver, tag: str, text: str) -> list[WebElement]:
@@ -72,6 +61,23 @@ def fill(window: WebDriver, section: str, label: str, value: str) -> None:
             return False
 
     until(written, f"{section} {label}", 60)
+
+
+def fill_new(window: WebDriver, label: str, value: str) -> None:
+    """Write into the field `label` of the form of Prefect's new page, instead of what is there."""
+    place = f"//label[normalize-space(.)='{label}']/following::input[1]"
+
+    def written() -> bool:
+        try:
+            (field, *_) = window.find_elements(By.XPATH, place)
+            window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
+            field.send_keys(Keys.CONTROL, "a")
+            field.send_keys(value)
+            return field.get_attribute("value") == value
+        except (ValueError, WebDriverException):
+            return False
+
+    until(written, label, 60)
 
 
 def log_in(window: WebDriver, platform: Platform) -> None:
