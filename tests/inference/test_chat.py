@@ -26,15 +26,14 @@ from vectorclm.inference.chat import (
     Conversation,
     LanguageModel,
     check_turns,
-    find_stop,
     fit_turns,
     open_chat_model,
-    overlap,
     reply,
     talk,
 )
 from vectorclm.inference.config import SamplingParams
 from vectorclm.inference.generate import choose, cut_prompt, generate, keep_min_p, keep_top_k, keep_top_p, penalized
+from vectorclm.inference.text_stream import find_stop, overlap
 from vectorclm.model_commands import ChatOptions, chat
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, render_prompt

@@ -1,7 +1,7 @@
 """Serve a model over OpenAI's API: `/v1/chat/completions`, `/v1/completions`, `/v1/models`, and a chat page at `/`.
 
-Answers are generated one at a time, in the order of the requests. Options that are not implemented are refused with
-OpenAI's own errors.
+The answers of all clients are generated together, in one continuous batch. Options that are not implemented are refused
+with OpenAI's own errors.
 """
 
 import asyncio
