@@ -191,6 +191,8 @@ class Engine:
             with torch.inference_mode():
                 delta = answer.take(logits_TV)
         except Exception as error:
+            with self._lock:
+                self._leave(batch, answer)
             yield self._failed(answer, error)
             return
         if delta is not None:

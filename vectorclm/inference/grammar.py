@@ -15,6 +15,10 @@ from vectorclm.errors import DataError
 # Without them a small model can fill its answer with line breaks, which JSON allows between any two values.
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+SUBSCHEMAS = {"items", "prefixItems", "anyOf", "oneOf", "additionalProperties"}  # keys that hold schemas
+NAMED_SUBSCHEMAS = {"properties", "$defs", "definitions"}  # keys that hold schemas by name
+OPEN = {"additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "$ref"}  # say or may say more
+
 
 class Grammar:
     """The state of one answer inside a grammar."""
@@ -50,9 +54,12 @@ class GrammarCompiler:
         return LLTokenizer(self._tokenizer.to_str(), n_vocab=self.vocab_size, eos_token=self._end_ids)
 
     def compile(self, schema: Mapping[str, Any] | bool) -> LLMatcher:
-        """The grammar of the JSON texts that a schema allows. Raises DataError where the schema is not supported."""
+        """The grammar of the JSON texts that a schema allows; an object has the properties that the schema names.
+
+        Raises DataError where the schema is not supported.
+        """
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPACT)  # type: ignore[arg-type]
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(closed(schema)), overrides=COMPACT)  # type: ignore[arg-type]
         except ValueError as error:
             raise DataError(f"the schema cannot be used: {error}") from error
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
@@ -63,3 +70,22 @@ class GrammarCompiler:
     def begin(self, matcher: LLMatcher) -> Grammar:
         """The grammar at the beginning of an answer."""
         return Grammar(matcher.deep_copy(), self.vocab_size)
+
+
+def closed(schema: Any) -> Any:
+    """The schema, where objects have no more properties than those it names, unless it says that they may have others.
+
+    Without this, a small model adds properties until its answer is cut. Inside `allOf` nothing changes: each part
+    there names some of the properties only.
+    """
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: closed(value) if key in SUBSCHEMAS else value for key, value in schema.items()}
+    for key in NAMED_SUBSCHEMAS & found.keys():
+        if isinstance(found[key], dict):
+            found[key] = {name: closed(value) for name, value in found[key].items()}
+    if "properties" in found and not found.keys() & OPEN:
+        found["additionalProperties"] = False
+    return found
