@@ -25,7 +25,7 @@ FINGERPRINTS = {
         "evaluate_base": "6bdf0140c1ddcf04",
         "finetune": "a73047fe3aaa075a",
         "evaluate": "d8a5481504ae357e",
-        "export": "236c698fcb42194b",
+        "export": "ea3e3183e3571fa7",
     },
     "small": {
         "sample": "f1234b691d43ff5d",
@@ -36,7 +36,7 @@ FINGERPRINTS = {
         "evaluate_base": "b66e1693a36a0fd9",
         "finetune": "6a9341d4e301400e",
         "evaluate": "49eb86e19c390a5e",
-        "export": "d86d2c646412a704",
+        "export": "4199764d6745b7bd",
     },
     "base": {
         "sample": "2c07f622bb35ff74",
@@ -47,7 +47,7 @@ FINGERPRINTS = {
         "evaluate_base": "84d21f508935887b",
         "finetune": "564bbfe36c43b438",
         "evaluate": "b85efcf104d50666",
-        "export": "cbbc20b40ddb21f7",
+        "export": "37e2bbb131b8f559",
     },
 }
 

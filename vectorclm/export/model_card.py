@@ -111,7 +111,7 @@ def _results(scores: Mapping[str, Any]) -> Iterator["EvalResult"]:
         return EvalResult(
             task_type=task[0],
             task_name=task[1],
-            dataset_type="held-out" if error is None else "benchmark",
+            dataset_type=dataset,  # the hub joins results of one type
             dataset_name=dataset,
             metric_type=metric[0],
             metric_name=metric[1],
