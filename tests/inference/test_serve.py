@@ -193,7 +193,7 @@ def test_http_is_read_by_what_limits_headers(chat_folder: Path, monkeypatch: pyt
     configs: list[uvicorn.Config] = []
     monkeypatch.setenv(serve.KEY, SECRET)
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
-    serve.serve(str(chat_folder), Runtime(threads=1), "127.0.0.1", 0, None)
+    serve.serve(str(chat_folder), Runtime(threads=1), serve.ServerAddress("127.0.0.1", 0), None)
     assert [config.http for config in configs] == [LimitedHTTP]  # also where httptools, without limits, is installed
 
 

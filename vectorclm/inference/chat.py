@@ -22,8 +22,9 @@ from vectorclm.tokenizer import EOS_ID, IM_END_ID
 
 HELP = """/reset          start a new conversation with the same system prompt
 /system TEXT    start a new conversation with this system prompt; without TEXT, with none
-/exit           leave the chat; an empty line does so, too
+/exit           leave the chat; exit, quit and Ctrl-D do so, too
 Ctrl-C          stop the answer, or leave the chat"""
+LEAVE = ("/exit", "/quit", "exit", "quit")
 
 
 @dataclass(frozen=True)
@@ -174,21 +175,23 @@ class Conversation:
         return self.chat_model.context - self.max_new_tokens
 
 
-def talk(conversation: Conversation, sampling: SamplingParams, stop: Sequence[str]) -> None:
-    """Chat in the terminal until an empty line or end of input; answers are streamed."""
+def talk(conversation: Conversation, sampling: SamplingParams, stop: Sequence[str], title: str = "") -> None:
+    """Chat in the terminal until `exit` or the end of input; answers are streamed. `title` is the model's name."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() then edits lines and remembers them)
-    while question := _read("you  > "):
+    if title:
+        _show(f"{title}: {conversation.chat_model.context:,} tokens of context; /help lists the commands\n")
+    while (question := _read("you  > ")) is not None and question not in LEAVE:
+        if not question:
+            continue
         try:
             if question.startswith("/"):
-                if question == "/exit":
-                    return
                 _command(conversation, question)
                 continue
             if gone := conversation.ask(question):
                 _show(f"(the oldest {gone} turns are forgotten: {conversation.chat_model.context:,} tokens are full)\n")
         except DataError as error:
-            _show(f"({error})\n")
+            _show(f"({_harmless(str(error))})\n")
             continue
         _show("model> ")
         pieces = conversation.answer(sampling, stop)
@@ -212,17 +215,19 @@ def _command(conversation: Conversation, line: str) -> None:
     elif name == "/system":
         conversation.begin(text)
     else:
-        _show(HELP + "\n")
+        unknown = "" if name == "/help" else f"(there is no command {_harmless(name)})\n"
+        _show(f"{unknown}{HELP}\n")
         return
     _show("(a new conversation)\n")
 
 
-def _read(prompt: str) -> str:
+def _read(prompt: str) -> str | None:
+    """The next line, or None at the end of input."""
     try:
         return input(prompt).strip()
     except EOFError:
         _show("\n")  # the shell's prompt then stands on a line of its own
-        return ""
+        return None
     except UnicodeDecodeError as error:
         raise DataError(f"the input is not UTF-8: {error}") from error
 
