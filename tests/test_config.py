@@ -25,7 +25,7 @@ FINGERPRINTS = {
         "evaluate_base": "6bdf0140c1ddcf04",
         "finetune": "a73047fe3aaa075a",
         "evaluate": "d8a5481504ae357e",
-        "export": "236c698fcb42194b",
+        "export": "ea3e3183e3571fa7",
     },
     "small": {
         "sample": "f1234b691d43ff5d",
@@ -36,7 +36,7 @@ FINGERPRINTS = {
         "evaluate_base": "b66e1693a36a0fd9",
         "finetune": "eb260bd108ac8505",
         "evaluate": "5440d12f7f9b61c3",
-        "export": "40686fff01a0859c",
+        "export": "115dab246e2a829c",
     },
     "base": {
         "sample": "2c07f622bb35ff74",
@@ -47,7 +47,7 @@ FINGERPRINTS = {
         "evaluate_base": "84d21f508935887b",
         "finetune": "26fbf79cd62c8889",
         "evaluate": "23a91602679aaee3",
-        "export": "e042c0210a538629",
+        "export": "1fe01cad2b125398",
     },
 }
 

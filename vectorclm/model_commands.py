@@ -98,6 +98,10 @@ class ServeOptions:
         tuple[str, ...],
         Parameter(show_default=False, help="Origin of web pages that may use the API, or *; may be repeated"),
     ] = ()
+    parallel: Annotated[
+        int | None,
+        Parameter(help="Answers that are generated at once [default: 16, or as many as fit in 1 GiB of cache]"),
+    ] = None
 
 
 @models.command(help_epilogue="Example: vectorclm evaluate MODEL --suite standard --data DIR --items 1000")
@@ -213,7 +217,8 @@ def chat(
     from vectorclm.inference.chat import Conversation, open_chat_model, talk
 
     chat_model = open_chat_model(address, runtime)
-    talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop)
+    title = model or Path(address).name[:12]
+    talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop, title)
 
 
 @models.command(help_epilogue="Example: VECTORCLM_API_KEY=… vectorclm serve MODEL --port 8000")
@@ -224,11 +229,15 @@ def serve(
     options: ServeOptions = ServeOptions(),
 ) -> None:
     """Serve a model over OpenAI's API, with a chat page."""
+    from vectorclm.inference.serve import ServerAddress
     from vectorclm.inference.serve import serve as start_server
 
     address = resolve_model(model, options.store)
     name = options.name or (model if model and not is_place(model) else None)
-    start_server(address, load_runtime(options.runtime), options.host, options.port, name, options.cors)
+    if options.parallel is not None and options.parallel < 1:
+        raise ConfigError(f"--parallel must be 1 or more, not {options.parallel}")
+    place = ServerAddress(options.host, options.port, options.cors)
+    start_server(address, load_runtime(options.runtime), place, name, options.parallel)
 
 
 def _text_scores(address: str, text: str) -> dict[str, float]:

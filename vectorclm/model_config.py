@@ -25,13 +25,13 @@ class ModelConfig(Settings):
     num_key_value_heads: int = Field(gt=0, description="Key/value heads; each is shared by a group of query heads")
     head_dim: int = Field(gt=0, description="Width of a head; even")
     max_position_embeddings: int = Field(gt=0, le=2**20, description="The longest sequence, in tokens")
-    rope_theta: float = Field(10_000.0, ge=1, le=1e12, description="Base of the rotary frequencies")
-    rms_norm_eps: float = Field(1e-5, ge=1e-30, le=1, description="Added to the mean square in RMSNorm")
-    initializer_range: float = Field(0.02, gt=0, le=1, description="Standard deviation of the initial weights")
-    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights")
-    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the output of attention and MLP")
+    rope_theta: float = Field(default=10_000.0, ge=1, le=1e12, description="Base of the rotary frequencies")
+    rms_norm_eps: float = Field(default=1e-5, ge=1e-30, le=1, description="Added to the mean square in RMSNorm")
+    initializer_range: float = Field(default=0.02, gt=0, le=1, description="Standard deviation of the initial weights")
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on attention weights")
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the output of attention and MLP")
     attention: AttentionConfig = Field(
-        AttentionConfig(),
+        default=AttentionConfig(),
         exclude_if=lambda value: value == AttentionConfig(),
         description="The keys that a token attends to",
     )

@@ -248,7 +248,7 @@ TABLE = (
         inputs=("pretrain", "evaluate_base", "finetune", "evaluate"),
         settings=lambda e: {"name": e.name},
         build=build_export,
-        version=2,
+        version=3,
     ),
 )
 BY_NAME: dict[str, Stage] = {stage.name: stage for stage in TABLE}

@@ -72,9 +72,18 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"n": 0}, 400, "n", "invalid_value"),
     ({"n": 129}, 400, "n", "invalid_value"),
     ({"n": 2, "extra_body": {"best_of": 3}}, 400, "best_of", "unsupported_parameter"),
-    ({"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
+    ({"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+    ({"tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
+    ({"response_format": {"type": "yaml"}}, 400, "response_format", "invalid_value"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format", "missing_required_parameter"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}},
+        400,
+        "response_format",
+        "invalid_value",
+    ),
     ({"extra_body": {"colour": "blue"}}, 400, "colour", "unknown_parameter"),
     ({"temperature": 3}, 400, "temperature", "invalid_value"),
     ({"temperature": "hot"}, 400, "temperature", "invalid_value"),
@@ -184,7 +193,7 @@ def test_http_is_read_by_what_limits_headers(chat_folder: Path, monkeypatch: pyt
     configs: list[uvicorn.Config] = []
     monkeypatch.setenv(serve.KEY, SECRET)
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
-    serve.serve(str(chat_folder), Runtime(threads=1), "127.0.0.1", 0, None)
+    serve.serve(str(chat_folder), Runtime(threads=1), serve.ServerAddress("127.0.0.1", 0), None)
     assert [config.http for config in configs] == [LimitedHTTP]  # also where httptools, without limits, is installed
 
 
