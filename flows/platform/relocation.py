@@ -7,7 +7,9 @@ that a copy of the home, of the store and of both databases was restored elsewhe
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import Engine, create_engine, inspect, text
@@ -39,6 +41,7 @@ PREFECT = {
     "deployment_schedule": ("parameters",),
     "flow_run": ("parameters",),  # of a model by its address, for Retry
 }
+PROGRESS = "relocation.json"  # in the folder of the services, while records are changed
 MODEL_FILES = ("MLmodel", "artifact.json")  # the files of a logged model that name its artifact
 Places = Mapping[str, str]  # what a place was called, and is called now
 
@@ -70,17 +73,34 @@ def follow(config: PlatformConfig) -> list[str]:
     """
     places = moved(config)
     if places:
-        names = Names(places)
-        for name, folder, columns in (("mlflow", "mlflow.db", MLFLOW), ("prefect", ".prefect/prefect.db", PREFECT)):
-            url = config.database(name, "psycopg2")
-            if url is not None or (config.home / folder).exists():
-                _change_database(url or f"sqlite:///{config.home / folder}", columns, names)
-        store = Store(config.vectorclm_store)
-        files = str(config.home / ARTIFACTS) if store.is_local else artifacts_destination(store, config.home)
-        _change_files(Storage(files), "models", MODEL_FILES, names)
-        _change_files(store, "reports", (".html",), names)
+        progress = config.home / "platform" / PROGRESS
+        for name, change in _steps(config, Names(places)):
+            if name not in (done := _done(progress, places)):
+                change()
+                progress.write_text(json.dumps({"places": places, "done": [*done, name]}), encoding="utf-8")
+        progress.unlink(missing_ok=True)
     relocate(f"sqlite:///{config.home / 'mlflow.db'}", config.home)  # also of a store that had no platform yet
     return [f"records follow from {old} to {new}" for old, new in places.items()]
+
+
+def _steps(config: PlatformConfig, names: "Names") -> Iterator[tuple[str, Callable[[], None]]]:
+    """What is changed, each with a name."""
+    for name, file, columns in (("mlflow", "mlflow.db", MLFLOW), ("prefect", ".prefect/prefect.db", PREFECT)):
+        url = config.database(name, "psycopg2")
+        if url is not None or (config.home / file).exists():
+            yield name, partial(_change_database, url or f"sqlite:///{config.home / file}", columns, names)
+    store = Store(config.vectorclm_store)
+    files = str(config.home / ARTIFACTS) if store.is_local else artifacts_destination(store, config.home)
+    yield "models", partial(_change_files, Storage(files), "models", MODEL_FILES, names)
+    yield "reports", partial(_change_files, store, "reports", (".html",), names)
+
+
+def _done(progress: Path, places: Places) -> list[str]:
+    """The steps that an earlier `up`, which failed, has done: two places may have changed roles."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(progress.read_text(encoding="utf-8"))
+        return [str(name) for name in found["done"]] if found["places"] == places else []
+    return []
 
 
 class Names:
