@@ -146,23 +146,25 @@ def _change_database(url: str, tables: Mapping[str, tuple[str, ...]], names: Nam
 
 
 def _change_columns(engine: Engine, tables: Mapping[str, tuple[str, ...]], names: Names) -> None:
+    """Change each value once, by its row: by its text, a value might be changed back where two places changed roles."""
     there, is_postgres = inspect(engine), engine.dialect.name == "postgresql"
-    contains = "position(:form in {value}) > 0" if is_postgres else "instr({value}, :form) > 0"
+    contains, row = ("position({} in {}) > 0", "ctid") if is_postgres else ("instr({1}, {0}) > 0", "rowid")
+    this = "ctid = cast(:row as tid)" if is_postgres else "rowid = cast(:row as integer)"
+    forms = {f"form{number}": form for number, form in enumerate(names.forms)}
     with engine.begin() as connection:
         for table in (name for name in tables if there.has_table(name)):
             for column in there.get_columns(table):
-                name = str(column["name"])
+                name, kind = str(column["name"]), str(column["type"]).lower()
                 if name not in tables[table]:
                     continue
-                kind = str(column["type"]).lower()
                 is_json = is_postgres and kind.startswith("json")
                 value, new = (f"cast({name} as text)", f"cast(:new as {kind})") if is_json else (name, ":new")
-                change = f"update {table} set {name} = {new} where {value} = :old"
-                for form in names.forms:
-                    asked = f"select distinct {value} from {table} where {contains.format(value=value)}"
-                    for (found,) in connection.execute(text(asked), {"form": form}).fetchall():
-                        if (changed := names(str(found))) != found:
-                            connection.execute(text(change), {"new": changed, "old": found})
+                named = " or ".join(contains.format(f":{form}", value) for form in forms)
+                asked = f"select cast({row} as text), {value} from {table} where {named}"
+                change = f"update {table} set {name} = {new} where {this}"
+                for place, found in connection.execute(text(asked), forms).fetchall():
+                    if (changed := names(str(found))) != found:
+                        connection.execute(text(change), {"new": changed, "row": place})
 
 
 def _change_files(storage: Storage, key: str, ends: tuple[str, ...], names: Names) -> None:
