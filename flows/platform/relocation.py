@@ -7,7 +7,9 @@ that a copy of the home, of the store and of both databases was restored elsewhe
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import Engine, create_engine, inspect, text
@@ -39,6 +41,7 @@ PREFECT = {
     "deployment_schedule": ("parameters",),
     "flow_run": ("parameters",),  # of a model by its address, for Retry
 }
+PROGRESS = "relocation.json"  # in the folder of the services, while records are changed
 MODEL_FILES = ("MLmodel", "artifact.json")  # the files of a logged model that name its artifact
 Places = Mapping[str, str]  # what a place was called, and is called now
 
@@ -70,17 +73,34 @@ def follow(config: PlatformConfig) -> list[str]:
     """
     places = moved(config)
     if places:
-        names = Names(places)
-        for name, folder, columns in (("mlflow", "mlflow.db", MLFLOW), ("prefect", ".prefect/prefect.db", PREFECT)):
-            url = config.database(name, "psycopg2")
-            if url is not None or (config.home / folder).exists():
-                _change_database(url or f"sqlite:///{config.home / folder}", columns, names)
-        store = Store(config.vectorclm_store)
-        files = str(config.home / ARTIFACTS) if store.is_local else artifacts_destination(store, config.home)
-        _change_files(Storage(files), "models", MODEL_FILES, names)
-        _change_files(store, "reports", (".html",), names)
+        progress = config.home / "platform" / PROGRESS
+        for name, change in _steps(config, Names(places)):
+            if name not in (done := _done(progress, places)):
+                change()
+                progress.write_text(json.dumps({"places": places, "done": [*done, name]}), encoding="utf-8")
+        progress.unlink(missing_ok=True)
     relocate(f"sqlite:///{config.home / 'mlflow.db'}", config.home)  # also of a store that had no platform yet
     return [f"records follow from {old} to {new}" for old, new in places.items()]
+
+
+def _steps(config: PlatformConfig, names: "Names") -> Iterator[tuple[str, Callable[[], None]]]:
+    """What is changed, each with a name."""
+    for name, file, columns in (("mlflow", "mlflow.db", MLFLOW), ("prefect", ".prefect/prefect.db", PREFECT)):
+        url = config.database(name, "psycopg2")
+        if url is not None or (config.home / file).exists():
+            yield name, partial(_change_database, url or f"sqlite:///{config.home / file}", columns, names)
+    store = Store(config.vectorclm_store)
+    files = str(config.home / ARTIFACTS) if store.is_local else artifacts_destination(store, config.home)
+    yield "models", partial(_change_files, Storage(files), "models", MODEL_FILES, names)
+    yield "reports", partial(_change_files, store, "reports", (".html",), names)
+
+
+def _done(progress: Path, places: Places) -> list[str]:
+    """The steps that an earlier `up`, which failed, has done: two places may have changed roles."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(progress.read_text(encoding="utf-8"))
+        return [str(name) for name in found["done"]] if found["places"] == places else []
+    return []
 
 
 class Names:
@@ -126,23 +146,25 @@ def _change_database(url: str, tables: Mapping[str, tuple[str, ...]], names: Nam
 
 
 def _change_columns(engine: Engine, tables: Mapping[str, tuple[str, ...]], names: Names) -> None:
+    """Change each value once, by its row: by its text, a value might be changed back where two places changed roles."""
     there, is_postgres = inspect(engine), engine.dialect.name == "postgresql"
-    contains = "position(:form in {value}) > 0" if is_postgres else "instr({value}, :form) > 0"
+    contains, row = ("position({} in {}) > 0", "ctid") if is_postgres else ("instr({1}, {0}) > 0", "rowid")
+    this = "ctid = cast(:row as tid)" if is_postgres else "rowid = cast(:row as integer)"
+    forms = {f"form{number}": form for number, form in enumerate(names.forms)}
     with engine.begin() as connection:
         for table in (name for name in tables if there.has_table(name)):
             for column in there.get_columns(table):
-                name = str(column["name"])
+                name, kind = str(column["name"]), str(column["type"]).lower()
                 if name not in tables[table]:
                     continue
-                kind = str(column["type"]).lower()
                 is_json = is_postgres and kind.startswith("json")
                 value, new = (f"cast({name} as text)", f"cast(:new as {kind})") if is_json else (name, ":new")
-                change = f"update {table} set {name} = {new} where {value} = :old"
-                for form in names.forms:
-                    asked = f"select distinct {value} from {table} where {contains.format(value=value)}"
-                    for (found,) in connection.execute(text(asked), {"form": form}).fetchall():
-                        if (changed := names(str(found))) != found:
-                            connection.execute(text(change), {"new": changed, "old": found})
+                named = " or ".join(contains.format(f":{form}", value) for form in forms)
+                asked = f"select cast({row} as text), {value} from {table} where {named}"
+                change = f"update {table} set {name} = {new} where {this}"
+                for place, found in connection.execute(text(asked), forms).fetchall():
+                    if (changed := names(str(found))) != found:
+                        connection.execute(text(change), {"new": changed, "row": place})
 
 
 def _change_files(storage: Storage, key: str, ends: tuple[str, ...], names: Names) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
-from flows.platform.mlflow_runs import delete_traces
 from flows.platform.process import limit_log
 from vectorclm.errors import ConfigError
 
@@ -52,5 +51,7 @@ class Retention:
         for log in self.folder.glob("*.log"):
             limit_log(log)
         if self.days is not None and time.monotonic() >= self._next_traces:
+            from flows.platform.mlflow_runs import delete_traces  # its client takes a tenth of a second to import
+
             self._next_traces = time.monotonic() + TRACES_SECONDS
             delete_traces(timedelta(days=self.days))

@@ -119,6 +119,25 @@ def test_whole_names_are_replaced_in_one_pass(before: str, after: str | None) ->
     assert Names({"/dütä": "/neu"})('"/d\\u00fct\\u00e4/x"') == '"/neu/x"'  # as JSON writes it
 
 
+def test_what_was_done_before_a_failure_is_not_done_twice(tmp_path: Path) -> None:
+    """Two addresses have changed roles: a second change would undo the first one."""
+    config = PlatformConfig(vectorclm_store=str(tmp_path), prefect_port=5000, mlflow_port=4200)
+    remember(config.model_copy(update={"prefect_port": 4200, "mlflow_port": 5000}))
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("create table tags (value text)")
+        database.execute("insert into tags values (?)", (PAGE,))
+    (tmp_path / ".prefect").mkdir()
+    (tmp_path / ".prefect" / "prefect.db").write_text("this is no database")
+    for _ in range(2):
+        with pytest.raises(RelocationError, match=r"prefect\.db"):
+            follow(config)
+    (tmp_path / ".prefect" / "prefect.db").unlink()
+    follow(config)
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select value from tags").fetchall() == [(PAGE.replace("4200", "5000"),)]
+    assert [file.name for file in (tmp_path / "platform").iterdir()] == ["about.json"]
+
+
 def test_a_database_that_cannot_be_changed_is_named(tmp_path: Path) -> None:
     config = PlatformConfig(vectorclm_store=str(tmp_path), **PORTS)
     remember(config.model_copy(update={"prefect_port": 4200}))
