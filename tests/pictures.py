@@ -1,7 +1,7 @@
 """Take the pictures of the pages anew: a real platform with a store of its own, `tiny` in each story, and Chromium.
 
 `python -m tests.pictures [TOKENS]` writes into infra/pictures; it takes ten minutes on two idle cores. TOKENS, at least
-300,000, is a smaller budget of pretraining for a busy machine. Names of the machine and
+100,000, is a smaller budget of pretraining for a busy machine. Names of the machine and
 its user are replaced before a picture is taken. Its runs also show how long each step of an operator takes.
 """
 
@@ -129,12 +129,13 @@ def retry(camera: Camera, run_id: UUID) -> None:
     until(lambda: len(by_text(window, "button", "Retry")) > 1, "it asks whether to retry", 60)
     window.execute_script("arguments[0].click()", by_text(window, "button", "Retry")[-1])
     until(lambda: platform.run(run_id).run_count == 2, "the run starts again", 120)
-    until(lambda: re.search(r"Samples at step [1-9]", platform.overview(run_id)), "the training has samples", BUSY)
+    shown = r"Samples at step [1-9]" if camera.tokens == TOKENS else r"Loss of pretrain so far"
+    until(lambda: re.search(shown, platform.overview(run_id)), "the training has losses and samples", BUSY)
     camera.look(camera.page_of_run(run_id), 1000, "pretrain")
     click(window, "*[not(*)]", "Artifacts")
     until(lambda: says(window, "renewed every few seconds"), "the artifacts are shown", 60)
     camera.take("graph")
-    camera.look(camera.page_of_artifact("overview"), 1000, "Samples at step")
+    camera.look(camera.page_of_artifact("overview"), 1000, "Loss of pretrain so far")
     camera.take("overview")
 
 
