@@ -1,6 +1,7 @@
 """Take the pictures of the pages anew: a real platform with a store of its own, `tiny` in each story, and Chromium.
 
-`python -m tests.pictures` writes into infra/pictures; it takes ten minutes on two idle cores. Names of the machine and
+`python -m tests.pictures [TOKENS]` writes into infra/pictures; it takes ten minutes on two idle cores. TOKENS, at least
+100,000, is a smaller budget of pretraining for a busy machine. Names of the machine and
 its user are replaced before a picture is taken. Its runs also show how long each step of an operator takes.
 """
 
@@ -28,11 +29,14 @@ from tests.conftest import chromium
 from tests.services.browser import by_text, click, fill, log_in, says
 from tests.services.platform import Platform, platform_at, until
 from tests.services.trigger import on_platform
+from vectorclm.config import load_experiment
 
 FOLDER = Path(__file__).parent.parent / "infra" / "pictures"
 DEMO = Path(tempfile.gettempdir()) / "demo"  # the pages show this path
 WIDTH, NARROW = 1200, 400  # of a window, and of a telephone's
 COLOURS = 128  # of a picture: these pages have few
+PHASES = load_experiment("tiny")[0].pretrain.phases
+TOKENS = sum(phase.tokens for phase in PHASES)
 BUSY = 3600  # seconds that a run of `tiny` may take on a busy machine
 SETTLES = 4.0  # seconds until what moves on a page has its place
 ALIAS = "vectorclm-chat@candidate"
@@ -53,6 +57,7 @@ class Camera:
 
     platform: Platform
     window: WebDriver
+    tokens: int  # of the pretraining
 
     def look(self, page: str, height: int, shown: str, width: int = WIDTH) -> None:
         """Open a page in a window of this size and wait until it says `shown`."""
@@ -97,13 +102,15 @@ def form_refuses_and_starts(camera: Camera) -> UUID:
     log_in(window, platform)
     camera.look(page, 1000, "Token budget")
     fill(window, "Pretraining", "Token budget", "5")
-    fill(window, "Fine-tuning", "Epochs", "0.3")
+    fill(window, "Fine-tuning", "Epochs", "0.2")
     click(window, "button", "Submit")
     until(lambda: says(window, "5 is less than the minimum of 1000"), "the form refuses", 60)
     camera.scroll_to("Pretraining")
     camera.take("form", settles=1)  # the message goes away
     camera.look(page, 1000, "Token budget")
-    fill(window, "Fine-tuning", "Epochs", "0.3")
+    if camera.tokens != TOKENS:
+        fill(window, "Pretraining", "Token budget", str(camera.tokens))
+    fill(window, "Fine-tuning", "Epochs", "0.2")
 
     def started() -> list[FlowRun]:
         """The run; Submit is pressed again where the page lost it."""
@@ -122,12 +129,13 @@ def retry(camera: Camera, run_id: UUID) -> None:
     until(lambda: len(by_text(window, "button", "Retry")) > 1, "it asks whether to retry", 60)
     window.execute_script("arguments[0].click()", by_text(window, "button", "Retry")[-1])
     until(lambda: platform.run(run_id).run_count == 2, "the run starts again", 120)
-    until(lambda: "Samples at step" in platform.overview(run_id), "the training has samples", BUSY)
+    shown = r"Samples at step [1-9]" if camera.tokens == TOKENS else r"Loss of pretrain so far"
+    until(lambda: re.search(shown, platform.overview(run_id)), "the training has losses and samples", BUSY)
     camera.look(camera.page_of_run(run_id), 1000, "pretrain")
     click(window, "*[not(*)]", "Artifacts")
     until(lambda: says(window, "renewed every few seconds"), "the artifacts are shown", 60)
     camera.take("graph")
-    camera.look(camera.page_of_artifact("overview"), 1000, "Samples at step")
+    camera.look(camera.page_of_artifact("overview"), 1000, "Loss of pretrain so far")
     camera.take("overview")
 
 
@@ -140,9 +148,13 @@ def _final(run: FlowRun) -> str:
     return run.state.name or "" if run.state is not None and run.state.is_final() else ""
 
 
-def command_line(platform: Platform, *options: str) -> UUID:
+def command_line(camera: Camera, *options: str) -> UUID:
     """Start `tiny` from the command line; returns the id of the run."""
-    done = on_platform(platform, "tiny", *options)
+    if camera.tokens != TOKENS:
+        shares = [phase.tokens * camera.tokens // TOKENS for phase in PHASES]
+        settings = [f"--set=pretrain.phases.{number}.tokens={tokens}" for number, tokens in enumerate(shares)]
+        options = (*options, *settings)
+    done = on_platform(camera.platform, "tiny", *options)
     assert done.returncode == 0, done.stderr
     return UUID(done.stdout.strip().rpartition("/")[2])
 
@@ -159,7 +171,7 @@ def schedule(camera: Camera) -> UUID:
     """Set a schedule, and score three candidates as it does; returns the run of the last one."""
     platform, prefect = camera.platform, camera.platform.config.prefect_url
     evaluate(platform)
-    second, third = command_line(platform, "--set", "finetune.epochs=0.6"), command_line(platform)
+    second, third = (command_line(camera, f"--set=finetune.epochs={epochs}") for epochs in (0.4, 0.8))
     until(lambda: platform.run(second).state_name == "Running", "the second runs", BUSY)
     until(lambda: platform.run(third).state_name == "Queued", "the third waits", BUSY)
     camera.look(f"{prefect}/runs", 1000, "Queued")
@@ -226,7 +238,7 @@ def main() -> None:
         with platform_at(DEMO / "store") as platform:
             window = chromium(WIDTH, 1000)
             try:
-                stories(Camera(platform, window))
+                stories(Camera(platform, window, int(sys.argv[1]) if sys.argv[1:] else TOKENS))
             finally:
                 window.quit()
     finally:

@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import prefect.runtime
 from prefect import Task, get_run_logger
-from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
@@ -35,7 +34,7 @@ from flows.execution.launch import (
     StageInterruptedError,
     under_torchrun,
 )
-from flows.execution.overview import BUILT, FAILED, REUSED, Overview
+from flows.execution.overview import BUILT, FAILED, REUSED, Overview, show
 from flows.execution.placement import run_in_pool
 from flows.execution.progress import live, show_waiting
 from flows.execution.watch import is_cancelled
@@ -154,7 +153,7 @@ class Stages:
         Raises StageFailedError naming the first stage that failed, after the stages beside it have ended.
         """
         if (page := self.tracker.page(LINK_SECONDS)) is not None:
-            create_link_artifact(page, link_text="this run in MLflow", key="mlflow", description="Curves and lineage")
+            show("mlflow", f"[this run in MLflow]({page})", "Curves and lineage")
             self.overview.links["run in MLflow"] = page
         wait(list(self._futures.values()))
         handles: dict[str, Handle] = {}
@@ -184,7 +183,7 @@ class Stages:
             key = f"reports/{handles[EXPORT]['fingerprint']}.html"
             self.store.write(key, page.encode())
             place = self.tracker.report(page) or self.store.uri_of(key)
-            create_link_artifact(place, link_text="the report", key="page", description="Curves, scores, samples, data")
+            show("page", f"[the report]({place})", "Curves, scores, samples, data")
             self._link(f"/{key}")
         except Exception as error:
             logger.warning("no report: %s: %s", type(error).__name__, error)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -19,6 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, Scheduled
 
 from flows.execution.labels import EVALUATES, TAGGED, is_dead, label
@@ -36,6 +38,7 @@ from vectorclm.store.artifact import Store
 
 LOOK_SECONDS = 2.0
 DEAD_LOOKS = 2  # a run is dead if this many looks find no process: its worker, if there is one, reports it first
+CLOSE_AFTER = timedelta(seconds=10)  # from the end of a cancelled run: its processes close it themselves until then
 RESCUE_SECONDS = 35  # after which a crashed run starts again, where no automation has started it
 ASLEEP = timedelta(seconds=60)  # between two looks: the machine was suspended, and workers need time as after a start
 RECENT = timedelta(hours=6)  # older crashes are left alone
@@ -54,6 +57,8 @@ class Attendant:
         self.client = client
         self._missed: dict[UUID, int] = {}  # looks that found no process of a run
         self._crashed: set[UUID] = set()  # states whose run was closed in MLflow
+        self._active: set[UUID] = set()  # runs of the look before
+        self._left: dict[UUID, datetime] = {}  # runs that are active no more, since when
         self._awake_since = self._last_look = datetime.now(UTC)
 
     def look(self) -> None:
@@ -69,7 +74,20 @@ class Attendant:
                 self._attend(run, run.state)
             elif run.state is not None and run.state.type in ACTIVE and run.state.type != StateType.PENDING:
                 self._check(run)
+        self._close_cancelled({run.id for run in runs if run.state is not None and run.state.type in ACTIVE})
         self._report_missed(runs)
+
+    def _close_cancelled(self, active: set[UUID]) -> None:
+        """Close cancelled runs in MLflow, whose processes may have been killed before they could."""
+        now = datetime.now(UTC)
+        self._left |= dict.fromkeys(self._active - active, now)
+        self._active = active
+        for run_id in [run_id for run_id, since in self._left.items() if now - since >= CLOSE_AFTER]:
+            del self._left[run_id]
+            with suppress(ObjectNotFound):  # removed meanwhile
+                state = self.client.read_flow_run(run_id).state
+                if state is not None and state.is_cancelled():
+                    close_runs(str(run_id))
 
     def _report_missed(self, runs: list[FlowRun]) -> None:
         """Report scheduled runs that no worker takes; workers first get time after a start and after a suspension."""

@@ -198,6 +198,24 @@ def test_a_cancelled_run_is_cancelled_and_no_crash_when_its_process_ends(
     assert prefect_client.read_flow_run(run_id).state_name == "Cancelled"
 
 
+def test_a_cancelled_run_is_closed_in_mlflow_also_where_its_process_could_not(
+    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(module, "close_runs", closed.append)  # of MLflow, which has a test of its own
+    monkeypatch.setattr(module, "CLOSE_AFTER", module.timedelta(0))
+    cancelled, done, removed = (started(prefect_client, deployment, Running()) for _ in range(3))
+    attendant = Attendant(prefect_client)
+    attendant.look()
+    assert closed == []
+    prefect_client.set_flow_run_state(cancelled, Cancelled(), force=True)
+    prefect_client.set_flow_run_state(done, Completed(), force=True)
+    prefect_client.delete_flow_run(removed)
+    for _ in range(2):
+        attendant.look()
+        assert closed == [str(cancelled)]
+
+
 def test_a_dead_run_is_noticed_closed_and_starts_again(
     prefect_client: SyncPrefectClient, deployment: UUID, process: psutil.Popen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
