@@ -25,6 +25,7 @@ from flows.platform import password, private
 from flows.platform.config import PlatformConfig
 from flows.platform.ownership import check_listeners
 from flows.platform.process import PREFECT, Service
+from flows.platform.server_logs import why_not_started
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.inference.guard import ALLOWED
 
@@ -88,8 +89,7 @@ class PrivateServer:
         deadline = time.monotonic() + START_SECONDS
         while not answers(f"{self.url}/health"):
             if process.poll() is not None or time.monotonic() > deadline:
-                words = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
-                raise ServerError(f"the private Prefect server did not start; {self.log} ends with:\n{words}")
+                raise ServerError(f"the private Prefect server did not start: {why_not_started(self.log)}")
             time.sleep(0.05)
         self._lock.release()
         psutil.Process(process.pid).nice(YIELDS)

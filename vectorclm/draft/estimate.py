@@ -23,17 +23,17 @@ LEARNT, LEARNABLE = (
     4096,
 )  # text to learn a vocabulary from, at least; a larger vocabulary needs more than a look
 PROMPT_BYTES, SHOTS_BYTES = 120, 900  # of an instruction, and of the examples before it for a base model
+ENDED = 0.65  # share of the longest answer that a base model's answer to an instruction takes, about
 CHAT_PROMPT = 0.5  # share of a conversation that comes before the first answer
 HELD_OUT_LEAST = 1.0  # window of each source
 
 # Of the machine of speed.PLAIN_SECONDS, at rest: amounts per second, and seconds.
-READ, DRAWN, GENERATED = 60e6, 60e6, 4000.0  # bytes that are read and written by `sample`; generated documents
-LEARNED, MERGES = 9e6, 0.0003  # bytes of text on two cores; seconds for each token of the vocabulary
-ENCODED = 45e6  # bytes
-RENDERED = 1800.0  # conversations
-HARNESS, ASKED = 8.0, 1500.0  # seconds to load the harness; questions that are prepared
-STARTED, BEGUN, SAVED = 4.0, 1.0, 1.5  # seconds of a process with torch, of a stage without, and of a last checkpoint
-AROUND = 8.0  # seconds for Prefect and MLflow around the stages
+READ, DRAWN, GENERATED = 90e6, 90e6, 12_000.0  # bytes that are read and written by `sample`; generated documents
+LEARNED, MERGES = 10e6, 0.0003  # bytes of text on two cores; seconds for each token of the vocabulary
+ENCODED, RENDERED = 50e6, 1.3e6  # bytes of documents on two cores, and of conversations
+HARNESS, ASKED = 6.0, 1500.0  # seconds to load the harness; questions that are prepared
+STARTED, BEGUN, SAVED = 2.5, 0.2, 1.0  # seconds of a process with torch, of any stage, and of the last checkpoint
+AROUND = 12.0  # seconds for Prefect and MLflow around the stages
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,8 @@ def count_work(experiment: ExperimentConfig, looks: _Looks) -> dict[str, dict[st
     items["item_tokens"] = sum(task.items * task.bytes for task in looks.tasks.values()) / looks.per_token
     items["harness"] = sum(task.task is not None for task in questions.tasks)
     longest = min(questions.max_new_tokens, experiment.model.max_position_embeddings // 2)
-    said = len(questions.prompts) + questions.instructions
     of_base = {
-        "answer_tokens": said * longest,
+        "answer_tokens": (len(questions.prompts) + ENDED * questions.instructions) * longest,
         "prompt_tokens": questions.instructions * (PROMPT_BYTES + SHOTS_BYTES) / looks.per_token,
     }
     work: dict[str, dict[str, float]] = {
@@ -144,7 +143,7 @@ def count_work(experiment: ExperimentConfig, looks: _Looks) -> dict[str, dict[st
 def _chat_work(experiment: ExperimentConfig, looks: _Looks, scored: Mapping[str, float]) -> dict[str, dict[str, float]]:
     chat, finetune, questions = experiment.chat, experiment.finetune, experiment.evaluate
     assert chat is not None and finetune is not None
-    counts, tokens = dict[str, float](), 0.0
+    counts, tokens, size = dict[str, float](), 0.0, 0.0
     for source in chat.sources:
         look = looks.chats[source.label]
         there = source.conversations if look.conversations is None else look.conversations
@@ -154,6 +153,7 @@ def _chat_work(experiment: ExperimentConfig, looks: _Looks, scored: Mapping[str,
         if budget is not None:
             counts[source.label] = min(counts[source.label], budget / max(1.0, each * (1 - chat.validation_share)))
         tokens += counts[source.label] * each
+        size += counts[source.label] * look.bytes
     read = sum(counts.values())
     trained = tokens * (1 - chat.validation_share) / chat.sequence_length / (1 - finetune.replay)
     longest = min(questions.max_new_tokens, experiment.model.max_position_embeddings // 2)
@@ -163,7 +163,7 @@ def _chat_work(experiment: ExperimentConfig, looks: _Looks, scored: Mapping[str,
     prompts = asked * CHAT_PROMPT * tokens / max(1.0, read) + questions.instructions * PROMPT_BYTES / looks.per_token
     held_out = tokens * chat.validation_share + (scored["text_tokens"] if finetune.replay else 0)
     return {
-        "chat_shards": {"conversations": read, "tokens": tokens},
+        "chat_shards": {"conversations": read, "bytes": size, "tokens": tokens},
         "finetune": _training(finetune, finetune.epochs * trained, chat.sequence_length, held_out),
         "evaluate": {
             **scored,
@@ -195,7 +195,7 @@ def _seconds(stage: str, work: Mapping[str, float], speed: MachineSpeed) -> floa
         case "shards":
             return (BEGUN + work["bytes"] / ENCODED) / plain
         case "chat_shards":
-            return (BEGUN + work["conversations"] / RENDERED) / plain
+            return (BEGUN + work["bytes"] / RENDERED) / plain
         case "pretrain" | "finetune":
             read = work["validation_tokens"] / speed.reading + work.get("sample_tokens", 0.0) / speed.writing
             return (STARTED + SAVED) / plain + work["tokens"] / speed.training + read
