@@ -31,7 +31,9 @@ def folder(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("age", [0, 1])
 def test_transformers_answers_in_batches_and_masks(folder: Path, age: int, tmp_path: Path) -> None:
     python = python_with([f"transformers=={NAMED[0][age]}.*"])
-    first, second, batched, mask = run_client([python, SCRIPTS / "with_transformers.py", folder], OFFLINE, tmp_path)
+    first, second, batched, mask = run_client([python, SCRIPTS / "with_transformers.py", folder], OFFLINE, tmp_path)[
+        -4:
+    ]
     assert first == second == batched == ANSWERS["Who swims?"]
     turns = [Turn("user", "Who swims?"), Turn("assistant", ANSWERS["Who swims?"])]
     _, supervised = render(load_tokenizer(folder), turns)
@@ -42,10 +44,9 @@ def test_transformers_answers_in_batches_and_masks(folder: Path, age: int, tmp_p
 def test_trl_trains_on_the_assistants_tokens_and_peft_merges_its_step(folder: Path, age: int, tmp_path: Path) -> None:
     packages = [["trl==0.24.*", "peft==0.18.*"], ["trl", "peft"]][age]
     python = python_with([f"transformers=={NAMED[0][age]}.*", *packages])
-    before, after, changed = run_client(
-        [python, SCRIPTS / "with_trl.py", folder, tmp_path / "merged"], OFFLINE, tmp_path
-    )
-    assert float(after) < float(before) and changed == "True"
+    command = [python, SCRIPTS / "with_trl.py", folder, tmp_path / "merged"]
+    before, after, is_ours = run_client(command, OFFLINE, tmp_path)[-3:]
+    assert float(after) < float(before) and is_ours == "True"
     merged = CausalLM.from_pretrained(tmp_path / "merged")  # LoRA's product is in the weights
     original = CausalLM.from_pretrained(folder)
     assert not torch.equal(
@@ -55,7 +56,7 @@ def test_trl_trains_on_the_assistants_tokens_and_peft_merges_its_step(folder: Pa
 
 def test_onnx_computes_the_same_logits(folder: Path, tmp_path: Path) -> None:
     python = python_with(["onnx", "onnxruntime", "onnxscript"])
-    (worst,) = run_client([python, SCRIPTS / "with_onnx.py", folder, tmp_path / "model.onnx"], OFFLINE, tmp_path)
+    worst = run_client([python, SCRIPTS / "with_onnx.py", folder, tmp_path / "model.onnx"], OFFLINE, tmp_path)[-1]
     assert float(worst) < 1e-4
 
 

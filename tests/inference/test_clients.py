@@ -118,7 +118,7 @@ def test_the_evaluation_harness_scores_the_server(served: Served, chat_folder: P
         return {key: value for key, value in json.loads(file.read_text())["results"][name].items() if "," in key}
 
     if kind == "local-completions":
-        theirs = scores("hf", f"pretrained={chat_folder},dtype=float32,device=cpu")
+        theirs = scores("hf", f"pretrained={chat_folder},dtype=float32", "--device", "cpu")
         assert scores(kind, server) == theirs and 0 < theirs["acc,none"] <= 1
     else:
         assert scores(kind, server, "--apply_chat_template")["exact_match,none"] == 1.0
