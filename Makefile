@@ -29,13 +29,14 @@ test: install
 # Every cell of which `make test` runs one: hours. A second call goes on; the results are in $(LONG).
 SLOW := tests/store/test_publication.py tests/store/test_durable.py tests/store/test_storage.py tests/shards/test_block_readers.py \
 	tests/runtime/test_preemption.py tests/platform/test_database.py tests/platform/test_platform.py tests/evaluation/test_code_judge.py \
-	tests/bench/test_orchestration.py tests/bench/test_tracking.py
+	tests/bench/test_orchestration.py tests/bench/test_tracking.py \
+	tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py
 long: install
 	@mkdir -p $(LONG)
 	@for file in $(SLOW); do \
 		result=$(LONG)/$$(basename $$file .py).txt; \
 		if grep -qs "^passed" $$result; then echo "$$file: done, see $$result"; continue; fi; \
-		VECTORCLM_KILLS=40 VECTORCLM_MATRIX=full VECTORCLM_HUMANEVAL=all $(BIN)/python -m pytest -v $$file > $$result.part 2>&1 \
+		VECTORCLM_KILLS=40 VECTORCLM_MATRIX=full VECTORCLM_HUMANEVAL=all VECTORCLM_CLIENTS=all $(BIN)/python -m pytest -v $$file > $$result.part 2>&1 \
 			&& { mv $$result.part $$result; echo "passed" >> $$result; echo "$$file: passed"; } \
 			|| { tail -n 20 $$result.part; exit 1; }; \
 	done

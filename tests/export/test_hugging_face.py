@@ -14,11 +14,12 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import ANSWERS
+from tests.test_pages import PAGES, fenced
 from vectorclm.config import load_experiment
 from vectorclm.export.gguf import export_gguf
 from vectorclm.export.hugging_face import adapt_to_consumers, write_model_files
 from vectorclm.export.model_card import GENERATOR_LICENCE, LICENCES, UNKNOWN, model_card
-from vectorclm.shards.conversations import Turn, render
+from vectorclm.shards.conversations import Turn, render, render_prompt
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.model_ref import find_model
 from vectorclm.tokenizer import CHAT_TEMPLATE, IM_END_ID, load_tokenizer
@@ -230,3 +231,27 @@ def test_the_file_for_llama_cpp_has_the_plain_template_and_none_for_a_base_model
         fields = gguf.GGUFReader(export_gguf(find_model(str(folder)), "f32", tmp_path / f"{chat}.gguf")).fields
         found = fields.get("tokenizer.chat_template")
         assert (found and found.contents()) == expected
+
+
+INSTRUCTION = re.compile(r'(?s)\s*([A-Z]+) ("""(.*?)"""|[^\n]*)')  # of Ollama's page on the Modelfile
+INSTRUCTIONS = {"FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE", "REQUIRES"}
+PARAMETERS = {"stop", "temperature", "seed", "num_ctx", "num_predict", "top_k", "top_p", "min_p", "repeat_penalty"}
+
+
+def test_the_modelfile_of_the_page_renders_our_prompt(chat_folder: Path) -> None:
+    """By the grammar on Ollama's pages: instructions and their arguments, and the Go template's `range` and fields."""
+    (block,) = fenced(PAGES["vectorclm/export/README.md"], "dockerfile")
+    found = INSTRUCTION.findall(block)
+    assert "".join(INSTRUCTION.sub("", block).split()) == "" and {name for name, *_ in found} <= INSTRUCTIONS
+    given = {name: quoted or plain for name, plain, quoted in found if name != "PARAMETER"}
+    parameters = dict(plain.split(" ", 1) for name, plain, _ in found if name == "PARAMETER")
+    assert given["FROM"].startswith("./") and parameters.keys() <= PARAMETERS and parameters["stop"] == "<|im_end|>"
+    before, _, rest = given["TEMPLATE"].partition("{{ range .Messages }}")
+    body, _, after = rest.partition("{{ end }}")
+    turns = [Turn("system", "Be brief."), Turn("user", "Who?"), Turn("assistant", "The otter."), Turn("user", "Why?")]
+    said = [body.replace("{{ .Role }}", turn.role).replace("{{ .Content }}", turn.content) for turn in turns]
+    tokenizer = load_tokenizer(chat_folder)
+    expected = tokenizer.decode(
+        render_prompt(tokenizer, turns)[1:], skip_special_tokens=False
+    )  # llama.cpp adds the BOS
+    assert before + "".join(said) + after == expected

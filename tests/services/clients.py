@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from filelock import FileLock
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vectorclm-clients"
 
 
-def python_with(requirements: Sequence[str], *options: str) -> Path:
-    """The Python of an environment with these packages; skips where pip, with these options, cannot install them."""
-    folder = _folder("python", (*requirements, *options))
+def python_with(requirements: Sequence[str]) -> Path:
+    """The Python of an environment with these packages; skips where pip cannot install them."""
+    folder = _folder("python", requirements)
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").is_file():
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-            install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *options, *requirements]
+            # What is installed beside these tests counts, too, so that pip downloads torch for none of them.
+            (packages,) = folder.glob("lib/python*/site-packages")
+            (packages / "beside.pth").write_text(sysconfig.get_path("purelib"))
+            install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *requirements]
             _install(install, folder)
             (folder / "complete").touch()
     return folder / "bin" / "python"

@@ -8,6 +8,7 @@ takes its place. Shape letters: model.py; R is the number of rows.
 """
 
 from collections import deque
+from copy import copy
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -39,6 +40,9 @@ class BatchCache(KVCache):
         super().__init__(model.config, rows, length, like)
         self.rows_R = torch.arange(rows, device=like.device)
         self.lengths_R = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.plain = model.new_cache(1, 0)
+        self.plain.keys_BKSE = [keys_RKSE[:1] for keys_RKSE in self.keys_BKSE]
+        self.plain.values_BKSE = [values_RKSE[:1] for values_RKSE in self.values_BKSE]
         self.reach = length  # keys that a step reads: the longest row's, its new token included
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +57,12 @@ class BatchCache(KVCache):
         for mine, others in ((self.keys_BKSE, source.keys_BKSE), (self.values_BKSE, source.values_BKSE)):
             for to_RKSE, from_RKSE in zip(mine, others, strict=True):
                 to_RKSE[row, :, :length] = from_RKSE[source_row, :, :length]
+
+    def first_row(self, length: int) -> KVCache:
+        """A plain cache of the first row, which has `length` tokens, in the same memory."""
+        row = copy(self.plain)
+        row.seen = length
+        return row
 
 
 def rows_that_fit(model: CausalLM) -> int:
@@ -140,6 +150,12 @@ class ContinuousBatch(Generic[S]):
     def _decode(self) -> Tensor:
         """Logits [R, V] after the newest token of each row."""
         used = len(self.rows)
+        if used == 1 and not self.steady:  # without a mask and positions, a sequence alone is faster
+            (sequence,) = self.rows
+            cache = self.cache.first_row(sequence.cached)
+            sequence.cached += 1
+            fed_11 = torch.tensor([sequence.ids[-1:]], device=self.fed_R1.device)
+            return self.model.next_logits(fed_11, cache)
         rows = min(1 << (used - 1).bit_length(), self.size) if self.steady else used  # few numbers of rows: few graphs
         spare = [0] * (rows - used)  # rows without a sequence compute something that nobody reads
         fed_R = torch.tensor([sequence.ids[-1] for sequence in self.rows] + spare)

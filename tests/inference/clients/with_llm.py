@@ -9,6 +9,8 @@ from pathlib import Path
 home = Path(os.environ["LLM_USER_PATH"])
 home.mkdir(exist_ok=True)
 model = {"model_id": "otter", "model_name": "otter", "api_base": os.environ["BASE_URL"]}
+model["api_key_name"] = "vectorclm"
+(home / "keys.json").write_text(json.dumps({"vectorclm": os.environ["KEY"]}))
 (home / "extra-openai-models.yaml").write_text(json.dumps([model]))
 for stream in ([], ["--no-stream"]):
     command = [
@@ -21,4 +23,4 @@ for stream in ([], ["--no-stream"]):
         *stream,
         "Who swims?",
     ]
-    subprocess.run(command, check=True, env={**os.environ, "OPENAI_API_KEY": os.environ["KEY"]})
+    subprocess.run(command, check=True)

@@ -15,7 +15,8 @@ class Animal(BaseModel):
     legs: int = Field(ge=0, le=99)
 
 
+# It leaves out the field of its own: it takes every unknown model for one that reasons.
 provider = OpenAIProvider(base_url=os.environ["BASE_URL"], api_key=os.environ["KEY"])
-model = OpenAIChatModel("otter", provider=provider, settings={"temperature": 0})
+model = OpenAIChatModel("otter", provider=provider, settings={"extra_body": {"temperature": 0}})
 print(Agent(model).run_sync("Who swims?").output)
 print(Agent(model, output_type=NativeOutput(Animal)).run_sync("Who swims?").output.model_dump_json())
