@@ -219,7 +219,7 @@ def _run_steps(
 ) -> tuple[int, bool]:
     """Train from the dataset's first step to its last; the steps done, and whether SIGTERM stopped the training."""
     group, steps, step_tokens = run.group, dataset.steps, config.batch_size * dataset.window_tokens
-    with Progress(run.stage, steps * step_tokens, "tokens") as progress:
+    with Progress(run.stage, steps * step_tokens, "tokens") as progress, group.steps():
         if dataset.start_step:
             progress.resume(dataset.start_step * step_tokens, f"step {dataset.start_step:,} of {steps:,}")
         for done in range(dataset.start_step, steps):
@@ -240,7 +240,8 @@ def _run_steps(
                 return done, True
             loss, norm = step.update(total)
             if record is not None:
-                note = record.add(done + 1, loss, norm, factor * config.optimizer.learning_rate)
+                with group.steps(expected=False):
+                    note = record.add(done + 1, loss, norm, factor * config.optimizer.learning_rate)
                 progress.at((done + 1) * step_tokens, note)
         _, stopped = group.agree(0, record is not None and not record.complete)
     return steps, stopped
@@ -339,6 +340,7 @@ class TrainStep:
                 loss = loss_of(input_ids, labels, documents) / supervised
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+            self.group.moved()
         return total
 
     def update(self, total: Tensor) -> tuple[Tensor, Tensor]:

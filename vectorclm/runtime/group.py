@@ -1,6 +1,7 @@
 """The group of ranks that train together, and the group of a process that works alone."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # a process alone needs no torch here
@@ -46,6 +47,19 @@ class Group:
     def divide(self, work: "Callable[[Tensor], Tensor]", rows: "Tensor") -> "Tensor":
         """Return `work(rows)`: each rank computes its share of the rows. `work` must treat each row independently."""
         return work(rows)
+
+    def limit_hangs(self, seconds: float) -> None:
+        """End all ranks where no rank moves for so many seconds in a step, or one gives no sign of life; 0 = never."""
+
+    def moved(self) -> None:
+        """Report that this rank is alive in a step, as after each micro-batch."""
+
+    def steps(self, expected: bool = True) -> AbstractContextManager[None]:
+        """Say that the block is made of steps, in which all ranks move; with False, that the first rank works alone."""
+        return nullcontext()
+
+    def leave(self, kind: str = "", reason: str = "") -> None:
+        """Tell the other ranks that this one ends on purpose, or the error that ends it."""
 
 
 ALONE = Group()
