@@ -199,13 +199,16 @@ def _resume(
     dataset: StreamingLanguageModelDataset,
     run: TrainingRun,
 ) -> Snapshot | None:
-    """Restore the newest checkpoint on all ranks, if there is one; the first rank chooses it."""
+    """Restore the newest checkpoint on all ranks, if there is one; the first rank reads it for all."""
     order = dataset.order.digest(dataset.batch_size)
     saved = run.checkpoints.latest(order) if run.group.rank == 0 else None
-    if (name := run.group.share(run.checkpoints.resumed)) is not None:
-        saved = saved or run.checkpoints.named(name)
+    step = run.group.share(None if saved is None else saved.step)
+    if step is not None:
+        weights = run.group.copies(None if saved is None else saved.model)
+        states = run.group.copies(None if saved is None else saved.optimizers)
+        saved = saved or Snapshot(step, weights, states, "", order)
         restore(saved, model, optimizers)
-        dataset.start_step = saved.step
+        dataset.start_step = step
     return saved
 
 

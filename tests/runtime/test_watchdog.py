@@ -36,7 +36,7 @@ class Store:  # two methods of torch's rendezvous store
 
 rank = int(os.environ["RANK"])
 try:
-    watchdog = watch(rank, int(os.environ["WORLD_SIZE"]), Store(), relay=True)
+    watchdog = watch(rank, int(os.environ["WORLD_SIZE"]), Store(), True, {"GPU": os.environ.get("GPU", "none")})
 except VectorCLMError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 watchdog.limit_hangs(2)
@@ -201,6 +201,13 @@ def test_nodes_that_differ_are_refused_by_all_ranks(tmp_path: Path, other: Calla
         found = ranks.errors()
         assert all(re.fullmatch(f"{said} on all nodes", message) for _, message in found), found
     assert [process.returncode for process in ranks.processes] == [1, 1]
+
+
+def test_nodes_with_other_hardware_are_refused(tmp_path: Path) -> None:
+    with started(tmp_path, RANK, 2, GPU="H200") as ranks:
+        found = ranks.errors()
+        said = r"ConfigError: (\S+) has GPU: H200, but \1 has GPU: none; the nodes of a training must be equal"
+        assert all(re.fullmatch(said, message) for _, message in found), found
 
 
 def test_clocks_that_differ_are_refused(tmp_path: Path) -> None:

@@ -92,22 +92,23 @@ class Watchdog:
         return False
 
 
-def watch(rank: int, world_size: int, store: Any, relay: bool) -> Watchdog:
+def watch(rank: int, world_size: int, store: Any, relay: bool, hardware: Mapping[str, Any]) -> Watchdog:
     """Connect all ranks' watchdogs, and compare their nodes before any work; `store` is the rendezvous store.
 
-    Raises ConfigError, naming a host, where packages, code or clocks of the nodes differ.
+    Raises ConfigError, naming a host, where packages, code, `hardware` or clocks of the nodes differ.
     """
-    peers = _accept(world_size, store) if rank == 0 else _connect(rank, store)
+    own = {**facts(), "hardware": hardware}
+    peers = _accept(world_size, store, own) if rank == 0 else _connect(rank, store, own)
     return Watchdog(rank, peers, relay)
 
 
-def _accept(world_size: int, store: Any) -> dict[int, tuple[str, socket.socket]]:
+def _accept(world_size: int, store: Any, mine: Mapping[str, Any]) -> dict[int, tuple[str, socket.socket]]:
     """Connections from all other ranks to the first, once their nodes are known to equal this one."""
     address, token = _own_address(), secrets.token_hex(16)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     peers: dict[int, tuple[str, socket.socket]] = {}
     problems: list[str] = []
-    mine, deadline = facts(), time.monotonic() + JOIN_SECONDS
+    deadline = time.monotonic() + JOIN_SECONDS
     with socket.create_server((address, 0), family=family, backlog=world_size) as server:
         store.set("watchdog", json.dumps([address, server.getsockname()[1], token]))
         while len(peers) < world_size - 1:
@@ -134,9 +135,8 @@ def _accept(world_size: int, store: Any) -> dict[int, tuple[str, socket.socket]]
     return peers
 
 
-def _connect(rank: int, store: Any) -> dict[int, tuple[str, socket.socket]]:
+def _connect(rank: int, store: Any, own: Mapping[str, Any]) -> dict[int, tuple[str, socket.socket]]:
     """A connection to the first rank. Raises ConfigError where the first rank finds that a node differs."""
-    own = facts()
     address, port, token = json.loads(store.get("watchdog"))
     try:
         connection = socket.create_connection((address, port), timeout=JOIN_SECONDS)
@@ -186,6 +186,9 @@ def differences(first: Mapping[str, Any], other: Mapping[str, Any], clock: float
     for name, wanted in first["versions"].items():
         if (found := other["versions"].get(name)) != wanted:
             yield f"{host} has {name} {found}, but {here} has {wanted}: install the same versions on all nodes"
+    for name, wanted in first["hardware"].items():
+        if (found := other["hardware"].get(name)) != wanted:
+            yield f"{host} has {name}: {found}, but {here} has {name}: {wanted}; the nodes of a training must be equal"
     if other["code"] != first["code"]:
         yield f"the code of vectorclm on {host} differs from that on {here}: install the same version on all nodes"
     if clock > CLOCK_SECONDS:
