@@ -49,6 +49,7 @@ from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.model_commands import ServeOptions, compare, evaluate, export, models, serve
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import bars
+from vectorclm.runtime.ranks import refuse_without_torchrun
 from vectorclm.settings import validate
 from vectorclm.stage_commands import add_stages, chosen, load_runtime
 from vectorclm.stages import plans
@@ -102,6 +103,7 @@ def run_experiment(
     ] = Runtime(),
 ) -> None:
     """Run a whole experiment: text in, an evaluated chat model out."""
+    refuse_without_torchrun()
     known = load_runtime(options.place.runtime).model_dump()
     given = machine.model_dump(include=machine.model_fields_set)
     _run(experiment or experiment_here() or "tiny", validate(Runtime, {**known, **given}, "options"), options)

@@ -199,13 +199,16 @@ def _resume(
     dataset: StreamingLanguageModelDataset,
     run: TrainingRun,
 ) -> Snapshot | None:
-    """Restore the newest checkpoint on all ranks, if there is one; the first rank chooses it."""
+    """Restore the newest checkpoint on all ranks, if there is one; the first rank reads it for all."""
     order = dataset.order.digest(dataset.batch_size)
     saved = run.checkpoints.latest(order) if run.group.rank == 0 else None
-    if (name := run.group.share(run.checkpoints.resumed)) is not None:
-        saved = saved or run.checkpoints.named(name)
+    step = run.group.share(None if saved is None else saved.step)
+    if step is not None:
+        weights = run.group.copies(None if saved is None else saved.model)
+        states = run.group.copies(None if saved is None else saved.optimizers)
+        saved = saved or Snapshot(step, weights, states, "", order)
         restore(saved, model, optimizers)
-        dataset.start_step = saved.step
+        dataset.start_step = step
     return saved
 
 
@@ -219,7 +222,7 @@ def _run_steps(
 ) -> tuple[int, bool]:
     """Train from the dataset's first step to its last; the steps done, and whether SIGTERM stopped the training."""
     group, steps, step_tokens = run.group, dataset.steps, config.batch_size * dataset.window_tokens
-    with Progress(run.stage, steps * step_tokens, "tokens") as progress:
+    with Progress(run.stage, steps * step_tokens, "tokens") as progress, group.steps():
         if dataset.start_step:
             progress.resume(dataset.start_step * step_tokens, f"step {dataset.start_step:,} of {steps:,}")
         for done in range(dataset.start_step, steps):
@@ -240,7 +243,8 @@ def _run_steps(
                 return done, True
             loss, norm = step.update(total)
             if record is not None:
-                note = record.add(done + 1, loss, norm, factor * config.optimizer.learning_rate)
+                with group.steps(expected=False):
+                    note = record.add(done + 1, loss, norm, factor * config.optimizer.learning_rate)
                 progress.at((done + 1) * step_tokens, note)
         _, stopped = group.agree(0, record is not None and not record.complete)
     return steps, stopped
@@ -339,6 +343,7 @@ class TrainStep:
                 loss = loss_of(input_ids, labels, documents) / supervised
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+            self.group.moved()
         return total
 
     def update(self, total: Tensor) -> tuple[Tensor, Tensor]:
