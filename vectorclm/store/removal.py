@@ -12,7 +12,7 @@ from vectorclm.errors import ConfigError, InUseError, StoreError
 from vectorclm.store.artifact import StageSpec, Store
 from vectorclm.store.gc import is_linked, owners
 from vectorclm.store.layout import EXPORT, MEASURE
-from vectorclm.store.lease import is_here
+from vectorclm.store.lease import Lease, is_here
 from vectorclm.store.listing import Claim, Folder, Inventory, read_leases, take_inventory
 from vectorclm.store.model_names import resolve_model
 from vectorclm.store.model_ref import ADDRESS
@@ -156,17 +156,18 @@ def protected(store: Store, specs: Collection[StageSpec]) -> Iterator[None]:
     For a run of several stages, which holds no other lease between two of them. A removal that has begun ends first, so
     that the run finds either the whole artifact or none.
     """
-    key = f"{READS}-{secrets.token_hex(8)}"
+    lease = Lease(store, f"leases/{READS}-{secrets.token_hex(8)}.json", [spec.fingerprint for spec in specs])
+    lease.acquire()
     try:
-        with store.lease(key, [spec.fingerprint for spec in specs]):
-            for claim in read_leases(store):  # of a run that was killed on this machine
-                if claim.name.startswith(f"{READS}-") and is_here(claim.holder) and not claim.alive:
-                    store.delete(claim.key)
-            _wait_for_removals(store, {spec.lease for spec in specs})
-            yield
+        for claim in read_leases(store):  # of a run that was killed on this machine
+            if claim.name.startswith(f"{READS}-") and is_here(claim.holder) and not claim.alive:
+                store.delete(claim.key)
+        _wait_for_removals(store, {spec.lease for spec in specs})
+        yield
     finally:
+        lease.release()
         with suppress(StoreError):  # no other process uses this name, so that S3 need not keep an empty object
-            store.delete(f"leases/{key}.json")
+            store.delete(lease.name)
 
 
 def _wait_for_removals(store: Store, leases: Collection[str]) -> None:
