@@ -87,7 +87,7 @@ def differing_tokens(
 def _client_prompts(vocab_size: int) -> list[list[int]]:
     """Prompts of different lengths, one for each client."""
     draw = torch.Generator().manual_seed(3)
-    sizes = [PROMPT // 2 * (number + 1) for number in range(CLIENTS)]
+    sizes = [PROMPT // CLIENTS * (number + 1) for number in range(CLIENTS)]
     return [torch.randint(5, vocab_size, (size,), generator=draw).tolist() for size in sizes]
 
 
