@@ -91,10 +91,9 @@ def write_chat_shards(
 
     `rows[label]` yields the turns of each row. Dropped conversations are counted by reason: `duplicate` (the same turns
     occurred before, in this source or an earlier one), `contaminated` (shares words with `benchmarks`), `no_assistant`
-    (nothing to learn), `too_long` (the last question and answer do not fit in a window), with `config.malformed`
-    "drop" also `not_a_conversation`, `unknown_role`, `not_text`, `invalid_utf8`, `nul`, `empty_turn` and `role_order`,
-    and `over_budget` (read, but not needed for the budget). `shortened` counts conversations from which `fit` removed
-    turns.
+    (nothing to learn), `too_long` (the last question and answer do not fit in a window), `over_budget` (read, but not
+    needed), and with `config.malformed` "drop" those of MalformedConversationError. `shortened` counts conversations
+    from which `fit` removed turns.
 
     Returns `{"sources": {label: {"train", "validation", "read", "shortened", "dropped": {reason: count},
     "contaminated": {benchmark: count}}}, "train": {"windows", "tokens", …}, "validation": {…}}`. Raises
