@@ -33,10 +33,12 @@ def finetune(
     conversations are read. Raises ConfigError where the conversations do not fill one step.
     """
     with ExitStack() as stack:
+        node = stack.enter_context(run.node_blocks(chat_shards, config))
 
         def open_split(split: str) -> dict[str, ShardReader]:
             artifacts = [chat_shards, *(texts[:1] if texts is not None else [])]
-            parts = [open_shards(artifact, split, cache=run.runtime.block_cache) for artifact in artifacts]
+            shared, cache = node if split == "train" else None, run.runtime.block_cache
+            parts = [open_shards(artifact, split, cache=cache, node=shared) for artifact in artifacts]
             return {label: reader for part in parts for label, reader in stack.enter_context(part).items()}
 
         training, validation = open_split("train"), open_split("validation")

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,10 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.group import ALONE, Group, PeerLostError
 from vectorclm.runtime.preemption import FINISH, ignore_sigterm, preemption
 from vectorclm.runtime.progress import Progress
+from vectorclm.shards.node_blocks import NodeBlocks, node_blocks
 from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
+from vectorclm.store.artifact import Artifact
 from vectorclm.train_config import GenerationSamplesConfig, TrainConfig
 from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot
 from vectorclm.training.metrics import Metrics
@@ -48,6 +51,11 @@ class TrainingRun:
     runtime: Runtime
     group: Group = ALONE
     respond: Callable[[CausalLM, str, int], str] | None = None  # answers a prompt in at most so many tokens
+
+    def node_blocks(self, shards: Artifact, config: TrainConfig) -> AbstractContextManager[NodeBlocks | None]:
+        """What the ranks of this node share of the blocks of `shards`, while the block runs."""
+        local, workers = shards.store.is_local, self.runtime.loader_workers
+        return node_blocks(self.group, is_local=local, batch_size=config.batch_size, workers=workers)
 
     def samples(self, model: CausalLM, config: GenerationSamplesConfig) -> list[dict[str, str]]:
         """The likeliest answer to each prompt."""
