@@ -34,6 +34,7 @@ from tests.services.curricula import record_mini
 from tests.services.platform import Platform, clean, until
 from tests.services.postgres import INSTALLED, Postgres
 from tests.test_curriculum import SHRUNK
+from vectorclm.config import assignments
 
 PASSWORD = "of-this-test-0123"
 LOADS = (
@@ -93,7 +94,7 @@ def use(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
         with made.addressed():
             provision(client, lambda line: None, config)
         deployment = client.read_deployment_by_name("curriculum/tiny")
-        own = {name: value for name, value in SHRUNK.items() if name != "name"}
+        own = assignments([f"{name}={value}" for name, value in SHRUNK.items() if name != "name"])
         parameters = completed(deployment.parameters, {"settings": own, "runtime": {"threads": 1}})
         client.create_flow_run_from_deployment(deployment.id, parameters=parameters, name="unlucky", state=Failed())
         often = IntervalSchedule(interval=timedelta(seconds=20), anchor_date=datetime.now(UTC))
@@ -123,7 +124,7 @@ def check(platform: Platform) -> None:
         runs = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
         return [run.id for run in runs if run.auto_scheduled and run.state_name == "DryRun"]
 
-    assert platform.ended(failed.id) == "Completed"
+    assert platform.ended(failed.id) == "Completed", platform.run(failed.id).state
     states = platform.tasks(failed.id)
     assert {name for name, names in states.items() if names[-1] == "Reused"} >= {"sample", "pretrain", "finetune"}
     until(due, "the schedule starts a run")
