@@ -174,7 +174,7 @@ def schedule(camera: Camera) -> UUID:
     second, third = (command_line(camera, f"--set=finetune.epochs={epochs}") for epochs in (0.4, 0.8))
     until(lambda: platform.run(second).state_name == "Running", "the second runs", BUSY)
     until(lambda: platform.run(third).state_name == "Queued", "the third waits", BUSY)
-    camera.look(f"{prefect}/runs", 1000, "Queued")
+    camera.look(f"{prefect}/runs", 1200, "Queued")
     camera.take("queue")
     assert ended(platform, second) == "Completed"
     evaluate(platform)

@@ -8,10 +8,12 @@ import os
 import pty
 import select
 import sys
+import sysconfig
 import tempfile
 import termios
 import time
-from collections.abc import Iterator
+import venv
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -193,29 +195,53 @@ def _text(run: Run) -> str:
     return f'<text x="{run.column * CHARACTER:.1f}" y="14"{length}{colour}{bold}>{escape(run.text)}</text>'
 
 
+def installed(folder: Path) -> None:
+    """Make a folder like a clone after `make install`, with the packages of the present environment."""
+    for part in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (folder / part).symlink_to(ROOT / part)
+    venv.create(folder / ".venv", symlinks=True)
+    scripts, packages = (Path(sysconfig.get_path(kind)) for kind in ("scripts", "purelib"))
+    (own,) = (folder / ".venv" / "lib").glob("python*/site-packages")
+    (own / "present.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n", encoding="utf-8")
+    command = folder / ".venv" / "bin" / "vectorclm"
+    code = (scripts / "vectorclm").read_text(encoding="utf-8").partition("\n")[2]
+    command.write_text(f"#!{folder}/.venv/bin/python\n{code}", encoding="utf-8")
+    command.chmod(0o755)
+    (folder / ".venv" / "installed").touch()
+
+
+def record(folder: Path, steps: Sequence[tuple[str, str]]) -> list[Shown]:
+    """Type the lines in a shell in this folder; returns the film, in which the folder has another name."""
+    terminal = Terminal(folder)
+    try:
+        for text, prompt in steps:
+            print(text, file=sys.stderr, flush=True)
+            terminal.type(text, prompt)
+    finally:
+        terminal.close()
+    named = [
+        (seconds, (tuple(_renamed(run, folder) for run in line) for line in lines)) for seconds, lines in terminal.film
+    ]
+    return [(seconds, tuple(lines)) for seconds, lines in named]
+
+
+def _renamed(run: Run, folder: Path) -> Run:
+    return run._replace(text=run.text.replace(str(folder), "~/vectorclm"))
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("Makefile", "pyproject.toml", "constraints.txt"):
-            (folder / part).symlink_to(ROOT / part)
-        (folder / ".venv").mkdir()
-        (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
-        (folder / ".venv" / "installed").touch()  # as in a clone where `make install` was run
+        installed(folder)
         (folder / "handbook").mkdir()
         for topic, text in topics.items():
             (folder / "handbook" / f"{topic}.txt").write_text(text, encoding="utf-8")
-        terminal = Terminal(folder)
-        try:
-            for text, prompt in STEPS:
-                print(text, file=sys.stderr, flush=True)
-                terminal.type(text, prompt)
-        finally:
-            terminal.close()
-    text = as_svg(terminal.film)
-    for place in (str(folder), str(ROOT), str(Path.home())):
-        assert place not in text, f"the recording shows {place}"
+        film = record(folder, STEPS)
+    text = as_svg(film)
     FILE.write_text(text, encoding="utf-8")
-    print(f"{FILE.relative_to(ROOT)}: {len(text):,} bytes, {sum(seconds for seconds, _ in terminal.film):.0f} s")
+    print(f"{FILE.relative_to(ROOT)}: {len(text):,} bytes, {sum(seconds for seconds, _ in film):.0f} s")
+    for place in (str(ROOT), str(Path.home())):
+        assert place not in text, f"the recording shows {place}"
 
 
 if __name__ == "__main__":
