@@ -104,9 +104,8 @@ def run_experiment(
 ) -> None:
     """Run a whole experiment: text in, an evaluated chat model out."""
     refuse_without_torchrun()
-    known = load_runtime(options.place.runtime).model_dump()
-    given = machine.model_dump(include=machine.model_fields_set)
-    _run(experiment or experiment_here() or "tiny", validate(Runtime, {**known, **given}, "options"), options)
+    known = load_runtime(options.place.runtime).model_dump() | machine.model_dump(include=machine.model_fields_set)
+    _run(experiment or experiment_here() or "tiny", validate(Runtime, known, "options"), options)
 
 
 @app.command(help_epilogue="Example: vectorclm up --store ./store")

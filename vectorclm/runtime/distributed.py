@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from vectorclm.runtime.group import Group, PeerLostError, Value
 from vectorclm.runtime.watchdog import Watchdog, watch
 
-# The first rank reads, validates and publishes alone, while the others wait. A dead rank's sockets close at once.
+# The first rank reads, validates and publishes alone, while the others wait; watchdogs find what is lost.
 TIMEOUT = timedelta(hours=6)
 BUCKET = 2**23  # elements in one all-reduce
 

@@ -87,10 +87,11 @@ def _together(relay: bool) -> Iterator[Group]:
             sys.exit(2)
         raise
     finally:
-        if group.rank == 0 and not group.at_work:
+        released = group.rank == 0 and not group.at_work
+        if released:
             with suppress(PeerLostError):
                 group.call(None)
-        if sys.exc_info()[0] is None:
+        if released or sys.exc_info()[0] is None:
             group.leave()
         signal.alarm(GRACE)  # whatever the other ranks do
         disconnect()
