@@ -43,6 +43,8 @@ README = PAGES["README.md"]
 SOURCES = [*ROOT.glob("vectorclm/**/*.py"), *ROOT.glob("flows/**/*.py"), *ROOT.glob("docker/*")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FOREIGN = (
+    "pip ",
+    "uv ",
     "docker ",
     "apt-get ",
     "ssh ",

@@ -59,7 +59,7 @@ def reference() -> str:
         "`[[tasks]]` with the keys of `[[evaluate.tasks]]`.\n",
         *_tables(own),
         "## Keys of the machine\n\nThese keys stand in the file of `--runtime`, such as `machine.toml` with the lines "
-        "`device = \"cuda\"` and `micro_batch_size = 8`; `vectorclm run` takes each as an option, too. None enters a "
+        '`device = "cuda"` and `micro_batch_size = 8`; `vectorclm run` takes each as an option, too. None enters a '
         "fingerprint.\n",
         *_tables(machine),
     ]

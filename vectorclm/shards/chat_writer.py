@@ -75,6 +75,12 @@ class _Read:
         counts = {name: dict(sorted(getattr(self, name).items())) for name in ("dropped", "contaminated")}
         return {**splits, "read": self.read, "shortened": self.shortened, **counts}
 
+    def check(self, label: str) -> None:
+        """Raise DataError if the source gave no conversation to train on."""
+        if not self.splits["train"]:
+            lost = drop_counts(self.dropped, self.contaminated) if self.read else "the source is empty"
+            raise DataError(f"{label}: no usable conversation for training; dropped: {lost}")
+
 
 def write_chat_shards(
     config: ChatConfig,
@@ -128,9 +134,7 @@ def write_chat_shards(
             summary["sources"][source.label] = found.summary()
             if left is not None:
                 summary["sources"][source.label]["tokens"] = {"budget": left, **found.tokens}
-            if not found.splits["train"]:
-                lost = drop_counts(found.dropped, found.contaminated) if found.read else "the source is empty"
-                raise DataError(f"{source.label}: no usable conversation for training; dropped: {lost}")
+            found.check(source.label)
     parts = [(folder, split, items) for folder, splits in kept.items() for split, items in splits.items()]
     for number, (folder, split, items) in enumerate(parts):
         summary[split].update(_write_packed(out / folder / split, items, config, seed << 32 | number))
