@@ -174,6 +174,7 @@ def go_on(old: PlatformConfig, new: PlatformConfig, folder: Path, patch: pytest.
             check(platform)
 
 
+@pytest.mark.skipif(KILLS < 10, reason="minutes: VECTORCLM_KILLS=10")
 def test_a_platform_goes_on_at_another_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on(settings(folder / "old", None), settings(folder / "new", None), folder, monkeypatch)
 
