@@ -40,8 +40,9 @@ class UiAddress:
             await self.app(scope, receive, send)
             return
         api = f"{self._opened_at(Headers(scope=scope))}/api"
+        changed = _replaced(send, lambda body: json.dumps({**json.loads(body), "api_url": api}))
         plain = [header for header in scope["headers"] if header[0] != b"accept-encoding"]  # a body that can be read
-        await self.app({**scope, "headers": plain}, receive, _replaced(send, lambda body: json.dumps({**json.loads(body), "api_url": api})))
+        await self.app({**scope, "headers": plain}, receive, changed)
 
     def _opened_at(self, headers: Headers) -> str:
         host = headers["host"]
