@@ -217,7 +217,6 @@ class PlatformConfig(Settings):
             "PREFECT_WORKER_QUERY_SECONDS": "5",
             "PREFECT_UI_URL": self.prefect_page,  # of links in overviews
             "MLFLOW_TRACKING_URI": self.mlflow_url,
-            MLFLOW_PAGE: self.mlflow_page,
             "VECTORCLM_HOME": str(self.home),
             "VECTORCLM_STORE": store if "://" in store else str(Path(store).absolute()),
         }
@@ -225,6 +224,8 @@ class PlatformConfig(Settings):
             environment[KEEP] = str(self.vectorclm_keep_records)
         if self.vectorclm_url is not None:
             environment["VECTORCLM_URL"] = self.prefect_page
+        if self.vectorclm_mlflow_url is not None:
+            environment[MLFLOW_PAGE] = self.mlflow_page
         if self.vectorclm_experiments is not None:
             environment["VECTORCLM_EXPERIMENTS"] = str(Path(self.vectorclm_experiments).absolute())
         if (auth := self.prefect_password) is not None:

@@ -263,13 +263,22 @@ def _database(config: PlatformConfig) -> Iterator[Finding]:
 
 
 def _writes(config: PlatformConfig) -> bool:
-    """Whether Prefect's server creates and deletes a variable within WRITE_SECONDS."""
+    """Whether Prefect's server creates and deletes a variable within WRITE_SECONDS; SQLite may refuse a first try."""
+    deadline = time.monotonic() + WRITE_SECONDS
+    while not _write(config, max(1.0, deadline - time.monotonic())):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _write(config: PlatformConfig, seconds: float) -> bool:
     known = config.prefect_password
     auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
     name = f"doctor-{secrets.token_hex(4)}"
     api = f"{config.prefect_url}/api"
     try:
-        with httpx.Client(auth=auth, timeout=WRITE_SECONDS, trust_env=False) as client:
+        with httpx.Client(auth=auth, timeout=seconds, trust_env=False) as client:
             given = client.get(f"{api}/csrf-token", params={"client": name}).raise_for_status().json()["token"]
             client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": given})
             client.post(f"{api}/variables/", json={"name": name, "value": "a write"}).raise_for_status()

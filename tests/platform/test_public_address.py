@@ -1,6 +1,7 @@
 """The address at which a browser opened Prefect's pages is the one to which they send their requests."""
 
 import json
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from flows.platform.config import PlatformConfig
+from flows.platform.config import PlatformConfig, read_platform
 from flows.platform.public_address import UiAddress, host_of
 from vectorclm.errors import ConfigError
 from vectorclm.settings import validate
@@ -69,6 +70,22 @@ def test_a_public_address_is_allowed_and_stands_in_links() -> None:
     assert server.environment["VECTORCLM_ALLOWED_HOSTS"] == mlflow.environment["VECTORCLM_ALLOWED_HOSTS"]
     assert f"{PUBLIC}:8443" in server.environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
     assert PlatformConfig().client_environment()["PREFECT_UI_URL"] == "http://127.0.0.1:4200"
+
+
+@pytest.mark.parametrize("public", [{}, {"VECTORCLM_URL": PUBLIC, "VECTORCLM_MLFLOW_URL": "http://[::1]:9000"}])
+def test_a_command_with_the_environment_of_a_worker_reads_the_same_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, public: dict[str, str]
+) -> None:
+    """Else doctor would refuse the platform as one with other settings."""
+    for name in ("VECTORCLM_URL", "VECTORCLM_MLFLOW_URL", "VECTORCLM_STORE", "VECTORCLM_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in public.items():
+        monkeypatch.setenv(name, value)
+    first = read_platform(None, vectorclm_store=str(tmp_path))
+    for name, value in first.client_environment().items():
+        monkeypatch.setenv(name, value)
+    again = read_platform(None)
+    assert [one.environment for one in again.servers()] == [one.environment for one in first.servers()]
 
 
 @pytest.mark.parametrize(
