@@ -1,7 +1,6 @@
 """`vectorclm up`, `down` and `doctor`: start the platform, stop it, check every part and repair it if possible."""
 
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from flows.platform.ownership import (
     remember,
     running_elsewhere,
 )
+from flows.platform.prefect_server import accepts_writes
 from flows.platform.process import Service, ServiceError
 from flows.platform.relocation import follow
 from flows.tracking.client import EXPERIMENTS_PAGE
@@ -246,13 +246,13 @@ def _servers(config: PlatformConfig) -> Iterator[Finding]:
 def _database(config: PlatformConfig) -> Iterator[Finding]:
     """Check a write through Prefect's API: a locked database stops all writes, and the health check still passes."""
     server = config.servers()[0]
-    if _writes(config):
+    if accepts_writes(config, WRITE_SECONDS):
         yield Finding(True, "Prefect's database accepts writes")
         return
     server.stop()
     server.start()
     server.wait()
-    if _writes(config):
+    if accepts_writes(config, WRITE_SECONDS):
         yield Finding(True, f"Prefect's database took no write in {WRITE_SECONDS} s: {server.name} started again")
     else:
         yield Finding(
@@ -260,32 +260,6 @@ def _database(config: PlatformConfig) -> Iterator[Finding]:
             f"Prefect's database accepts no write within {WRITE_SECONDS} s: another program locks it, or its disk "
             f"is full; read {server.log}",
         )
-
-
-def _writes(config: PlatformConfig) -> bool:
-    """Whether Prefect's server creates and deletes a variable within WRITE_SECONDS; SQLite may refuse a first try."""
-    deadline = time.monotonic() + WRITE_SECONDS
-    while not _write(config, max(1.0, deadline - time.monotonic())):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.5)
-    return True
-
-
-def _write(config: PlatformConfig, seconds: float) -> bool:
-    known = config.prefect_password
-    auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
-    name = f"doctor-{secrets.token_hex(4)}"
-    api = f"{config.prefect_url}/api"
-    try:
-        with httpx.Client(auth=auth, timeout=seconds, trust_env=False) as client:
-            given = client.get(f"{api}/csrf-token", params={"client": name}).raise_for_status().json()["token"]
-            client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": given})
-            client.post(f"{api}/variables/", json={"name": name, "value": "a write"}).raise_for_status()
-            client.delete(f"{api}/variables/name/{name}").raise_for_status()
-    except httpx.HTTPError:
-        return False
-    return True
 
 
 def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ signal when its parent dies.
 
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -208,3 +209,31 @@ def _check_password(url: str) -> None:
                     f"Prefect at {url} requires a password: give the --store of its platform, or set "
                     f"{password.SETTING}=user:password"
                 ) from error
+
+
+def accepts_writes(config: PlatformConfig, seconds: float) -> bool:
+    """Whether the platform's server creates and deletes a variable within so many seconds; SQLite may refuse a try."""
+    deadline = time.monotonic() + seconds
+    while not _write(config, max(1.0, deadline - time.monotonic())):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _write(config: PlatformConfig, seconds: float) -> bool:
+    import httpx  # every command imports this module
+
+    known = config.prefect_password
+    auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
+    name = f"doctor-{secrets.token_hex(4)}"
+    api = f"{config.prefect_url}/api"
+    try:
+        with httpx.Client(auth=auth, timeout=seconds, trust_env=False) as client:
+            given = client.get(f"{api}/csrf-token", params={"client": name}).raise_for_status().json()["token"]
+            client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": given})
+            client.post(f"{api}/variables/", json={"name": name, "value": "a write"}).raise_for_status()
+            client.delete(f"{api}/variables/name/{name}").raise_for_status()
+    except httpx.HTTPError:
+        return False
+    return True

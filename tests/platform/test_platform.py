@@ -26,7 +26,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
 from flows.net import answers
-from flows.platform import doctor
+from flows.platform.prefect_server import accepts_writes
 from tests.conftest import following, one_of
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.services.browser import browser, by_text, click, fill, log_in, page, rest, says
@@ -355,16 +355,15 @@ def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(p
     until(lambda: not torch_processes(platform), "no process is left", 30)
 
 
-def test_a_locked_database_is_noticed(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_database_is_noticed(platform: Platform) -> None:
     """Prefect's server stays healthy while nothing can be written."""
     platform.breaks()
-    monkeypatch.setattr(doctor, "WRITE_SECONDS", 2)
     database = sqlite3.connect(platform.config.home / ".prefect" / "prefect.db", isolation_level=None, timeout=60)
     database.execute("BEGIN IMMEDIATE")
     assert answers(f"{platform.config.prefect_url}/api/health")
-    assert not doctor._writes(platform.config)
+    assert not accepts_writes(platform.config, 2)
     database.execute("ROLLBACK")
-    until(lambda: doctor._writes(platform.config), "it is written again")
+    until(lambda: accepts_writes(platform.config, 2), "it is written again")
 
 
 def test_up_with_other_settings_asks_for_down_first(platform: Platform) -> None:
