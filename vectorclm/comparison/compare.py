@@ -23,6 +23,7 @@ from vectorclm.evaluation.statistics import (
     resampled,
     share_error,
 )
+from vectorclm.lineage.chain import training_of
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.layout import MEASURE
@@ -39,10 +40,11 @@ def results_of(address: str, store: Store) -> list[Artifact]:
     """
     model = find_model(address)
     model.verify(store)
-    content = model.content
-    found = [item for item in store.finished(MEASURE) if item.manifest["inputs"].get("model") == content]
+    training = training_of(model, store)  # of an export, whose files say more to other programs
+    contents = {model.content, *([content_of(training)] if training is not None else [])}
+    found = [item for item in store.finished(MEASURE) if item.manifest["inputs"].get("model") in contents]
     for stage, source in EVALUATED.items():
-        same = {model.fingerprint for model in store.finished(source) if content_of(model) == content}
+        same = {model.fingerprint for model in store.finished(source) if content_of(model) in contents}
         found += [item for item in store.finished(stage) if item.manifest["inputs"].get(source) in same]
     kept = [item for item in found if has_items(item)]
     if not kept:
