@@ -205,9 +205,9 @@ def test_a_store_that_the_nodes_do_not_share_is_refused_before_work(
         said = running.end(GONE)
     assert any(launcher.returncode == 2 for launcher in running.launchers)
     text = r"(rank 1 on \S+: )?(\S+) does not see in its store \S+/apart-\2 what (\S+) writes in \S+/apart-\3: give all"
-    for lines in said:
-        found = {message for kind, message in errors(lines) if kind == "ConfigError"}
-        assert len(found) == 1 and re.match(text, found.pop()), lines
+    found = [{message for kind, message in errors(lines) if kind == "ConfigError"} for lines in said]
+    assert any(found), said  # a node whose peer has ended already may say that alone
+    assert all(len(one) <= 1 and all(re.match(text, message) for message in one) for one in found), said
     assert not done(tmp_path / "steps") and not list(trained.folder.glob("apart*/**/*probe*"))
 
 
