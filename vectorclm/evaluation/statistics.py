@@ -174,7 +174,9 @@ def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
     These are `acc.<task>`, `bits_per_byte.<source>`, `in_template` (share of the prompts), `followed_content`,
     `followed_form` and `followed`.
     """
-    found = {f"acc.{label}": _share(task["acc"], task["items"]) for label, task in scores["tasks"].items()}
+    found = {
+        f"acc.{label}": _share(task["acc"], task["items"], task["stderr"]) for label, task in scores["tasks"].items()
+    }
     for label, text in scores["text"].items():
         count = text.get("documents", text.get("windows"))
         found[f"bits_per_byte.{label}"] = Figure(text["bits_per_byte"], text["stderr"], count)
@@ -184,12 +186,13 @@ def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
         found["in_template"] = _share(share, count)
     for name in PARTS:
         if followed := scores.get("instructions", {}).get(name):
-            found[name] = _share(followed["share"], followed["items"])
+            found[name] = _share(followed["share"], followed["items"], followed["stderr"])
     return found
 
 
-def _share(share: float, items: int) -> Figure:
-    return Figure(share, share_error(share, items), items)
+def _share(share: float, items: int, stderr: float = 0.0) -> Figure:
+    """A share with its error; a greater one is kept, as where the items are not independent."""
+    return Figure(share, max(stderr, share_error(share, items)), items)
 
 
 def changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> list[Change]:
