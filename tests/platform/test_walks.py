@@ -15,6 +15,7 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
+from tests.conftest import KILLS
 from tests.services.browser import browser, by_text, click, fill, fill_new, log_in, page, rest, says
 from tests.services.platform import Platform, platform_at, until
 from tests.services.trigger import mlflow_status, torch_processes
@@ -25,6 +26,8 @@ __all__ = ["browser", "page"]  # fixtures
 
 TYPED = "by the new page"
 LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}
+
+pytestmark = pytest.mark.skipif(KILLS < 10, reason="minutes: VECTORCLM_KILLS=10; test_platform walks in every run")
 
 
 @pytest.fixture(scope="module")
