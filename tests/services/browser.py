@@ -48,26 +48,17 @@ def fill(window: WebDriver, section: str, label: str, value: str) -> None:
     """Write into the field `label` of the form's section, instead of what is there."""
     named = "//span[contains(@class, 'schema-form-property__label') and normalize-space(.)='{}']"
     place = f"{named.format(section)}/following::{named.format(label)[2:]}[1]/following::input[1]"
-
-    def written() -> bool:
-        """The page may draw the form anew while its data arrive: then the field is found and written again."""
-        try:
-            (field, *_) = window.find_elements(By.XPATH, place)
-            window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
-            field.send_keys(Keys.CONTROL, "a")
-            field.send_keys(value)
-            return field.get_attribute("value") == value
-        except (ValueError, WebDriverException):
-            return False
-
-    until(written, f"{section} {label}", 60)
+    _write(window, place, f"{section} {label}", value)
 
 
 def fill_new(window: WebDriver, label: str, value: str) -> None:
     """Write into the field `label` of the form of Prefect's new page, instead of what is there."""
-    place = f"//label[normalize-space(.)='{label}']/following::input[1]"
+    _write(window, f"//label[normalize-space(.)='{label}']/following::input[1]", label, value)
 
+
+def _write(window: WebDriver, place: str, label: str, value: str) -> None:
     def written() -> bool:
+        """The page may draw the form anew while its data arrive: then the field is found and written again."""
         try:
             (field, *_) = window.find_elements(By.XPATH, place)
             window.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)

@@ -18,10 +18,8 @@ from vectorclm.train_tokenizer import bytes_per_token
 
 # Bytes of text for a token, by the size of the vocabulary, in languages of one byte a letter.
 BYTES_PER_TOKEN = ((600, 2.2), (1500, 2.7), (3000, 3.2), (6000, 3.6), (12_000, 4.0), (70_000, 4.2))
-LEARNT, LEARNABLE = (
-    50_000,
-    4096,
-)  # text to learn a vocabulary from, at least; a larger vocabulary needs more than a look
+LEARNT = 50_000  # characters of text from which a vocabulary is learned, at least
+LEARNABLE = 4096  # tokens; a larger vocabulary needs more text than a look
 PROMPT_BYTES, SHOTS_BYTES = 120, 900  # of an instruction, and of the examples before it for a base model
 ENDED = 0.65  # share of the longest answer that a base model's answer to an instruction takes, about
 CHAT_PROMPT = 0.5  # share of a conversation that comes before the first answer
