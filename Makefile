@@ -3,17 +3,21 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 EXPERIMENT ?= tiny
+# TORCH=cpu takes torch without CUDA: 0.6 GB of downloads instead of 3.2 GB.
+TORCH ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 LONG ?= long
 
-.PHONY: install run test long coverage check format bench
+.PHONY: install run test long coverage check format bench pictures
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it with make PYTHON=…"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(if $(filter cpu,$(TORCH)),$(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch)
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 run: install
@@ -24,14 +28,15 @@ test: install
 
 # Every cell of which `make test` runs one: hours. A second call goes on; the results are in $(LONG).
 SLOW := tests/store/test_publication.py tests/store/test_durable.py tests/store/test_storage.py tests/shards/test_block_readers.py \
-	tests/runtime/test_preemption.py tests/platform/test_database.py tests/platform/test_platform.py tests/evaluation/test_code_judge.py \
-	tests/bench/test_orchestration.py tests/bench/test_tracking.py tests/planner/test_step.py
+	tests/runtime/test_preemption.py tests/runtime/test_nodes.py tests/platform/test_database.py tests/platform/test_platform.py \
+	tests/platform/test_backup.py tests/platform/test_walks.py tests/evaluation/test_code_judge.py tests/bench/test_orchestration.py tests/bench/test_tracking.py \
+	tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py tests/planner/test_step.py
 long: install
 	@mkdir -p $(LONG)
 	@for file in $(SLOW); do \
 		result=$(LONG)/$$(basename $$file .py).txt; \
 		if grep -qs "^passed" $$result; then echo "$$file: done, see $$result"; continue; fi; \
-		VECTORCLM_KILLS=40 VECTORCLM_MATRIX=full VECTORCLM_HUMANEVAL=all $(BIN)/python -m pytest -v $$file > $$result.part 2>&1 \
+		VECTORCLM_KILLS=40 VECTORCLM_MATRIX=full VECTORCLM_HUMANEVAL=all VECTORCLM_CLIENTS=all $(BIN)/python -m pytest -v $$file > $$result.part 2>&1 \
 			&& { mv $$result.part $$result; echo "passed" >> $$result; echo "$$file: passed"; } \
 			|| { tail -n 20 $$result.part; exit 1; }; \
 	done
@@ -45,6 +50,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_layout.py
+
+pictures: install # those of the pages, taken anew from a real run in a real browser: minutes
+	$(BIN)/python -m tests.pictures
+	$(BIN)/python -m tests.recording
 
 bench: install # each a ratio to a peer measured in the same run
 	$(BIN)/vectorclm bench train

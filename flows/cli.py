@@ -24,7 +24,7 @@ from flows.bench.cli import bench_app
 from flows.net import has_own_server
 from flows.paths import local_folder
 from flows.platform.options import PlatformOptions
-from flows.platform.prefect_server import PrivateServer, prefect_server
+from flows.platform.prefect_server import PrivateServer, parameters_fit, prefect_server
 from flows.platform.removal_commands import remove_from_store
 from flows.platform.schedule_commands import schedule_app
 from flows.reports import lineage_cli
@@ -41,6 +41,7 @@ from vectorclm.model_commands import ServeOptions, compare, evaluate, export, mo
 from vectorclm.planner.planner_commands import planners
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import bars
+from vectorclm.runtime.ranks import refuse_without_torchrun
 from vectorclm.settings import validate
 from vectorclm.stage_commands import add_stages, chosen, load_runtime
 from vectorclm.stages import plans
@@ -95,9 +96,9 @@ def run_experiment(
     ] = Runtime(),
 ) -> None:
     """Run a whole experiment: text in, an evaluated chat model out."""
-    known = load_runtime(options.place.runtime).model_dump()
-    given = machine.model_dump(include=machine.model_fields_set)
-    _run(experiment or experiment_here() or "tiny", validate(Runtime, {**known, **given}, "options"), options)
+    refuse_without_torchrun()
+    known = load_runtime(options.place.runtime).model_dump() | machine.model_dump(include=machine.model_fields_set)
+    _run(experiment or experiment_here() or "tiny", validate(Runtime, known, "options"), options)
 
 
 @app.command(help_epilogue="Example: vectorclm up --store ./store")
@@ -339,21 +340,14 @@ def _run(named: str, runtime: Runtime, options: RunOptions) -> None:
 
 
 def _dry_run(experiment: ExperimentConfig, path: Path, store: Store, runtime: Runtime, options: RunOptions) -> None:
-    from flows.reports.cost_estimate import budget, known_windows, show
+    from flows.reports.cost_estimate import budget, known_windows, machine_costs, reused, show
     from vectorclm.draft.estimate import estimate
 
     pinned, notes = pin(experiment, path, options.place.data, resolve=False)
     specs = plans(pinned)
     costs = budget(pinned, specs, known_windows(store, specs["shards"]))
-    here = estimate(pinned, options.place.data, runtime)
-    costs["here"] = {
-        "device": runtime.device_type(),
-        "text_bytes": dict(here.available),
-        "drawn_bytes": here.drawn,
-        "epochs": here.epochs,
-        "tokens_per_second": here.speed,
-        "seconds": dict(here.seconds),
-    }
+    there = reused(store, specs, costs["stages"])
+    costs["here"] = machine_costs(estimate(pinned, options.place.data, runtime), runtime, there)
     if options.json:
         print(json.dumps(costs))
         return
@@ -385,6 +379,7 @@ def _curriculum(
         place = str(data.absolute()) if (data := options.place.data) is not None else None
         name, its_tags = of_the_command_line(experiment.name, assignments(options.settings))
         stack.enter_context(tags(*its_tags))
+        stack.enter_context(parameters_fit())
         return curriculum.with_options(flow_run_name=name)(experiment, runtime, store.uri, place)
 
 

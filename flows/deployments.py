@@ -20,10 +20,10 @@ from flows.execution.launch import StageFailedError
 from flows.execution.stage_tasks import CURRICULUM, Stages, leave_out
 from flows.execution.watch import watched
 from flows.form import Again, Changes, Name, chosen
-from flows.handle import DRY_RUN, MAX_RESCUES, RESCUED, Handle
+from flows.handle import DRY_RUN, MAX_RESCUES, RESCUED, SKIPPED, Handle
 from flows.paths import local_folder
 from flows.platform.experiment_forms import refresh_description
-from flows.platform.missed_runs import SKIPPED, SkippedRunError, check_is_newest
+from flows.platform.missed_runs import SkippedRunError, check_is_newest
 from flows.reports.plan import plan_of
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import ConfigError, VectorCLMError

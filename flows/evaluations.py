@@ -20,6 +20,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 from flows.deployments import explained, opened_store
+from flows.execution.labels import name_of_this_run
 from flows.execution.launch import Launcher
 from flows.execution.progress import live, show_waiting
 from flows.execution.stage_tasks import RETRY_DELAY, may_help
@@ -48,7 +49,7 @@ from vectorclm.store.model_ref import Model, find_model
 Address = Annotated[str, Field(pattern=r"^(models:/[^/@:]+(@[^/@]+|/[0-9]+)|/.+|[a-z0-9]+://[^@]+)$")]
 
 
-@flow(name="evaluate", flow_run_name="{model} on {suite}", persist_result=False)
+@flow(name="evaluate", flow_run_name=name_of_this_run, persist_result=False)
 def evaluate_run(
     model: Address = "models:/vectorclm-chat@candidate",
     suite: SuiteName = "tiny",

@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field
 from flows.experiments import load_known
 from vectorclm.config import ExperimentConfig, changed
 from vectorclm.errors import ConfigError
-from vectorclm.runtime.devices import Runtime
 from vectorclm.settings import Settings, validate
 from vectorclm.store.layout import StageName
 
@@ -161,7 +160,18 @@ STAGE_SECTIONS = {
     "finetune": ("finetune",),
     "evaluate": ("evaluate",),
 }
-FIELDS = {  # title and description of the flow's parameters
+FIELDS = {  # title and description of the parameters of flows
+    "model": (
+        "Model",
+        "models:/NAME@ALIAS or models:/NAME/VERSION of MLflow's registry; STORE/STAGE/FINGERPRINT of any store; or a "
+        "folder on the worker",
+    ),
+    "suite": (
+        "Suite",
+        "A file of benchmarks (standard, generation), or the evaluation of an experiment: its benchmarks, and its "
+        "held-out text and conversations if the store has them",
+    ),
+    "limits": ("Limits", "How much is measured; results with different limits are not compared"),
     "stage": ("Stage", "The stages before it must be finished, for the same values; they are reused"),
     "experiment": ("Experiment", "Each experiment has a deployment of its own, with its own values"),
     "dry_run": ("Dry run", "Build nothing: show under Artifacts what the run would reuse, build and cost"),
@@ -244,16 +254,41 @@ def _fits(fields: type[Settings], key: str, value: Any) -> bool:
     return value is not None
 
 
+def described(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a flow with a title and a description for each parameter.
+
+    Parameters with a default are required: the deployment has their values, and Prefect marks others as optional.
+    """
+    made = deepcopy(dict(schema))
+    for name, shape in made["properties"].items():
+        title, about = FIELDS[name]
+        made["properties"][name] = {**shape, "title": title, "description": about}
+    made["required"] = [name for name, shape in made["properties"].items() if "default" in shape]
+    return made
+
+
+def defaults(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The default values of the parameters of a flow, without those of None, which no field takes."""
+    found = {name: shape["default"] for name, shape in schema["properties"].items() if "default" in shape}
+    return _known(found)
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not None, also of the mappings inside."""
+    return {
+        name: _known(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
 def form(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
     """The JSON schema of the form of an experiment, or of one of its stages, from the schema of the flow.
 
     Every field shows the experiment's value. Fields with a value are required: Prefect marks others as optional.
     """
-    made = deepcopy(dict(schema))
+    made = described(schema)
     properties = made["properties"]
-    for name, shape in properties.items():
-        title, about = FIELDS[name]
-        properties[name] = {**shape, "title": title, "description": about}
     properties["experiment"] |= {"enum": [experiment.name], "default": experiment.name}
     if stage is not None:
         properties["stage"] |= {"enum": [stage], "default": stage}
@@ -267,8 +302,7 @@ def form(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | N
 
 def parameters(schema: Mapping[str, Any], experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:
     """The values of all fields of a form, which a run takes where its request leaves one out."""
-    found = {name: shape["default"] for name, shape in schema["properties"].items() if "default" in shape}
-    return {**found, "changes": shown(experiment, stage), "runtime": Runtime().model_dump(exclude_none=True)}
+    return {**defaults(schema), "changes": shown(experiment, stage)}
 
 
 def shown(experiment: ExperimentConfig, stage: str | None = None) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Artifact
 
 RESCUED = "Rescued"  # the state that an automation sets on a crashed run
+QUEUED = "Queued"  # the state of a run that waits for another
+SKIPPED = "Skipped"  # the state of a run whose place a newer run of its schedule takes
 DRY_RUN = "DryRun"  # the state in which a dry run ends
 MAX_RESCUES = 2
 CURRICULA = "curricula"  # the work queue of the pool cpu in which curricula wait for each other
@@ -17,6 +19,7 @@ RUN_RECOVERED = "vectorclm.run.recovered"
 MISSED = "vectorclm.run.missed"  # a scheduled run that no worker took
 DISK_FULL = "vectorclm.disk.full"
 DISK_RECOVERED = "vectorclm.disk.recovered"
+SENT_AGAIN = "vectorclm.message.sent-again"  # a copy of an event below whose message was not delivered
 NOTIFIED = (FELL, RUN_FAILED, RUN_RECOVERED, MISSED, DISK_FULL, DISK_RECOVERED)
 
 

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 HEARTBEAT_SECONDS = 30  # of a flow run, Prefect's minimum; the automation that finds dead runs relies on it
 
 
+PARAMETER_BYTES = 64 * 2**20  # of a run; an experiment is one, and may name thousands of files
+
 QUIET = {
+    "PREFECT_SERVER_API_MAX_PARAMETER_SIZE": str(PARAMETER_BYTES),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -20,6 +20,7 @@ PROPOSED_V2 = re.compile(
     r"(Awesome|Rustic|Small|Gorgeous|Fantastic|Sleek|Intelligent|Unbranded|Refined|Licensed|Generic|Practical|Ergonomic"
     r"|Handcrafted|Tasty|Handmade|Incredible)-\w+"
 )  # as its new page does: `Rustic-Otter`
+FINGERPRINT = re.compile(r"([0-9a-f]{12})[0-9a-f]{52}")
 FROM = "from: "  # the tag that says from where a run was started
 UI, API, SCHEDULE, COMMAND_LINE = "UI", "API", "schedule", "command line"
 
@@ -72,12 +73,19 @@ def run_name(usual: Mapping[str, Any], given: Mapping[str, Any], when: datetime,
     return f"{' '.join(parts)}, {when:%d %b %H:%M} ({str(run_id)[:4]})"
 
 
+def evaluation_name(given: Mapping[str, Any], when: datetime, run_id: object) -> str:
+    """The name of a run of the deployment `evaluate`: its model, its suite, when, and the beginning of its id."""
+    model = str(given["model"]).removeprefix("models:/")
+    parts = [FINGERPRINT.sub(r"\1", part) for part in model.split("/")]
+    return f"{'/'.join(parts[-2:])} on {given['suite']}, {when:%d %b %H:%M} ({str(run_id)[:4]})"
+
+
 def run_tags(
     usual: Mapping[str, Any], given: Mapping[str, Any], tags: list[str], *, scheduled: bool = False
 ) -> list[str]:
     """The tags of a run: those it has, its experiment, what it changes, and from where it was started."""
     names = list(differences(usual, given))
-    found = [*tags, f"experiment: {given.get('experiment', '')}"]
+    found = [*tags, *(f"{name}: {given[name]}" for name in ("experiment", "suite") if name in given)]
     found += [f"setting: {name}" for name in names[:TAGGED_CHANGES]]
     if not any(tag.startswith(FROM) for tag in tags):
         found.append(FROM + (SCHEDULE if scheduled else API))

@@ -45,6 +45,7 @@ PROCESSES.set_forkserver_preload(
 )
 KILLS = int(os.environ.get("VECTORCLM_KILLS", "5"))  # at random points of writing, and of reading
 SEED = int(os.environ.get("VECTORCLM_SEED", "0"))  # chooses the cell of each slow kind that `make test` runs
+CLIENTS = os.environ.get("VECTORCLM_CLIENTS") == "all"  # other programs that use a model, each installed for its test
 
 # The files that take minutes, the longest first: they wait more than they compute, so others fill their time.
 LONGEST = (

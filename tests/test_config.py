@@ -25,29 +25,29 @@ FINGERPRINTS = {
         "evaluate_base": "6bdf0140c1ddcf04",
         "finetune": "a73047fe3aaa075a",
         "evaluate": "d8a5481504ae357e",
-        "export": "236c698fcb42194b",
+        "export": "ea3e3183e3571fa7",
     },
     "small": {
         "sample": "f1234b691d43ff5d",
         "tokenizer": "0d9dfa91d3608b76",
         "shards": "35e744003a89d720",
-        "chat_shards": "a1c87fbd56dff6de",
+        "chat_shards": "5a78c6760c3dbd33",
         "pretrain": "71e260d52d0f1a35",
         "evaluate_base": "b66e1693a36a0fd9",
-        "finetune": "6a9341d4e301400e",
-        "evaluate": "49eb86e19c390a5e",
-        "export": "d86d2c646412a704",
+        "finetune": "eb260bd108ac8505",
+        "evaluate": "5440d12f7f9b61c3",
+        "export": "115dab246e2a829c",
     },
     "base": {
         "sample": "2c07f622bb35ff74",
         "tokenizer": "d9c12b41cc023f1b",
         "shards": "b80436c9af1feb7a",
-        "chat_shards": "0b9943c6ba31ced7",
+        "chat_shards": "100123298314d762",
         "pretrain": "d3549ccd3ec429ab",
         "evaluate_base": "84d21f508935887b",
-        "finetune": "564bbfe36c43b438",
-        "evaluate": "b85efcf104d50666",
-        "export": "cbbc20b40ddb21f7",
+        "finetune": "26fbf79cd62c8889",
+        "evaluate": "23a91602679aaee3",
+        "export": "1fe01cad2b125398",
     },
 }
 
@@ -94,11 +94,43 @@ def test_an_unknown_key_in_a_list_is_named_with_its_place(tmp_path: Path) -> Non
             "greater than",
         ),
         ({"pretrain": {"phases": [{"tokens": 9000, "weights": {"stories": 4e-4, "lessons": 1}}]}}, "less than 1/1024"),
+        ({"finetune": {"epochs": 0.0001}}, r"finetune\.epochs \(0\.0001\) .* set finetune\.epochs to 0\.004 at least"),
+        ({"finetune": {"batch_size": 9000}}, r"finetune\.batch_size \(9000\): lower it to 5400"),
+        ({"model": {"hidden_size": 130}}, r"hidden_size \(130\) must be a multiple of num_attention_heads \(4\)"),
+        ({"model": {"rms_norm_eps": 1e300}}, r"model\.rms_norm_eps: .*less than or equal to 1"),
+        ({"model": {"initializer_range": 2.0}}, r"model\.initializer_range: .*less than or equal to 1"),
+        ({"name": "a" * 300}, "name: .*at most 64 characters"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load_experiment(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": "a" * 300}, "label: .*at most 64 characters"),
+        ({"label": "manifest.json"}, r"label: an artifact has a file of this name"),
+        ({"label": "prompts.jsonl"}, r"label: an artifact has a file of this name"),
+        ({"weight": 1e308}, "weight: .*less than or equal to"),
+        ({"weight": 1e-6}, "first has less than 1/1024 of the weight of all sources"),
+    ],
+)
+def test_labels_and_weights_that_end_in_a_failure_later_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source = {"label": "first", "path": "world", "name": "stories", "weight": 1.0}
+    sources = [source | changes, source | {"label": "second", "name": "lessons"}]
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(write(tmp_path, sample={"sources": sources}, pretrain={"phases": [{"tokens": 9000}]}))
+
+
+def test_a_huge_experiment_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "huge.toml"
+    path.write_bytes(b"#" * (16 * 2**20 + 1))
+    with pytest.raises(ConfigError, match=r"huge\.toml has 16,777,217 bytes.*name files by a pattern"):
+        load_experiment(str(path))
 
 
 def test_every_generated_source_needs_the_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from vectorclm.model import CausalLM
 from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.shards.chat_writer import write_chat_shards
 from vectorclm.shards.config import ChatConfig, ChatSource
-from vectorclm.shards.conversations import Fitted, Turn, find_fault, fit, read_conversation, render
+from vectorclm.shards.conversations import Fitted, Turn, fit, read_conversation, render
 from vectorclm.shards.summary import summary_lines
 from vectorclm.shards.writer import read_windows
 from vectorclm.tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
@@ -198,7 +198,7 @@ PIECES = (
         "12",
         "<|pad|>",
     ),
-    *("<|im_end|>", "<|im_start|>assistant\n", "<|begin_of_text|>", "{{ messages }}", "assistant\n", "\u0000", "\r\n"),
+    *("<|im_end|>", "<|im_start|>assistant\n", "<|begin_of_text|>", "{{ messages }}", "assistant\n", "\u0001", "\r\n"),
 )
 
 
@@ -307,44 +307,6 @@ def test_a_split_with_nothing_supervised_is_refused(tokenizer: Tokenizer, tmp_pa
     few = config().model_copy(update={"validation_share": 1e-9})
     with pytest.raises(DataError, match=r"chat validation: no supervised token; .*raise chat\.validation_share"):
         write_chat_shards(few, {"chat": rows}, tokenizer, 1, tmp_path)
-
-
-def talk(*roles: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(roles)]
-
-
-GOOD = [talk("user", "assistant"), talk("system", "user", "assistant")]
-MALFORMED = [
-    (talk("assistant", "user"), "role_order", "turn 0, the assistant's, stands first: 'assistant 0'"),
-    (talk("user", "user", "assistant"), "role_order", "turn 1, the user's, stands after the user's: 'user 1'"),
-    (talk("user", "assistant", "assistant"), "role_order", "turn 2, the assistant's, stands after the assistant's"),
-    (talk("user", "system", "assistant"), "role_order", "turn 1, the system's, stands after the user's"),
-    (talk("system", "system", "user"), "role_order", "turn 1, the system's, stands after the system's"),
-    (talk("system", "assistant"), "role_order", "turn 1, the assistant's, stands after the system's"),
-    ([*talk("user"), {"role": "assistant", "content": " \n"}], "empty_turn", "turn 1, the assistant's, is empty"),
-]
-
-
-@pytest.mark.parametrize(("row", "reason", "what"), MALFORMED)
-def test_roles_out_of_order_and_empty_turns_are_refused_with_their_place(
-    row: list[dict[str, str]], reason: str, what: str, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match="chat, row 2 as drawn, column messages: ") as error:
-        write_chat_shards(config(), {"chat": [*GOOD, row]}, tokenizer, 1, tmp_path)
-    assert what in str(error.value) and "set chat.malformed to drop" in str(error.value)
-    assert find_fault(read_conversation(row, ""))[0] == reason  # type: ignore[index]
-    assert not list(tmp_path.iterdir())
-
-
-def test_malformed_conversations_are_left_out_and_counted_where_that_is_asked_for(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    rows = [[*talk("user"), {"role": "assistant", "content": str(i)}] for i in range(50)]
-    asked, every = config(malformed="drop"), {"chat": [*(row for row, *_ in MALFORMED), *rows]}
-    counts = write_chat_shards(asked, every, tokenizer, 1, tmp_path)["sources"]["chat"]
-    assert counts["dropped"] == {"role_order": 6, "empty_turn": 1} and counts["read"] == 57
-    with pytest.raises(DataError, match=r"chat, row 0 as drawn.*role must be one of"):  # no schema that can be read
-        write_chat_shards(asked, {"chat": [talk("user", "tool")]}, tokenizer, 1, tmp_path)
 
 
 def test_a_source_without_the_column_is_refused_by_its_name(tmp_path: Path) -> None:

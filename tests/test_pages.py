@@ -43,6 +43,8 @@ README = PAGES["README.md"]
 SOURCES = [*ROOT.glob("vectorclm/**/*.py"), *ROOT.glob("flows/**/*.py"), *ROOT.glob("docker/*")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FOREIGN = (
+    "pip ",
+    "uv ",
     "docker ",
     "apt-get ",
     "ssh ",
@@ -186,6 +188,7 @@ def test_every_option_of_a_page_exists(page: str) -> None:
     foreign = r"`(?:build )?--(?:profile|build-arg)[^`]*`|`docker compose[^`]*`|`--user[^`]*`|`curl [^`]*`"
     text = re.sub(foreign, "", text)
     known = {"--limit"}  # of a worker of Prefect
+    known |= {"--format", "--file", "--command", "--no-owner", "--dbname"}  # of Postgres, run by test_backup
     matrix = parsed(tests.kill_matrix.main, ["x"])
     assert isinstance(matrix, Parsed)
     known |= options(cli.app) | options(core.app) | set(matrix.parser._option_string_actions)
@@ -209,6 +212,17 @@ def test_every_file_of_a_page_exists(page: str) -> None:
         "docker/platform.env"
     ] * (paths.count("docker/platform.env"))
     assert (ROOT / "docker" / "platform.env.example").is_file()
+
+
+def test_every_picture_is_in_a_page_and_is_small() -> None:
+    """`make pictures` takes those of the platform and of the terminal anew."""
+    shown = {
+        (ROOT / page).parent.joinpath(name).resolve()
+        for page, text in PAGES.items()
+        for name in re.findall(r"(?:\]\(|src=\")([^)\s\"]+\.(?:png|svg))", text)
+    }
+    pictures = {*(ROOT / "infra" / "pictures").iterdir()}
+    assert pictures == shown and max(file.stat().st_size for file in pictures) < 300_000
 
 
 @pytest.mark.parametrize("package", ["vectorclm", "flows"])

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 from coolname import generate_slug
 
-from flows.run_names import command_line_tags, differences, is_generated, of_the_command_line, run_name, run_tags
+from flows.run_names import (
+    command_line_tags,
+    differences,
+    evaluation_name,
+    is_generated,
+    of_the_command_line,
+    run_name,
+    run_tags,
+)
 
 USUAL = {"experiment": "tiny", "changes": {"seed": 1, "sample": {"bytes": 5}, "finetune": {"epochs": 1.2}}}
 NOON = datetime(2026, 11, 3, 12, 5)
@@ -35,6 +43,15 @@ def test_a_name_says_the_experiment_its_changes_and_the_time() -> None:
     assert named(again_from="export", dry_run=True) == "tiny rebuilt from export dry run, 03 Nov 12:05 (abcd)"
     assert named(stage="finetune", again=True) == "finetune of tiny rebuilt, 03 Nov 12:05 (abcd)"
     assert named(experiment={"name": "own"}).startswith("own, ")
+
+
+def test_an_evaluation_is_told_apart_by_its_model_its_suite_and_the_time() -> None:
+    given = {"model": "models:/vectorclm-chat@candidate", "suite": "small"}
+    assert evaluation_name(given, NOON, "abcdef") == "vectorclm-chat@candidate on small, 03 Nov 12:05 (abcd)"
+    given["model"] = f"s3://bucket/store/finetune/{'0123456789abcdef' * 4}"
+    assert evaluation_name(given, NOON, "abcdef") == "finetune/0123456789ab on small, 03 Nov 12:05 (abcd)"
+    given["model"] = "/home/me/models/mine"
+    assert evaluation_name(given, NOON, "abcdef") == "models/mine on small, 03 Nov 12:05 (abcd)"
 
 
 def test_a_field_that_is_left_out_or_empty_is_no_difference() -> None:

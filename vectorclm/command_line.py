@@ -1,12 +1,15 @@
 """Command-line base on cyclopts: shared options, parsing, exit codes, and errors in one line.
 
 Exit codes: 0 success; 1 a check found a difference; 2 an error with a message; 75 SIGTERM ended a training after a
-checkpoint; 130 Ctrl-C; 143 SIGTERM.
+checkpoint; 130 Ctrl-C; 141 the reader of the output ended; 143 SIGTERM.
 """
 
 import inspect
 import json
 import os
+import select
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +21,10 @@ import pydantic
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vectorclm.errors import ConfigError, VectorCLMError, disk_error
 
@@ -35,6 +40,8 @@ Setting = Annotated[
 ]
 LOCAL_STORE = "./store"
 FILE_WIDTH = 240  # columns of output that is not a terminal
+MANY_ROWS = 200
+GAP = "   "  # between two columns
 
 
 @Parameter(name="*")
@@ -68,7 +75,39 @@ def table(*headings: str) -> Table:
 def print_table(found: Table) -> None:
     """Print a table to standard output; in a file or a pipe no line is wrapped."""
     console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
-    console.print(found, highlight=False)
+    if found.row_count < MANY_ROWS or not _print_rows(found, console):
+        console.print(found, highlight=False)
+
+
+def _print_rows(found: Table, console: Console) -> bool:
+    """Print a table of many rows faster than rich; False, and nothing printed, where a line must be wrapped."""
+    columns = [[_plain(cell) for cell in (column.header, *column.cells)] for column in found.columns]
+    widths = [max(cell_len(cell) for cell in column) for column in columns]
+    if sum(widths) + len(GAP) * len(widths) > console.width:
+        return False
+    right = [column.justify == "right" for column in found.columns]
+    for number, row in enumerate(zip(*columns, strict=True)):
+        padded = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = zip(row, padded, right, strict=True)
+        line = GAP.join(space + cell if at_end else cell + space for cell, space, at_end in cells).rstrip()
+        if number:
+            print(line)
+        else:
+            console.print(f"\n{line}\n{'─' * (sum(widths) + len(GAP) * (len(widths) - 1))}", style="dim", markup=False)
+    print()
+    return True
+
+
+def _plain(cell: object) -> str:
+    """The text of a cell without its markup."""
+    return Text.from_markup(cell).plain if isinstance(cell, str) and "[" in cell else str(cell)
+
+
+def shell_line(program: str, *arguments: str) -> str:
+    """A command line for a shell; with the program's folder if it is not on the PATH."""
+    beside = Path(sys.executable).with_name(program)
+    where = program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
+    return shlex.join([where, *arguments])
 
 
 def new_app(name: str, about: str) -> App:
@@ -141,10 +180,25 @@ def explain(error: VectorCLMError, *, relay: bool = False) -> None:
         print(f"error: {error}", file=sys.stderr)
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the standard output any more; what is left to write is then dropped."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not watch.poll(0):  # an error is always reported
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def run(command: Callable[[], Any], *, relay: bool = False) -> int:
     """Run a parsed command and return its exit code. With `relay`, errors go to the parent process as JSON lines."""
     try:
         code = command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has ended, such as `head`; another pipe is an error
+        if not _reader_is_gone():
+            raise
+        return 141  # as of a program that SIGPIPE ends
     except VectorCLMError as error:
         explain(error, relay=relay)
         return 2

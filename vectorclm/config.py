@@ -14,11 +14,12 @@ from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.config import EvaluateConfig, Questions
 from vectorclm.model_config import ModelConfig
-from vectorclm.settings import Settings, validate
-from vectorclm.shards.config import ChatConfig, ChatSource, ShardsConfig
+from vectorclm.settings import NAME, NAME_LENGTH, Settings, validate
+from vectorclm.shards.config import MIX_BLOCK, ChatConfig, ChatSource, ShardsConfig
 from vectorclm.tokenizer import TokenizerConfig
-from vectorclm.train_config import FinetuneConfig, PretrainConfig
+from vectorclm.train_config import FinetuneConfig, PretrainConfig, TrainingWork, too_small_to_mix
 
+LARGEST_FILE = 16 * 2**20  # bytes
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
@@ -26,7 +27,7 @@ class ExperimentConfig(Settings):
     """The settings of all stages, in the order of the data flow."""
 
     name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the experiment in runs, reports and cards"
+        pattern=NAME, max_length=NAME_LENGTH, description="Name of the experiment in runs, reports and cards"
     )
     seed: int = Field(ge=0, lt=2**32, description="The seed of every random choice")
     world: WorldConfig | None = None
@@ -53,6 +54,17 @@ class ExperimentConfig(Settings):
         """The share of pretraining text in fine-tuning."""
         return self.finetune.replay if self.finetune is not None else 0.0
 
+    def held_out_tokens(self, sampled: float) -> float:
+        """The held-out tokens of a sample of so many tokens: at least a window of each source."""
+        least = self.shards.sequence_length * len(self.sample.sources)
+        return max(float(least), sampled * self.sample.validation_share)
+
+    def pretraining_work(self, sampled: float) -> TrainingWork:
+        """What pretraining computes with a sample of so many tokens."""
+        length = self.shards.sequence_length
+        windows, held_out = self.pretrain.tokens // length, self.held_out_tokens(sampled)
+        return self.pretrain.work(windows, length, held_out, len(self.sample.sources))
+
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
         if self.model.vocab_size != self.tokenizer.vocab_size:
@@ -78,6 +90,9 @@ class ExperimentConfig(Settings):
                 f"pretrain.phases have {self.pretrain.tokens} tokens, less than one step: batch_size "
                 f"({self.pretrain.batch_size}) windows of {self.shards.sequence_length}"
             )
+        if self.chat is not None and self.finetune is not None:  # a conversation fits into one window
+            count = sum(source.conversations for source in self.chat.sources)
+            self.finetune.check_step(count, f"at most {count:,} windows of conversations")
         self._check_mixes({source.label for source in self.sample.sources})
         benchmarks = benchmark_sources(self.sample, self.evaluate.tasks)  # their labels must differ
         everything = [*self.sample.sources, *benchmarks, *self.chat_sources, *self.evaluate.tasks]
@@ -91,6 +106,13 @@ class ExperimentConfig(Settings):
             if unknown := sorted(set(phase.weights) - labels):
                 raise ValueError(
                     f"phase {number} weighs {', '.join(unknown)}, but the sources are {', '.join(sorted(labels))}"
+                )
+        if any(not phase.weights for phase in self.pretrain.phases):
+            mix = {source.label: source.weight for source in self.sample.sources}
+            if too_small := too_small_to_mix(mix):
+                raise ValueError(
+                    f"{', '.join(too_small)} has less than 1/{MIX_BLOCK} of the weight of all sources: raise it "
+                    "in sample.sources, or give each phase weights of its own"
                 )
         if self.replay and self.chat is not None:
             if self.shards.sequence_length != self.chat.sequence_length:
@@ -151,8 +173,13 @@ def _anchored(experiment: ExperimentConfig, folder: Path) -> ExperimentConfig:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Parse a TOML or JSON file. Raises ConfigError with the place of a syntax error."""
+    """Parse a TOML or JSON file. Raises ConfigError with the place of a syntax error, or where it is too large."""
     try:
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise ConfigError(
+                f"{path} has {size:,} bytes, and a file of settings at most {LARGEST_FILE:,}: name files by a pattern "
+                "such as texts/*.jsonl"
+            )
         text = path.read_text(encoding="utf-8-sig")
         values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -222,7 +249,7 @@ SUITES = EXPERIMENTS / "suites"
 class Suite(Questions):
     """An evaluation suite: benchmarks and other questions for any model."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the suite in results and curves")
+    name: str = Field(pattern=NAME, max_length=NAME_LENGTH, description="Name of the suite in results and curves")
     seed: int = Field(1, ge=0, lt=2**32, description="Seed of the choice of items")
     experiment: ExperimentConfig | None = Field(
         None, description="An experiment whose held-out text and conversations are scored, too"

@@ -58,8 +58,9 @@ def reference() -> str:
         "## Keys of a suite\n\nA suite also has the keys of `[evaluate]`, all of them optional, and "
         "`[[tasks]]` with the keys of `[[evaluate.tasks]]`.\n",
         *_tables(own),
-        "## Keys of the machine\n\nThese keys stand in the file of `--runtime`; `vectorclm run` takes each as an "
-        "option, too. None enters a fingerprint.\n",
+        "## Keys of the machine\n\nThese keys stand in the file of `--runtime`, such as `machine.toml` with the lines "
+        '`device = "cuda"` and `micro_batch_size = 8`; `vectorclm run` takes each as an option, too. None enters a '
+        "fingerprint.\n",
         *_tables(machine),
     ]
     return "\n".join(parts)

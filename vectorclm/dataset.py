@@ -4,6 +4,7 @@ The only state to save is the step. Ranks and loader workers take their share of
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,11 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vectorclm.errors import DataError
 from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.runtime.group import Group
-from vectorclm.shards.order import BlockGroup, TrainingOrder
-from vectorclm.shards.reader import ShardReader
+from vectorclm.shards.order import BlockGroup, MixturePhase, TrainingOrder
+from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.shards.writer import Windows
+from vectorclm.store.artifact import Artifact, Store, default_store
+from vectorclm.store.model_ref import expand_prefix
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 
@@ -191,6 +195,32 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
                 reader.gather(windows[rows], into, rows)
                 if into.supervised is not None and not reader.has_mask:
                     into.supervised[rows] = TEXT
+
+
+@contextmanager
+def stream_shards(
+    address: str, batch_size: int, *, windows: int = 0, weights: Mapping[str, float] | None = None, seed: int = 0
+) -> Iterator[StreamingLanguageModelDataset]:
+    """Open the training windows of a stage for the duration of a `with` block, as a stream of batches.
+
+    `address` is `shards/DIGITS` or `chat_shards/DIGITS`, with the first digits of a fingerprint, in the default store;
+    or `STORE/shards/DIGITS`. The stream has `windows` windows (default: as many as there are), mixed by `weights` of
+    the sources (default: by their sizes). Raises VectorCLMError where there are no such shards, or a file is damaged.
+    """
+    artifact = _find_shards(address)
+    with open_shards(artifact, "train") as readers:
+        sizes = {label: len(reader) for label, reader in readers.items()}
+        phase = MixturePhase(windows or sum(sizes.values()), weights or sizes)
+        order = TrainingOrder([phase], sizes, seed, windows_per_block=next(iter(readers.values())).block_windows)
+        yield StreamingLanguageModelDataset(readers, order, batch_size)
+
+
+def _find_shards(address: str) -> Artifact:
+    root, stage, fingerprint = ("", *expand_prefix(address).rsplit("/", 2))[-3:]
+    artifact = Store(root or default_store()).find(stage, fingerprint)
+    if artifact is None:
+        raise DataError(f"there are no shards at {address}: `vectorclm store ls` lists what there is")
+    return artifact
 
 
 class BlockOrder(Protocol):

@@ -10,6 +10,7 @@ VectorCLMError
 ├── InUseError       another live process is building the same artifact
 ├── OutOfMemoryError the tensors do not fit: lower micro_batch_size, a retry at the same size cannot help
 ├── PreemptedError   SIGTERM ended a training after a checkpoint: run the same command again
+├── RankLostError    another rank of a training ended, cannot be reached or hangs: run the same command again
 ├── ReproducibilityError   a rebuilt artifact differs: compare versions and machines, a retry cannot help
 └── DivergedError    the loss is not finite: change the settings, a retry cannot help
 """
@@ -64,6 +65,10 @@ class OutOfMemoryError(VectorCLMError):
 
 class PreemptedError(VectorCLMError):
     """SIGTERM ended a training; the same command resumes from the checkpoint."""
+
+
+class RankLostError(VectorCLMError):
+    """Another rank of a training, or its node, is lost; the same command resumes from the newest checkpoint."""
 
 
 class ReproducibilityError(VectorCLMError):

@@ -13,7 +13,7 @@ from vectorclm.shards.order import MixturePhase, TrainingOrder
 from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.store.artifact import Artifact
 from vectorclm.train import TrainingRun, own_share, train
-from vectorclm.train_config import FinetuneConfig
+from vectorclm.train_config import FinetuneConfig, check_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -33,27 +33,25 @@ def finetune(
     conversations are read. Raises ConfigError where the conversations do not fill one step.
     """
     with ExitStack() as stack:
+        node = stack.enter_context(run.node_blocks(chat_shards, config))
 
         def open_split(split: str) -> dict[str, ShardReader]:
             artifacts = [chat_shards, *(texts[:1] if texts is not None else [])]
-            parts = [open_shards(artifact, split, cache=run.runtime.block_cache) for artifact in artifacts]
+            shared, cache = node if split == "train" else None, run.runtime.block_cache
+            parts = [open_shards(artifact, split, cache=cache, node=shared) for artifact in artifacts]
             return {label: reader for part in parts for label, reader in stack.enter_context(part).items()}
 
         training, validation = open_split("train"), open_split("validation")
         replayed = replay_weights(config.replay, texts[1]) if texts is not None else {}
         chats = {label: len(reader) for label, reader in training.items() if reader.has_mask}
         windows, share = sum(chats.values()), 1 - config.replay
+        check_conversations(config, windows)
         weights = {**{label: share * size / windows for label, size in chats.items()}, **replayed}
         sizes = {label: len(training[label]) for label in weights}
         phase = MixturePhase(round(config.epochs * windows / share), weights)
         per_block = next(iter(training.values())).block_windows
         order = TrainingOrder([phase], sizes, run.seed, windows_per_block=per_block)
         dataset = own_share(training, order, config, run.group)
-        if dataset.steps == 0:
-            raise ConfigError(
-                f"{windows} windows of conversations do not fill one step of {config.batch_size} windows: "
-                "lower finetune.batch_size or raise finetune.epochs"
-            )
         model = CausalLM.from_pretrained(base)
         summary = train(model, config, dataset, validation, token_lengths, run)
         if len(sizes) > 1:

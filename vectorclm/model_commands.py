@@ -98,6 +98,10 @@ class ServeOptions:
         tuple[str, ...],
         Parameter(show_default=False, help="Origin of web pages that may use the API, or *; may be repeated"),
     ] = ()
+    parallel: Annotated[
+        int | None,
+        Parameter(help="Answers that are generated at once [default: 16, or as many as fit in 1 GiB of cache]"),
+    ] = None
 
 
 @models.command(help_epilogue="Example: vectorclm evaluate MODEL --suite standard --data DIR --items 1000")
@@ -213,7 +217,8 @@ def chat(
     from vectorclm.inference.chat import Conversation, open_chat_model, talk
 
     chat_model = open_chat_model(address, runtime)
-    talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop)
+    title = model or Path(address).name[:12]
+    talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop, title)
 
 
 @models.command(help_epilogue="Example: VECTORCLM_API_KEY=… vectorclm serve MODEL --port 8000")
@@ -224,32 +229,42 @@ def serve(
     options: ServeOptions = ServeOptions(),
 ) -> None:
     """Serve a model over OpenAI's API, with a chat page."""
+    from vectorclm.inference.serve import ServerAddress
     from vectorclm.inference.serve import serve as start_server
 
     address = resolve_model(model, options.store)
     name = options.name or (model if model and not is_place(model) else None)
-    start_server(address, load_runtime(options.runtime), options.host, options.port, name, options.cors)
+    if options.parallel is not None and options.parallel < 1:
+        raise ConfigError(f"--parallel must be 1 or more, not {options.parallel}")
+    place = ServerAddress(options.host, options.port, options.cors)
+    start_server(address, load_runtime(options.runtime), place, name, options.parallel)
+
+
+def _text_scores(address: str, text: str) -> dict[str, float]:
+    """Bits per byte of a text; a model folder and a GGUF file of the same model have the same figure."""
+    if address.endswith(".gguf"):
+        from vectorclm.export.llama_cpp import LlamaCpp
+
+        return LlamaCpp(Path(address)).text_scores(text)
+    from vectorclm.evaluation.bits_per_byte import comparable_length, text_scores
+    from vectorclm.inference.load import open_model
+
+    folder, device = find_model(address).local(), Runtime().configure_torch()
+    model, tokenizer = open_model(folder, address)
+    length = comparable_length(model.config.max_position_embeddings)
+    return text_scores(model.to(device), tokenizer, text, device, length, shown=True)
 
 
 def score_text(address: str, file: Path, *, as_json: bool) -> None:
     """Print the bits per byte of a model on a text; llama.cpp scores a GGUF file."""
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8: byte {error.start} cannot be read; convert the file first") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    if address.endswith(".gguf"):
-        from vectorclm.export.llama_cpp import LlamaCpp
-
-        scores = LlamaCpp(Path(address)).text_scores(text)
-    else:
-        from vectorclm.evaluation.bits_per_byte import text_scores
-        from vectorclm.inference.load import open_model
-
-        folder, device = find_model(address).local(), Runtime().configure_torch()
-        model, tokenizer = open_model(folder, address)
-        scores = text_scores(model.to(device), tokenizer, text, device)
+    with progress.bars():
+        scores = _text_scores(address, text)
     if as_json:
         print(json.dumps(scores))
     else:
@@ -303,7 +318,11 @@ def _about(scores: Mapping[str, Any], name: str) -> str:
     task = scores["tasks"].get(name.removeprefix("acc."))
     if task is None:
         return ""
-    normed = f", acc_norm {task['acc_norm']:.4f} ± {task['stderr_norm']:.4f}" if "acc_norm" in task else ""
+    normed = ""
+    if "acc_norm" in task:
+        from vectorclm.evaluation.statistics import share_error
+
+        normed = f", acc_norm {task['acc_norm']:.4f} ± {share_error(task['acc_norm'], task['items']):.4f}"
     repeated = f", {task['contaminated']:,} repeated in training" if "contaminated" in task else ""
     return f"{normed}, chance {task['chance']:.3f}, {task['items']:,} items{repeated}"
 

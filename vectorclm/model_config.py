@@ -18,18 +18,20 @@ class ModelConfig(Settings):
     vocab_size: int = Field(ge=300, description="Rows of the embedding; must equal tokenizer.vocab_size")
     hidden_size: int = Field(gt=0, description="Width of the residual stream")
     intermediate_size: int = Field(gt=0, description="Width of SwiGLU")
-    num_hidden_layers: int = Field(gt=0, description="Decoder layers")
-    num_attention_heads: int = Field(gt=0, description="Query heads; a multiple of num_key_value_heads")
+    num_hidden_layers: int = Field(gt=0, le=512, description="Decoder layers; llama.cpp knows 512")
+    num_attention_heads: int = Field(
+        gt=0, description="Query heads; a multiple of num_key_value_heads, and a divisor of hidden_size"
+    )
     num_key_value_heads: int = Field(gt=0, description="Key/value heads; each is shared by a group of query heads")
     head_dim: int = Field(gt=0, description="Width of a head; even")
     max_position_embeddings: int = Field(gt=0, le=2**20, description="The longest sequence, in tokens")
-    rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies")
-    rms_norm_eps: float = Field(1e-5, gt=0, description="Added to the mean square in RMSNorm")
-    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of the initial weights")
-    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on attention weights")
-    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the output of attention and MLP")
+    rope_theta: float = Field(default=10_000.0, ge=1, le=1e12, description="Base of the rotary frequencies")
+    rms_norm_eps: float = Field(default=1e-5, ge=1e-30, le=1, description="Added to the mean square in RMSNorm")
+    initializer_range: float = Field(default=0.02, gt=0, le=1, description="Standard deviation of the initial weights")
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on attention weights")
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the output of attention and MLP")
     attention: AttentionConfig = Field(
-        AttentionConfig(),
+        default=AttentionConfig(),
         exclude_if=lambda value: value == AttentionConfig(),
         description="The keys that a token attends to",
     )
@@ -40,6 +42,11 @@ class ModelConfig(Settings):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}): transformers opens no other model"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings rotate pairs of dimensions")

@@ -33,7 +33,8 @@ def pretrain(
     """
     cache = run.runtime.block_cache
     with (
-        open_shards(shards, "train", cache=cache) as training,
+        run.node_blocks(shards, config) as node,
+        open_shards(shards, "train", cache=cache, node=node) as training,
         open_shards(shards, "validation", cache=cache) as validation,
     ):
         sizes = {label: len(reader) for label, reader in training.items()}

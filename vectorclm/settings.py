@@ -13,6 +13,8 @@ from pydantic_core import CoreSchema
 from vectorclm.errors import ConfigError
 
 SUGGESTIONS = 3  # that a message names
+NAME, NAME_LENGTH = r"^[a-z0-9][a-z0-9_.-]*$", 64  # of experiments, suites and sources: parts of file names and metrics
+LARGEST_WEIGHT = 1e15  # weights are relative; a sum of larger ones may leave the range of a number
 
 
 class Settings(BaseModel):

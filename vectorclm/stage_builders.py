@@ -105,8 +105,8 @@ def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw, render and pack the conversations of all chat sources."""
-    from vectorclm.corpus.source_reader import draw, open_source
-    from vectorclm.shards.chat_writer import write_chat_shards
+    from vectorclm.corpus.source_reader import draw, find_row, open_source
+    from vectorclm.shards.chat_writer import MalformedRowError, write_chat_shards
 
     config, rows = job.experiment.chat, {}
     assert config is not None  # else the experiment lacks this stage
@@ -115,7 +115,11 @@ def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
         shuffled = opened.shuffle(seed=job.seed, buffer_size=config.shuffle_buffer)
         rows[source.label] = _column(draw(source, shuffled), source.column)
     encoder = load_tokenizer(job.inputs["tokenizer"].local())
-    return write_chat_shards(config, rows, encoder, job.seed, out, job.benchmarks())
+    try:
+        return write_chat_shards(config, rows, encoder, job.seed, out, job.benchmarks())
+    except MalformedRowError as error:  # drawn in a shuffled order, in which nobody finds the row
+        place = find_row(error.source, job.data, error.source.column, error.row)
+        raise (error.at(place) if place is not None else error) from error
 
 
 def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:

@@ -1,6 +1,8 @@
 """Commands that build one stage of an experiment, alone or under torchrun."""
 
+import json
 import logging
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -81,11 +83,13 @@ def build_stage(stage: str, experiment: str, options: StageOptions) -> None:
 
     A training that SIGTERM ends prints a message, and ends all ranks with exit code PREEMPTED.
     """
-    with joined() as group:
+    with joined(options.relay) as group:
         if group.world_size > 1 and stage not in TRAININGS:
             raise ConfigError(f"{stage} runs in one process: start it without torchrun")
         runtime = load_runtime(options.place.runtime)
         runtime.check(group)
+        group.limit_hangs(runtime.hang_seconds)
+        _check_shared(Store(options.place.store), group)
         try:
             if group.rank:
                 follow_stage(stage, Store(options.place.store), runtime, group)
@@ -93,9 +97,30 @@ def build_stage(stage: str, experiment: str, options: StageOptions) -> None:
                 _lead_stage(stage, experiment, options, runtime, group)
         except PreemptedError as error:
             record(error)
-            if group.rank == 0:
+            if group.local_rank == 0:  # each node's launcher reads it
                 explain(error, relay=options.relay)
             end_together(group, PREEMPTED)
+
+
+def _check_shared(store: Store, group: Group) -> None:
+    """Have all nodes read what the first rank writes into the store.
+
+    Raises ConfigError, naming the host, where a node has another store.
+    """
+    if group.world_size == group.local_world_size:
+        return
+    key = store.write_probe() if group.rank == 0 else ""
+    shared, first, place = json.loads(group.share(json.dumps([key, socket.gethostname(), store.uri])))
+    try:
+        if store.read(shared) is None:
+            raise ConfigError(
+                f"{socket.gethostname()} does not see in its store {store.uri} what {first} writes in {place}: "
+                "give all nodes the same --store, in a folder that they share or at s3://…"
+            )
+        group.total(0)  # all have read it
+    finally:
+        if group.rank == 0:
+            store.delete(key)
 
 
 def _lead_stage(stage: str, named: str, options: StageOptions, runtime: Runtime, group: Group) -> None:

@@ -41,7 +41,7 @@ from vectorclm.stage_builders import (
 from vectorclm.store.artifact import Artifact, StageSpec, Store, build, rebuild
 from vectorclm.store.layout import EXPORT, STAGES, StageName
 from vectorclm.store.uploads import EarlyUpload
-from vectorclm.train_config import FinetuneConfig
+from vectorclm.train_config import FinetuneConfig, check_conversations
 
 
 def _no_sources(experiment: ExperimentConfig) -> Sequence[Source]:
@@ -78,6 +78,8 @@ class Stage:
     figures: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _no_figures  # the main figures of a summary
     optional_inputs: Callable[[ExperimentConfig], tuple[StageName, ...]] = lambda experiment: ()
     of_chat: bool = False  # whether an experiment without conversations lacks the stage
+    # Raises ConfigError where later stages cannot use the artifact with this summary.
+    check: Callable[[ExperimentConfig, Mapping[str, Any]], None] = lambda experiment, summary: None
 
     def is_in(self, experiment: ExperimentConfig) -> bool:
         """Whether the experiment has this stage."""
@@ -127,6 +129,15 @@ def _finetune(experiment: ExperimentConfig) -> FinetuneConfig:
     return experiment.finetune
 
 
+def _fills_a_step(experiment: ExperimentConfig, summary: Mapping[str, Any]) -> None:
+    check_conversations(_finetune(experiment), summary["train"]["windows"])
+
+
+def _drops(experiment: ExperimentConfig) -> dict[str, int]:
+    """The version of the rule that drops malformed conversations, for experiments that drop some."""
+    return {"dropping": 2} if _chat(experiment).malformed == "drop" else {}
+
+
 def _benchmarks(experiment: ExperimentConfig) -> list[dict[str, Any]]:
     return [identity(source) for source in benchmark_sources(experiment.sample, experiment.evaluate.tasks)]
 
@@ -168,7 +179,11 @@ TABLE = (
         result="chat shards",
         about="render and pack the conversations",
         inputs=("tokenizer",),
-        settings=lambda e: {**_with_identities(_chat(e), "sources"), "decontaminate_with": _benchmarks(e)},
+        settings=lambda e: {
+            **_with_identities(_chat(e), "sources"),
+            "decontaminate_with": _benchmarks(e),
+            **_drops(e),
+        },
         build=build_chat_shards,
         version=5,
         of_chat=True,
@@ -176,6 +191,7 @@ TABLE = (
         sources=lambda e: e.chat_sources,
         summary_lines=conversation_summary_lines,
         figures=chat_shard_figures,
+        check=_fills_a_step,
     ),
     Stage(
         "pretrain",
@@ -232,7 +248,7 @@ TABLE = (
         inputs=("pretrain", "evaluate_base", "finetune", "evaluate"),
         settings=lambda e: {"name": e.name},
         build=build_export,
-        version=2,
+        version=3,
     ),
 )
 BY_NAME: dict[str, Stage] = {stage.name: stage for stage in TABLE}
@@ -272,11 +288,13 @@ def run_stage(
     """Build the artifact of one stage, or find it in the store; return it and whether it was there already.
 
     `data` is a local mirror to read sources from. The first rank of `group` runs this function, the others run
-    `follow_stage`. Raises ConfigError for an unknown stage, and DataError where an input is not in the store yet.
+    `follow_stage`. Raises ConfigError for an unknown stage, or where a later stage cannot use the artifact, and
+    DataError where an input is not in the store yet.
     """
     spec = _spec_of(name, experiment)
     found = store.find_whole(spec)
     if found is not None:
+        BY_NAME[name].check(experiment, found.summary)
         return found, True
     from vectorclm.shards.blocks import ShardDescriber
 
@@ -286,6 +304,7 @@ def run_stage(
     produce = partial(BY_NAME[name].build, job)
     artifact, reused = build(store, spec, produce, runtime.work_dir, ShardDescriber(), job.upload)
     job.clear_kept()
+    BY_NAME[name].check(experiment, artifact.summary)
     return artifact, reused
 
 

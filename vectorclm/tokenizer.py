@@ -29,6 +29,27 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# The same text for transformers, whose `generation` marks the tokens that carry loss: TRL trains on these alone. A
+# content may come in parts. What the model does not know is refused; otherwise it would be left out without a word.
+TRANSFORMERS_TEMPLATE = """{%- macro text(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for part in content -%}
+{%- if part.type != 'text' -%}{{ raise_exception('only text is supported, not ' + part.type) }}{%- endif -%}
+{{ part.text }}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if tools -%}{{ raise_exception('this model calls no tools') }}{%- endif -%}
+{{ bos_token }}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{ text(message.content) + '<|im_end|>' }}{%- endgeneration -%}
+{%- else -%}{{ text(message.content) + '<|im_end|>' }}{%- endif -%}
+{{ '\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+
 
 LONG_TEXT = 500_000  # characters; encoding them takes some tenths of a second
 

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,10 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.group import ALONE, Group, PeerLostError
 from vectorclm.runtime.preemption import FINISH, ignore_sigterm, preemption
 from vectorclm.runtime.progress import Progress
+from vectorclm.shards.node_blocks import NodeBlocks, node_blocks
 from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
+from vectorclm.store.artifact import Artifact
 from vectorclm.train_config import GenerationSamplesConfig, TrainConfig
 from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot
 from vectorclm.training.metrics import Metrics
@@ -49,6 +52,11 @@ class TrainingRun:
     runtime: Runtime
     group: Group = ALONE
     respond: Callable[[CausalLM, str, int], str] | None = None  # answers a prompt in at most so many tokens
+
+    def node_blocks(self, shards: Artifact, config: TrainConfig) -> AbstractContextManager[NodeBlocks | None]:
+        """What the ranks of this node share of the blocks of `shards`, while the block runs."""
+        local, workers = shards.store.is_local, self.runtime.loader_workers
+        return node_blocks(self.group, is_local=local, batch_size=config.batch_size, workers=workers)
 
     def samples(self, model: CausalLM, config: GenerationSamplesConfig) -> list[dict[str, str]]:
         """The likeliest answer to each prompt."""
@@ -217,13 +225,16 @@ def _resume(
     dataset: StreamingLanguageModelDataset,
     run: TrainingRun,
 ) -> Snapshot | None:
-    """Restore the newest checkpoint on all ranks, if there is one; the first rank chooses it."""
+    """Restore the newest checkpoint on all ranks, if there is one; the first rank reads it for all."""
     order = dataset.order.digest(dataset.batch_size)
     saved = run.checkpoints.latest(order) if run.group.rank == 0 else None
-    if (name := run.group.share(run.checkpoints.resumed)) is not None:
-        saved = saved or run.checkpoints.named(name)
+    step = run.group.share(None if saved is None else saved.step)
+    if step is not None:
+        weights = run.group.copies(None if saved is None else saved.model)
+        states = run.group.copies(None if saved is None else saved.optimizers)
+        saved = saved or Snapshot(step, weights, states, "", order)
         restore(saved, model, optimizers)
-        dataset.start_step = saved.step
+        dataset.start_step = step
     return saved
 
 
@@ -237,7 +248,7 @@ def _run_steps(
 ) -> tuple[int, bool]:
     """Train from the dataset's first step to its last; the steps done, and whether SIGTERM stopped the training."""
     group, steps, step_tokens = run.group, dataset.steps, config.batch_size * dataset.window_tokens
-    with Progress(run.stage, steps * step_tokens, "tokens") as progress:
+    with Progress(run.stage, steps * step_tokens, "tokens") as progress, group.steps():
         if dataset.start_step:
             progress.resume(dataset.start_step * step_tokens, f"step {dataset.start_step:,} of {steps:,}")
         for done in range(dataset.start_step, steps):
@@ -258,7 +269,8 @@ def _run_steps(
                 return done, True
             loss, norm = step.update(total)
             if record is not None:
-                note = record.add(done + 1, loss, norm, factor * config.optimizer.learning_rate)
+                with group.steps(expected=False):
+                    note = record.add(done + 1, loss, norm, factor * config.optimizer.learning_rate)
                 progress.at((done + 1) * step_tokens, note)
         _, stopped = group.agree(0, record is not None and not record.complete)
     return steps, stopped
@@ -357,6 +369,7 @@ class TrainStep:
                 loss = loss_of(input_ids, labels, documents) / supervised
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+            self.group.moved()
         return total
 
     def update(self, total: Tensor) -> tuple[Tensor, Tensor]:

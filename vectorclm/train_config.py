@@ -1,17 +1,28 @@
 """Settings of the trainings: the training loop, pretraining with its phases, and instruction fine-tuning."""
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from vectorclm.settings import Settings
+from vectorclm.errors import ConfigError
+from vectorclm.settings import LARGEST_WEIGHT, Settings
 from vectorclm.shards.config import MIX_BLOCK, WhenExhausted
 from vectorclm.training.optimizers import OptimizerConfig
 from vectorclm.training.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
     from vectorclm.shards.order import TrainingOrder
+
+
+class TrainingWork(NamedTuple):
+    """What a training computes, in steps and tokens; every estimate of its time divides these amounts."""
+
+    steps: int
+    tokens: int  # of all steps
+    validation_tokens: float
+    sample_tokens: int  # written one after another, for each prompt
 
 
 class GenerationSamplesConfig(Settings):
@@ -36,12 +47,28 @@ class TrainConfig(Settings):
         None, exclude_if=lambda samples: samples is None, description="Text samples during training; none if left out"
     )
 
+    def work(self, windows: float, length: int, held_out: float, sources: int = 1) -> TrainingWork:
+        """The work of a training over `windows` windows of `length` tokens, with `held_out` tokens of its sources."""
+        steps = int(windows // self.batch_size)
+        validations = -(-steps // self.validation_interval)
+        validation_tokens = validations * min(held_out, sources * self.validation_windows * length)
+        written = 0
+        if (samples := self.samples) is not None:
+            written = (steps // samples.interval + 2) * len(samples.prompts) * samples.max_new_tokens
+        return TrainingWork(steps, steps * self.batch_size * length, validation_tokens, written)
+
+
+def too_small_to_mix(weights: Mapping[str, float]) -> list[str]:
+    """The sources with too little weight for one window in each mix block."""
+    total = sum(weights.values())
+    return [label for label, weight in weights.items() if 0 < weight < total / MIX_BLOCK]
+
 
 class Phase(Settings):
     """A phase of pretraining: a token budget and a data mix."""
 
     tokens: int = Field(gt=0, description="Token budget")
-    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    weights: dict[str, Annotated[float, Field(ge=0, le=LARGEST_WEIGHT)]] = Field(
         default={}, description="Share of each source; the sample's weights if left out"
     )
     when_exhausted: WhenExhausted = Field(
@@ -51,10 +78,9 @@ class Phase(Settings):
 
     @model_validator(mode="after")
     def _weights_count(self) -> Self:
-        total = sum(self.weights.values())
-        if self.weights and not total:
+        if self.weights and not sum(self.weights.values()):
             raise ValueError("every weight of a phase is 0: at least one must be greater")
-        if too_small := [label for label, weight in self.weights.items() if 0 < weight < total / MIX_BLOCK]:
+        if too_small := too_small_to_mix(self.weights):
             small = ", ".join(too_small)
             raise ValueError(f"{small} has less than 1/{MIX_BLOCK} of the phase: raise its weight, or set it to 0")
         return self
@@ -103,3 +129,31 @@ class FinetuneConfig(TrainConfig):
         exclude_if=lambda share: share == 0,
         description="Share of pretraining text among the windows, against forgetting",
     )
+
+    def check_step(self, windows: int, where: str) -> None:
+        """Raise ValueError where the passes over so many windows of conversations do not fill one step.
+
+        `where` says what the windows are; the message names the setting and the value that work.
+        """
+        share = 1 - self.replay
+        if round(self.epochs * windows / share) >= self.batch_size:
+            return
+        needed = math.ceil(self.batch_size * share / windows * 1000) / 1000
+        if windows / share >= self.batch_size:
+            raise ValueError(
+                f"finetune.epochs ({self.epochs:g}) of {where} is less than one step of finetune.batch_size "
+                f"({self.batch_size}): set finetune.epochs to {needed:g} at least"
+            )
+        largest = max(1, round(self.epochs * windows / share))
+        raise ValueError(
+            f"{where} do not fill one step of finetune.batch_size ({self.batch_size}): lower it to {largest}, draw "
+            f"more conversations, or set finetune.epochs to {needed:g} at least"
+        )
+
+
+def check_conversations(config: FinetuneConfig, windows: int) -> None:
+    """Raise ConfigError where so many windows of conversations do not fill one step."""
+    try:
+        config.check_step(windows, f"{windows:,} windows of conversations")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

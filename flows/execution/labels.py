@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -13,11 +14,12 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
-from flows.run_names import is_generated, run_name, run_tags
+from flows.run_names import evaluation_name, is_generated, run_name, run_tags
 from vectorclm.runtime.processes import has_ended, machine, process_identity
 
 PROCESS = "vectorclm.process"  # the label with the identity of a run's process, as JSON
-TAGGED = "experiment: "  # the tag of a run that was named already
+TAGGED = ("experiment: ", "suite: ")  # the tag of a run that was named already
+EVALUATES = {"model", "suite"}  # the parameters of an evaluation, among others
 
 
 def name_of_this_run() -> str:
@@ -35,8 +37,11 @@ def label(client: SyncPrefectClient, run: FlowRun) -> str:
     if run.deployment_id is not None:
         with suppress(ObjectNotFound):
             usual = client.read_deployment(run.deployment_id).parameters
-    when = (run.created or datetime.now(UTC)).astimezone()
-    name = run_name(usual, run.parameters, when, run.id) if is_generated(run.name) else run.name
+    due = run.expected_start_time if run.auto_scheduled else run.created
+    when, name = (due or datetime.now(UTC)).astimezone(), run.name
+    if is_generated(name):
+        made = evaluation_name if run.parameters.keys() >= EVALUATES else partial(run_name, usual)
+        name = made(run.parameters, when, run.id)
     tags = run_tags(usual, run.parameters, run.tags, scheduled=run.auto_scheduled)
     client.update_flow_run(run.id, name=name, tags=tags)
     return name

@@ -28,7 +28,7 @@ from flows.handle import StageFailedError as StageFailedError
 from flows.handle import StageInterruptedError as StageInterruptedError
 from flows.net import SAFE_PATH, neutral
 from vectorclm import errors
-from vectorclm.errors import PreemptedError, VectorCLMError
+from vectorclm.errors import PreemptedError, RankLostError, VectorCLMError
 from vectorclm.runtime.progress import parse_tick, say
 
 TURN_SECONDS = 1  # between two checks whether the devices are free
@@ -150,7 +150,7 @@ class Launcher:
             return
         if self.closed.is_set():
             raise StageCancelledError("ended with the curriculum")
-        if isinstance(reported, PreemptedError):
+        if isinstance(reported, PreemptedError | RankLostError):
             raise StageInterruptedError(str(reported)) from reported
         if reported is not None:
             raise reported

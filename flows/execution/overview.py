@@ -15,6 +15,8 @@ from uuid import UUID
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.runtime import flow_run
 
 from flows.handle import duration
 from vectorclm.runtime.progress import Tick
@@ -65,8 +67,7 @@ class Overview(logging.Handler):
     def __enter__(self) -> Self:
         text = self.as_markdown()
         with suppress(Exception):  # a lost server stops no run
-            about = "What runs, and what came of it; renewed every few seconds"
-            self._artifact = cast(UUID, create_markdown_artifact(text, key=KEY, description=about))
+            self._artifact = show(KEY, text, "What runs, and what came of it; renewed every few seconds")
         TICKS.addHandler(self)
         self._thread.start()
         return self
@@ -114,8 +115,8 @@ class Overview(logging.Handler):
 
     def as_markdown(self) -> str:
         """The overview as Markdown: links, stages, and either the results or the losses and samples so far."""
-        done = sum(row.state in (BUILT, REUSED) for row in self.rows.values())
-        lines = [f"## {self.title}: {100 * done // max(1, len(self.rows))} %", ""]
+        done = sum(_share(row) for row in self.rows.values())
+        lines = [f"## {self.title}: {int(100 * done / max(1, len(self.rows)))} %", ""]
         if self.links:
             lines += [" · ".join(f"[{title}]({url})" for title, url in self.links.items()), ""]
         lines += ["| | stage | state | progress | time |", "|---|---|---|---:|---|"]
@@ -128,15 +129,35 @@ class Overview(logging.Handler):
         return "\n".join(lines)
 
 
+def show(key: str, text: str, about: str) -> UUID:
+    """Create a Markdown artifact of the present run, or renew the one of an attempt before; returns its id."""
+    if flow_run.id is not None:
+        mine = {"key": {"any_": [key]}, "flow_run_id": {"any_": [flow_run.id]}}
+        with get_client(sync_client=True) as client:
+            for found in client.read_artifacts(artifact_filter=ArtifactFilter.model_validate(mine)):
+                client.update_artifact(found.id, ArtifactUpdate(data=text, description=about))
+                return found.id
+    return cast(UUID, create_markdown_artifact(text, key=key, description=about))
+
+
 def _stage_line(name: str, row: _Row) -> str:
     share, left = "", row.note
     if row.state in (BUILT, REUSED):
         share = "100 %"
         left = row.note or (duration(row.seconds) if row.state == BUILT else "")
     elif (tick := row.tick) is not None and row.state != WAITING:
-        share = f"{min(100.0, 100 * tick.done / max(1, tick.total)):.0f} %"
+        share = f"{100 * _share(row):.0f} %"
         left = row.note or _time_left(tick, row.first)
     return f"| {MARKS[row.state]} | {name}: {BY_NAME[name].about} | {row.state} | {share} | {left} |"
+
+
+def _share(row: _Row) -> float:
+    """How much of a stage is done, from 0 to 1."""
+    if row.state in (BUILT, REUSED):
+        return 1.0
+    if row.tick is None or row.state == WAITING:
+        return 0.0
+    return min(1.0, row.tick.done / max(1, row.tick.total))
 
 
 def _time_left(tick: Tick, first: tuple[float, int] | None) -> str:

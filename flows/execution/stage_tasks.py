@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import prefect.runtime
 from prefect import Task, get_run_logger
-from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
@@ -35,7 +34,7 @@ from flows.execution.launch import (
     StageInterruptedError,
     under_torchrun,
 )
-from flows.execution.overview import BUILT, FAILED, REUSED, Overview
+from flows.execution.overview import BUILT, FAILED, REUSED, Overview, show
 from flows.execution.placement import run_in_pool
 from flows.execution.progress import live, show_waiting
 from flows.execution.watch import is_cancelled
@@ -44,7 +43,7 @@ from flows.net import without_password
 from flows.paths import local_folder
 from flows.reports.report import report
 from flows.reports.summary import Summary
-from flows.tracking.client import REGISTERED, run_page
+from flows.tracking.client import REGISTERED, TRAINING_VIEW, page_url, run_page
 from flows.tracking.tracker import Tracker
 from vectorclm.config import ExperimentConfig
 from vectorclm.errors import CorruptArtifactError, InUseError, StoreError, VectorCLMError, disk_error
@@ -55,6 +54,7 @@ from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import BY_NAME, last_model, plans, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Artifact, Store, rebuilt_because
 from vectorclm.store.layout import EXPORT
+from vectorclm.store.removal import protected
 
 CURRICULUM = "curriculum"  # the name of its flow
 RETRY_DELAY = 5  # seconds
@@ -83,17 +83,19 @@ class Stages:
         for name, spec in self.plans.items():
             if self.again & set(spec.inputs):
                 self.again.add(name)
-        self.launcher = Launcher(local_folder(self.store) / "locks", prefect.runtime.flow_run.name or experiment.name)
+        name = prefect.runtime.flow_run.name or experiment.name
+        self.launcher = Launcher(local_folder(self.store) / "locks", name)
         self._futures: dict[str, PrefectFuture[Any]] = {}
         context = FlowRunContext.get()
         flow_run = context.flow_run if context is not None else None
         own = str(flow_run.id) if flow_run is not None else None
-        self.tracker = Tracker(self.store, experiment, self.plans, own, prefect.runtime.flow_run.root_flow_run_id)
+        root = prefect.runtime.flow_run.root_flow_run_id
+        self.tracker = Tracker(self.store, experiment, self.plans, own, root, None if name == experiment.name else name)
         self.tracker.common["device"] = runtime.device_type()
         if own is not None and (page := prefect.runtime.flow_run.ui_url):
             self.tracker.common["prefect.flow_run_url"] = str(page)
         self.served = prefect.runtime.deployment.id is not None  # by a platform, whose server shows reports
-        self.overview = Overview(experiment.name, list(self.plans))
+        self.overview = Overview(name, list(self.plans))
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -103,6 +105,7 @@ class Stages:
             self.folder = stack.enter_context(temporary_folder())
             (self.folder / "experiment.json").write_text(self.experiment.model_dump_json(), encoding="utf-8")
             (self.folder / "runtime.json").write_text(self.runtime.model_dump_json(), encoding="utf-8")
+            stack.enter_context(protected(self.store, list(self.plans.values())))
             stack.enter_context(self.overview)
             stack.enter_context(self.tracker)
             stack.enter_context(self.launcher)  # entered last: children end before their MLflow run is closed
@@ -150,7 +153,7 @@ class Stages:
         Raises StageFailedError naming the first stage that failed, after the stages beside it have ended.
         """
         if (page := self.tracker.page(LINK_SECONDS)) is not None:
-            create_link_artifact(page, link_text="this run in MLflow", key="mlflow", description="Curves and lineage")
+            show("mlflow", f"[this run in MLflow]({page})", "Curves and lineage")
             self.overview.links["run in MLflow"] = page
         wait(list(self._futures.values()))
         handles: dict[str, Handle] = {}
@@ -180,7 +183,7 @@ class Stages:
             key = f"reports/{handles[EXPORT]['fingerprint']}.html"
             self.store.write(key, page.encode())
             place = self.tracker.report(page) or self.store.uri_of(key)
-            create_link_artifact(place, link_text="the report", key="page", description="Curves, scores, samples, data")
+            show("page", f"[the report]({place})", "Curves, scores, samples, data")
             self._link(f"/{key}")
         except Exception as error:
             logger.warning("no report: %s: %s", type(error).__name__, error)
@@ -190,12 +193,11 @@ class Stages:
         links = self.overview.links
         if self.served and (ui := PREFECT_UI_URL.value()):
             links["report"] = without_password(ui).rstrip("/") + report
-        if (mlflow := without_password(self.tracker.uri)).startswith("http"):
-            view = "workflowType=machine_learning"
-            links["chat model"] = f"{mlflow.rstrip('/')}/#/models/{REGISTERED['finetune']}?{view}"
-            links["base model"] = f"{mlflow.rstrip('/')}/#/models/{REGISTERED['pretrain']}?{view}"
+        if (mlflow := self.tracker.uri).startswith("http"):
+            links["chat model"] = page_url(mlflow, f"#/models/{REGISTERED['finetune']}{TRAINING_VIEW}")
+            links["base model"] = page_url(mlflow, f"#/models/{REGISTERED['pretrain']}{TRAINING_VIEW}")
             if (run_id := self.tracker.run_ids.get("shards")) is not None:
-                links["data"] = f"{mlflow.rstrip('/')}/{run_page(self.tracker.experiment_id, run_id)}"
+                links["data"] = page_url(mlflow, run_page(self.tracker.experiment_id, run_id))
 
     def _run(self, name: str) -> State[Handle]:
         """Build or reuse a stage, and show it; an error that a retry cannot help ends the task in one line."""
@@ -214,6 +216,7 @@ class Stages:
         began = time.monotonic()
         found = self._found(name)
         if found is not None and name not in self.again:
+            BY_NAME[name].check(self.experiment, found.summary)
             self.tracker.reused(name, found)
             logger.info("%s reused", name)
             self.overview.ends(name, REUSED)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -17,27 +18,32 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, Scheduled
 
-from flows.execution.labels import TAGGED, is_dead, label
+from flows.execution.labels import EVALUATES, TAGGED, is_dead, label
 from flows.experiments import known_files
-from flows.handle import CURRICULA, RESCUED
+from flows.handle import CURRICULA, QUEUED, RESCUED
 from flows.paths import local_folder
 from flows.platform.config import POOLS
+from flows.platform.deployment_file import PAGE
 from flows.platform.incidents import Incidents
 from flows.platform.missed_runs import ACTIVE, MISSED_AFTER, report_missed, skip_older
 from flows.platform.mlflow_runs import close_runs
-from flows.run_names import is_generated
+from flows.platform.resend import Resender
+from flows.platform.retention import Retention
 from vectorclm.store.artifact import Store
 
 LOOK_SECONDS = 2.0
 DEAD_LOOKS = 2  # a run is dead if this many looks find no process: its worker, if there is one, reports it first
+CLOSE_AFTER = timedelta(seconds=10)  # from the end of a cancelled run: its processes close it themselves until then
 RESCUE_SECONDS = 35  # after which a crashed run starts again, where no automation has started it
 ASLEEP = timedelta(seconds=60)  # between two looks: the machine was suspended, and workers need time as after a start
 RECENT = timedelta(hours=6)  # older crashes are left alone
 FILL_SECONDS = 300  # at most, for the forms of all experiments
-QUEUED = "Queued"  # the state of a run that waits for another
+PLACES = 10  # of the queue, each of which is said; with further ones, each end of a run would renew every other run
 
 Look = Callable[[], None]
 
@@ -51,24 +57,37 @@ class Attendant:
         self.client = client
         self._missed: dict[UUID, int] = {}  # looks that found no process of a run
         self._crashed: set[UUID] = set()  # states whose run was closed in MLflow
+        self._active: set[UUID] = set()  # runs of the look before
+        self._left: dict[UUID, datetime] = {}  # runs that are active no more, since when
         self._awake_since = self._last_look = datetime.now(UTC)
 
     def look(self) -> None:
         """Look once at all unfinished and recently crashed runs."""
         runs = skip_older(self.client, self._runs())
         for run in runs:
-            if not any(tag.startswith(TAGGED) for tag in run.tags) and "experiment" in run.parameters:
+            known = "experiment" in run.parameters or run.parameters.keys() >= EVALUATES
+            if known and not any(tag.startswith(TAGGED) for tag in run.tags):
                 label(self.client, run)
-            elif {"model", "suite"} <= run.parameters.keys() and is_generated(run.name):
-                name = "{model} on {suite}".format(**run.parameters)  # as its flow names it when it begins
-                self.client.update_flow_run(run.id, name=name)
         self._queue([run for run in runs if run.work_queue_name == CURRICULA])
         for run in runs:
             if run.state is not None and run.state.is_crashed():
                 self._attend(run, run.state)
             elif run.state is not None and run.state.type in ACTIVE and run.state.type != StateType.PENDING:
                 self._check(run)
+        self._close_cancelled({run.id for run in runs if run.state is not None and run.state.type in ACTIVE})
         self._report_missed(runs)
+
+    def _close_cancelled(self, active: set[UUID]) -> None:
+        """Close cancelled runs in MLflow, whose processes may have been killed before they could."""
+        now = datetime.now(UTC)
+        self._left |= dict.fromkeys(self._active - active, now)
+        self._active = active
+        for run_id in [run_id for run_id, since in self._left.items() if now - since >= CLOSE_AFTER]:
+            del self._left[run_id]
+            with suppress(ObjectNotFound):  # removed meanwhile
+                state = self.client.read_flow_run(run_id).state
+                if state is not None and state.is_cancelled():
+                    close_runs(str(run_id))
 
     def _report_missed(self, runs: list[FlowRun]) -> None:
         """Report scheduled runs that no worker takes; workers first get time after a start and after a suspension."""
@@ -82,22 +101,23 @@ class Attendant:
     def _runs(self) -> list[FlowRun]:
         """Runs of the pools that are due or run, and those that crashed lately, by the time at which they were due."""
         now = datetime.now(UTC)
-        types = [StateType.SCHEDULED, *ACTIVE, StateType.CRASHED]
-        wanted = {
-            "state": {"type": {"any_": types}},
-            "expected_start_time": {"before_": now + timedelta(seconds=LOOK_SECONDS)},
-        }
-        found = self.client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate(wanted),
-            work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": list(POOLS)}}),
-            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-        )
-        recent = [
-            run
-            for run in found
-            if run.state is not None and (not run.state.is_crashed() or now - run.state.timestamp < RECENT)
-        ]
-        return sorted(recent, key=lambda run: run.next_scheduled_start_time or run.expected_start_time or now)
+        due = {"before_": now + timedelta(seconds=LOOK_SECONDS)}
+        found = self._read(state={"type": {"any_": [StateType.SCHEDULED, *ACTIVE]}}, expected_start_time=due)
+        found += self._read(state={"type": {"any_": [StateType.CRASHED]}}, end_time={"after_": now - RECENT})
+        return sorted(found, key=_due)
+
+    def _read(self, **wanted: Any) -> list[FlowRun]:
+        """All runs of the pools that fulfil these conditions; the server returns PAGE of them at once."""
+        found: list[FlowRun] = []
+        pools = WorkPoolFilter.model_validate({"name": {"any_": list(POOLS)}})
+        asked, order = FlowRunFilter.model_validate(wanted), FlowRunSort.EXPECTED_START_TIME_ASC
+        while True:
+            page = self.client.read_flow_runs(
+                flow_run_filter=asked, work_pool_filter=pools, sort=order, limit=PAGE, offset=len(found)
+            )
+            found += page
+            if len(page) < PAGE:
+                return list({run.id: run for run in found}.values())  # a run may be on two pages if one has gone
 
     def _queue(self, runs: list[FlowRun]) -> None:
         """Say of each run that waits in the queue of curricula for whom it waits, and at which place."""
@@ -107,12 +127,13 @@ class Attendant:
             return
         for place, run in enumerate(waiting, 1):
             message = f"waits for {active[0].name} to end; place {place} in the queue"
+            if place > PLACES:
+                message = f"waits until the runs before it have ended; place {PLACES + 1} or later in the queue"
             assert run.state is not None
             if run.state.name != QUEUED or run.state.message != message:
-                due = run.next_scheduled_start_time or run.expected_start_time
-                state: State[Any] = Scheduled(name=QUEUED, scheduled_time=due, message=message)
-                self.client.set_flow_run_state(run.id, state)
-                self._log(run, message)
+                state: State[Any] = Scheduled(name=QUEUED, scheduled_time=_due(run), message=message)
+                if self.client.set_flow_run_state(run.id, state).status == SetStateStatus.ACCEPT:  # not taken meanwhile
+                    self._log(run, message)
 
     def _check(self, run: FlowRun) -> None:
         """Mark a run as crashed whose process on this machine has ended without a word, as after a reboot.
@@ -143,6 +164,12 @@ class Attendant:
     def _log(self, run: FlowRun, message: str) -> None:
         line = {"name": "vectorclm", "level": logging.WARNING, "message": message}
         self.client.create_logs([{**line, "timestamp": datetime.now(UTC).isoformat(), "flow_run_id": str(run.id)}])
+
+
+def _due(run: FlowRun) -> datetime:
+    """The time that decides a run's place in the queue: one that crashed and starts again keeps its place."""
+    first = run.expected_start_time or datetime.now(UTC)
+    return first if run.state_name == RESCUED else run.next_scheduled_start_time or first
 
 
 class ExperimentForms:
@@ -177,12 +204,14 @@ def _stamps() -> Mapping[str, tuple[str, int, int]]:
 def attend(url: str, auth: str | None, store: Store) -> threading.Event:
     """Attend the runs of the server at `url`, whatever goes wrong meanwhile, until the event is set.
 
-    Disks and folders have a thread each beside that of the runs, as a file system that is away may block a look.
+    Disks, folders and records have a thread each beside that of the runs, as a file system that is away, or an MLflow
+    that does not answer, may block a look.
     """
     ended = threading.Event()
 
     def runs(client: SyncPrefectClient) -> Sequence[Look]:
-        return Attendant(client).look, Incidents(client, store, local_folder(store)).look_at_runs
+        incidents = Incidents(client, store, local_folder(store))
+        return Attendant(client).look, incidents.look_at_runs, Resender(client).look
 
     def disks(client: SyncPrefectClient) -> Sequence[Look]:
         return (Incidents(client, store, local_folder(store)).look_at_disks,)
@@ -196,7 +225,10 @@ def attend(url: str, auth: str | None, store: Store) -> threading.Event:
                 pass  # the server is starting
             _repeat(looks(client), ended)
 
-    for looks in (runs, disks, forms):
+    def records(client: SyncPrefectClient) -> Sequence[Look]:
+        return (Retention(local_folder(store)).look,)
+
+    for looks in (runs, disks, forms, records):
         threading.Thread(target=work, args=[looks], daemon=True, name=f"attendant of {looks.__name__}").start()
     return ended
 

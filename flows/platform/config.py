@@ -21,6 +21,9 @@ from flows.net import HEARTBEAT_SECONDS, QUIET, answers, past_proxies
 from flows.paths import local_folder
 from flows.platform import password
 from flows.platform.process import HOST, PREFECT, Service
+from flows.platform.public_address import host_of
+from flows.platform.retention import KEEP
+from flows.tracking.client import MLFLOW_PAGE
 from flows.tracking.database import artifacts_destination
 from vectorclm.errors import ConfigError
 from vectorclm.inference.guard import ALLOWED, allowed_hosts
@@ -35,6 +38,7 @@ NO_STORE = (
 )
 CONNECT_SECONDS = 10
 SCHEDULE_SECONDS = 10  # between two checks for new schedules
+PROBED_SECONDS = 2  # between two rounds of the loops whose effect `doctor` waits for
 TOGETHER = (
     ("mlflow_admin_password", "mlflow_secret_key"),
     ("s3_access_key", "s3_secret_key"),
@@ -68,8 +72,15 @@ class PlatformConfig(Settings):
     vectorclm_experiments: str | None = Field(
         None, description="A folder of experiment files (TOML or JSON), each offered with a form of its own"
     )
+    vectorclm_keep_records: int | None = Field(
+        None, ge=1, description="Days for which runs and events in Prefect and traces in MLflow are kept"
+    )
     prefect_port: int = Field(4200, ge=1, le=65_535)
     mlflow_port: int = Field(5000, ge=1, le=65_535)
+    vectorclm_url: str | None = Field(
+        None, description="Prefect's address in a browser, if not that of this machine: https://prefect.example.org"
+    )
+    vectorclm_mlflow_url: str | None = Field(None, description="MLflow's address in a browser, alike")
     vectorclm_allowed_hosts: str = Field(
         "", description="Host names of Prefect and MLflow beside localhost, as behind a proxy; separated by commas"
     )
@@ -93,7 +104,7 @@ class PlatformConfig(Settings):
         if auth is not None and not password.is_off(auth) and not password.is_complete(auth.get_secret_value()):
             raise ValueError("PREFECT_AUTH must be user:password, or none")
         try:
-            allowed_hosts({ALLOWED: self.vectorclm_allowed_hosts})
+            allowed_hosts({ALLOWED: self.allowed_hosts})
         except ConfigError as error:
             raise ValueError(str(error)) from error
         url = self.vectorclm_database
@@ -150,6 +161,22 @@ class PlatformConfig(Settings):
         return f"http://{HOST}:{self.prefect_port}"
 
     @property
+    def prefect_page(self) -> str:
+        """The address of Prefect's pages in a browser, for links: VECTORCLM_URL, else that of this machine."""
+        return (self.vectorclm_url or self.prefect_url).rstrip("/")
+
+    @property
+    def mlflow_page(self) -> str:
+        """The address of MLflow's pages in a browser, for links: VECTORCLM_MLFLOW_URL, else that of this machine."""
+        return (self.vectorclm_mlflow_url or self.mlflow_url).rstrip("/")
+
+    @property
+    def allowed_hosts(self) -> str:
+        """The names of the servers beside localhost: those that are set, and those of the public addresses."""
+        public = [host_of(url) for url in (self.vectorclm_url, self.vectorclm_mlflow_url) if url is not None]
+        return ",".join(dict.fromkeys(filter(None, [*self.vectorclm_allowed_hosts.split(","), *public])))
+
+    @property
     def mlflow_url(self) -> str:
         """The URL of MLflow's UI and API."""
         return f"http://{HOST}:{self.mlflow_port}"
@@ -188,10 +215,17 @@ class PlatformConfig(Settings):
             "PREFECT_API_URL": f"{self.prefect_url}/api",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
             "PREFECT_WORKER_QUERY_SECONDS": "5",
+            "PREFECT_UI_URL": self.prefect_page,  # of links in overviews
             "MLFLOW_TRACKING_URI": self.mlflow_url,
             "VECTORCLM_HOME": str(self.home),
             "VECTORCLM_STORE": store if "://" in store else str(Path(store).absolute()),
         }
+        if self.vectorclm_keep_records is not None:
+            environment[KEEP] = str(self.vectorclm_keep_records)
+        if self.vectorclm_url is not None:
+            environment["VECTORCLM_URL"] = self.prefect_page
+        if self.vectorclm_mlflow_url is not None:
+            environment[MLFLOW_PAGE] = self.mlflow_page
         if self.vectorclm_experiments is not None:
             environment["VECTORCLM_EXPERIMENTS"] = str(Path(self.vectorclm_experiments).absolute())
         if (auth := self.prefect_password) is not None:
@@ -286,14 +320,20 @@ def _prefect_server(config: PlatformConfig) -> Service:
         **QUIET,
         "PREFECT_HOME": str(config.home / ".prefect"),
         "PREFECT_API_URL": f"{config.prefect_url}/api",
-        ALLOWED: config.vectorclm_allowed_hosts,
+        ALLOWED: config.allowed_hosts,
         # The guard refuses other origins; these two settings also work behind a proxy that hides the origin.
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{config.prefect_url},http://localhost:{config.prefect_port}",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(
+            dict.fromkeys([config.prefect_url, f"http://localhost:{config.prefect_port}", config.prefect_page])
+        ),
+        "PREFECT_UI_URL": config.prefect_page,  # of links in messages
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         # Automations that fell due while the server was away still fire when it is back.
         "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": EVENTS_KEPT,
         # Prefect's default is a minute.
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": str(SCHEDULE_SECONDS),
+        # Prefect's default is 5 seconds, for which `doctor` would wait.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": str(PROBED_SECONDS),
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": str(PROBED_SECONDS),
     }
     if (url := config.database("prefect", "asyncpg")) is not None:
         environment["PREFECT_API_DATABASE_CONNECTION_URL"] = url
@@ -321,7 +361,7 @@ def _mlflow_server(config: PlatformConfig) -> Service:
         "MLFLOW_BACKEND_STORE_URI": config.database("mlflow", "psycopg2") or f"sqlite:///{home / 'mlflow.db'}",
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts_destination(Store(config.vectorclm_store), home),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        ALLOWED: config.vectorclm_allowed_hosts,
+        ALLOWED: config.allowed_hosts,
         **config._s3_environment(),
     }
     if config.mlflow_admin_password is not None and config.mlflow_secret_key is not None:

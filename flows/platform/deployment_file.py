@@ -21,6 +21,7 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 
 from flows.execution.placement import deployment_of
+from flows.form import defaults, described
 from vectorclm.errors import VectorCLMError
 from vectorclm.stages import TABLE
 
@@ -57,8 +58,8 @@ def fields_of(client: SyncPrefectClient, entry: Mapping[str, Any]) -> tuple[UUID
     flow, schema = _flow(entry["entrypoint"])
     return client.create_flow_from_name(flow.name), {
         "version": flow.version,
-        "parameters": entry.get("parameters", {}),
-        "description": flow.description,
+        "parameters": {**defaults(schema), **entry.get("parameters", {})},
+        "description": (flow.description or "").partition("\nArgs:")[0].strip(),
         "work_pool_name": entry["work_pool"]["name"],
         "work_queue_name": entry["work_pool"].get("work_queue_name", "default"),
         "tags": entry["tags"],
@@ -74,7 +75,7 @@ def fields_of(client: SyncPrefectClient, entry: Mapping[str, Any]) -> tuple[UUID
 def _flow(entrypoint: str) -> tuple[Flow[..., Any], dict[str, Any]]:
     """The flow at an entrypoint and the schema of its parameters, which many deployments share."""
     flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
-    return flow, parameter_schema(flow).model_dump(exclude_unset=True)
+    return flow, described(parameter_schema(flow).model_dump(exclude_unset=True))
 
 
 def all_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:

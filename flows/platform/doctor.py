@@ -1,9 +1,9 @@
 """`vectorclm up`, `down` and `doctor`: start the platform, stop it, check every part and repair it if possible."""
 
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from flows.platform import password
 from flows.platform.config import POOLS, PlatformConfig
-from flows.platform.machine_checks import MACHINE, Check, Finding, gpus
+from flows.platform.machine_checks import MACHINE, Check, Finding, gpu_finding, gpus
 from flows.platform.ownership import (
     check_folders,
     check_listeners,
@@ -23,12 +23,13 @@ from flows.platform.ownership import (
     remember,
     running_elsewhere,
 )
+from flows.platform.prefect_server import accepts_writes
 from flows.platform.process import Service, ServiceError
+from flows.platform.relocation import follow
 from flows.tracking.client import EXPERIMENTS_PAGE
 from vectorclm.errors import VectorCLMError
 from vectorclm.store.artifact import Store
 
-OPEN = "none, so every user of this machine can run programs as you; without PREFECT_AUTH=none, `up` creates one"
 HEARTBEAT_SECONDS = 40  # within which a new worker must send a heartbeat
 WRITE_SECONDS = 60  # within which a write must succeed
 RUN_SILENT_SECONDS = 75  # more than two heartbeats of a run
@@ -44,8 +45,11 @@ def up(config: PlatformConfig, console: Console) -> None:
     if config.prefect_auth is None:
         password.ensure(config.home, f"{config.prefect_url}/api")
     point_at(config)  # with the password
-    remember(config)
     servers = config.servers()
+    if not any(service.process() for service in servers):
+        for line in follow(config):
+            console.print(line, highlight=False, soft_wrap=True)
+    remember(config)
     for service in servers:
         if service.start():
             console.print(f"starting {service.name} …", highlight=False)
@@ -91,30 +95,22 @@ def down(config: PlatformConfig, console: Console) -> None:
 
 def _print_links(config: PlatformConfig, console: Console) -> None:
     console.print()
-    form = f"{config.prefect_url}/deployments/deployment/{_deployment_id(config)}/run"
+    form = f"{config.prefect_page}/deployments/deployment/{_deployment_id(config)}/run"
     for name, link in (
         ("run tiny", form),
-        ("Prefect", config.prefect_url),
-        ("MLflow", f"{config.mlflow_url}/{EXPERIMENTS_PAGE}"),
+        ("Prefect", config.prefect_page),
+        ("MLflow", f"{config.mlflow_page}/{EXPERIMENTS_PAGE}"),
         ("store", Store(config.vectorclm_store).uri),
         ("logs", str(config.home / "platform")),
     ):
         console.print(f"{name:>20}  {link}", highlight=False, soft_wrap=True)
-    console.print(f"{'password':>20}  {_password(config, shown=console.is_terminal)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{'password':>20}  {password.about(config.home, config.prefect_auth, shown=console.is_terminal)}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if not gpus():
         console.print(f"{'gpu':>20}  none: this machine's workers run on its CPU", highlight=False)
-
-
-def _password(config: PlatformConfig, *, shown: bool) -> str:
-    """A line about Prefect's password. The one that `up` created is printed only to a terminal (`shown`)."""
-    if config.prefect_password is None:
-        return OPEN
-    if config.prefect_auth is not None:
-        return f"{password.SETTING}; Prefect's page asks once for all of it, as user:password"
-    place = password.place(config.home)
-    if not shown:
-        return f"in {place}, after {password.AUTH}=; Prefect's page asks for it once"
-    return f"{config.prefect_password}  (Prefect's page asks once for all of it; it is kept in {place})"
 
 
 def _provision(config: PlatformConfig, report: Callable[[str], None]) -> str | None:
@@ -168,7 +164,20 @@ def doctor(config: PlatformConfig, console: Console) -> bool:
     If `up` started no platform with these settings, doctor reports this, and creates and starts nothing.
     """
     point_at(config)
-    well = _checked(MACHINE, config, console)
+    with ThreadPoolExecutor(1) as beside:
+        found = beside.submit(gpus)
+
+        def gpu(config: PlatformConfig) -> Iterator[Finding]:
+            yield gpu_finding(found.result())
+
+        well = _checked(MACHINE, config, console)
+        well &= _examine(config, console)
+        return _checked((gpu,), config, console) and well
+
+
+def _examine(config: PlatformConfig, console: Console) -> bool:
+    """Check and repair the platform that `up` started with these settings; False if a problem is left."""
+    well = True
     if reasons := reasons_to_leave_alone(config):
         for reason in reasons:
             _report(Finding(False, reason), console)
@@ -237,13 +246,13 @@ def _servers(config: PlatformConfig) -> Iterator[Finding]:
 def _database(config: PlatformConfig) -> Iterator[Finding]:
     """Check a write through Prefect's API: a locked database stops all writes, and the health check still passes."""
     server = config.servers()[0]
-    if _writes(config):
+    if accepts_writes(config, WRITE_SECONDS):
         yield Finding(True, "Prefect's database accepts writes")
         return
     server.stop()
     server.start()
     server.wait()
-    if _writes(config):
+    if accepts_writes(config, WRITE_SECONDS):
         yield Finding(True, f"Prefect's database took no write in {WRITE_SECONDS} s: {server.name} started again")
     else:
         yield Finding(
@@ -251,23 +260,6 @@ def _database(config: PlatformConfig) -> Iterator[Finding]:
             f"Prefect's database accepts no write within {WRITE_SECONDS} s: another program locks it, or its disk "
             f"is full; read {server.log}",
         )
-
-
-def _writes(config: PlatformConfig) -> bool:
-    """Whether Prefect's server creates and deletes a variable within WRITE_SECONDS."""
-    known = config.prefect_password
-    auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
-    name = f"doctor-{secrets.token_hex(4)}"
-    api = f"{config.prefect_url}/api"
-    try:
-        with httpx.Client(auth=auth, timeout=WRITE_SECONDS, trust_env=False) as client:
-            given = client.get(f"{api}/csrf-token", params={"client": name}).raise_for_status().json()["token"]
-            client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": given})
-            client.post(f"{api}/variables/", json={"name": name, "value": "a write"}).raise_for_status()
-            client.delete(f"{api}/variables/name/{name}").raise_for_status()
-    except httpx.HTTPError:
-        return False
-    return True
 
 
 def _inside_prefect(config: PlatformConfig) -> Iterator[Finding]:
@@ -294,7 +286,7 @@ def _provisioned(config: PlatformConfig) -> Iterator[Finding]:
     changes: list[str] = []
     problem = _provision(config, changes.append)
     yield from (Finding(True, change) for change in changes)
-    yield Finding(True, f"password: {_password(config, shown=False)}")
+    yield Finding(True, f"password: {password.about(config.home, config.prefect_auth, shown=False)}")
     yield Finding(True, "pools, automations and deployments are as they should be")
     with get_client(sync_client=True) as client:
         yield Finding(problem is None, problem or about(client, config))
@@ -309,7 +301,7 @@ def _schedules(config: PlatformConfig) -> Iterator[Finding]:
     with get_client(sync_client=True) as client:
         idle = idle_schedules(client)
     for what, deployment_id in idle:
-        page = f"{config.prefect_url}/deployments/deployment/{deployment_id}"
+        page = f"{config.prefect_page}/deployments/deployment/{deployment_id}"
         yield Finding(True, f"{what}, so they start no run; the switch is on the page of the deployment: {page}")
     if not idle:
         yield Finding(True, "every schedule is on")

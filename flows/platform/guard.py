@@ -16,8 +16,11 @@ from starlette.types import ASGIApp
 
 from flows.platform.mlflow_pages import TrainingPages
 from flows.platform.password import is_complete
+from flows.platform.password_checks import remember_passwords
+from flows.platform.public_address import UiAddress
 from flows.platform.refusals import Refusals
 from flows.platform.report_pages import ReportPages
+from flows.platform.retention import kept_days, prefect_settings
 from flows.platform.run_origin import RunOrigin
 from flows.platform.schedule_updates import ScheduleUpdates
 from vectorclm.errors import ConfigError
@@ -33,8 +36,11 @@ def prefect_app() -> ASGIApp:
     from prefect.settings import get_current_settings
 
     import flows.platform.notify  # noqa: F401 - registers the mail block, with which automations send
+    from flows.platform.state_rules import use_platform_policy
 
+    use_platform_policy()
     app: ASGIApp = Refusals(ScheduleUpdates(RunOrigin(create_app(final=True))))
+    app = UiAddress(app, os.environ.get("VECTORCLM_URL") or None)
     if store := os.environ.get("VECTORCLM_STORE"):
         auth = get_current_settings().server.api.auth_string
         app = ReportPages(app, Store(store), auth.get_secret_value() if auth is not None else None)
@@ -52,11 +58,16 @@ def mlflow_app_with_users() -> ASGIApp:
     """MLflow's server with users and passwords, behind the guard."""
     from mlflow.server.auth import create_app
 
+    remember_passwords()
     return Guard(TrainingPages(create_app()), allowed_hosts(os.environ))
 
 
 def serve_prefect(arguments: Sequence[str]) -> None:
-    """Serve Prefect's API, UI and services until a signal. Raises ConfigError for an incomplete password."""
+    """Serve Prefect's API, UI and services until a signal.
+
+    Raises ConfigError for an incomplete password, and for a VECTORCLM_KEEP_RECORDS that is not a number of days.
+    """
+    os.environ |= prefect_settings(kept_days(os.environ))  # Prefect reads them when it is imported
     from prefect.settings import get_current_settings
 
     from flows.platform import attendant

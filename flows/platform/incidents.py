@@ -7,7 +7,7 @@ keeps the state that was reported as a label, and a variable of Prefect names th
 import json
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,6 +33,7 @@ RECENT = timedelta(hours=6)  # older ends of runs are not reported, such as thos
 OVERLAP = timedelta(minutes=5)  # between the periods of two looks
 FINAL = timedelta(seconds=60)  # after which a crashed run is not started again: the attendant does it within 35 s
 ROOMY = 1.2  # a full disk has recovered with so many times the least room
+FEW = 5  # runs that are read at once in a search for an earlier one: mostly the first is the one
 SUBJECT = ("experiment", "stage", "model", "suite")  # the parameters that say what a run is about
 ENDED = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)  # a person knows of a run that was cancelled
 
@@ -63,7 +64,16 @@ class Incidents:
         self._seen &= {run.state.id for run in runs if run.state is not None}
         self._since = max(self._since, begun - OVERLAP)
 
-    def _ended(self, **conditions: Any) -> list[FlowRun]:
+    def _ended_before(self, run: FlowRun) -> Iterator[FlowRun]:
+        """The runs of the same deployment that ended before this one, the last one first, read as far as is asked."""
+        conditions = {"deployment_id": {"any_": [run.deployment_id]}, "end_time": {"before_": run.end_time}}
+        offset, page = 0, [run]
+        while page:
+            page = self._ended(limit=FEW, offset=offset, **conditions)
+            yield from page
+            offset += len(page)
+
+    def _ended(self, limit: int | None = None, offset: int = 0, **conditions: Any) -> list[FlowRun]:
         """Runs of deployments that ended, the last one first; runs that are part of another run are left out."""
         wanted = {
             "state": {"type": {"any_": list(ENDED)}},
@@ -71,9 +81,8 @@ class Incidents:
             "deployment_id": {"is_null_": False},
             **conditions,
         }
-        return self.client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate(wanted), sort=FlowRunSort.END_TIME_DESC
-        )
+        asked, order = FlowRunFilter.model_validate(wanted), FlowRunSort.END_TIME_DESC
+        return self.client.read_flow_runs(flow_run_filter=asked, sort=order, limit=limit, offset=offset)
 
     def _report_end(self, run: FlowRun, state: State[Any]) -> None:
         """Report the end of a run as a failure or as a recovery, unless it is neither."""
@@ -89,7 +98,7 @@ class Incidents:
         """This run before its retry, or else the run before it about the same subject, if its failure was reported."""
         if _reported(run)[0] == RUN_FAILED:
             return run
-        for earlier in self._ended(deployment_id={"any_": [run.deployment_id]}, end_time={"before_": run.end_time}):
+        for earlier in self._ended_before(run):
             is_other = earlier.id != run.id and earlier.state_name != DRY_RUN
             if is_other and all(earlier.parameters.get(name) == run.parameters.get(name) for name in SUBJECT):
                 failed = earlier.state_type != StateType.COMPLETED and _reported(earlier)[0] == RUN_FAILED

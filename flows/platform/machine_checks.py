@@ -1,6 +1,9 @@
 """What `vectorclm doctor` checks of this machine: versions of packages, room on its disks, GPUs."""
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from flows.platform.config import PlatformConfig
+from vectorclm.errors import VectorCLMError
 from vectorclm.runtime.devices import has_gpu_driver
 from vectorclm.runtime.temporary import remove_abandoned
 from vectorclm.store.artifact import Store
@@ -18,6 +22,13 @@ from vectorclm.store.artifact import Store
 FREE_GIGABYTES = 5
 FREE_FILES = 10_000  # of a file system that counts them
 VERSIONS = ("prefect", "sqlalchemy", "mlflow", "torch", "fastapi", "datasets", "pyarrow", "s3fs")
+NAMES = (
+    "import json, torch; print(json.dumps([torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]))"
+)
+
+
+class DeviceError(VectorCLMError):
+    """Torch cannot list the GPUs of this machine."""
 
 
 @dataclass(frozen=True)
@@ -136,18 +147,23 @@ def _temporary_folder() -> Path:
     return Path(named) if named and Path(named).is_dir() else Path(tempfile.gettempdir())
 
 
-def _gpu(config: PlatformConfig) -> Iterator[Finding]:
-    found = gpus()
-    yield Finding(True, f"GPUs: {', '.join(found)}" if found else "no GPU: this machine's workers run on its CPU")
+def gpu_finding(found: list[str]) -> Finding:
+    """A line about the GPUs of this machine."""
+    return Finding(True, f"GPUs: {', '.join(found)}" if found else "no GPU: this machine's workers run on its CPU")
 
 
 def gpus() -> list[str]:
-    """The names of the GPUs that torch sees on this machine."""
+    """The names of the GPUs that torch sees on this machine. Raises DeviceError where torch fails to list them.
+
+    A process of its own imports torch and starts CUDA, which takes seconds in which the caller can go on.
+    """
     if not has_gpu_driver():
         return []
-    import torch  # takes seconds
+    done = subprocess.run([sys.executable, "-c", NAMES], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise DeviceError(f"torch cannot list the GPUs ({lines[-1]}): check the driver with nvidia-smi or rocm-smi")
+    return list(json.loads(done.stdout.splitlines()[-1]))
 
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
-
-MACHINE = (_versions, _leftovers, _disks, _gpu)
+MACHINE = (_versions, _leftovers, _disks)

@@ -16,14 +16,13 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from flows.handle import MISSED
+from flows.handle import MISSED, SKIPPED
 from flows.platform.config import POOLS
 from flows.platform.events import emit
 from flows.platform.schedules import has_not_begun, schedule_of
 from vectorclm.errors import VectorCLMError
 
 MISSED_AFTER = timedelta(minutes=2)
-SKIPPED = "Skipped"  # the name of the state of a run whose place a newer run of its schedule takes
 REPORTED = "vectorclm.missed"  # the label of a run that was reported
 STOPPED = (StateType.CANCELLED, StateType.CANCELLING)
 ACTIVE = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)

@@ -1,18 +1,25 @@
-"""MLflow's pages open on its view for training, not on the one for prompts and traces, until a user chooses."""
+"""MLflow's pages open on its view for training, without its assistant and notices, until a user chooses otherwise."""
+
+import json
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-CHOICE = "mlflow.workflowType_v1"  # where MLflow's pages keep the user's choice in the browser
+CHOICES: dict[str, str | bool] = {  # what MLflow's pages keep in the browser
+    "mlflow.workflowType_v1": "machine_learning",  # not prompts and traces
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,  # it covers a quarter of the page; its button opens it
+    "mlflow.telemetry.info.alert.dismissed_v1": True,  # a notice that is wrong here: the server sends no usage data
+    "_mlflow_model_registry_promo_modal_dismissed_v1": True,  # a window in front of the registered models
+}
 SCRIPT = (
-    f'<script>try{{if(!localStorage.getItem("{CHOICE}"))'
-    f'localStorage.setItem("{CHOICE}",\'"machine_learning"\')}}catch(error){{}}</script>'
+    f"<script>try{{for(const [key,value] of Object.entries({json.dumps(CHOICES)}))"
+    "if(localStorage.getItem(key)===null)localStorage.setItem(key,JSON.stringify(value))}catch(error){}</script>"
 ).encode()
 HEAD = b"<head>"
 OF_CONTENT = (b"content-length", b"etag", b"last-modified")  # headers that a changed page makes wrong
 
 
 class TrainingPages:
-    """MLflow's application with a first page that sets the view for training where no view was chosen."""
+    """MLflow's application with a first page that sets CHOICES where the user made none."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -22,7 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.types import SecretDict
 from pydantic import Field, SecretStr
 
-from flows.handle import NOTIFIED
+from flows.handle import NOTIFIED, SENT_AGAIN
 from flows.platform.config import PlatformConfig
 
 NOTIFICATION = "vectorclm: notify the operator"
@@ -30,7 +30,10 @@ OWN = "vectorclm-notify"  # the name of the block that is created for an address
 NOBODY = "none"
 AS_SET = "as set at `vectorclm up`"
 WHAT = "failed runs, missed runs, full disks and fallen scores"
-PAYLOAD = "{{ dict(event.payload, event=event.event) | tojson }}"
+PAYLOAD = (
+    "{{ dict({'event': event.event}, **event.payload) | tojson }}"  # a copy of an event has its name in its payload
+)
+ACTED, FAILED_TO_ACT = "prefect.automation.action.executed", "prefect.automation.action.failed"
 PORTS = {"starttls": 587, "tls": 465, "none": 25}
 MODES = {"starttls": "starttls", "tls": "ssl", "none": "insecure"}  # Apprise's names
 
@@ -126,12 +129,14 @@ def about(client: SyncPrefectClient, config: PlatformConfig) -> str:
 def undelivered(client: SyncPrefectClient) -> str | None:
     """The reason for which the last message was not sent; None where it was sent, or there was none."""
     for automation in client.read_automations_by_name(NOTIFICATION):
-        outcomes = ["prefect.automation.action.executed", "prefect.automation.action.failed"]
-        wanted = {"event": {"name": outcomes}, "resource": {"id": [f"prefect.automation.{automation.id}"]}}
+        wanted = {
+            "event": {"name": [ACTED, FAILED_TO_ACT]},
+            "resource": {"id": [f"prefect.automation.{automation.id}"]},
+        }
         asked = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1})
         for event in asked.json()["events"]:
             found = event["payload"]
-            if event["event"] == outcomes[1]:
+            if event["event"] == FAILED_TO_ACT:
                 return " ".join(f"{found.get('reason', 'failed')} {found.get('notification_log', '')}".split())
             if (status := found.get("status_code", HTTPStatus.OK)) >= HTTPStatus.BAD_REQUEST:
                 return f"the receiver answered {status}"
@@ -198,7 +203,7 @@ def _automation(
             f"nobody is notified: the block {_kind(block)}/{block.name}, which VECTORCLM_NOTIFY names, sends no "
             "messages. Name a webhook, or a notification block such as slack-webhook/NAME or sendgrid-email/NAME"
         )
-    trigger = EventTrigger(posture=Posture.Reactive, expect=set(NOTIFIED), threshold=1, within=timedelta(0))
+    trigger = EventTrigger(posture=Posture.Reactive, expect={*NOTIFIED, SENT_AGAIN}, threshold=1, within=timedelta(0))
     purpose = f"Sends {WHAT}, and what has recovered, to {receiver}."
     reason = undelivered(client)
     problem = f"the last message to {receiver} was not sent ({reason}): check VECTORCLM_NOTIFY" if reason else None

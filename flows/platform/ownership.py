@@ -21,7 +21,14 @@ def remember(config: PlatformConfig) -> None:
     private.create_folder(folder)
     file = folder / ABOUT
     file.touch(mode=0o600)
-    file.write_text(json.dumps(_about(config) | {"variables": credentials.names()}), encoding="utf-8")
+    places = {"home": str(config.home), "prefect_page": config.prefect_page, "mlflow_page": config.mlflow_page}
+    written = _about(config) | places | {"variables": credentials.names()}
+    file.write_text(json.dumps(written), encoding="utf-8")
+
+
+def before(home: Path) -> dict[str, Any]:
+    """The places of a platform when `up` was run last, also where its home was copied from elsewhere since."""
+    return _known(home)
 
 
 def remembered(config: PlatformConfig) -> PlatformConfig:
@@ -87,7 +94,7 @@ def command_for(home: Path) -> str:
 def reasons_to_leave_alone(config: PlatformConfig) -> list[str]:
     """Reasons why a command with these settings must not touch the platform, a line each; empty if it may."""
     services = [*config.servers(), *config.workers()]
-    started = [service for service in services if service.record.exists()]
+    started = [service for service in services if service.was_started()]
     if not started:
         elsewhere = running_elsewhere(config.home)
         if ran_here(config):

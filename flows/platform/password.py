@@ -16,6 +16,7 @@ from vectorclm.errors import ConfigError
 
 URL, AUTH = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"  # Prefect's own names
 SETTING = "PREFECT_AUTH"  # the name of the password for every command of vectorclm
+OPEN = "none, so every user of this machine can run programs as you; without PREFECT_AUTH=none, `up` creates one"
 OFF = "none"  # the value of PREFECT_AUTH for no password
 ABOUT = "# Written by `vectorclm up`. For a `prefect` of your own: set -a; . {}; set +a\n"
 
@@ -56,6 +57,20 @@ def read(home: Path, url: str | None = None) -> str | None:
     if url is not None and values.get(URL) != url:
         return None
     return values.get(AUTH) or None
+
+
+def about(home: Path, setting: SecretStr | None, *, shown: bool) -> str:
+    """A line about the password of the platform of a home. The one that `up` created is printed only if it is `shown`.
+
+    `setting` is PREFECT_AUTH. Raises ConfigError where the file of the password cannot be read.
+    """
+    if setting is not None:
+        return OPEN if is_off(setting) else f"{SETTING}; Prefect's page asks once for all of it, as user:password"
+    if (known := read(home)) is None:
+        return OPEN
+    if not shown:
+        return f"in {place(home)}, after {AUTH}=; Prefect's page asks for it once"
+    return f"{known}  (Prefect's page asks once for all of it; it is kept in {place(home)})"
 
 
 def ensure(home: Path, url: str) -> None:

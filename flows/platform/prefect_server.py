@@ -6,12 +6,14 @@ signal when its parent dies.
 
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +26,7 @@ from flows.platform import password, private
 from flows.platform.config import PlatformConfig
 from flows.platform.ownership import check_listeners
 from flows.platform.process import PREFECT, Service
+from flows.platform.server_logs import why_not_started
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.inference.guard import ALLOWED
 
@@ -87,8 +90,7 @@ class PrivateServer:
         deadline = time.monotonic() + START_SECONDS
         while not answers(f"{self.url}/health"):
             if process.poll() is not None or time.monotonic() > deadline:
-                words = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
-                raise ServerError(f"the private Prefect server did not start; {self.log} ends with:\n{words}")
+                raise ServerError(f"the private Prefect server did not start: {why_not_started(self.log)}")
             time.sleep(0.05)
         self._lock.release()
         psutil.Process(process.pid).nice(YIELDS)
@@ -105,6 +107,22 @@ class PrivateServer:
                 process.wait()
         self._watcher.shutdown()
         self._lock.release()
+
+
+@contextmanager
+def parameters_fit() -> Iterator[None]:
+    """Raise ServerError where the Prefect server refuses a run because its parameters are too large."""
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        yield
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != HTTPStatus.UNPROCESSABLE_ENTITY or "must be less than" not in str(error):
+            raise
+        raise ServerError(
+            "the experiment is larger than the Prefect server at PREFECT_API_URL takes as a parameter: name files by a "
+            "pattern such as texts/*.jsonl, or set PREFECT_SERVER_API_MAX_PARAMETER_SIZE=0 for the server"
+        ) from error
 
 
 def _without_store() -> dict[str, str]:
@@ -155,7 +173,7 @@ def platform_server(config: PlatformConfig, *, is_named: bool) -> Iterator[str]:
         return
     check_listeners(config)
     os.environ |= config.client_environment()
-    yield config.prefect_url
+    yield config.prefect_page
 
 
 def _find_password(home: Path, url: str) -> None:
@@ -191,3 +209,31 @@ def _check_password(url: str) -> None:
                     f"Prefect at {url} requires a password: give the --store of its platform, or set "
                     f"{password.SETTING}=user:password"
                 ) from error
+
+
+def accepts_writes(config: PlatformConfig, seconds: float) -> bool:
+    """Whether the platform's server creates and deletes a variable within so many seconds; SQLite may refuse a try."""
+    deadline = time.monotonic() + seconds
+    while not _write(config, max(1.0, deadline - time.monotonic())):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _write(config: PlatformConfig, seconds: float) -> bool:
+    import httpx  # every command imports this module
+
+    known = config.prefect_password
+    auth = None if known is None else httpx.BasicAuth(*known.partition(":")[::2])
+    name = f"doctor-{secrets.token_hex(4)}"
+    api = f"{config.prefect_url}/api"
+    try:
+        with httpx.Client(auth=auth, timeout=seconds, trust_env=False) as client:
+            given = client.get(f"{api}/csrf-token", params={"client": name}).raise_for_status().json()["token"]
+            client.headers.update({"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": given})
+            client.post(f"{api}/variables/", json={"name": name, "value": "a write"}).raise_for_status()
+            client.delete(f"{api}/variables/name/{name}").raise_for_status()
+    except httpx.HTTPError:
+        return False
+    return True

@@ -6,6 +6,7 @@ The process outlives the command that starts it; its folder keeps its log and a 
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ HOST = "127.0.0.1"
 PREFECT = "prefect-server"  # the name of the service
 START_SECONDS = 180  # a cold start migrates a new database
 STOP_SECONDS = 20
+LOG_BYTES = 10_000_000  # of a service, beside which as much of its past is kept
 
 
 class ServiceError(VectorCLMError):
@@ -76,9 +78,21 @@ class Service:
         return False
 
     def _known(self) -> dict[str, Any]:
+        known = self._read()
+        return {} if self._is_copied(known) else known
+
+    def _read(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
             return dict(json.loads(self.record.read_text(encoding="utf-8")))
         return {}
+
+    def was_started(self) -> bool:
+        """Whether it was started and not stopped since, be it running or dead; a record from another home is none."""
+        return self.record.exists() and not self._is_copied(self._read())
+
+    def _is_copied(self, known: Mapping[str, Any]) -> bool:
+        """Whether a record came with a copy of its home."""
+        return bool(known.get("folder", str(self.folder)) != str(self.folder))
 
     def _settings(self, salt: str) -> str:
         """A digest of command and environment; salted, because passwords are part of it."""
@@ -136,6 +150,7 @@ class Service:
         if self.prepare is not None:
             self.prepare()
         self.log.touch(mode=0o600)
+        limit_log(self.log)
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 self.command,
@@ -148,7 +163,8 @@ class Service:
                 umask=self.umask,
             )
         salt = secrets.token_hex(16)
-        record = {**process_identity(psutil.Process(child.pid)), "salt": salt, "settings": self._settings(salt)}
+        about = {"folder": str(self.folder), "salt": salt, "settings": self._settings(salt)}
+        record = {**process_identity(psutil.Process(child.pid)), **about}
         self.record.touch(mode=0o600)
         self.record.write_text(json.dumps(record), encoding="utf-8")
         return True
@@ -174,6 +190,19 @@ class Service:
         _end(_of_session(known))
         self.record.unlink(missing_ok=True)
         return process is not None
+
+
+def limit_log(log: Path) -> None:
+    """Move the content of a log that has grown beyond LOG_BYTES into a file beside it, in place of an earlier one.
+
+    A process that appends to the log goes on; a line that it writes between the copy and the cut is lost.
+    """
+    with suppress(FileNotFoundError):
+        if log.stat().st_size > LOG_BYTES:
+            before = log.with_name(f"{log.name}.1")
+            before.touch(mode=0o600)
+            shutil.copyfile(log, before)
+            os.truncate(log, 0)
 
 
 def listens(port: int) -> bool:

@@ -21,6 +21,7 @@ from prefect.server.schemas import schedules as server_schedules
 from prefect.states import Cancelled
 from pydantic import ValidationError
 
+from flows.handle import SKIPPED
 from flows.net import PROVISION
 from flows.platform.deployment_file import all_deployments
 from flows.tracking.lookup import named_model
@@ -123,15 +124,13 @@ def known_schedules(client: SyncPrefectClient) -> list[KnownSchedule]:
 
 def overview(client: SyncPrefectClient) -> list[dict[str, Any]]:
     """What each schedule runs, when, whether it is on, and its next and last run."""
-    known = known_schedules(client)
-    ids = [str(one.deployment.id) for one in known]
-    planned = _runs(client, ids, [StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC)
-    coming = _first([run for run in planned if has_not_begun(run)])
     begun = [kind for kind in StateType if kind != StateType.SCHEDULED]
-    last = _first(_runs(client, ids, begun, FlowRunSort.EXPECTED_START_TIME_DESC))
     rows = []
-    for name, schedule, deployment in known:
-        here, before = coming.get(schedule.id), last.get(schedule.id)
+    for known in known_schedules(client):
+        name, schedule, deployment = known
+        here = next(iter(_waiting(client, known)), None)
+        last = _runs(client, known, begun, FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)
+        before = next(iter(last), None)
         is_on = schedule.active and not deployment.paused
         off = "paused with its deployment" if schedule.active else "paused"
         rows.append(
@@ -169,7 +168,7 @@ def switch(client: SyncPrefectClient, name: str, *, active: bool) -> KnownSchedu
     kept = known.schedule.parameters  # which Prefect's server removes where an update names none
     client.update_deployment_schedule(known.deployment.id, known.schedule.id, active=active, parameters=kept)
     if not active:
-        skipped: State[Any] = Cancelled(name="Skipped", message=f"the schedule {known.name} was paused")
+        skipped: State[Any] = Cancelled(name=SKIPPED, message=f"the schedule {known.name} was paused")
         for run in _waiting(client, known):
             client.set_flow_run_state(run.id, skipped)
     _plan(client, known.deployment.id)
@@ -233,26 +232,25 @@ def _plan(client: SyncPrefectClient, deployment_id: UUID) -> None:
 
 
 def _waiting(client: SyncPrefectClient, known: KnownSchedule) -> list[FlowRun]:
-    """The runs of a schedule that have not begun."""
-    runs = _runs(client, [str(known.deployment.id)], [StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC)
-    mine = [run for run in runs if run.created_by is not None and run.created_by.id == known.schedule.id]
-    return [run for run in mine if has_not_begun(run)]
+    """The runs of a schedule that have not begun, the next one first."""
+    runs = _runs(client, known, [StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC)
+    return [run for run in runs if has_not_begun(run)]
 
 
 def _runs(
-    client: SyncPrefectClient, deployment_ids: Sequence[str], states: Sequence[StateType], sort: FlowRunSort
+    client: SyncPrefectClient,
+    known: KnownSchedule,
+    states: Sequence[StateType],
+    sort: FlowRunSort,
+    limit: int | None = None,
 ) -> list[FlowRun]:
-    wanted = {"deployment_id": {"any_": list(deployment_ids)}, "state": {"type": {"any_": list(states)}}}
-    return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted), sort=sort)
-
-
-def _first(runs: Sequence[FlowRun]) -> dict[UUID, FlowRun]:
-    """The first run of each schedule, by the id of the schedule."""
-    found: dict[UUID, FlowRun] = {}
-    for run in runs:
-        if run.created_by is not None and run.created_by.id is not None:
-            found.setdefault(run.created_by.id, run)
-    return found
+    """The runs that a schedule started: its deployment may have any number of others."""
+    wanted = {
+        "deployment_id": {"any_": [known.deployment.id]},
+        "created_by": {"id_": [known.schedule.id]},
+        "state": {"type": {"any_": list(states)}},
+    }
+    return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted), sort=sort, limit=limit)
 
 
 def _title(schedule: DeploymentSchedule, deployment: DeploymentResponse) -> str:

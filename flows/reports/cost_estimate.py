@@ -3,8 +3,8 @@
 If its shards are in a local store, also how often each source is read. No network is used.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -16,12 +16,16 @@ from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.pinning import UNRESOLVED
 from vectorclm.memory_plan import TrainingShape, plan_memory
 from vectorclm.planner.hardware import DEVICES
-from vectorclm.planner.plan import alone_on
+from vectorclm.planner.plan import hours_alone, pretraining, workload
+from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.order import format_epochs
 from vectorclm.shards.writer import token_dtype
 from vectorclm.stages import BY_NAME
 from vectorclm.store.artifact import StageSpec, Store
-from vectorclm.train_config import TrainConfig
+from vectorclm.train_config import TrainConfig, TrainingWork
+
+if TYPE_CHECKING:  # with torch
+    from vectorclm.draft.estimate import Estimate
 
 HERE = ("2cpucores", "16cpucores", "rtx4090", "a100", "h100", "h200")  # of the planner's devices
 
@@ -65,7 +69,7 @@ def budget(
             "model_and_optimizer": one.weights + one.gradients + one.optimizer,
             "one_window": two.bytes - one.bytes,
         },
-        "hours": _hours_of(experiment, experiment.pretrain, shards.sequence_length, tokens),
+        "hours": _hours_of(experiment, experiment.pretrain, shards.sequence_length, pretraining(experiment)),
         "tuning": _tuning(experiment),
     }
 
@@ -76,14 +80,24 @@ def _tuning(experiment: ExperimentConfig) -> dict[str, Any] | None:
     if chat is None or finetune is None or not chat.tokens:
         return None
     tokens = round(finetune.epochs * chat.tokens / (1 - finetune.replay))
-    flops = experiment.model.flops_per_token(chat.sequence_length) * tokens
-    return {"tokens": tokens, "flops": flops, "hours": _hours_of(experiment, finetune, chat.sequence_length, tokens)}
+    length = chat.sequence_length
+    work = finetune.work(tokens / length, length, chat.tokens * chat.validation_share, len(chat.sources))
+    return _tuning_costs(experiment, tokens, work)
 
 
-def _hours_of(experiment: ExperimentConfig, config: TrainConfig, length: int, tokens: int) -> dict[str, float]:
-    """Hours of a training's tokens on one device of each kind."""
-    devices = [DEVICES[key] for key in HERE]
-    return {device.name: tokens * alone_on(device, experiment.model, config, length) / 3600 for device in devices}
+def _tuning_costs(experiment: ExperimentConfig, tokens: int, work: TrainingWork) -> dict[str, Any]:
+    assert experiment.chat is not None and experiment.finetune is not None
+    length = experiment.chat.sequence_length
+    flops = experiment.model.flops_per_token(length) * tokens
+    return {"tokens": tokens, "flops": flops, "hours": _hours_of(experiment, experiment.finetune, length, work)}
+
+
+def _hours_of(
+    experiment: ExperimentConfig, config: TrainConfig, length: int, training: TrainingWork
+) -> dict[str, float]:
+    """Hours of a training on one device of each kind."""
+    works = {kind: workload(experiment.model, config, length, training, kind) for kind in ("cpu", "cuda")}
+    return {DEVICES[key].name: hours_alone(DEVICES[key], works[DEVICES[key].kind]) for key in HERE}
 
 
 def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[str, float]:
@@ -98,6 +112,29 @@ def _fingerprint(name: str, experiment: ExperimentConfig, plans: Mapping[str, St
     own = any(source.revision == UNRESOLVED for source in BY_NAME[name].sources(experiment))
     before = any(_fingerprint(stage, experiment, plans) == UNRESOLVED for stage in plans[name].inputs)
     return UNRESOLVED if own or before else plans[name].fingerprint
+
+
+def reused(store: Store, specs: Mapping[str, StageSpec], known: Mapping[str, str]) -> list[str]:
+    """The stages whose artifacts a local store has; a stage with an unresolved fingerprint is none of them."""
+    if not store.is_local:
+        return []
+    return [name for name, spec in specs.items() if known[name] != UNRESOLVED and store.find_whole(spec) is not None]
+
+
+def machine_costs(found: "Estimate", runtime: Runtime, there: Sequence[str]) -> dict[str, Any]:
+    """An estimate for this machine as values of JSON; the stages that are `there` take no time."""
+    return {
+        "device": runtime.device_type(),
+        "busy": found.speed.busy,
+        "text_bytes": dict(found.available),
+        "drawn_bytes": found.drawn,
+        "epochs": found.epochs,
+        "tokens_per_second": found.speed.training,
+        "work": {stage: dict(amounts) for stage, amounts in found.work.items()},
+        "seconds": {stage: 0.0 if stage in there else seconds for stage, seconds in found.seconds.items()},
+        "reused": list(there),
+        "around_seconds": found.around,
+    }
 
 
 def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Console) -> None:
@@ -125,11 +162,11 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
         if known:
             sizes = ", ".join(f"{label} {size / 1e6:,.1f} MB" for label, size in known.items())
             facts.add_row("", f"there are {sizes}; {here['drawn_bytes'] / 1e6:,.1f} MB are drawn")
-        facts.add_row("", f"read about {here['epochs']:.1f} times in pretraining")
+        facts.add_row("", f"pretraining reads it {_times(here['epochs'])}")
     if experiment.finetune is not None:
         often = f"read {experiment.finetune.epochs:g} times"
         facts.add_row("fine-tuning", f"up to {costs['conversations']:,} conversations, {often}")
-    tuning = costs["tuning"]
+    tuning = costs["tuning"] or _tuning_here(experiment, here)
     if tuning is not None:
         again = ", replayed text included" if experiment.replay else ""
         facts.add_row("", f"about {tuning['tokens']:,} tokens{again}")
@@ -139,27 +176,41 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     facts.add_row("memory", f"{memory['model_and_optimizer'] / 1e9:.2f} GB for model and optimizer")
     facts.add_row("", f"and about {memory['one_window'] / 1e9:.2f} GB for each window of a micro-batch")
     trainings = {"pretraining": costs["hours"], **({"fine-tuning": tuning["hours"]} if tuning else {})}
-    hours = Table("device", "TFLOP/s", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    hours = Table("the trainings on", "TFLOP/s", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for device, needed in costs["hours"].items():
         speed = costs["flops"] / needed / 3.6e15
-        hours.add_row(device, f"{speed:.3g}", *(_hours(training[device]) for training in trainings.values()))
+        hours.add_row(device, f"{speed:.3g}", *(_time(3600 * training[device]) for training in trainings.values()))
     console.print(
         Panel(Group(stages, facts, hours, *_here(here)), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED)
     )
+
+
+def _tuning_here(experiment: ExperimentConfig, here: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What fine-tuning costs by the conversations that were looked at."""
+    if here is None or experiment.chat is None or "finetune" not in here["work"]:
+        return None
+    work = TrainingWork(**here["work"]["finetune"])
+    return _tuning_costs(experiment, work.tokens, work)
 
 
 def _here(here: Mapping[str, Any] | None) -> list[RenderableType]:
     """The time of each stage on this machine."""
     if here is None:
         return []
-    seconds = here["seconds"]
-    title = f"on this machine ({here['device']}, {here['tokens_per_second']:,.0f} tokens/s measured)"
+    title = f"on this machine ({here['device']}, {here['tokens_per_second']:,.0f} tokens/s)"
     table = Table(title, "time", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    for stage, needed in seconds.items():
-        table.add_row(stage, duration(needed))
-    table.add_row("all stages", f"[bold]{duration(sum(seconds.values()))}[/]")
-    return [table]
+    for stage, needed in here["seconds"].items():
+        table.add_row(stage, "reused" if stage in here["reused"] else _time(needed))
+    table.add_row("Prefect and MLflow", _time(here["around_seconds"]))
+    table.add_row("in all", f"[bold]{_time(sum(here['seconds'].values()) + here['around_seconds'])}[/]")
+    busy = "Other programs use this machine now: the times are those without them.\n" if here["busy"] else ""
+    return [table, f"{busy}The times come from a few seconds of measurement: half as much more or less is usual."]
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+def _time(seconds: float) -> str:
+    return duration(seconds) if seconds >= 1 else "under 1 s"
+
+
+def _times(epochs: float) -> str:
+    """How often a text is read: a share of it, or a number of times."""
+    return f"about {epochs:.1f} times" if epochs >= 1 else f"to about {100 * epochs:.0f} %"

@@ -55,7 +55,13 @@ def _size(found: re.Match[str]) -> str:
 def history_page(title: str, results: "Sequence[Result]") -> str:
     """The history as an HTML page without scripts or network."""
     names = list(results[0].figures)
-    content = {"title": title, "results": results, "names": names, "picture": history_chart(title, results)}
+    content = {
+        "title": title,
+        "results": results,
+        "names": names,
+        "count": _count(results),
+        "picture": history_chart(title, results),
+    }
     return _templates.get_template("score_history.html.jinja").render(content, interval=score_interval)
 
 
@@ -64,12 +70,18 @@ def as_markdown(title: str, results: "Sequence[Result]", link: str | None) -> st
     image = base64.b64encode(as_image(history_chart(title, results)).encode()).decode()
     lines = [f"## {title}: scores over time", ""]
     if link is not None:
-        lines += [f"[{len(results)} results as a page]({link})", ""]
+        lines += [f"[{_count(results)} as a page]({link})", ""]
     lines += [f"![{title}: scores over time](data:image/svg+xml;base64,{image})", ""]
     before: Mapping[str, Figure] = results[1].figures if len(results) > 1 else {}
-    lines += [f"| score | {results[0].title} | 95 % interval | before |", "|---|---:|---:|---:|"]
+    head, rule = f"| score | {results[0].title} | 95 % interval |", "|---|---:|---:|"
+    lines += [f"{head} before |", f"{rule}---:|"] if before else [head, rule]
     for name, figure in results[0].figures.items():
         low, high = score_interval(name, figure)
         earlier = f"{before[name].value:.4f}" if name in before else ""
-        lines.append(f"| {name} | {figure.value:.4f} | {low:.4f} to {high:.4f} | {earlier} |")
+        line = f"| {name} | {figure.value:.4f} | {low:.4f} to {high:.4f} |"
+        lines.append(f"{line} {earlier} |" if before else line)
     return "\n".join(lines)
+
+
+def _count(results: "Sequence[Result]") -> str:
+    return f"{len(results)} result{'' if len(results) == 1 else 's'}"

@@ -1,12 +1,7 @@
 """The summary of a finished curriculum: tables for a person, one JSON object for a program."""
 
 import json
-import os
-import shlex
-import shutil
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -21,11 +16,11 @@ from flows.net import without_password
 from flows.paths import local_folder
 from flows.tracking.client import EXPERIMENTS_PAGE, tracking_uri
 from flows.tracking.database import artifacts_destination
-from vectorclm.command_line import table
+from vectorclm.command_line import shell_line, table
 from vectorclm.comparison.compare import followed
 from vectorclm.config import ExperimentConfig
 from vectorclm.evaluation.instruction_checks import FOLLOWED
-from vectorclm.evaluation.statistics import Change
+from vectorclm.evaluation.statistics import Change, share_error
 from vectorclm.stages import BY_NAME, EVALUATED, EXPORTED, MODELS, READS
 from vectorclm.store.artifact import Artifact, Store, default_store
 from vectorclm.store.layout import EXPORT
@@ -139,9 +134,9 @@ class Summary:
         store = () if default else ("--store", self.store.uri)
         use, name = "chat" if self.last == "chat" else "serve", self.experiment.name
         return [
-            command("vectorclm", use, name, *store),
-            command("vectorclm", "report", name, "--open", *store),
-            command("vectorclm", "init", "--help"),
+            shell_line("vectorclm", use, name, *store),
+            shell_line("vectorclm", "report", name, "--open", *store),
+            shell_line("vectorclm", "init", "--help"),
         ]
 
     def _stages(self) -> RenderableType:
@@ -187,7 +182,8 @@ class Summary:
             column.no_wrap = True
         for label, task in tasks.items():
             found = [self.scores[kind]["tasks"][label] for kind in self.titles]
-            errors = [""] * len(found) if narrow else [f" ± {item['stderr']:.1%}" for item in found]
+            known = [share_error(item["acc"], item["items"]) for item in found]
+            errors = [""] * len(found) if narrow else [f" ± {error:.1%}" for error in known]
             figures = [f"[bold]{item['acc']:.1%}[/]{error}" for item, error in zip(found, errors, strict=True)]
             shown.add_row(label, *(f"{task[name]:.1%}" if name in task else "" for name in baselines), *figures)
         return shown
@@ -219,7 +215,7 @@ class Summary:
         uri, page = tracking_uri(self.store), f"/{EXPERIMENTS_PAGE}"
         if uri.startswith("sqlite:"):
             files = ["--artifacts-destination", artifacts_destination(self.store, local_folder(self.store))]
-            look = [("MLflow", command("mlflow", "ui", "--backend-store-uri", uri, *files, "--port", "5000"))]
+            look = [("MLflow", shell_line("mlflow", "ui", "--backend-store-uri", uri, *files, "--port", "5000"))]
             look += [("", f"http://localhost:5000{page}")]
         else:
             place = without_password(uri).rstrip("/")
@@ -241,13 +237,6 @@ def _margin(change: Change) -> str:
     assert change.paired is not None
     points = [f"{100 * value:+.1f}" for value in (change.difference, change.paired.low, change.paired.high)]
     return f"{points[0]} ({points[1]} to {points[2]}), {change.verdict}"
-
-
-def command(program: str, *arguments: str) -> str:
-    """A command line for a shell; with the program's folder if it is not on the PATH."""
-    beside = Path(sys.executable).with_name(program)
-    where = program if shutil.which(program) or not beside.exists() else os.path.relpath(beside)
-    return shlex.join([where, *arguments])
 
 
 def as_line(summary: Summary) -> str:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from flows.net import without_password
 from flows.paths import local_folder
 from vectorclm.errors import VectorCLMError
 from vectorclm.stages import MODELS
@@ -36,6 +37,12 @@ BATCH = 900  # metrics in one request; MLflow takes 1,000
 
 TRAINING_VIEW = "?workflowType=machine_learning"  # MLflow's view for training, not for prompts
 EXPERIMENTS_PAGE = f"#/experiments{TRAINING_VIEW}"
+MLFLOW_PAGE = "VECTORCLM_MLFLOW_URL"  # the variable with the address of MLflow's pages in a browser
+
+
+def page_url(uri: str, path: str) -> str:
+    """The address of a page of MLflow in a browser, which behind a proxy is not the address that programs use."""
+    return f"{without_password(os.environ.get(MLFLOW_PAGE) or uri).rstrip('/')}/{path}"
 
 
 def run_page(experiment_id: str, run_id: str) -> str:

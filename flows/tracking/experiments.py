@@ -21,6 +21,15 @@ class OpenExperiment(NamedTuple):
     deleted: str | None = None  # the id of a deleted experiment; set only when the new one was created
 
 
+def find_experiment(client: MlflowClient, name: str) -> str | None:
+    """The id of the active experiment that `open_experiment` would open; None where it would create one."""
+    for number in count(1):
+        found = client.get_experiment_by_name(name if number == 1 else f"{name} {number}")
+        if found is None or found.lifecycle_stage == "active":
+            return None if found is None else str(found.experiment_id)
+    raise AssertionError("count() has no end")
+
+
 def open_experiment(client: MlflowClient, name: str, folder: Path | None, about: str = "") -> OpenExperiment:
     """Open the active experiment `name`, or create it; its files are kept in `folder`, or by the server.
 

@@ -18,6 +18,7 @@ from mlflow.types.schema import Array
 
 from flows.tracking.pyfunc_model import MAX_NEW_TOKENS, REFERENCE, content
 from vectorclm.inference.config import SamplingParams
+from vectorclm.lineage.chain import SHORT
 from vectorclm.store.artifact import Artifact
 from vectorclm.store.model_ref import find_model
 
@@ -98,6 +99,7 @@ def loading_lines(name: str, number: str, artifact: Artifact) -> str:
             lines += [f'mlflow.transformers.load_model("{address}")', "# and wherever the store is now:"]
         lines += [
             f"from {find_model.__module__} import {find_model.__name__}",
-            f'mlflow.transformers.load_model("{address}", base_model_path=find_model("{artifact.uri}").local())',
+            f'model = find_model("{artifact.store.uri_of(artifact.stage)}/{artifact.fingerprint[:SHORT]}")',
+            f'mlflow.transformers.load_model("{address}", base_model_path=model.local())',
         ]
     return "\n".join([*lines, "```"])

@@ -8,13 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.tracking.client import CHAMPION
+from flows.tracking.client import CHAMPION, tracking_uri
+from flows.tracking.database import sqlite_path
 from flows.tracking.lookup import opened
 from flows.tracking.registry import Registry
 from vectorclm.comparison.compare import METHOD, OWN_SUITE, has_items, paired
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.item_scores import read_scored
-from vectorclm.evaluation.statistics import NOISE, Change, Figure, adjusted_stderr, changes, figures
+from vectorclm.evaluation.statistics import NOISE, Change, Figure, changes, figures
 from vectorclm.lineage.chain import Lineage
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
@@ -71,12 +72,8 @@ def _asked(scores: Artifact) -> dict[str, Any]:
 
 
 def _figures(scores: Artifact) -> dict[str, Figure]:
-    """The scores that have a standard error, which at an accuracy of 0 or 1 is not 0 either."""
-    summary = {"text": {}, **scores.summary}
-    found = figures(summary)
-    for label, task in summary["tasks"].items():
-        found[f"acc.{label}"] = Figure(task["acc"], adjusted_stderr(task["acc"], task["items"]))
-    return found
+    """The scores of an evaluation; older ones have no scores of text."""
+    return figures({"text": {}, **scores.summary})
 
 
 def decided(tasks: Sequence[str], found: Sequence[Change]) -> tuple[bool, list[str]]:
@@ -104,6 +101,8 @@ def _better(change: Change) -> bool:
 
 def promote(address: str, tasks: Sequence[str], store: Store, console: Console) -> int:
     """Move `champion` to a registered model if it is better; exit code 1 if not. Both decisions are recorded."""
+    if sqlite_path(tracking_uri(store)) is not None:  # both the decision and the alias are written there
+        store.check_writable()
     registry = Registry(store)
     version = (
         registry.version(address)

@@ -71,13 +71,15 @@ class _Walker:
     def run(self, stage: str, fingerprint: str) -> Run | None:
         """The run that built an artifact, else one that reused it; None without either."""
         if fingerprint not in self._runs:
-            query = f"tags.stage = '{stage}' and tags.fingerprint = '{fingerprint}'"
-            found = self.client.search_runs(
-                self.experiments, f"{query} and attributes.status = 'FINISHED'", order_by=["attributes.start_time DESC"]
-            )
-            found.sort(key=lambda run: run.data.tags.get("state") != "built")
+            query = f"tags.stage = '{stage}' and tags.fingerprint = '{fingerprint}' and attributes.status = 'FINISHED'"
+            found = self._newest(f"{query} and tags.state = 'built'") or self._newest(query)
             self._runs[fingerprint] = self.client.get_run(found[0].info.run_id) if found else None
         return self._runs[fingerprint]
+
+    def _newest(self, query: str) -> list[Run]:
+        """The newest run that a query finds, if any: thousands may have reused an artifact."""
+        newest_first = ["attributes.start_time DESC"]
+        return list(self.client.search_runs(self.experiments, query, max_results=1, order_by=newest_first))
 
     def names(self, stage: str, fingerprint: str) -> Any:
         """The lineage of an artifact as nested names; None if no run built it."""

@@ -17,11 +17,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flows.net import answers, without_password
 from flows.paths import local_folder
-from flows.tracking.client import ALIAS, CHAMPION, VALUE_LENGTH, run_page, tracking_uri
+from flows.tracking.client import ALIAS, CHAMPION, VALUE_LENGTH, page_url, run_page, tracking_uri
 from flows.tracking.client import RegistryError as RegistryError
 from flows.tracking.database import check_database, relocate, sqlite_path
 from flows.tracking.datasets import dataset_of, measured_on, named
-from flows.tracking.experiments import open_experiment
+from flows.tracking.experiments import find_experiment, open_experiment
 from flows.tracking.item_tables import log_item_tables
 from flows.tracking.server_files import open_client
 from vectorclm.errors import ConfigError
@@ -138,7 +138,7 @@ class Registry:
         """The URL of a run's page; without a server, the run's id."""
         if not self.uri.startswith("http"):
             return f"run {run_id}"
-        return f"{without_password(self.uri).rstrip('/')}/{run_page(experiment_id, run_id)}"
+        return page_url(self.uri, run_page(experiment_id, run_id))
 
     def _model_id(self, subject: Subject) -> str | None:
         """The logged model of a subject, also if the subject is an artifact in the store that is registered."""
@@ -162,8 +162,7 @@ class Registry:
     def results(self, query: str, count: int) -> list[tuple[dict[str, str], Result]]:
         """The last finished evaluations that a query finds, newest first, each with the tags of its run."""
         with self.asked():
-            runs = self.client.search_runs(
-                [self.experiment_id()],
+            runs = self._search(
                 f"{query} and attributes.status = 'FINISHED'",
                 max_results=count,
                 order_by=["attributes.start_time DESC"],
@@ -224,7 +223,7 @@ class Registry:
             query = f"tags.fingerprint = '{match['fingerprint']}'"
             found = self.client.search_model_versions(query, max_results=1)
             recorded = f"tags.fingerprint = '{artifact.fingerprint}' and attributes.status = 'FINISHED'"
-            runs = self.client.search_runs([self.experiment_id()], recorded) if found else []
+            runs = self._search(recorded) if found else []
         if not found or any(run.data.tags.get("model") == address[:VALUE_LENGTH] for run in runs):
             return None
         subject = Subject(found[0].name, f"{found[0].name} {found[0].version}", address, logged_model(found[0]))
@@ -264,6 +263,11 @@ class Registry:
         """The id of MLflow's experiment of this name, which is created if it is not there."""
         folder = local_folder(self.store) if sqlite_path(self.uri) is not None else None
         return open_experiment(self.client, name, folder).experiment_id
+
+    def _search(self, query: str, **options: Any) -> list[Run]:
+        """The runs of evaluations that a query finds; none where nothing was evaluated yet. Nothing is created."""
+        found = find_experiment(self.client, EVALUATIONS)
+        return [] if found is None else list(self.client.search_runs([found], query, **options))
 
     @contextmanager
     def asked(self, address: str = "") -> Iterator[None]:

@@ -32,6 +32,7 @@ class Session:
     plans: Mapping[str, StageSpec]
     flow_run_id: str | None = None
     root_flow_run_id: str | None = None  # of the curriculum on another machine that this stage is part of
+    title: str | None = None  # the name of the curriculum's run; else its experiment and fingerprint
     common: dict[str, str] = field(init=False)  # the tags of every run
     client: MlflowClient = field(init=False)  # set when the session opens, as is the next
     experiment_id: str = field(init=False, default="")

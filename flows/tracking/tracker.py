@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ from flows.handle import StageCancelledError
 from flows.net import answers, without_password
 from flows.paths import local_folder
 from flows.tracking.catalog import Catalog
-from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, RegistryError, run_page
+from flows.tracking.client import CHAMPION, NOTE, REGISTERED, NotOpenError, RegistryError, page_url, run_page
 from flows.tracking.database import check_database, relocate, sqlite_path
 from flows.tracking.experiments import open_experiment
 from flows.tracking.outbox import Outbox
@@ -44,6 +45,7 @@ from vectorclm.store.layout import EXPORT
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60  # that the end of a curriculum waits for each record in MLflow
+NEWEST = 50  # runs of the same curriculum, among which one of the same name is looked for
 PROBE = "vectorclm.written"  # a tag of the experiment: the time of the last check that MLflow accepts writes
 
 ABOUT = """Curricula of the experiment `{name}`: text in, an evaluated chat model out.
@@ -89,7 +91,7 @@ class Tracker(Session):
         """The URL of the curriculum's run in MLflow's UI; None without a server, or if it is not open in time."""
         if not self.uri.startswith("http") or not self._tried.wait(seconds) or "curriculum" not in self.run_ids:
             return None
-        return f"{without_password(self.uri).rstrip('/')}/{run_page(self.experiment_id, self.run_ids['curriculum'])}"
+        return page_url(self.uri, run_page(self.experiment_id, self.run_ids["curriculum"]))
 
     def champion(self, seconds: float) -> str | None:
         """The address of the champion's files; None without a champion, or if MLflow does not answer in time."""
@@ -230,11 +232,21 @@ class Tracker(Session):
         whole = self.plans[EXPORT].fingerprint
         tags = {**self.common, "stage": "curriculum", "fingerprint": whole, NOTE: BEGUN.format(store=self.store.uri)}
         key = f"{self._session}-curriculum"
-        query = f"tags.stage = 'curriculum' and tags.fingerprint = '{whole}'"
-        before = [run for run in self.client.search_runs([self.experiment_id], query) if run.data.tags["key"] != key]
-        title = f"{self.experiment.name} {whole[:8]}" + (f" run {len(before) + 1}" if before else "")
+        title = self._numbered(self.title or f"{self.experiment.name} {whole[:8]}", whole, key)
         self.run_ids["curriculum"] = self._create(key, title, tags)
         self.log_params(self.parent_id, self.experiment.model_dump(mode="json"))
+
+    def _numbered(self, title: str, whole: str, key: str) -> str:
+        """The title, with a number where an earlier run of the same curriculum bears it.
+
+        Only the newest runs are read, as there may be thousands.
+        """
+        query = f"tags.stage = 'curriculum' and tags.fingerprint = '{whole}' and tags.key != '{key}'"
+        newest_first = ["attributes.start_time DESC"]
+        for run in self.client.search_runs([self.experiment_id], query, max_results=NEWEST, order_by=newest_first):
+            if number := re.fullmatch(rf"{re.escape(title)}(?: run (\d+))?", run.info.run_name or ""):
+                return f"{title} run {int(number[1] or 1) + 1}"
+        return title
 
     def _curriculum_elsewhere(self) -> str | None:
         """The run of the curriculum on another machine that placed this stage here; that machine ends it."""

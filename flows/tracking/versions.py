@@ -15,7 +15,7 @@ from flows.tracking.registry import logged_model
 from vectorclm.lineage.chain import SHORT, Lineage, describe_node, lineage, score_facts
 from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stage_builders import ancestors
-from vectorclm.stages import BY_NAME, EXPORTED, MODELS
+from vectorclm.stages import BY_NAME, EXPORTED
 from vectorclm.store.layout import EXPORT
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 REVISION = 23  # characters of a source's revision that are shown
 DESCRIPTION = 5000  # characters of a version's description that every database of MLflow takes
 CARD = "README.md"
+CONTENT = "identified by its content"  # a source without a path
 COMPLETE = "complete"  # the tag of a version: false while its description, scores and aliases are being set
 OWN = "hashes every file again."  # a description that a person wrote lacks it, and is kept
 VERSIONS = "mlflow.modelVersions"  # the tag of a logged model that its page and its run's page show as registered
@@ -51,7 +52,7 @@ class Versions:
                 continue
             if (model_id := self.catalog.model_id(stage)) is None:
                 continue
-            about = f"The {MODELS[stage]} of each curriculum; the newest has the alias `{ALIAS}`."
+            about = f"The {BY_NAME[stage].result or stage} of each curriculum; the newest has the alias `{ALIAS}`."
             if not client.search_registered_models(f"name = '{name}'", max_results=1):
                 client.create_registered_model(name, description=about)
             version = self._registered(stage, name)
@@ -118,7 +119,7 @@ class Versions:
             with temporary_folder() as folder:
                 (folder / CARD).write_bytes(card)
                 client.log_model_artifact(model_id, str(folder / CARD))
-        parts = [f"{self.session.experiment.name}, {MODELS[stage]}"]
+        parts = [f"The {BY_NAME[stage].result or stage} of the experiment `{self.session.experiment.name}`."]
         if found.root.artifact is not None:
             parts.append(loading_lines(name, str(number), found.root.artifact))
         if card is not None:
@@ -126,8 +127,11 @@ class Versions:
                 f"The [card](#/experiments/{self.session.experiment_id}/models/{model_id}/artifacts{TRAINING_VIEW}) "
                 f"is the file {CARD} of the logged model."
             )
+        text = self._chain(stage, found, "\n\n".join([*parts, ""]))
         if not version.description or OWN in version.description:
-            client.update_model_version(name, number, self._chain(stage, found, "\n\n".join([*parts, ""])))
+            client.update_model_version(name, number, text)
+        if OWN in client.get_logged_model(model_id).tags.get(NOTE, OWN):
+            client.set_logged_model_tags(model_id, {NOTE: text})
 
     def _card(self, stage: str) -> bytes | None:
         """The model card of a training, from the curriculum's export; None where there is none."""
@@ -166,7 +170,7 @@ class Versions:
             link = self._link(node.stage, node.title)
             yield f"| {link} | {describe_node(node)} | `{node.fingerprint[:SHORT]}` |"
             for source in node.sources:
-                yield f"| source {source.label} | {source.path} | `{source.revision[:REVISION]}` |"
+                yield f"| source {source.label} | {source.path or CONTENT} | `{source.revision[:REVISION]}` |"
 
     def _link(self, stage: str, title: str) -> str:
         if stage not in self.session.plans or (run_id := self.session.run_of(stage)) is None:

@@ -55,9 +55,10 @@ def test_bench_train_and_optimizer_run_whole() -> None:
 
 
 def test_bench_generate_makes_transformers_tokens() -> None:
-    alone, batch = rows_of(generating(1, "tiny"))
+    alone, batch, together = rows_of(generating(1, "tiny"))
     assert str(alone["why"]).startswith("64 of 64 tokens are the same")
     assert str(batch["why"]).startswith("1024 of 1024 tokens are the same")
+    assert "and 0 other differences in the greedy tokens" in str(together["why"])
 
 
 def test_bench_evaluate_scores_as_the_harness() -> None:

@@ -28,7 +28,7 @@ from vectorclm.corpus.synthetic_world import rows as world_rows
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError
 from vectorclm.evaluation.bits_per_byte import text_scores
 from vectorclm.evaluation.multiple_choice import read_items
-from vectorclm.evaluation.statistics import Change, Figure, changes, figures, ratio
+from vectorclm.evaluation.statistics import Change, Figure, changes, figures, ratio, share_error
 from vectorclm.lineage.chain import lineage, trained_on
 from vectorclm.lineage.pinning import pin
 from vectorclm.model import CausalLM
@@ -160,10 +160,10 @@ def test_two_models_are_compared_on_the_same_items(
     changed = [b["correct"] - a["correct"] for a, b in zip(*rows, strict=True) if a["task"] == "world"]
     assert len(changed) == 40 and scores["acc.world"]["differing"] == sum(map(abs, changed))
     assert scores["acc.world"]["difference"] == pytest.approx(sum(changed) / 40)
-    for name, key in (("acc.world", "stderr"), ("acc_norm.world", "stderr_norm")):
+    for name, key in (("acc.world", "acc"), ("acc_norm.world", "acc_norm")):
         sides = [result["scores"]["tasks"]["world"] for result in results]
         assert [scores[name][side]["stderr"] for side in ("before", "after")] == [
-            pytest.approx(side[key]) for side in sides
+            pytest.approx(share_error(side[key], side["items"])) for side in sides
         ]
     assert main(command) == 0 and capsys.readouterr().out == said
     evaluate.scores(base, "--documents", "6", "--items", "3")
@@ -374,12 +374,12 @@ def test_a_fall_is_what_noise_does_not_explain() -> None:
     assert change("bits_per_byte.stories", 1.0, 1.1, 0.03).fell
     assert not change("bits_per_byte.stories", 1.1, 1.0, 0.03).fell
     assert not change("acc.world", 1.0, 1.0, 0.0).beyond_noise
-    task = {"acc": 0.5, "stderr": 0.1}
+    task = {"acc": 0.5, "stderr": 0.1, "items": 26}
     chat = {"prompts": 5, "answered_in_template": 4}
     found = figures({"tasks": {"world": task}, "text": {"a": {"bits_per_byte": 2.0, "stderr": 0.2}}, "chat": chat})
     assert found == {
-        "acc.world": Figure(0.5, 0.1),
+        "acc.world": Figure(0.5, pytest.approx(0.1), 26),
         "bits_per_byte.a": Figure(2.0, 0.2),
-        "in_template": Figure(0.8, pytest.approx(0.2)),
+        "in_template": Figure(0.8, share_error(0.8, 5), 5),
     }
     assert [item.name for item in changes({"acc.world": Figure(0.4, 0.1)}, found)] == ["acc.world"]

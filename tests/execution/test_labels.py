@@ -59,6 +59,18 @@ def test_a_flow_names_itself_when_it_starts(prefect_client: SyncPrefectClient) -
     assert "experiment: tiny" in prefect_client.read_flow_run(UUID(run_id)).tags
 
 
+def test_an_evaluation_is_named_after_what_it_does_and_a_typed_name_stays(prefect_client: SyncPrefectClient) -> None:
+    @flow(flow_run_name=name_of_this_run)
+    def measured(model: str, suite: str = "tiny") -> str:
+        return str(flow_run.id)
+
+    run = prefect_client.read_flow_run(UUID(measured("models:/vectorclm-chat@candidate")))
+    assert run.name.startswith("vectorclm-chat@candidate on tiny, ") and run.name.endswith(f" ({str(run.id)[:4]})")
+    assert "suite: tiny" in run.tags and not [tag for tag in run.tags if tag.startswith("experiment")]
+    typed = prefect_client.create_flow_run(measured, "before the change", {"model": "a", "suite": "b"})
+    assert label(prefect_client, typed) == "before the change" == prefect_client.read_flow_run(typed.id).name
+
+
 @pytest.fixture
 def process() -> Iterator[psutil.Popen]:
     found = psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL)

@@ -12,7 +12,7 @@ from prefect.client.schemas.filters import ArtifactFilter
 from prefect.runtime import flow_run
 
 from flows.execution import overview as module
-from flows.execution.overview import BUILT, FAILED, KEY, REUSED, Overview
+from flows.execution.overview import BUILT, FAILED, KEY, REUSED, Overview, show
 from tests.services.platform import until
 from vectorclm.runtime.progress import Tick, say
 
@@ -78,6 +78,7 @@ def test_the_artifact_renews_itself_and_shows_the_end(
             say(Tick("pretrain", 40, 100, "tokens"))
             say(Tick("another", 1, 2, "tokens"))
             until(lambda: "| running | 40 % |" in shown(prefect_client, run_id), "the progress is shown", 30)
+            assert shown(prefect_client, run_id).startswith("## tiny: 13 %")  # a third of 40 %
             assert row(shown(prefect_client, run_id), "pretrain")[4].endswith(" s left")
             raise ValueError("broken")
 
@@ -85,6 +86,20 @@ def test_the_artifact_renews_itself_and_shows_the_end(
         watched()
     assert row(shown(prefect_client, seen[0]), "pretrain")[:1] == ["✘"]
     assert prefect_client.read_flow_run(UUID(seen[0])).state_name == "Failed"
+
+
+def test_a_retry_renews_the_artifacts_of_the_attempt_before(prefect_client: SyncPrefectClient) -> None:
+    @flow
+    def twice() -> str:
+        for attempt in ("first", "second"):
+            with Overview(attempt, STAGES):
+                show("mlflow", f"[{attempt}](http://there)", "a link")
+        return str(flow_run.id)
+
+    run_id = twice()
+    assert shown(prefect_client, run_id).startswith("## second: 0 %")
+    mine = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run_id]}})
+    assert sorted(str(found.key) for found in prefect_client.read_artifacts(artifact_filter=mine)) == ["mlflow", KEY]
 
 
 def test_a_lost_server_stops_no_run(prefect_client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans, stages_of
 from vectorclm.store.artifact import Store
 from vectorclm.store.layout import EXPORT
+from vectorclm.store.removal import claimed, plan_removal
 
 ALONE = Runtime(threads=1, retries=0)
 
@@ -106,7 +107,7 @@ def test_finished_stages_are_reused_and_one_is_rebuilt_to_the_byte(ran: Ran, rec
 def test_what_is_missing_or_damaged_is_built_here_or_in_a_process_of_its_own(
     ran: Ran, recorded: Recorded, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another run builds one of them at first: it is waited for."""
+    """Another run builds one of them at first: it is waited for, and what follows reads stays meanwhile."""
     monkeypatch.setattr(stage_tasks, "WAIT_SECONDS", 0.1)
     missing = remove(store, recorded.experiment, "tokenizer")
     scores = Path(store.root, "evaluate_base", plans(recorded.experiment)["evaluate_base"].fingerprint, "scores.json")
@@ -114,9 +115,12 @@ def test_what_is_missing_or_damaged_is_built_here_or_in_a_process_of_its_own(
     scores.write_text("{}")
     lease = plans(recorded.experiment)["tokenizer"].lease
     with caplog.at_level(logging.INFO, "flows"), ThreadPoolExecutor(1) as other:
-        with store.lease(lease):
+        with store.lease(lease, []):
             done = other.submit(ran, recorded.experiment, store, "sample", "tokenizer", "evaluate_base")
             until(lambda: "another run builds it already, so this one waits" in caplog.text, "it waits", 60)
+            with claimed(store, plan_removal("mini", store)) as stays:
+                reasons = {folder.partition("/")[0]: why for folder, why in stays.items()}
+            assert reasons["pretrain"] == reasons["sample"] == "a running process builds from it"
         handles = done.result(120)
     assert {name: handle["state"] for name, handle in handles.items()} == {
         "sample": "reused", "tokenizer": "built", "evaluate_base": "built"

@@ -32,12 +32,12 @@ from vectorclm.tokenizer import BOS_ID, IM_END, IM_END_ID, SPECIAL_TOKENS, encod
 
 CONFIG = ModelConfig(
     vocab_size=4096,
-    hidden_size=64,
+    hidden_size=96,
     intermediate_size=80,  # no multiple of a q8_0 block
     num_hidden_layers=3,
     num_attention_heads=6,
     num_key_value_heads=2,
-    head_dim=16,  # not hidden_size / heads
+    head_dim=32,  # not hidden_size / heads
     max_position_embeddings=128,
     rope_theta=5000.0,
     rms_norm_eps=1e-4,
@@ -179,7 +179,7 @@ def test_without_a_name_the_file_is_named_by_the_model(
         model.model.norm.weight.add_(1)
     model.save_pretrained(other)
     names = {str(export_gguf(found, "f16")), str(export_gguf(find_model(str(other)), "f16"))}
-    assert len(names) == 2 and f"vectorclm-358K-chat-{found.content[:8]}-F16.gguf" in names
+    assert len(names) == 2 and f"vectorclm-610K-chat-{found.content[:8]}-F16.gguf" in names
     assert export_gguf(found, "f16").is_file()  # the same file again
 
 
@@ -279,3 +279,21 @@ def test_what_is_no_gguf_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match="is not a GGUF file"):
         LlamaCpp(tmp_path / "x.gguf")
+
+
+def test_a_folder_and_a_file_of_one_model_have_the_same_figure_also_with_a_byte_order_mark(
+    folder: Path, files: dict[str, Path], documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama_cpp(files["f32"])  # skips where it is not installed
+    text = "".join(documents)[:900]
+    figures = set()
+    for start in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "text.txt").write_bytes(start + text.encode())
+        for model in (folder, files["f32"]):
+            assert main(["evaluate", str(model), "--text", str(tmp_path / "text.txt"), "--json"]) == 0
+            said = capsys.readouterr()
+            assert "evaluate text" in said.err and "100%" in said.err  # a bar while it is scored
+            scores = json.loads(said.out)
+            assert scores["tokens"] > CONFIG.max_position_embeddings
+            figures.add((scores["tokens"], scores["bytes"], round(scores["bits_per_byte"], 4)))
+    assert len(figures) == 1

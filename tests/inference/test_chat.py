@@ -26,15 +26,14 @@ from vectorclm.inference.chat import (
     Conversation,
     LanguageModel,
     check_turns,
-    find_stop,
     fit_turns,
     open_chat_model,
-    overlap,
     reply,
     talk,
 )
 from vectorclm.inference.config import SamplingParams
 from vectorclm.inference.generate import choose, cut_prompt, generate, keep_min_p, keep_top_k, keep_top_p, penalized
+from vectorclm.inference.text_stream import find_stop, overlap
 from vectorclm.model_commands import ChatOptions, chat
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, render_prompt
@@ -211,7 +210,7 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_came(chat_model: LanguageMo
 def test_ctrl_c_ends_an_answer_and_not_the_chat(
     chat_model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step, steps, typed = chat_model.model.next_logits, 0, iter(["Who swims?", "Who sings?", ""])
+    step, steps, typed = chat_model.model.next_logits, 0, iter(["Who swims?", "", "Who sings?", "exit"])
 
     def interrupted(*arguments: Any) -> Any:
         nonlocal steps
@@ -233,7 +232,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(
 def test_reset_forgets_what_was_said_and_keeps_the_system_prompt(
     chat_model: LanguageModel, monkeypatch: pytest.MonkeyPatch, system: str
 ) -> None:
-    typed = iter(["Who swims?", "/reset", "Who sings?", ""])
+    typed = iter(["Who swims?", "/reset", "Who sings?", "quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     conversation = Conversation(chat_model, 60, system)
     talk(conversation, SamplingParams(), [])
@@ -243,13 +242,19 @@ def test_reset_forgets_what_was_said_and_keeps_the_system_prompt(
 
 def test_a_chat_in_the_terminal(chat_folder: Path) -> None:
     """The third question fills the context of 512 tokens, so the first is forgotten."""
-    typed = f"Who swims?\n/huh\n/reset\nWho sings?\nWho {'? ' * 170}\nWho {'! ' * 170}\n{'Who? ' * 600}\n/exit\n"
+    typed = (
+        f"Who swims?\n\n/huh\x1b[2J\n/reset\nWho sings?\nWho {'? ' * 170}\nWho {'! ' * 170}\n{'Who? ' * 600}\n/exit\n"
+    )
     options = ["--temperature", "0", "--max-new-tokens", "60", "--stop", " at night"]
     command = [sys.executable, "-m", "vectorclm", "chat", str(chat_folder), *options]
     done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0 and done.stderr == ""
-    lines = done.stdout.split("you  > ")
-    assert lines[1] == "model> The otter swims by the lake\n" and "/system TEXT" in lines[2]
+    opening, *lines = done.stdout.split("you  > ")
+    assert opening == f"{chat_folder}: 512 tokens of context; /help lists the commands\n"
+    assert lines.pop(1) == ""  # the empty line is nothing
+    lines.insert(0, "")
+    assert lines[1] == "model> The otter swims by the lake\n"
+    assert lines[2].startswith("(there is no command /huh[2J)\n") and "/system TEXT" in lines[2]
     assert lines[3] == "(a new conversation)\n" and lines[4] == f"model> {ANSWERS['Who sings?']}\n"
     assert "(the oldest" in lines[6] and "turns are forgotten: 512 tokens are full)" in lines[6]
     assert "(the message would take" in lines[7] and "room for 452" in lines[7]

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from vectorclm.inference.http_limits import LimitedHTTP
 from vectorclm.inference.openai_app import make_app
 from vectorclm.inference.openai_errors import Refusal
 from vectorclm.inference.openai_requests import ChatRequest, join_system
+from vectorclm.model_commands import ServeOptions
+from vectorclm.model_commands import serve as serve_command
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, render_prompt
 from vectorclm.tokenizer import BOS_ID, SPECIAL_TOKENS, encode
@@ -88,7 +91,8 @@ def test_a_request_can_have_several_prompts_as_texts_or_as_tokens(served: Served
         ({"prompt": ["x"] * 65, "n": 2}, "n", "invalid_value"),
         ({"prompt": "x" * 2000}, "prompt", "context_length_exceeded"),
         ({"prompt": [5] * 512}, "prompt", "context_length_exceeded"),
-        ({"prompt": "x", "logprobs": 1}, "logprobs", "unsupported_parameter"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs", "invalid_value"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
         ({"prompt": "x", "best_of": 2}, "best_of", "unsupported_parameter"),
         ({"prompt": "x", "extra_body": {"messages": QUESTION}}, "messages", "unknown_parameter"),
@@ -114,6 +118,22 @@ def test_several_choices_are_generated_and_a_seed_repeats_them(served: Served) -
     for chunk in served.ask(**options, seed=4, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == texts
+
+
+def test_clients_that_ask_at_once_get_their_own_answers(served: Served) -> None:
+    """More of them than the server generates at once; each has a seed of its own, and half of them stream."""
+
+    def ask(number: int) -> str:
+        options = {"temperature": 2.0, "seed": number % 5, "max_tokens": 10 + number % 3}
+        if number % 2:
+            return str(served.ask(**options).choices[0].message.content)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in served.ask(**options, stream=True))
+
+    with ThreadPoolExecutor(40) as clients:
+        together = list(clients.map(ask, range(40)))
+    assert together == [ask(number) for number in range(40)] and len(set(together)) > 5
+    with pytest.raises(ConfigError, match="--parallel must be 1 or more"):
+        serve_command(str(Path.cwd()), options=ServeOptions(parallel=0))
 
 
 def test_an_answer_is_cut_to_what_is_left_of_the_context(served: Served) -> None:

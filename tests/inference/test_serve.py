@@ -72,9 +72,18 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"n": 0}, 400, "n", "invalid_value"),
     ({"n": 129}, 400, "n", "invalid_value"),
     ({"n": 2, "extra_body": {"best_of": 3}}, 400, "best_of", "unsupported_parameter"),
-    ({"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
+    ({"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+    ({"tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
+    ({"response_format": {"type": "yaml"}}, 400, "response_format", "invalid_value"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format", "missing_required_parameter"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}},
+        400,
+        "response_format",
+        "invalid_value",
+    ),
     ({"extra_body": {"colour": "blue"}}, 400, "colour", "unknown_parameter"),
     ({"temperature": 3}, 400, "temperature", "invalid_value"),
     ({"temperature": "hot"}, 400, "temperature", "invalid_value"),
@@ -184,7 +193,7 @@ def test_http_is_read_by_what_limits_headers(chat_folder: Path, monkeypatch: pyt
     configs: list[uvicorn.Config] = []
     monkeypatch.setenv(serve.KEY, SECRET)
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
-    serve.serve(str(chat_folder), Runtime(threads=1), "127.0.0.1", 0, None)
+    serve.serve(str(chat_folder), Runtime(threads=1), serve.ServerAddress("127.0.0.1", 0), None)
     assert [config.http for config in configs] == [LimitedHTTP]  # also where httptools, without limits, is installed
 
 
@@ -251,6 +260,60 @@ def test_a_person_chats_in_a_browser_by_keyboard_alone(served: Served, browser: 
     assert message.get_attribute("value").startswith("Who?")  # to be made shorter
     told = [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
     assert told and all("status of 40" in one for one in told)  # refusals of keys and of what is too long
+
+
+MARKDOWN = """# A heading
+
+Some **strong** and *slanted* words, `code <b>` and 2 * 3 * 4, snake_case_name.
+
+1. one [link](https://example.org/a?b=1)
+2. two [trap](javascript:alert(1))
+
+> a quote
+
+```python
+x = "<script>alert(1)</script>"
+```
+<img src=x onerror=alert(1)>[2J"""
+
+
+RENDERED = (
+    "<h2>A heading</h2>",
+    "<p>Some <strong>strong</strong> and <em>slanted</em> words, <code>code &lt;b&gt;</code> and 2 * 3 * 4, ",
+    'snake_case_name.</p><ol start="1"><li>one ',
+    '<a href="https://example.org/a?b=1" target="_blank" rel="noopener noreferrer">link</a></li>',
+    "<li>two [trap](javascript:alert(1))</li></ol><blockquote>a quote</blockquote>",
+    '<pre><code>x = "&lt;script&gt;alert(1)&lt;/script&gt;"</code></pre><p>&lt;img src=x onerror=alert(1)&gt;[2J</p>',
+)
+
+
+def test_the_page_renders_markdown_without_html_and_fits_a_telephone(served: Served, browser: WebDriver) -> None:
+    browser.get("about:blank")
+    browser.get(f"{served.url}/#key={SECRET}")
+    wait = WebDriverWait(browser, 60)
+    wait.until(lambda _: browser.title == "otter")
+    script = "const box = show('assistant', ''); box.replaceChildren(...markdown(harmless(arguments[0]))); "
+    html = browser.execute_script(f"{script} return box.innerHTML", MARKDOWN)
+    assert html == "".join(RENDERED)
+    assert "VECTORCLM_API_KEY" in browser.find_element(By.ID, "about-key").get_attribute("textContent")
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 3, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        browser.execute_script("show('user', 'x'.repeat(500)); markdown('```\\n' + 'y'.repeat(500) + '\\n```')")
+        sizes = "return [document.documentElement.scrollWidth, innerWidth, at('send').getBoundingClientRect().height]"
+        width, room, height = browser.execute_script(sizes)
+        assert width <= room <= 390 and height >= 44
+        browser.find_element(By.ID, "message").send_keys("Who sings?", Keys.ENTER)
+        wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".tools button"))
+        browser.execute_cdp_cmd(
+            "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+        )
+        browser.find_element(By.CSS_SELECTOR, ".tools button").click()
+        wait.until(lambda _: browser.find_element(By.CSS_SELECTOR, ".tools button").text == "Copied")
+        said = browser.find_elements(By.CSS_SELECTOR, "#turns > .assistant")[-1].text
+        assert browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])").strip() == said.strip()
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_page_takes_the_key_from_behind_its_address_and_follows_the_scheme(

@@ -9,23 +9,12 @@ from types import SimpleNamespace
 import pytest
 from filelock import FileLock
 
-from tests.services.browser import PICTURES
 from tests.services.curricula import curriculum
 from tests.services.mlflow_server import MLflowServer
 from tests.test_curriculum import mini
-from vectorclm.config import ExperimentConfig, load_experiment, override
+from vectorclm.config import ExperimentConfig, override
 from vectorclm.lineage.pinning import pin
 from vectorclm.store.artifact import Store
-
-LEARNING = ["pretrain.phases=[{tokens = 180000}, {tokens = 80000}]", "pretrain.validation_interval=10"]
-LEARNING += [
-    "finetune.epochs=0.3",
-    "finetune.validation_interval=5",
-    "evaluate.tasks.0.limit=80",
-    "evaluate.tasks.1.limit=80",
-    "evaluate.instructions=16",
-    "evaluate.chat_prompts=8",
-]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +28,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
 
 
 def pinned(*changes: str) -> ExperimentConfig:
-    """The experiment of these tests; for pictures, one that learns more than theirs."""
-    experiment = override(load_experiment("tiny")[0], LEARNING) if PICTURES else mini()
-    return pin(override(experiment, changes), Path("mini.toml"), None, resolve=False)[0]
+    """The experiment of these tests."""
+    return pin(override(mini(), changes), Path("mini.toml"), None, resolve=False)[0]
 
 
 @pytest.fixture(scope="module")

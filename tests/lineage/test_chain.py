@@ -17,7 +17,7 @@ from flows.tracking.registry import Registry
 from flows.tracking.tracker import Tracker
 from tests.conftest import read_lines
 from tests.lineage.conftest import curriculum, pinned
-from tests.services.browser import browser, picture, says
+from tests.services.browser import browser, says
 from tests.services.mlflow_server import MLflowServer
 from tests.services.platform import until
 from tests.test_curriculum import mini
@@ -142,7 +142,6 @@ def test_the_report_is_one_page_that_fits_and_escapes(
         assert "taken" not in browser.title
         curves = browser.find_elements("css selector", "svg .curve path")
         assert len(curves) >= 10 and all(curve.size["width"] > 100 for curve in curves)
-        picture(browser, "report" if width > 400 else "report-narrow")
 
 
 def window(browser: WebDriver, width: int, height: int) -> None:
@@ -163,11 +162,9 @@ def test_mlflow_shows_the_chain_with_links_that_work(
     folded = ".ag-row [col-id*='Run Name'] button"
     until(lambda: browser.find_elements(By.CSS_SELECTOR, folded), "a curriculum to unfold", 60)[0].click()
     until(lambda: says(browser, "evaluate_base"), "the runs of its stages", 60)
-    picture(browser, "runs")
     window(browser, 1400, 545)
     browser.get(f"{server.uri}/#/models/vectorclm-chat/versions/1")
     until(lambda: says(browser, "chat shards"), "the chain in the version's description", 60)
-    picture(browser, "version")
     link = browser.find_element(By.LINK_TEXT, "base model").get_attribute("href")
     browser.get(link)
     until(lambda: says(browser, "train/loss"), "the run that the chain links to", 60)

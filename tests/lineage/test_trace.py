@@ -32,6 +32,7 @@ from tests.services.platform import until
 from vectorclm.inference.config import SamplingParams
 from vectorclm.inference.generate import answer_text, continuation
 from vectorclm.inference.load import open_model
+from vectorclm.lineage.chain import SHORT
 from vectorclm.store.artifact import Store
 from vectorclm.tokenizer import encode, load_tokenizer
 
@@ -91,9 +92,10 @@ def test_transformers_loads_the_weights_from_the_store_and_mlflow_has_no_copy(
     assert said["generated_text"][-1]["role"] == "assistant"
     shutil.copytree(world.first["finetune"], tmp_path / "moved")
     version = client.get_model_version("vectorclm-chat", "1")
-    lines = (
-        version.description.partition("```python\n")[2].partition("\n```")[0].replace(world.first["finetune"], "MOVED")
-    )
+    place, _, fingerprint = world.first["finetune"].rpartition("/")
+    lines = version.description.partition("```python\n")[2].partition("\n```")[0]
+    lines = lines.replace(f"{place}/{fingerprint[:SHORT]}", "MOVED")
+    assert "MOVED" in lines
     names = {"mlflow": SimpleNamespace(pyfunc=mlflow.pyfunc, transformers=mlflow.transformers)}
     exec(lines.replace("MOVED", str(tmp_path / "moved")), names)  # the lines of the version's page, as they stand
     assert files(world.first["finetune"]) == before
@@ -235,6 +237,10 @@ def test_mlflows_pages_open_on_runs_and_link_the_registered_version(
     place = client.get_experiment_by_name(pinned().name).experiment_id
     browser.get(f"{server.uri}/#/experiments/{place}")
     until(lambda: says(browser, f"{pinned().name} "), "the experiment opens on its runs", 60)
+    browser.get(f"{server.uri}/#/models")
+    until(lambda: says(browser, "vectorclm-base"), "the registered models", 60)
+    for hindrance in ("MLflow Assistant", "collects usage data", "Try it now"):  # of MLflow, until a user asks for it
+        assert not says(browser, hindrance)
     run = built(client, "finetune")
     (output,) = run.outputs.model_outputs
     for page in (f"models/{output.model_id}", f"runs/{run.info.run_id}"):

@@ -1,18 +1,16 @@
-"""Two ranks in network namespaces of their own, joined by a virtual link of a given speed, or in one without a link."""
+"""Steps of two ranks: on two nodes with a cable of a given speed, or in a network namespace of their own."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import skip_or_fail
+from tests.services.nodes import NODES, NodesMissingError, two_nodes
 
-NEEDS = "network namespaces need Linux, root and ip and tc: apt-get install iproute2"
 # Trains some steps of a small model; the first rank prints its CPU's speed, the seconds of each step, and the bytes
 # that its network sent in each.
 STEPS = """
@@ -76,75 +74,34 @@ def sent() -> int:
     return sum(int(line.partition(":")[2].split()[8]) for line in lines if ":" in line)
 
 
-def _run(*words: str) -> None:
-    subprocess.run(words, check=True, capture_output=True)
-
-
-def _needs_root() -> None:
-    if sys.platform != "linux" or os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
-        skip_or_fail(NEEDS)
-
-
-@contextmanager
-def linked_namespaces(megabits: int) -> Iterator[list[str]]:
-    """Two namespaces, and a link between them of so many Mb a second in each direction; their names."""
-    _needs_root()
-    names = [f"vclm-{os.getpid()}-{number}" for number in range(2)]
-    try:
-        for name in names:
-            _run("ip", "netns", "add", name)
-            _run("ip", "-n", name, "link", "set", "lo", "up")
-        _run("ip", "-n", names[0], "link", "add", "wire0", "type", "veth", "peer", "name", "wire1", "netns", names[1])
-        for number, name in enumerate(names):
-            wire = f"wire{number}"
-            _run("ip", "-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", wire)
-            _run("ip", "-n", name, "link", "set", wire, "up")
-            shape = ("rate", f"{megabits}mbit", "burst", "32kb", "latency", "20ms")
-            _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", wire, "root", "tbf", *shape)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-
-
-def _torchrun(*options: str, steps: int) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *options,
-        "--no-python",
-        sys.executable,
-        "-c",
-        STEPS,
-        str(steps),
-    ]
-
-
 def steps_over_a_link(megabits: int, steps: int) -> dict[str, Any]:
-    """What the first of two ranks prints, each a node of its own."""
-    with linked_namespaces(megabits) as names:
-        children = []
-        for number, name in enumerate(names):
-            options = ("--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1", "--master-addr=10.77.0.1")
-            command = ["ip", "netns", "exec", name, *_torchrun(*options, "--master-port=29777", steps=steps)]
-            environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"wire{number}", "OMP_NUM_THREADS": "1"}
-            children.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        said = [child.communicate(timeout=600)[0] for child in children]
+    """What the first of two ranks prints, each a node of its own, with a cable of so many Mb a second each way."""
+    try:
+        with two_nodes() as nodes:
+            nodes.limit_cable(megabits)
+            commands = nodes.torchrun([sys.executable, "-c", STEPS, str(steps)], 1)
+            children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+            said = [child.communicate(timeout=600)[0] for child in children]
+    except NodesMissingError as error:
+        skip_or_fail(f"{NODES} ({error})")
     assert [child.returncode for child in children] == [0, 0]
-    found: dict[str, Any] = json.loads(said[0].splitlines()[-1])
-    return found
+    return _found("".join(said))
 
 
 def steps_in_one_namespace(steps: int) -> dict[str, Any]:
     """What the first of two ranks prints, both in a namespace with a loopback alone."""
     if sys.platform != "linux" or not (shutil.which("unshare") and shutil.which("ip")):
-        skip_or_fail(NEEDS)
+        skip_or_fail(NODES)
     rights = ["--user", "--map-root-user"] if os.geteuid() else []
     inner = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-    command = ["unshare", "--net", *rights, *inner, *_torchrun("--standalone", "--nproc-per-node=2", steps=steps)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = ["unshare", "--net", *rights, *inner, *torchrun, sys.executable, "-c", STEPS, str(steps)]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return _found(done.stdout)
+
+
+def _found(output: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(next(line for line in output.splitlines() if line.startswith('{"device"')))
     return found

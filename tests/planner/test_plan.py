@@ -34,7 +34,9 @@ def test_base_on_16_gpus_over_ethernet_is_slower_than_on_8(capsys: pytest.Captur
     assert found[1]["warnings"] == [] and "8 ranks are faster" in found[2]["warnings"][0]
     step = found[2]["step"]
     assert step["seconds"] == pytest.approx(step["compute"] + step["gradients"] + step["muon"])
-    hours = step["seconds"] * found[2]["steps"] / 3600
+    beside = found[2]["validation_seconds"] + found[2]["sample_seconds"]
+    hours = (step["seconds"] * found[2]["steps"] + beside) / 3600
+    assert 0 < beside < 0.05 * 3600 * hours
     assert found[2]["hours"] == pytest.approx(hours) and found[2]["cost"] == pytest.approx(16 * 3.5 * hours)
     assert found[1]["efficiency"] > 0.75 > 0.5 > found[2]["efficiency"]
 
@@ -50,7 +52,6 @@ def test_each_limit_is_named_where_it_breaks_and_not_before() -> None:
     assert "have nothing to do" not in warnings(64) and "8 of 520 ranks have nothing to do" in warnings(65)
     assert "MB a second and the store gives 10" in warnings(1, store_bytes=10e6)
     assert "the store gives" not in warnings(1)
-    assert "padding" not in warnings(2) and "60% of Muon's traffic is padding" in warnings(8)
     tall = changed(
         BASE, {"model.hidden_size": 16_384, "model.intermediate_size": 49_152, "model.num_hidden_layers": 64}
     )
@@ -79,9 +80,7 @@ def test_the_dry_run_has_the_same_hours(capsys: pytest.CaptureFixture[str]) -> N
     from flows.reports.cost_estimate import budget
     from vectorclm.stages import plans
 
-    tiny = budget(BASE, plans(BASE))
-    tokens = alone["steps"] * BASE.pretrain.batch_size * BASE.shards.sequence_length
-    assert tiny["hours"]["H200"] == pytest.approx(alone["hours"] * BASE.pretrain.tokens / tokens)
+    assert budget(BASE, plans(BASE))["hours"]["H200"] == pytest.approx(alone["hours"])
 
 
 def test_the_checkpoint_has_the_planned_bytes() -> None:

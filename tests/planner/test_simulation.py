@@ -12,6 +12,7 @@ from flows.cli import main
 from tests.conftest import publish_shards
 from vectorclm.config import load_experiment
 from vectorclm.dataset import StreamingLanguageModelDataset
+from vectorclm.memory_plan import TrainingShape, checkpoint_bytes
 from vectorclm.planner.hardware import DEVICES, network
 from vectorclm.planner.simulation import LIMITS, RANKS, Simulation, interruption_loss
 from vectorclm.runtime.group import Group
@@ -74,13 +75,17 @@ def test_a_rank_reads_what_the_training_reads(ranks: int, rank: int, tmp_path: P
 
 def test_counts_of_ranks_add_up() -> None:
     simulation = small()
-    one, four, many = (simulation.at(ranks) for ranks in (1, 4, 32))
+    one, four, eight, many = (simulation.at(ranks) for ranks in (1, 4, 8, 32))
     assert (one.most_windows, four.most_windows, many.most_windows) == (16, 4, 1)
     assert (one.idle_ranks, many.idle_ranks) == (0, 16) and many.waiting == 0.5 and four.waiting == 0
-    assert four.fetched_bytes == 4 * one.fetched_bytes and many.fetched_bytes == 16 * one.fetched_bytes
+    assert one.fetched_bytes == eight.fetched_bytes  # once a node
+    assert many.fetched_bytes == 2 * one.fetched_bytes  # two of its four nodes have rows
     assert one.fetched_bytes >= one.used_bytes > 0.6 * one.fetched_bytes
-    assert four.resume_bytes > 3.9 * one.resume_bytes
+    checkpoint = checkpoint_bytes(TrainingShape(BASE.model, 1024))
+    assert one.resume_bytes <= four.resume_bytes == eight.resume_bytes
+    assert many.resume_bytes - checkpoint == pytest.approx(2 * (one.resume_bytes - checkpoint), rel=0.1)
     assert simulation.at(3).waiting == pytest.approx(1 - 16 / 18)
+    assert one.muon_waiting == many.muon_waiting == 0 < simulation.at(3).muon_waiting  # 16 or 32 matrices of a shape
 
 
 def test_interruptions_cost_more_with_more_ranks_and_longer_intervals() -> None:
@@ -103,7 +108,7 @@ def test_4096_ranks_take_seconds_of_one_core_and_the_page_has_the_figures(capsys
         assert f"| {name} | {'not up to 4,096' if ranks is None else f'{ranks:,}'} |" in PAGE
     for each in found["ranks"]:
         assert (
-            f"| {each['ranks']:,} | {each['most_windows']} | {each['waiting']:.0%} | {each['muon_padding']:.0%} | "
+            f"| {each['ranks']:,} | {each['most_windows']} | {each['waiting']:.0%} | {each['muon_waiting']:.0%} | "
             f"{1e3 * each['step_seconds']:,.1f} | {each['read_bytes_per_second'] / 1e6:,.0f} | "
             f"{each['fetched_bytes'] / 1e9:,.1f} | {each['resume_bytes'] / 1e9:,.1f} | {each['lost']:.2%} |"
         ) in PAGE

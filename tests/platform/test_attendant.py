@@ -16,9 +16,10 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import LogFilter
+from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
-from prefect.states import Cancelling, Crashed, Pending, Running, Scheduled
+from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
 
 from flows.execution.labels import PROCESS, record_process
 from flows.experiments import FOLDER
@@ -27,6 +28,7 @@ from flows.platform import attendant as module
 from flows.platform import incidents
 from flows.platform.attendant import Attendant, ExperimentForms, attend
 from tests.services.platform import until
+from tests.services.rows import rows_read
 from vectorclm.runtime.processes import process_identity
 from vectorclm.store.artifact import Store
 
@@ -91,6 +93,84 @@ def test_runs_wait_in_order_and_say_for_whom(prefect_client: SyncPrefectClient, 
     assert due is not None and due <= datetime.now(UTC)  # a worker may take it at any time
 
 
+def test_a_run_that_a_worker_takes_during_a_look_is_not_put_back(
+    prefect_client: SyncPrefectClient, deployment: UUID
+) -> None:
+    """Put back among those that wait, it would be started a second time."""
+    attendant = Attendant(prefect_client)
+    started(prefect_client, deployment, Pending(), name="the first")
+    second = started(prefect_client, deployment, name="the second")
+    seen = attendant._runs()
+    prefect_client.set_flow_run_state(second, Pending())
+    attendant._queue(seen)
+    assert prefect_client.read_flow_run(second).state_name == "Pending"
+    assert log(prefect_client, second) == []
+
+
+def test_the_end_of_a_run_renews_only_the_first_places_of_a_long_queue(
+    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PLACES", 2)
+    monkeypatch.setattr(module, "PAGE", 3)  # so that the queue is read in several pages
+    attendant = Attendant(prefect_client)
+    active = started(prefect_client, deployment, Pending(), name="run 0")
+    waiting = [started(prefect_client, deployment, name=f"run {number}") for number in range(1, 7)]
+
+    def states() -> list[State[Any]]:
+        attendant.look()
+        found = [prefect_client.read_flow_run(run_id).state for run_id in waiting]
+        return [state for state in found if state is not None]
+
+    before = states()
+    assert [state.name for state in before] == ["Queued"] * 6
+    assert [str(state.message).rpartition("; ")[2] for state in before] == [
+        "place 1 in the queue", "place 2 in the queue", *["place 3 or later in the queue"] * 4
+    ]  # fmt: skip
+    prefect_client.set_flow_run_state(active, Completed(), force=True)
+    prefect_client.set_flow_run_state(waiting.pop(0), Pending())
+    after = states()
+    assert [str(state.message).rpartition("; ")[2] for state in after[:3]] == [
+        "place 1 in the queue", "place 2 in the queue", "place 3 or later in the queue"
+    ]  # fmt: skip
+    assert [state.id for state in after[2:]] == [state.id for state in before[3:]]
+
+
+def test_a_run_that_crashed_and_starts_again_is_the_next_one_of_its_queue(
+    prefect_client: SyncPrefectClient, deployment: UUID
+) -> None:
+    """A person's retry is a new wish, and takes its turn."""
+    crashed, failed, active, waiting = (started(prefect_client, deployment, name=f"run {n}") for n in range(4))
+    prefect_client.set_flow_run_state(active, Pending())
+    for run_id, end, again in (
+        (crashed, Crashed(), Scheduled(name=RESCUED)),
+        (failed, Failed(), Scheduled(name="AwaitingRetry")),
+    ):
+        prefect_client.set_flow_run_state(run_id, Running(), force=True)
+        prefect_client.set_flow_run_state(run_id, end, force=True)
+        prefect_client.set_flow_run_state(run_id, again)
+    Attendant(prefect_client).look()
+    due = {
+        run_id: prefect_client.read_flow_run(run_id).next_scheduled_start_time for run_id in (crashed, waiting, failed)
+    }
+    assert list(due) == sorted(due, key=lambda run_id: due[run_id])  # as workers take them
+    states = [prefect_client.read_flow_run(run_id).state for run_id in due]
+    assert [str(state and state.message).rpartition("; ")[2] for state in states] == [
+        f"place {place} in the queue" for place in (1, 2, 3)
+    ]
+
+
+def test_a_look_reads_no_run_that_ended_long_ago(
+    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RECENT", module.timedelta(0))
+    attendant = Attendant(prefect_client)
+    started(prefect_client, deployment)
+    before = rows_read(prefect_client, attendant.look)
+    for state in (Completed(), Crashed(), Failed(), Crashed(), Cancelled()):
+        started(prefect_client, deployment, state)
+    assert rows_read(prefect_client, attendant.look) == before > 0
+
+
 @pytest.fixture
 def process() -> Iterator[psutil.Popen]:
     found = psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL)
@@ -116,6 +196,24 @@ def test_a_cancelled_run_is_cancelled_and_no_crash_when_its_process_ends(
         assert prefect_client.read_flow_run(run_id).state_name == "Cancelling"
         attendant.look()
     assert prefect_client.read_flow_run(run_id).state_name == "Cancelled"
+
+
+def test_a_cancelled_run_is_closed_in_mlflow_also_where_its_process_could_not(
+    prefect_client: SyncPrefectClient, deployment: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(module, "close_runs", closed.append)  # of MLflow, which has a test of its own
+    monkeypatch.setattr(module, "CLOSE_AFTER", module.timedelta(0))
+    cancelled, done, removed = (started(prefect_client, deployment, Running()) for _ in range(3))
+    attendant = Attendant(prefect_client)
+    attendant.look()
+    assert closed == []
+    prefect_client.set_flow_run_state(cancelled, Cancelled(), force=True)
+    prefect_client.set_flow_run_state(done, Completed(), force=True)
+    prefect_client.delete_flow_run(removed)
+    for _ in range(2):
+        attendant.look()
+        assert closed == [str(cancelled)]
 
 
 def test_a_dead_run_is_noticed_closed_and_starts_again(

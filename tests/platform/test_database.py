@@ -8,27 +8,34 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import httpx
+import mlflow
 import psutil
 import pytest
 from mlflow import MlflowClient
+from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import AwaitingRetry, Cancelling
 
 from flows.net import free_port
 from flows.platform.process import HOST, Service
+from flows.platform.schedules import overview, remove
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
 from tests.conftest import KILLS, skip_or_fail
-from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
+from tests.kill_matrix import CHANGES, Cell, Killer, Reference
 from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
 from tests.services.ceph import PACKAGES, object_store
-from tests.services.platform import Platform, platform_at
+from tests.services.platform import Platform, platform_at, until
 from tests.services.postgres import INSTALLED, Postgres
+from tests.services.queue import Wanted, check_made, check_nothing_left, check_order, enqueue, second_worker
 from tests.services.trigger import SECTIONS, check_form
 from vectorclm.lineage.chain import lineage
 from vectorclm.store.artifact import Store
@@ -42,6 +49,11 @@ SECRETS = {
     "S3_SECRET_KEY": "of-s3-secret-7c1d",
 }
 OF_POSTGRES = "of-postgres: 7c%1d@/"
+QUEUED = 20 if KILLS >= 10 else 3  # curricula that are queued at once
+KILLED: Mapping[int, Callable[[Platform], Service]] = {  # in the curriculum of this number
+    5: lambda platform: platform.config.servers()[0],
+    9: lambda platform: platform.config.workers()[0],
+}
 
 
 class Servers:
@@ -135,17 +147,45 @@ def test_the_form_keeps_its_order_and_its_bounds(platform: Platform) -> None:
         assert message in refused.value.response.text
 
 
-def test_a_curriculum_runs_from_the_form_to_models_in_the_bucket(platform: Platform) -> None:
-    run_id = platform.start(experiment="tiny", changes=CHANGES, runtime=RUNTIME)
-    assert platform.ended(run_id) == "Completed"
+class Queued(NamedTuple):
+    """Curricula that were queued at once, and one that was cancelled in the queue."""
+
+    done: list[Wanted]
+    cancelled: Wanted
+
+
+@pytest.fixture(scope="module")
+def queued(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Queued:
+    """Curricula that two workers did one after the other, in pools and inline.
+
+    One was cancelled in the queue, and a worker was killed in between; of many, also the server and the other worker.
+    """
+    with second_worker(platform) as worker:
+        *wanted, cancelled = enqueue(platform, tmp_path_factory.mktemp("queue"), [*range(QUEUED), 0])
+        until(lambda: platform.run(cancelled.run_id).state_name == "Queued", "the last one waits", 60)
+        platform.client.set_flow_run_state(cancelled.run_id, Cancelling())
+        for number, one in enumerate(wanted):
+            until(lambda one=one: platform.run(one.run_id).run_count, f"curriculum {number} begins")
+            if number == 1:
+                kill(worker)
+            elif number in KILLED:
+                platform.breaks()
+                kill(KILLED[number](platform))
+                assert platform.command("doctor").returncode == 0
+            assert platform.ended(one.run_id) == "Completed"
+    run = platform.run(cancelled.run_id)
+    assert (run.state_name, run.run_count) == ("Cancelled", 0)
+    return Queued(wanted, cancelled)
+
+
+def test_curricula_that_are_queued_at_once_are_done_in_order_and_once(platform: Platform, queued: Queued) -> None:
+    check_order(platform, queued.done)
+    check_made(platform, queued.done)
+    check_nothing_left(platform, [one.run_id for one in (*queued.done, queued.cancelled)])
+
+
+def test_a_curriculum_runs_from_the_form_to_models_in_the_bucket(platform: Platform, queued: Queued) -> None:
     store = Store(platform.config.vectorclm_store)
-    for stage in STAGES:
-        (fingerprint,) = store.list(stage)
-        artifact = store.find(stage, fingerprint)
-        assert artifact is not None
-        artifact.verify()
-    # A lease that was given back is an empty object on S3 until gc removes it.
-    assert not any(file.bytes for file in store.files("leases").values()) and store.list("checkpoints") == []
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     for name in ("vectorclm-base", "vectorclm-chat"):
         version = client.get_model_version_by_alias(name, "candidate")
@@ -155,11 +195,36 @@ def test_a_curriculum_runs_from_the_form_to_models_in_the_bucket(platform: Platf
     experiment = client.get_experiment_by_name("tiny")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.status for run in runs} == {"FINISHED"} and len(runs) == 1 + len(STAGES)
+    assert {run.info.status for run in runs} == {"FINISHED"} and len(runs) == len(queued.done) * (1 + len(STAGES))
     assert any(client.list_artifacts(run.info.run_id) for run in runs)
     assert store.list("mlflow")  # where MLflow keeps its artifacts
     files = [path.name for path in platform.config.home.rglob("*.db") if path.is_file()]
     assert files == []  # nothing fell back to SQLite
+    (answer,) = mlflow.pyfunc.load_model("models:/vectorclm-chat@candidate").predict(["Where is the otter?"])
+    assert isinstance(answer, str)
+
+
+def test_a_run_that_was_cancelled_in_the_queue_reuses_all_when_it_is_retried(
+    platform: Platform, queued: Queued
+) -> None:
+    platform.client.set_flow_run_state(queued.cancelled.run_id, AwaitingRetry())
+    assert platform.ended(queued.cancelled.run_id) == "Completed"
+    assert platform.tasks(queued.cancelled.run_id) == {stage: ["Reused"] for stage in STAGES}
+
+
+def test_a_schedule_fires(platform: Platform) -> None:
+    deployment = platform.client.read_deployment_by_name("curriculum/tiny")
+    soon = IntervalSchedule(interval=timedelta(days=1), anchor_date=datetime.now(UTC) + timedelta(seconds=12))
+    platform.client.create_deployment_schedules(
+        deployment.id, [(soon, True)], parameters={"dry_run": True}, slug="soon"
+    )
+
+    def last() -> str:
+        (row,) = [row for row in overview(platform.client) if row["name"] == "soon"]
+        return str(row["last"] or "")
+
+    until(lambda: last().startswith("DryRun, "), "the run of the schedule is done", 120)
+    assert remove(platform.client, "soon").name == "soon"
 
 
 def test_a_stage_finds_what_the_curriculum_made(platform: Platform) -> None:

@@ -89,6 +89,24 @@ def test_what_differs_is_updated_and_what_does_not_is_left_alone(prefect_client:
     assert [getattr(mended, field) for field in fields] == [getattr(made, field) for field in fields]
 
 
+@pytest.mark.parametrize("name", ["evaluate", "finetune"])
+def test_a_form_has_titles_its_values_and_no_optional_field(prefect_client: SyncPrefectClient, name: str) -> None:
+    """A run takes the values of the deployment for what its request leaves out."""
+    (entry,) = (entry for entry in entries() if entry["name"] == name)
+    flow_id, fields = fields_of(prefect_client, {**entry, "work_pool": {"name": "gpu"}})
+    put(prefect_client, flow_id, f"{name} of a form", fields, None)
+    flow = {"evaluate": "evaluate", "finetune": "stage"}[name]
+    made = prefect_client.read_deployment_by_name(f"{flow}/{name} of a form")
+    shapes = (made.parameter_openapi_schema or {})["properties"]
+    assert {*made.parameters} == {*shapes} == {"stage" if name == "finetune" else "model", *fields["parameters"]}
+    required = (made.parameter_openapi_schema or {})["required"]
+    assert {key for key, shape in shapes.items() if "default" in shape} == {*required}  # Prefect calls others optional
+    assert all(shape["title"][0].isupper() and shape["description"] for shape in shapes.values())
+    assert made.description and "Args" not in made.description
+    run = prefect_client.create_flow_run_from_deployment(made.id, parameters={"runtime": {"threads": 1}})
+    assert run.parameters == {**made.parameters, "runtime": {"threads": 1}}
+
+
 def test_a_deployment_that_prefect_rejects_is_named(prefect_client: SyncPrefectClient) -> None:
     with pytest.raises(DeploymentError, match=r"Prefect rejected the deployment evaluate of flows\.evaluations"):
         deployed(prefect_client, work_pool_name="no-such-pool")

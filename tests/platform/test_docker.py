@@ -12,7 +12,7 @@ from tests.platform.test_config import EXAMPLE, ROOT, SECRETS, example, pool_tem
 
 COMPOSE = ROOT / "docker" / "compose.yaml"
 PINNED = re.compile(r"[a-z0-9./-]+:\d+(\.\d+)+[a-z0-9.-]*(@sha256:[0-9a-f]{64})?")
-OPTIONAL = "VECTORCLM_SMTP_"  # variables that only a receiver of mail needs
+OPTIONAL = ("VECTORCLM_SMTP_", "VECTORCLM_URL", "VECTORCLM_MLFLOW_URL", "VECTORCLM_KEEP_RECORDS")  # begin variables
 VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?P<rule>[^}]*)\}")
 
 
@@ -104,18 +104,18 @@ def test_volumes_are_named_and_workers_beat() -> None:
 def test_compose_and_the_example_name_the_same_variables() -> None:
     used = {match["name"] for match in VARIABLE.finditer(COMPOSE.read_text(encoding="utf-8"))}
     offered = set(re.findall(r"^# ([A-Z_]+)=", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE))
-    assert offered == {name.upper() for name in PlatformConfig.model_fields if name.startswith(OPTIONAL.lower())}
+    assert offered == {name.upper() for name in PlatformConfig.model_fields if name.upper().startswith(OPTIONAL)}
     assert used == {*example(), *offered}
     assert used <= {name.upper() for name in [*PlatformConfig.model_fields, *RETIRED]}
 
 
 def test_nothing_starts_without_its_secrets() -> None:
     found = list(VARIABLE.finditer(COMPOSE.read_text(encoding="utf-8")))
-    optional = {match["name"] for match in found if match["rule"] == ":-"}  # empty is the default, as no line is
+    optional = {match["name"] for match in found if match["rule"].startswith(":-")}  # a default, as no line is
     assert optional and all(name.startswith(OPTIONAL) for name in optional)
-    assert [match[0] for match in found if not match["rule"].startswith(":?set ")] == [
-        f"${{{name}:-}}" for name in dict.fromkeys(match["name"] for match in found) if name in optional
-    ]
+    assert [match[0] for match in found if not match["rule"].startswith((":?set ", ":-"))] == []
+    defaults = {match["rule"].removeprefix(":-") for match in found if match["name"] in optional}
+    assert all(not text or text.startswith("http://127.0.0.1:${") for text in defaults)
     assert {name for name, value in example().items() if not value} == SECRETS
     ignored = subprocess.run(["git", "check-ignore", "docker/platform.env"], cwd=ROOT, capture_output=True)
     assert ignored.returncode in (0, 128)  # 128: not a checkout

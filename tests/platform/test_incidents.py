@@ -19,6 +19,7 @@ from flows.platform import machine_checks
 from flows.platform.incidents import FULL_DISKS, Incidents
 from flows.platform.machine_checks import Disk
 from tests.services.platform import until
+from tests.services.rows import rows_read
 from vectorclm.store.artifact import Store
 
 FAR = "a run for the end"  # after whose event no other one is on its way
@@ -91,6 +92,28 @@ def test_each_failure_is_one_event_and_the_next_success_about_the_same_is_anothe
         (RUN_FAILED, "first failed"),
         (RUN_RECOVERED, again),
     ]
+
+
+def test_what_is_read_of_a_run_that_ended_does_not_grow_with_older_runs(
+    prefect_client: SyncPrefectClient, deployment: UUID, incidents: Incidents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OVERLAP", timedelta(0))
+    monkeypatch.setattr(module, "FEW", 2)
+
+    def read() -> int:
+        ended(prefect_client, deployment, "another", Completed(), model="models:/m/1")
+        return rows_read(prefect_client, incidents.look_at_runs)
+
+    counts = [read() for _ in range(6)]
+    assert counts[2:] == [counts[2]] * 4  # it, and FEW runs before it
+    ended(prefect_client, deployment, "of another model", Completed(), model="models:/m/2")
+    first = ended(prefect_client, deployment, "failed", Failed(), model="models:/m/3")
+    incidents.look_at_runs()
+    for _ in range(5):
+        ended(prefect_client, deployment, "another", Completed(), model="models:/m/1")
+    run = prefect_client.read_flow_run(ended(prefect_client, deployment, "again", Completed(), model="models:/m/3"))
+    before = incidents._failure_before(run)
+    assert before is not None and before.id == first  # also where it is on a later page
 
 
 def test_a_failure_with_a_message_without_end_is_reported(

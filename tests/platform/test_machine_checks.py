@@ -14,7 +14,7 @@ import torch
 
 from flows.platform import machine_checks
 from flows.platform.config import PlatformConfig
-from flows.platform.machine_checks import MACHINE
+from flows.platform.machine_checks import MACHINE, DeviceError, gpu_finding, gpus
 from vectorclm.runtime.processes import machine, process_identity
 from vectorclm.runtime.temporary import OWNER
 
@@ -90,10 +90,23 @@ def test_packages_of_a_wrong_version_are_named_with_the_command_that_mends_them(
     ]
 
 
-def test_the_gpus_of_the_machine_are_named(config: PlatformConfig) -> None:
-    (found,) = MACHINE[3](config)
+def test_the_gpus_of_the_machine_are_named() -> None:
+    found = gpu_finding(gpus())
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     assert found.good and (", ".join(names) in found.what if names else found.what.startswith("no GPU"))
+
+
+def test_a_driver_without_a_working_torch_is_an_error_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As with a torch that was built for another driver; the process of its own meets a torch that does not load."""
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(machine_checks, "has_gpu_driver", lambda: True)
+    with pytest.raises(
+        DeviceError, match=r"torch cannot list the GPUs \(OSError: libcudart.so: cannot open .*\): check"
+    ):
+        gpus()
 
 
 def test_little_room_is_given_in_megabytes(

@@ -83,7 +83,7 @@ def test_of_several_missed_runs_the_newest_is_made_up(prefect_client: SyncPrefec
             state.message
         )
     kept = prefect_client.read_flow_run(newest.id)
-    assert kept.state_name == "Scheduled" and kept.name == "models:/vectorclm-chat@candidate on tiny"
+    assert kept.state_name == "Scheduled" and kept.name.startswith("vectorclm-chat@candidate on tiny, ")
     assert prefect_client.read_flow_run(by_hand.id).state_name == "Scheduled"
 
 
@@ -153,13 +153,15 @@ def test_a_run_of_a_short_interval_whose_process_starts_slowly_is_not_skipped(
     often = IntervalSchedule(interval=timedelta(seconds=1), anchor_date=datetime.now(UTC))
     prefect_client.create_deployment_schedules(deployment, [(often, True)])
     soon = datetime.now(UTC) + timedelta(seconds=3)
-    window = {"start_time": soon.isoformat(), "min_runs": 20, "min_time": 1.0}
+    window = {"start_time": soon.isoformat(), "min_runs": 60, "min_time": 1.0}
     prefect_client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment}, json=window)
     mine = FlowRunFilter.model_validate({"deployment_id": {"any_": [deployment]}})
     planned = prefect_client.read_flow_runs(flow_run_filter=mine)
-    first = min(planned, key=lambda run: str(run.expected_start_time))
+    times = {run.expected_start_time: run for run in planned if run.expected_start_time is not None}
+    due = min(when for when in times if when > datetime.now(UTC) + timedelta(seconds=5))  # also where machines are slow
+    first = times[due]
     prefect_client.set_flow_run_state(first.id, Pending())  # a worker takes runs some seconds before their time
-    until(lambda: len(runs(prefect_client, deployment)) > 2, "others are due, too", 60)
+    until(lambda: datetime.now(UTC) > due + timedelta(seconds=2), "newer ones are due, too", 60)
     state = run_flow(scheduled, flow_run=first, parameters=PARAMETERS, return_type="state")
     assert state.name == "Completed"
 

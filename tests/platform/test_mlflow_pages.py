@@ -1,4 +1,4 @@
-"""MLflow's first page sets the view for training where no view was chosen; all else passes as it is."""
+"""MLflow's first page sets what a user has not chosen, such as the view for training; all else passes as it is."""
 
 import httpx
 import pytest
@@ -8,7 +8,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from flows.platform.mlflow_pages import CHOICE, SCRIPT, TrainingPages
+from flows.platform.mlflow_pages import CHOICES, SCRIPT, TrainingPages
 
 PAGE = "<!doctype html><html><head><title>MLflow</title></head><body>no <head> here</body></html>"
 seen: list[dict[str, str]] = []
@@ -42,7 +42,9 @@ def pages() -> TestClient:
 @pytest.mark.parametrize("address", ["/", "/?parts"])
 def test_the_first_page_has_the_script_once_and_its_own_length(pages: TestClient, address: str) -> None:
     found: httpx.Response = pages.get(address)
-    assert found.text == PAGE.replace("<head>", f"<head>{SCRIPT.decode()}", 1) and CHOICE in found.text
+    assert found.text == PAGE.replace("<head>", f"<head>{SCRIPT.decode()}", 1) and all(
+        key in found.text for key in CHOICES
+    )
     assert found.headers["content-length"] == str(len(found.content)) and found.headers["x-kept"] == "yes"
     assert not {"etag", "last-modified"} & set(found.headers)
 

@@ -191,6 +191,12 @@ def test_a_message_that_cannot_be_sent_is_named_until_one_is_sent(
     mailbox.is_full = False
     ended(platform, deployment, Failed(message="second"), name="sent")
     until(lambda: undelivered(platform.client) is None, "the next message was sent", 60)
+    titles = [f"{name} failed" for name in ("sent", "unsent")]
+
+    def arrived() -> list[str]:
+        return sorted(str(message["Subject"]) for message in mailbox.messages if message["Subject"] in titles)
+
+    until(lambda: arrived() == sorted(titles * 2), "the lost one follows, to each of two receivers", 60)
 
 
 def test_a_webhook_is_sent_json_and_the_mail_block_with_its_password_is_gone(

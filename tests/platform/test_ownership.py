@@ -22,6 +22,7 @@ from flows.platform import credentials, ownership, password
 from flows.platform.config import PlatformConfig
 from flows.platform.ownership import (
     ABOUT,
+    before,
     check_folders,
     check_listeners,
     command_for,
@@ -106,8 +107,10 @@ def test_what_is_remembered_of_a_platform_has_no_secret_and_is_the_owners(config
     file = config.home / "platform" / ABOUT
     assert json.loads(file.read_text()) == {
         "store": config.vectorclm_store, "prefect_port": config.prefect_port, "mlflow_port": config.mlflow_port,
-        "variables": credentials.names(),
+        "variables": credentials.names(), "home": str(config.home),
+        "prefect_page": config.prefect_page, "mlflow_page": config.mlflow_page,
     }  # fmt: skip
+    assert before(config.home) == json.loads(file.read_text()) and before(config.home / "other") == {}
     assert file.stat().st_mode & 0o077 == 0
     file.write_text("not JSON")
     (reason,) = reasons_to_leave_alone(config.model_copy(update={"prefect_port": 1}))

@@ -26,10 +26,10 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
 from flows.net import answers
-from flows.platform import doctor
+from flows.platform.prefect_server import accepts_writes
 from tests.conftest import following, one_of
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
-from tests.services.browser import browser, by_text, click, fill, log_in, page, picture, rest, says
+from tests.services.browser import browser, by_text, click, fill, log_in, page, rest, says
 from tests.services.platform import Platform, platform_at, until
 from tests.services.trigger import (
     by_prefect,
@@ -92,7 +92,6 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     assert "changes.pretrain.tokens" in page.find_element(By.TAG_NAME, "body").text
     fill(page, "Pretraining", "Token budget", "16384")
     page.execute_script("window.scrollTo(0, 0)")
-    picture(page, "form")
 
     def started() -> list[FlowRun]:
         """The run; presses Submit again where the page lost it, which shows the form as long as nothing started."""
@@ -129,7 +128,6 @@ def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, pa
     page.get(f"{platform.config.prefect_url}/runs/flow-run/{run.id}")
     until(lambda: says(page, "Completed"), "the page shows the end", 60)
     until(lambda: all(says(page, name) for name in ("pretrain", "finetune", "export")), "the graph shows them", 60)
-    picture(page, "retried")
     shown = {str(found.key): found for found in platform.client.read_artifacts()}
     assert {"pretrain-progress", "finetune-progress", "mlflow", "overview"} <= set(shown)
     assert all(found.description for found in shown.values())
@@ -260,7 +258,6 @@ def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDri
     assert state is not None and state.message == "waits for the first to end; place 1 in the queue"
     page.get(f"{platform.config.prefect_url}/runs/flow-run/{run_id}")
     until(lambda: says(page, "Running"), "the page shows it", 60)
-    picture(page, "graph")
     click(page, "button", "Cancel")
     click(page, "button", "Confirm")
     assert platform.ended(run_id) == "Cancelled"
@@ -358,16 +355,15 @@ def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(p
     until(lambda: not torch_processes(platform), "no process is left", 30)
 
 
-def test_a_locked_database_is_noticed(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_database_is_noticed(platform: Platform) -> None:
     """Prefect's server stays healthy while nothing can be written."""
     platform.breaks()
-    monkeypatch.setattr(doctor, "WRITE_SECONDS", 2)
     database = sqlite3.connect(platform.config.home / ".prefect" / "prefect.db", isolation_level=None, timeout=60)
     database.execute("BEGIN IMMEDIATE")
     assert answers(f"{platform.config.prefect_url}/api/health")
-    assert not doctor._writes(platform.config)
+    assert not accepts_writes(platform.config, 2)
     database.execute("ROLLBACK")
-    until(lambda: doctor._writes(platform.config), "it is written again")
+    until(lambda: accepts_writes(platform.config, 2), "it is written again")
 
 
 def test_up_with_other_settings_asks_for_down_first(platform: Platform) -> None:

@@ -1,7 +1,9 @@
 """A service of the platform: it outlives its command, is found again, holds its port alone, and leaves no child."""
 
+import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,6 +57,15 @@ print(Service("sleeper", {sleeper.command!r}, {dict(sleeper.environment)!r}, Pat
     until(lambda: sleeper.log.read_text() == "begun\n", "its output is in its log", 60)
     assert sleeper.log.stat().st_mode & 0o077 == sleeper.record.stat().st_mode & 0o077 == 0
     assert "s3cr3t" not in sleeper.record.read_text()
+    shutil.copytree(sleeper.folder, sleeper.folder.parents[1] / "copy")  # by a backup of a platform that runs
+    copy = dataclasses.replace(sleeper, folder=sleeper.folder.parents[1] / "copy")
+    assert (
+        copy.record.exists()
+        and not copy.was_started()
+        and copy.process() is None
+        and copy.stop() is False
+        and found.is_running()
+    )
     assert sleeper.stop() is True
     assert not found.is_running() and not sleeper.record.exists() and sleeper.stop() is False
 

@@ -59,3 +59,9 @@ def test_the_markdown_holds_the_same_image_and_links_the_page() -> None:
     assert "[3 results as a page](http://here/reports/f.html)" in text
     assert "| acc.world | 0.9500 | 0.7540 to 1.0000 | 0.5000 |" in text
     assert "as a page" not in as_markdown("a", RESULTS[:1], None)
+
+
+def test_a_first_result_is_one_and_has_none_before_it() -> None:
+    text = as_markdown("a", RESULTS[:1], "http://here")
+    assert "[1 result as a page]" in text and "before" not in text and "before |" in as_markdown("a", RESULTS, None)
+    assert "1 result of equal settings" in history_page(TITLE, RESULTS[:1])

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flows.reports.summary import Summary, as_line, command
+from flows.reports.summary import Summary, as_line
 from tests.services.curricula import Recorded
+from vectorclm.command_line import shell_line
 from vectorclm.stages import BY_NAME, EVALUATED, READS
 
 
@@ -114,8 +115,8 @@ def test_without_questions_the_screen_shows_held_out_text(recorded: Recorded) ->
 
 
 def test_a_command_can_be_pasted_where_its_folder_is_not_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command("sh", "a b") == "sh 'a b'"
+    assert shell_line("sh", "a b") == "sh 'a b'"
     monkeypatch.setenv("PATH", "/nowhere")
     assert shutil.which("vectorclm") is None
-    assert Path(command("vectorclm")).resolve() == Path(sys.executable).with_name("vectorclm").resolve()
-    assert command("no-such-program") == "no-such-program"
+    assert Path(shell_line("vectorclm")).resolve() == Path(sys.executable).with_name("vectorclm").resolve()
+    assert shell_line("no-such-program") == "no-such-program"

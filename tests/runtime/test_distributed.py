@@ -184,7 +184,7 @@ def test_nothing_is_lost_and_nobody_left_after_kill_9(inputs: Path) -> None:
             launcher, *ranks = processes()
             assert len(ranks) == 2
             os.kill(ranks[1].pid if victim == "rank" else launcher.pid, signal.SIGKILL)
-            with pytest.raises(StageInterruptedError, match=r"SIGKILL|SIGTERM"):
+            with pytest.raises(StageInterruptedError, match=r"rank 1 on \S+ ended|SIGTERM"):
                 running.result()
         assert not (killed / "pretrain" / fingerprint).exists()
     run(on_two_ranks(inputs, "odd", killed))
@@ -222,7 +222,7 @@ def test_ranks_that_hang_in_a_collective_end_when_the_flow_is_killed(tmp_path: P
     child = subprocess.Popen([sys.executable, "-c", flow], stdout=subprocess.DEVNULL)
     until(lambda: len(list(ranks.iterdir())) == 2 or child.poll() is not None)
     everyone = psutil.Process(child.pid).children(recursive=True)
-    assert len(everyone) == 3
+    assert len(everyone) == 5  # torchrun, two ranks and their watchdogs
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert not psutil.wait_procs(everyone, ENDED)[1]

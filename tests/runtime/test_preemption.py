@@ -150,7 +150,8 @@ def environ(process: psutil.Process) -> str:
 def signalled(child: "subprocess.Popen[bytes]", target: str) -> None:
     """SIGTERM for torchrun or the process alone, for one rank, or for every process at once."""
     everyone = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
-    victims = {"launcher": everyone[:1], "rank": everyone[-1:], "everyone": everyone}[target]
+    ranks = [process for process in everyone[1:] if "--relay" in process.cmdline()]  # not their watchdogs
+    victims = {"launcher": everyone[:1], "rank": ranks[-1:], "everyone": everyone}[target]
     for process in victims:
         process.send_signal(signal.SIGTERM)
 
@@ -246,7 +247,8 @@ def test_a_launcher_takes_it_for_an_interruption(trained: Trained, tmp_path: Pat
             assert not running.done(), running.result()
         (child,) = launcher._children
         everyone = psutil.Process(child.pid).children(recursive=True)
-        (everyone[-1] if target == "rank" else child).send_signal(signal.SIGTERM)
+        ranks = [process for process in everyone if "--relay" in process.cmdline()]
+        (ranks[-1] if target == "rank" else child).send_signal(signal.SIGTERM)
         with pytest.raises(StageInterruptedError, match=r"interrupted by SIGTERM after step \d+ of 40, checkpoint at"):
             running.result(IN_TIME)
     assert trained.kept(store) >= 5

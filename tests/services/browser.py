@@ -1,9 +1,6 @@
-"""A real browser for tests, at the pages of the platform: press a button, fill a field, log in, take a picture."""
+"""A real browser for tests, at the pages of the platform: press a button, fill a field, log in."""
 
-import os
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from selenium.common.exceptions import WebDriverException
@@ -14,8 +11,6 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from tests.conftest import chromium
 from tests.services.platform import Platform, until
-
-PICTURES = os.environ.get("VECTORCLM_PICTURES")  # a folder: the pictures of the README are taken anew
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +25,6 @@ def page(browser: WebDriver) -> Iterator[WebDriver]:
     """The browser, which leaves its page in the end: a drawn graph keeps a core busy."""
     yield browser
     browser.get("about:blank")
-
-
-def picture(window: WebDriver, name: str) -> None:
-    if PICTURES:
-        time.sleep(3)  # a graph's bars glide to their places
-        window.save_screenshot(str(Path(PICTURES) / f"{name}.png"))
 
 
 def by_text(window: WebDriver, tag: str, text: str) -> list[WebElement]:
@@ -59,7 +48,15 @@ def fill(window: WebDriver, section: str, label: str, value: str) -> None:
     """Write into the field `label` of the form's section, instead of what is there."""
     named = "//span[contains(@class, 'schema-form-property__label') and normalize-space(.)='{}']"
     place = f"{named.format(section)}/following::{named.format(label)[2:]}[1]/following::input[1]"
+    _write(window, place, f"{section} {label}", value)
 
+
+def fill_new(window: WebDriver, label: str, value: str) -> None:
+    """Write into the field `label` of the form of Prefect's new page, instead of what is there."""
+    _write(window, f"//label[normalize-space(.)='{label}']/following::input[1]", label, value)
+
+
+def _write(window: WebDriver, place: str, label: str, value: str) -> None:
     def written() -> bool:
         """The page may draw the form anew while its data arrive: then the field is found and written again."""
         try:
@@ -71,7 +68,7 @@ def fill(window: WebDriver, section: str, label: str, value: str) -> None:
         except (ValueError, WebDriverException):
             return False
 
-    until(written, f"{section} {label}", 60)
+    until(written, label, 60)
 
 
 def log_in(window: WebDriver, platform: Platform) -> None:

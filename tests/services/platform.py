@@ -144,8 +144,11 @@ def is_repeated(error: LoopError) -> bool:
     """Whether Prefect hands the message of this error to its loop again; what is lost even so is kept in `dlq`.
 
     Transactions of Prefect begin DEFERRED. If one reads, another one writes, and the first writes then, SQLite refuses
-    that at once, whatever the busy timeout. Prefect has no setting that begins them IMMEDIATE.
+    that at once, whatever the busy timeout. Prefect has no setting that begins them IMMEDIATE. Events that come again
+    and are all written already make an empty INSERT, which fails and loses nothing.
     """
+    if error.loop == "prefect.server.events.services.event_persister":
+        return "NOT NULL constraint failed: events.occurred" in error.message
     return error.loop == "prefect.server.utilities.messaging.memory" and "database is locked" in error.message
 
 

@@ -98,9 +98,9 @@ def torch_processes(platform: Platform) -> list[psutil.Process]:
     return found
 
 
-def mlflow_status(platform: Platform, run_id: UUID) -> set[str]:
+def mlflow_status(platform: Platform, run_id: UUID, name: str = "tiny") -> set[str]:
     """The statuses of the unfinished and killed runs of a flow run in MLflow: its own and those of its trainings."""
     client = MlflowClient(platform.config.mlflow_url)
-    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+    (experiment,) = client.search_experiments(filter_string=f"name = '{name}'")
     query = f"tags.`prefect.flow_run_id` = '{run_id}' and attributes.status != 'FINISHED'"
     return {run.info.status for run in client.search_runs([experiment.experiment_id], query)}

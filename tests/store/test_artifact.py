@@ -224,7 +224,9 @@ def test_a_training_that_was_taken_over_ends_at_its_next_checkpoint(tmp_path: Pa
     assert lease.holder() == other  # theirs it stays
 
 
-def test_ranks_of_one_machine_read_a_remote_checkpoint_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_of_one_machine_read_a_remote_checkpoint_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store, work = Store(f"memory://{tmp_path.name}"), tmp_path / "work"
     get_file, turn = store.fs.get_file, threading.Lock()
@@ -243,8 +245,8 @@ def test_ranks_of_one_machine_read_a_remote_checkpoint_at_once(tmp_path: Path, m
     assert found is not None
     cached = found.local("model.safetensors") / "model.safetensors"  # as measuring checkpoints keeps it
     with ThreadPoolExecutor(8) as ranks:
-        for saved in ranks.map(lambda _: checkpoints.named(name), range(24)):
-            assert torch.equal(saved.model["w"], weights["w"]) and saved.metrics == "7\n"
+        for saved in ranks.map(lambda _: checkpoints.latest("order"), range(24)):
+            assert saved is not None and torch.equal(saved.model["w"], weights["w"]) and saved.metrics == "7\n"
     assert cached.is_file() and not list(work.iterdir())
 
 

@@ -1,14 +1,19 @@
 """A model or an experiment is removed with what was built from it, and without what others need."""
 
+import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
 
+from tests.services.platform import until
 from vectorclm.errors import ConfigError, InUseError
 from vectorclm.store.artifact import StageSpec, Store, build
 from vectorclm.store.listing import take_inventory
-from vectorclm.store.removal import claimed, plan_removal, remove
+from vectorclm.store.removal import claimed, plan_removal, protected, remove
 
 SAMPLE = StageSpec("sample", 1, {"a": 1}, {})
 BASE = StageSpec("pretrain", 1, {"a": 1}, {"sample": SAMPLE.fingerprint})
@@ -115,6 +120,52 @@ def test_nothing_goes_while_a_process_builds_from_unknown_inputs(store: Store) -
     with store.lease("measure-0123456789abcdef", []), pytest.raises(InUseError):
         removed(store, "tiny")  # a measurement names its model by the content
     assert len(left(store)) == 6
+
+
+def test_what_a_run_will_read_stays_between_its_stages(store: Store) -> None:
+    """Its next result is not there yet, and no stage of it is at work."""
+    for spec in (EXPORTS[1], OTHER):
+        store.remove(key(spec))
+    with protected(store, [SAMPLE, BASE, OTHER, EXPORTS[1]]):
+        found = removed(store, "tiny")
+        assert found[key(BASE)] == found[key(SAMPLE)] == "a running process builds from it" and found[key(CHAT)] == ""
+    assert {key(SAMPLE), key(BASE)} <= left(store) and store.list("leases") == []
+    assert set(removed(store, key(BASE)).values()) == {""}
+
+
+def test_a_run_finds_a_whole_artifact_or_none_where_a_removal_has_begun(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_removal(key(CHAT), store)
+
+    def run() -> bool:
+        with protected(store, [SAMPLE, BASE, CHAT]):
+            return store.find(CHAT.stage, CHAT.fingerprint) is None
+
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(1) as other:
+        with claimed(store, plan) as stays:
+            gone = other.submit(run)
+            until(lambda: "is being removed or repaired: waiting" in caplog.text, "the run waits", 60)
+            assert len(list(remove(store, plan, stays))) == 3
+            assert not gone.done()
+        assert gone.result(60)
+
+
+def test_the_lease_of_a_killed_run_protects_nothing_and_goes_with_the_next_run(store: Store) -> None:
+    code = (
+        "import sys; from vectorclm.store.artifact import Store, StageSpec; "
+        "from vectorclm.store.removal import protected\n"
+        "with protected(Store(sys.argv[1]), [StageSpec('sample', 1, {'a': 1}, {})]): "
+        "print('reads', flush=True); input()"
+    )
+    with Popen([sys.executable, "-c", code, store.uri], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "reads\n"
+        assert removed(store, key(SAMPLE))[key(SAMPLE)] == "a running process builds from it"
+        process.kill()
+    (dead,) = store.list("leases")
+    with protected(store, [BASE]):
+        assert dead not in store.list("leases")
+    assert set(removed(store, key(SAMPLE)).values()) == {""}
 
 
 @pytest.mark.parametrize("name", ["tiny", key(BASE)])

@@ -357,7 +357,7 @@ def test_a_training_resumes_from_the_newest_checkpoint_that_verifies(store: Stor
         assert torch.equal(saved.model["w"], torch.full((1000,), 20.0))
         checkpoints.save(Snapshot(30, {"w": torch.full((1000,), 30.0)}, {"0.0.m": torch.zeros(3)}, "30\n", "order"))
     assert [name[:13] for name in store.list(root)] == ["step-00000020", "step-00000030"]
-    assert checkpoints.named(store.list(root)[-1]).model["w"][0] == 30
+    assert (saved := checkpoints.latest("order")) is not None and saved.model["w"][0] == 30
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # no copies are left on this machine
 
 

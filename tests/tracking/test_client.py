@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.tracking.client import REGISTERED, VALUE_LENGTH, flatten, numbers, readable, run_page, tracking_uri
+from flows.tracking.client import REGISTERED, VALUE_LENGTH, flatten, numbers, page_url, readable, run_page, tracking_uri
 from vectorclm.store.artifact import Store
 
 
@@ -40,3 +40,10 @@ def test_a_store_has_a_database_of_its_own_unless_a_server_is_named(
     assert tracking_uri(store) == "http://tracking:5000"
     assert run_page("1", "ab") == "#/experiments/1/runs/ab?workflowType=machine_learning"
     assert REGISTERED["finetune"] == "vectorclm-chat" and REGISTERED["tokenizer"] == "vectorclm-tokenizer"
+
+
+def test_links_lead_to_the_address_of_a_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VECTORCLM_MLFLOW_URL", raising=False)
+    assert page_url("http://admin:secret@127.0.0.1:5000/", "#/models/m") == "http://127.0.0.1:5000/#/models/m"
+    monkeypatch.setenv("VECTORCLM_MLFLOW_URL", "https://mlflow.example.org/")
+    assert page_url("http://mlflow:5000", "#/models/m") == "https://mlflow.example.org/#/models/m"

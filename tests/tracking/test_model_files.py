@@ -10,6 +10,7 @@ from flows.tracking.model_files import EXAMPLE, loading_lines, write_model_files
 from flows.tracking.pyfunc_model import MAX_NEW_TOKENS, REFERENCE, content
 from tests.services.curricula import Recorded
 from tests.tracking.conftest import client
+from vectorclm.lineage.chain import SHORT
 from vectorclm.store.artifact import Artifact, Store
 
 
@@ -49,7 +50,9 @@ def test_a_version_says_how_it_is_loaded(recorded: Recorded) -> None:
     chat = artifact(recorded, "finetune")
     lines = loading_lines("vectorclm-chat", "3", chat).splitlines()
     assert lines[1] == f'mlflow.pyfunc.load_model("models:/vectorclm-chat/3").predict(["{EXAMPLE[0]}"])'
-    assert lines[2] == 'mlflow.transformers.load_model("models:/vectorclm-chat/3")' and chat.uri in lines[-2]
+    assert lines[2] == 'mlflow.transformers.load_model("models:/vectorclm-chat/3")'
+    assert f"finetune/{chat.fingerprint[:SHORT]}" in lines[-3]
+    assert max(map(len, lines)) <= 100 + len(chat.store.uri)  # else the page scrolls sideways
     remote = Artifact(Store("memory://models"), "finetune", chat.fingerprint, chat.manifest)
     assert (
         'load_model("models:/vectorclm-chat/3")' not in loading_lines("vectorclm-chat", "3", remote).split("\n", 2)[2]

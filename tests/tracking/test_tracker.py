@@ -171,6 +171,23 @@ def test_a_password_in_an_address_is_never_told(
     assert "s3cr3t" not in caplog.text and "bob" not in caplog.text
 
 
+def test_the_number_of_a_curriculum_is_that_of_the_run_before_it_and_one(
+    store: Store, experiment: ExperimentConfig
+) -> None:
+    """The newest runs before it are read, of which there may be any number."""
+    with tracker(store, experiment, "numbered") as first:
+        pass
+    found = client(store)
+    before = found.get_run(first.run_ids["curriculum"])
+    found.update_run(before.info.run_id, name=f"{before.info.run_name} run 1207")
+    names = []
+    for _ in range(2):
+        with tracker(store, experiment, "numbered") as again:
+            pass
+        names.append(str(found.get_run(again.run_ids["curriculum"]).info.run_name))
+    assert names == [f"{before.info.run_name} run {number}" for number in (1208, 1209)]
+
+
 def test_a_cancelled_stage_is_killed_and_runs_are_told_apart(
     store: Store, experiment: ExperimentConfig, tmp_path: Path
 ) -> None:
@@ -193,3 +210,13 @@ def test_a_cancelled_stage_is_killed_and_runs_are_told_apart(
         f"sample {short['sample']} attempt 2",
     ]
     assert {run.info.status for run in runs if run.data.tags["stage"] == "sample"} == {"KILLED"}
+
+
+def test_a_curriculum_has_the_name_of_its_run_in_prefect(store: Store, experiment: ExperimentConfig) -> None:
+    renamed = experiment.model_copy(update={"name": "titles"})
+    title = "titles finetune.epochs=2, 30 Nov 17:31 (57e6)"
+    for name in (title, title, "another"):
+        with Tracker(store, renamed, plans(renamed), title=name) as told:
+            pass
+    names = sorted(run.info.run_name for run in client(store).search_runs([told.experiment_id]))
+    assert names == sorted([title, f"{title} run 2", "another"])

@@ -59,6 +59,8 @@ def test_a_version_tells_its_lineage_its_scores_and_how_it_is_loaded(
             assert f"/runs/{versions.session.run_of(part)}" in version.description
         assert f'mlflow.pyfunc.load_model("models:/{version.name}/{version.version}")' in version.description
         assert len(version.description) <= DESCRIPTION
+        model = client.get_logged_model(versions.catalog.model_id(stage))
+        assert model.tags[NOTE] == version.description  # its page has no other
         kept = client.list_logged_model_artifacts(versions.catalog.model_id(stage))
         assert CARD in [item.path for item in kept]
     note = client.get_run(versions.session.parent_id).data.tags[NOTE]

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from vectorclm.bench.data import prepare
+from vectorclm.bench.gguf import NEAR_TIE
 from vectorclm.bench.table import Row, compared, could_not_run, in_turns
 from vectorclm.config import load_experiment
 from vectorclm.corpus.sources import drawn
 from vectorclm.evaluation.multiple_choice import Item, accuracies, read_items
 from vectorclm.evaluation.tasks import read_task
 from vectorclm.export.hugging_face import write_model_files
+from vectorclm.inference.batch import BatchSequence, ContinuousBatch
 from vectorclm.inference.generate import generate, generate_batch
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
@@ -27,6 +29,7 @@ from vectorclm.runtime.temporary import temporary_folder
 
 PROMPT, NEW = 64, 64  # tokens
 FASTER = {1: 1.4, 16: 1.3}  # bounds on the speed over transformers, by the number of prompts in a batch
+CLIENTS, TOGETHER = 8, 3.0  # answers at once, and the bound on their speed over one at a time
 EVALUATED = "4 choices by log-likelihood against the harness's HF backend"
 QUESTIONS = 40
 TEXT_BYTES = 12_000_000  # text for the tokenizer
@@ -45,6 +48,75 @@ def generating(rounds: int, experiment: str = "base") -> Iterator[Row]:
             row = compared(f"generation, batch {batch}", ours, peer, "tokens/s", ask=ask, most=False)
             same = torch.tensor(found["ours"][0][1]).eq(torch.tensor(found["peer"][0][1])).sum()
             yield replace(row, why=f"{same} of {batch * NEW} tokens are the same; {row.why}")
+        yield _serving(rounds, folder)
+
+
+def _serving(rounds: int, folder: Path) -> Row:
+    """Speed of answers that share the steps of one batch, as `vectorclm serve` generates them, over one at a time."""
+    found, _ = in_turns(rounds, {"ours": (_in_one_batch, (folder,)), "peer": (_one_at_a_time, (folder,))})
+    ours, peer = ([CLIENTS * NEW / seconds for seconds, _ in found[side]] for side in ("ours", "peer"))
+    row = compared(f"{CLIENTS} answers at once over one at a time", ours, peer, "tokens/s", ask=TOGETHER, most=False)
+    model = CausalLM.from_pretrained(folder).eval()
+    prompts = _client_prompts(model.config.vocab_size)
+    sides = zip(prompts, found["peer"][0][1], found["ours"][0][1], strict=True)
+    counts = [differing_tokens(model, prompt, alone, batched) for prompt, alone, batched in sides]
+    near, other = (sum(count) for count in zip(*counts, strict=True))
+    lengths = f"{CLIENTS} prompts of {len(prompts[0])} to {len(prompts[-1])} tokens"
+    same = f"{near} near-ties and {other} other differences in the greedy tokens"
+    return replace(row, met=bool(row.met and not other), why=f"{lengths}; {same}; {row.why}")
+
+
+def differing_tokens(
+    model: CausalLM, prompt: Sequence[int], alone: Sequence[int], batched: Sequence[int]
+) -> tuple[int, int]:
+    """Whether two greedy continuations differ: the numbers (0 or 1) of near-ties and of other differences.
+
+    Only the first difference counts, because all tokens after it follow from it. A near-tie has two logits within
+    NEAR_TIE, and rounding decides between them.
+    """
+    if list(alone) == list(batched):
+        return 0, 0
+    pairs = enumerate(zip(alone, batched, strict=True))
+    at, mine, other = next((at, mine, other) for at, (mine, other) in pairs if mine != other)
+    with torch.inference_mode():
+        logits_V = model(torch.tensor([[*prompt, *alone[:at]]]))[0, -1]
+    is_near = bool((logits_V[mine] - logits_V[other]).abs() < NEAR_TIE)
+    return int(is_near), int(not is_near)
+
+
+def _client_prompts(vocab_size: int) -> list[list[int]]:
+    """Prompts of different lengths, one for each client."""
+    draw = torch.Generator().manual_seed(3)
+    sizes = [PROMPT // CLIENTS * (number + 1) for number in range(CLIENTS)]
+    return [torch.randint(5, vocab_size, (size,), generator=draw).tolist() for size in sizes]
+
+
+def _in_one_batch(folder: Path) -> Callable[[], tuple[float, Any]]:
+    Runtime().configure_torch()
+    model = CausalLM.from_pretrained(folder).eval()
+    prompts = _client_prompts(model.config.vocab_size)
+    batch: ContinuousBatch[BatchSequence] = ContinuousBatch(model, CLIENTS)
+
+    def answers() -> list[list[int]]:
+        sequences = [BatchSequence(list(prompt)) for prompt in prompts]
+        for sequence in sequences:
+            batch.add(sequence)
+        ends = {id(sequence): len(sequence.ids) + NEW for sequence in sequences}
+        while len(batch):
+            for sequence, logits_TV in batch.step():
+                sequence.ids.append(int(logits_TV[-1].argmax()))
+                if len(sequence.ids) == ends[id(sequence)]:
+                    batch.remove(sequence)
+        return [sequence.ids[-NEW:] for sequence in sequences]
+
+    return _timed(answers)
+
+
+def _one_at_a_time(folder: Path) -> Callable[[], tuple[float, Any]]:
+    Runtime().configure_torch()
+    model = CausalLM.from_pretrained(folder)
+    prompts = _client_prompts(model.config.vocab_size)
+    return _timed(lambda: [list(generate(model, prompt, NEW, stop_ids=())) for prompt in prompts])
 
 
 def _random_model(config: ModelConfig, folder: Path) -> None:

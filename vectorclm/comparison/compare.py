@@ -21,7 +21,9 @@ from vectorclm.evaluation.statistics import (
     mean_figure,
     ratio,
     resampled,
+    share_error,
 )
+from vectorclm.lineage.chain import training_of
 from vectorclm.stages import EVALUATED
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.layout import MEASURE
@@ -38,10 +40,11 @@ def results_of(address: str, store: Store) -> list[Artifact]:
     """
     model = find_model(address)
     model.verify(store)
-    content = model.content
-    found = [item for item in store.finished(MEASURE) if item.manifest["inputs"].get("model") == content]
+    training = training_of(model, store)  # of an export, whose files say more to other programs
+    contents = {model.content, *([content_of(training)] if training is not None else [])}
+    found = [item for item in store.finished(MEASURE) if item.manifest["inputs"].get("model") in contents]
     for stage, source in EVALUATED.items():
-        same = {model.fingerprint for model in store.finished(source) if content_of(model) == content}
+        same = {model.fingerprint for model in store.finished(source) if content_of(model) in contents}
         found += [item for item in store.finished(stage) if item.manifest["inputs"].get(source) in same]
     kept = [item for item in found if has_items(item)]
     if not kept:
@@ -120,7 +123,11 @@ def paired(before: Mapping[str, Scored], after: Mapping[str, Scored]) -> list[Ch
 
 
 def _figure(scored: Scored) -> Figure:
-    return Figure(*ratio(scored.parts.tolist(), scored.sizes.tolist()))
+    parts, sizes = scored.parts.tolist(), scored.sizes.tolist()
+    value, stderr = ratio(parts, sizes)
+    if set(sizes) == {1.0} and set(parts) <= {0.0, 1.0}:
+        stderr = share_error(value, len(parts))
+    return Figure(value, stderr, len(parts))
 
 
 def _average(kind: str, group: list[tuple[Change, Any]]) -> Change:

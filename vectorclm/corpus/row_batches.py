@@ -50,7 +50,7 @@ def filtered(table: "pa.Table", column: str, condition: Filter | None, where: st
     texts = table[column]
     if condition is not None:
         try:
-            texts = texts.take(condition.holds(table.select(condition.columns)))
+            texts = texts.take(pa.array(condition.holds(table.select(condition.columns)), pa.int64()))
         except pa.ArrowException as error:
             raise _no_filter(condition, where, error) from error
     return RowBatch(len(table), texts.cast(pa.large_binary()).to_pylist())

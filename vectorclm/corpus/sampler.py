@@ -4,12 +4,14 @@ The choice of documents and their order in the sample depend only on the seed an
 order. The order is a shuffle of the whole sample.
 """
 
+import math
 import mmap
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
@@ -105,7 +107,7 @@ def write_sample(
                 chosen = draw.choose(reserve, batches, is_remote(source, roots.data))
                 draw.write(out / source.label, reserve, chosen, finished)
                 earlier = np.concatenate([earlier, reserve.keys[chosen]])
-            _check_split(source, found, config.validation_share)
+                _check_split(source, found, config, partial(reserve.least_share, chosen))
     return {
         "documents": sum(item.documents for item in drawn.values()),
         "bytes": sum(item.bytes for item in drawn.values()),
@@ -167,6 +169,16 @@ class _Reserve:
         again[1:] = keys[1:] == keys[:-1]
         number = order - len(self.earlier)
         return number[(number >= 0) & ~again], number[(number >= 0) & again]
+
+    def least_share(self, numbers: Index) -> float | None:
+        """The smallest validation share that holds out one of some documents; None where none below a half does."""
+        ranks = [
+            xxhash.xxh3_128_intdigest(text, seed=self.seed) & 0xFFFFFFFFFFFFFFFF
+            for _, texts in self.texts(numbers)
+            for text in texts
+        ]
+        least = math.ceil((min(ranks, default=2**64) + 1) / 2**64 * 1e6 + 1e-6) / 1e6
+        return least if least < 0.5 and len(ranks) > 1 else None
 
     def _forget(self) -> None:
         first, _ = self.order()
@@ -294,14 +306,33 @@ class _SourceDraw:
         found.validation_documents, found.validation_bytes = validation.documents, validation.bytes
 
 
-def _check_split(source: TextSource, found: _Counts, share: float) -> None:
+def _check_split(
+    source: TextSource, found: _Counts, config: CorpusConfig, least_share: Callable[[], float | None]
+) -> None:
+    """Raise DataError where a split has no document, with the setting and the value that work."""
     if found.documents and found.validation_documents:
         return
     side = "validation" if found.documents else "training"
+    count = found.documents + found.validation_documents
+    share = f"sample.validation_share ({config.validation_share:g})"
+    if not count:
+        todo = (
+            f"no row of column {source.text_column!r} is a document: set text_column to the column with the text"
+            if found.read
+            else "the source is empty"
+        )
+    elif count == 1 and found.exhausted:
+        todo = "training and validation need different documents: split it into more files, rows or parts"
+    elif not found.exhausted:
+        needed = config.bytes * max(2.0, 3 / (config.validation_share * count))
+        todo = f"raise sample.bytes ({config.bytes:,}) to {math.ceil(needed):,}, or raise {share}"
+    elif found.documents and (least := least_share()) is not None:
+        todo = f"the source has no more, so set {share} to {least:g} at least"
+    else:
+        todo = f"the source has no more, so add text, or change {share}"
     raise DataError(
-        f"{describe(source)} yields {found.documents} documents for training and {found.validation_documents} "
-        f"for validation (dropped: {drop_counts(found.dropped, found.contaminated)}); {side} needs at least one. "
-        f"Raise sample.bytes, or change sample.validation_share ({share})"
+        f"{describe(source)} yields {found.documents:,} documents for training and {found.validation_documents:,} "
+        f"for validation (dropped: {drop_counts(found.dropped, found.contaminated)}); {side} needs at least one: {todo}"
     )
 
 

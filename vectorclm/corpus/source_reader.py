@@ -138,6 +138,17 @@ def read_source(
     return read_rows(_check_local(source, data, columns), tuple(columns))
 
 
+def find_row(source: Source, data: Path | None, column: str, value: Any) -> str | None:
+    """The file and number of the first row with this value in a column; None where the source has no local files."""
+    if source.is_generated or is_remote(source, data):
+        return None
+    for path in local_files(source, data):
+        for number, row in enumerate(read_rows([path], (column,)), 1):
+            if row[column] == value:
+                return f"{path}, row {number:,}"
+    return None
+
+
 def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[RowBatch]:
     """Read the texts of a source that pass its filter, some megabytes at a time.
 

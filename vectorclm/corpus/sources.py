@@ -15,7 +15,7 @@ from vectorclm.corpus.filters import Filter
 from vectorclm.corpus.remote_files import fetch, is_address
 from vectorclm.corpus.synthetic_world import rows as world_rows
 from vectorclm.errors import DataError
-from vectorclm.settings import Settings
+from vectorclm.settings import LARGEST_WEIGHT, NAME, NAME_LENGTH, Settings
 
 CHOICE_COLUMNS = ("context", "choices", "answer")  # columns of a benchmark that the harness does not define
 
@@ -23,6 +23,7 @@ CHOICE_COLUMNS = ("context", "choices", "answer")  # columns of a benchmark that
 GENERATED = {"world": world_rows}  # `path` of a generated source -> function that returns its rows by name
 BUILDERS = tuple(known.name for known in FORMATS)  # the `path` of a source of files
 MEANT = {suffix.lstrip("."): known.name for known in FORMATS for suffix in known.suffixes} | {"jsonlines": "json"}
+OWN_FILES = ("manifest.json", "prompts.jsonl")  # of artifacts whose folders have the names of labels
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -32,7 +33,7 @@ class Source(Settings):
     `revision` is a commit of the hub repository, or `sha256:` of the content of local files.
     """
 
-    label: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Name of the source in file names and metrics")
+    label: str = Field(pattern=NAME, max_length=NAME_LENGTH, description="Name of the source in file names and metrics")
     path: str = Field(
         description="Hub id, local folder or file, s3://…, "
         f"{', '.join(BUILDERS[:-1])} or {BUILDERS[-1]} (with data_files), or {' or '.join(GENERATED)}"
@@ -45,6 +46,13 @@ class Source(Settings):
         None, description="Commit, branch or tag; if unset, the first run pins the commit in the lock file"
     )
     mirror: str | None = Field(None, description="Folder or file of this source inside `--data DIR`")
+
+    @field_validator("label")
+    @classmethod
+    def _is_free(cls, label: str) -> str:
+        if label in OWN_FILES:
+            raise ValueError("an artifact has a file of this name: choose another label")
+        return label
 
     @field_validator("path")
     @classmethod
@@ -72,7 +80,9 @@ class TextSource(Source):
     """A source of documents for training."""
 
     text_column: str = Field("text", description="Column with the documents")
-    weight: float = Field(gt=0, description="Share of the sample's bytes, relative to the other sources")
+    weight: float = Field(
+        gt=0, le=LARGEST_WEIGHT, description="Share of the sample's bytes, relative to the other sources"
+    )
     filter: str | None = Field(None, description="Condition on the rows, such as int_score >= 3 and token_count < 8000")
     min_bytes: int = Field(1, ge=1, description="Shorter documents are dropped (UTF-8 bytes)")
     max_bytes: int = Field(10_000_000, ge=1, lt=2**31, description="Longer documents are dropped (UTF-8 bytes)")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
+from vectorclm.command_line import shell_line
 from vectorclm.config import EXPERIMENTS, ExperimentConfig, load_experiment
 from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import ConfigError
@@ -70,7 +71,9 @@ def init(
     experiment, _ = load_experiment(str(path))
     for line in explanation(choice, experiment):
         print(line)
-    print(f"\nwrote {path.name}; next:\n  vectorclm run --dry-run\n  vectorclm run")
+    print(f"\nwrote {path.name}; next:")
+    for options in (["--dry-run"], []):
+        print(f"  {shell_line('vectorclm', 'run', path.name, *options)}")
 
 
 def _name_of(place: str) -> str:

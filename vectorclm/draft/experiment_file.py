@@ -33,8 +33,8 @@ def _files(survey: TextSurvey | ChatSurvey, folder: Path) -> list[str]:
 def _head(name: str, choice: Choice) -> str:
     kind = "then chats" if choice.chats else "and ends at the base model"
     return f"""\
-# {name}: learns from {choice.bytes / 1e6:,.1f} MB of text {kind}, in about {choice.minutes:g} minutes on this machine.
-# `vectorclm run` in this folder trains it; `vectorclm run --dry-run` shows what it will do.
+# {name}: learns from {choice.bytes / 1e6:,.1f} MB of text {kind}, in about {choice.minutes:g} min on this machine.
+# `vectorclm run {name}.toml` trains it; with --dry-run it shows what it will do.
 # Paths are relative to this file.
 name = "{name}"
 seed = {SEED}

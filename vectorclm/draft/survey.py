@@ -30,7 +30,13 @@ from vectorclm.corpus.sources import HUB_ID, TextSource, left_out, local_files
 from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import DataError
 from vectorclm.shards.config import ChatSource
-from vectorclm.shards.conversations import Turn, find_fault, read_conversation
+from vectorclm.shards.conversations import (
+    MalformedConversationError,
+    Turn,
+    find_fault,
+    read_conversation,
+    without_empty_system,
+)
 
 READ_BYTES = 200_000_000  # text that is read; of more, the rest is not looked at
 HUB_BYTES = 20_000_000  # the same for a hub repository
@@ -188,12 +194,13 @@ def survey_chat(place: str, label: str, folder: Path) -> ChatSurvey:
         if column is None:
             continue
         try:
-            turns = read_conversation(row.get(column), place)
-        except DataError:
-            found.dropped["malformed"] += 1
+            turns = read_conversation(without_empty_system(row.get(column)), place)
+        except MalformedConversationError as error:
+            found.dropped[error.reason] += 1
             continue
-        if find_fault(turns) or not any(turn.role == "assistant" for turn in turns):
-            found.dropped["malformed"] += 1
+        fault = find_fault(turns)
+        if fault or not any(turn.role == "assistant" for turn in turns):
+            found.dropped[fault[0] if fault else "no_assistant"] += 1
             continue
         _count(found, turns)
     if column is None or not found.conversations:
@@ -213,12 +220,14 @@ def _count(found: ChatSurvey, turns: Sequence[Turn]) -> None:
 def _chat_column(row: Mapping[str, Any]) -> str | None:
     """The column of a row that holds turns."""
     for name in sorted(row, key=lambda name: name not in CHAT_COLUMNS):
-        if isinstance(row[name], list) and row[name] and isinstance(row[name][0], Mapping):
+        value = row[name]
+        if isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping)):
             try:
-                read_conversation(row[name], "")
+                turns = read_conversation(without_empty_system(value), "")
             except DataError:
                 continue
-            return name
+            if len(turns) > 1:
+                return name
     return None
 
 

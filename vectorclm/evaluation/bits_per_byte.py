@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from vectorclm.evaluation.item_scores import ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.runtime.progress import Progress
 from vectorclm.shards.reader import ShardReader
 from vectorclm.tokenizer import BOS_ID, encode
 
@@ -103,25 +105,38 @@ def scoring_windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int]
         yield [BOS_ID if first == 0 else ids[first - 1], *ids[first:end]], 1 + start - first
 
 
+def comparable_length(context: int) -> int:
+    """The tokens of a window that every program can score: llama.cpp keeps one token of a model's context free."""
+    return max(1, context - 1)
+
+
 def text_scores(
-    model: CausalLM, tokenizer: Tokenizer, text: str, device: torch.device, length: int | None = None
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    text: str,
+    device: torch.device,
+    length: int | None = None,
+    shown: bool = False,
 ) -> dict[str, float]:
     """Bits per byte and nats per token of any text, with the counts of tokens and bytes.
 
     Each token is scored once, see `scoring_windows`; without `length`, windows are as long as the model's context.
-    Raises DataError for an empty text.
+    With `shown`, the progress is reported. Raises DataError for an empty text.
     """
     ids = encode(tokenizer, text)
     if not ids:
         raise DataError("there is no text to score: the file is empty")
     model.eval()
     nats = 0.0
-    for ids_of_window, scored in scoring_windows(ids, length or model.config.max_position_embeddings):
-        window = torch.tensor(ids_of_window)
-        targets = window[1:].clone()
-        targets[: scored - 1] = IGNORE_INDEX
-        losses = token_losses(model, window[None, :-1].to(device), targets[None].to(device))
-        nats += float(losses.double().sum())
+    with Progress("evaluate text", len(ids), "tokens") if shown else nullcontext() as progress:
+        for ids_of_window, scored in scoring_windows(ids, length or model.config.max_position_embeddings):
+            window = torch.tensor(ids_of_window)
+            targets = window[1:].clone()
+            targets[: scored - 1] = IGNORE_INDEX
+            losses = token_losses(model, window[None, :-1].to(device), targets[None].to(device))
+            nats += float(losses.double().sum())
+            if progress is not None:
+                progress.advance(len(ids_of_window) - scored)
     return rates(nats, len(ids), len(text.encode()))
 
 

@@ -11,6 +11,7 @@ from vectorclm.evaluation.instruction_checks import PARTS
 
 SEED = 20_240_229
 DRAWS = 10_000
+CONFIDENCE = 1.96  # standard errors on each side of a 95 % interval
 CHUNK = 4_000_000  # counts in memory at a time
 LEAST = 6  # items that differ; with 5, a sign test cannot reach 5 %: 2 / 2**5 = 6 %
 
@@ -41,13 +42,19 @@ def share_stderr(share: float, items: int) -> float:
     return math.sqrt(share * (1 - share) / max(1, items - 1))
 
 
-def adjusted_stderr(share: float, items: int) -> float:
-    """The standard error of a share with two more items, one of them right.
+def share_error(share: float, items: int) -> float:
+    """The standard error of a share, that is honest for few items and for a share of 0 or 1, too.
 
-    By that (Agresti and Coull, The American Statistician 52, 1998) a share of 0 or 1 has an error, too.
+    Where the usual error is too small, it is the one whose 95 % interval reaches as far as Wilson's (JASA 22, 1927):
+    one item of one that is right has an error of 0.41, and not of 0.
     """
-    adjusted = (share * items + 1) / (items + 2)
-    return math.sqrt(adjusted * (1 - adjusted) / (items + 2))
+    if not items or not 0 <= share <= 1:
+        return 1.0
+    square = CONFIDENCE**2 / items
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    reach = max(share - max(0.0, middle - half), min(1.0, middle + half) - share)
+    return max(share_stderr(share, items), reach / CONFIDENCE)
 
 
 def wilson_interval(share: float, items: int) -> tuple[float, float]:
@@ -100,15 +107,15 @@ def interval(draws: NDArray[np.float64], items: int, differing: int) -> Interval
     return Interval(float(low), float(high), items, differing)
 
 
-CONFIDENCE = 1.96  # standard errors on each side of a 95 % interval
 NOISE = 2.0  # standard errors; chance exceeds them in 1 of 20 differences
 
 
 class Figure(NamedTuple):
-    """A score and its standard error."""
+    """A score, its standard error, and the number of items behind it where that is known."""
 
     value: float
     stderr: float
+    items: int | None = None
 
 
 def score_interval(name: str, figure: Figure) -> tuple[float, float]:
@@ -146,6 +153,8 @@ class Change(NamedTuple):
         """Whether the models differ beyond chance: by the paired interval where there is one."""
         if self.paired is not None:
             return self.paired.beyond_noise
+        if any(figure.items is not None and figure.items < LEAST for figure in (self.before, self.after)):
+            return False
         return abs(self.difference) > self.noise
 
     @property
@@ -165,17 +174,25 @@ def figures(scores: Mapping[str, Any]) -> dict[str, Figure]:
     These are `acc.<task>`, `bits_per_byte.<source>`, `in_template` (share of the prompts), `followed_content`,
     `followed_form` and `followed`.
     """
-    found = {f"acc.{label}": Figure(task["acc"], task["stderr"]) for label, task in scores["tasks"].items()}
+    found = {
+        f"acc.{label}": _share(task["acc"], task["items"], task["stderr"]) for label, task in scores["tasks"].items()
+    }
     for label, text in scores["text"].items():
-        found[f"bits_per_byte.{label}"] = Figure(text["bits_per_byte"], text["stderr"])
+        count = text.get("documents", text.get("windows"))
+        found[f"bits_per_byte.{label}"] = Figure(text["bits_per_byte"], text["stderr"], count)
     if "chat" in scores:
         count = scores["chat"]["prompts"]
         share = scores["chat"]["answered_in_template"] / count
-        found["in_template"] = Figure(share, share_stderr(share, count))
+        found["in_template"] = _share(share, count)
     for name in PARTS:
         if followed := scores.get("instructions", {}).get(name):
-            found[name] = Figure(followed["share"], followed["stderr"])
+            found[name] = _share(followed["share"], followed["items"], followed["stderr"])
     return found
+
+
+def _share(share: float, items: int, stderr: float = 0.0) -> Figure:
+    """A share with its error; a greater one is kept, as where the items are not independent."""
+    return Figure(share, max(stderr, share_error(share, items)), items)
 
 
 def changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> list[Change]:

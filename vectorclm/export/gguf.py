@@ -18,7 +18,16 @@ from vectorclm.model_config import ModelConfig
 from vectorclm.nn.attention_kinds import ATTENTION_KINDS
 from vectorclm.store.durable import move_file, sync_folder, temporary_beside
 from vectorclm.store.model_ref import Model
-from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS, load_tokenizer
+from vectorclm.tokenizer import (
+    BOS_ID,
+    CHAT_TEMPLATE,
+    EOS_ID,
+    IM_END_ID,
+    PAD_ID,
+    SPECIAL_TOKENS,
+    TRANSFORMERS_TEMPLATE,
+    load_tokenizer,
+)
 
 GgufType = Literal["f32", "f16", "q8_0"]
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
@@ -123,7 +132,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, *, ch
     writer.add_pad_token_id(PAD_ID)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
-    if template := _chat_template(folder):
+    if chat and (template := _chat_template(folder)):
         writer.add_chat_template(template)
 
 
@@ -143,11 +152,17 @@ def _differences(raw: dict[str, Any]) -> list[str]:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The model's chat template; transformers saves it as a file of its own."""
+    """The model's chat template; transformers saves it as a file of its own.
+
+    Our own has no marks of the assistant's tokens in the file: llama.cpp and Ollama know it by its likeness to ChatML.
+    """
     own = folder / "chat_template.jinja"
     if own.is_file():
-        return own.read_text(encoding="utf-8")
-    template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        template = own.read_text(encoding="utf-8")
+    else:
+        template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    if template == TRANSFORMERS_TEMPLATE:
+        return CHAT_TEMPLATE
     return template if isinstance(template, str) else None
 
 

@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vectorclm.corpus.summary import drop_counts
-from vectorclm.evaluation.instruction_checks import FOLLOWED, PARTS
+from vectorclm.export.model_card import model_card
 from vectorclm.store.artifact import Artifact
-from vectorclm.tokenizer import BOS_ID, EOS, EOS_ID, IM_END, IM_END_ID, PAD_ID, write_tokenizer_config
+from vectorclm.tokenizer import (
+    BOS_ID,
+    EOS,
+    EOS_ID,
+    IM_END,
+    IM_END_ID,
+    PAD_ID,
+    TRANSFORMERS_TEMPLATE,
+    write_tokenizer_config,
+)
 
 MODEL_FILES = (
     "config.json",
@@ -32,6 +40,24 @@ def write_model_files(tokenizer: Path, model_max_length: int, *, chat: bool, out
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def adapt_to_consumers(folder: Path, *, chat: bool) -> None:
+    """Add to a model directory what programs beside this one read.
+
+    Prompts of different lengths are padded at the left, so that each continues at its end. The inputs of the model are
+    named, because transformers 4 otherwise adds one that a Llama refuses. `config.json` names the token that ends a
+    turn, and the chat template marks the assistant's tokens. A base model has no chat template.
+    """
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer |= {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
+    del tokenizer["chat_template"]
+    if chat:
+        tokenizer["chat_template"] = TRANSFORMERS_TEMPLATE
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["eos_token_id"] = IM_END_ID
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", encoding="utf-8")
+
+
 def export(name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
     """Write `base/`, and `chat/` of a chat model, from the stages in `inputs`; `lineage` has all stages behind them."""
     kinds = {"base": ("pretrain", "evaluate_base"), "chat": ("finetune", "evaluate")}
@@ -41,32 +67,9 @@ def export(name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Arti
         folder.mkdir()
         for file in MODEL_FILES:
             shutil.copyfile(source / file, folder / file)
+        adapt_to_consumers(folder, chat=kind == "chat")
         scores = json.loads((inputs[evaluation].local() / "scores.json").read_text(encoding="utf-8"))
         shutil.copyfile(inputs[evaluation].local() / "scores.json", folder / "scores.json")
-        card = model_card(f"vectorclm-{name}-{kind}", kind, source, scores, lineage)
+        card = model_card(name, kind, folder, scores, lineage)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return {kind: kind for kind in kinds}
-
-
-def model_card(title: str, kind: str, model: Path, scores: Mapping[str, Any], lineage: Mapping[str, Artifact]) -> str:
-    """The README.md of a model directory: metadata of the Hugging Face hub, data, scores and lineage."""
-    from huggingface_hub import ModelCard, ModelCardData  # takes longer to import than most commands run
-
-    sample, config = lineage["sample"], json.loads((model / "config.json").read_text())
-    tags = ["vectorclm", config["model_type"]]
-    card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags),
-        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
-        title=title,
-        config=config,
-        trained=lineage["pretrain"].summary,
-        documents=sample.summary["sources"],
-        revisions={source["label"]: source.get("revision") for source in sample.manifest["config"]["sources"]},
-        conversations=lineage["chat_shards"].summary["sources"] if kind == "chat" else None,
-        scores=scores,
-        parts=PARTS,
-        followed_names=FOLLOWED,
-        drop_counts=drop_counts,
-        lineage=lineage,
-    )
-    return str(card)

@@ -9,7 +9,8 @@ import gguf
 import httpx
 
 from vectorclm.errors import ConfigError, DataError
-from vectorclm.evaluation.bits_per_byte import rates, scoring_windows
+from vectorclm.evaluation.bits_per_byte import comparable_length, rates, scoring_windows
+from vectorclm.runtime.progress import Progress
 
 INSTALL = "pip install 'vectorclm[llama]'"
 SURE = 1000.0  # bias on a logit that forces a token
@@ -28,7 +29,7 @@ class LlamaCpp:
         import xllamacpp
 
         fields = _fields(file)
-        self.longest = int(fields["llama.context_length"]) - 1  # tokens of the longest prompt
+        self.longest = comparable_length(int(fields["llama.context_length"]))  # tokens of the longest prompt
         self.vocab_size = int(fields["llama.vocab_size"])
         params = xllamacpp.CommonParams()
         params.model.path, params.port, params.verbosity = str(file), 0, 0
@@ -81,8 +82,11 @@ class LlamaCpp:
         if not ids:
             raise DataError("there is no text to score: the file is empty")
         nats = 0.0
-        for window, scored in scoring_windows(ids, self.longest):
-            nats -= sum(self.log_probability(window[:i], window[i]) for i in range(scored, len(window)))
+        with Progress("evaluate text", len(ids), "tokens") as progress:
+            for window, scored in scoring_windows(ids, self.longest):
+                for place in range(scored, len(window)):
+                    nats -= self.log_probability(window[:place], window[place])
+                    progress.advance(1)
         return rates(nats, len(ids), len(text.encode()))
 
     def _complete(self, input_ids: Sequence[int], **options: Any) -> Any:

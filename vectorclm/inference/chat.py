@@ -3,24 +3,28 @@
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
 from vectorclm.inference.config import GREEDY, SamplingParams
 from vectorclm.inference.generate import drop_oldest, generate
+from vectorclm.inference.grammar import GrammarCompiler
 from vectorclm.inference.load import open_model
+from vectorclm.inference.logprobs import TokenNames
+from vectorclm.inference.text_stream import SPECIAL, TextDelta, TextStream
 from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, read_conversation, render_prompt
 from vectorclm.store.model_ref import Model, find_model
-from vectorclm.tokenizer import SPECIAL_TOKENS
+from vectorclm.tokenizer import EOS_ID, IM_END_ID
 
 HELP = """/reset          start a new conversation with the same system prompt
 /system TEXT    start a new conversation with this system prompt; without TEXT, with none
-/exit           leave the chat; an empty line does so, too
+/exit           leave the chat; exit, quit and Ctrl-D do so, too
 Ctrl-C          stop the answer, or leave the chat"""
+LEAVE = ("/exit", "/quit", "exit", "quit")
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,15 @@ class LanguageModel:
         """The longest conversation with its answer, in tokens."""
         return self.model.config.max_position_embeddings
 
+    @cached_property
+    def names(self) -> TokenNames:
+        """The texts of the tokens."""
+        return TokenNames(self.tokenizer)
 
-@dataclass(frozen=True)
-class TextDelta:
-    """The next piece of an answer: whole characters of text, and the number of tokens generated for them."""
-
-    text: str
-    tokens: int
-    finish: Literal["stop", "length"] | None = None  # the reason for the end, in the last piece
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """The compiler of JSON schemas for the tokenizer."""
+        return GrammarCompiler(self.tokenizer, [IM_END_ID, EOS_ID] if self.chat else [EOS_ID])
 
 
 def open_chat_model(address: str, runtime: Runtime) -> LanguageModel:
@@ -113,54 +118,18 @@ def reply(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
 ) -> Iterator[TextDelta]:
-    """Generate the answer to a prompt of token ids as a stream of pieces, one for each token.
+    """Generate the answer to a prompt of token ids as a stream of pieces; TextStream says what they hold.
 
-    The text of a token may be in a later piece, because a piece has whole characters.
-
-    The answer ends with the end of the turn (or any other special token, unless `ignore_eos`), before the first of the
-    `stop` strings, after `max_new_tokens`, or where the context is full; the last piece names the reason. The pieces
-    together are the text of all tokens but the special ones.
+    The answer also ends after `max_new_tokens`, or where the context is full; the last piece names the reason.
     """
-    pending: list[int] = []  # tokens whose last character is incomplete
-    held = ""  # text that may be a prefix of a stop string
-    special = range(len(SPECIAL_TOKENS))
-    ends = () if ignore_eos else special
+    text = TextStream(chat_model.tokenizer, stop, ignore_eos=ignore_eos)
+    ends = () if ignore_eos else SPECIAL
     for token in generate(chat_model.model, prompt, max_new_tokens, stop_ids=ends, sampling=sampling):
-        if token in special and ignore_eos:
-            yield TextDelta("", 1)
-            continue
-        if token in special:
-            yield TextDelta(held + _text(chat_model, pending), 1, "stop")
+        delta = text.add(token)
+        yield delta
+        if delta.finish:
             return
-        pending.append(token)
-        fresh = _text(chat_model, pending)
-        if fresh.endswith("\ufffd"):  # the next tokens may hold the other bytes of a character
-            yield TextDelta("", 1)
-            continue
-        pending, held = [], held + fresh
-        if (end := find_stop(held, stop)) is not None:
-            yield TextDelta(held[:end], 1, "stop")
-            return
-        safe = len(held) - overlap(held, stop)
-        yield TextDelta(held[:safe], 1)
-        held = held[safe:]
-    yield TextDelta(held + _text(chat_model, pending), 0, "length")
-
-
-def _text(chat_model: LanguageModel, ids: Sequence[int]) -> str:
-    text: str = chat_model.tokenizer.decode(list(ids), skip_special_tokens=False)
-    return text
-
-
-def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """The position of the first stop string in a text; None where there is none."""
-    return min((place for one in stop if (place := text.find(one)) >= 0), default=None)
-
-
-def overlap(text: str, stop: Sequence[str]) -> int:
-    """The length of the longest suffix of a text that is a prefix of a stop string."""
-    lengths = (size for one in stop for size in range(min(len(one), len(text)), 0, -1) if text.endswith(one[:size]))
-    return max(lengths, default=0)
+    yield text.end()
 
 
 class Conversation:
@@ -206,21 +175,23 @@ class Conversation:
         return self.chat_model.context - self.max_new_tokens
 
 
-def talk(conversation: Conversation, sampling: SamplingParams, stop: Sequence[str]) -> None:
-    """Chat in the terminal until an empty line or end of input; answers are streamed."""
+def talk(conversation: Conversation, sampling: SamplingParams, stop: Sequence[str], title: str = "") -> None:
+    """Chat in the terminal until `exit` or the end of input; answers are streamed. `title` is the model's name."""
     with suppress(ImportError):
         import readline  # noqa: F401  (input() then edits lines and remembers them)
-    while question := _read("you  > "):
+    if title:
+        _show(f"{title}: {conversation.chat_model.context:,} tokens of context; /help lists the commands\n")
+    while (question := _read("you  > ")) is not None and question not in LEAVE:
+        if not question:
+            continue
         try:
             if question.startswith("/"):
-                if question == "/exit":
-                    return
                 _command(conversation, question)
                 continue
             if gone := conversation.ask(question):
                 _show(f"(the oldest {gone} turns are forgotten: {conversation.chat_model.context:,} tokens are full)\n")
         except DataError as error:
-            _show(f"({error})\n")
+            _show(f"({_harmless(str(error))})\n")
             continue
         _show("model> ")
         pieces = conversation.answer(sampling, stop)
@@ -244,17 +215,19 @@ def _command(conversation: Conversation, line: str) -> None:
     elif name == "/system":
         conversation.begin(text)
     else:
-        _show(HELP + "\n")
+        unknown = "" if name == "/help" else f"(there is no command {_harmless(name)})\n"
+        _show(f"{unknown}{HELP}\n")
         return
     _show("(a new conversation)\n")
 
 
-def _read(prompt: str) -> str:
+def _read(prompt: str) -> str | None:
+    """The next line, or None at the end of input."""
     try:
         return input(prompt).strip()
     except EOFError:
         _show("\n")  # the shell's prompt then stands on a line of its own
-        return ""
+        return None
     except UnicodeDecodeError as error:
         raise DataError(f"the input is not UTF-8: {error}") from error
 

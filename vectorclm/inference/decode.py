@@ -6,6 +6,7 @@ a tensor, and attention reads the whole cache with a mask.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -93,14 +94,32 @@ class SteadyDecoding:
         self.position_1.add_(1)
 
     def _capture(self) -> None:
-        """Capture one step as a CUDA graph, after a warm-up on another stream whose effects are undone."""
-        position_1, stream = self.position_1.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._step()
-                self.position_1.copy_(position_1)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._step()
+        position_1 = self.position_1.clone()
+
+        def undone() -> None:
+            self.position_1.copy_(position_1)
+
+        self.graph, _ = capture_graph(self._step, undone)
+
+
+T = TypeVar("T")
+
+
+def capture_graph(step: Callable[[], T], undo: Callable[[], None] | None = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Capture a step as a CUDA graph, and return the graph and what the step returns, which each replay overwrites.
+
+    Steps of a warm-up run before, on another stream; `undo` reverses the effects of one. The captured step itself has
+    no effect before the graph is replayed.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+            if undo is not None:
+                undo()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = step()
+    return graph, returned

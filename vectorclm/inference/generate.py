@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vectorclm.inference.config import GREEDY, SamplingParams
 from vectorclm.inference.decode import decoding
+from vectorclm.inference.grammar import Grammar
 from vectorclm.model import CausalLM
 from vectorclm.runtime.progress import Progress
 from vectorclm.shards.conversations import Turn, render_prompt
@@ -26,9 +27,7 @@ def generate(
     sampling: SamplingParams = GREEDY,
 ) -> Iterator[int]:
     """Generate token ids after `input_ids`, one at a time, the stop token included; ends where the context is full."""
-    generator = torch.Generator()  # on the CPU, so that a seed draws alike whatever the model's device
-    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-    seen = list(input_ids)
+    sampler = Sampler(sampling, input_ids)
     room = model.config.max_position_embeddings - len(input_ids)
     model.eval()
     device = model.model.embed_tokens.weight.device
@@ -36,12 +35,10 @@ def generate(
     fed = torch.tensor([list(input_ids)], device=device)
     for _ in range(min(max_new_tokens, room)):
         with torch.inference_mode():
-            logits_V = next_logits(fed)[0].float()
-            chosen = choose(logits_V, seen, sampling, generator)
+            chosen = sampler.draw(next_logits(fed)[0])
         yield chosen
         if chosen in stop_ids:
             return
-        seen.append(chosen)
         fed = torch.tensor([[chosen]], device=device)
 
 
@@ -80,6 +77,28 @@ def generate_batch(
             return made[:, : place + 1]
         fed = chosen_B[:, None]
     return made
+
+
+class Sampler:
+    """Draws the tokens of one answer, one after another."""
+
+    def __init__(self, sampling: SamplingParams, prompt: Sequence[int], grammar: Grammar | None = None) -> None:
+        """Begin after a prompt of token ids; with a `grammar`, only tokens that it allows are drawn."""
+        self.sampling, self.grammar = sampling, grammar
+        self.seen = list(prompt)
+        self.generator = torch.Generator()  # on the CPU, so that a seed draws alike whatever the model's device
+        self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
+
+    def draw(self, logits_V: Tensor) -> int:
+        """The next token, from the logits [V] after the tokens so far."""
+        logits_V = logits_V.float()
+        if self.grammar is not None:
+            logits_V = self.grammar.mask(logits_V)
+        chosen = choose(logits_V, self.seen, self.sampling, self.generator)
+        if self.grammar is not None:
+            self.grammar.accept(chosen)
+        self.seen.append(chosen)
+        return chosen
 
 
 def choose(logits_V: Tensor, seen: Sequence[int], sampling: SamplingParams, generator: torch.Generator) -> int:

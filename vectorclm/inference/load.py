@@ -1,4 +1,4 @@
-"""Open a model directory: the model and its tokenizer."""
+"""Load a model with its tokenizer: by the names that commands take, or from a model directory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,10 @@ from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
 from vectorclm.model import CausalLM
+from vectorclm.runtime.devices import Runtime
+from vectorclm.store.artifact import default_store
+from vectorclm.store.model_names import resolve_model
+from vectorclm.store.model_ref import find_model
 from vectorclm.tokenizer import load_tokenizer
 
 
@@ -24,6 +28,21 @@ class LoadedModel:
     def device(self) -> torch.device:
         """The device that holds the weights."""
         return self.model.model.embed_tokens.weight.device
+
+
+def load(name: str | Path | None = None, *, store: str | None = None, runtime: Runtime | None = None) -> LoadedModel:
+    """Load a model for use: by an experiment's name, the digits of a fingerprint, or its folder, as commands take it.
+
+    Without a name, it is the newest chat model of `store` (default: VECTORCLM_STORE, or ./store). `runtime` has the
+    device and the threads. Raises VectorCLMError where there is no such model, or its files are damaged.
+    """
+    runtime = runtime or Runtime()
+    runtime.check()
+    address = resolve_model(None if name is None else str(name), store or default_store())
+    found = find_model(address)
+    loaded = load_model(found.local(), runtime.configure_torch(), chat=found.chat, address=address)
+    loaded.model.eval()
+    return loaded
 
 
 def open_model(folder: Path, address: str | None = None) -> tuple[CausalLM, Tokenizer]:

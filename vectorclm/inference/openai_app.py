@@ -26,7 +26,7 @@ from vectorclm.inference.engine import Engine
 from vectorclm.inference.http_limits import BodyLimit
 from vectorclm.inference.openai_errors import Refusal, explain
 from vectorclm.inference.openai_requests import ChatRequest, Generation, TextRequest, check_name
-from vectorclm.inference.openai_responses import ChatResponse, Finish, ResponseBuilder, TextResponse
+from vectorclm.inference.openai_responses import ChatResponse, ResponseBuilder, TextResponse, WholeChoice
 from vectorclm.inference.server_access import ApiGuard, KeyCheck
 from vectorclm.inference.server_metrics import RequestLog, RequestRecord, ServerMetrics
 
@@ -167,14 +167,14 @@ async def events(
                 yield event(opening)
             if choice.echo:
                 yield event(builder.event(index, choice.echo))
-            async with aclosing(engine.answer(choice, first=index == 0)) as deltas:
-                async for delta in deltas:
-                    builder.tokens += delta.tokens
-                    record.add(delta.tokens)
-                    if delta.text:
-                        yield event(builder.event(index, delta.text))
-                    if delta.finish:
-                        yield event(builder.event(index, "", delta.finish))
+        async with aclosing(engine.answers(generation.choices)) as pieces:
+            async for index, delta in pieces:
+                builder.tokens += delta.tokens
+                record.add(delta.tokens)
+                if delta.text or delta.logprobs:
+                    yield event(builder.event(index, delta.text, logprobs=delta.logprobs))
+                if delta.finish:
+                    yield event(builder.event(index, "", delta.finish))
     except Exception as error:  # the status is sent already, so the stream carries the error
         if not isinstance(error, Refusal):
             logger.exception("an answer failed")
@@ -194,16 +194,14 @@ async def answer_whole(
     engine: Engine, generation: Generation, builder: ResponseBuilder, record: RequestRecord
 ) -> Response:
     """The answers in one response."""
-    answers: list[tuple[str, Finish]] = []
-    for index, choice in enumerate(generation.choices):
-        text, finish = [choice.echo], None
-        async with aclosing(engine.answer(choice, first=index == 0)) as deltas:
-            async for delta in deltas:
-                builder.tokens += delta.tokens
-                record.add(delta.tokens)
-                text.append(delta.text)
-                finish = delta.finish
-        answers.append(("".join(text), finish))
+    answers = [WholeChoice(choice.echo) for choice in generation.choices]
+    async with aclosing(engine.answers(generation.choices)) as pieces:
+        async for index, delta in pieces:
+            builder.tokens += delta.tokens
+            record.add(delta.tokens)
+            answers[index].text += delta.text
+            answers[index].logprobs += delta.logprobs
+            answers[index].finish = delta.finish
     return JSONResponse(builder.whole(answers))
 
 

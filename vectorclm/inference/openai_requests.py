@@ -5,18 +5,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, Field, model_validator
+from llguidance import LLMatcher
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
 from vectorclm.inference.chat import LanguageModel, check_turns
 from vectorclm.inference.config import SamplingParams
 from vectorclm.inference.openai_errors import Refusal
-from vectorclm.settings import Settings
+from vectorclm.inference.openai_format import RequestModel, ResponseFormat, json_object
 from vectorclm.shards.conversations import Turn, read_conversation, render_prompt
 from vectorclm.tokenizer import BOS_ID, encode
 
 CHOICES = 128  # of one request, at most
+TOP_LOGPROBS = 20  # beside one token, at most
 PIECE = 4096  # characters that are encoded at once while a long text is measured
 SLACK = 16  # tokens that a cut between two pieces may add
 # Fields that change no answer: hints, labels, and orders about what OpenAI stores.
@@ -51,6 +53,7 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "skip_special_tokens": [True],
     "spaces_between_special_tokens": [True, False],
 }
+TOOLS = ("tools", "tool_choice", "functions", "function_call")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -64,6 +67,9 @@ class Choice:
     stop: Sequence[str]
     ignore_eos: bool = False
     echo: str = ""  # text that precedes the answer
+    logprobs: int | None = None  # so many of the likeliest tokens are reported beside each token; None: no scores
+    scores_prompt: bool = False  # whether the tokens of the prompt are scored, too
+    grammar: LLMatcher | None = None  # that the answer keeps to
 
 
 @dataclass(frozen=True)
@@ -75,17 +81,6 @@ class Generation:
     stream: bool
     include_usage: bool
     continuous_usage: bool
-
-
-class RequestModel(Settings):
-    """JSON of a request, strictly typed; null means that a field is absent."""
-
-    model_config = ConfigDict(strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_null(cls, values: Any) -> Any:
-        return {key: value for key, value in _json_object(values).items() if value is not None}
 
 
 class StreamOptions(RequestModel):
@@ -119,11 +114,10 @@ class GenerationRequest(RequestModel):
     @classmethod
     def _without_neutral(cls, values: Any) -> Any:
         """Leave out fields that change nothing. Raises Refusal for options that would change something."""
-        values = {key: value for key, value in _json_object(values).items() if value is not None and key not in IGNORED}
+        values = {key: value for key, value in json_object(values).items() if value is not None and key not in IGNORED}
         for key, harmless in cls.neutral.items():
             if values.pop(key, harmless[0]) not in harmless:
-                only = json.dumps(harmless[0])
-                raise Refusal(f"{key} can only be {only} here", param=key, code="unsupported_parameter")
+                raise Refusal(_why_not(key, harmless), param=key, code="unsupported_parameter")
         return values
 
     def stop_strings(self) -> list[str]:
@@ -168,9 +162,6 @@ class ChatRequest(GenerationRequest):
 
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
         **NEUTRAL,
-        "logprobs": [False],
-        "top_logprobs": [0],
-        "response_format": [{"type": "text"}],
         "modalities": [["text"]],
         "tools": [[]],
         "tool_choice": ["none", "auto"],
@@ -183,6 +174,9 @@ class ChatRequest(GenerationRequest):
 
     messages: list[Any] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
 
     def read(self, model: LanguageModel) -> Generation:
         """The answers to generate. Raises Refusal with the field that is wrong."""
@@ -200,7 +194,13 @@ class ChatRequest(GenerationRequest):
         check_length(model, (turn.content for turn in turns), "messages")
         prompt = render_prompt(model.tokenizer, turns)
         check_room(model, len(prompt), "messages")
-        return self.generation([prompt], self.max_completion_tokens or self.max_tokens, model)
+        if self.top_logprobs and not self.logprobs:
+            raise Refusal("top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
+        generation = self.generation([prompt], self.max_completion_tokens or self.max_tokens, model)
+        logprobs = self.top_logprobs if self.logprobs else None
+        grammar = None if self.response_format is None else self.response_format.grammar(model)
+        choices = [replace(choice, logprobs=logprobs, grammar=grammar) for choice in generation.choices]
+        return replace(generation, choices=choices)
 
 
 class TextRequest(GenerationRequest):
@@ -209,13 +209,13 @@ class TextRequest(GenerationRequest):
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
         **NEUTRAL,
         "suffix": [""],
-        "logprobs": [None],
         "add_special_tokens": [True],
     }
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1)  # OpenAI's default
+    max_tokens: int | None = Field(16, ge=0)  # OpenAI's default; 0 with `echo` alone
     echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
 
     def read(self, model: LanguageModel) -> Generation:
         """The answers to generate. Raises Refusal with the field that is wrong."""
@@ -225,11 +225,17 @@ class TextRequest(GenerationRequest):
         if not 0 < len(given) <= CHOICES:
             raise Refusal(f"a request can have 1 to {CHOICES} prompts", param="prompt", code="invalid_value")
         prompts = [self._prompt(model, one) for one in given]
+        if self.max_tokens == 0 and not self.echo:
+            raise Refusal("max_tokens can be 0 with echo only", param="max_tokens", code="invalid_value")
         generation = self.generation(prompts, self.max_tokens, model)
-        if not self.echo:
-            return generation
-        texts = [one if isinstance(one, str) else _decode(model.tokenizer, one) for one in given]
-        choices = [replace(one, echo=texts[place // self.n]) for place, one in enumerate(generation.choices)]
+        choices = [replace(choice, logprobs=self.logprobs) for choice in generation.choices]
+        if self.echo:
+            texts = [one if isinstance(one, str) else _decode(model.tokenizer, one) for one in given]
+            scores = self.logprobs is not None
+            choices = [
+                replace(choice, echo=texts[place // self.n], scores_prompt=scores)
+                for place, choice in enumerate(choices)
+            ]
         return replace(generation, choices=choices)
 
     def _prompt(self, model: LanguageModel, given: str | list[int]) -> list[int]:
@@ -246,16 +252,10 @@ class TextRequest(GenerationRequest):
         return prompt
 
 
-def _json_object(body: Any) -> Mapping[Any, Any]:
-    """The object in a body; FastAPI hands over the bytes of a body that does not call itself JSON."""
-    if isinstance(body, bytes):
-        try:
-            body = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise Refusal(f"the body is not JSON: {error}", code="invalid_json") from error
-    if not isinstance(body, dict):
-        raise ValueError("must be a JSON object")
-    return body
+def _why_not(key: str, harmless: Sequence[Any]) -> str:
+    if key in TOOLS:
+        return f"{key}: this server calls no tools; leave the field out, or ask for JSON with response_format"
+    return f"{key} can only be {json.dumps(harmless[0])} here"
 
 
 def check_name(asked: str, name: str) -> None:

@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from vectorclm.inference.logprobs import TokenLogprob
+
 Finish = Literal["stop", "length"] | None
+
+
+@dataclass
+class WholeChoice:
+    """One choice of a whole response."""
+
+    text: str
+    finish: Finish = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass
@@ -26,6 +37,7 @@ class ResponseBuilder(ABC):
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: int = 0  # generated so far, by all choices
+    offsets: dict[int, int] = field(default_factory=dict)  # characters of each choice's scored tokens so far
 
     @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -39,19 +51,30 @@ class ResponseBuilder(ABC):
     def whole_choice(self, text: str) -> Mapping[str, Any]:
         """The fields of a choice in a whole response."""
 
-    def event(self, index: int, text: str, finish: Finish = None) -> dict[str, Any]:
+    @abstractmethod
+    def scores(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The log-probabilities of the next tokens of a choice."""
+
+    def event(
+        self, index: int, text: str, finish: Finish = None, logprobs: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
         """One event of a stream."""
-        return self._event(index, self.stream_choice(text, finish), finish)
+        return self._event(index, self.stream_choice(text, finish), finish, logprobs)
 
     def usage_event(self) -> dict[str, Any]:
         """The last event of a stream, with the tokens used."""
         return {**self._head(self.stream_object), "choices": [], "usage": self.usage()}
 
-    def whole(self, choices: Sequence[tuple[str, Finish]]) -> dict[str, Any]:
-        """The whole response: a text and the reason for its end for each choice."""
+    def whole(self, choices: Sequence[WholeChoice]) -> dict[str, Any]:
+        """The whole response."""
         rows = [
-            {"index": index, **self.whole_choice(text), "logprobs": None, "finish_reason": finish}
-            for index, (text, finish) in enumerate(choices)
+            {
+                "index": index,
+                **self.whole_choice(choice.text),
+                "logprobs": self.scores(index, choice.logprobs) if choice.logprobs else None,
+                "finish_reason": choice.finish,
+            }
+            for index, choice in enumerate(choices)
         ]
         return {**self._head(self.whole_object), "choices": rows, "usage": self.usage()}
 
@@ -60,8 +83,11 @@ class ResponseBuilder(ABC):
         total = self.prompt_tokens + self.tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
 
-    def _event(self, index: int, fields: Mapping[str, Any], finish: Finish) -> dict[str, Any]:
-        choice = {"index": index, **fields, "logprobs": None, "finish_reason": finish}
+    def _event(
+        self, index: int, fields: Mapping[str, Any], finish: Finish, logprobs: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
+        scores = self.scores(index, logprobs) if logprobs else None
+        choice = {"index": index, **fields, "logprobs": scores, "finish_reason": finish}
         usage = {"usage": self.usage() if self.usage_so_far else None} if self.usage_in_stream else {}
         return {**self._head(self.stream_object), "choices": [choice], **usage}
 
@@ -86,6 +112,14 @@ class ChatResponse(ResponseBuilder):
     def whole_choice(self, text: str) -> Mapping[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
+    def scores(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        content = [{**_chat_score(token), "top_logprobs": [_chat_score(one) for one in token.top]} for token in tokens]
+        return {"content": content, "refusal": None}
+
+
+def _chat_score(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}
+
 
 class TextResponse(ResponseBuilder):
     """The response of `/v1/completions`."""
@@ -102,3 +136,17 @@ class TextResponse(ResponseBuilder):
 
     def whole_choice(self, text: str) -> Mapping[str, Any]:
         return {"text": text}
+
+    def scores(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        offsets = []
+        for token in tokens:
+            offsets.append(self.offsets.get(index, 0))
+            self.offsets[index] = offsets[-1] + len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                None if token.logprob is None else {one.text: one.logprob for one in token.top} for token in tokens
+            ],
+            "text_offset": offsets,
+        }

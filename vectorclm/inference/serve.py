@@ -1,7 +1,7 @@
 """Serve a model over OpenAI's API: `/v1/chat/completions`, `/v1/completions`, `/v1/models`, and a chat page at `/`.
 
-Answers are generated one at a time, in the order of the requests. Options that are not implemented are refused with
-OpenAI's own errors.
+The answers of all clients are generated together, in one continuous batch. Options that are not implemented are refused
+with OpenAI's own errors.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvicorn
 
@@ -66,11 +66,20 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def serve(address: str, runtime: Runtime, host: str, port: int, name: str | None, cors: Sequence[str] = ()) -> None:
+class ServerAddress(NamedTuple):
+    """Where a server listens, and the origins of web pages that may use it."""
+
+    host: str
+    port: int
+    cors: Sequence[str] = ()
+
+
+def serve(address: str, runtime: Runtime, place: ServerAddress, name: str | None, parallel: int | None = None) -> None:
     """Serve the model at an address until interrupted. Raises VectorCLMError where the server cannot start."""
+    host, port, _ = place
     key, made = find_key(os.environ, host, terminal=sys.stdout.isatty())
-    origins = allowed_origins(cors)
-    engine = Engine(open_language_model(address, runtime))
+    origins = allowed_origins(place.cors)
+    engine = Engine(open_language_model(address, runtime), parallel)
     name = name or Path(address).absolute().name
     with listen(host, port) as listening:
         shown, port = f"[{host}]" if ":" in host else host, listening.getsockname()[1]

@@ -59,7 +59,7 @@ class ServerMetrics:
         waiting = Gauge("vectorclm_requests_waiting", "Requests that wait for their turn", registry=registry)
         waiting.set_function(lambda: engine.waiting)
         running = Gauge("vectorclm_answers_running", "Answers that are being generated", registry=registry)
-        running.set_function(lambda: engine.is_busy)
+        running.set_function(lambda: engine.running)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

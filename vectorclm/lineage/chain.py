@@ -107,7 +107,7 @@ def lineage(address: str, store: Store) -> Lineage:
 
 def trained_on(model: Model, store: Store) -> dict[str, Artifact]:
     """The artifacts with a model's training text that the store has: `sample`, and `chat_shards` for a chat model."""
-    training = _training(model, store)
+    training = training_of(model, store)
     nodes = _chain(training).values() if training is not None else ()
     return {node.stage: node.artifact for node in nodes if _draws(node.stage) and node.artifact is not None}
 
@@ -150,17 +150,23 @@ def _exported(export: Artifact, inside: str) -> tuple[str, str]:
     return stage, str(inputs.get(stage))
 
 
-def _training(model: Model, store: Store) -> Artifact | None:
-    """The training artifact of a model: the artifact that its address names, or else one with the same content."""
+def training_of(model: Model, store: Store) -> Artifact | None:
+    """The training artifact of a model: that of the artifact that its address names, or else of the same content."""
     match = ADDRESS.fullmatch(model.address)
     if match is not None and Store(match["root"]).uri == store.uri:
-        named = store.look_up(match["stage"], match["fingerprint"])
-        if named is not None and named.stage == EXPORT:
-            named = store.look_up(*_exported(named, match["inside"] or ""))
+        named, inside = store.look_up(match["stage"], match["fingerprint"]), match["inside"] or ""
+        if named is not None and named.stage == EXPORT and content_of(named, f"{inside}/") == model.content:
+            return store.look_up(*_exported(named, inside))
         if named is not None and named.stage in LANGUAGE_MODELS and content_of(named) == model.content:
             return named
-    trainings = (artifact for stage in LANGUAGE_MODELS for artifact in store.finished(stage))
-    return next((artifact for artifact in trainings if content_of(artifact) == model.content), None)
+    for artifact in (one for stage in LANGUAGE_MODELS for one in store.finished(stage)):
+        if content_of(artifact) == model.content:
+            return artifact
+    for export in store.finished(EXPORT):  # its files say more to other programs than those of the training
+        for inside in EXPORTED:
+            if content_of(export, f"{inside}/") == model.content:
+                return store.look_up(*_exported(export, inside))
+    return None
 
 
 def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
@@ -173,7 +179,7 @@ def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
         if artifact is None:
             raise DataError(f"{match['root']} has no finished {match['stage']}/{match['fingerprint']}")
         return artifact, match["inside"] or "", None
-    artifact = _training(find_model(address), store)
+    artifact = training_of(find_model(address), store)
     if artifact is None:
         raise DataError(
             f"no model of {store.uri} has the content of {address}: name the store it comes from with --store"

@@ -164,6 +164,12 @@ def attention(
     elif dense is None and tokens > 1:
         dense = q_BHTE.new_ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
     grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
+    if grouped and tokens == 1 and not q_BHTE.is_cuda:
+        # The heads of a group stand where queries of several positions would: torch's CPU kernel then copies no keys.
+        q_BKGE = q_BHTE.reshape(len(q_BHTE), k_BKSE.shape[1], -1, q_BHTE.shape[-1])
+        return F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=dense, dropout_p=dropout).view_as(
+            q_BHTE
+        )
     return F.scaled_dot_product_attention(
         q_BHTE, k_BKSE, v_BKSE, attn_mask=dense, dropout_p=dropout, enable_gqa=grouped
     )

@@ -24,7 +24,7 @@ class AttentionConfig(Settings):
     """
 
     kind: AttentionKind = Field(
-        "causal", exclude_if=lambda value: value == "causal", description="Which keys a query attends to"
+        default="causal", exclude_if=lambda value: value == "causal", description="Which keys a query attends to"
     )
 
 

@@ -61,7 +61,7 @@ COPY_SHARE = 4.25 / 4.8  # of the sheet's bandwidth [B, D]
 # ratio of the two kernels from [F] again: cuDNN's over whole windows, FlashAttention 2's inside documents.
 ATTENTION_SHARE, HALF_LENGTH = 361 / 989, 437.0
 DOCUMENT_SHARE, DOCUMENT_HALF_LENGTH = 233 / 989, 293.0
-CALL_SECONDS = 1 / 128 / (16 * 30)  # [B]
+CALL_SECONDS = 1 / 128 / (16 * 30)  # of a decoded token of `base` [B]
 LINK_SHARE = 235 / 300  # of NVLink's sheet: NCCL's bus bandwidth on an A100 [N, D]
 LINK_LATENCY, NETWORK_LATENCY = 3.4e-6, 9.6e-6  # a step of a ring inside a node, between nodes [N]
 COLLECTIVE_LATENCY = 8.4e-6  # before the first step of a ring [N]

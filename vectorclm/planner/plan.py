@@ -6,20 +6,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vectorclm.config import ExperimentConfig
-from vectorclm.memory_plan import USABLE, TrainingShape, checkpoint_bytes
+from vectorclm.memory_plan import USABLE, DeviceType, TrainingShape, checkpoint_bytes
 from vectorclm.model_config import ModelConfig
 from vectorclm.planner.hardware import SLOW_WIRE, Cluster, Device, network
-from vectorclm.planner.step import StepTime, Workload, step_time
+from vectorclm.planner.step import StepTime, Workload, beside_seconds, step_time
 from vectorclm.shards.order import BLOCK_BYTES
 from vectorclm.shards.writer import token_dtype
-from vectorclm.train_config import TrainConfig
+from vectorclm.train_config import TrainConfig, TrainingWork
+from vectorclm.train_tokenizer import usual_bytes_per_token
 
 # Unexpected interruptions of Llama 3's training: 419 in 54 days on 16,384 GPUs (arXiv 2407.21783).
 DEVICE_HOURS_BETWEEN_FAILURES = 54 * 24 * 16_384 / 419
 COPIED_BYTES = 6e9  # a second, of a snapshot from a device to memory that is not pinned
 WRITTEN_BYTES = 0.2e9  # a second, of a checkpoint to the store, with its hashes (two CPU cores)
 STORE_BYTES = 5_500 * BLOCK_BYTES  # a second: S3 answers 5,500 GETs a second and prefix (its user guide), one a block
-READERS_PER_NODE: int | None = None  # ranks of a node that read blocks and checkpoints from the store; None = all
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Prices:
     """What is paid, and what the store gives."""
 
     device_hour: float | None = None
-    store_bytes: float = STORE_BYTES  # a second, to all readers together
+    store_bytes: float = STORE_BYTES  # a second, to all nodes together
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class TrainingPlan:
     cluster: Cluster
     work: Workload
     step: StepTime
+    validation_seconds: float  # of all validations
+    sample_seconds: float  # of all samples
     efficiency: float  # speed over that of so many devices without exchange
-    store_bytes: float  # a second, of all readers
+    store_bytes: float  # a second, of all nodes: the ranks of one share what they read
     checkpoint: int  # bytes
     checkpoint_seconds: float  # between two checkpoints
     warnings: tuple[str, ...]
@@ -46,8 +48,8 @@ class TrainingPlan:
 
     @property
     def hours(self) -> float:
-        """Of all steps."""
-        return self.step.seconds * self.work.steps / 3600
+        """Of all steps, validations and samples."""
+        return (self.step.seconds * self.work.steps + self.validation_seconds + self.sample_seconds) / 3600
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,9 +77,10 @@ class TrainingPlan:
             "sent_bytes": {
                 "gradients": step.gradient_exchange.sent,
                 "muon": step.muon_exchange.sent,
-                "muon_padding": step.muon_exchange.padding,
             },
             "steps": self.work.steps,
+            "validation_seconds": self.validation_seconds,
+            "sample_seconds": self.sample_seconds,
             "tokens_per_second": self.tokens_per_second,
             "efficiency": self.efficiency,
             "hours": self.hours,
@@ -91,37 +94,50 @@ class TrainingPlan:
         }
 
 
-def pretraining(experiment: ExperimentConfig, cluster: Cluster) -> Workload:
-    """The pretraining of an experiment on a cluster's devices."""
-    config, length = experiment.pretrain, experiment.shards.sequence_length
-    shape = TrainingShape(
-        experiment.model, length, cluster.device.kind, config.document_mask, config.optimizer.matrices
+def workload(
+    model: ModelConfig, config: TrainConfig, length: int, training: TrainingWork, kind: DeviceType
+) -> Workload:
+    """A training of windows of `length` tokens, as the planner sees it on devices of a kind."""
+    shape = TrainingShape(model, length, kind, config.document_mask, config.optimizer.matrices)
+    prompts = 1 if config.samples is None else len(config.samples.prompts)
+    return Workload(
+        shape,
+        config.batch_size,
+        training.steps,
+        token_dtype(model.vocab_size).itemsize,
+        training.validation_tokens,
+        training.sample_tokens,
+        prompts,
     )
-    step_tokens = config.batch_size * length
-    token_bytes = token_dtype(experiment.tokenizer.vocab_size).itemsize
-    return Workload(shape, config.batch_size, config.tokens // step_tokens, token_bytes)
 
 
-def alone_on(device: Device, model: ModelConfig, config: TrainConfig, window_tokens: int) -> float:
-    """Seconds of a token of a training on one device."""
-    shape = TrainingShape(model, window_tokens, device.kind, config.document_mask, config.optimizer.matrices)
-    work = Workload(shape, config.batch_size, 1)
-    return step_time(work, Cluster(device, 1, 1, network(SLOW_WIRE))).seconds / work.step_tokens
+def pretraining(experiment: ExperimentConfig) -> TrainingWork:
+    """What an experiment's pretraining computes where the sample is as large as it may be."""
+    return experiment.pretraining_work(experiment.sample.bytes / usual_bytes_per_token(experiment.model.vocab_size))
+
+
+def hours_alone(device: Device, work: Workload) -> float:
+    """Hours of a training on one device."""
+    cluster = Cluster(device, 1, 1, network(SLOW_WIRE))
+    return (step_time(work, cluster).seconds * work.steps + sum(beside_seconds(work, cluster))) / 3600
 
 
 def plan_training(experiment: ExperimentConfig, cluster: Cluster, prices: Prices = Prices()) -> TrainingPlan:
     """Plan an experiment's pretraining on a cluster."""
-    work = pretraining(experiment, cluster)
+    kind, length = cluster.device.kind, experiment.shards.sequence_length
+    work = workload(experiment.model, experiment.pretrain, length, pretraining(experiment), kind)
     step = step_time(work, cluster)
     alone = step_time(work, Cluster(cluster.device, 1, 1, cluster.network))
-    readers = cluster.nodes * (READERS_PER_NODE or cluster.per_node)
-    read = readers * work.token_bytes * work.step_tokens / step.seconds
-    hours = step.seconds * work.steps / 3600
+    read = min(cluster.nodes, work.batch_size) * work.token_bytes * work.step_tokens / step.seconds
+    validation, samples = beside_seconds(work, cluster)
+    hours = (step.seconds * work.steps + validation + samples) / 3600
     size = checkpoint_bytes(work.shape)
     return TrainingPlan(
         cluster,
         work,
         step,
+        validation,
+        samples,
         alone.seconds / (cluster.ranks * step.seconds),
         read,
         size,
@@ -160,7 +176,7 @@ def _warnings(work: Workload, cluster: Cluster, step: StepTime, read: float, pri
         yield (
             f"{best} ranks are faster: a step takes {1e3 * times[best]:,.1f} ms on {best} {name} and "
             f"{1e3 * step.seconds:,.1f} on {ranks}, because the exchange takes "
-            f"{1e3 * (step.gradients + step.muon):,.1f}: take fewer nodes, a faster network, or a larger batch_size"
+            f"{1e3 * (step.gradients + step.muon_exchange.seconds):,.1f}: take fewer nodes, a faster network, or a larger batch_size"
         )
     if ranks > work.batch_size:
         yield (
@@ -169,17 +185,12 @@ def _warnings(work: Workload, cluster: Cluster, step: StepTime, read: float, pri
         )
     if read > prices.store_bytes:
         yield (
-            f"the ranks read {read / 1e6:,.0f} MB a second and the store gives {prices.store_bytes / 1e6:,.0f}: "
-            "take fewer ranks, or a faster store"
+            f"the nodes read {read / 1e6:,.0f} MB a second and the store gives {prices.store_bytes / 1e6:,.0f}: "
+            "take fewer nodes, or a faster store"
         )
     room = USABLE[cluster.device.kind] * cluster.device.memory
     if step.plan.bytes > room:
         yield (
             f"a rank needs {step.plan.bytes / 1e9:,.1f} GB and a {name} has {room / 1e9:,.1f} to use: take a device "
             "with more memory, or a smaller model"
-        )
-    if step.muon_exchange.padding > step.muon_exchange.sent / 2:
-        yield (
-            f"{step.muon_exchange.padding / step.muon_exchange.sent:.0%} of Muon's traffic is padding: "
-            f"{ranks} ranks share fewer matrices of a shape than there are ranks"
         )

@@ -96,7 +96,7 @@ def explanation(name: str, plan: "TrainingPlan") -> list[str]:
         f"step        {1e3 * step.seconds:,.1f} ms: compute {1e3 * step.compute:,.1f}, gradients "
         f"{1e3 * step.gradients:,.1f}, Muon {1e3 * step.muon:,.1f}",
         f"speed       {plan.tokens_per_second:,.0f} tokens a second, efficiency {plan.efficiency:.2f}",
-        f"time        {plan.hours:,.2f} hours for {plan.work.steps:,} steps, "
+        f"time        {plan.hours:,.2f} hours for {plan.work.steps:,} steps, validations and samples, "
         f"{plan.hours * cluster.ranks:,.1f} device hours{cost}",
         f"store       {plan.store_bytes / 1e6:,.0f} MB a second",
         f"memory      {memory.bytes / 1e9:,.1f} of {cluster.device.memory / 1e9:,.0f} GB: {memory.windows} windows at "
@@ -127,14 +127,14 @@ def simulate(
     if json_:
         print(json.dumps({"experiment": found.name, "ranks": [asdict(each) for each in counts], "limits": limits}))
         return
-    columns = ("ranks >", "windows >", "waiting >", "Muon padding >", "step, ms >", "read, MB/s >")
+    columns = ("ranks >", "windows >", "waiting >", "Newton-Schulz waits >", "step, ms >", "read, MB/s >")
     shown = table(*columns, "fetched, GB >", "at resume, GB >", "lost >")
     for each in counts:
         shown.add_row(
             f"{each.ranks:,}",
             str(each.most_windows),
             f"{each.waiting:.0%}",
-            f"{each.muon_padding:.0%}",
+            f"{each.muon_waiting:.0%}",
             f"{1e3 * each.step_seconds:,.1f}",
             f"{each.read_bytes_per_second / 1e6:,.0f}",
             f"{each.fetched_bytes / 1e9:,.1f}",

@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 
 from vectorclm.config import ExperimentConfig
 from vectorclm.dataset import Prefetcher, own_rows, steps_together
-from vectorclm.draft.estimate import BYTES_PER_TOKEN
+from vectorclm.model_config import ModelConfig
 from vectorclm.planner.hardware import Cluster, Device, Network
-from vectorclm.planner.plan import DEVICE_HOURS_BETWEEN_FAILURES, READERS_PER_NODE, STORE_BYTES, plan_training
+from vectorclm.planner.plan import DEVICE_HOURS_BETWEEN_FAILURES, STORE_BYTES, plan_training
+from vectorclm.planner.traffic import muon_matrices, muon_share
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.block_readers import MmapBlockReader
 from vectorclm.shards.order import BlockGroup, TrainingOrder
 from vectorclm.shards.reader import ShardReader
 from vectorclm.shards.writer import token_dtype
+from vectorclm.train_tokenizer import usual_bytes_per_token
 
 RANKS = tuple(2**power for power in range(13))  # 1 to 4,096
 FAILURES = 200  # that are drawn for each number of ranks
@@ -73,19 +75,19 @@ class Counts:
     most_windows: int  # of a rank in a step
     idle_ranks: int
     waiting: float  # share of the ranks' time that waits for the rank with the most windows
-    muon_padding: float  # share of Muon's traffic that carries nothing
+    muon_waiting: float  # share of the ranks' time in Newton-Schulz that waits for the rank with the most matrices
     step_seconds: float
     read_bytes_per_second: float  # of the store
-    fetched_bytes: int  # of the store in the whole training, by all readers
+    fetched_bytes: int  # of the store in the whole training, by all nodes
     used_bytes: int  # of them, bytes that are trained on
-    resume_bytes: int  # of the store before the first step of an attempt, by all readers
+    resume_bytes: int  # of the store before the first step of an attempt, by all nodes
     lost: float  # share of the time that interruptions cost
 
 
 # Whether a limit breaks: by the counts, and by the bytes a second that the store gives.
 LIMITS: Mapping[str, Callable[[Counts, float], bool]] = {
     "a rank without windows": lambda counts, store: counts.idle_ranks > 0,
-    "half of Muon's traffic is padding": lambda counts, store: counts.muon_padding >= 0.5,
+    "half of Newton-Schulz is waiting": lambda counts, store: counts.muon_waiting >= 0.5,
     "reading at the store's rate": lambda counts, store: counts.read_bytes_per_second > store,
     "a minute of fetching at a resume": lambda counts, store: counts.resume_bytes / store > MOST_SECONDS_TO_RESUME,
     "5 % of the time lost to interruptions": lambda counts, store: counts.lost > MOST_LOST,
@@ -103,7 +105,7 @@ class Simulation:
         self.experiment, self.device, self.per_node, self.network = experiment, device, per_node, network
         config, length, vocabulary = experiment.pretrain, experiment.shards.sequence_length, experiment.model.vocab_size
         itemsize = token_dtype(vocabulary).itemsize
-        per_token = next(figure for most, figure in BYTES_PER_TOKEN if vocabulary <= most)
+        per_token = usual_bytes_per_token(vocabulary)
         weights = {source.label: source.weight for source in experiment.sample.sources}
         windows = experiment.sample.bytes / per_token / length / sum(weights.values())
         sizes = {label: max(1, round(windows * weight)) for label, weight in weights.items()}
@@ -132,30 +134,32 @@ class Simulation:
 
     def _count(self, ranks: int) -> Counts:
         nodes, per_node = max(1, ranks // self.per_node), min(ranks, self.per_node)
-        plan = plan_training(self.experiment, Cluster(self.device, nodes, per_node, self.network))
-        every = per_node // (READERS_PER_NODE or per_node)  # every so many ranks, one reads
-        rows = [len(own_rows(self.batch, rank, ranks)) for rank in range(ranks)]
-        readers = [rank for rank in range(0, ranks, every) if rows[rank]]
-        resumed = sum(self._windows_at_resume(own_rows(self.batch, rank, ranks)) for rank in readers)
-        resume_bytes = resumed * self.window_bytes + plan.checkpoint * (ranks // every)
-        restart = RESTART_SECONDS + resume_bytes / STORE_BYTES
-        sent = plan.step.muon_exchange.sent
+        cluster = Cluster(self.device, nodes, per_node, self.network)
+        plan = plan_training(self.experiment, cluster)
+        own = [own_rows(self.batch, rank, ranks) for rank in range(ranks)]
+        rows = [len(each) for each in own]
+        of_nodes = [np.sort(np.concatenate(own[first : first + per_node])) for first in range(0, ranks, per_node)]
+        reading = [each for each in of_nodes if len(each)]
+        resumed = sum(map(self._windows_at_resume, reading))
+        resume_bytes = resumed * self.window_bytes + plan.checkpoint  # which the first rank sends to the others
+        sent = plan.checkpoint / self.network.bandwidth if nodes > 1 else 0.0
+        restart = RESTART_SECONDS + resume_bytes / STORE_BYTES + sent
         return Counts(
             ranks,
             most_windows=max(rows),
             idle_ranks=rows.count(0),
             waiting=1 - sum(rows) / (ranks * max(rows)),
-            muon_padding=plan.step.muon_exchange.padding / sent if sent else 0.0,
+            muon_waiting=muon_waiting(self.experiment.model, cluster),
             step_seconds=plan.step.seconds,
-            read_bytes_per_second=len(readers) * self.batch * self.window_bytes / plan.step.seconds,
-            fetched_bytes=self.fetched * len(readers),
+            read_bytes_per_second=len(reading) * self.batch * self.window_bytes / plan.step.seconds,
+            fetched_bytes=self.fetched * len(reading),
             used_bytes=self.order.windows // self.batch * self.batch * self.window_bytes,
             resume_bytes=resume_bytes,
             lost=interruption_loss(plan.step.seconds, plan.work.steps, ranks, restart),
         )
 
     def _windows_at_resume(self, own: NDArray[np.int64]) -> int:
-        """Windows that a rank's prefetcher fetches before the first step after a resume at half of the training."""
+        """Windows that a prefetcher fetches for some rows of each batch, on a resume at half of the training."""
         readers = [CountingReader() for _ in self.order.labels]
         ahead = Prefetcher(self.shared, readers, self.resumed_step * self.batch)
         steps = self.resumed_step + np.arange(steps_together(self.order.windows_per_block, self.batch))
@@ -181,6 +185,16 @@ class Simulation:
         candidates = range(RANKS[max(0, number - 1)] + unit, last + 1, unit)
         at = bisect_left(candidates, True, key=lambda ranks: broken(self.at(ranks), store_bytes))
         return candidates[at] if at < len(candidates) else last
+
+
+def muon_waiting(model: ModelConfig, cluster: Cluster) -> float:
+    """Share of the ranks' time in Newton-Schulz that waits for the rank with the most matrices."""
+    done = spent = 0
+    for (rows, columns), count in muon_matrices(model).items():
+        one = rows * columns * min(rows, columns)
+        done += one * count
+        spent += one * muon_share(count, cluster) * cluster.per_node
+    return 1 - done / spent
 
 
 def interruption_loss(step_seconds: float, steps: int, ranks: int, restart_seconds: float, seed: int = 0) -> float:

@@ -11,6 +11,7 @@ from vectorclm.planner.traffic import Exchange, exchange_gradients, exchange_muo
 DOCUMENT_TOKENS = 600  # of a typical document; that of `vectorclm bench gpu`
 FASTEST_TOKENS = 2**17  # of a micro-batch on a large GPU, as in Runtime.windows_at_once
 NEWTON_SCHULZ = 5  # steps
+DECODED_LAYER_CALLS = 30  # for one token of an answer; see hardware.CALL_SECONDS
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Workload:
     batch_size: int  # windows in a step, over all ranks
     steps: int
     token_bytes: int = 2
+    validation_tokens: float = 0.0  # of the whole training
+    sample_tokens: int = 0  # written one after another
+    prompts: int = 1  # of the samples
 
     @property
     def step_tokens(self) -> int:
@@ -48,16 +52,20 @@ class StepTime:
 def step_time(work: Workload, cluster: Cluster) -> StepTime:
     """The time of a step on a cluster, by the rank with the most windows."""
     own = -(-work.batch_size // cluster.ranks)
-    fastest = max(1, (FASTEST_TOKENS if cluster.device.kind == "cuda" else 2**12) // work.shape.window_tokens)
-    plan = choose_plan(work.shape, own, fastest, cluster.device.memory)
+    plan = choose_plan(work.shape, own, _fastest(work, cluster.device), cluster.device.memory)
     whole, rest = divmod(own, plan.windows)
     compute = whole * pass_seconds(work.shape, plan.windows, cluster.device, plan.activation_checkpointing)
     if rest:
         compute += pass_seconds(work.shape, rest, cluster.device, plan.activation_checkpointing)
     gradients = exchange_gradients(work.shape.model, cluster)
-    gathered = exchange_muon(work.shape.model, cluster) if work.shape.matrices == "muon" else Exchange(0, 0, 0)
+    gathered = exchange_muon(work.shape.model, cluster) if work.shape.matrices == "muon" else Exchange(0, 0)
     muon = update_seconds(work.shape, cluster) + gathered.seconds
     return StepTime(compute, gradients.seconds, muon, plan, gradients, gathered)
+
+
+def _fastest(work: Workload, device: Device) -> int:
+    """Windows of the fastest micro-batch on a device."""
+    return max(1, (FASTEST_TOKENS if device.kind == "cuda" else 2**12) // work.shape.window_tokens)
 
 
 def pass_seconds(shape: TrainingShape, windows: int, device: Device, activation_checkpointing: bool) -> float:
@@ -71,6 +79,23 @@ def pass_seconds(shape: TrainingShape, windows: int, device: Device, activation_
     launches = layers * LAYER_CALLS[device.kind] * device.call_seconds * (4 / 3 if activation_checkpointing else 1)
     kernels = layers * (one + again) + loss
     return kernels + launches if device.kind == "cpu" else max(kernels, launches)
+
+
+def beside_seconds(work: Workload, cluster: Cluster) -> tuple[float, float]:
+    """Time of a training's validations, a forward pass over tokens that the ranks share, and of its samples."""
+    own = max(1, round(work.validation_tokens / work.shape.window_tokens / cluster.ranks))
+    plan = choose_plan(work.shape, own, _fastest(work, cluster.device), cluster.device.memory)
+    forward = (
+        pass_seconds(work.shape, plan.windows, cluster.device, False) / 3 / (plan.windows * work.shape.window_tokens)
+    )
+    written = work.sample_tokens / min(work.prompts, cluster.ranks)
+    return work.validation_tokens / cluster.ranks * forward, written * written_token_seconds(work.shape, cluster.device)
+
+
+def written_token_seconds(shape: TrainingShape, device: Device) -> float:
+    """Time of one token of an answer: its calls into torch, or the reading of all weights if this takes longer."""
+    calls = shape.model.num_hidden_layers * DECODED_LAYER_CALLS * device.call_seconds
+    return max(calls, shape.value_bytes * shape.model.parameters / device.memory_bandwidth)
 
 
 LAYER_CALLS = {"cuda": 36, "cpu": 90}  # kernels of a compiled layer; calls into torch of one that is not
@@ -136,13 +161,13 @@ def update_seconds(shape: TrainingShape, cluster: Cluster) -> float:
     products = 0.0
     for (rows, columns), count in muon_matrices(model).items():
         narrow, wide = sorted((rows, columns))
-        share, _ = muon_share(count, cluster)
+        share = muon_share(count, cluster)
         one = 2 * device.product_seconds(narrow, wide, narrow, shape.value_bytes)
         one += device.product_seconds(narrow, narrow, narrow, shape.value_bytes)
         products += NEWTON_SCHULZ * share * one
     launches = update_calls(model) * device.call_seconds
     if device.kind == "cpu":  # orthogonalises one matrix at a time
-        alone = sum(muon_share(count, cluster)[0] for count in muon_matrices(model).values())
+        alone = sum(muon_share(count, cluster) for count in muon_matrices(model).values())
         launches += alone * (6 + 7 * NEWTON_SCHULZ) * device.call_seconds
     return traffic + products + launches if device.kind == "cpu" else max(traffic + products, launches)
 

@@ -4,15 +4,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vectorclm.memory_plan import FULL
+from vectorclm.memory_plan import FULL, HALF
 from vectorclm.model_config import ModelConfig
 from vectorclm.planner.hardware import COLLECTIVE_LATENCY, Cluster
 
 BUCKET = 2**23  # values in one all-reduce; that of runtime/distributed.py
-# How the product divides Muon's matrices among ranks (`DistributedGroup.divide`).
-MUON_AMONG_NODES = True  # or among the ranks of each node
-MUON_PADS = True  # whether each rank gets equally many matrices, of which some are zeros
-MUON_VALUE_BYTES = FULL
 
 
 def muon_matrices(model: ModelConfig) -> Mapping[tuple[int, int], int]:
@@ -27,7 +23,6 @@ class Exchange:
     """One kind of traffic of a step."""
 
     sent: float  # bytes that each rank sends
-    padding: float  # of these, bytes that carry nothing
     seconds: float
 
 
@@ -35,33 +30,31 @@ def exchange_gradients(model: ModelConfig, cluster: Cluster) -> Exchange:
     """All-reduce of the gradients and the loss, after the last micro-batch, in buckets."""
     ranks, size = cluster.ranks, FULL * (model.parameters + 1)
     if ranks == 1:
-        return Exchange(0, 0, 0)
+        return Exchange(0, 0)
     sent = 2 * (ranks - 1) / ranks * size
     buckets = -(-model.parameters // BUCKET)
     copied = 4 * size / cluster.device.memory_bandwidth  # into a bucket and out of it
-    return Exchange(sent, 0, _ring(cluster, sent, 2 * (ranks - 1), buckets) + copied)
+    return Exchange(sent, _ring(cluster, sent, 2 * (ranks - 1), buckets) + copied)
 
 
-def muon_share(count: int, cluster: Cluster) -> tuple[int, int]:
-    """The matrices of a shape that one rank computes, and the ranks that share them."""
-    ranks = cluster.ranks if MUON_AMONG_NODES else cluster.per_node
-    return -(-count // ranks), ranks
+def muon_share(count: int, cluster: Cluster) -> int:
+    """The matrices of a shape that the busiest rank orthogonalises; the ranks of each node share all of them."""
+    return -(-count // cluster.per_node)
 
 
 def exchange_muon(model: ModelConfig, cluster: Cluster) -> Exchange:
-    """All-gather of Muon's updates, one for each shape of matrix."""
-    sent = padding = seconds = 0.0
+    """Broadcasts of Muon's updates inside each node, one from each rank that has matrices of a shape.
+
+    They travel in the type of Newton-Schulz (`muon.product_dtype`).
+    """
+    ranks, size = cluster.per_node, HALF if cluster.device.kind == "cuda" else FULL
+    sent = seconds = 0.0
     for (rows, columns), count in muon_matrices(model).items():
-        share, ranks = muon_share(count, cluster)
-        if ranks == 1:
-            continue
-        matrix = MUON_VALUE_BYTES * rows * columns
-        gathered = share * ranks if MUON_PADS else count
-        here = (ranks - 1) / ranks * gathered * matrix
-        sent += here
-        padding += here * (1 - count / gathered)
-        seconds += _ring(cluster, here, ranks - 1, 1, within_node=not MUON_AMONG_NODES)
-    return Exchange(sent, padding, seconds)
+        if ranks > 1:
+            here = (ranks - 1) / ranks * count * size * rows * columns
+            sent += here
+            seconds += _ring(cluster, here, ranks - 1, min(count, ranks), within_node=True)
+    return Exchange(sent, seconds)
 
 
 def _ring(cluster: Cluster, sent: float, steps: int, calls: int, *, within_node: bool = False) -> float:

@@ -60,6 +60,12 @@ class Runtime(Settings):
         description="Keep every checkpoint, also after the training has finished, for "
         "`vectorclm evaluate --every-checkpoint`; `vectorclm store gc` removes them",
     )
+    hang_seconds: float = Field(
+        600,
+        ge=0,
+        description="Seconds without progress in a step after which all ranks end, so that the stage is tried again; "
+        "0 = never",
+    )
     deterministic: bool = Field(
         False,
         description="On a GPU, use only deterministic kernels, which take a sixth to a quarter more time; otherwise "

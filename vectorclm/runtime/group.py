@@ -1,10 +1,11 @@
 """The group of ranks that train together, and the group of a process that works alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # a process alone needs no torch here
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 Value = TypeVar("Value", bound=int | str | None)
 
@@ -23,6 +24,7 @@ class Group:
         self.rank, self.world_size = rank, world_size
         self.local_rank, self.local_world_size = local_rank, local_world_size  # among the ranks of this machine
         self.at_work = False
+        self.node: Group = self  # the ranks of this machine
 
     def share(self, value: Value) -> Value:
         """Broadcast the first rank's `value` and return it."""
@@ -43,9 +45,29 @@ class Group:
     def add(self, tensors: "Sequence[Tensor]") -> None:
         """Replace each tensor (all of one type) by its sum over the ranks."""
 
-    def divide(self, work: "Callable[[Tensor], Tensor]", rows: "Tensor") -> "Tensor":
-        """Return `work(rows)`: each rank computes its share of the rows. `work` must treat each row independently."""
+    def copies(self, tensors: "Mapping[str, Tensor] | None") -> "Mapping[str, Tensor]":
+        """Broadcast the first rank's named tensors, which are in host memory; return them on all ranks."""
+        return tensors or {}
+
+    def divide(self, work: "Callable[[Tensor], Tensor]", rows: "Tensor", dtype: "dtype") -> "Tensor":
+        """Return `work(rows)`: each rank computes its share of the rows. `work` must treat each row independently.
+
+        The results travel as `dtype`, which must represent them exactly.
+        """
         return work(rows)
+
+    def limit_hangs(self, seconds: float) -> None:
+        """End all ranks where no rank moves for so many seconds in a step, or one gives no sign of life; 0 = never."""
+
+    def moved(self) -> None:
+        """Report that this rank is alive in a step, as after each micro-batch."""
+
+    def steps(self, expected: bool = True) -> AbstractContextManager[None]:
+        """Say that the block is made of steps, in which all ranks move; with False, that the first rank works alone."""
+        return nullcontext()
+
+    def leave(self, kind: str = "", reason: str = "") -> None:
+        """Tell the other ranks that this one ends on purpose, or the error that ends it."""
 
 
 ALONE = Group()

@@ -9,32 +9,37 @@ import logging
 import os
 import platform
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
-from vectorclm.errors import VectorCLMError
+from vectorclm.errors import ConfigError, RankLostError, VectorCLMError
 from vectorclm.runtime.group import ALONE, Group, PeerLostError
 from vectorclm.runtime.preemption import ENDED, GRACE, preemption
 
 logger = logging.getLogger(__name__)
+# The number of processes that a cluster's launcher has started, by its environment variable.
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
+def joined(relay: bool = False) -> Iterator[Group]:
     """Join the group that torchrun's environment variables describe, while the block runs; without them, ALONE.
 
     The other ranks wait in `call` until the first rank calls, or releases them because it needs no help. Where several
     ranks fail, the first to fail raises its VectorCLMError, and the others end with exit code 2. Each rank writes its
     error into the file that torchrun names. Ranks that worked together and succeeded end the process at the end of the
-    block.
+    block. Where a rank or its node is lost, the watchdogs of the others report that, with `relay` as JSON lines.
     """
     if "RANK" in os.environ:
         _end_with_launcher()
+    else:
+        refuse_without_torchrun()
     several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     try:
-        with preemption.listening(), _together() if several else nullcontext(ALONE) as group:
+        with preemption.listening(), _together(relay) if several else nullcontext(ALONE) as group:
             yield group
     except PeerLostError as error:
         cause = str(error).partition("\n")[0]
@@ -45,27 +50,49 @@ def joined() -> Iterator[Group]:
         raise
 
 
+def refuse_without_torchrun() -> None:
+    """Raise ConfigError where a cluster's launcher started several processes that know nothing of one another."""
+    for variable, launcher in LAUNCHERS.items():
+        if (count := os.environ.get(variable, "1")) not in ("", "1"):
+            raise ConfigError(
+                f"{launcher} started {count} processes, of which one is on {socket.gethostname()}, without torchrun: "
+                f"start one torchrun a node, as in `{launcher} … torchrun --nnodes=… -m vectorclm …`"
+            )
+
+
 @contextmanager
-def _together() -> Iterator[Group]:
+def _together(relay: bool) -> Iterator[Group]:
     """The group of several ranks, while the block runs."""
     from vectorclm.runtime.distributed import connect, disconnect  # with torch, which a process alone may not need
 
     preemption.limit(GRACE)  # a rank may wait in a collective for ranks that do not answer
-    group, store = connect()
+    try:
+        group, store = connect(relay)
+    except VectorCLMError as error:  # all ranks raise the same
+        if os.environ["LOCAL_RANK"] == "0":
+            raise
+        record(error)
+        sys.exit(2)
     try:
         yield group
         if group.at_work:
             group.total(0)  # no rank leaves before all have succeeded
-            _leave(0)
-    except VectorCLMError as error:
-        if not _is_first(store):
+            _leave(group, 0)
+    except Exception as error:
+        if group.rank or group.at_work:
+            kind = RankLostError if isinstance(error, PeerLostError) else type(error)
+            group.leave(kind.__name__, str(error).partition("\n")[0])
+        if isinstance(error, VectorCLMError) and not _is_first(store):
             record(error)
             sys.exit(2)
         raise
     finally:
-        if group.rank == 0 and not group.at_work:
+        released = group.rank == 0 and not group.at_work
+        if released:
             with suppress(PeerLostError):
                 group.call(None)
+        if released or sys.exc_info()[0] is None:
+            group.leave()
         signal.alarm(GRACE)  # whatever the other ranks do
         disconnect()
         signal.alarm(0)
@@ -88,11 +115,12 @@ def end_together(group: Group, code: int) -> NoReturn:
         group.total(0)
     if group.world_size == 1:
         sys.exit(code)
-    _leave(code)
+    _leave(group, code)
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(group: Group, code: int) -> NoReturn:
     """End this process without destroying the group: gloo may abort where another rank ended a moment earlier."""
+    group.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -26,7 +26,8 @@ EMPTY_SECONDS = 3600  # after which an empty folder has lost its owner, who writ
 def temporary_folder(purpose: str = "", place: Path | None = None) -> Iterator[Path]:
     """A new folder in TMPDIR or `place`, removed after the block; after a SIGKILL, by the next call for this place."""
     remove_abandoned(place)
-    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{purpose}", dir=place) as name:
+    # Another process may still write into it, as a rank that ends later does: then the next call removes the rest.
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{purpose}", dir=place, ignore_cleanup_errors=True) as name:
         owner = {**process_identity(psutil.Process()), "machine": machine()}
         Path(name, OWNER).write_text(json.dumps(owner), encoding="utf-8")
         files = Path(name, FILES)

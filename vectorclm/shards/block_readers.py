@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from vectorclm.errors import CorruptArtifactError, CorruptBlockError, StoreError
 from vectorclm.shards.blocks import Column, Shard
+from vectorclm.shards.node_blocks import NodeBlocks
 from vectorclm.shards.writer import Windows
 from vectorclm.store.durable import temporary_file
 from vectorclm.store.storage import Storage
@@ -108,12 +109,20 @@ class RetryPolicy:
 class RemoteBlockReader:
     """Reads blocks of a remote store by ranged GETs with a timeout; the first retry is immediate, later ones back off.
 
-    `cache` is a local folder that keeps blocks, or None; cached blocks are verified, too. The reading process opens
-    its own client, because a client does not survive a fork, and opens a new one when it reads after `close`.
+    `cache` is a local folder that keeps blocks, or None; `node` is what the processes of this machine share, or None.
+    Blocks from there are verified, too. The reading process opens its own client, because a client does not survive a
+    fork, and opens a new one when it reads after `close`.
     """
 
-    def __init__(self, store: Storage, patience: RetryPolicy = RetryPolicy(), cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        store: Storage,
+        patience: RetryPolicy = RetryPolicy(),
+        cache: Path | None = None,
+        node: NodeBlocks | None = None,
+    ) -> None:
         self.store = store
+        self.node = node
         self.patience = patience
         self.cache = cache
         self.fetched = 0  # bytes
@@ -122,7 +131,7 @@ class RemoteBlockReader:
 
     def __reduce__(self) -> tuple[type["RemoteBlockReader"], tuple[Any, ...]]:
         """A reader in another process opens its own client."""
-        return (RemoteBlockReader, (self.store, self.patience, self.cache))
+        return (RemoteBlockReader, (self.store, self.patience, self.cache, self.node))
 
     def begin(self, shard: Shard, block: int) -> Callable[[], Windows]:
         """Fetch a block in the background. The returned function raises the errors of the fetch."""
@@ -141,8 +150,15 @@ class RemoteBlockReader:
         self.opened = None
 
     def _read(self, opened: "_Opened", shard: Shard, block: int) -> Windows:
-        columns = {column: self._cached(opened, shard, column, block) for column in shard.columns}
+        columns = {column: self._shared(opened, shard, column, block) for column in shard.columns}
         return Windows(**{column.name: shard.windows_of(column, data) for column, data in columns.items()})
+
+    def _shared(self, opened: "_Opened", shard: Shard, column: Column, block: int) -> bytes:
+        fetch = partial(self._cached, opened, shard, column, block)
+        if self.node is None:
+            return fetch()
+        name = f"{shard.path.replace('/', '-')}-{column.name}-{block}"
+        return self.node.read(name, fetch, partial(shard.check, column, block))
 
     def _cached(self, opened: "_Opened", shard: Shard, column: Column, block: int) -> bytes:
         if (cache := self.cache) is None:

@@ -20,13 +20,38 @@ from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Progress
 from vectorclm.settings import canonical_json
 from vectorclm.shards.config import SPLITS, ChatConfig, ChatSource
-from vectorclm.shards.conversations import Turn, find_fault, fit, read_conversation
+from vectorclm.shards.conversations import (
+    MalformedConversationError,
+    Turn,
+    find_fault,
+    fit,
+    read_conversation,
+    without_empty_system,
+)
 from vectorclm.shards.packing import pack
 from vectorclm.shards.writer import ShardWriter, token_dtype
 from vectorclm.store.artifact import Artifact
 from vectorclm.tokenizer import PAD_ID
 
 BATCH = 256  # conversations checked against the benchmarks at a time
+
+
+class MalformedRowError(DataError):
+    """A row of a source is no conversation; `at` says where it stands."""
+
+    def __init__(self, source: ChatSource, row: Any, number: int, fault: str) -> None:
+        self.source, self.row, self.fault = source, row, fault.removeprefix(": ")
+        super().__init__(self._message(f"row {number} as drawn"))
+
+    def at(self, place: str) -> DataError:
+        """The same error with the place of the row in the source's files."""
+        return DataError(self._message(place))
+
+    def _message(self, place: str) -> str:
+        return (
+            f"{self.source.label}, {place}, column {self.source.column}: {self.fault}. "
+            "Fix the row, or set chat.malformed to drop"
+        )
 
 
 @dataclass
@@ -50,6 +75,12 @@ class _Read:
         counts = {name: dict(sorted(getattr(self, name).items())) for name in ("dropped", "contaminated")}
         return {**splits, "read": self.read, "shortened": self.shortened, **counts}
 
+    def check(self, label: str) -> None:
+        """Raise DataError if the source gave no conversation to train on."""
+        if not self.splits["train"]:
+            lost = drop_counts(self.dropped, self.contaminated) if self.read else "the source is empty"
+            raise DataError(f"{label}: no usable conversation for training; dropped: {lost}")
+
 
 def write_chat_shards(
     config: ChatConfig,
@@ -66,13 +97,14 @@ def write_chat_shards(
 
     `rows[label]` yields the turns of each row. Dropped conversations are counted by reason: `duplicate` (the same turns
     occurred before, in this source or an earlier one), `contaminated` (shares words with `benchmarks`), `no_assistant`
-    (nothing to learn), `too_long` (the last question and answer do not fit in a window), with `config.malformed`
-    "drop" also `empty_turn` and `role_order`, and `over_budget` (read, but not needed for the budget). `shortened`
-    counts conversations from which `fit` removed turns.
+    (nothing to learn), `too_long` (the last question and answer do not fit in a window), `over_budget` (read, but not
+    needed), and with `config.malformed` "drop" those of MalformedConversationError. `shortened` counts conversations
+    from which `fit` removed turns.
 
     Returns `{"sources": {label: {"train", "validation", "read", "shortened", "dropped": {reason: count},
-    "contaminated": {benchmark: count}}}, "train": {"windows", "tokens", …}, "validation": {…}}`. Raises DataError for a
-    malformed row, for a source without usable conversations, and for a split without supervised tokens.
+    "contaminated": {benchmark: count}}}, "train": {"windows", "tokens", …}, "validation": {…}}`. Raises
+    MalformedRowError for a malformed row, and DataError for a source without usable conversations or a split without
+    supervised tokens.
     """
     summary: dict[str, Any] = {"sources": {}, **{split: Counter[str]() for split in SPLITS}}
     kept: dict[str, dict[str, list[NDArray[Any]]]] = {}  # by folder and split, ids and supervision [2, n]
@@ -102,9 +134,7 @@ def write_chat_shards(
             summary["sources"][source.label] = found.summary()
             if left is not None:
                 summary["sources"][source.label]["tokens"] = {"budget": left, **found.tokens}
-            if not found.splits["train"]:
-                lost = drop_counts(found.dropped, found.contaminated) if found.read else "the source is empty"
-                raise DataError(f"{source.label}: no usable conversation for training; dropped: {lost}")
+            found.check(source.label)
     parts = [(folder, split, items) for folder, splits in kept.items() for split, items in splits.items()]
     for number, (folder, split, items) in enumerate(parts):
         summary[split].update(_write_packed(out / folder / split, items, config, seed << 32 | number))
@@ -126,12 +156,12 @@ def _distinct(
     while batch := list(islice(drawn, BATCH)):
         fresh = []
         for number, row in enumerate(batch, found.read):
-            where = f"{source.label}, row {number} as drawn, column {source.column}"
-            conversation = read_conversation(row, where)
-            if fault := find_fault(conversation):
+            try:
+                conversation = _well_formed(row, drops=config.malformed == "drop")
+            except MalformedConversationError as error:
                 if config.malformed == "refuse":
-                    raise DataError(f"{where}: {fault[1]}. Fix the row, or set chat.malformed to drop")
-                found.dropped[fault[0]] += 1
+                    raise MalformedRowError(source, row, number, str(error)) from error
+                found.dropped[error.reason] += 1
                 continue
             if (key := xxhash.xxh3_128_intdigest(canonical_json(conversation).encode())) in seen:
                 found.dropped["duplicate"] += 1
@@ -145,6 +175,17 @@ def _distinct(
             found.dropped["contaminated"] += 1
             found.contaminated.update(labels)
         yield from (conversation for number, conversation in enumerate(fresh) if number not in shared)
+
+
+def _well_formed(row: Any, *, drops: bool) -> list[Turn]:
+    """The turns of a row. Raises MalformedConversationError where they are no conversation.
+
+    Where such rows are dropped, an empty system turn is left out instead of costing the whole conversation.
+    """
+    conversation = read_conversation(without_empty_system(row) if drops else row, "")
+    if fault := find_fault(conversation):
+        raise MalformedConversationError(*fault)
+    return conversation
 
 
 def _is_held_out(conversation: Sequence[Turn], seed: int, share: float) -> bool:

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from vectorclm.corpus.sources import Source, check_labels
-from vectorclm.settings import Settings
+from vectorclm.settings import LARGEST_WEIGHT, Settings
 
 SPLITS = ("train", "validation")
 MIX_BLOCK = 1024  # windows; at the end of each mix block, the mix of a phase is exact
@@ -32,6 +32,7 @@ class ChatSource(Source):
     weight: float = Field(
         1.0,
         gt=0,
+        le=LARGEST_WEIGHT,
         exclude_if=lambda weight: weight == 1,
         description="Share of chat.tokens, relative to the other sources",
     )
@@ -56,7 +57,8 @@ class ChatConfig(Settings):
     )
     malformed: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="On an empty turn or roles out of order: stop with an error, or drop and count the conversation",
+        description="On a row that is no conversation (an empty turn, roles unknown or out of order, no text): stop "
+        "with an error, or drop and count it",
     )
 
     @model_validator(mode="after")

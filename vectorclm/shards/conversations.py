@@ -24,46 +24,106 @@ class Fitted(NamedTuple):
     supervised: list[bool]
 
 
-# SmolTalk and Tulu-3 write {role, content}; SlimOrca writes {from, value}.
+# SmolTalk and Tulu-3 write {role, content}; SlimOrca writes {from, value}. Capital letters do not matter.
 ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
 }
+KEYS = (("role", "content"), ("from", "value"))
 # Allowed successors: an optional system turn, then user and assistant alternate.
 FOLLOWS = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
+
+
+class MalformedConversationError(DataError):
+    """A row that is not a conversation; `reason` is the name under which such rows are counted."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def read_conversation(turns: Any, where: str) -> list[Turn]:
     """Read a row's turns in any of the three schemas.
 
-    Raises DataError, naming `where`, for another schema, an unknown role or a content that is not valid text.
+    A turn's text may be a list of parts that are all text. A table of lists, as `datasets` stores a sequence of tables,
+    is read as well. Raises MalformedConversationError, naming `where`, for another schema, an unknown role or a content
+    that is not valid text.
     """
-    conversation = []
-    for turn in turns if isinstance(turns, list | tuple) else [turns]:
-        if not isinstance(turn, Mapping) or not (
-            {"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys()
-        ):
-            raise DataError(f"{where}: a turn must hold role and content, or from and value; found {turn!r:.200}")
-        role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
-        if role not in ROLES or not isinstance(content, str):
-            raise DataError(
-                f"{where}: role must be one of {', '.join(ROLES)} and the text a string; found {turn!r:.200}"
-            )
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: a lone surrogate at character {error.start}: fix the text") from error
-        conversation.append(Turn(ROLES[role], content))
-    return conversation
+    if isinstance(turns, Mapping):
+        turns = _turns_of_lists(turns)
+    return [_turn(turn, where) for turn in (turns if isinstance(turns, list | tuple) else [turns])]
+
+
+def _turns_of_lists(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The turns in a table of lists, one list for each key; a table of single values is one turn."""
+    lists = {name: values for name, values in table.items() if isinstance(values, list | tuple)}
+    if not any(isinstance(table.get(role), list | tuple) for role, _ in KEYS):
+        return [table]
+    return [
+        {name: values[number] if number < len(values) else None for name, values in lists.items()}
+        for number in range(max(map(len, lists.values())))
+    ]
+
+
+def _turn(turn: Any, where: str) -> Turn:
+    # A column that joins two schemas has null where a row lacks a key, so the value decides.
+    keys = [pair for pair in KEYS if isinstance(turn, Mapping) and pair[0] in turn and pair[1] in turn]
+    if not keys:
+        raise MalformedConversationError(
+            "not_a_conversation",
+            f"{where}: a turn must hold role and content, or from and value; found {turn!r:.200}",
+        )
+    role, content = next(((turn[r], turn[c]) for r, c in keys if turn[r] is not None), (None, None))
+    known = ROLES.get(role.lower()) if isinstance(role, str) else None
+    text = _joined_parts(content) if isinstance(content, list | tuple) else content
+    if known is None or not isinstance(text, str):
+        raise MalformedConversationError(
+            "unknown_role" if known is None else "not_text",
+            f"{where}: role must be one of {', '.join(ROLES)} and the text a string; found {turn!r:.200}",
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MalformedConversationError(
+            "invalid_utf8", f"{where}: a lone surrogate at character {error.start}: fix the text"
+        ) from error
+    return Turn(known, text)
+
+
+def _joined_parts(parts: Sequence[Any]) -> str | None:
+    """The text of a content in parts, as chat APIs have it; None where a part is not text."""
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type", "text") == "text"]
+    found = [text for text in texts if isinstance(text, str)]
+    return "".join(found) if len(found) == len(parts) else None
+
+
+def without_empty_system(turns: Any) -> Any:
+    """The turns of a row without a first system turn that is empty or null, which says nothing to learn."""
+    if isinstance(turns, Mapping):
+        turns = _turns_of_lists(turns)
+    if not isinstance(turns, list | tuple) or not turns or not isinstance(turns[0], Mapping):
+        return turns
+    for role, content in KEYS:
+        named, text = turns[0].get(role), turns[0].get(content)
+        if isinstance(named, str) and ROLES.get(named.lower()) == "system" and (text is None or _is_blank(text)):
+            return list(turns[1:])
+    return turns
+
+
+def _is_blank(text: Any) -> bool:
+    return isinstance(text, str) and not text.strip()
 
 
 def find_fault(conversation: Sequence[Turn]) -> tuple[str, str] | None:
-    """The fault in the turns (`empty_turn` or `role_order`) and its place; None where there is none."""
+    """The fault in the turns (`empty_turn`, `nul` or `role_order`) and its place; None where there is none."""
     before = None
     for number, turn in enumerate(conversation):
+        if "\0" in turn.content:
+            return "nul", f"turn {number}, the {turn.role}'s, has the character NUL"
         if not turn.content.strip():
             return "empty_turn", f"turn {number}, the {turn.role}'s, is empty"
         if turn.role not in FOLLOWS[before]:

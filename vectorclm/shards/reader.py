@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vectorclm.errors import CorruptBlockError
 from vectorclm.shards.block_readers import Blocks, MmapBlockReader, RemoteBlockReader, RetryPolicy
 from vectorclm.shards.blocks import Shard, read_shard
+from vectorclm.shards.node_blocks import NodeBlocks
 from vectorclm.shards.order import GROUP_BLOCKS
 from vectorclm.shards.writer import Windows
 from vectorclm.store.artifact import Artifact
@@ -135,16 +136,21 @@ class ShardReader:
 
 @contextmanager
 def open_shards(
-    artifact: Artifact, split: str, *, cache: str | None = None, patience: RetryPolicy = RetryPolicy()
+    artifact: Artifact,
+    split: str,
+    *,
+    cache: str | None = None,
+    patience: RetryPolicy = RetryPolicy(),
+    node: NodeBlocks | None = None,
 ) -> Iterator[dict[str, ShardReader]]:
     """Open a reader for each source of a split, for the duration of a `with` block; only the manifest is read at once.
 
-    `cache` is a local folder that keeps blocks of a remote store. Raises CorruptArtifactError where the manifest is
-    incomplete.
+    `cache` is a local folder that keeps blocks of a remote store; `node` shares them between processes. Raises
+    CorruptArtifactError where the manifest is incomplete.
     """
     blocks: Blocks = MmapBlockReader()
     if not artifact.store.is_local:
-        blocks = RemoteBlockReader(artifact.store, patience, None if cache is None else Path(cache))
+        blocks = RemoteBlockReader(artifact.store, patience, None if cache is None else Path(cache), node)
     shards: dict[str, list[Shard]] = {}
     for name in sorted(artifact.manifest["files"]):
         if fnmatchcase(name, f"*/{split}-*.arrow"):

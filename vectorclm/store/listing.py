@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,8 @@ from vectorclm.errors import ConfigError, CorruptArtifactError
 from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store
 from vectorclm.store.layout import EXPORT, MEASURE, STAGES
 from vectorclm.store.lease import is_alive, read_claim
+from vectorclm.store.manifest import read_manifest
+from vectorclm.store.manifest_memory import ManifestMemory
 from vectorclm.store.storage import StoredFile
 
 STAGE_FOLDERS = (*STAGES, MEASURE)  # the folders of a store that contain artifacts
@@ -133,12 +136,16 @@ def take_inventory(store: Store) -> Inventory:
     """List the store's own folders and read all manifests. Raises StoreError where the store cannot be read."""
     there = set(store.list(""))
     stages = [stage for stage in STAGE_FOLDERS if stage in there]
-    artifacts = [folder for stage in stages for folder in _folders(store, stage, rf"{stage}/{FINGERPRINT.pattern}")]
-    checkpoints = _folders(store, "checkpoints", rf"checkpoints/{FINGERPRINT.pattern}/{STEP.pattern}")
+    memory = None if store.is_local else ManifestMemory(store.uri)
+    patterns = {stage: rf"{stage}/{FINGERPRINT.pattern}" for stage in stages}
+    artifacts = [folder for stage in stages for folder in _folders(store, stage, patterns[stage], memory)]
+    checkpoints = _folders(store, "checkpoints", rf"checkpoints/{FINGERPRINT.pattern}/{STEP.pattern}", memory)
+    if memory is not None:
+        memory.save([folder.key for folder in (*artifacts, *checkpoints)])
     return Inventory(artifacts, checkpoints, read_leases(store))
 
 
-def _folders(store: Store, below: str, pattern: str) -> list[Folder]:
+def _folders(store: Store, below: str, pattern: str, memory: ManifestMemory | None) -> list[Folder]:
     """The folders below a key that match this pattern, ordered by key."""
     found: dict[str, dict[str, StoredFile]] = {}
     for key, file in store.files(below).items():
@@ -146,17 +153,36 @@ def _folders(store: Store, below: str, pattern: str) -> list[Folder]:
             found.setdefault(matched[1], {})[matched[2]] = file
         elif re.fullmatch(pattern, key) and store.read(f"{key}/{MANIFEST}") is not None:  # a link to a folder elsewhere
             found[key] = {name.removeprefix(f"{key}/"): file for name, file in store.files(key).items()}
+    if store.is_local:  # faster than threads
+        return [read_folder(store, key, files) for key, files in sorted(found.items())]
     with ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(lambda item: read_folder(store, *item), sorted(found.items())))
+        return list(readers.map(lambda item: read_folder(store, item[0], item[1], memory), sorted(found.items())))
 
 
-def read_folder(store: Store, key: str, files: Mapping[str, StoredFile]) -> Folder:
-    """Read the manifest of a folder with these files, if there is one."""
+def read_folder(
+    store: Store, key: str, files: Mapping[str, StoredFile], memory: ManifestMemory | None = None
+) -> Folder:
+    """Read the manifest of a folder with these files, if there is one; `memory` may know it."""
+    if MANIFEST not in files:
+        return Folder(key, files, None, None)
     try:
-        found = store.look_up(*key.rsplit("/", 1))
+        if (found := _known(store, key, files[MANIFEST], memory)) is None:
+            found = store.look_up(*key.rsplit("/", 1))
+            if found is not None and memory is not None:
+                memory.remember(key, files[MANIFEST].state, found.manifest)
         return Folder(key, files, found, None if found is None else found.damage(files))
     except CorruptArtifactError as error:
         return Folder(key, files, None, str(error))
+
+
+def _known(store: Store, key: str, file: StoredFile, memory: ManifestMemory | None) -> Artifact | None:
+    """The artifact as the memory knows its manifest, in this state of its file."""
+    if memory is None or (data := memory.known(key, file.state)) is None:
+        return None
+    with suppress(CorruptArtifactError):  # a damaged cache
+        stage, fingerprint = key.rsplit("/", 1)
+        return Artifact(store, stage, fingerprint, read_manifest(data, store.uri_of(key)))
+    return None
 
 
 def read_leases(store: Store) -> list[Claim]:

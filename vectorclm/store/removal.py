@@ -1,17 +1,26 @@
 """Remove a model or an experiment from a store, with what was built from it, and without what others need."""
 
+import logging
+import secrets
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from vectorclm.errors import ConfigError, InUseError
-from vectorclm.store.artifact import Store
+from vectorclm.errors import ConfigError, InUseError, StoreError
+from vectorclm.store.artifact import StageSpec, Store
 from vectorclm.store.gc import is_linked, owners
 from vectorclm.store.layout import EXPORT, MEASURE
-from vectorclm.store.listing import Folder, Inventory, take_inventory
+from vectorclm.store.lease import Lease, is_here
+from vectorclm.store.listing import Claim, Folder, Inventory, read_leases, take_inventory
 from vectorclm.store.model_names import resolve_model
 from vectorclm.store.model_ref import ADDRESS
+
+READS = "reads"  # begins the leases of runs that will read artifacts
+REMOVAL_SECONDS = 0.5  # between two checks of a removal in progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,41 @@ def claimed(store: Store, removal: Removal) -> Iterator[dict[str, str]]:
                 if folder.key.startswith(f"{EXPORT}/"):
                     stays.setdefault(folder.key, "the rest of the experiment stays")
         yield stays
+
+
+@contextmanager
+def protected(store: Store, specs: Collection[StageSpec]) -> Iterator[None]:
+    """Keep these artifacts, and what they were built from, from `store rm` while the block runs.
+
+    For a run of several stages, which holds no other lease between two of them. A removal that has begun ends first, so
+    that the run finds either the whole artifact or none.
+    """
+    lease = Lease(store, f"leases/{READS}-{secrets.token_hex(8)}.json", [spec.fingerprint for spec in specs])
+    lease.acquire()
+    try:
+        for claim in read_leases(store):  # of a run that was killed on this machine
+            if claim.name.startswith(f"{READS}-") and is_here(claim.holder) and not claim.alive:
+                store.delete(claim.key)
+        _wait_for_removals(store, {spec.lease for spec in specs})
+        yield
+    finally:
+        lease.release()
+        with suppress(StoreError):  # no other process uses this name, so that S3 need not keep an empty object
+            store.delete(lease.name)
+
+
+def _wait_for_removals(store: Store, leases: Collection[str]) -> None:
+    """Wait while another process holds one of these leases without inputs: it removes, and builds nothing."""
+    warned = False
+    while found := [claim for claim in read_leases(store) if claim.name in leases and _removes(claim)]:
+        if not warned:
+            logger.warning("%s is being removed or repaired: waiting for that to end", found[0].name)
+        warned = True
+        time.sleep(REMOVAL_SECONDS)
+
+
+def _removes(claim: Claim) -> bool:
+    return claim.alive and "inputs" not in claim.holder
 
 
 def _acquired(stack: ExitStack, store: Store, lease: str) -> bool:

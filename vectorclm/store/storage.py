@@ -102,6 +102,12 @@ class Storage:
         quick.retries = 1  # s3fs repeats what botocore has already repeated
         return quick
 
+    def write_probe(self) -> str:
+        """Write a small file under a new key, which another machine then reads; return the key."""
+        key = temporary_beside(Path("probe")).name
+        self.write(key, b"probe", only_if_absent=True)
+        return key
+
     def check_writable(self) -> None:
         """Write and remove a probe. Raises StoreError where that fails, or where a store lets several writers win."""
         self.check_reachable()

@@ -82,7 +82,6 @@ class Checkpoints:
         self.root = f"checkpoints/{spec.fingerprint}" + (f"/{AGAIN}" if again else "")
         self.attempt = secrets.token_hex(4)
         self.known: list[str] = []  # names of this attempt's checkpoints and of those found at its start
-        self.resumed: str | None = None  # name of the checkpoint that `latest` returned
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
 
@@ -152,19 +151,12 @@ class Checkpoints:
             try:
                 if (found := self.store.find(self.root, name)) is not None:
                     self._check(found, order)
-                    newest, self.resumed = self._load(found), name
-                    return newest
+                    return self._load(found)
             except CorruptArtifactError:
                 pass
             self.store.remove(f"{self.root}/{name}")
             self.known.remove(name)
         return None
-
-    def named(self, name: str) -> Snapshot:
-        """The checkpoint with this name. Raises CorruptArtifactError where it is missing or does not verify."""
-        if (found := self.store.find(self.root, name)) is None:
-            raise CorruptArtifactError(f"{self.store.uri_of(self.root)}/{name} is gone: run the stage again")
-        return self._load(found)
 
     def _check(self, found: Artifact, order: str) -> None:
         """Raise DataError where the checkpoint has another data set or training order than this run."""
@@ -177,7 +169,7 @@ class Checkpoints:
                 )
 
     def _load(self, found: Artifact) -> Snapshot:
-        """Read a checkpoint. Each process copies the files of a remote store, as all ranks read at once."""
+        """Read a checkpoint; the files of a remote store are copied for as long as that takes."""
         self.work.mkdir(parents=True, exist_ok=True)
         with found.borrowed("model.safetensors", self.work) as file:
             model = load_file(file)

@@ -1,0 +1,101 @@
+"""Installation: the wheel has all that its commands need, every version is locked, CUDA comes only where asked for."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.conftest import skip_or_fail
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The content of a wheel of this clone, without the clone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*command, "-w", str(folder)], capture_output=True, text=True, check=False, timeout=200)
+    if "No module named" in done.stderr or "setuptools" in done.stderr:
+        skip_or_fail("no setuptools here: pip install 'setuptools>=77'")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(folder / "content")
+    return folder / "content"
+
+
+def test_the_wheel_has_every_file_that_is_no_page(installed: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "vectorclm", "flows"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("this is no clone")
+    wanted = {name for name in listed.stdout.split() if not name.endswith("README.md") and (ROOT / name).is_file()}
+    found = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
+    assert wanted <= found, wanted - found
+    (licences,) = {path.parent for path in installed.rglob("LICENSE")}
+    assert {path.name for path in licences.iterdir()} == {"LICENSE", "NOTICE"}
+
+
+def test_the_wheel_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    (here := tmp_path / "here").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(installed), "HOME": str(tmp_path / "home"), "COLUMNS": "100"}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "flows.cli", *arguments]
+        done = subprocess.run(
+            command, cwd=here, env=environment, capture_output=True, text=True, timeout=250, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    place = "import flows, vectorclm; print(flows.__file__, vectorclm.__file__)"
+    found = subprocess.run([sys.executable, "-c", place], cwd=here, env=environment, capture_output=True, text=True)
+    assert found.stdout.count(str(installed)) == 2
+    said = run("run", "tiny", "--dry-run")
+    assert "in all" in said and "evaluate_base" in said
+    assert list(here.iterdir()) == []
+    said = run("stage", "sample", "tiny", "--set", "world.documents=200", "--set", "sample.validation_share=0.2")
+    assert "sample built" in said and {path.name for path in here.iterdir()} == {"store"}
+
+
+def test_every_dependency_is_locked_to_a_version_that_fits() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if re.match(r"[A-Za-z]", line)]
+    locked = {_name(line.partition("==")[0]): line.partition("==")[2] for line in lines}
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "vectorclm" and (requirement.marker is None or requirement.marker.evaluate()):
+            assert requirement.specifier.contains(locked[_name(requirement.name)], prereleases=True), requirement
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[-_.]+", "-", text.partition("[")[0].strip().lower())
+
+
+def test_the_line_without_cuda_takes_torch_alone_from_its_index() -> None:
+    """The locked version without a local part fits `2.13.0+cpu` too, and then nothing asks for NVIDIA's packages."""
+    lines = {line: _dry(f"TORCH={line}") for line in ("", "cpu")}
+    assert "download.pytorch.org" not in lines[""]
+    first, second = (line for line in lines["cpu"].splitlines() if "pip install" in line)
+    assert "--index-url https://download.pytorch.org/whl/cpu" in first
+    assert "--no-deps" in first and first.endswith(" torch")
+    assert "-e '.[dev]'" in second and "--index-url" not in second
+    assert all("-c constraints.txt" in line for line in (first, second))
+    (locked,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert Requirement(f"torch=={locked}").specifier.contains(f"{locked}+cpu")
+
+
+def _dry(*variables: str) -> str:
+    command = ["make", "--dry-run", "--always-make", "install", *variables]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
