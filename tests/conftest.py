@@ -89,6 +89,12 @@ def one_of(cells: Sequence[T]) -> Sequence[T]:
     return cells if KILLS >= 10 else [cells[SEED % len(cells)]]
 
 
+def in_turn(place: int, places: int) -> pytest.MarkDecorator:
+    """Of the tests of a slow kind the seed chooses one; with VECTORCLM_KILLS=10 and more, all of them run."""
+    chosen = KILLS >= 10 or SEED % places == place
+    return pytest.mark.skipif(not chosen, reason="another of its kind runs: VECTORCLM_KILLS=10 runs all")
+
+
 @pytest.fixture(autouse=True)
 def new_s3_clients() -> Iterator[None]:
     """Forget S3 clients when a test ends: s3fs keeps them by their arguments, which name no server."""
