@@ -20,6 +20,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 
 from flows.platform.prefect_server import PrivateServer
+from tests.services import prefect_database
 from tests.services.ceph import PACKAGES, object_store
 from vectorclm.evaluation.sandbox import Sandbox, find_sandbox
 from vectorclm.shards.blocks import ShardDescriber
@@ -60,6 +61,17 @@ LONGEST = (
     "training/test_checkpoint.py",
     "runtime/test_preemption.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Reserve what the processes of this session share."""
+    if not hasattr(config, "workerinput"):
+        prefect_database.reserve()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        prefect_database.release()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -343,6 +355,7 @@ def sandboxed() -> Sandbox:
 def private_prefect(folder: Path) -> Iterator[dict[str, str]]:
     """A real server; yields the environment of a client of it, which the environment of this process does not name."""
     before = dict(os.environ)
+    prefect_database.prepare(folder)
     server = PrivateServer(folder)
     try:
         server.start()

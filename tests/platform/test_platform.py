@@ -51,7 +51,8 @@ __all__ = ["browser", "page"]  # fixtures
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     folder = tmp_path_factory.mktemp("own")
-    with platform_at(tmp_path_factory.mktemp("platform") / "store", vectorclm_experiments=str(folder)) as made:
+    place = tmp_path_factory.mktemp("platform") / "store"
+    with platform_at(place, new_database=True, vectorclm_experiments=str(folder)) as made:
         yield made
 
 
