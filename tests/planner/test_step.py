@@ -50,7 +50,7 @@ def test_the_step_of_the_benchmark_is_within_a_tenth() -> None:
 
 
 def test_documents_apart_are_within_a_seventh() -> None:
-    (speed,) = re.findall(r"^\| tokens a second, documents apart, as `base` trains \| [\d,]+ \| ([\d,]+) ", BENCHMARKS, re.M)
+    (speed,) = re.findall(r"^\| tokens a second, documents apart, [^|]+\| [\d,]+ \| ([\d,]+) ", BENCHMARKS, re.M)
     work = Workload(TrainingShape(BASE.model, 1024), 512, 1)
     found = work.step_tokens / step_time(work, alone(H200)).seconds
     assert found == pytest.approx(float(speed.replace(",", "")), rel=1 / 7)

@@ -41,7 +41,7 @@ def test_a_dry_run_of_the_mission_needs_no_network(
     said = capsys.readouterr().out
     assert said.count("unresolved") == len(STAGES)
     assert "50,348,544" in said and "3,500,000,000 tokens" in said
-    assert re.search(r"H200 +\d{3} +5\d min +\d+ min", said)
+    assert re.search(r"H200 +\d{3} +5\d min \d\d s +\d min \d\d s", said)
     assert re.search(r"pretrain +\d+ h \d\d min", said)
     assert " 0.0 " not in said
 

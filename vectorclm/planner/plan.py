@@ -176,7 +176,8 @@ def _warnings(work: Workload, cluster: Cluster, step: StepTime, read: float, pri
         yield (
             f"{best} ranks are faster: a step takes {1e3 * times[best]:,.1f} ms on {best} {name} and "
             f"{1e3 * step.seconds:,.1f} on {ranks}, because the exchange takes "
-            f"{1e3 * (step.gradients + step.muon_exchange.seconds):,.1f}: take fewer nodes, a faster network, or a larger batch_size"
+            f"{1e3 * (step.gradients + step.muon_exchange.seconds):,.1f}: "
+            "take fewer nodes, a faster network, or a larger batch_size"
         )
     if ranks > work.batch_size:
         yield (
