@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -17,6 +19,8 @@ from vectorclm.runtime.watchdog import Watchdog, watch
 
 # The first rank reads, validates and publishes alone, while the others wait; watchdogs find what is lost.
 TIMEOUT = timedelta(hours=6)
+STORE_TIMEOUT = timedelta(minutes=30)  # torch's own for the rendezvous
+LOOPBACK = "127.0.0.1"
 BUCKET = 2**23  # elements in one all-reduce
 
 
@@ -126,7 +130,7 @@ def connect(relay: bool = False) -> tuple[DistributedGroup, Any]:
     ranks = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     rank, world_size, local_rank, local_world_size = ranks
     with _peers():
-        store, _, _ = next(rendezvous("env://"))
+        store = _open_store(rank, world_size, local_world_size)
         watchdog = watch(rank, world_size, store, relay, hardware(local_world_size))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -140,6 +144,27 @@ def connect(relay: bool = False) -> tuple[DistributedGroup, Any]:
             local = [local_rank, local_world_size, local_rank, local_world_size]
             group.node = DistributedGroup(local, watchdog, first, inside)
     return group, store
+
+
+def _open_store(rank: int, world_size: int, local_world_size: int) -> Any:
+    """The rendezvous store of all ranks; on one machine the first rank serves it on loopback alone.
+
+    torch itself listens on all interfaces, without a password.
+    """
+    if local_world_size < world_size or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(rendezvous("env://"))
+        return store
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    port = int(os.environ["MASTER_PORT"])
+    if rank > 0:
+        return dist.TCPStore(LOOPBACK, port, world_size, False, STORE_TIMEOUT)
+    try:
+        server = socket.create_server((LOOPBACK, port), backlog=world_size)
+    except OSError as error:
+        raise PeerLostError(f"cannot listen on {LOOPBACK}, port {port}: {error}") from error
+    # The store closes the socket.
+    return dist.TCPStore(LOOPBACK, port, world_size, True, STORE_TIMEOUT, master_listen_fd=server.detach())
 
 
 def hardware(local_world_size: int) -> dict[str, Any]:
