@@ -4,6 +4,7 @@ Each service is a process that outlives the command which starts it; its log and
 Passwords reach services by their environment or a pipe, never by arguments.
 """
 
+import logging
 import os
 import re
 import socket
@@ -18,8 +19,8 @@ from dotenv.parser import parse_stream
 from pydantic import Field, SecretStr, model_validator
 
 from flows.net import HEARTBEAT_SECONDS, QUIET, answers, past_proxies
-from flows.paths import local_folder
-from flows.platform import password
+from flows.paths import check_name, local_folder
+from flows.platform import password, private
 from flows.platform.process import HOST, PREFECT, Service
 from flows.platform.public_address import host_of
 from flows.platform.retention import KEEP
@@ -30,6 +31,7 @@ from vectorclm.inference.guard import ALLOWED, allowed_hosts
 from vectorclm.settings import Settings, validate
 from vectorclm.store.artifact import Store
 
+logger = logging.getLogger(__name__)
 POOLS = ("cpu", "gpu")
 EVENTS_KEPT = "P30D"  # ISO 8601
 NO_STORE = (
@@ -142,7 +144,7 @@ class PlatformConfig(Settings):
     def home(self) -> Path:
         """The folder on this machine for databases, logs and locks."""
         if self.vectorclm_home is not None:
-            return Path(self.vectorclm_home).absolute()
+            return check_name(Path(self.vectorclm_home).absolute())
         return local_folder(Store(self.vectorclm_store))
 
     @property
@@ -285,7 +287,7 @@ def read_platform(env_file: Path | None, **options: Any) -> PlatformConfig:
 def _read_file(env_file: Path) -> dict[str, Any]:
     """The settings of a file of lines NAME=value. Raises ConfigError with the number of a wrong line."""
     try:
-        text = env_file.read_text(encoding="utf-8")
+        text, readable = private.read_settings(env_file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{env_file} cannot be read: {error}") from error
     values: dict[str, Any] = {}
@@ -300,6 +302,8 @@ def _read_file(env_file: Path) -> dict[str, Any]:
         if not binding.value and (name in SECRETS or name in RETIRED):
             raise ConfigError(f"{env_file}, line {line}: {binding.key} is empty: fill it in, or delete the line")
         values[name] = binding.value
+    if readable and (secrets := sorted(name.upper() for name in values if name in SECRETS and values[name])):
+        logger.warning("other users can read %s, which has %s: run chmod 600 '%s'", env_file, secrets[0], env_file)
     return values
 
 

@@ -49,6 +49,20 @@ def read_text(file: Path) -> str:
             return text.read()
 
 
+def read_settings(file: Path) -> tuple[str, bool]:
+    """Read a file of settings that the user names; the second value is whether others can read it, too.
+
+    Raises ConfigError where others can write to it: its settings name commands, servers and receivers of messages.
+    """
+    with file.open(encoding="utf-8") as text:
+        found = os.fstat(text.fileno())
+        if not stat.S_ISREG(found.st_mode):  # a pipe of the shell
+            return text.read(), False
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ConfigError(f"other users can write to {file}: check its settings, then run chmod go-w '{file}'")
+        return text.read(), bool(found.st_mode & (stat.S_IRGRP | stat.S_IROTH))
+
+
 @contextmanager
 def _opened(path: Path, flags: int, folder: int | None) -> Iterator[int]:
     try:
