@@ -1,6 +1,5 @@
 """Addresses of stores have one spelling; what would name another place than meant is refused."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def test_a_spelling_that_names_another_place_is_refused(
     with pytest.raises(StoreError, match=message) as refused:
         Store(address)
     assert str(refused.value).isprintable()
-    assert os.listdir() == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

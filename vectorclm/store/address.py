@@ -17,9 +17,7 @@ def normalized(uri: str) -> str:
     """
     uri = uri.strip(" \t\r\n")
     if any(ord(character) < 32 or ord(character) == 127 or "\ud800" <= character <= "\udfff" for character in uri):
-        raise StoreError(
-            f"store {ascii(uri)} cannot be opened: its address has a control character or half a character"
-        )
+        raise StoreError(f"store {uri!a} cannot be opened: its address has a control character or half a character")
     if (wrong := ONE_SLASH.fullmatch(uri)) is not None:
         local = wrong["protocol"].lower() in ("file", "local")
         rest = wrong["rest"] if local else wrong["rest"].lstrip("/")
