@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,14 +158,14 @@ def _open_store(rank: int, world_size: int, local_world_size: int) -> Any:
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     port = int(os.environ["MASTER_PORT"])
+    new_store = partial(dist.TCPStore, LOOPBACK, port, world_size, timeout=STORE_TIMEOUT)  # type: ignore[attr-defined]
     if rank > 0:
-        return dist.TCPStore(LOOPBACK, port, world_size, False, STORE_TIMEOUT)
+        return new_store(is_master=False)
     try:
         server = socket.create_server((LOOPBACK, port), backlog=world_size)
     except OSError as error:
         raise PeerLostError(f"cannot listen on {LOOPBACK}, port {port}: {error}") from error
-    # The store closes the socket.
-    return dist.TCPStore(LOOPBACK, port, world_size, True, STORE_TIMEOUT, master_listen_fd=server.detach())
+    return new_store(is_master=True, master_listen_fd=server.detach())  # the store closes the socket
 
 
 def hardware(local_world_size: int) -> dict[str, Any]:
