@@ -51,14 +51,14 @@ class DistributedGroup(Group):
         with _peers():
             yield
 
-    def share(self, value: Value) -> Value:
-        """Broadcast the first rank's `value` and return it. The value travels as JSON, so no code can arrive."""
-        data = bytearray(json.dumps(value).encode() if self.rank == 0 else b"")
+    def share(self, value: Value, source: int = 0) -> Value:
+        """Broadcast the `value` of one rank and return it. The value travels as JSON, so no code can arrive."""
+        data = bytearray(json.dumps(value).encode() if self.rank == source else b"")
         size = torch.tensor([len(data)])
         with self._collective():
-            dist.broadcast(size, src=self._first, group=self._process_group)
+            dist.broadcast(size, src=self._first + source, group=self._process_group)
             text = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(text, src=self._first, group=self._process_group)
+            dist.broadcast(text, src=self._first + source, group=self._process_group)
         shared: Value = json.loads(bytes(text.tolist()))
         return shared
 
