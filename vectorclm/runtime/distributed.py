@@ -125,6 +125,7 @@ def connect(relay: bool = False) -> tuple[DistributedGroup, Any]:
     """
     ranks = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     rank, world_size, local_rank, local_world_size = ranks
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects only ranks that exchange, not each to each
     with _peers():
         store, _, _ = next(rendezvous("env://"))
         watchdog = watch(rank, world_size, store, relay, hardware(local_world_size))
