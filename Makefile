@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXPERIMENT ?= tiny
 # TORCH=cpu takes torch without CUDA: 0.6 GB of downloads instead of 3.2 GB.
 TORCH ?=
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt
 
 LONG ?= long
 
@@ -13,11 +13,12 @@ LONG ?= long
 
 install: .venv/installed
 
+# editable_mode=compat: a path that type checkers and editors follow.
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it with make PYTHON=…"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(if $(filter cpu,$(TORCH)),$(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch)
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev]' --config-settings editable_mode=compat
 	@touch $@
 
 run: install
