@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from prefect.states import AwaitingRetry
 
-from tests.conftest import skip_or_fail
+from tests.conftest import KILLS, skip_or_fail
+from tests.kill_matrix import CHANGES, RUNTIME, SETTINGS
+from tests.services.platform import platform_at, until
 
 ROOT = Path(__file__).parents[1]
+FORM = ("phases", "epochs")  # settings that fields of the form set here
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,35 @@ def test_the_wheel_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> 
     assert list(here.iterdir()) == []
     said = run("stage", "sample", "tiny", "--set", "world.documents=200", "--set", "sample.validation_share=0.2")
     assert "sample built" in said and {path.name for path in here.iterdir()} == {"store"}
+
+
+@pytest.mark.skipif(KILLS < 10, reason="a platform and a curriculum, minutes: VECTORCLM_KILLS=10")
+def test_the_form_and_retry_of_a_wheel(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experiment is in the unpacked wheel alone, so servers, form and runs have no file of the clone."""
+    content = shutil.copytree(installed, tmp_path / "content")
+    tiny = (content / "vectorclm" / "experiments" / "tiny.toml").read_text()
+    own = tiny.replace('name = "tiny"', 'name = "packed"', 1)
+    (content / "vectorclm" / "experiments" / "packed.toml").write_text(own)
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", str(content))
+    changes = {**CHANGES, "pretrain": {"tokens": 16_384}, "finetune": {"epochs": 0.1}}
+    changes["settings"] = {key: value for key, value in SETTINGS.items() if key.partition(".")[2] not in FORM}
+    with platform_at(here / "store") as platform:
+        (in_the_way := here / "store" / "shards").write_text("a file where a folder must be")
+        run_id = platform.start("curriculum/packed", changes=changes, runtime=RUNTIME)
+        assert platform.ended(run_id) == "Failed"
+        state = platform.run(run_id).state
+        assert "stage shards failed" in str(state and state.message)
+        in_the_way.unlink()
+        platform.client.set_flow_run_state(run_id, AwaitingRetry())  # as the button Retry does
+        until(lambda: platform.run(run_id).run_count == 2, "the run starts again")
+        assert platform.ended(run_id) == "Completed"
+        ends = {name: states[-1] for name, states in platform.tasks(run_id).items()}
+        assert (ends["sample"], ends["tokenizer"]) == ("Reused", "Reused")
+        assert (ends["shards"], ends["pretrain"], ends["export"]) == ("Completed",) * 3
+        assert platform.run(run_id).name.startswith("packed pretrain.tokens=16384 ")
+        assert platform.command("doctor").returncode == 0
 
 
 def test_every_dependency_is_locked_to_a_version_that_fits() -> None:

@@ -81,8 +81,9 @@ def test_the_examples_train_on_shards_with_another_attention(
 USER = """
 from pathlib import Path
 from vectorclm import CausalLM, LoadedModel, SamplingParams, answer_text, load, stream_shards
+from vectorclm.runtime.devices import Runtime
 
-loaded: LoadedModel = load("tiny")
+loaded: LoadedModel = load("tiny", runtime=Runtime(threads=1))
 sampling = SamplingParams(temperature=0.7)
 text: str = answer_text(loaded.model, loaded.tokenizer, "?", 40, sampling)
 model: CausalLM = CausalLM.from_pretrained("folder")

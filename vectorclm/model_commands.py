@@ -66,9 +66,9 @@ class FileOptions:
 class ChatSampling(SamplingParams):
     """Sampling parameters of a chat, with a chat's defaults."""
 
-    temperature: float = Field(0.7, ge=0, le=100, description="0 always takes the most likely token")
+    temperature: float = Field(default=0.7, ge=0, le=100, description="0 always takes the most likely token")
     top_p: float = Field(
-        0.95, gt=0, le=1, description="Sample from the most likely tokens that have this probability together"
+        default=0.95, gt=0, le=1, description="Sample from the most likely tokens that have this probability together"
     )
 
 
