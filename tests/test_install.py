@@ -16,9 +16,10 @@ from prefect.states import AwaitingRetry
 from tests.conftest import KILLS, skip_or_fail
 from tests.kill_matrix import CHANGES, RUNTIME, SETTINGS
 from tests.services.platform import platform_at, until
+from vectorclm.store.artifact import Store
 
 ROOT = Path(__file__).parents[1]
-FORM = ("phases", "epochs")  # settings that fields of the form set here
+SHORT = {key: value for key, value in SETTINGS.items() if key not in ("pretrain.phases", "finetune.epochs")}
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +74,17 @@ def test_the_wheel_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> 
 
 @pytest.mark.skipif(KILLS < 10, reason="a platform and a curriculum, minutes: VECTORCLM_KILLS=10")
 def test_the_form_and_retry_of_a_wheel(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The experiment is in the unpacked wheel alone, so servers, form and runs have no file of the clone."""
+    """The unpacked `tiny` has another seed of its world, which no field of the form sets, so runs are its own."""
     content = shutil.copytree(installed, tmp_path / "content")
-    tiny = (content / "vectorclm" / "experiments" / "tiny.toml").read_text()
-    own = tiny.replace('name = "tiny"', 'name = "packed"', 1)
-    (content / "vectorclm" / "experiments" / "packed.toml").write_text(own)
+    file = content / "vectorclm" / "experiments" / "tiny.toml"
+    file.write_text(file.read_text().replace("[world]\nseed = 1", "[world]\nseed = 9"))
     (here := tmp_path / "here").mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("PYTHONPATH", str(content))
-    changes = {**CHANGES, "pretrain": {"tokens": 16_384}, "finetune": {"epochs": 0.1}}
-    changes["settings"] = {key: value for key, value in SETTINGS.items() if key.partition(".")[2] not in FORM}
     with platform_at(here / "store") as platform:
         (in_the_way := here / "store" / "shards").write_text("a file where a folder must be")
-        run_id = platform.start("curriculum/packed", changes=changes, runtime=RUNTIME)
+        changes = {**CHANGES, "pretrain": {"tokens": 16_384}, "finetune": {"epochs": 0.1}, "settings": SHORT}
+        run_id = platform.start(changes=changes, runtime=RUNTIME)
         assert platform.ended(run_id) == "Failed"
         state = platform.run(run_id).state
         assert "stage shards failed" in str(state and state.message)
@@ -96,8 +95,11 @@ def test_the_form_and_retry_of_a_wheel(installed: Path, tmp_path: Path, monkeypa
         ends = {name: states[-1] for name, states in platform.tasks(run_id).items()}
         assert (ends["sample"], ends["tokenizer"]) == ("Reused", "Reused")
         assert (ends["shards"], ends["pretrain"], ends["export"]) == ("Completed",) * 3
-        assert platform.run(run_id).name.startswith("packed pretrain.tokens=16384 ")
-        assert platform.command("doctor").returncode == 0
+        assert "pretrain.tokens=16384" in platform.run(run_id).name
+        (sample,) = Store(str(here / "store")).finished("sample")
+        assert sample.manifest["config"]["world"]["seed"] == 9
+        done = platform.command("doctor")
+        assert done.returncode == 0, done.stdout
 
 
 def test_every_dependency_is_locked_to_a_version_that_fits() -> None:

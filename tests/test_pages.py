@@ -180,7 +180,8 @@ def options(app: App) -> set[str]:
     below = [name for name in app if not name.startswith("-")]
     if not below:
         return {name for argument in app.assemble_argument_collection() for name in argument.names}
-    return {"--help", *app.version_flags}.union(*(options(app[name]) for name in below))
+    flags = [name for name in app if name.startswith("-")]  # --install-completion
+    return {"--help", *flags, *app.version_flags}.union(*(options(app[name]) for name in below))
 
 
 @pytest.mark.parametrize("page", PAGES)
