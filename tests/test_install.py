@@ -74,10 +74,10 @@ def test_the_wheel_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> 
 
 @pytest.mark.skipif(KILLS < 10, reason="a platform and a curriculum, minutes: VECTORCLM_KILLS=10")
 def test_the_form_and_retry_of_a_wheel(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The unpacked `tiny` has another seed of its world, which no field of the form sets, so runs are its own."""
+    """The unpacked `tiny` samples in other steps, which no field of the form sets, so its run is not the clone's."""
     content = shutil.copytree(installed, tmp_path / "content")
     file = content / "vectorclm" / "experiments" / "tiny.toml"
-    file.write_text(file.read_text().replace("[world]\nseed = 1", "[world]\nseed = 9"))
+    file.write_text(file.read_text().replace("[pretrain.samples]\ninterval = 60", "[pretrain.samples]\ninterval = 61"))
     (here := tmp_path / "here").mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("PYTHONPATH", str(content))
@@ -96,8 +96,8 @@ def test_the_form_and_retry_of_a_wheel(installed: Path, tmp_path: Path, monkeypa
         assert (ends["sample"], ends["tokenizer"]) == ("Reused", "Reused")
         assert (ends["shards"], ends["pretrain"], ends["export"]) == ("Completed",) * 3
         assert "pretrain.tokens=16384" in platform.run(run_id).name
-        (sample,) = Store(str(here / "store")).finished("sample")
-        assert sample.manifest["config"]["world"]["seed"] == 9
+        (training,) = Store(str(here / "store")).finished("pretrain")
+        assert training.manifest["config"]["samples"]["interval"] == 61
         done = platform.command("doctor")
         assert done.returncode == 0, done.stdout
 
