@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vectorclm.errors import ConfigError, OutOfMemoryError
 from vectorclm.runtime.group import ALONE, Group
@@ -33,7 +33,9 @@ class Runtime(Settings):
         "auto", description="Device that torch runs on; auto uses a GPU if there is one"
     )
     processes: int = Field(
-        0, ge=0, description="Processes that train together under torchrun; 0 = one for each GPU, or one on a CPU"
+        0,
+        ge=0,
+        description="Processes of a node that train together under torchrun; 0 = one for each GPU, or one on a CPU",
     )
     threads: int = Field(
         0, ge=0, description="CPU threads of torch in each process; 0 = the cores, divided by the processes"
@@ -66,6 +68,16 @@ class Runtime(Settings):
         "a repeated or resumed training differs by rounding. A CPU always produces the same bytes",
     )
     parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
+    engine: Literal["local", "srun", "ray"] = Field(
+        "local",
+        description="What starts a training on each node: local = this machine alone; srun = Slurm, inside an "
+        "allocation; ray = a Ray cluster that this machine belongs to",
+    )
+    nodes: tuple[int, int] = Field(
+        (1, 1),
+        description="The fewest and the most nodes that train together, each with its own processes; more than one "
+        "needs the engine srun or ray",
+    )
     placement: Literal["inline", "pools"] = Field(
         "inline",
         description="Where the stages of a curriculum run: inline = on the curriculum's machine; pools = each as a "
@@ -87,10 +99,20 @@ class Runtime(Settings):
         description="Local folder for work in progress; default: inside a local store, else the cache folder",
     )
 
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Self:
+        least, most = self.nodes
+        if not 1 <= least <= most:
+            raise ValueError(f"nodes is the fewest and the most, as in [1, 4], and not [{least}, {most}]")
+        if self.engine == "local" and most > 1:
+            raise ValueError(f"engine local is one machine, and cannot start {most} nodes: set engine to srun or ray")
+        return self
+
     def check(self, group: Group = ALONE) -> None:
         """Raise ConfigError where this machine cannot run these settings."""
         processes = max(self.processes, group.local_world_size)
-        if self.device == "cuda" or processes > 1:
+        here = self.engine == "local" or group.world_size > 1  # each node of another engine checks its own devices
+        if here and (self.device == "cuda" or processes > 1):
             import torch
 
             if self.device == "cuda" and not torch.cuda.is_available():
