@@ -7,13 +7,10 @@ is lost, asks for an end as SIGTERM does: the ranks save a checkpoint.
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
-
-import psutil
 
 from flows.execution.launch import dying_with_parent
 from flows.net import SAFE_PATH, neutral
@@ -28,7 +25,7 @@ JOIN_SECONDS = 120  # in which all nodes must have started
 def job_line(job: Mapping[str, Any], nodes: int, address: str, node: int | None = None) -> str:
     """The first line of a node's input. The first node's torchrun listens at `address`, a HOST:PORT.
 
-    Without `node`, the number of the node is Slurm's.
+    Without `node`, its number is Slurm's; without HOST, it is the node that has called srun.
     """
     return json.dumps({**job, "nodes": nodes, "address": address, "node": node}) + "\n"
 
@@ -37,18 +34,17 @@ def main() -> int:
     """Run torchrun as standard input says; returns the exit code of the first failed rank."""
     job = json.loads(sys.stdin.readline())
     node = int(os.environ["SLURM_NODEID"]) if job["node"] is None else job["node"]
+    host, _, port = job["address"].rpartition(":")
+    host = host or os.environ["SLURM_LAUNCH_NODE_IPADDR"]
     threading.Thread(target=_end_with_engine, daemon=True, name="engine").start()
     from flows.execution.ranks import end_with_ranks, run  # with torch: a job that ended already needs none
 
     runtime = validate(Runtime, json.loads(job["files"][RUNTIME]), RUNTIME)
     processes = runtime.training_processes()
     settings = {"OMP_NUM_THREADS": str(runtime.threads_each(processes)), "PYTHONUNBUFFERED": "1", **SAFE_PATH}
-    if (interface := _interface(job["address"])) is not None:
-        settings["GLOO_SOCKET_IFNAME"] = interface
     known = neutral(os.environ)
     os.environ.clear()
     os.environ.update({**settings, **known})
-    host, _, port = job["address"].rpartition(":")
     arguments = [f"--nnodes={job['nodes']}", f"--node-rank={node}", f"--nproc-per-node={processes}"]
     arguments += [f"--master-addr={host}", f"--master-port={port}", f"--rdzv-conf=timeout={JOIN_SECONDS}"]
     threading.Thread(target=end_with_ranks, daemon=True, name="ranks").start()
@@ -67,19 +63,6 @@ def _end_with_engine() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         if not line:
             return
-
-
-def _interface(address: str) -> str | None:
-    """The network interface by which this node reaches the first one; None where that is the loopback."""
-    host, _, port = address.rpartition(":")
-    family, kind, _, _, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(place)  # sends nothing
-        own = str(probe.getsockname()[0])
-    for name, addresses in psutil.net_if_addrs().items():
-        if own in [known.address for known in addresses] and not own.startswith("127."):
-            return name
-    return None
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Ray, where there is no scheduler: an actor on each node runs torchrun as its child process.
 
-`python -m flows.execution.engines.ray_cluster JOB` runs on a machine of the cluster. It prints the lines of all nodes.
+`python -m flows.execution.engines.ray_cluster JOB` runs on a machine of the cluster, and prints the lines of all nodes.
 """
 
 import json
+import logging
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from flows.execution.engines.node import RUNTIME, job_line
 from flows.execution.launch import dying_with_parent
-from vectorclm.command_line import run
+from vectorclm.command_line import explain, run
 from vectorclm.errors import ConfigError, RankLostError
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.preemption import ENDED
@@ -30,7 +30,7 @@ ANSWER_SECONDS = 5  # in which the head must accept a connection
 TRIES = 4  # connections that the head may miss, one after another
 PLACE_SECONDS = 10  # for the resources of the nodes, after which the nodes are counted anew
 NODES_SECONDS = 60  # in which enough nodes must be there
-TURN_SECONDS = 1.0  # in which a node collects lines
+TURN_SECONDS = 1.0
 
 
 def check(runtime: Runtime) -> None:
@@ -45,11 +45,7 @@ def check(runtime: Runtime) -> None:
 
 
 class Node:
-    """The actor of one node: torchrun as a child, which gets SIGTERM when the actor ends."""
-
-    def __init__(self) -> None:
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        self._child: subprocess.Popen[str] | None = None
+    """The actor of one node: torchrun as its child, which gets SIGTERM when the actor ends."""
 
     def address(self) -> str:
         """This node's address in the cluster, with a free port."""
@@ -59,128 +55,112 @@ class Node:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def start(self, line: str) -> None:
-        """Start the node's torchrun, whose first line of input is `line`."""
-        threading.Thread(target=self._run, args=(line,), daemon=True, name="torchrun").start()
-
-    def _run(self, line: str) -> None:
+    def run(self, line: str) -> Iterator[str | int]:
+        """Run torchrun, whose first line of input is `line`; yields its lines, and in the end its exit code."""
         command = dying_with_parent([sys.executable, "-m", "flows.execution.engines.node"])
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        self._child = subprocess.Popen(command, text=True, errors="replace", **pipes)  # type: ignore[call-overload]
-        self._write(line)
-        for found in self._child.stdout or ():
-            self._lines.put(found)
-        self._child.wait()
-        self._lines.put(None)
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as child:
+            self._input = child.stdin
+            self.write(line)
+            yield from child.stdout or ()
+        yield child.returncode
 
-    def _write(self, line: str) -> None:
-        with suppress(OSError):
-            assert self._child is not None and self._child.stdin is not None
-            self._child.stdin.write(line)
-            self._child.stdin.flush()
-
-    def read(self) -> tuple[list[str], int | None]:
-        """The lines of the next moment, and the exit code once torchrun has ended."""
-        lines: list[str] = []
-        with suppress(queue.Empty):
-            while (line := self._lines.get(timeout=0.05 if lines else TURN_SECONDS)) is not None:
-                lines.append(line)
-            assert self._child is not None
-            return lines, self._child.returncode
-        return lines, None
-
-    def end(self) -> None:
-        """Ask the ranks to save a checkpoint and end."""
-        self._write("end\n")
+    def write(self, line: str) -> None:
+        """Give torchrun a line of input: each after the first asks for an end."""
+        with suppress(OSError, ValueError):
+            assert self._input is not None
+            self._input.write(line)
+            self._input.flush()
 
 
-def main() -> int:
-    """Train on as many nodes as there are, at most those of the job; returns the exit code of the first failed rank."""
-    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    runtime = validate(Runtime, json.loads(job["files"][RUNTIME]), RUNTIME)
-    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"})
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS as a client; from then on this process ends where the head no longer answers.
+
+    Raises RankLostError where no head answers, and ConfigError where the head refuses the token.
+    """
     address = os.environ["RAY_ADDRESS"]
+    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"})
     if not _answers(address):
         raise RankLostError(f"no Ray head answers at {address}: start it by `ray start --head`")
     threading.Thread(target=_end_with_head, args=(address,), daemon=True, name="head").start()
     import ray
 
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:  # also of a wrong token
         raise ConfigError(f"Ray at {address} refuses this machine: {str(error).strip().splitlines()[0]}") from error
+
+
+def main() -> int:
+    """Train on as many nodes as there are, at most those of the job; returns the exit code of the first failed rank."""
+    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    runtime = validate(Runtime, json.loads(job["files"][RUNTIME]), RUNTIME)
+    connect()
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED) if asked.is_set() else asked.set())
-    return _relay(_started(job, runtime), asked)
+    return _run(job, _actors(runtime), asked)
 
 
-def _started(job: dict[str, Any], runtime: Runtime) -> list[Any]:
-    """Actors that have started torchrun, on a node each."""
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    group, resources = _placed(runtime)
-    actors = []
-    for number in range(group.bundle_count):
-        place = PlacementGroupSchedulingStrategy(group, number)
-        options = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0), "max_concurrency": 2}
-        actors.append(ray.remote(Node).options(scheduling_strategy=place, **options).remote())
-    address = ray.get(actors[0].address.remote())
-    ray.get([node.start.remote(job_line(job, len(actors), address, n)) for n, node in enumerate(actors)])
-    return actors
-
-
-def _placed(runtime: Runtime) -> tuple[Any, dict[str, float]]:
-    """A placement group over as many nodes as possible, and what it takes of each node."""
+def _actors(runtime: Runtime) -> list[Any]:
+    """An actor on each of as many nodes as possible. Raises RankLostError where there are too few for a minute."""
     import ray
     from ray.util import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     deadline = time.monotonic() + NODES_SECONDS
     while True:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = [node["GPU"] for node in alive if node.get("GPU")] if runtime.device != "cpu" else []
-        resources = {"CPU": float(max(1, runtime.processes * runtime.threads))}
-        if gpus:
-            resources["GPU"] = float(runtime.processes or min(gpus))
-        fitting = [node for node in alive if all(node.get(name, 0) >= count for name, count in resources.items())]
-        if len(fitting) >= runtime.nodes[0]:
-            bundles = [resources] * min(len(fitting), runtime.nodes[1])
-            group = placement_group(bundles, strategy="STRICT_SPREAD")
+        gpus = [] if runtime.device == "cpu" else [node["GPU"] for node in alive if node.get("GPU")]
+        need = {"CPU": 1.0, **({"GPU": float(runtime.processes or min(gpus))} if gpus else {})}
+        fitting = sum(all(node.get(name, 0) >= count for name, count in need.items()) for node in alive)
+        if fitting >= runtime.nodes[0]:
+            group = placement_group([need] * min(fitting, runtime.nodes[1]), strategy="STRICT_SPREAD")
             if group.wait(PLACE_SECONDS):
-                return group, resources
-            remove_placement_group(group)
-            print(f"waits for {len(bundles)} nodes that are free", flush=True)
+                break
+            remove_placement_group(group)  # a node is lost, or at work for another training
         elif time.monotonic() > deadline:
-            needed = ", ".join(f"{count:g} {name}" for name, count in resources.items())
-            raise RankLostError(
-                f"{len(fitting)} nodes of the Ray cluster have {needed}, but nodes is {[*runtime.nodes]}: add nodes"
-            )
+            raise RankLostError(f"{fitting} nodes of the Ray cluster have {need}, but nodes is {[*runtime.nodes]}")
         time.sleep(TURN_SECONDS)
+    places = [PlacementGroupSchedulingStrategy(group, number) for number in range(group.bundle_count)]
+    actor = ray.remote(num_cpus=need["CPU"], num_gpus=need.get("GPU", 0), max_concurrency=2)(Node)
+    return [actor.options(scheduling_strategy=place).remote() for place in places]
 
 
-def _relay(actors: Sequence[Any], asked: threading.Event) -> int:
+def _run(job: dict[str, Any], actors: list[Any], asked: threading.Event) -> int:
     """Print the lines of all nodes until all have ended; returns the exit code of the first that failed."""
     import ray
 
-    reads = {node.read.remote(): node for node in actors}
-    code, told = 0, False
-    while reads:
-        for ready in ray.wait(list(reads), timeout=TURN_SECONDS)[0]:
-            node = reads.pop(ready)
+    address, code = ray.get(actors[0].address.remote()), 0
+    lines = [job_line(job, len(actors), address, number) for number in range(len(actors))]
+    streams = {
+        node.run.options(num_returns="streaming").remote(line): node for node, line in zip(actors, lines, strict=True)
+    }
+    while streams:
+        for stream in ray.wait(list(streams), timeout=TURN_SECONDS)[0]:
             try:
-                lines, ended = ray.get(ready)
+                found: Any = ray.get(next(stream))
+            except StopIteration:
+                del streams[stream]
+                continue
             except ray.exceptions.RayError as error:
-                lost = f"a node of the Ray cluster is lost ({str(error).strip().splitlines()[0]})"
-                lines, ended = [json.dumps({"error": {"type": "RankLostError", "message": lost}}) + "\n"], 128 + 9
-            sys.stdout.write("".join(lines))
-            sys.stdout.flush()
-            code = code or ended or 0
-            if ended is None:
-                reads[node.read.remote()] = node
-        if asked.is_set() and not told:
-            told = True
-            for node in reads.values():
-                node.end.remote()
+                explain(RankLostError(f"a node is lost: {str(error).strip().splitlines()[0]}"), relay=True)
+                del streams[stream]
+                found = 128 + signal.SIGKILL
+            if isinstance(found, str):
+                sys.stdout.write(found)
+                sys.stdout.flush()
+            else:
+                code = code or found
+        if asked.is_set() and actors:
+            for node in streams.values():
+                node.write.remote("end\n")
+            actors = []
     return code
 
 
@@ -197,9 +177,7 @@ def _end_with_head(address: str) -> None:
     while missed < TRIES:
         time.sleep(ANSWER_SECONDS if not missed else TURN_SECONDS)
         missed = 0 if _answers(address) else missed + 1
-    message = f"the Ray head at {address} no longer answers: start it again by `ray start --head`"
-    sys.stdout.write(json.dumps({"error": {"type": "RankLostError", "message": message}}) + "\n")
-    sys.stdout.flush()
+    explain(RankLostError(f"the Ray head at {address} no longer answers: start it again"), relay=True)
     os._exit(2)
 
 

@@ -33,7 +33,6 @@ def main() -> int:
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     runtime = validate(Runtime, json.loads(job["files"][RUNTIME]), RUNTIME)
     nodes = min(int(os.environ["SLURM_JOB_NUM_NODES"]), runtime.nodes[1])
-    address = f"{os.environ.get('SLURM_LAUNCH_NODE_IPADDR') or os.environ['SLURMD_NODENAME']}:{free_port()}"
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap", "--mem=0"]
     command += ["--kill-on-bad-exit=0", f"--cpus-per-task={os.environ.get('SLURM_CPUS_ON_NODE', '1')}"]
     command += [sys.executable, "-m", "flows.execution.engines.node"]
@@ -49,7 +48,7 @@ def main() -> int:
 
         signal.signal(signal.SIGTERM, end)
         with suppress(OSError):
-            stdin.write(job_line(job, nodes, address))
+            stdin.write(job_line(job, nodes, f":{free_port()}"))
             stdin.flush()
         return child.wait()
 

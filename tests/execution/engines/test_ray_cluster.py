@@ -1,0 +1,239 @@
+"""Ray: two raylets in two network namespaces train as plain torchrun does, also where any part of it is killed."""
+
+import logging
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.execution.engines.choice import on_nodes
+from flows.execution.launch import Launcher, StageInterruptedError
+from flows.terminal import attached
+from tests.conftest import KILLS, SEED, skip_or_fail
+from tests.runtime.test_nodes import finish
+from tests.runtime.test_preemption import COUNTED, RUNTIME, START, STEPS, Trained, done
+from tests.services.nodes import NODES, Nodes, NodesMissingError, two_nodes
+from tests.services.ray_cluster import RayCluster, ray_cluster
+from tests.training.test_checkpoint import the_same
+from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.progress import Tick
+
+GONE = 25  # seconds after a kill in which all processes of the training end
+AGAIN = 120  # seconds in which a training goes on after the loss of a node
+PARTS = ("rank", "torchrun", "actor", "raylet", "driver")
+WORDS = {"rank": "--relay", "torchrun": "engines.node", "actor": "ray::Node", "raylet": "raylet/raylet"}
+CELLS = [(part, seed) for part in PARTS for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    try:
+        with two_nodes() as found:
+            yield found
+    except NodesMissingError as error:
+        skip_or_fail(f"{NODES} ({error})")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("ray"))
+
+
+@pytest.fixture(scope="module")
+def cluster(nodes: Nodes, trained: Trained) -> Iterator[RayCluster]:
+    with ray_cluster(nodes, STEPS=str(trained.folder / "steps")) as found:
+        yield found
+
+
+class Training:
+    """One training on the cluster, by the launcher of a stage; its lines and its progress."""
+
+    def __init__(self, cluster: RayCluster, trained: Trained, store: Path, runtime: Runtime) -> None:
+        self.cluster, self.steps = cluster, trained.folder / "steps"
+        for path in self.steps.parent.glob("steps-*"):
+            path.unlink()
+        self.lines: list[str] = []
+        self.ticks: list[Tick] = []
+        stage = ["-c", COUNTED + START, "pretrain", trained.path.name, "--relay", "--store", str(store)]
+        command = on_nodes(runtime, [*stage, "--runtime", "runtime.json"], trained.path)
+        known = [f"{name}={value}" for name, value in cluster.environment.items() if name.startswith(("RAY_", "HOME"))]
+        self.command = cluster.nodes.on(0, ["env", *known, *command])
+
+    def run(self, launcher: Launcher) -> None:
+        with attached(_Ticks(self.ticks), {"vectorclm.runtime.progress": logging.INFO}):
+            launcher.run(self.command, self.lines.append)
+
+    def ours(self) -> list[psutil.Process]:
+        """The processes of the training: torchrun, the ranks and their watchdogs; not those of Ray."""
+        return [*self.cluster.processes(None, "engines.node"), *self.cluster.processes(None, "vectorclm")]
+
+    def part(self, name: str, node: int) -> psutil.Process:
+        """One process of the training; the driver runs on the first node."""
+        if name == "driver":
+            return next(one for one in psutil.process_iter() if "engines.ray_cluster" in " ".join(_words(one)))
+        return self.cluster.processes(node, WORDS[name])[0]
+
+
+class _Ticks(logging.Handler):
+    def __init__(self, ticks: list[Tick]) -> None:
+        super().__init__()
+        self.ticks = ticks
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(tick := getattr(record, "tick", None), Tick):
+            self.ticks.append(tick)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def settings(nodes: tuple[int, int] = (2, 2), **changes: object) -> Runtime:
+    return RUNTIME.model_copy(update={"engine": "ray", "nodes": nodes, "processes": 1, **changes})
+
+
+def until(ready: Callable[[], object], running: "Future[None]", seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert not running.done(), running.exception()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@contextmanager
+def running(training: Training, folder: Path) -> Iterator["Future[None]"]:
+    with Launcher(folder) as launcher, ThreadPoolExecutor(1) as threads:
+        started = threads.submit(training.run, launcher)
+        try:
+            yield started
+        finally:
+            if not started.done():
+                launcher.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def whole(nodes: Nodes, trained: Trained) -> Path:
+    """The model of plain torchrun on the same two nodes."""
+    store = trained.store("torchrun")
+    finish(nodes, trained.command(store, 1, COUNTED), trained.folder / "plain")
+    return store / "pretrain" / trained.fingerprint
+
+
+def test_the_model_is_that_of_torchrun_and_progress_and_lines_arrive(
+    cluster: RayCluster, trained: Trained, whole: Path, tmp_path: Path
+) -> None:
+    store = trained.store("same")
+    training = Training(cluster, trained, store, settings())
+    with Launcher(tmp_path) as launcher:
+        training.run(launcher)
+    the_same(whole, store / "pretrain" / trained.fingerprint)
+    assert done(training.steps) == [STEPS, STEPS]
+    assert training.ticks[-1].done == STEPS and {tick.stage for tick in training.ticks} == {"pretrain"}
+    assert not [process for process in training.ours() if process.is_running()]
+
+
+def test_an_error_of_a_rank_is_the_same_error_here(cluster: RayCluster, trained: Trained, tmp_path: Path) -> None:
+    store = trained.store("typed")
+    training = Training(cluster, trained, store, settings())
+    for link in store.glob("sh*"):
+        link.unlink()
+    with Launcher(tmp_path) as launcher, pytest.raises(Exception, match="run shards first") as caught:
+        training.run(launcher)
+    assert type(caught.value).__name__ == "DataError"
+
+
+@pytest.mark.parametrize(("part", "seed"), CELLS if KILLS >= 10 else [CELLS[SEED * 7 % len(CELLS)]])
+def test_a_killed_part_costs_no_byte_and_leaves_no_process(
+    cluster: RayCluster, trained: Trained, whole: Path, tmp_path: Path, part: str, seed: int
+) -> None:
+    moments = random.Random(f"ray {part} {seed}")
+    store, last = trained.store(f"killed-{part}-{seed}"), moments.randrange(3, STEPS - 5)
+    runtime = settings(checkpoint_interval=5, keep_checkpoints=True)
+    training = Training(cluster, trained, store, runtime)
+    node = 1 if part == "raylet" else moments.randrange(2)  # the first node's raylet is the head's
+    with running(training, tmp_path) as first:
+        until(lambda: len(found := done(training.steps)) == 2 and min(found) >= last, first)
+        time.sleep(moments.random() * 0.02)  # anywhere in the step
+        training.part(part, node).kill()
+        began = time.monotonic()
+        assert isinstance(first.exception(timeout=60), StageInterruptedError), training.lines
+        while training.ours():
+            assert time.monotonic() - began < GONE, training.ours()
+            time.sleep(0.1)
+    if part == "raylet":
+        cluster.kill(1)  # what the raylet started is Ray's own, and may outlive it
+        cluster.start(1)
+        cluster.wait(2)
+    again = Training(cluster, trained, store, runtime)
+    with Launcher(tmp_path) as launcher:
+        again.run(launcher)
+    the_same(whole, store / "pretrain" / trained.fingerprint)
+    kept = sorted((store / "checkpoints" / trained.fingerprint).glob("step-*/manifest.json"))
+    assert [int(path.parent.name.split("-")[1]) for path in kept] == list(range(5, STEPS + 1, 5))
+
+
+def test_sigterm_ends_all_nodes_after_a_checkpoint(cluster: RayCluster, trained: Trained, tmp_path: Path) -> None:
+    store = trained.store("preempted")
+    training = Training(cluster, trained, store, settings())
+    with running(training, tmp_path) as first:
+        until(lambda: len(found := done(training.steps)) == 2 and min(found) >= 5, first)
+        training.part("driver", 0).send_signal(signal.SIGTERM)
+        with pytest.raises(StageInterruptedError, match="checkpoint at step"):
+            first.result(timeout=60)
+    counts = done(training.steps)
+    assert counts[0] == counts[1] and counts[0] - 1 <= trained.kept(store) <= counts[0]
+
+
+def test_the_loss_of_a_node_leaves_the_others_at_work(
+    cluster: RayCluster, trained: Trained, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    store = trained.store("lost")
+    runtime = settings((1, 2), checkpoint_interval=5)
+    training = Training(cluster, trained, store, runtime)
+    try:
+        with running(training, tmp_path) as first:
+            until(lambda: len(found := done(training.steps)) == 2 and min(found) >= 7, first)
+            lost = time.monotonic()
+            cluster.kill(1)
+            assert isinstance(first.exception(timeout=AGAIN), StageInterruptedError), training.lines
+            noticed = time.monotonic()
+        again = Training(cluster, trained, store, runtime)
+        with running(again, tmp_path) as second:
+            until(lambda: cluster.processes(0, "--relay"), second, AGAIN)
+            placed = time.monotonic()
+            until(lambda: done(again.steps), second, AGAIN)
+            began = time.monotonic()
+            second.result(timeout=AGAIN)
+        assert began - lost < AGAIN
+        split = {"detection": noticed - lost, "lease and placement": placed - noticed, "start": began - placed}
+        record_property("seconds", split)
+        logging.getLogger(__name__).info("%s", split)
+    finally:
+        cluster.start(1)
+        cluster.wait(2)
+
+
+def test_a_client_without_the_token_is_refused(cluster: RayCluster) -> None:
+    client = "import ray, os; ray.init(os.environ['RAY_ADDRESS']); print(ray.nodes())"
+    for token in ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}, {"RAY_AUTH_TOKEN": "0" * 64}):
+        refused = cluster.run(client, **token)
+        assert refused.returncode != 0 and "uthentic" in refused.stderr, refused
+    assert cluster.run(client).returncode == 0
+
+
+def test_no_dashboard_listens(cluster: RayCluster) -> None:
+    ports = {
+        connection.laddr.port
+        for process in cluster.processes(0, "dashboard.py")
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert 8265 not in ports

@@ -1,0 +1,104 @@
+"""Slurm: `train.sbatch` runs a curriculum on two nodes, and goes on after a requeue to the same bytes."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.execution.engines import srun
+from tests.services.slurm import Slurm, slurm_cluster
+from tests.test_curriculum import mini
+from tests.training.test_checkpoint import the_same
+from vectorclm.config import ExperimentConfig, override
+from vectorclm.errors import ConfigError
+from vectorclm.runtime.devices import Runtime
+
+SCRIPT = Path(__file__).parents[3] / "infra" / "cluster" / "train.sbatch"
+SECONDS = 150  # for a job, from its start to its end
+SHARED = ("sample", "tokenizer", "shards", "chat_shards")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+class Jobs:
+    """Jobs of one experiment, each with a store of its own."""
+
+    def __init__(self, slurm: Slurm, folder: Path, experiment: ExperimentConfig) -> None:
+        self.slurm, self.folder, self.experiment = slurm, folder, folder / "experiment.json"
+        self.experiment.write_text(experiment.model_dump_json())
+        slurm.environment = {
+            name: value for name, value in slurm.environment.items() if not name.startswith(("PREFECT_", "MLFLOW_"))
+        } | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def submit(self, store: Path) -> str:
+        options = ["--parsable", "--nodes=2", f"--chdir={self.folder}", f"--output={store}.log"]
+        words = [str(self.experiment), "--store", str(store), "--threads", "1", "--checkpoint-interval", "1000"]
+        job = self.slurm.command("sbatch", *options, str(SCRIPT), *words, "--json")
+        assert job.isdigit(), job
+        return job
+
+    def end(self, job: str, store: Path) -> str:
+        """What a job printed, once it has succeeded."""
+        log = Path(f"{store}.log")
+        self.slurm.until(lambda: self.slurm.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), SECONDS)
+        assert self.slurm.state(job) == "COMPLETED", log.read_text()
+        return log.read_text()
+
+
+def steps(store: Path) -> int:
+    """How many lines of metrics the pretraining that runs in a store has written."""
+    found = [path.read_text().count("\n") for path in (store / "work").glob("pretrain/**/metrics.jsonl")]
+    return max(found, default=0)
+
+
+def test_a_job_trains_on_two_nodes_and_a_requeued_job_to_the_same_bytes(slurm: Slurm, tmp_path: Path) -> None:
+    jobs = Jobs(slurm, tmp_path, override(mini(), ["pretrain.phases=[{tokens = 81920}]"]))
+    whole, requeued = tmp_path / "whole", tmp_path / "requeued"
+    jobs.end(jobs.submit(whole), whole)
+    requeued.mkdir()
+    for stage in SHARED:
+        (requeued / stage).symlink_to(whole / stage)
+    job = jobs.submit(requeued)
+    slurm.until(lambda: steps(requeued) >= 20, SECONDS)
+    slurm.command("scontrol", "requeue", job)
+    slurm.until(lambda: slurm.state(job) in ("PENDING", "COMPLETED"), 60)
+    assert slurm.state(job) == "PENDING"
+    slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+    said = jobs.end(job, requeued)
+    assert "continues from step" in said, said
+    for stage in ("pretrain", "finetune", "export"):
+        (made,) = (whole / stage).iterdir()
+        the_same(made, requeued / stage / made.name)
+        manifest = json.loads((made / "manifest.json").read_text())
+        assert manifest["environment"]["world_size"] == (1 if stage == "export" else 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes", "message"),
+    [
+        ({}, (1, 2), "engine srun works inside a Slurm job: submit infra/cluster/train.sbatch"),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, (1, 2), "starts from the job's first node"),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0"},
+            (3, 4),
+            r"this Slurm job has 2 nodes, but nodes is \[3, 4\]",
+        ),
+    ],
+)
+def test_what_srun_lacks_is_one_line(
+    environment: dict[str, str], nodes: tuple[int, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message) as caught:
+        srun.check(Runtime(engine="srun", nodes=nodes))
+    assert "\n" not in str(caught.value)
