@@ -54,7 +54,7 @@ class Jobs:
 
 def steps(store: Path) -> int:
     """How many lines of metrics the pretraining that runs in a store has written."""
-    found = [path.read_text().count("\n") for path in (store / "work").glob("pretrain/**/metrics.jsonl")]
+    found = [path.read_text().count("\n") for path in (store / "work").glob("pretrain-*/*/metrics.jsonl")]
     return max(found, default=0)
 
 
