@@ -23,6 +23,7 @@ from vectorclm.settings import Settings
 if TYPE_CHECKING:
     import torch
 
+LITTLE_DATA = 32_000_000  # bytes that one process prepares in seconds
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameter numbers of mallopt in glibc's malloc.h
 
 
@@ -45,6 +46,12 @@ class Runtime(Settings):
     )
     loader_workers: int = Field(
         0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
+    )
+    data_workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that build the files of a data set beside each other; 0 = one for each core, or one for "
+        "little data",
     )
     checkpoint_interval: int = Field(
         0,
@@ -149,6 +156,10 @@ class Runtime(Settings):
         import torch
 
         return torch.cuda.device_count()
+
+    def data_processes(self, size: int) -> int:
+        """How many processes build a data set from so many bytes; starting a process costs seconds."""
+        return self.data_workers or ((os.cpu_count() or 1) if size > LITTLE_DATA else 1)
 
     def threads_each(self, processes: int) -> int:
         """CPU threads of each process, for a number of processes on this machine."""

@@ -149,7 +149,7 @@ def _run(job: dict[str, Any], actors: list[Any], asked: threading.Event) -> int:
                 del streams[stream]
                 continue
             except ray.exceptions.RayError as error:
-                explain(RankLostError(f"a node is lost: {str(error).strip().splitlines()[0]}"), relay=True)
+                explain(RankLostError(f"a node is lost: {str(error).strip().splitlines()[-1]}"), relay=True)
                 del streams[stream]
                 found = 128 + signal.SIGKILL
             if isinstance(found, str):
