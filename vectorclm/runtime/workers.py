@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -40,7 +40,8 @@ class ExecutorWorkers(Workers):
 
     def submit(self, work: Callable[..., Any], out: Path, *arguments: Any) -> Callable[[], Any]:
         """Have `work(out, *arguments)` called; returns a function that waits for its result."""
-        found = self.executor.submit(work, out, *arguments)
+        with _explained():
+            found = self.executor.submit(work, out, *arguments)
         return lambda: _result(found)
 
 
@@ -91,4 +92,16 @@ def _result(found: "Future[Any]") -> Any:
     while not wait([found], LOOK_SECONDS).done:
         if ending.is_set():
             raise PreemptedError("ended while slices were built: run the same again")
-    return found.result()
+    with _explained():
+        return found.result()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except BrokenExecutor as error:
+        raise ChildProcessError(
+            "a worker process ended: run the same again, which keeps finished files; lower data_workers if the system "
+            "ended it because memory ran out"
+        ) from error

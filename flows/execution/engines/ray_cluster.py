@@ -68,7 +68,9 @@ class Node:
         ) as child:
             self._input = child.stdin
             self.write(line)
-            yield from child.stdout or ()
+            assert child.stdout is not None
+            for text in child.stdout:
+                yield text  # noqa: UP028 - Ray sends values into the generator, which a file does not take
         yield child.returncode
 
     def write(self, line: str) -> None:
