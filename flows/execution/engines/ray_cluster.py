@@ -69,8 +69,8 @@ class Node:
             self._input = child.stdin
             self.write(line)
             assert child.stdout is not None
-            for text in child.stdout:
-                yield text  # noqa: UP028 - Ray sends values into the generator, which a file does not take
+            for text in child.stdout:  # noqa: UP028 - Ray sends values into it, which a file does not take
+                yield text
         yield child.returncode
 
     def write(self, line: str) -> None:
