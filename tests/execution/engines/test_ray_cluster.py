@@ -136,7 +136,8 @@ def test_the_model_is_that_of_torchrun_and_progress_and_lines_arrive(
         training.run(launcher)
     the_same(whole, store / "pretrain" / trained.fingerprint)
     assert done(training.steps) == [STEPS, STEPS]
-    assert training.ticks[-1].done == training.ticks[-1].total == STEPS * 8 * 64 and {
+    assert training.ticks[-1].done == training.ticks[-1].total == STEPS * 8 * 64
+    assert {tick.stage for tick in training.ticks} == {"pretrain"}
         tick.stage for tick in training.ticks
     } == {"pretrain"}
     assert not [process for process in training.ours() if process.is_running()]
