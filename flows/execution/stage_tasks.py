@@ -27,7 +27,7 @@ from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.execution.engines.choice import check_engine, on_nodes
+from flows.execution.engines.choice import check_engine, on_nodes, with_workers
 from flows.execution.engines.node import RUNTIME
 from flows.execution.launch import (
     Launcher,
@@ -293,11 +293,14 @@ class Stages:
                 raise StageCancelledError("ended with the curriculum")
 
     def _make(self, name: str) -> Artifact:
-        if not BY_NAME[name].own_process:
+        by_ray = self.runtime.engine == "ray" and BY_NAME[name].sliced
+        if not BY_NAME[name].own_process and not by_ray:
             again = name in self.again
             build = rebuild_stage if again else run_stage
             return build(name, self.experiment, self.store, self.runtime, self.data)[0]
-        if self.runtime.engine != "ray" or not BY_NAME[name].trains:  # Ray shares its machines out by itself
+        if self.runtime.engine != "ray" or not (
+            BY_NAME[name].trains or by_ray
+        ):  # Ray shares its machines out by itself
             self.launcher.take_turn(show_waiting)
         self.launcher.run(self._command(name), get_run_logger().info)
         return self._made(name)
@@ -310,6 +313,8 @@ class Stages:
         stage += ["--runtime", str(folder / RUNTIME)]
         stage += ["--data", str(self.data)] if self.data is not None else []
         stage += ["--again"] if name in self.again else []
+        if BY_NAME[name].sliced:
+            return with_workers(self.runtime, stage)
         if elsewhere:
             return on_nodes(self.runtime, stage, self.folder / EXPERIMENT)
         processes = self.runtime.training_processes() if BY_NAME[name].trains else 1

@@ -28,3 +28,8 @@ def on_nodes(runtime: Runtime, stage: Sequence[str], experiment: Path) -> list[s
     job = experiment.with_name("job.json")
     job.write_text(json.dumps({"stage": list(stage), "files": files}), encoding="utf-8")
     return [sys.executable, "-m", ENGINES[runtime.engine].__name__, str(job)]
+
+
+def with_workers(runtime: Runtime, stage: Sequence[str]) -> list[str]:
+    """The command that builds a data set with workers on the machines of the runtime's engine."""
+    return [sys.executable, "-m", ENGINES[runtime.engine].__name__, *stage[2:]]

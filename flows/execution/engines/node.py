@@ -10,10 +10,12 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
 
 from flows.execution.launch import dying_with_parent
-from flows.net import SAFE_PATH, neutral
+from flows.net import SAFE_PATH
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.settings import validate
@@ -30,6 +32,20 @@ def job_line(job: Mapping[str, Any], nodes: int, address: str, node: int | None 
     return json.dumps({**job, "nodes": nodes, "address": address, "node": node}) + "\n"
 
 
+def read_job(path: str) -> tuple[dict[str, Any], Runtime]:
+    """The job of an engine, and its runtime settings."""
+    job: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return job, validate(Runtime, json.loads(job["files"][RUNTIME]), RUNTIME)
+
+
+def write_line(stream: IO[str] | None, line: str) -> None:
+    """Write a line to a node's input, which may have ended."""
+    with suppress(OSError, ValueError):
+        assert stream is not None
+        stream.write(line)
+        stream.flush()
+
+
 def main() -> int:
     """Run torchrun as standard input says; returns the exit code of the first failed rank."""
     job = json.loads(sys.stdin.readline())
@@ -41,10 +57,7 @@ def main() -> int:
 
     runtime = validate(Runtime, json.loads(job["files"][RUNTIME]), RUNTIME)
     processes = runtime.training_processes()
-    settings = {"OMP_NUM_THREADS": str(runtime.threads_each(processes)), "PYTHONUNBUFFERED": "1", **SAFE_PATH}
-    known = neutral(os.environ)
-    os.environ.clear()
-    os.environ.update({**settings, **known})
+    os.environ |= {"OMP_NUM_THREADS": str(runtime.threads_each(processes)), "PYTHONUNBUFFERED": "1", **SAFE_PATH}
     arguments = [f"--nnodes={job['nodes']}", f"--node-rank={node}", f"--nproc-per-node={processes}"]
     arguments += [f"--master-addr={host}", f"--master-port={port}", f"--rdzv-conf=timeout={JOIN_SECONDS}"]
     threading.Thread(target=end_with_ranks, daemon=True, name="ranks").start()
@@ -58,11 +71,9 @@ def main() -> int:
 
 def _end_with_engine() -> None:
     """Send this process SIGTERM for each further line of input, and at its end."""
-    while True:
-        line = sys.stdin.readline()
+    while sys.stdin.readline():
         os.kill(os.getpid(), signal.SIGTERM)
-        if not line:
-            return
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

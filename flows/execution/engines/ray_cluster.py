@@ -1,30 +1,32 @@
-"""Ray, where there is no scheduler: an actor on each node runs torchrun as its child process.
+"""Ray, where there is no scheduler: an actor on each node runs torchrun as its child, and tasks build slices of data.
 
-`python -m flows.execution.engines.ray_cluster JOB` runs on a machine of the cluster, and prints the lines of all nodes.
+`python -m flows.execution.engines.ray_cluster JOB` trains, and prints the lines of all nodes; with the command line of
+`python -m vectorclm` it builds a data set. Both run on a machine of the cluster.
 """
 
-import json
 import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
-from flows.execution.engines.node import RUNTIME, job_line
+import vectorclm.__main__
+from flows.execution.engines.node import job_line, read_job, write_line
 from flows.execution.launch import dying_with_parent
 from vectorclm.command_line import explain, run
 from vectorclm.errors import ConfigError, RankLostError
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.preemption import ENDED
-from vectorclm.settings import validate
+from vectorclm.runtime.temporary import temporary_folder
+from vectorclm.runtime.workers import Workers, use_workers
 
 ANSWER_SECONDS = 5  # in which the head must accept a connection
 TRIES = 4  # connections that the head may miss, one after another
@@ -58,14 +60,7 @@ class Node:
     def run(self, line: str) -> Iterator[str | int]:
         """Run torchrun, whose first line of input is `line`; yields its lines, and in the end its exit code."""
         command = dying_with_parent([sys.executable, "-m", "flows.execution.engines.node"])
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as child:
+        with Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True, errors="replace") as child:
             self._input = child.stdin
             self.write(line)
             assert child.stdout is not None
@@ -75,10 +70,7 @@ class Node:
 
     def write(self, line: str) -> None:
         """Give torchrun a line of input: each after the first asks for an end."""
-        with suppress(OSError, ValueError):
-            assert self._input is not None
-            self._input.write(line)
-            self._input.flush()
+        write_line(self._input, line)
 
 
 def connect() -> None:
@@ -99,11 +91,44 @@ def connect() -> None:
         raise ConfigError(f"Ray at {address} refuses this machine: {str(error).strip().splitlines()[0]}") from error
 
 
+class RayWorkers(Workers):
+    """Builds slices as Ray tasks on all nodes, which a lost node does not end; their files come to this machine."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self.ahead = int(ray.cluster_resources().get("CPU", 0)) + 1
+
+    def submit(self, work: Callable[..., Any], out: Path, *arguments: Any) -> Callable[[], Any]:
+        """Have `work(out, *arguments)` called; returns a function that waits for its result."""
+        import ray
+
+        task = ray.remote(num_cpus=1, max_retries=-1)(build_slice).remote(work, *arguments)
+
+        def result() -> Any:
+            while not ray.wait([task], timeout=TURN_SECONDS)[0]:
+                pass  # so that signals are handled
+            found, files = ray.get(task)
+            for name, data in files.items():
+                (out / name).write_bytes(data)
+            return found
+
+        return result
+
+
+def build_slice(work: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, bytes]]:
+    """Build a slice on a node: its result, and its files by name."""
+    with temporary_folder() as out:
+        return work(out, *arguments), {path.name: path.read_bytes() for path in out.iterdir()}
+
+
 def main() -> int:
     """Train on as many nodes as there are, at most those of the job; returns the exit code of the first failed rank."""
-    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    runtime = validate(Runtime, json.loads(job["files"][RUNTIME]), RUNTIME)
     connect()
+    if len(sys.argv) > 2:
+        use_workers(RayWorkers())
+        return vectorclm.__main__.main(sys.argv[1:])
+    job, runtime = read_job(sys.argv[1])
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED) if asked.is_set() else asked.set())
     return _run(job, _actors(runtime), asked)
@@ -139,10 +164,9 @@ def _run(job: dict[str, Any], actors: list[Any], asked: threading.Event) -> int:
     import ray
 
     address, code = ray.get(actors[0].address.remote()), 0
-    lines = [job_line(job, len(actors), address, number) for number in range(len(actors))]
-    streams = {
-        node.run.options(num_returns="streaming").remote(line): node for node, line in zip(actors, lines, strict=True)
-    }
+    streams = {}
+    for number, node in enumerate(actors):
+        streams[node.run.options(num_returns="streaming").remote(job_line(job, len(actors), address, number))] = node
     while streams:
         for stream in ray.wait(list(streams), timeout=TURN_SECONDS)[0]:
             try:

@@ -1,21 +1,15 @@
 """Slurm: one torchrun a node by srun, inside an allocation: `python -m flows.execution.engines.srun JOB`."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from flows.execution.engines.node import RUNTIME, job_line
+from flows.execution.engines.node import job_line, read_job, write_line
 from flows.net import free_port
 from vectorclm.errors import ConfigError
 from vectorclm.runtime.devices import Runtime
-from vectorclm.settings import validate
 
 
 def check(runtime: Runtime) -> None:
@@ -30,26 +24,15 @@ def check(runtime: Runtime) -> None:
 
 def main() -> int:
     """Start the nodes; pass SIGTERM on to their ranks. srun itself would kill them at once."""
-    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    runtime = validate(Runtime, json.loads(job["files"][RUNTIME]), RUNTIME)
+    job, runtime = read_job(sys.argv[1])
     nodes = min(int(os.environ["SLURM_JOB_NUM_NODES"]), runtime.nodes[1])
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap", "--mem=0"]
     command += ["--kill-on-bad-exit=0", f"--cpus-per-task={os.environ.get('SLURM_CPUS_ON_NODE', '1')}"]
     command += [sys.executable, "-m", "flows.execution.engines.node"]
     # In a session of its own: a signal to this process's group does not reach srun.
     with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as child:
-        assert child.stdin is not None
-        stdin = child.stdin
-
-        def end(number: int, frame: FrameType | None) -> None:
-            with suppress(OSError):
-                stdin.write("end\n")
-                stdin.flush()
-
-        signal.signal(signal.SIGTERM, end)
-        with suppress(OSError):
-            stdin.write(job_line(job, nodes, f":{free_port()}"))
-            stdin.flush()
+        signal.signal(signal.SIGTERM, lambda *_: write_line(child.stdin, "end\n"))
+        write_line(child.stdin, job_line(job, nodes, f":{free_port()}"))
         return child.wait()
 
 

@@ -16,7 +16,7 @@ from vectorclm.runtime.devices import Runtime
 RUNTIME = Runtime(device="cpu", processes=2, threads=3)
 LOOK = """
 import json, os, pathlib
-names = "RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "PREFECT_API_URL"
+names = "RANK", "WORLD_SIZE", "OMP_NUM_THREADS"
 line = json.dumps([*map(os.environ.get, names), sorted(path.name for path in pathlib.Path().iterdir())])
 os.write(1, line.encode() + b"\\n")
 """
@@ -34,7 +34,7 @@ def node(program: str) -> Iterator["subprocess.Popen[str]"]:
     files = {"experiment.json": "{}", "runtime.json": RUNTIME.model_dump_json()}
     job = {"stage": ["-c", program], "files": files}
     command = [sys.executable, "-m", "flows.execution.engines.node"]
-    here = {**os.environ, "PREFECT_API_URL": "http://elsewhere", "SLURM_NODEID": "0"}
+    here = {**os.environ, "SLURM_NODEID": "0"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, env=here, **pipes) as child:  # type: ignore[call-overload]
         child.stdin.write(job_line(job, 1, f"127.0.0.1:{free_port()}"))
@@ -50,7 +50,7 @@ def test_each_rank_finds_the_files_and_the_settings_of_the_job() -> None:
         said = sorted(json.loads(child.stdout.readline()) for _ in range(2))  # type: ignore[union-attr]
         assert child.wait(60) == 0
     files = ["experiment.json", "runtime.json"]
-    assert said == [["0", "2", "3", None, files], ["1", "2", "3", None, files]]
+    assert said == [["0", "2", "3", files], ["1", "2", "3", files]]
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -1,5 +1,6 @@
 """Ray: two raylets in two network namespaces train as plain torchrun does, also where any part of it is killed."""
 
+import json
 import logging
 import random
 import signal
@@ -15,16 +16,22 @@ import pytest
 from flows.execution.engines.choice import on_nodes
 from flows.execution.launch import Launcher, StageInterruptedError
 from flows.terminal import attached
-from tests.conftest import KILLS, SEED, skip_or_fail
+from tests.conftest import KILLS, SEED, one_of, skip_or_fail, write_sample_text
 from tests.runtime.test_nodes import finish
 from tests.runtime.test_preemption import COUNTED, RUNTIME, START, STEPS, Trained, done
 from tests.services.nodes import NODES, Nodes, NodesMissingError, two_nodes
 from tests.services.ray_cluster import RayCluster, ray_cluster
+from tests.shards.test_writer import contents
 from tests.training.test_checkpoint import the_same
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import Tick
+from vectorclm.shards.config import ShardsConfig
+from vectorclm.shards.writer import write_shards
+from vectorclm.tokenizer import TokenizerConfig, load_tokenizer
+from vectorclm.train_tokenizer import train_tokenizer
 
 GONE = 25  # seconds after a kill in which all processes of the training end
+HEAD = 30  # seconds in which a dead head is noticed
 AGAIN = 120  # seconds in which a training goes on after the loss of a node
 PARTS = ("rank", "torchrun", "actor", "raylet", "driver")
 WORDS = {"rank": "--relay", "torchrun": "engines.node", "actor": "ray::Node", "raylet": "raylet/raylet"}
@@ -178,7 +185,9 @@ def test_a_killed_part_costs_no_byte_and_leaves_no_process(
         again.run(launcher)
     the_same(whole, store / "pretrain" / trained.fingerprint)
     kept = sorted((store / "checkpoints" / trained.fingerprint).glob("step-*/manifest.json"))
-    assert [int(path.parent.name.split("-")[1]) for path in kept] == list(range(5, STEPS + 1, 5))
+    assert [int(path.parent.name.split("-")[1]) for path in kept] == list(
+        range(5, STEPS, 5)
+    )  # the last step needs none
 
 
 def test_sigterm_ends_all_nodes_after_a_checkpoint(cluster: RayCluster, trained: Trained, tmp_path: Path) -> None:
@@ -193,6 +202,7 @@ def test_sigterm_ends_all_nodes_after_a_checkpoint(cluster: RayCluster, trained:
     assert counts[0] == counts[1] and counts[0] - 1 <= trained.kept(store) <= counts[0]
 
 
+@pytest.mark.skipif(KILLS < 10, reason="a minute and a half: VECTORCLM_KILLS=10")
 def test_the_loss_of_a_node_leaves_the_others_at_work(
     cluster: RayCluster, trained: Trained, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -222,12 +232,78 @@ def test_the_loss_of_a_node_leaves_the_others_at_work(
         cluster.wait(2)
 
 
-def test_a_client_without_the_token_is_refused(cluster: RayCluster) -> None:
+TOKENS = [{"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}, {"RAY_AUTH_TOKEN": "0" * 64}]
+
+
+@pytest.mark.parametrize("token", one_of(TOKENS))  # Ray takes 20 seconds to refuse one
+def test_a_client_without_the_token_is_refused(cluster: RayCluster, token: dict[str, str]) -> None:
     client = "import ray, os; ray.init(os.environ['RAY_ADDRESS']); print(ray.nodes())"
-    for token in ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}, {"RAY_AUTH_TOKEN": "0" * 64}):
-        refused = cluster.run(client, **token)
-        assert refused.returncode != 0 and "uthentic" in refused.stderr, refused
-    assert cluster.run(client).returncode == 0
+    refused = cluster.run(client, **token)
+    assert refused.returncode != 0 and "uthentic" in refused.stderr, refused
+
+
+def test_a_head_that_does_not_answer_is_one_line(cluster: RayCluster, trained: Trained, tmp_path: Path) -> None:
+    training = Training(cluster, trained, trained.store("no-head"), settings())
+    training.command = [word.replace(cluster.address, "10.77.0.1:9") for word in training.command]
+    began = time.monotonic()
+    with (
+        Launcher(tmp_path) as launcher,
+        pytest.raises(StageInterruptedError, match="no Ray head answers at"),
+    ):
+        training.run(launcher)
+    assert time.monotonic() - began < HEAD
+
+
+SLICES = """
+import json, os, sys
+from pathlib import Path
+from flows.execution.engines.ray_cluster import RayWorkers, connect
+from vectorclm.shards.config import ShardsConfig
+from vectorclm.shards.writer import write_shards
+from vectorclm.store.resumable import Slices
+from vectorclm.tokenizer import load_tokenizer
+folder = Path(os.environ["FOLDER"])
+connect()
+slices = Slices(folder / "slices", folder / "ray")
+slices.workers = RayWorkers()
+finish = slices.finish
+def counted(*arguments):
+    done = finish(*arguments)
+    (folder / "steps").open("a").write(".")
+    return done
+slices.finish = counted
+config = ShardsConfig(sequence_length=32)
+summary = write_shards(config, folder / "sample", load_tokenizer(folder / "tokenizer"), folder / "ray", slices=slices)
+(folder / "summary.json").write_text(json.dumps(summary))
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True] if KILLS >= 10 else [False])
+def test_slices_that_ray_builds_are_the_same_bytes(
+    cluster: RayCluster, tiny_text: list[str], tmp_path: Path, killed: bool
+) -> None:
+    """Also where a raylet is killed when half of them are done."""
+    folder = tmp_path / "sample" / "a"
+    for number in range(11):
+        write_sample_text(folder, [f"{number} {text}" for text in tiny_text * (200 if killed else 1)], "train")
+        (folder / "train-00000.parquet").rename(folder / f"train-{number + 1:05d}.parquet")
+    write_sample_text(folder, tiny_text[:7], "validation")
+    train_tokenizer(TokenizerConfig(vocab_size=310, bytes=20_000), tmp_path / "sample", 64, tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    expected = write_shards(ShardsConfig(sequence_length=32), tmp_path / "sample", tokenizer, tmp_path / "here")
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(cluster.run, SLICES, FOLDER=str(tmp_path))
+        if killed:
+            steps = tmp_path / "steps"
+            until(lambda: steps.is_file() and steps.stat().st_size >= 5, running)  # type: ignore[arg-type]
+            cluster.kill(1)
+        done = running.result()
+    if killed:
+        cluster.start(1)
+        cluster.wait(2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(expected))
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
 
 
 def test_no_dashboard_listens(cluster: RayCluster) -> None:
@@ -238,3 +314,19 @@ def test_no_dashboard_listens(cluster: RayCluster) -> None:
         if connection.status == psutil.CONN_LISTEN
     }
     assert 8265 not in ports
+
+
+@pytest.mark.skipif(KILLS < 10, reason="ends the cluster: VECTORCLM_KILLS=10")
+def test_a_head_that_is_lost_ends_the_training(cluster: RayCluster, trained: Trained, tmp_path: Path) -> None:
+    """The last test of this file, as it ends the cluster."""
+    training = Training(cluster, trained, trained.store("lost-head"), settings())
+    with running(training, tmp_path) as first:
+        until(lambda: len(found := done(training.steps)) == 2 and min(found) >= 2, first)
+        began = time.monotonic()
+        cluster.processes(0, "gcs_server")[0].kill()
+        with suppress(StageInterruptedError):  # or the training was faster
+            first.result(timeout=HEAD + GONE)
+        assert time.monotonic() - began < HEAD + GONE
+        while training.ours():
+            assert time.monotonic() - began < HEAD + GONE, training.ours()
+            time.sleep(0.1)
