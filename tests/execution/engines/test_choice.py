@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows.execution.engines.choice import ENGINES, check_engine, on_nodes
+from flows.execution.engines.choice import ENGINES, check_engine, on_nodes, with_workers
 from tests.test_curriculum import mini, run_cli
 from vectorclm.errors import ConfigError
 from vectorclm.runtime.devices import Runtime
@@ -76,6 +76,12 @@ def test_the_job_holds_all_that_a_node_needs(tmp_path: Path) -> None:
         job = json.loads(Path(command[3]).read_text())
         assert job["stage"] == ["-m", "vectorclm", "pretrain", "experiment.json"]
         assert job["files"] == {"experiment.json": "{}", "runtime.json": runtime.model_dump_json()}
+
+
+def test_a_data_set_is_built_by_the_program_of_the_engine() -> None:
+    runtime = validate(Runtime, {"engine": "ray"}, "ray")
+    command = with_workers(runtime, ["-m", "vectorclm", "shards", "experiment.json", "--relay"])
+    assert command[1:] == ["-m", ENGINES["ray"].__name__, "shards", "experiment.json", "--relay"]
 
 
 def test_the_engine_of_one_machine_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

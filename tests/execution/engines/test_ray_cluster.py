@@ -4,6 +4,8 @@ import json
 import logging
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +24,7 @@ from tests.runtime.test_preemption import COUNTED, RUNTIME, START, STEPS, Traine
 from tests.services.nodes import NODES, Nodes, NodesMissingError, two_nodes
 from tests.services.ray_cluster import RayCluster, ray_cluster
 from tests.shards.test_writer import contents
+from tests.test_curriculum import mini
 from tests.training.test_checkpoint import the_same
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import Tick
@@ -230,6 +233,21 @@ def test_the_loss_of_a_node_leaves_the_others_at_work(
     finally:
         cluster.start(1)
         cluster.wait(2)
+
+
+@pytest.mark.skipif(KILLS < 10, reason="a whole curriculum, minutes: VECTORCLM_KILLS=10")
+def test_a_curriculum_runs_on_the_cluster(cluster: RayCluster, tmp_path: Path) -> None:
+    """From the command line on the first node; the shards are built by Ray's tasks, the model by both nodes."""
+    experiment, store = tmp_path / "mini.json", tmp_path / "store"
+    experiment.write_text(mini().model_copy(update={"chat": None, "finetune": None}).model_dump_json())
+    options = ["--store", str(store), "--engine", "ray", "--nodes", "2", "2", "--threads", "1", "--verbose"]
+    clean = {name: value for name, value in cluster.environment.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    command = cluster.nodes.on(0, [sys.executable, "-m", "flows.cli", "run", str(experiment), *options])
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (made,) = (store / "pretrain").iterdir()
+    assert json.loads((made / "manifest.json").read_text())["environment"]["world_size"] == 2
+    assert "pretrain built in" in done.stdout + done.stderr
 
 
 TOKENS = [{"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}, {"RAY_AUTH_TOKEN": "0" * 64}]
