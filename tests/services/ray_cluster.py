@@ -36,7 +36,6 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",  # Ray starts its workers at 15
             "RAY_ADDRESS": self.address,
-            "GLOO_SOCKET_IFNAME": "cable",
             "HOME": self.folder,  # no token of the user's
             **environment,
         }
