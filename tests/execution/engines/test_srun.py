@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.execution.engines import srun
+from tests.conftest import KILLS, one_of
 from tests.services.slurm import Slurm, slurm_cluster
 from tests.test_curriculum import mini
 from tests.training.test_checkpoint import the_same
@@ -58,7 +59,16 @@ def steps(store: Path) -> int:
     return max(found, default=0)
 
 
-def test_a_job_trains_on_two_nodes_and_a_requeued_job_to_the_same_bytes(slurm: Slurm, tmp_path: Path) -> None:
+INTERRUPTIONS = {  # in the middle of a training
+    "notice": ("scancel", "--batch", "--signal=TERM"),  # as --signal in train.sbatch does before the time limit
+    "requeue": ("scontrol", "requeue"),  # as preemption with PreemptMode=REQUEUE does
+}
+
+
+@pytest.mark.parametrize("interruption", one_of([*INTERRUPTIONS]))
+def test_a_job_trains_on_two_nodes_and_after_a_requeue_to_the_same_bytes(
+    slurm: Slurm, tmp_path: Path, interruption: str
+) -> None:
     smaller = override(mini(), ["pretrain.phases=[{tokens = 40960}]", "evaluate.instructions=0"])
     jobs = Jobs(slurm, tmp_path, smaller.model_copy(update={"chat": None, "finetune": None}))
     whole, requeued = tmp_path / "whole", tmp_path / "requeued"
@@ -68,9 +78,9 @@ def test_a_job_trains_on_two_nodes_and_a_requeued_job_to_the_same_bytes(slurm: S
         (requeued / stage).symlink_to(whole / stage)
     job = jobs.submit(requeued)
     slurm.until(lambda: steps(requeued) >= 10, SECONDS)
-    slurm.command("scontrol", "requeue", job)
-    slurm.until(lambda: slurm.state(job) in ("PENDING", "COMPLETED"), 60)
-    assert slurm.state(job) == "PENDING"
+    slurm.command(*INTERRUPTIONS[interruption], job)
+    slurm.until(lambda: slurm.state(job) in ("PENDING", "COMPLETED", "FAILED"), 60)
+    assert slurm.state(job) == "PENDING", Path(f"{requeued}.log").read_text()
     slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")
     said = jobs.end(job, requeued)
     assert "continues from step" in said, said
@@ -80,6 +90,16 @@ def test_a_job_trains_on_two_nodes_and_a_requeued_job_to_the_same_bytes(slurm: S
     assert [path.name for path in (whole / "export").iterdir()] == [
         path.name for path in (requeued / "export").iterdir()
     ]
+
+
+@pytest.mark.skipif(KILLS < 10, reason="one more job: VECTORCLM_KILLS=10")
+def test_a_cancelled_job_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
+    job = Jobs(slurm, tmp_path, mini()).submit(tmp_path / "cancelled")
+    log = tmp_path / "cancelled.log"
+    slurm.until(lambda: log.is_file() and "sample built" in log.read_text(), SECONDS)
+    slurm.command("scancel", job)
+    slurm.until(lambda: slurm.command("squeue", "--noheader") == "", 60)
+    assert slurm.state(job) == "CANCELLED" and "requeued" not in log.read_text()
 
 
 @pytest.mark.parametrize(
