@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from vectorclm.errors import DataError
-from vectorclm.runtime.devices import LITTLE_DATA, Runtime
+from vectorclm.runtime.devices import LITTLE_DATA, MOST_WORKERS, Runtime
 from vectorclm.runtime.workers import open_workers
 
 IN_TIME = 20
@@ -85,5 +85,5 @@ def test_workers_end_with_the_process_that_started_them(number: signal.Signals, 
 
 def test_little_data_needs_no_other_process() -> None:
     assert Runtime().data_processes(LITTLE_DATA) == 1
-    assert Runtime().data_processes(LITTLE_DATA + 1) == os.cpu_count()
+    assert Runtime().data_processes(LITTLE_DATA + 1) == min(os.cpu_count() or 1, MOST_WORKERS)
     assert Runtime(data_workers=3).data_processes(1) == 3

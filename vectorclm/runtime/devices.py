@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 LITTLE_DATA = 32_000_000  # bytes that one process prepares in seconds
+MOST_WORKERS = 16  # by default: each needs memory
 ActivationCheckpointing = Literal["auto", "on", "off"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameter numbers of mallopt in glibc's malloc.h
 
@@ -56,8 +57,8 @@ class Runtime(Settings):
     data_workers: int = Field(
         0,
         ge=0,
-        description="Processes that build the files of a data set beside each other; 0 = one for each core, or one for "
-        "little data",
+        description="Processes that build the files of a data set beside each other; 0 = one for each core, at most "
+        "16, or one for little data",
     )
     checkpoint_interval: int = Field(
         0,
@@ -165,7 +166,7 @@ class Runtime(Settings):
 
     def data_processes(self, size: int) -> int:
         """How many processes build a data set from so many bytes; starting a process costs seconds."""
-        return self.data_workers or ((os.cpu_count() or 1) if size > LITTLE_DATA else 1)
+        return self.data_workers or (min(os.cpu_count() or 1, MOST_WORKERS) if size > LITTLE_DATA else 1)
 
     def threads_each(self, processes: int) -> int:
         """CPU threads of each process, for a number of processes on this machine."""

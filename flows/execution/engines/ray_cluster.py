@@ -79,7 +79,7 @@ def connect() -> None:
     Raises RankLostError where no head answers, and ConfigError where the head refuses the token.
     """
     address = os.environ["RAY_ADDRESS"]
-    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"})
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
     if not _answers(address):
         raise RankLostError(f"no Ray head answers at {address}: start it by `ray start --head`")
     threading.Thread(target=_end_with_head, args=(address,), daemon=True, name="head").start()
