@@ -106,9 +106,7 @@ class RayWorkers(Workers):
         task = ray.remote(num_cpus=1, max_retries=-1)(build_slice).remote(work, *arguments)
 
         def result() -> Any:
-            while not ray.wait([task], timeout=TURN_SECONDS)[0]:
-                pass  # so that signals are handled
-            found, files = ray.get(task)
+            found, files = ray.get(task)  # which lets handlers of signals run
             for name, data in files.items():
                 (out / name).write_bytes(data)
             return found
@@ -150,7 +148,8 @@ def _actors(runtime: Runtime) -> list[Any]:
             group = placement_group([need] * min(fitting, runtime.nodes[1]), strategy="STRICT_SPREAD")
             if group.wait(PLACE_SECONDS):
                 break
-            remove_placement_group(group)  # a node is lost, or at work for another training
+            remove_placement_group(group)
+            sys.stderr.write(f"waits for {fitting} nodes: one is lost, or at work for another training\n")
         elif time.monotonic() > deadline:
             raise RankLostError(f"{fitting} nodes of the Ray cluster have {need}, but nodes is {[*runtime.nodes]}")
         time.sleep(TURN_SECONDS)
