@@ -18,7 +18,6 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
-import vectorclm.__main__
 from flows.execution.engines.node import job_line, read_job, write_line
 from flows.execution.launch import dying_with_parent
 from vectorclm.command_line import explain, run
@@ -124,8 +123,10 @@ def main() -> int:
     """Train on as many nodes as there are, at most those of the job; returns the exit code of the first failed rank."""
     connect()
     if len(sys.argv) > 2:
+        from vectorclm.__main__ import main as build  # which a node need not import
+
         use_workers(RayWorkers())
-        return vectorclm.__main__.main(sys.argv[1:])
+        return build(sys.argv[1:])
     job, runtime = read_job(sys.argv[1])
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED) if asked.is_set() else asked.set())
