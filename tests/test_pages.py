@@ -52,6 +52,9 @@ FOREIGN = (
     "python -c ",
     "torchrun ",
     "prefect ",
+    "sbatch ",
+    "ray ",
+    "kubectl ",
 )  # with options of their own
 STANDS_FOR = {"STAGE": "finetune", "N": "2", "KEY=VALUE": "seed=1", "STAGE/PRINT": "sample/0"}  # else any text will do
 FROM_LIBRARIES = ("Detected out-of-date", "database is locked")
@@ -187,9 +190,10 @@ def options(app: App) -> set[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_of_a_page_exists(page: str) -> None:
     text = "\n".join(line for line in PAGES[page].splitlines() if not line.lstrip("`").startswith(FOREIGN))
-    foreign = r"`(?:build )?--(?:profile|build-arg)[^`]*`|`docker compose[^`]*`|`--user[^`]*`|`curl [^`]*`"
+    foreign = r"`(?:build )?--(?:profile|build-arg)[^`]*`|`docker (?:compose|build)[^`]*`|`--user[^`]*`|`curl [^`]*`"
     text = re.sub(foreign, "", text)
     known = {"--limit"}  # of a worker of Prefect
+    known |= {"--signal", "--requeue"}  # of Slurm, in train.sbatch
     known |= {"--format", "--file", "--command", "--no-owner", "--dbname"}  # of Postgres, run by test_backup
     matrix = parsed(tests.kill_matrix.main, ["x"])
     assert isinstance(matrix, Parsed)
@@ -232,7 +236,7 @@ def test_the_map_of_a_package_names_every_module_and_no_other(package: str) -> N
     named = set()
     for names, _, modules in re.findall(r"^\| (`[\w./`, ]+`) \| (.*) \| (.*) \|$", PAGES[f"{package}/README.md"], re.M):
         named |= {f"{package}/{name}.py" for name in re.findall(r"`(\w+)\.py`", names)}
-        for folder in re.findall(r"`(\w+)/`", names):
+        for folder in re.findall(r"`([\w/]+)/`", names):
             named |= {f"{package}/{folder}/{name}.py" for name in re.findall(r"`(\w+)`", modules)}
     files = (ROOT / package).glob("**/*.py")
     assert named == {path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"}

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vectorclm.errors import ConfigError, OutOfMemoryError
 from vectorclm.runtime.group import ALONE, Group
@@ -23,6 +23,8 @@ from vectorclm.settings import Settings
 if TYPE_CHECKING:
     import torch
 
+LITTLE_DATA = 32_000_000  # bytes that one process prepares in seconds
+MOST_WORKERS = 16  # by default: each needs memory
 ActivationCheckpointing = Literal["auto", "on", "off"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameter numbers of mallopt in glibc's malloc.h
 
@@ -36,7 +38,7 @@ class Runtime(Settings):
     processes: int = Field(
         default=0,
         ge=0,
-        description="Processes that train together under torchrun; 0 = one for each GPU, or one on a CPU",
+        description="Processes of a node that train together under torchrun; 0 = one for each GPU, or one on a CPU",
     )
     threads: int = Field(
         default=0, ge=0, description="CPU threads of torch in each process; 0 = the cores, divided by the processes"
@@ -51,6 +53,12 @@ class Runtime(Settings):
     )
     loader_workers: int = Field(
         default=0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
+    )
+    data_workers: int = Field(
+        default=0,
+        ge=0,
+        description="Processes that build the files of a data set beside each other; 0 = one for each core, at most "
+        "16, or one for little data",
     )
     checkpoint_interval: int = Field(
         default=0,
@@ -76,6 +84,16 @@ class Runtime(Settings):
     parallel_stages: int = Field(
         default=0, ge=0, description="Stages that may run side by side; 0 = one for each two cores"
     )
+    engine: Literal["local", "srun", "ray"] = Field(
+        default="local",
+        description="What starts a training on each node: local = this machine alone; srun = Slurm, inside an "
+        "allocation; ray = a Ray cluster that this machine belongs to",
+    )
+    nodes: tuple[int, int] = Field(
+        default=(1, 1),
+        description="The fewest and the most nodes that train together, each with its own processes; more than one "
+        "needs the engine srun or ray",
+    )
     placement: Literal["inline", "pools"] = Field(
         default="inline",
         description="Where the stages of a curriculum run: inline = on the curriculum's machine; pools = each as a "
@@ -99,10 +117,20 @@ class Runtime(Settings):
         description="Local folder for work in progress; default: inside a local store, else the cache folder",
     )
 
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Self:
+        least, most = self.nodes
+        if not 1 <= least <= most:
+            raise ValueError(f"nodes is the fewest and the most, as in [1, 4], and not [{least}, {most}]")
+        if self.engine == "local" and most > 1:
+            raise ValueError(f"engine local is one machine, and cannot start {most} nodes: set engine to srun or ray")
+        return self
+
     def check(self, group: Group = ALONE) -> None:
         """Raise ConfigError where this machine cannot run these settings."""
         processes = max(self.processes, group.local_world_size)
-        if self.device == "cuda" or processes > 1:
+        here = self.engine == "local" or group.world_size > 1  # each node of another engine checks its own devices
+        if here and (self.device == "cuda" or processes > 1):
             import torch
 
             if self.device == "cuda" and not torch.cuda.is_available():
@@ -139,6 +167,10 @@ class Runtime(Settings):
         import torch
 
         return torch.cuda.device_count()
+
+    def data_processes(self, size: int) -> int:
+        """How many processes build a data set from so many bytes; starting a process costs seconds."""
+        return self.data_workers or (min(os.cpu_count() or 1, MOST_WORKERS) if size > LITTLE_DATA else 1)
 
     def threads_each(self, processes: int) -> int:
         """CPU threads of each process, for a number of processes on this machine."""
