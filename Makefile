@@ -29,7 +29,7 @@ test: install
 # Every cell of which `make test` runs one: hours. A second call goes on; the results are in $(LONG).
 SLOW := tests/store/test_publication.py tests/store/test_durable.py tests/store/test_storage.py tests/shards/test_block_readers.py \
 	tests/runtime/test_preemption.py tests/runtime/test_nodes.py tests/platform/test_database.py tests/platform/test_platform.py \
-	tests/platform/test_backup.py tests/platform/test_walks.py tests/evaluation/test_code_judge.py tests/bench/test_orchestration.py tests/bench/test_tracking.py \
+	tests/platform/test_backup.py tests/platform/test_upgrade.py tests/platform/test_walks.py tests/evaluation/test_code_judge.py tests/bench/test_orchestration.py tests/bench/test_tracking.py \
 	tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py
 long: install
 	@mkdir -p $(LONG)
