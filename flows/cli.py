@@ -32,21 +32,13 @@ from flows.run_names import of_the_command_line
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
 from vectorclm.__main__ import ALONE, MODEL_COMMANDS
-from vectorclm.command_line import (
-    Json,
-    Place,
-    Setting,
-    StoreOptions,
-    explain,
-    new_app,
-    parse,
-    run,
-)
+from vectorclm.command_line import Json, Place, Setting, StoreOptions, explain, new_app, parse, run
 from vectorclm.config import ExperimentConfig, assignments, experiment_here
 from vectorclm.draft.draft_commands import init
 from vectorclm.errors import ConfigError, StoreError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
 from vectorclm.model_commands import ServeOptions, compare, evaluate, export, models, serve
+from vectorclm.planner.planner_commands import planners
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import bars
 from vectorclm.runtime.ranks import refuse_without_torchrun
@@ -72,6 +64,7 @@ app.command(stores)
 app.command(bench_app)
 app.command(schedule_app)
 app.update(models)
+app.update(planners)
 app.command(init, help_epilogue="Example: vectorclm init --text books/ --minutes 30")
 app.register_install_completion_command()
 

@@ -20,6 +20,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 
 from flows.platform.prefect_server import PrivateServer
+from tests.services import prefect_database
 from tests.services.ceph import PACKAGES, object_store
 from vectorclm.evaluation.sandbox import Sandbox, find_sandbox
 from vectorclm.shards.blocks import ShardDescriber
@@ -62,6 +63,17 @@ LONGEST = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Reserve what the processes of this session share."""
+    if not hasattr(config, "workerinput"):
+        prefect_database.reserve()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        prefect_database.release()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files, so that none of them runs alone at the end."""
     order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
@@ -87,6 +99,12 @@ T = TypeVar("T")
 def one_of(cells: Sequence[T]) -> Sequence[T]:
     """One seeded cell of a slow kind; with VECTORCLM_KILLS=10 and more, all of them."""
     return cells if KILLS >= 10 else [cells[SEED % len(cells)]]
+
+
+def in_turn(place: int, places: int) -> pytest.MarkDecorator:
+    """Of the tests of a slow kind the seed chooses one; with VECTORCLM_KILLS=10 and more, all of them run."""
+    chosen = KILLS >= 10 or SEED % places == place
+    return pytest.mark.skipif(not chosen, reason="another of its kind runs: VECTORCLM_KILLS=10 runs all")
 
 
 @pytest.fixture(autouse=True)
@@ -337,6 +355,7 @@ def sandboxed() -> Sandbox:
 def private_prefect(folder: Path) -> Iterator[dict[str, str]]:
     """A real server; yields the environment of a client of it, which the environment of this process does not name."""
     before = dict(os.environ)
+    prefect_database.prepare(folder)
     server = PrivateServer(folder)
     try:
         server.start()

@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import following
+from tests.services import prefect_database
 from tests.test_pages import PAGES, fenced
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import ConfigError
@@ -90,6 +91,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         options = ["--store", str(store), "--json", "--checkpoint-interval", "1000", "--threads", "1"]
         return run_cli("run", str(experiment), *options, *arguments, **environment)
 
+    prefect_database.prepare(store / ".prefect")
     done = run()
     assert done.returncode == 0, done.stderr
     client = MlflowClient(f"sqlite:///{store}/mlflow.db")

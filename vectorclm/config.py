@@ -17,7 +17,7 @@ from vectorclm.model_config import ModelConfig
 from vectorclm.settings import NAME, NAME_LENGTH, Settings, validate
 from vectorclm.shards.config import MIX_BLOCK, ChatConfig, ChatSource, ShardsConfig
 from vectorclm.tokenizer import TokenizerConfig
-from vectorclm.train_config import FinetuneConfig, PretrainConfig, too_small_to_mix
+from vectorclm.train_config import FinetuneConfig, PretrainConfig, TrainingWork, too_small_to_mix
 
 LARGEST_FILE = 16 * 2**20  # bytes
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -53,6 +53,17 @@ class ExperimentConfig(Settings):
     def replay(self) -> float:
         """The share of pretraining text in fine-tuning."""
         return self.finetune.replay if self.finetune is not None else 0.0
+
+    def held_out_tokens(self, sampled: float) -> float:
+        """The held-out tokens of a sample of so many tokens: at least a window of each source."""
+        least = self.shards.sequence_length * len(self.sample.sources)
+        return max(float(least), sampled * self.sample.validation_share)
+
+    def pretraining_work(self, sampled: float) -> TrainingWork:
+        """What pretraining computes with a sample of so many tokens."""
+        length = self.shards.sequence_length
+        windows, held_out = self.pretrain.tokens // length, self.held_out_tokens(sampled)
+        return self.pretrain.work(windows, length, held_out, len(self.sample.sources))
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:

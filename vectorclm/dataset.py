@@ -3,9 +3,9 @@
 The only state to save is the step. Ranks and loader workers take their share of the same global batch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from vectorclm.errors import DataError
 from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.runtime.group import Group
-from vectorclm.shards.order import MixturePhase, TrainingOrder
+from vectorclm.shards.order import BlockGroup, MixturePhase, TrainingOrder
 from vectorclm.shards.reader import ShardReader, open_shards
 from vectorclm.shards.writer import Windows
 from vectorclm.store.artifact import Artifact, Store, default_store
@@ -102,6 +102,16 @@ def to_batch(windows: Windows, document_mask: bool = False) -> Batch:
     )
 
 
+def own_rows(batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """The rows of each global batch that a rank gets; none where there are more ranks than rows."""
+    return np.arange(batch_size)[rank::world_size]
+
+
+def steps_together(block_windows: int, batch_size: int, stride: int = 1) -> int:
+    """Steps whose windows a loader worker gathers at a time, where it gets every `stride`-th step."""
+    return max(1, GATHERED_BLOCKS * block_windows // (batch_size * stride))
+
+
 class StreamingLanguageModelDataset(IterableDataset[Batch]):
     """Streams the batches of a training order, one for each step from `start_step` on.
 
@@ -154,12 +164,12 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
         worker = get_worker_info()
         number, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         steps = np.arange(self.start_step + number, self.steps, stride)
-        own = np.arange(self.batch_size)[self.rank :: self.world_size]
-        together = max(1, GATHERED_BLOCKS * self.readers[0].block_windows // (self.batch_size * stride))
+        own = own_rows(self.batch_size, self.rank, self.world_size)
+        together = steps_together(self.readers[0].block_windows, self.batch_size, stride)
         widest = next((reader for reader in self.readers if reader.has_mask), self.readers[0])
         room = widest.empty(together * len(own))  # reused, because new memory is slow
         at_once = max(1, WIDENED_TOKENS // max(1, len(own) * self.window_tokens))
-        ahead = _Prefetcher(
+        ahead = Prefetcher(
             self.order, self.readers, int(steps[0]) * self.batch_size if len(steps) else self.order.windows
         )
         try:
@@ -175,7 +185,7 @@ class StreamingLanguageModelDataset(IterableDataset[Batch]):
             for reader in self.readers:
                 reader.close()
 
-    def _gather(self, places: NDArray[np.int64], ahead: "_Prefetcher", into: Windows) -> None:
+    def _gather(self, places: NDArray[np.int64], ahead: "Prefetcher", into: Windows) -> None:
         """Copy the windows at some positions of the training order to `into`."""
         if len(places):  # empty where there are more ranks than rows
             ahead.reach(places)
@@ -213,10 +223,20 @@ def _find_shards(address: str) -> Artifact:
     return artifact
 
 
-class _Prefetcher:
+class BlockOrder(Protocol):
+    """What a prefetcher asks of a training order."""
+
+    def groups(self, place: int = 0) -> Iterator[BlockGroup]:
+        """All groups of blocks that positions from `place` on need."""
+
+    def block_windows(self, source: int, block: int) -> range:
+        """The windows of a source in one of its blocks."""
+
+
+class Prefetcher:
     """Prefetches the groups of blocks after the one in use, for each source."""
 
-    def __init__(self, order: TrainingOrder, readers: list[ShardReader], place: int) -> None:
+    def __init__(self, order: BlockOrder, readers: Sequence[ShardReader], place: int) -> None:
         for reader in readers:
             reader.close()  # release blocks of another process or an earlier pass
         self.order = order

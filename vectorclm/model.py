@@ -13,6 +13,7 @@ Shape letters, used in names and docstrings here and in nn/:
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vectorclm.errors import DataError
 from vectorclm.model_config import ModelConfig, read_model_config, write_config
@@ -140,6 +142,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention = config.attention
+        self.has_dropout = bool(config.attention_dropout or config.hidden_dropout)
+        self.activation_checkpointing = False  # keep each layer's input alone, and compute the rest again for gradients
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -181,8 +185,13 @@ class Decoder(nn.Module):
         cos_T1E, sin_T1E = (table[positions].unsqueeze(-2).to(wide) for table in (self.cos_PE, self.sin_PE))
         mask_B1TS = None if mask_BTS is None else mask_BTS.unsqueeze(1)
         mask = AttentionMask(documents, mask_B1TS, position_ids_BT, key_position_ids_BS, self.attention)
+        again = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer in self.layers:
-            x_BTD = layer(x_BTD, (cos_T1E, sin_T1E), mask, cache)
+            through = partial(layer, angles=(cos_T1E, sin_T1E), mask=mask, cache=cache)
+            if again:
+                x_BTD = checkpoint(through, x_BTD, use_reentrant=False, preserve_rng_state=self.has_dropout)
+            else:
+                x_BTD = through(x_BTD)
         if cache is not None:
             cache.seen = end
         out: Tensor = self.norm(x_BTD)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from vectorclm.dataset import Batch, StreamingLanguageModelDataset
 from vectorclm.errors import DataError, PreemptedError
 from vectorclm.evaluation.bits_per_byte import HeldOutWindows, windows_scores
+from vectorclm.memory_plan import DeviceType, TrainingShape, plan_for
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents, has_flash
 from vectorclm.nn.loss import IGNORE_INDEX
@@ -82,7 +83,7 @@ class Record:
         self.validate = validate
         self.order = dataset.order.digest(config.batch_size)
         self.steps, self.step_tokens = dataset.steps, config.batch_size * dataset.window_tokens
-        self.interval = run.runtime.checkpoint_interval or max(25, min(1000, self.steps // 20))
+        self.interval = run.runtime.steps_between_checkpoints(self.steps)
         self.metrics = Metrics(run.folder / "metrics.jsonl", dataset.describe)
         self.scores: Scores = {}
         self.complete = True  # whether the last step has its validation and its samples
@@ -179,7 +180,7 @@ def train(
     optimizers = build_optimizers(model, config.optimizer, group)
     set_learning_rates(optimizers, 1.0)
     saved = _resume(model, optimizers, dataset, run)
-    micro_batch = runtime.windows_at_once(dataset.window_tokens, device)
+    micro_batch = _fit_memory(model, config, dataset, run, device)
     step = TrainStep(model, optimizers, config.gradient_clipping, micro_batch, group, loss_function(model, device))
     preemption.begin_training()
     record = None
@@ -199,6 +200,23 @@ def train(
     if record is None:
         return {}
     return {"steps": dataset.steps, "tokens": dataset.steps * record.step_tokens, **record.summary()}
+
+
+def _fit_memory(
+    model: CausalLM,
+    config: TrainConfig,
+    dataset: StreamingLanguageModelDataset,
+    run: TrainingRun,
+    device: torch.device,
+) -> int:
+    """Windows that fit in memory at once by the memory plan, which also decides on activation checkpointing."""
+    kind: DeviceType = "cuda" if device.type == "cuda" else "cpu"
+    shape = TrainingShape(model.config, dataset.window_tokens, kind, config.document_mask, config.optimizer.matrices)
+    own_windows = -(-config.batch_size // run.group.world_size)
+    plan = plan_for(shape, own_windows, run.runtime, device, run.group.local_world_size)
+    model.model.activation_checkpointing = plan.activation_checkpointing
+    fastest = run.runtime.windows_at_once(dataset.window_tokens, device)
+    return fastest if plan.windows >= min(fastest, own_windows) else plan.windows
 
 
 def _resume(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,15 @@ from vectorclm.training.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
     from vectorclm.shards.order import TrainingOrder
+
+
+class TrainingWork(NamedTuple):
+    """What a training computes, in steps and tokens; every estimate of its time divides these amounts."""
+
+    steps: int
+    tokens: int  # of all steps
+    validation_tokens: float
+    sample_tokens: int  # written one after another, for each prompt
 
 
 class GenerationSamplesConfig(Settings):
@@ -37,6 +46,16 @@ class TrainConfig(Settings):
     samples: GenerationSamplesConfig | None = Field(
         None, exclude_if=lambda samples: samples is None, description="Text samples during training; none if left out"
     )
+
+    def work(self, windows: float, length: int, held_out: float, sources: int = 1) -> TrainingWork:
+        """The work of a training over `windows` windows of `length` tokens, with `held_out` tokens of its sources."""
+        steps = int(windows // self.batch_size)
+        validations = -(-steps // self.validation_interval)
+        validation_tokens = validations * min(held_out, sources * self.validation_windows * length)
+        written = 0
+        if (samples := self.samples) is not None:
+            written = (steps // samples.interval + 2) * len(samples.prompts) * samples.max_new_tokens
+        return TrainingWork(steps, steps * self.batch_size * length, validation_tokens, written)
 
 
 def too_small_to_mix(weights: Mapping[str, float]) -> list[str]:

@@ -27,6 +27,8 @@ from vectorclm.tokenizer import (
     write_tokenizer_config,
 )
 
+# Bytes of text for a token, by the size of the vocabulary, in languages of one byte a letter.
+BYTES_PER_TOKEN = ((600, 2.2), (1500, 2.7), (3000, 3.2), (6000, 3.6), (12_000, 4.0), (70_000, 4.2))
 LONGEST = 1000  # characters of a word used for training; the rest is cut
 SPACE, NO_SPACE = (
     re.compile(r"[^\S\x1c-\x1f]"),
@@ -146,6 +148,11 @@ def _reported(texts: Iterable[str], progress: Progress, left: threading.Event) -
             raise PreemptedError("the tokenizer training was cancelled")
         yield text
         progress.advance(len(text.encode()))
+
+
+def usual_bytes_per_token(vocabulary: int) -> float:
+    """Bytes of text that a token usually stands for, in languages of one byte a letter."""
+    return next(figure for size, figure in BYTES_PER_TOKEN if vocabulary <= size)
 
 
 def bytes_per_token(texts: Iterable[str], vocab_size: int) -> float:

@@ -14,24 +14,20 @@ from rich.table import Table
 from flows.handle import duration
 from vectorclm.config import ExperimentConfig
 from vectorclm.lineage.pinning import UNRESOLVED
+from vectorclm.memory_plan import TrainingShape, plan_memory
+from vectorclm.planner.hardware import DEVICES
+from vectorclm.planner.plan import hours_alone, pretraining, workload
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.order import format_epochs
 from vectorclm.shards.writer import token_dtype
 from vectorclm.stages import BY_NAME
 from vectorclm.store.artifact import StageSpec, Store
+from vectorclm.train_config import TrainConfig, TrainingWork
 
 if TYPE_CHECKING:  # with torch
     from vectorclm.draft.estimate import Estimate
 
-# Training FLOP/s assumed for the estimate: on GPUs a third of the dense bf16 peak, as `base` reaches on an H200; on
-# CPUs in fp32 what `small` reaches on two cores with AVX-512.
-DEVICES: Mapping[str, float] = {
-    "2 CPU cores": 0.2e12,
-    "16 CPU cores": 1.3e12,
-    "RTX 4090": 55e12,
-    "A100": 100e12,
-    "H100 or H200": 330e12,
-}
+HERE = ("2cpucores", "16cpucores", "rtx4090", "a100", "h100", "h200")  # of the planner's devices
 
 
 def known_windows(store: Store, shards: StageSpec) -> dict[str, int] | None:
@@ -47,19 +43,17 @@ def budget(
     """The budget of an experiment: tokens, parameters, FLOPs, bytes, hours and fingerprints.
 
     A fingerprint is `unresolved` while a source has no commit. With the `windows` of each source, the budget says how
-    often it is read; with a token budget for fine-tuning (`chat.tokens`), what fine-tuning costs. Memory is that of
-    training in fp32: weights, gradients, one moment for Muon's matrices, two moments for AdamW's parameters, and the
-    activations of one window. Raises ConfigError where a source runs out in a phase that forbids it.
+    often it is read; with a token budget for fine-tuning (`chat.tokens`), what fine-tuning costs. Hours are the
+    planner's, as those of `vectorclm estimate`. Memory is that of training in fp32 by the memory plan. Raises
+    ConfigError where a source runs out in a phase that forbids it.
     """
     model, shards = experiment.model, experiment.shards
     tokens = experiment.pretrain.tokens
     flops = model.flops_per_token(shards.sequence_length) * tokens
-    one_moment = 0  # parameters of Muon; a new optimizer counts as AdamW
-    if experiment.pretrain.optimizer.matrices == "muon":
-        one_moment = model.parameters - model.vocab_size * model.hidden_size
-    state = 4 * (4 * model.parameters - one_moment)
-    window = 4 * shards.sequence_length * model.num_hidden_layers
-    window *= 10 * model.hidden_size + 4 * model.intermediate_size
+    shape = TrainingShape(
+        model, shards.sequence_length, "cpu", experiment.pretrain.document_mask, experiment.pretrain.optimizer.matrices
+    )
+    one, two = (plan_memory(shape, windows) for windows in (1, 2))
     return {
         "stages": {name: _fingerprint(name, experiment, plans) for name in plans},
         "parameters": model.parameters,
@@ -71,8 +65,11 @@ def budget(
         "sample_bytes": experiment.sample.bytes,
         "conversations": sum(source.conversations for source in experiment.chat_sources),
         "flops": flops,
-        "memory_bytes": {"model_and_optimizer": state, "one_window": window},
-        "hours": _hours_on(flops),
+        "memory_bytes": {
+            "model_and_optimizer": one.weights + one.gradients + one.optimizer,
+            "one_window": two.bytes - one.bytes,
+        },
+        "hours": _hours_of(experiment, experiment.pretrain, shards.sequence_length, pretraining(experiment)),
         "tuning": _tuning(experiment),
     }
 
@@ -83,12 +80,24 @@ def _tuning(experiment: ExperimentConfig) -> dict[str, Any] | None:
     if chat is None or finetune is None or not chat.tokens:
         return None
     tokens = round(finetune.epochs * chat.tokens / (1 - finetune.replay))
-    flops = experiment.model.flops_per_token(chat.sequence_length) * tokens
-    return {"tokens": tokens, "flops": flops, "hours": _hours_on(flops)}
+    length = chat.sequence_length
+    work = finetune.work(tokens / length, length, chat.tokens * chat.validation_share, len(chat.sources))
+    return _tuning_costs(experiment, tokens, work)
 
 
-def _hours_on(flops: float) -> dict[str, float]:
-    return {device: flops / speed / 3600 for device, speed in DEVICES.items()}
+def _tuning_costs(experiment: ExperimentConfig, tokens: int, work: TrainingWork) -> dict[str, Any]:
+    assert experiment.chat is not None and experiment.finetune is not None
+    length = experiment.chat.sequence_length
+    flops = experiment.model.flops_per_token(length) * tokens
+    return {"tokens": tokens, "flops": flops, "hours": _hours_of(experiment, experiment.finetune, length, work)}
+
+
+def _hours_of(
+    experiment: ExperimentConfig, config: TrainConfig, length: int, training: TrainingWork
+) -> dict[str, float]:
+    """Hours of a training on one device of each kind."""
+    works = {kind: workload(experiment.model, config, length, training, kind) for kind in ("cpu", "cuda")}
+    return {DEVICES[key].name: hours_alone(DEVICES[key], works[DEVICES[key].kind]) for key in HERE}
 
 
 def _epochs(experiment: ExperimentConfig, windows: Mapping[str, int]) -> dict[str, float]:
@@ -167,12 +176,10 @@ def show(experiment: ExperimentConfig, costs: Mapping[str, Any], console: Consol
     facts.add_row("memory", f"{memory['model_and_optimizer'] / 1e9:.2f} GB for model and optimizer")
     facts.add_row("", f"and about {memory['one_window'] / 1e9:.2f} GB for each window of a micro-batch")
     trainings = {"pretraining": costs["hours"], **({"fine-tuning": tuning["hours"]} if tuning else {})}
-    hours = Table(
-        "the trainings on", "TFLOP/s assumed", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim"
-    )
-    for device, speed in DEVICES.items():
-        times = (_time(3600 * training[device]) for training in trainings.values())
-        hours.add_row(device, f"{speed / 1e12:g}", *times)
+    hours = Table("the trainings on", "TFLOP/s", *trainings, box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for device, needed in costs["hours"].items():
+        speed = costs["flops"] / needed / 3.6e15
+        hours.add_row(device, f"{speed:.3g}", *(_time(3600 * training[device]) for training in trainings.values()))
     console.print(
         Panel(Group(stages, facts, hours, *_here(here)), title=f"[bold]{experiment.name}[/], not run", box=box.ROUNDED)
     )
@@ -182,9 +189,8 @@ def _tuning_here(experiment: ExperimentConfig, here: Mapping[str, Any] | None) -
     """What fine-tuning costs by the conversations that were looked at."""
     if here is None or experiment.chat is None or "finetune" not in here["work"]:
         return None
-    tokens = round(here["work"]["finetune"]["tokens"])
-    flops = experiment.model.flops_per_token(experiment.chat.sequence_length) * tokens
-    return {"tokens": tokens, "flops": flops, "hours": _hours_on(flops)}
+    work = TrainingWork(**here["work"]["finetune"])
+    return _tuning_costs(experiment, work.tokens, work)
 
 
 def _here(here: Mapping[str, Any] | None) -> list[RenderableType]:

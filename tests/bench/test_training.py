@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import random_model, skip_or_fail
+from tests.conftest import in_turn, random_model, skip_or_fail
 from tests.test_model import CONFIG
 from vectorclm.bench.inference import evaluating, generating
 from vectorclm.bench.table import Row, show
@@ -47,6 +47,7 @@ def rows_of(bench: Iterable[Row]) -> list[dict[str, object]]:
     return rows
 
 
+@in_turn(0, 3)
 def test_bench_train_and_optimizer_run_whole() -> None:
     size = Size("tiny", load_experiment("tiny")[0].model, 1, 32, 2, 1, 0.0, 0.0001, 1e6)
     rows = rows_of(training(1, [size]))
@@ -54,6 +55,7 @@ def test_bench_train_and_optimizer_run_whole() -> None:
     assert all(row["ours"] for row in [*rows, *rows_of(optimizing(1, "tiny", layers=1))])
 
 
+@in_turn(1, 3)
 def test_bench_generate_makes_transformers_tokens() -> None:
     alone, batch, together = rows_of(generating(1, "tiny"))
     assert str(alone["why"]).startswith("64 of 64 tokens are the same")
@@ -61,6 +63,7 @@ def test_bench_generate_makes_transformers_tokens() -> None:
     assert "and 0 other differences in the greedy tokens" in str(together["why"])
 
 
+@in_turn(2, 3)
 def test_bench_evaluate_scores_as_the_harness() -> None:
     (row,) = rows_of(evaluating(1, None, "tiny"))
     if find_spec("lm_eval") is None:

@@ -1,6 +1,8 @@
 """Rows of sources: from any place, by column name."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,20 @@ def test_a_column_that_holds_no_text_is_told_before_any_row_is_drawn(tmp_path: P
     write_parquet(tmp_path / "books" / "a.parquet", documents(3))
     with pytest.raises(DataError, match=r"books .*a\.parquet: column 'n' is int64, not text: set text_column"):
         open_source(source(text_column="n"), tmp_path, None, ["n"])
+
+
+CHECKED = """
+import sys
+from pathlib import Path
+from vectorclm.config import load_experiment
+from vectorclm.lineage.pinning import check_sources, pin
+
+experiment, _ = load_experiment("tiny")
+check_sources(pin(experiment, Path(sys.argv[1]), None, resolve=True)[0], None, hub=True)
+assert not {"torch", "datasets", "pandas"} & set(sys.modules), "a person waits for them"
+"""
+
+
+def test_sources_of_this_machine_are_checked_without_what_takes_seconds_to_import(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CHECKED, str(tmp_path / "tiny.toml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from flows.cli import main
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
 from flows.tracking.tracker import Tracker
-from tests.conftest import read_lines
+from tests.conftest import one_of, read_lines
 from tests.lineage.conftest import curriculum, pinned
 from tests.services.browser import browser, says
 from tests.services.mlflow_server import MLflowServer
@@ -255,7 +255,7 @@ def line(step: int) -> str:
 REPAIRS = {"stop": "start", "suspend": "resume", "fill": "free"}
 
 
-@pytest.mark.parametrize("fault", REPAIRS)
+@pytest.mark.parametrize("fault", one_of(list(REPAIRS)))
 def test_a_server_that_is_away_slow_or_full_for_half_of_a_run_misses_nothing(
     server: MLflowServer,
     world: SimpleNamespace,

@@ -10,6 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
+from tests.conftest import in_turn
 from tests.lineage.conftest import curriculum, pinned
 from tests.services.browser import browser, click, says
 from tests.services.mlflow_server import MLflowServer
@@ -50,6 +51,7 @@ def delete_experiment(browser: WebDriver, place: str) -> None:
     shown(browser, ".du-bois-light-modal-footer .du-bois-light-btn-primary", "its button")[0].click()
 
 
+@in_turn(0, 2)
 def test_the_pages_lead_from_a_version_to_its_run_its_data_and_back(
     client: MlflowClient, server: MLflowServer, browser: WebDriver
 ) -> None:
@@ -78,6 +80,7 @@ def experiment(client: MlflowClient) -> str:
     return str(found.experiment_id)
 
 
+@in_turn(1, 2)
 def test_what_the_pages_delete_is_made_again_and_said_once(
     world: SimpleNamespace,
     client: MlflowClient,

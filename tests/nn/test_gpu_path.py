@@ -58,10 +58,15 @@ def gradients(net: CausalLM, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(net.parameters())))
 
 
-def test_the_loss_compiles_whole_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`fullgraph` raises where anything would be left to Python; the figures are in full and in half precision."""
+@pytest.mark.parametrize("again", [False, True])
+def test_the_loss_compiles_whole_and_is_the_same(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fullgraph` raises where anything would be left to Python; the figures are in full and in half precision.
+
+    With activation checkpointing (`again`) as without.
+    """
     monkeypatch.setattr("vectorclm.nn.loss.CHUNK", 50)  # several, the last one shorter
     net = model()
+    net.model.activation_checkpointing = again
     compiled = torch.compile(net.loss, fullgraph=True, backend="aot_eager")
     exact = net.loss(IDS, IDS)
     expected = gradients(net, exact)

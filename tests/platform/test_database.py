@@ -49,7 +49,7 @@ SECRETS = {
     "S3_SECRET_KEY": "of-s3-secret-7c1d",
 }
 OF_POSTGRES = "of-postgres: 7c%1d@/"
-QUEUED = 20 if KILLS >= 10 else 3  # curricula that are queued at once
+QUEUED = 20 if KILLS >= 10 else 2  # curricula that are queued at once
 KILLED: Mapping[int, Callable[[Platform], Service]] = {  # in the curriculum of this number
     5: lambda platform: platform.config.servers()[0],
     9: lambda platform: platform.config.workers()[0],

@@ -27,7 +27,7 @@ from flows.platform import password
 from flows.platform.config import PlatformConfig
 from flows.platform.prefect_server import PrivateServer
 from flows.platform.process import Service
-from tests.conftest import chromium
+from tests.conftest import chromium, one_of
 from vectorclm.inference import serve
 
 EVIL = "evil.test"  # a name that the browser takes for this machine, as after DNS rebinding
@@ -223,7 +223,7 @@ def test_another_page_runs_nothing_and_reads_nothing(
     assert target.done() == before
 
 
-@pytest.mark.parametrize("name", ["prefect without a password", "mlflow", "chat"])
+@pytest.mark.parametrize("name", one_of(["mlflow", "chat", "prefect without a password"]))
 def test_the_server_s_own_page_may(servers: Servers, browser: WebDriver, name: str) -> None:
     target = servers.targets[name]
     ways = {"prefect without a password": {"json", "runs", "events"}, "mlflow": {"read"}}

@@ -27,7 +27,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from flows.net import answers
 from flows.platform.prefect_server import accepts_writes
-from tests.conftest import following, one_of
+from tests.conftest import following, in_turn, one_of
 from tests.kill_matrix import CHANGES, RUNTIME, Cell, Killer, Reference
 from tests.services.browser import browser, by_text, click, fill, log_in, page, rest, says
 from tests.services.platform import Platform, platform_at, until
@@ -51,7 +51,8 @@ __all__ = ["browser", "page"]  # fixtures
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     folder = tmp_path_factory.mktemp("own")
-    with platform_at(tmp_path_factory.mktemp("platform") / "store", vectorclm_experiments=str(folder)) as made:
+    place = tmp_path_factory.mktemp("platform") / "store"
+    with platform_at(place, new_database=True, vectorclm_experiments=str(folder)) as made:
         yield made
 
 
@@ -224,6 +225,7 @@ def test_the_page_switches_a_schedule_on_and_off(platform: Platform, page: WebDr
         until(lambda on=on: click_to(on, number), f"the schedule's switch is {'on' if on else 'off'}", 60)
 
 
+@in_turn(0, 3)
 def test_retry_from_the_command_line(platform: Platform) -> None:
     """With another setting what depends on it is made anew; with none, stages are made again and compared."""
     (before,) = [run for run in platform.client.read_flow_runs() if run.name.startswith("tiny pretrain.tokens=16384")]
@@ -281,6 +283,7 @@ def test_a_killed_run_starts_again_by_itself_and_ends_in_the_same_model(
     assert outcome.end == "by itself" and outcome.states.count("Rescued") == 1
 
 
+@in_turn(1, 3)
 def test_stages_are_placed_on_workers_of_the_pools_and_train_on_two_ranks(platform: Platform) -> None:
     """Of the curriculum before, tuning is changed: what follows are runs of their own, under one run in MLflow."""
     settings = {**CHANGES["settings"], "finetune.epochs": 1.0}
@@ -327,6 +330,12 @@ def test_the_doctor_starts_a_dead_worker_and_mends_what_was_removed(platform: Pl
     assert platform.run(run_id).state_name == "Cancelled"  # its process reported no crash when it ended
 
 
+def resumptions(platform: Platform, run_id: UUID) -> int:
+    """How often the run's log says that a training goes on."""
+    return sum("goes on from step" in line for line in platform.log(run_id))
+
+
+@in_turn(2, 3)
 def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(platform: Platform) -> None:
     """It is noticed while the server lives, closed in MLflow, and starts again after the next `up`, from its step."""
     store = Store(platform.config.vectorclm_store)
@@ -338,6 +347,7 @@ def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(p
     run_id = platform.start(changes=LONG, runtime={"threads": 1, "checkpoint_interval": 4})
     until(lambda: torch_processes(platform) and kept() - before, "the training has a new checkpoint")
     until(lambda: mlflow_status(platform, run_id) == {"RUNNING"}, "MLflow has its runs")
+    before_kill = resumptions(platform, run_id)  # checkpoints of an earlier run of the same training count
     killer = Killer(platform.config, lambda: None, platform.client)
     killer._gone(killer._kill("worker and flow", run_id))
     until(lambda: platform.run(run_id).state_name == "Crashed", "its end is noticed", 15)
@@ -348,7 +358,7 @@ def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(p
     process.kill()
     process.wait(60)
     assert platform.command("up").returncode == 0
-    until(lambda: any("goes on from step" in line for line in platform.log(run_id)), "it goes on", 120)
+    until(lambda: resumptions(platform, run_id) > before_kill, "it goes on", 120)
     assert [state.name for state in platform.client.read_flow_run_states(run_id)].count("Rescued") == 1
     platform.client.set_flow_run_state(run_id, Cancelling())
     assert platform.ended(run_id) == "Cancelled"

@@ -39,7 +39,7 @@ from flows.platform.deployment_file import PREFECT_FILE
 from flows.platform.notify import NOTIFICATION, WHAT
 from flows.platform.provision import _notification
 from flows.tracking.registry import EVALUATIONS
-from tests.conftest import chromium
+from tests.conftest import chromium, in_turn
 from tests.services.browser import says
 from tests.services.evaluations import (
     LIMITS,
@@ -209,6 +209,7 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
     assert payload["text"] in message["text"]
 
 
+@in_turn(1, 2)
 def test_a_schedule_set_by_the_request_of_the_page_starts_runs(platform: Platform) -> None:
     """Two runs that the scheduler made, on the interval of the schedule, each an evaluation that ends well."""
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
@@ -232,6 +233,7 @@ def window() -> Iterator[WebDriver]:
     made.quit()
 
 
+@in_turn(0, 2)
 def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebDriver) -> None:
     """A person adds a schedule to the deployment; the page says so, and two runs of it end well."""
     deployment = platform.client.read_deployment_by_name("evaluate/evaluate")
@@ -387,8 +389,7 @@ def awaited(platform: Platform, run_id: UUID) -> bool:
 def test_what_fell_due_while_the_server_was_away_is_done_when_it_is_back(platform: Platform) -> None:
     run_id, due = running(platform), time.monotonic() + provision.ZOMBIE_SECONDS
     until(lambda: awaited(platform, run_id), "the automation keeps what it waits for")
-    (server, _) = platform.config.servers()
-    process = server.process()
+    process = platform.config.servers()[0].process()
     assert process is not None
     process.kill()
     process.wait(60)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from flows.execution.launch import Launcher, StageInterruptedError, under_torchrun
-from tests.conftest import read_lines
+from tests.conftest import in_turn, read_lines
 from tests.training.test_checkpoint import CHANGES, write_experiment
 from vectorclm.config import ExperimentConfig, load_experiment
 from vectorclm.errors import InUseError, OutOfMemoryError
@@ -213,6 +213,7 @@ with joined() as group:
 """
 
 
+@in_turn(0, 3)
 def test_ranks_that_hang_in_a_collective_end_when_the_flow_is_killed(tmp_path: Path) -> None:
     ranks, locks = tmp_path / "ranks", tmp_path / "locks"
     ranks.mkdir()
@@ -240,6 +241,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@in_turn(1, 3)
 def test_a_rank_out_of_memory_says_so_and_ends_all(inputs: Path) -> None:
     values = json.loads((inputs / "even.json").read_text())
     values["pretrain"] |= {"batch_size": 4096, "phases": [{"tokens": 4096 * 64}]}
@@ -252,6 +254,7 @@ def test_a_rank_out_of_memory_says_so_and_ends_all(inputs: Path) -> None:
         (inputs / "runtime.json").write_text(RUNTIME.model_dump_json())
 
 
+@in_turn(2, 3)
 def test_an_error_of_the_first_rank_is_told_once(inputs: Path) -> None:
     store = Store(str(new_store(inputs, "held")))
     plan = plans(experiment(inputs, "even"))["pretrain"]

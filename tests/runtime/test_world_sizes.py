@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows.execution.launch import under_torchrun
-from tests.conftest import read_lines
+from tests.conftest import in_turn, read_lines
 from tests.training.test_checkpoint import write_experiment
 from vectorclm.config import load_experiment
 from vectorclm.lineage.pinning import pin
@@ -50,6 +50,7 @@ def windows(hashes: Path) -> dict[int, list[str]]:
     return found
 
 
+@in_turn(1, 3)  # test_nodes has the first
 def test_a_training_on_one_then_two_then_one_process_is_the_same(tmp_path: Path) -> None:
     values = json.loads(write_experiment(tmp_path).read_text())
     values["model"] |= {"hidden_dropout": 0.0, "num_hidden_layers": 1}

@@ -34,6 +34,12 @@ class Nodes:
         """Take the cable `down` or `up`."""
         subprocess.run(self.on(0, ["ip", "link", "set", CABLE, state]), check=True)
 
+    def limit_cable(self, megabits: int) -> None:
+        """Limit the cable to so many Mb a second in each direction (tc's token bucket filter)."""
+        shape = f"root tbf rate {megabits}mbit burst 32kb latency 20ms"
+        for node in range(len(self.holders)):
+            _done(self.on(node, ["tc", "qdisc", "replace", "dev", CABLE, *shape.split()]))
+
     def sent_bytes(self) -> int:
         """Bytes that went through the cable, both ways."""
         read = self.on(0, ["cat", "/proc/net/dev"])

@@ -26,6 +26,7 @@ from flows.platform.autostart import unit
 from flows.platform.config import PlatformConfig, read_platform
 from flows.platform.options import PlatformOptions
 from flows.platform.server_services import LoopError, loop_errors
+from tests.services import prefect_database
 
 WAIT = 400  # seconds; a bound for a machine under load, nothing is measured by it
 
@@ -169,10 +170,10 @@ def run_of_unit(config: PlatformConfig, key: str) -> "subprocess.CompletedProces
 
 
 @contextmanager
-def platform_at(place: Path, by_unit: bool = False, **settings: str) -> Iterator[Platform]:
+def platform_at(place: Path, by_unit: bool = False, new_database: bool = False, **settings: str) -> Iterator[Platform]:
     """A platform, up while the block runs; then nothing of it is left. `place`: its settings file, or its store.
 
-    `by_unit`: it is started and stopped by the commands of its systemd unit.
+    `by_unit`: it is started and stopped by the commands of its systemd unit. `new_database`: Prefect makes its own.
     """
     if place.suffix == ".env":
         config, options = read_platform(place), ["--env-file", str(place)]
@@ -182,6 +183,8 @@ def platform_at(place: Path, by_unit: bool = False, **settings: str) -> Iterator
         )
         options = ["--store", str(place), "--prefect-port", str(config.prefect_port)]
         options += ["--mlflow-port", str(config.mlflow_port)]
+        if not new_database:
+            prefect_database.prepare(config.home / ".prefect")
     made = Platform(config, options, {name.upper(): value for name, value in settings.items()})
     try:
         done = run_of_unit(config, "ExecStart") if by_unit else made.command("up")

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from flows.execution.launch import dying_with_parent
-from tests.conftest import S3
+from tests.conftest import S3, in_turn
 from tests.services.upload_proxy import Fault, Proxy
 from tests.training.test_checkpoint import write_experiment
 from vectorclm.config import load_experiment
@@ -110,6 +110,7 @@ def on_two_nodes(command: list[str]) -> list[list[str]]:
     return [[*settings, *torchrun[:-1], host, torchrun[-1], *dying_with_parent(command)] for host in hosts]
 
 
+@in_turn(2, 3)  # tests/runtime/test_nodes.py has the first
 def test_two_nodes_of_two_ranks_fetch_what_two_readers_fetch(
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

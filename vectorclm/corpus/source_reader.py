@@ -59,12 +59,7 @@ def open_source(
     if source.is_generated:
         from datasets import Dataset
 
-        if world is None:
-            raise ConfigError(f"{describe(source)} reads the generated world, but there is no [world]")
-        rows = GENERATED[source.path](world, source.name or "")
-        if not rows:
-            raise DataError(f"{describe(source)} is empty")
-        stream = Dataset.from_list(rows).to_iterable_dataset()
+        stream = Dataset.from_list(_generated(source, world, columns)).to_iterable_dataset()
     elif not is_remote(source, data):
         from datasets import IterableDataset
 
@@ -73,11 +68,36 @@ def open_source(
         return IterableDataset.from_generator(read_rows, gen_kwargs=kwargs)
     else:
         stream = open_hub(source)
-    known = stream.column_names
-    _require(columns, known, describe(source))
-    if isinstance(source, TextSource):
-        _require_text(source, stream.features.arrow_schema.field(source.text_column).type, describe(source))
+        _require(columns, stream.column_names, describe(source))
+        if isinstance(source, TextSource):
+            _require_text(source, stream.features.arrow_schema.field(source.text_column).type, describe(source))
     return stream.select_columns(list(columns)) if columns else stream
+
+
+def check_source(source: Source, data: Path | None, world: WorldConfig | None, columns: Sequence[str]) -> None:
+    """Check that `open_source` can open a source, and raise what it raises.
+
+    Of a source on this machine it imports neither `datasets` nor torch, for which a person would wait.
+    """
+    if source.is_generated:
+        _generated(source, world, columns)
+    elif is_remote(source, data):
+        open_source(source, data, world, columns)
+    else:
+        _check_local(source, data, columns)
+
+
+def _generated(source: Source, world: WorldConfig | None, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a generated source, which have the columns."""
+    if world is None:
+        raise ConfigError(f"{describe(source)} reads the generated world, but there is no [world]")
+    rows = GENERATED[source.path](world, source.name or "")
+    if not rows:
+        raise DataError(f"{describe(source)} is empty")
+    _require(columns, list(rows[0]), describe(source))
+    if isinstance(source, TextSource) and not isinstance(rows[0][source.text_column], str):
+        _require_text(source, pa.infer_type([rows[0][source.text_column]]), describe(source))
+    return rows
 
 
 def _require(columns: Sequence[str], known: Sequence[str], where: str) -> None:

@@ -13,17 +13,13 @@ from vectorclm.draft.look import ChatLook, TaskLook, TextLook, look_at_chat, loo
 from vectorclm.draft.speed import MachineSpeed, Training, machine_speed
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import stages_of
-from vectorclm.train_config import TrainConfig
-from vectorclm.train_tokenizer import bytes_per_token
+from vectorclm.train_tokenizer import bytes_per_token, usual_bytes_per_token
 
-# Bytes of text for a token, by the size of the vocabulary, in languages of one byte a letter.
-BYTES_PER_TOKEN = ((600, 2.2), (1500, 2.7), (3000, 3.2), (6000, 3.6), (12_000, 4.0), (70_000, 4.2))
 LEARNT = 50_000  # characters of text from which a vocabulary is learned, at least
 LEARNABLE = 4096  # tokens; a larger vocabulary needs more text than a look
 PROMPT_BYTES, SHOTS_BYTES = 120, 900  # of an instruction, and of the examples before it for a base model
 ENDED = 0.65  # share of the longest answer that a base model's answer to an instruction takes, about
 CHAT_PROMPT = 0.5  # share of a conversation that comes before the first answer
-HELD_OUT_LEAST = 1.0  # window of each source
 
 # Of the machine of speed.PLAIN_SECONDS, at rest: amounts per second, and seconds.
 READ, DRAWN, GENERATED = 90e6, 90e6, 12_000.0  # bytes that are read and written by `sample`; generated documents
@@ -98,18 +94,15 @@ def _per_token(vocabulary: int, looks: list[TextLook]) -> float:
     letters = sum(map(len, texts))
     if vocabulary <= LEARNABLE and letters >= LEARNT:
         return bytes_per_token(texts, vocabulary)
-    usual = next(figure for size, figure in BYTES_PER_TOKEN if vocabulary <= size)
-    return usual * (sum(len(text.encode()) for text in texts) / letters if letters else 1.0)
+    return usual_bytes_per_token(vocabulary) * (sum(len(text.encode()) for text in texts) / letters if letters else 1.0)
 
 
 def count_work(experiment: ExperimentConfig, looks: _Looks) -> dict[str, dict[str, float]]:
     """The amounts of each stage of an experiment, in the units of the summaries of its artifact."""
-    shards, pretrain, questions = experiment.shards, experiment.pretrain, experiment.evaluate
+    questions = experiment.evaluate
     read = sum(looks.drawn_of[label] if look.bytes is None else look.bytes for label, look in looks.texts.items())
     tokens = looks.drawn / looks.per_token + 2 * looks.documents
-    held_out = max(
-        HELD_OUT_LEAST * shards.sequence_length * len(looks.texts), tokens * experiment.sample.validation_share
-    )
+    held_out = experiment.held_out_tokens(tokens)
     items: dict[str, float] = {"items": sum(task.items for task in looks.tasks.values())}
     items["item_tokens"] = sum(task.items * task.bytes for task in looks.tasks.values()) / looks.per_token
     items["harness"] = sum(task.task is not None for task in questions.tasks)
@@ -129,7 +122,7 @@ def count_work(experiment: ExperimentConfig, looks: _Looks) -> dict[str, dict[st
             "vocab_size": experiment.tokenizer.vocab_size,
         },
         "shards": {"bytes": looks.drawn, "tokens": tokens},
-        "pretrain": _training(pretrain, pretrain.tokens // shards.sequence_length, shards.sequence_length, held_out),
+        "pretrain": experiment.pretraining_work(tokens)._asdict(),
         "evaluate_base": {"text_tokens": held_out, **items, **of_base},
         "export": {},
     }
@@ -160,26 +153,16 @@ def _chat_work(experiment: ExperimentConfig, looks: _Looks, scored: Mapping[str,
     asked = min(questions.chat_prompts, read * chat.validation_share)
     prompts = asked * CHAT_PROMPT * tokens / max(1.0, read) + questions.instructions * PROMPT_BYTES / looks.per_token
     held_out = tokens * chat.validation_share + (scored["text_tokens"] if finetune.replay else 0)
+    sources = len(chat.sources) + (len(looks.texts) if finetune.replay else 0)
     return {
         "chat_shards": {"conversations": read, "bytes": size, "tokens": tokens},
-        "finetune": _training(finetune, finetune.epochs * trained, chat.sequence_length, held_out),
+        "finetune": finetune.work(finetune.epochs * trained, chat.sequence_length, held_out, sources)._asdict(),
         "evaluate": {
             **scored,
             "answer_tokens": (asked + len(questions.prompts) + questions.instructions) * answer,
             "prompt_tokens": prompts,
         },
     }
-
-
-def _training(config: TrainConfig, windows: float, length: int, held_out: float) -> dict[str, float]:
-    """The work of a training over so many windows, with its validations on held-out tokens and its samples."""
-    steps = int(windows // config.batch_size)
-    validations = -(-steps // config.validation_interval)
-    found: dict[str, float] = {"steps": steps, "tokens": steps * config.batch_size * length}
-    found["validation_tokens"] = validations * min(held_out, config.validation_windows * length)
-    if (samples := config.samples) is not None:
-        found["sample_tokens"] = (steps // samples.interval + 2) * len(samples.prompts) * samples.max_new_tokens
-    return found
 
 
 def _seconds(stage: str, work: Mapping[str, float], speed: MachineSpeed) -> float:
@@ -195,7 +178,7 @@ def _seconds(stage: str, work: Mapping[str, float], speed: MachineSpeed) -> floa
         case "chat_shards":
             return (BEGUN + work["bytes"] / RENDERED) / plain
         case "pretrain" | "finetune":
-            read = work["validation_tokens"] / speed.reading + work.get("sample_tokens", 0.0) / speed.writing
+            read = work["validation_tokens"] / speed.reading + work["sample_tokens"] / speed.writing
             return (STARTED + SAVED) / plain + work["tokens"] / speed.training + read
         case "evaluate_base" | "evaluate":
             asked = work["items"] / ASKED + HARNESS * (work["harness"] > 0)

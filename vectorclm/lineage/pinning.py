@@ -92,14 +92,14 @@ def check_sources(experiment: ExperimentConfig, data: Path | None, *, hub: bool)
     Raises DataError for the first source that cannot be read, is empty, or lacks its column, and ConfigError for an
     undefined benchmark. With `hub=False`, only sources on this machine are opened.
     """
-    from vectorclm.corpus.source_reader import open_source
+    from vectorclm.corpus.source_reader import check_source
     from vectorclm.evaluation.tasks import check_tasks
 
     check_tasks(experiment.evaluate.tasks)
     sample = [*experiment.sample.sources, *experiment.sample.decontaminate_with]
     for source in [*sample, *experiment.chat_sources, *experiment.evaluate.tasks]:
         if hub or (source.revision or "").startswith("sha256:"):
-            open_source(source, data, experiment.world, _columns(source))
+            check_source(source, data, experiment.world, _columns(source))
 
 
 def _columns(source: Source) -> tuple[str, ...]:

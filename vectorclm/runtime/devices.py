@@ -23,6 +23,7 @@ from vectorclm.settings import Settings
 if TYPE_CHECKING:
     import torch
 
+ActivationCheckpointing = Literal["auto", "on", "off"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameter numbers of mallopt in glibc's malloc.h
 
 
@@ -39,7 +40,12 @@ class Runtime(Settings):
         0, ge=0, description="CPU threads of torch in each process; 0 = the cores, divided by the processes"
     )
     micro_batch_size: int = Field(
-        0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length"
+        0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length and the memory"
+    )
+    activation_checkpointing: ActivationCheckpointing = Field(
+        "auto",
+        description="Keep only the input of each layer, and compute the layer again for its gradients: a third more "
+        "time, far less memory; auto = where otherwise too few windows fit. On a CPU the bytes stay the same",
     )
     loader_workers: int = Field(
         0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
@@ -141,6 +147,10 @@ class Runtime(Settings):
             tokens = 2**17 if torch.cuda.get_device_properties(device).total_memory > 60e9 else 2**16
         return self.micro_batch_size or max(1, tokens // window_tokens)
 
+    def steps_between_checkpoints(self, steps: int) -> int:
+        """The setting, or a twentieth of a training's steps, at least 25 and at most 1,000."""
+        return self.checkpoint_interval or max(25, min(1000, steps // 20))
+
     def configure_torch(self, group: Group = ALONE) -> "torch.device":
         """Set torch's threads and precision for this process; return the device, on GPUs that of the local rank."""
         import torch
@@ -192,7 +202,7 @@ def memory_explained(micro_batch_size: int) -> Iterator[None]:
         on_cpu, on_gpu = "DefaultCPUAllocator: can't allocate memory" in message, "out of memory" in message
         if not (on_cpu or on_gpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
             raise
-        now = f"it is {micro_batch_size}" if micro_batch_size else "it is chosen from the sequence length"
+        now = f"it is {micro_batch_size}" if micro_batch_size else "the memory plan chose it"
         what = message.partition("\n")[0].rpartition("] ")[2] or "the system gave none"
         raise OutOfMemoryError(
             f"out of memory ({what}): lower micro_batch_size ({now}), or take a smaller model"
