@@ -91,7 +91,7 @@ def check(platform: Platform, left: Left) -> None:
     assert platform.run(left.done).state_name == "Completed"
     rows = {str(row["name"]): row for row in overview(client)}
     assert {"soon", f"{ALIAS} on tiny"} <= set(rows)
-    until(lambda: any("goes on from step" in line for line in platform.log(left.interrupted)), "it goes on")
+    until(lambda: platform.resumptions(left.interrupted), "it goes on")
     assert platform.ended(left.interrupted) == "Completed"
     assert platform.ended(left.waiting) == "Completed"
 
