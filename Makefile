@@ -30,7 +30,7 @@ test: install
 # Every cell of which `make test` runs one: hours. A second call goes on; the results are in $(LONG).
 SLOW := tests/store/test_publication.py tests/store/test_durable.py tests/store/test_storage.py tests/shards/test_block_readers.py \
 	tests/runtime/test_preemption.py tests/runtime/test_nodes.py tests/platform/test_database.py tests/platform/test_platform.py \
-	tests/platform/test_backup.py tests/platform/test_walks.py tests/evaluation/test_code_judge.py tests/bench/test_orchestration.py tests/bench/test_tracking.py \
+	tests/platform/test_backup.py tests/platform/test_upgrade.py tests/platform/test_walks.py tests/evaluation/test_code_judge.py tests/bench/test_orchestration.py tests/bench/test_tracking.py \
 	tests/platform/test_provision.py tests/platform/test_guard.py tests/lineage/test_chain.py tests/lineage/test_mlflow_walk.py tests/store/test_listing.py \
 	tests/runtime/test_world_sizes.py tests/runtime/test_distributed.py tests/shards/test_node_blocks.py tests/bench/test_training.py tests/planner/test_step.py tests/execution/engines/test_ray_cluster.py tests/execution/engines/test_srun.py tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py tests/test_install.py
 long: install
