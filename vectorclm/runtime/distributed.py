@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from vectorclm.runtime.group import Group, PeerLostError, Value
-from vectorclm.runtime.watchdog import Watchdog, watch
+from vectorclm.runtime.watchdog import Watchdog, own_address, watch
 
 # The first rank reads, validates and publishes alone, while the others wait; watchdogs find what is lost.
 TIMEOUT = timedelta(hours=6)
@@ -129,6 +130,8 @@ def connect(relay: bool = False) -> tuple[DistributedGroup, Any]:
     with _peers():
         store, _, _ = next(rendezvous("env://"))
         watchdog = watch(rank, world_size, store, relay, hardware(local_world_size))
+        if local_world_size < world_size and (interface := _interface(own_address())) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else it is that of the host's name
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         group = DistributedGroup(ranks, watchdog)
@@ -151,6 +154,14 @@ def hardware(local_world_size: int) -> dict[str, Any]:
         "CPU instructions": torch.backends.cpu.get_cpu_capability(),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+def _interface(address: str) -> str | None:
+    """The network interface that has an address; None where this machine does not know it."""
+    for name, known in psutil.net_if_addrs().items():
+        if address in (entry.address for entry in known):
+            return name
+    return None
 
 
 def disconnect() -> None:

@@ -107,7 +107,7 @@ def watch(rank: int, world_size: int, store: Any, relay: bool, hardware: Mapping
 
 def _accept(world_size: int, store: Any, mine: Mapping[str, Any]) -> dict[int, tuple[str, socket.socket]]:
     """Connections from all other ranks to the first, once their nodes are known to equal this one."""
-    address, token = _own_address(), secrets.token_hex(16)
+    address, token = own_address(), secrets.token_hex(16)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     peers: dict[int, tuple[str, socket.socket]] = {}
     problems: list[str] = []
@@ -179,7 +179,7 @@ def _allow_connections(world_size: int) -> str | None:
     return None
 
 
-def _own_address() -> str:
+def own_address() -> str:
     """This node's address on the network over which torchrun's nodes find each other."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
