@@ -33,83 +33,87 @@ class Runtime(Settings):
     """Settings of the machine, which do not change the result."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Device that torch runs on; auto uses a GPU if there is one"
+        default="auto", description="Device that torch runs on; auto uses a GPU if there is one"
     )
     processes: int = Field(
-        0,
+        default=0,
         ge=0,
         description="Processes of a node that train together under torchrun; 0 = one for each GPU, or one on a CPU",
     )
     threads: int = Field(
-        0, ge=0, description="CPU threads of torch in each process; 0 = the cores, divided by the processes"
+        default=0, ge=0, description="CPU threads of torch in each process; 0 = the cores, divided by the processes"
     )
     micro_batch_size: int = Field(
-        0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length and the memory"
+        default=0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length and the memory"
     )
     activation_checkpointing: ActivationCheckpointing = Field(
-        "auto",
+        default="auto",
         description="Keep only the input of each layer, and compute the layer again for its gradients: a third more "
         "time, far less memory; auto = where otherwise too few windows fit. On a CPU the bytes stay the same",
     )
     loader_workers: int = Field(
-        0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
+        default=0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
     )
     data_workers: int = Field(
-        0,
+        default=0,
         ge=0,
         description="Processes that build the files of a data set beside each other; 0 = one for each core, at most "
         "16, or one for little data",
     )
     checkpoint_interval: int = Field(
-        0,
+        default=0,
         ge=0,
         description="Steps between checkpoints; 0 = a twentieth of the run, at least 25 and at most 1,000 steps",
     )
     keep_checkpoints: bool = Field(
-        False,
+        default=False,
         description="Keep every checkpoint, also after the training has finished, for "
         "`vectorclm evaluate --every-checkpoint`; `vectorclm store gc` removes them",
     )
     hang_seconds: float = Field(
-        600,
+        default=600,
         ge=0,
         description="Seconds without progress in a step after which all ranks end, so that the stage is tried again; "
         "0 = never",
     )
     deterministic: bool = Field(
-        False,
+        default=False,
         description="On a GPU, use only deterministic kernels, which take a sixth to a quarter more time; otherwise "
         "a repeated or resumed training differs by rounding. A CPU always produces the same bytes",
     )
-    parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
+    parallel_stages: int = Field(
+        default=0, ge=0, description="Stages that may run side by side; 0 = one for each two cores"
+    )
     engine: Literal["local", "srun", "ray"] = Field(
-        "local",
+        default="local",
         description="What starts a training on each node: local = this machine alone; srun = Slurm, inside an "
         "allocation; ray = a Ray cluster that this machine belongs to",
     )
     nodes: tuple[int, int] = Field(
-        (1, 1),
+        default=(1, 1),
         description="The fewest and the most nodes that train together, each with its own processes; more than one "
         "needs the engine srun or ray",
     )
     placement: Literal["inline", "pools"] = Field(
-        "inline",
+        default="inline",
         description="Where the stages of a curriculum run: inline = on the curriculum's machine; pools = each as a "
         "run of its own on a worker of the pool cpu or gpu",
     )
     allow_unsandboxed: bool = Field(
-        False,
+        default=False,
         description="Run the programs that a model writes even where the system offers no sandbox: they have all your "
         "rights, and can cheat the tests",
     )
-    retries: int = Field(2, ge=0, description="How often a stage is retried after an error that a retry can fix")
+    retries: int = Field(
+        default=2, ge=0, description="How often a stage is retried after an error that a retry can fix"
+    )
     block_cache: str | None = Field(
-        None,
+        default=None,
         description="Local folder that caches the blocks of tokens that a training reads from a remote store; each "
         "read verifies them; default: no folder, blocks stay in memory only",
     )
     work_dir: str | None = Field(
-        None,
+        default=None,
         description="Local folder for work in progress; default: inside a local store, else the cache folder",
     )
 

@@ -52,14 +52,14 @@ class DistributedGroup(Group):
         with _peers():
             yield
 
-    def share(self, value: Value) -> Value:
-        """Broadcast the first rank's `value` and return it. The value travels as JSON, so no code can arrive."""
-        data = bytearray(json.dumps(value).encode() if self.rank == 0 else b"")
+    def share(self, value: Value, source: int = 0) -> Value:
+        """Broadcast the `value` of one rank and return it. The value travels as JSON, so no code can arrive."""
+        data = bytearray(json.dumps(value).encode() if self.rank == source else b"")
         size = torch.tensor([len(data)])
         with self._collective():
-            dist.broadcast(size, src=self._first, group=self._process_group)
+            dist.broadcast(size, src=self._first + source, group=self._process_group)
             text = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(text, src=self._first, group=self._process_group)
+            dist.broadcast(text, src=self._first + source, group=self._process_group)
         shared: Value = json.loads(bytes(text.tolist()))
         return shared
 
@@ -126,6 +126,7 @@ def connect(relay: bool = False) -> tuple[DistributedGroup, Any]:
     """
     ranks = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     rank, world_size, local_rank, local_world_size = ranks
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects only ranks that exchange, not each to each
     with _peers():
         store, _, _ = next(rendezvous("env://"))
         watchdog = watch(rank, world_size, store, relay, hardware(local_world_size))
