@@ -78,7 +78,7 @@ def connect() -> None:
     Raises RankLostError where no head answers, and ConfigError where the head refuses the token.
     """
     address = os.environ["RAY_ADDRESS"]
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     if not _answers(address):
         raise RankLostError(f"no Ray head answers at {address}: start it by `ray start --head`")
     threading.Thread(target=_end_with_head, args=(address,), daemon=True, name="head").start()
