@@ -2,6 +2,7 @@
 
 import json
 import logging
+import textwrap
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ RENEW_SECONDS = 5.0
 KEY = "overview"
 LOSSES = 8  # points of the table of losses
 SAMPLES = 2  # samples of a training that is at work
+COLUMNS = 96  # characters in a line of a sample: Prefect's page does not wrap them
+WEIGHTS = {"pretrain": 10, "finetune": 4}  # of a stage in the progress of a run; of others 1
 WAITING, RUNNING, BUILT, REUSED, FAILED = "waiting", "running", "built", "reused", "failed"
 MARKS = {WAITING: "·", RUNNING: "▶", BUILT: "✔", REUSED: "✔", FAILED: "✘"}
 TICKS = logging.getLogger("vectorclm.runtime.progress")
@@ -115,8 +118,7 @@ class Overview(logging.Handler):
 
     def as_markdown(self) -> str:
         """The overview as Markdown: links, stages, and either the results or the losses and samples so far."""
-        done = sum(_share(row) for row in self.rows.values())
-        lines = [f"## {self.title}: {int(100 * done / max(1, len(self.rows)))} %", ""]
+        lines = [f"## {self.title}: {self._percent()} %", ""]
         if self.links:
             lines += [" · ".join(f"[{title}]({url})" for title, url in self.links.items()), ""]
         lines += ["| | stage | state | progress | time |", "|---|---|---|---:|---|"]
@@ -127,6 +129,12 @@ class Overview(logging.Handler):
             if name in TRAININGS and row.state == RUNNING and row.folder is not None:
                 lines += _training(name, row.folder)
         return "\n".join(lines)
+
+    def _percent(self) -> int:
+        """How much of the work of this run is done; a reused stage is no work."""
+        work = [(WEIGHTS.get(name, 1), _share(row)) for name, row in self.rows.items() if row.state != REUSED]
+        whole = sum(weight for weight, _ in work)
+        return int(100 * sum(weight * share for weight, share in work) / whole) if whole else 100
 
 
 def show(key: str, text: str, about: str) -> UUID:
@@ -184,8 +192,12 @@ def _training(name: str, folder: Path) -> list[str]:
         lines += ["", f"### Samples at step {samples[-1]['step']:,}"]
         for sample in samples[-1]["samples"][:SAMPLES]:
             answer = sample["answer"].strip() or "(nothing)"
-            lines += ["", f"**{sample['prompt']}**", "", *(f"    {line}" for line in answer.splitlines())]
+            lines += ["", f"**{sample['prompt']}**", "", *(f"    {line}" for line in _wrapped(answer))]
     return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, COLUMNS) or [""]]
 
 
 def _lines(folder: Path, name: str) -> list[Mapping[str, Any]]:

@@ -52,7 +52,7 @@ def _without_listener(arguments: list[str], file: Path) -> list[str]:
     return [*options, *(argument for argument in arguments if argument != "--standalone")]
 
 
-def _end_with_ranks() -> None:
+def end_with_ranks() -> None:
     """End this process where all ranks have ended and torchrun does not notice that."""
     since = time.monotonic()
     while True:
@@ -75,5 +75,5 @@ def _lives(process: psutil.Process) -> bool:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_ranks, daemon=True, name="ranks").start()
+    threading.Thread(target=end_with_ranks, daemon=True, name="ranks").start()
     sys.exit(run(sys.argv[1:]))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # MLflow takes seconds to import
     from flows.tracking.registry import Result
 
 SCALE = 1.5  # pixels of an image for each unit of a plot
+MARGIN = 12  # units around the plot of an image
 TEXT_STYLE = (
     "svg { background: var(--card); } text { font: 12px system-ui, sans-serif; } .strong text { font-weight: 600; }"
 )
@@ -43,13 +44,15 @@ def as_image(picture: Markup) -> str:
     palette = _templates.get_template("palette.css.jinja").render()
     style = f"<style>{palette}{TEXT_STYLE}</style>"
     head, _, rest = str(picture).partition(">")
-    size = re.sub(r'.*viewBox="0 0 (\S+) (\S+)".*', _size, head)
-    return f'{head} {size} xmlns="http://www.w3.org/2000/svg">{style}{rest}'
+    head = re.sub(r'viewBox="0 0 (\S+) (\S+)"', _framed, head)
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}'
 
 
-def _size(found: re.Match[str]) -> str:
-    """The width and height of an image; without them a browser draws it as small as an icon."""
-    return f'width="{SCALE * float(found[1]):.0f}" height="{SCALE * float(found[2]):.0f}"'
+def _framed(found: re.Match[str]) -> str:
+    """The part of an image that is seen, with a margin, and its size; else a browser draws it as small as an icon."""
+    width, height = (float(found[number]) + 2 * MARGIN for number in (1, 2))
+    view = f'viewBox="-{MARGIN} -{MARGIN} {width:g} {height:g}"'
+    return f'{view} width="{SCALE * width:.0f}" height="{SCALE * height:.0f}"'
 
 
 def history_page(title: str, results: "Sequence[Result]") -> str:

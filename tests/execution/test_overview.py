@@ -41,17 +41,36 @@ def test_it_shows_stages_with_progress_and_a_training_with_losses_and_samples(tm
     assert row(overview.as_markdown(), "pretrain")[2:] == ["running", "", ""] and "###" not in overview.as_markdown()
     write(tmp_path / "work" / "attempt", 100)
     text = overview.as_markdown()
-    assert text.startswith("## tiny: 33 %\n") and row(text, "sample")[2:] == ["reused", "100 %", ""]
+    assert text.startswith("## tiny: 0 %\n") and row(text, "sample")[2:] == ["reused", "100 %", ""]
     assert "| step | 1 | 15 | 29 | 43 | 58 | 72 | 86 | 100 |" in text and "| 4.990 |" in text and "| 4.000 |" in text
     assert "### Samples at step 100" in text and "**Who a?**\n\n    x\n    y\n" in text
     assert "    (nothing)" in text and "Who c?" not in text
     overview.ends("pretrain", BUILT, 65)
+    assert overview.as_markdown().startswith("## tiny: 90 %\n")  # 10 of 11: the reused stage is no work
     overview.ends("export", FAILED, note="no disk")
     assert row(overview.as_markdown(), "pretrain")[2:] == ["built", "100 %", "1 min 05 s"]
     assert row(overview.as_markdown(), "export") == ["✘", row(text, "export")[1], "failed", "", "no disk"]
     overview.results, overview.links = "| world | 1 |", {"report": "http://x/r", "data": "http://x/d"}
     assert overview.as_markdown().endswith("### Results\n\n| world | 1 |")
     assert "[report](http://x/r) · [data](http://x/d)" in overview.as_markdown()
+
+
+def test_the_progress_is_that_of_the_work_and_a_long_sample_is_wrapped(tmp_path: Path) -> None:
+    overview = Overview("tiny", STAGES)
+    for stage in STAGES:
+        overview.ends(stage, BUILT)
+    assert overview.as_markdown().startswith("## tiny: 100 %\n")
+    again = Overview("tiny", STAGES)
+    for stage in STAGES:
+        assert int(again.as_markdown().partition(" %")[0].rpartition(" ")[2]) == 0
+        again.ends(stage, REUSED)
+    assert again.as_markdown().startswith("## tiny: 100 %\n")
+    training = Overview("tiny", STAGES)
+    training.begins("pretrain", tmp_path)
+    said = {"step": 1, "samples": [{"prompt": "Who?", "answer": "frog " * 60}]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(said) + "\n", encoding="utf-8")
+    frogs = [line for line in training.as_markdown().splitlines() if line.startswith("    ")]
+    assert len(frogs) == 4 and max(map(len, frogs)) <= 100 and " ".join(frogs).split() == ["frog"] * 60
 
 
 def shown(client: SyncPrefectClient, run_id: str) -> str:
@@ -78,7 +97,7 @@ def test_the_artifact_renews_itself_and_shows_the_end(
             say(Tick("pretrain", 40, 100, "tokens"))
             say(Tick("another", 1, 2, "tokens"))
             until(lambda: "| running | 40 % |" in shown(prefect_client, run_id), "the progress is shown", 30)
-            assert shown(prefect_client, run_id).startswith("## tiny: 13 %")  # a third of 40 %
+            assert shown(prefect_client, run_id).startswith("## tiny: 33 %")  # 10 of 12 are pretrain
             assert row(shown(prefect_client, run_id), "pretrain")[4].endswith(" s left")
             raise ValueError("broken")
 

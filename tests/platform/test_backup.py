@@ -183,12 +183,11 @@ def test_a_platform_goes_on_at_another_place(folder: Path, monkeypatch: pytest.M
 def test_a_platform_on_postgres_goes_on_at_another_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not list(INSTALLED.glob("*/bin")):
         skip_or_fail("no Postgres here: apt-get install --no-install-recommends postgresql")
-    (logs := folder / "logs").mkdir()
     with ExitStack() as stack:
         urls = []
         for name in ("one", "two"):
             port = free_port()
-            server = Postgres(folder / name, logs, port, PASSWORD)
+            server = Postgres(folder / name, folder / f"logs-{name}", port, PASSWORD)
             stack.callback(server.stop)
             server.start() if name == "one" else server.service.start()
             server.service.wait()

@@ -330,11 +330,6 @@ def test_the_doctor_starts_a_dead_worker_and_mends_what_was_removed(platform: Pl
     assert platform.run(run_id).state_name == "Cancelled"  # its process reported no crash when it ended
 
 
-def resumptions(platform: Platform, run_id: UUID) -> int:
-    """How often the run's log says that a training goes on."""
-    return sum("goes on from step" in line for line in platform.log(run_id))
-
-
 @in_turn(2, 3)
 def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(platform: Platform) -> None:
     """It is noticed while the server lives, closed in MLflow, and starts again after the next `up`, from its step."""
@@ -347,7 +342,7 @@ def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(p
     run_id = platform.start(changes=LONG, runtime={"threads": 1, "checkpoint_interval": 4})
     until(lambda: torch_processes(platform) and kept() - before, "the training has a new checkpoint")
     until(lambda: mlflow_status(platform, run_id) == {"RUNNING"}, "MLflow has its runs")
-    before_kill = resumptions(platform, run_id)  # checkpoints of an earlier run of the same training count
+    before_kill = platform.resumptions(run_id)  # checkpoints of an earlier run of the same training count
     killer = Killer(platform.config, lambda: None, platform.client)
     killer._gone(killer._kill("worker and flow", run_id))
     until(lambda: platform.run(run_id).state_name == "Crashed", "its end is noticed", 15)
@@ -358,7 +353,7 @@ def test_a_run_whose_process_and_worker_and_server_are_killed_goes_on_after_up(p
     process.kill()
     process.wait(60)
     assert platform.command("up").returncode == 0
-    until(lambda: resumptions(platform, run_id) > before_kill, "it goes on", 120)
+    until(lambda: platform.resumptions(run_id) > before_kill, "it goes on", 120)
     assert [state.name for state in platform.client.read_flow_run_states(run_id)].count("Rescued") == 1
     platform.client.set_flow_run_state(run_id, Cancelling())
     assert platform.ended(run_id) == "Cancelled"

@@ -119,6 +119,10 @@ class Platform:
         lines = self.client.read_logs(log_filter=mine, limit=200)
         return [line.message for line in sorted(lines, key=lambda line: line.timestamp)]
 
+    def resumptions(self, run_id: UUID) -> int:
+        """How often the log of a run says that a training goes on."""
+        return sum("goes on from step" in line for line in self.log(run_id))
+
     def tasks(self, run_id: UUID) -> dict[str, list[str]]:
         """State names of each stage's task runs, oldest first."""
         found: dict[str, list[str]] = {}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from flows.tracking.registry import Registry, RegistryError, Subject
@@ -81,6 +82,20 @@ def test_a_version_leads_only_to_the_artifact_that_its_tags_name(
             registry.place(version)
     version._tags = {**known, "uri": str(copy)}
     assert registry.place(version) == chat["uri"]  # the store at hand has it
+
+
+@pytest.mark.parametrize("source", ["models:/{model}", "runs:/{run}/{name}"])
+def test_a_version_that_mlflow_itself_registered_has_the_place_of_its_logged_model(
+    recorded: Recorded, registry: Registry, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, registry.uri)
+    model = registry.client.get_logged_model(str(registry.find("models:/vectorclm-chat/1").model_id))
+    mlflow.register_model(source.format(model=model.model_id, run=model.source_run_id, name=model.name), "mine")
+    try:
+        assert registry.find("models:/mine/1").address == recorded.handles["finetune"]["uri"]
+    finally:
+        registry.client.delete_registered_model("mine")
 
 
 def test_a_scheduled_evaluation_becomes_history_and_one_by_hand_does_not(
