@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXPERIMENT ?= tiny
 # TORCH=cpu takes torch without CUDA: 0.6 GB of downloads instead of 3.2 GB.
 TORCH ?=
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt
 
 LONG ?= long
 
@@ -13,11 +13,12 @@ LONG ?= long
 
 install: .venv/installed
 
+# editable_mode=compat: a path that type checkers and editors follow.
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it with make PYTHON=…"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(if $(filter cpu,$(TORCH)),$(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch)
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev]' --config-settings editable_mode=compat
 	@touch $@
 
 run: install
@@ -31,7 +32,7 @@ SLOW := tests/store/test_publication.py tests/store/test_durable.py tests/store/
 	tests/runtime/test_preemption.py tests/runtime/test_nodes.py tests/platform/test_database.py tests/platform/test_platform.py \
 	tests/platform/test_backup.py tests/platform/test_upgrade.py tests/platform/test_walks.py tests/evaluation/test_code_judge.py tests/bench/test_orchestration.py tests/bench/test_tracking.py \
 	tests/platform/test_provision.py tests/platform/test_guard.py tests/lineage/test_chain.py tests/lineage/test_mlflow_walk.py tests/store/test_listing.py \
-	tests/runtime/test_world_sizes.py tests/runtime/test_distributed.py tests/shards/test_node_blocks.py tests/bench/test_training.py tests/planner/test_step.py tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py
+	tests/runtime/test_world_sizes.py tests/runtime/test_distributed.py tests/shards/test_node_blocks.py tests/bench/test_training.py tests/planner/test_step.py tests/execution/engines/test_ray_cluster.py tests/execution/engines/test_srun.py tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py tests/test_install.py
 long: install
 	@mkdir -p $(LONG)
 	@for file in $(SLOW); do \

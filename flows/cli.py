@@ -37,7 +37,7 @@ from vectorclm.config import ExperimentConfig, assignments, experiment_here
 from vectorclm.draft.draft_commands import init
 from vectorclm.errors import ConfigError, StoreError, VectorCLMError
 from vectorclm.lineage.pinning import check_sources, pin
-from vectorclm.model_commands import ServeOptions, compare, evaluate, export, models, serve
+from vectorclm.model_commands import ChatOptions, ServeOptions, chat, compare, evaluate, export, models, serve
 from vectorclm.planner.planner_commands import planners
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import bars
@@ -266,6 +266,8 @@ def _called(command: Callable[..., Any], bound: BoundArguments) -> Any:
         if command is serve and value and not is_place(value):
             options = bound.arguments.get("options", ServeOptions())
             bound.arguments["options"] = replace(options, name=options.name or value.removeprefix(REGISTERED))
+        if command is chat and value and not is_place(value):
+            bound.arguments["options"] = replace(bound.arguments.get("options", ChatOptions()), title=value)
         if value and value.startswith(REGISTERED):
             bound.arguments[name] = lookup.named_model(value, Store(store))
         elif value and not is_place(value):

@@ -54,6 +54,7 @@ LONGEST = (
     "platform/test_database.py",
     "platform/test_provision.py",
     "test_tiny.py",
+    "execution/engines/test_ray_cluster.py",
     "test_curriculum.py",
     "shards/test_block_readers.py",
     "platform/test_doctor.py",

@@ -147,6 +147,28 @@ def test_the_installed_program_is_the_same() -> None:
     assert done.stdout.startswith("Usage: vectorclm store gc ")
 
 
+COMPLETE = """
+source "$HOME/.bashrc"
+for line in "vectorclm sto" "vectorclm store g" "vectorclm store gc --ol"; do
+    COMP_WORDS=($line) COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMP_LINE=$line COMP_POINT=${#line}
+    _vectorclm vectorclm "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+    echo "${COMPREPLY[@]}"
+done
+complete -p vectorclm
+"""
+
+
+def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
+    program = str(Path(sys.executable).with_name("vectorclm"))
+    environment = {**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash"}
+    environment.pop("XDG_DATA_HOME", None)
+    subprocess.run([program, "--install-completion"], env=environment, capture_output=True, timeout=120, check=True)
+    shell = ["bash", "--norc", "-c", COMPLETE]
+    done = subprocess.run(shell, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    *found, registered = done.stdout.splitlines()
+    assert found == ["store", "gc", "--older-than"] and registered.endswith(" vectorclm")
+
+
 OPTIONS = [
     (front, path, name)
     for front, path in ALL

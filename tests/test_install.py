@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,10 +11,15 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from prefect.states import AwaitingRetry
 
-from tests.conftest import skip_or_fail
+from tests.conftest import KILLS, skip_or_fail
+from tests.kill_matrix import CHANGES, RUNTIME, SETTINGS
+from tests.services.platform import platform_at, until
+from vectorclm.store.artifact import Store
 
 ROOT = Path(__file__).parents[1]
+SHORT = {key: value for key, value in SETTINGS.items() if key not in ("pretrain.phases", "finetune.epochs")}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,36 @@ def test_the_wheel_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> 
     assert list(here.iterdir()) == []
     said = run("stage", "sample", "tiny", "--set", "world.documents=200", "--set", "sample.validation_share=0.2")
     assert "sample built" in said and {path.name for path in here.iterdir()} == {"store"}
+
+
+@pytest.mark.skipif(KILLS < 10, reason="a platform and a curriculum, minutes: VECTORCLM_KILLS=10")
+def test_the_form_and_retry_of_a_wheel(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unpacked `tiny` samples in other steps, which no field of the form sets, so its run is not the clone's."""
+    content = shutil.copytree(installed, tmp_path / "content")
+    file = content / "vectorclm" / "experiments" / "tiny.toml"
+    file.write_text(file.read_text().replace("[pretrain.samples]\ninterval = 60", "[pretrain.samples]\ninterval = 61"))
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", str(content))
+    with platform_at(here / "store") as platform:
+        (in_the_way := here / "store" / "shards").write_text("a file where a folder must be")
+        changes = {**CHANGES, "pretrain": {"tokens": 16_384}, "finetune": {"epochs": 0.1}, "settings": SHORT}
+        run_id = platform.start(changes=changes, runtime=RUNTIME)
+        assert platform.ended(run_id) == "Failed"
+        state = platform.run(run_id).state
+        assert "stage shards failed" in str(state and state.message)
+        in_the_way.unlink()
+        platform.client.set_flow_run_state(run_id, AwaitingRetry())  # as the button Retry does
+        until(lambda: platform.run(run_id).run_count == 2, "the run starts again")
+        assert platform.ended(run_id) == "Completed"
+        ends = {name: states[-1] for name, states in platform.tasks(run_id).items()}
+        assert (ends["sample"], ends["tokenizer"]) == ("Reused", "Reused")
+        assert (ends["shards"], ends["pretrain"], ends["export"]) == ("Completed",) * 3
+        assert "pretrain.tokens=16384" in platform.run(run_id).name
+        (training,) = Store(str(here / "store")).finished("pretrain")
+        assert training.manifest["config"]["samples"]["interval"] == 61
+        done = platform.command("doctor")
+        assert done.returncode == 0, done.stdout
 
 
 def test_every_dependency_is_locked_to_a_version_that_fits() -> None:

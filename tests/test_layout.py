@@ -74,3 +74,16 @@ def test_the_recipes_name_files_and_names_that_exist() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in FILES)
     names = set(re.findall(r"`(?:\w+\.)?([A-Za-z_]\w+)`", CORE_PAGE)) - {"make"}
     assert len(names) > 20 and [name for name in names if not re.search(rf"\b{name}\b", sources)] == []
+
+
+def positional_defaults(text: str) -> list[int]:
+    """The lines of a module on which `Field` gets its default without the keyword."""
+    calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and node.args)
+    return [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "Field"]
+
+
+def test_type_checkers_see_the_default_of_every_setting() -> None:
+    """They take it from the keyword alone (PEP 681), and else ask for every argument of `Runtime(threads=1)`."""
+    assert positional_defaults("a: int = Field(default=0)\nb: int = Field(0, ge=0)") == [2]
+    core = [path for path in FILES if path.relative_to(ROOT).parts[0] == "vectorclm"]
+    assert {str(path): lines for path in core if (lines := positional_defaults(path.read_text()))} == {}

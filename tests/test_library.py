@@ -13,6 +13,7 @@ import torch
 
 import vectorclm
 from tests.conftest import ANSWERS, CLIENTS, publish_shards
+from tests.services.clients import node_with
 from tests.test_pages import PAGES, ROOT, fenced
 from vectorclm.runtime.devices import Runtime
 from vectorclm.tokenizer import BOS_ID
@@ -80,8 +81,9 @@ def test_the_examples_train_on_shards_with_another_attention(
 USER = """
 from pathlib import Path
 from vectorclm import CausalLM, LoadedModel, SamplingParams, answer_text, load, stream_shards
+from vectorclm.runtime.devices import Runtime
 
-loaded: LoadedModel = load("tiny")
+loaded: LoadedModel = load("tiny", runtime=Runtime(threads=1))
 sampling = SamplingParams(temperature=0.7)
 text: str = answer_text(loaded.model, loaded.tokenizer, "?", 40, sampling)
 model: CausalLM = CausalLM.from_pretrained("folder")
@@ -116,3 +118,20 @@ def test_a_users_file_passes_mypy_and_its_mistakes_do_not(tmp_path: Path) -> Non
     )
     assert set(re.findall(r"^(\w+)\.py:\d+: error", done.stdout, re.MULTILINE)) == {"bad"}, done.stdout
     assert "Found 2 errors in 1 file" in done.stdout and (ROOT / "vectorclm" / "py.typed").is_file()
+
+
+@pytest.mark.skipif(not CLIENTS, reason="installs pyright: VECTORCLM_CLIENTS=all")
+def test_pyright_accepts_a_users_file_and_the_examples_and_finds_mistakes(tmp_path: Path) -> None:
+    """With the editor's own rules; the example of an attention goes on where that of a training ends."""
+    load, train, attention = EXAMPLES
+    files = {"user": USER, "load": load, "train": train + attention}
+    files["bad"] = USER.replace("text: str", "text: int").replace("batch_size=8", "batch=8")
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    found = {"extraPaths": [str(ROOT)], "venvPath": str(Path(sys.prefix).parent), "venv": Path(sys.prefix).name}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"include": ["*.py"], **found}))
+    command = [node_with(["pyright"]) / "node_modules" / ".bin" / "pyright", "--outputjson"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    told = json.loads(done.stdout)["generalDiagnostics"]
+    mistakes = {("bad", "reportAssignmentType"), ("bad", "reportCallIssue")}
+    assert {(Path(each["file"]).stem, each["rule"]) for each in told} == mistakes, told

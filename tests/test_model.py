@@ -130,6 +130,8 @@ def test_round_trip_through_transformers(judge: torch.nn.Module, model: CausalLM
         once.save_pretrained(folder)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+    rights = [(tmp_path / "ours" / name).stat().st_mode for name in ("config.json", "model.safetensors")]
+    assert rights[0] == rights[1]  # who may read the one may read the other
 
 
 def test_what_is_no_model_is_refused_with_a_reason(tmp_path: Path) -> None:

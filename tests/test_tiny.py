@@ -170,14 +170,14 @@ def test_the_snippet_for_transformers_answers(result: dict[str, Any], capsys: py
 
 
 def test_the_snippet_for_openai_asks_the_command_above_it(result: dict[str, Any]) -> None:
-    """As both stand on the page, but for the port and the model's folder."""
+    """As both stand on the page, but for the port and the store."""
     page = PAGES["vectorclm/inference/README.md"]
-    (command,) = (block for block in fenced(page) if "vectorclm serve MODEL" in block and "API_KEY" in block)
+    (command,) = (block for block in fenced(page) if "vectorclm serve tiny" in block and "API_KEY" in block)
     (snippet,) = (block for block in fenced(page, "python") if "openai.OpenAI" in block)
-    key, folder = "a-key-of-this-test-0123", result["models"]["chat"]
+    key = "a-key-of-this-test-0123"
+    store = next(str(parent) for parent in Path(result["models"]["chat"]).parents if parent.name == "store")
     words = [sys.executable, "-m", "flows.cli", *command.partition(" vectorclm ")[2].partition("#")[0].split()]
-    words = [folder if word == "MODEL" else word for word in words]
-    environment = {**os.environ, command.partition("=")[0]: key}
+    environment = {**os.environ, command.partition("=")[0]: key, "VECTORCLM_STORE": store}
     with subprocess.Popen([*words, "--port", "0"], env=environment, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

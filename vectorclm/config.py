@@ -37,10 +37,12 @@ class ExperimentConfig(Settings):
     model: ModelConfig
     pretrain: PretrainConfig
     chat: ChatConfig | None = Field(
-        None, exclude_if=lambda chat: chat is None, description="If left out, the experiment ends at the base model"
+        default=None,
+        exclude_if=lambda chat: chat is None,
+        description="If left out, the experiment ends at the base model",
     )
     finetune: FinetuneConfig | None = Field(
-        None, exclude_if=lambda finetune: finetune is None, description="Needed with chat, and only then"
+        default=None, exclude_if=lambda finetune: finetune is None, description="Needed with chat, and only then"
     )
     evaluate: EvaluateConfig
 
@@ -250,9 +252,9 @@ class Suite(Questions):
     """An evaluation suite: benchmarks and other questions for any model."""
 
     name: str = Field(pattern=NAME, max_length=NAME_LENGTH, description="Name of the suite in results and curves")
-    seed: int = Field(1, ge=0, lt=2**32, description="Seed of the choice of items")
+    seed: int = Field(default=1, ge=0, lt=2**32, description="Seed of the choice of items")
     experiment: ExperimentConfig | None = Field(
-        None, description="An experiment whose held-out text and conversations are scored, too"
+        default=None, description="An experiment whose held-out text and conversations are scored, too"
     )
 
     @model_validator(mode="after")

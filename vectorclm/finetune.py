@@ -37,7 +37,7 @@ def finetune(
 
         def open_split(split: str) -> dict[str, ShardReader]:
             artifacts = [chat_shards, *(texts[:1] if texts is not None else [])]
-            shared, cache = node if split == "train" else None, run.runtime.block_cache
+            shared, cache = node if split == "train" else node and node.keeping(), run.runtime.block_cache
             parts = [open_shards(artifact, split, cache=cache, node=shared) for artifact in artifacts]
             return {label: reader for part in parts for label, reader in stack.enter_context(part).items()}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +38,7 @@ from vectorclm.nn.layers import (
 )
 from vectorclm.nn.loss import IGNORE_INDEX, chunked_cross_entropy
 from vectorclm.nn.matmul import project
+from vectorclm.nn.tensor_files import save_tensors
 
 Angles = tuple[Tensor, Tensor]  # cosines and sines of the positions, each [T, 1, E] or [B, T, 1, E]
 
@@ -274,7 +275,7 @@ class CausalLM(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         write_config(self.config, directory)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, directory / "model.safetensors", {"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "CausalLM":

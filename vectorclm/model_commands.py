@@ -4,6 +4,7 @@ A command imports what it runs, because torch takes seconds to import.
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -66,9 +67,9 @@ class FileOptions:
 class ChatSampling(SamplingParams):
     """Sampling parameters of a chat, with a chat's defaults."""
 
-    temperature: float = Field(0.7, ge=0, le=100, description="0 always takes the most likely token")
+    temperature: float = Field(default=0.7, ge=0, le=100, description="0 always takes the most likely token")
     top_p: float = Field(
-        0.95, gt=0, le=1, description="Sample from the most likely tokens that have this probability together"
+        default=0.95, gt=0, le=1, description="Sample from the most likely tokens that have this probability together"
     )
 
 
@@ -82,6 +83,7 @@ class ChatOptions:
     system: Annotated[str, Parameter(help="System prompt")] = ""
     stop: Annotated[tuple[str, ...], Parameter(show_default=False, help="End before this text; may be repeated")] = ()
     max_new_tokens: Annotated[int, Parameter(help="Longest answer, in tokens")] = 256
+    title: Annotated[str | None, Parameter(parse=False)] = None  # the model's name as it was typed
 
 
 @Parameter(name="*")
@@ -217,7 +219,9 @@ def chat(
     from vectorclm.inference.chat import Conversation, open_chat_model, talk
 
     chat_model = open_chat_model(address, runtime)
-    title = model or Path(address).name[:12]
+    place = re.sub(r"^.*/([\w-]+/)([0-9a-f]{12})[0-9a-f]*$", r"\1\2", address.rstrip("/"))
+    named = options.title or (model if model and not is_place(model) else None)
+    title = f"{named} ({place})" if named and not place.startswith(named) else place
     talk(Conversation(chat_model, options.max_new_tokens, options.system), sampling, options.stop, title)
 
 

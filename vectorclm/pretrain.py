@@ -35,7 +35,7 @@ def pretrain(
     with (
         run.node_blocks(shards, config) as node,
         open_shards(shards, "train", cache=cache, node=node) as training,
-        open_shards(shards, "validation", cache=cache) as validation,
+        open_shards(shards, "validation", cache=cache, node=node and node.keeping()) as validation,
     ):
         sizes = {label: len(reader) for label, reader in training.items()}
         any_source = next(iter(training.values()))

@@ -90,6 +90,7 @@ def build_tokenizer(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Encode and pack the documents of the sample."""
+    from vectorclm.runtime.workers import open_workers
     from vectorclm.shards.writer import write_shards
     from vectorclm.store.resumable import ResumableUpload, Slices
 
@@ -100,7 +101,9 @@ def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
         job.kept.append(slices)
     else:
         slices = ResumableUpload(out.parent, job.upload)
-    return write_shards(job.experiment.shards, job.inputs["sample"], encoder, out, seed=job.seed, slices=slices)
+    sample, config = job.inputs["sample"], job.experiment.shards
+    with open_workers(job.runtime.data_processes(_bytes(sample))) as slices.workers:
+        return write_shards(config, sample, encoder, out, seed=job.seed, slices=slices)
 
 
 def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
@@ -249,6 +252,10 @@ def find_input(store: Store, spec: StageSpec) -> Artifact:
             f"{store.uri} has no {spec.stage}/{spec.fingerprint[:12]}…, which this stage reads: run {spec.stage} first"
         )
     return found
+
+
+def _bytes(artifact: Artifact) -> int:
+    return sum(int(entry["bytes"]) for entry in artifact.manifest["files"].values())
 
 
 def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[Any]:

@@ -71,6 +71,7 @@ class Stage:
     reads: StageName | None = None  # a training only: the stage whose windows the training streams
     scores: StageName | None = None  # an evaluation only: the training whose model the stage scores
     model: str | None = None  # the kind of the model in the artifact: tokenizer, base, chat
+    sliced: bool = False  # whether workers, also of other machines, can build its slices
     runs_torch: bool = False  # of a stage that neither trains nor scores
     columns: Mapping[str, str] | None = None  # a data set only: the columns and their types
     sources: Callable[[ExperimentConfig], Sequence[Source]] = _no_sources  # the data that the stage reads
@@ -171,6 +172,7 @@ TABLE = (
         settings=lambda e: e.shards.model_dump(),
         build=build_shards,
         version=3,
+        sliced=True,
         columns={"input_ids": "integer"},
         figures=shard_figures,
     ),

@@ -57,7 +57,7 @@ LONG_TEXT = 500_000  # characters; encoding them takes some tenths of a second
 class TokenizerConfig(Settings):
     """Byte-level BPE (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2, section 2.2)."""
 
-    vocab_size: int = Field(16_384, ge=300, le=65_536, description="Tokens, special tokens included")
+    vocab_size: int = Field(default=16_384, ge=300, le=65_536, description="Tokens, special tokens included")
     bytes: int = Field(gt=0, description="UTF-8 bytes of sampled text for training, divided equally among the sources")
 
 

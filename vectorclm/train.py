@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from vectorclm.dataset import Batch, StreamingLanguageModelDataset
 from vectorclm.errors import DataError, PreemptedError
-from vectorclm.evaluation.bits_per_byte import HeldOutWindows, windows_scores
+from vectorclm.evaluation.bits_per_byte import HeldOutWindows
 from vectorclm.memory_plan import DeviceType, TrainingShape, plan_for
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents, has_flash
@@ -28,11 +28,12 @@ from vectorclm.shards.node_blocks import NodeBlocks, node_blocks
 from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
 from vectorclm.store.artifact import Artifact
-from vectorclm.train_config import GenerationSamplesConfig, TrainConfig
+from vectorclm.train_config import TrainConfig
 from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot
 from vectorclm.training.metrics import Metrics
 from vectorclm.training.optimizers import build_optimizers, set_learning_rates
 from vectorclm.training.schedule import schedule
+from vectorclm.validation import Kind, Measurements, Respond
 
 LossFunction = Callable[[Tensor, Tensor, Documents | None], Tensor]  # input_ids, labels, documents
 Scores = dict[str, dict[str, float]]
@@ -51,24 +52,16 @@ class TrainingRun:
     checkpoints: Checkpoints
     runtime: Runtime
     group: Group = ALONE
-    respond: Callable[[CausalLM, str, int], str] | None = None  # answers a prompt in at most so many tokens
+    respond: Respond | None = None
 
     def node_blocks(self, shards: Artifact, config: TrainConfig) -> AbstractContextManager[NodeBlocks | None]:
         """What the ranks of this node share of the blocks of `shards`, while the block runs."""
         local, workers = shards.store.is_local, self.runtime.loader_workers
         return node_blocks(self.group, is_local=local, batch_size=config.batch_size, workers=workers)
 
-    def samples(self, model: CausalLM, config: GenerationSamplesConfig) -> list[dict[str, str]]:
-        """The likeliest answer to each prompt."""
-        assert self.respond is not None
-        return [
-            {"prompt": prompt, "answer": self.respond(model, prompt, config.max_new_tokens)}
-            for prompt in config.prompts
-        ]
-
 
 class Record:
-    """The first rank's work beside the steps: it writes metrics, validates, samples and saves checkpoints."""
+    """The first rank's work beside the steps: it writes metrics, scores and samples, and saves checkpoints."""
 
     def __init__(
         self,
@@ -76,11 +69,9 @@ class Record:
         optimizers: Sequence[torch.optim.Optimizer],
         config: TrainConfig,
         dataset: StreamingLanguageModelDataset,
-        validate: Callable[[], Scores],
         run: TrainingRun,
     ) -> None:
-        self.model, self.optimizers, self.config, self.run = model, optimizers, config, run
-        self.validate = validate
+        self.model, self.optimizers, self.run = model, optimizers, run
         self.order = dataset.order.digest(config.batch_size)
         self.steps, self.step_tokens = dataset.steps, config.batch_size * dataset.window_tokens
         self.interval = run.runtime.steps_between_checkpoints(self.steps)
@@ -91,7 +82,7 @@ class Record:
         self._seen: dict[str, int] = {}  # last step with a validation, and with samples
 
     def begin(self, saved: Snapshot | None) -> None:
-        """Start, or resume from a checkpoint and complete the validation and the samples of its last step."""
+        """Start, or resume from a checkpoint."""
         self.metrics.restart(saved.metrics if saved is not None else "")
         for line in map(json.loads, saved.metrics.splitlines() if saved is not None else ()):
             self.scores = line.get("validation", self.scores)
@@ -99,38 +90,35 @@ class Record:
         self._kept = saved.step if saved is not None else 0
         if saved is not None and self.run.group.rank == 0:
             logger.info("the training goes on from step %d of %d", saved.step, self.steps)
-        self._measure(self._kept)
 
     def add(self, step: int, loss: Tensor, norm: Tensor, learning_rate: float) -> str:
         """Record a finished step; return the progress bar's note."""
-        last = step == self.steps
         self.metrics.add(step, step * self.step_tokens, loss, norm, learning_rate)
-        if step % FLUSH_STEPS == 0 or last:
+        if step % FLUSH_STEPS == 0 or step == self.steps:
             self.metrics.flush()
-        self._measure(step)
-        if step % self.interval == 0 and not last and self.complete:
-            self.keep(step)
+        self.complete = True
         return self.metrics.note
 
-    def _measure(self, step: int) -> None:
-        """Validate and sample where this step is due and not yet measured; SIGTERM cancels both."""
-        last, samples = step == self.steps, self.config.samples
-        due: dict[str, Callable[[], Any]] = {}
-        if step and (step % self.config.validation_interval == 0 or last):
-            due["validation"] = self.validate
-        if samples is not None and (step % samples.interval == 0 or last):
-            due["samples"] = partial(self.run.samples, self.model, samples)
-        self.complete = True
-        for kind, measure in due.items():
-            if self._seen.get(kind) == step:
-                continue
+    def missing(self, step: int, due: Sequence[Kind]) -> list[Kind]:
+        """What is due after a step and was not measured before an interruption."""
+        wanted = [kind for kind in due if self._seen.get(kind) != step]
+        if wanted:
             self.metrics.flush()  # keeps the lines in the order of the steps, wherever the training is interrupted
-            if (found := preemption.unless_requested(measure)) is None:
-                self.complete = False
-                return
-            self.metrics.write({"step": step, "tokens": step * self.step_tokens, kind: found})
-            self._seen[kind] = step
-            self.scores = found if kind == "validation" else self.scores
+        return wanted
+
+    def measured(self, step: int, kind: Kind, found: Any) -> None:
+        """Record scores or samples; None where SIGTERM prevented them, so that the next attempt measures again."""
+        if found is None:
+            self.complete = False
+            return
+        self.metrics.write({"step": step, "tokens": step * self.step_tokens, kind: found})
+        self._seen[kind] = step
+        self.scores = found if kind == "validation" else self.scores
+
+    def keep_if_due(self, step: int) -> None:
+        """Save a checkpoint of the steps done at every interval."""
+        if step % self.interval == 0 and step != self.steps and self.complete:
+            self.keep(step)
 
     def keep(self, step: int) -> None:
         """Save a checkpoint of the steps done, unless it exists or the loss is diverging."""
@@ -169,7 +157,7 @@ def train(
 ) -> dict[str, Any]:
     """Train `model` in place over the whole `dataset`, from the newest checkpoint if there is one.
 
-    The first rank measures and writes. It returns steps, tokens, losses and scores; the other ranks return an empty
+    All ranks measure and the first writes. It returns steps, tokens, losses and scores; the other ranks return an empty
     dict. Raises DivergedError, with the step's windows, where the loss is not finite or rises far above its first
     values; the checkpoints before that step stay. Raises DataError where the checkpoint belongs to another data set
     or training order. Raises PreemptedError on all ranks, after a checkpoint, where SIGTERM reached one of them.
@@ -183,17 +171,14 @@ def train(
     micro_batch = _fit_memory(model, config, dataset, run, device)
     step = TrainStep(model, optimizers, config.gradient_clipping, micro_batch, group, loss_function(model, device))
     preemption.begin_training()
-    record = None
-    if group.rank == 0:
-
-        def validate() -> Scores:
-            held_out = HeldOutWindows(validation, token_lengths, config.document_mask)
-            return windows_scores(model, held_out, micro_batch, config.validation_windows)
-
-        record = Record(model, optimizers, config, dataset, validate, run)
+    held_out = HeldOutWindows(validation, token_lengths, config.document_mask)
+    measurements = Measurements(model, config, held_out, micro_batch, run.respond, group)
+    record = Record(model, optimizers, config, dataset, run) if group.rank == 0 else None
+    if record is not None:
         record.begin(saved)
+    _measure(measurements, dataset.start_step, dataset.steps, record)
     batches = iter(load(dataset, runtime, device))  # its workers end with this function, after the last checkpoint
-    done, stopped = _run_steps(step, config, dataset, batches, run, record)
+    done, stopped = _run_steps(step, dataset, batches, measurements, run, record)
     preemption.limit(FINISH)
     if stopped:
         raise PreemptedError(group.share(record.stop(done) if record is not None else ""))
@@ -240,14 +225,15 @@ def _resume(
 
 def _run_steps(
     step: "TrainStep",
-    config: TrainConfig,
     dataset: StreamingLanguageModelDataset,
     batches: Iterator[Batch],
+    measurements: Measurements,
     run: TrainingRun,
     record: Record | None,
 ) -> tuple[int, bool]:
     """Train from the dataset's first step to its last; the steps done, and whether SIGTERM stopped the training."""
-    group, steps, step_tokens = run.group, dataset.steps, config.batch_size * dataset.window_tokens
+    config, group, steps = measurements.config, run.group, dataset.steps
+    step_tokens = config.batch_size * dataset.window_tokens
     with Progress(run.stage, steps * step_tokens, "tokens") as progress, group.steps():
         if dataset.start_step:
             progress.resume(dataset.start_step * step_tokens, f"step {dataset.start_step:,} of {steps:,}")
@@ -268,25 +254,49 @@ def _run_steps(
                 progress.stop()
                 return done, True
             loss, norm = step.update(total)
+            note = ""
             if record is not None:
                 with group.steps(expected=False):
                     note = record.add(done + 1, loss, norm, factor * config.optimizer.learning_rate)
+            _measure(measurements, done + 1, steps, record)
+            if record is not None:
+                with group.steps(expected=False):
+                    record.keep_if_due(done + 1)
                 progress.at((done + 1) * step_tokens, note)
         _, stopped = group.agree(0, record is not None and not record.complete)
     return steps, stopped
 
 
-def _agreed(batch: Batch | None, group: Group, record: Record | None, done: int) -> tuple[int, bool]:
-    """The supervised tokens of a batch over all ranks, and whether a rank must stop before this step.
+def _measure(measurements: Measurements, step: int, steps: int, record: Record | None) -> None:
+    """Validate and sample on all ranks where this is due after a step and not done before an interruption."""
+    if not (due := measurements.due(step, steps)):
+        return
+    with _kept_where_lost(record, step):
+        wanted = measurements.group.share("" if record is None else " ".join(record.missing(step, due)))
+        for kind in due:
+            if kind in wanted.split():
+                found = measurements.measure(kind)
+                if record is not None:
+                    record.measured(step, kind, found)
+                if found is None:
+                    return
 
-    Where another rank is lost, the first rank saves a checkpoint of the steps done.
-    """
+
+@contextmanager
+def _kept_where_lost(record: Record | None, done: int) -> Iterator[None]:
+    """Where another rank is lost while the block runs, the first rank saves a checkpoint of the steps done."""
     try:
-        return group.agree(0 if batch is None else supervised_tokens(batch), preemption.requested)
+        yield
     except PeerLostError:
         if record is not None:
             record.keep(done)
         raise
+
+
+def _agreed(batch: Batch | None, group: Group, record: Record | None, done: int) -> tuple[int, bool]:
+    """The supervised tokens of a batch over all ranks, and whether a rank must stop before this step."""
+    with _kept_where_lost(record, done):
+        return group.agree(0 if batch is None else supervised_tokens(batch), preemption.requested)
 
 
 def load(dataset: StreamingLanguageModelDataset, runtime: Runtime, device: torch.device) -> "DataLoader[Batch]":

@@ -30,7 +30,7 @@ class GenerationSamplesConfig(Settings):
 
     prompts: list[str] = Field(min_length=1, description="Beginnings of texts in pretraining, questions in fine-tuning")
     interval: int = Field(gt=0, description="Steps between samples; the first and the last step have one too")
-    max_new_tokens: int = Field(48, ge=1, description="Longest sample, in tokens")
+    max_new_tokens: int = Field(default=48, ge=1, description="Longest sample, in tokens")
 
 
 class TrainConfig(Settings):
@@ -39,12 +39,14 @@ class TrainConfig(Settings):
     batch_size: int = Field(gt=0, description="Windows in one optimizer step, over all devices")
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient")
+    gradient_clipping: float = Field(default=1.0, gt=0, description="Largest norm of the whole gradient")
     validation_interval: int = Field(gt=0, description="Steps between validations")
-    validation_windows: int = Field(64, gt=0, description="Held-out windows of each source in a validation")
-    document_mask: bool = Field(True, description="No attention between the documents of a window")
+    validation_windows: int = Field(default=64, gt=0, description="Held-out windows of each source in a validation")
+    document_mask: bool = Field(default=True, description="No attention between the documents of a window")
     samples: GenerationSamplesConfig | None = Field(
-        None, exclude_if=lambda samples: samples is None, description="Text samples during training; none if left out"
+        default=None,
+        exclude_if=lambda samples: samples is None,
+        description="Text samples during training; none if left out",
     )
 
     def work(self, windows: float, length: int, held_out: float, sources: int = 1) -> TrainingWork:
@@ -72,7 +74,7 @@ class Phase(Settings):
         default={}, description="Share of each source; the sample's weights if left out"
     )
     when_exhausted: WhenExhausted = Field(
-        "repeat",
+        default="repeat",
         description="If a source runs out: an error before training, another epoch, or its share to the others",
     )
 
@@ -91,7 +93,7 @@ class PretrainConfig(TrainConfig):
 
     phases: list[Phase] = Field(min_length=1)
     zero_output_projections: bool = Field(
-        False,
+        default=False,
         exclude_if=lambda value: not value,  # older experiments keep their fingerprints
         description="Start the projections into the residual stream at zero instead of small random values",
     )
@@ -123,7 +125,7 @@ class FinetuneConfig(TrainConfig):
 
     epochs: float = Field(gt=0, description="Number of passes over the conversations")
     replay: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         lt=1,
         exclude_if=lambda share: share == 0,

@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _end_with_ranks() -> None:
+def end_with_ranks() -> None:
     """End this process where all ranks have ended and torchrun does not notice that."""
     since = time.monotonic()
     while True:
@@ -58,5 +58,5 @@ def _lives(process: psutil.Process) -> bool:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_ranks, daemon=True, name="ranks").start()
+    threading.Thread(target=end_with_ranks, daemon=True, name="ranks").start()
     sys.exit(run(sys.argv[1:]))

@@ -27,6 +27,8 @@ from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.execution.engines.choice import check_engine, on_nodes, with_workers
+from flows.execution.engines.node import RUNTIME
 from flows.execution.launch import (
     Launcher,
     StageCancelledError,
@@ -57,6 +59,7 @@ from vectorclm.store.layout import EXPORT
 from vectorclm.store.removal import protected
 
 CURRICULUM = "curriculum"  # the name of its flow
+EXPERIMENT = "experiment.json"
 RETRY_DELAY = 5  # seconds
 LINK_SECONDS = 15  # to wait for the link to MLflow, while the stages run
 CHAMPION_SECONDS = 30  # to wait for the name of the champion
@@ -77,6 +80,8 @@ class Stages:
         again_from: str | None = None,
     ) -> None:
         self.experiment, self.runtime, self.data = experiment, runtime, data
+        if runtime.placement == "inline":
+            check_engine(runtime)
         self.store = Store(store)
         self.plans = plans(experiment)
         self.again = {again_from} if again_from else set[str]()  # rebuilt and compared, with all that depends on it
@@ -103,8 +108,8 @@ class Stages:
             workers = self.runtime.parallel_stages or elsewhere or default_workers()
             self._runner: ThreadPoolTaskRunner[Any] = stack.enter_context(ThreadPoolTaskRunner(max_workers=workers))
             self.folder = stack.enter_context(temporary_folder())
-            (self.folder / "experiment.json").write_text(self.experiment.model_dump_json(), encoding="utf-8")
-            (self.folder / "runtime.json").write_text(self.runtime.model_dump_json(), encoding="utf-8")
+            (self.folder / EXPERIMENT).write_text(self.experiment.model_dump_json(), encoding="utf-8")
+            (self.folder / RUNTIME).write_text(self.runtime.model_dump_json(), encoding="utf-8")
             stack.enter_context(protected(self.store, list(self.plans.values())))
             stack.enter_context(self.overview)
             stack.enter_context(self.tracker)
@@ -288,20 +293,33 @@ class Stages:
                 raise StageCancelledError("ended with the curriculum")
 
     def _make(self, name: str) -> Artifact:
-        if not BY_NAME[name].own_process:
+        by_ray = self.runtime.engine == "ray" and BY_NAME[name].sliced
+        if not BY_NAME[name].own_process and not by_ray:
             again = name in self.again
             build = rebuild_stage if again else run_stage
             return build(name, self.experiment, self.store, self.runtime, self.data)[0]
-        self.launcher.take_turn(show_waiting)
-        processes = self.runtime.training_processes() if BY_NAME[name].trains else 1
-        command = [sys.executable, "-m", "vectorclm", name, str(self.folder / "experiment.json"), "--relay"]
-        command += ["--store", self.store.uri, "--runtime", str(self.folder / "runtime.json")]
-        command += ["--data", str(self.data)] if self.data is not None else []
-        command += ["--again"] if name in self.again else []
-        if processes > 1:
-            command = under_torchrun(command, processes, self.runtime.threads_each(processes))
-        self.launcher.run(command, get_run_logger().info)
+        if self.runtime.engine != "ray" or not (
+            BY_NAME[name].trains or by_ray
+        ):  # Ray shares its machines out by itself
+            self.launcher.take_turn(show_waiting)
+        self.launcher.run(self._command(name), get_run_logger().info)
         return self._made(name)
+
+    def _command(self, name: str) -> list[str]:
+        """The command that builds a stage in a process of its own, or on the processes and nodes of the runtime."""
+        elsewhere = BY_NAME[name].trains and self.runtime.engine != "local"
+        folder = Path() if elsewhere else self.folder  # each node has these files in its working folder
+        stage = ["-m", "vectorclm", name, str(folder / EXPERIMENT), "--relay", "--store", self.store.uri]
+        stage += ["--runtime", str(folder / RUNTIME)]
+        stage += ["--data", str(self.data)] if self.data is not None else []
+        stage += ["--again"] if name in self.again else []
+        if BY_NAME[name].sliced:
+            return with_workers(self.runtime, stage)
+        if elsewhere:
+            return on_nodes(self.runtime, stage, self.folder / EXPERIMENT)
+        processes = self.runtime.training_processes() if BY_NAME[name].trains else 1
+        command = [sys.executable, *stage]
+        return command if processes == 1 else under_torchrun(command, processes, self.runtime.threads_each(processes))
 
     def _made(self, name: str) -> Artifact:
         spec = self.plans[name]

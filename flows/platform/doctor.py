@@ -39,7 +39,8 @@ TAKE_SECONDS = 20  # within which a worker takes a run that is due
 def up(config: PlatformConfig, console: Console) -> None:
     """Start services that do not run, create what is missing in Prefect, and print the links.
 
-    Raises a VectorCLMError where a service does not start; running services stay up.
+    Raises a VectorCLMError where a service does not start: what was started is then stopped again, and services that
+    ran before go on.
     """
     _check_settings(config, console)
     if config.prefect_auth is None:
@@ -50,9 +51,29 @@ def up(config: PlatformConfig, console: Console) -> None:
         for line in follow(config):
             console.print(line, highlight=False, soft_wrap=True)
     remember(config)
-    for service in servers:
-        if service.start():
+    started: list[Service] = []
+    try:
+        _start(config, console, started)
+    except BaseException:
+        for service in reversed(started):
+            service.stop()
+            console.print(f"{service.name} stopped again", highlight=False)
+        raise
+    _print_links(config, console)
+
+
+def _start(config: PlatformConfig, console: Console, started: list[Service]) -> None:
+    """Start servers and workers that do not run, and add them to `started`; create what is missing in Prefect."""
+
+    def start(service: Service) -> bool:
+        if is_new := service.start():
+            started.append(service)
             console.print(f"starting {service.name} …", highlight=False)
+        return is_new
+
+    servers = config.servers()
+    for service in servers:
+        start(service)
     for service in servers:
         service.wait()
     password.settle(config.home, f"{config.prefect_url}/api", own=config.prefect_auth is None)
@@ -60,12 +81,9 @@ def up(config: PlatformConfig, console: Console) -> None:
     if problem is not None:
         console.print(problem, style="yellow", highlight=False, markup=False)
     since = datetime.now(UTC)
-    started = [(service, pool) for service, pool in process_workers(config) if service.start()]
-    for service, pool in started:
-        console.print(f"starting {service.name} …", highlight=False)
+    for service, pool in [found for found in process_workers(config) if start(found[0])]:
         if not _heard(pool, since):
             raise ServiceError(f"{service.name} started, but Prefect received no heartbeat from it: read {service.log}")
-    _print_links(config, console)
 
 
 def _check_settings(config: PlatformConfig, console: Console) -> None:

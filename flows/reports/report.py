@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from flows.reports.lineage_graph import draw_lineage
 from flows.reports.plots import COLOURS, IntervalBar, bars, curves, intervals, short
 from flows.reports.score_history import history_chart
+from flows.tracking.client import flatten
 from flows.tracking.lookup import opened, score_histories
 from vectorclm.comparison.compare import followed, has_items
 from vectorclm.comparison.curves import curves_of
@@ -31,6 +32,7 @@ from vectorclm.stages import BY_NAME, EXPORTED, READS
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.durable import write_file
 from vectorclm.store.layout import MEASURE
+from vectorclm.store.listing import take_inventory
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from flows.tracking.registry import Result
@@ -83,6 +85,7 @@ def report(
         "samples": [(model.who, model.scores["samples"][:ANSWERS]) for model in models if model.scores.get("samples")],
         "graph": draw_lineage(found),
         "costs": _costs(found),
+        "settings": _settings(found),
         "nodes": [node for node in found.nodes.values() if node.artifact is not None],
         "colours": range(COLOURS),
         "facts": facts,
@@ -190,6 +193,12 @@ def samples_over_time(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tupl
         for sample in lines[place]["samples"]:
             found.setdefault(sample["prompt"], []).append((lines[place]["step"], sample["answer"]))
     return found
+
+
+def _settings(found: Lineage) -> list[tuple[Node, dict[str, str]]]:
+    """The settings of each stage, as recorded in its manifest, by their dotted keys."""
+    nodes = [(node, node.artifact.manifest["config"]) for node in found.stages.values() if node.artifact is not None]
+    return [(node, rows) for node, config in nodes if (rows := flatten(config))]
 
 
 def _mix(found: Lineage) -> list[tuple[str, Any]]:
@@ -308,7 +317,9 @@ def write_report(model: str, store: Store, against: str | None, out: Path) -> No
     """Write the report of a model to the file `out`. Raises ConfigError where the file cannot be written."""
     other = opened(against, store) if against is not None else None
     found = opened(model, store)
-    page = report(found, store, other, histories=score_histories(found.root.fingerprint, store))
+    users = take_inventory(store).used_by().get(found.root.fingerprint, set())
+    name = next(iter(users)) if len(users) == 1 else ""
+    page = report(found, store, other, name, score_histories(found.root.fingerprint, store))
     try:
         write_file(out, page.encode())
     except OSError as error:

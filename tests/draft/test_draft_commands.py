@@ -14,7 +14,7 @@ from vectorclm.corpus import file_formats
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.corpus.synthetic_world import rows as rows_of
 from vectorclm.draft.speed import training_speed
-from vectorclm.draft.survey import _source_of
+from vectorclm.draft.survey import _source_of, relative
 from vectorclm.errors import ConfigError
 from vectorclm.lineage.chain import lineage
 from vectorclm.lineage.pinning import pin
@@ -166,3 +166,18 @@ def test_the_format_of_an_address_is_that_of_the_table(tmp_path: Path, monkeypat
         for suffix in known.suffixes:
             place = f"https://host/data/*{suffix}"
             assert _source_of(place, tmp_path) == {"path": known.name, "data_files": place}
+
+
+@pytest.mark.parametrize(
+    ("place", "written"),
+    [
+        ("/a/b/c/x.jsonl", "./x.jsonl"),
+        ("/a/b/c/../x.jsonl", "../x.jsonl"),
+        ("/a/b/c/../../texts/x.jsonl", "/a/texts/x.jsonl"),
+        ("/other/*.txt", "/other/*.txt"),
+        ("s3://bucket/x.jsonl", "s3://bucket/x.jsonl"),
+        ("owner/set", "owner/set"),
+    ],
+)
+def test_a_place_is_written_as_a_person_would_write_it(place: str, written: str) -> None:
+    assert relative(place, Path("/a/b/c")) == written

@@ -1,5 +1,6 @@
 """Sampling beside transformers' own, answers as text, and the chat as a person has it in a terminal."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from flows.cli import main
 from tests.conftest import ANSWERS, write_random_model
 from tests.test_model import CONFIG
 from vectorclm.errors import DataError
@@ -37,6 +39,7 @@ from vectorclm.inference.text_stream import find_stop, overlap
 from vectorclm.model_commands import ChatOptions, chat
 from vectorclm.runtime.devices import Runtime
 from vectorclm.shards.conversations import Turn, render_prompt
+from vectorclm.store.artifact import StageSpec, Store
 from vectorclm.tokenizer import SPECIAL_TOKENS
 
 LOGITS = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 4
@@ -258,6 +261,22 @@ def test_a_chat_in_the_terminal(chat_folder: Path) -> None:
     assert lines[3] == "(a new conversation)\n" and lines[4] == f"model> {ANSWERS['Who sings?']}\n"
     assert "(the oldest" in lines[6] and "turns are forgotten: 512 tokens are full)" in lines[6]
     assert "(the message would take" in lines[7] and "room for 452" in lines[7]
+
+
+def test_a_chat_says_the_name_that_was_typed_and_the_model_that_it_means(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    model = StageSpec("finetune", 1, {}, {})
+    export = StageSpec("export", 1, {"name": "tales"}, {"finetune": model.fingerprint})
+    store.publish(model, Path(shutil.copytree(chat_folder, tmp_path / "model")), {})
+    (tmp_path / "empty").mkdir()
+    store.publish(export, tmp_path / "empty", {"chat": "chat"})
+    monkeypatch.setattr("builtins.input", lambda _: "exit")
+    place = f"finetune/{model.fingerprint[:12]}"
+    for name, shown in (("tales", f"tales ({place})"), (place, place), (f"{store.uri}/{place}", place)):
+        assert main(["chat", name, "--store", store.uri]) == 0
+        assert capsys.readouterr().out.startswith(f"{shown}: 512 tokens of context; ")
 
 
 def test_a_chat_that_cannot_be_is_refused_before_it_begins(chat_folder: Path, tmp_path: Path) -> None:

@@ -187,3 +187,24 @@ def test_the_doctor_makes_nothing_where_no_platform_ran(tmp_path: Path) -> None:
             )
             assert stopped.returncode == 0 and "was running" in stopped.stdout
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("user")]
+
+
+def test_up_stops_what_it_started_where_another_server_does_not_start(tmp_path: Path) -> None:
+    """MLflow refuses a database that a newer version of it has migrated."""
+    (store := tmp_path / "store").mkdir()
+    with sqlite3.connect(store / "mlflow.db") as database:
+        database.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+        database.execute("INSERT INTO alembic_version VALUES ('ffffffffffff')")
+    ports = {"--prefect-port": free_port(), "--mlflow-port": free_port()}
+    options = ["--store", str(store), *(str(word) for pair in ports.items() for word in pair)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "up", *options],
+            env=clean(), capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2 and "mlflow ended during its start" in done.stderr
+        assert "prefect-server stopped again" in done.stdout
+        lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        assert [line for line in lines if str(store) in line or str(ports["--prefect-port"]) in line.split()] == []
+    finally:
+        subprocess.run([sys.executable, "-m", "flows.cli", "down", *options], env=clean(), timeout=280, check=False)

@@ -42,6 +42,20 @@ def test_the_page_has_every_part_of_a_curriculum(recorded: Recorded, chat: Linea
     assert "Instructions: chat model against base model" in page
 
 
+def test_the_page_has_every_setting_and_the_command_that_repeats_it(
+    recorded: Recorded, chat: Lineage, tmp_path: Path
+) -> None:
+    write_report(chat.root.artifact.uri, recorded.store, None, tmp_path / "page.html")  # type: ignore[union-attr]
+    page = (tmp_path / "page.html").read_text()
+    assert "<h1>mini: chat model</h1>" in page and "<code>vectorclm run mini</code>" in page
+    for stage in READS:
+        artifact = chat.stages[stage].artifact
+        assert artifact is not None
+        optimizer = artifact.manifest["config"]["optimizer"]
+        assert f"<code>optimizer.learning_rate</code></td><td>{optimizer['learning_rate']}</td>" in page
+    assert page.count("<details") == len([node for node in chat.stages.values() if node.artifact])
+
+
 def test_a_champion_is_a_column_unless_it_is_the_model_itself(recorded: Recorded, chat: Lineage, page: str) -> None:
     base = lineage(recorded.handles["pretrain"]["uri"], recorded.store)
     assert report(chat, recorded.store, chat, "mini") == page and "champion" not in page

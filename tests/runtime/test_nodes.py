@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import KILLS, skip_or_fail
+from tests.conftest import KILLS, one_of, skip_or_fail
 from tests.runtime.test_preemption import COUNTED, IN_TIME, STEPS, STUCK, Trained, done, environ, environment, until
 from tests.services.nodes import NODES, Nodes, NodesMissingError, two_nodes
 from tests.training.test_checkpoint import the_same
@@ -71,11 +71,16 @@ class Running:
         return said
 
 
+OWN, PLAIN = "flows.execution.ranks", "torch.distributed.run"  # modules that start ranks; the second is torchrun
+
+
 @contextmanager
-def started(nodes: Nodes, command: Sequence[str], steps: Path, processes: int = 1) -> Iterator[Running]:
+def started(
+    nodes: Nodes, command: Sequence[str], steps: Path, processes: int = 1, launcher: str = OWN
+) -> Iterator[Running]:
     """A training on both nodes; nothing of it survives the block."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment(steps)}
-    commands = nodes.torchrun(command, processes)
+    commands = nodes.torchrun(command, processes, ("-m", launcher))
     launchers = [subprocess.Popen(one, text=True, start_new_session=True, **pipes) for one in commands]  # type: ignore[call-overload]
     running = Running(launchers, steps)
     try:
@@ -105,13 +110,14 @@ def reported(said: str, kind: str, *texts: str) -> bool:
     return any(found == kind and all(text in message for text in texts) for found, message in errors(said))
 
 
-@pytest.mark.parametrize("processes", [1, 2] if KILLS >= 10 else [1])
+@pytest.mark.parametrize(("launcher", "processes"), one_of([(PLAIN, 1), (OWN, 1), (OWN, 2)]))
 def test_all_ranks_end_when_the_cable_between_the_nodes_breaks(
-    nodes: Nodes, trained: Trained, tmp_path: Path, processes: int
+    nodes: Nodes, trained: Trained, tmp_path: Path, launcher: str, processes: int
 ) -> None:
-    store = trained.store(f"cable-{processes}")
+    """Also a plain torchrun, which would wait for the other node's rendezvous for minutes."""
+    store = trained.store(f"cable-{launcher}-{processes}")
     command = trained.command(store, 1, COUNTED, checkpoint_interval=5)
-    with started(nodes, command, tmp_path / "cut", processes) as running:
+    with started(nodes, command, tmp_path / "cut", processes, launcher) as running:
         running.until(7, 2 * processes)
         try:
             nodes.cable("down")

@@ -5,17 +5,19 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 import vectorclm
+from vectorclm.runtime.watchdog import facts, read_line, send
 
 # A rank without torch: what its watchdog reports stands in its output.
 RANK = """
@@ -91,10 +93,10 @@ class Ranks:
 
 
 @contextmanager
-def started(folder: Path, program: str, count: int = 3, **other: str) -> Iterator[Ranks]:
-    """Ranks that run `program`; `other` is in the environment of the last."""
-    processes = []
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+def started(folder: Path, program: str, count: int = 3, world_size: int = 0, **other: str) -> Iterator[Ranks]:
+    """Ranks that run `program`, the first of `world_size` (default: all); `other` is in the environment of the last."""
+    processes, size = [], str(world_size or count)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     for rank in range(count):
         environment = {**os.environ, **place, "RANK": str(rank), **(other if rank == count - 1 else {})}
         command = [sys.executable, "-c", program, str(folder / "store")]
@@ -215,3 +217,36 @@ def test_clocks_that_differ_are_refused(tmp_path: Path) -> None:
     with started(tmp_path, ahead + RANK, 2) as ranks:
         found = ranks.errors()
         assert all(re.search(r"the clocks of \S+ and \S+ differ by (99|100) s: synchronise", said) for _, said in found)
+
+
+FEW_FILES = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (40, {hard}))\n"
+
+
+def test_more_ranks_connect_than_the_first_may_open_files_at_the_beginning(tmp_path: Path) -> None:
+    """All ranks but the first are connections of this process."""
+    size = 60
+    program = FEW_FILES.format(hard="resource.getrlimit(resource.RLIMIT_NOFILE)[1]") + RANK + LEAVE
+    with started(tmp_path, program, 1, size) as ranks, ExitStack() as stack:
+        deadline = time.monotonic() + IN_TIME
+        while not (tmp_path / "store").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        address, port, token, _ = json.loads((tmp_path / "store").read_text())
+        own = {**facts(), "hardware": {"GPU": "none"}, "refused": None}
+        connections = []
+        for rank in range(1, size):
+            connections.append(stack.enter_context(socket.create_connection((address, port), IN_TIME)))
+            read_line(connections[-1])
+            send(connections[-1], {"rank": rank, "token": token, "facts": own, "clock": time.time()})
+        assert all(json.loads(read_line(connection))["problem"] is None for connection in connections)
+        ranks.ready()
+        ranks.go_on()
+        assert ranks.errors() == [("", "")] and ranks.processes[0].returncode == 0
+
+
+def test_a_limit_of_open_files_that_cannot_be_raised_is_named_by_all_ranks(tmp_path: Path) -> None:
+    with started(tmp_path, FEW_FILES.format(hard=200) + RANK, 2) as ranks:
+        found = ranks.errors()
+        said = (
+            r"ConfigError: a process on \S+ may open 200 files, and 2 ranks need 258: raise the limit on all nodes, .*"
+        )
+        assert all(re.fullmatch(said, message) for _, message in found), found

@@ -52,7 +52,7 @@ class Nodes:
     ) -> list[list[str]]:
         """Wrap `command` in one torchrun on each node, which find each other over the cable."""
         port = next(_ports)
-        settings = ["OMP_NUM_THREADS=1", f"GLOO_SOCKET_IFNAME={CABLE}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+        settings = ["OMP_NUM_THREADS=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
         found = []
         for node, address in enumerate(ADDRESSES):
             torchrun = [sys.executable, *launcher, "--nnodes=2", f"--nproc-per-node={processes}", "--max-restarts=0"]

@@ -2,16 +2,19 @@
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from tests.conftest import write_sample_text
 from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.runtime.workers import IN_THIS_PROCESS, ExecutorWorkers, open_workers
 from vectorclm.shards import writer
 from vectorclm.shards.blocks import ShardDescriber
 from vectorclm.shards.config import SPLITS, Packing, ShardsConfig
@@ -182,6 +185,63 @@ def test_slices_that_were_sent_stand_wherever_the_work_goes_on(
     names = ({*found.manifest["files"]} - {short}) | {MANIFEST, place}
     assert set(cut.files("")) == {f"shards/{plan.fingerprint}/{name}" for name in names}
     assert [path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_workers_write_the_same_bytes_and_go_on_where_a_killed_one_was(
+    tokenizer: Tokenizer, tiny_text: list[str], tmp_path: Path, processes: int
+) -> None:
+    folder, config = tmp_path / "sample" / "a", ShardsConfig(sequence_length=32, shard_bytes=4096)
+    for number in range(5):
+        write_sample_text(folder, [f"{number} {text}" for text in tiny_text[number:]], "train")
+        (folder / "train-00000.parquet").rename(folder / f"train-{number + 1:05d}.parquet")
+    write_sample_text(folder, tiny_text[:7], "validation")
+    expected = write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "expected")
+    slices = Slices(tmp_path / "slices", tmp_path / "cut")
+    with pytest.raises(ChildProcessError, match="a worker process ended"), open_workers(processes) as slices.workers:
+        finish, done = slices.finish, []
+
+        def finish_one(*arguments: Any) -> dict[str, Any]:
+            done.append(finish(*arguments))
+            for child in psutil.Process().children():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+            return done[-1]
+
+        slices.finish = finish_one  # type: ignore[method-assign]
+        write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "cut", slices=slices)
+    slices = Slices(tmp_path / "slices", tmp_path / "found")
+    with open_workers(processes) as slices.workers:
+        found = write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "found", slices=slices)
+    assert found == expected and contents(tmp_path / "found") == contents(tmp_path / "expected")
+
+
+def test_a_difference_that_a_worker_finds_is_counted_as_in_one_process(
+    tokenizer: Tokenizer, tiny_text: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fast encoder is one of another tokenizer, whose text the proof has not seen."""
+    write_sample_text(tmp_path / "sample" / "a", tiny_text, "train")
+    write_sample_text(tmp_path / "sample" / "a", tiny_text[:7], "validation")
+    monkeypatch.setattr(writer, "_opened", lambda text, fast: Encoder(tokenizer, Wrong() if fast else None))  # type: ignore[arg-type]
+    summaries = []
+    for name, workers in (("one", IN_THIS_PROCESS), ("threads", ExecutorWorkers(ThreadPoolExecutor(2), 3))):
+        slices = Slices(tmp_path / f"{name}-slices", tmp_path / name)
+        slices.workers = workers
+        encoder = Encoder(tokenizer, Wrong())  # type: ignore[arg-type]
+        config = ShardsConfig(sequence_length=32)
+        summaries.append(write_shards(config, tmp_path / "sample", encoder, tmp_path / name, slices=slices))
+    assert summaries[0] == summaries[1]
+    assert summaries[0]["a"]["audit"]["train"]["documents_differing"] > 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "threads")
+
+
+class Wrong:
+    """A fast encoder that finds the same token everywhere."""
+
+    name = "wrong 1"
+
+    def encode(self, text: str) -> Any:
+        return np.full(len(text), 300, np.uint32)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

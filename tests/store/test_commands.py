@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_the_listing_tells_sizes_users_checkpoints_and_leases(
     for column in ("stage", "fingerprint", "created", "used by"):  # one below the other
         assert not export[heading.index(column) :].startswith(" "), column
     assert export.split()[-1] == "tiny" and max(map(len, lines)) <= 240
+    assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d  ", export)  # short enough for a terminal of 80 columns
 
 
 def test_verify_names_every_difference_and_ends_in_1(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

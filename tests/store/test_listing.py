@@ -67,7 +67,7 @@ def test_a_local_store_is_listed_with_one_read_for_each_manifest(
     assert main(["store", "ls", "--store", store.uri]) == 0
     assert done == {"read": MANY, "files": len(STAGES) + 2, "list": 1}
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert lines[0].split() == ["stage", "fingerprint", "size", "files", "created", "used", "by"]
+    assert lines[0].split() == ["stage", "fingerprint", "size", "files", "created", "(UTC)", "used", "by"]
     assert lines[-1].startswith(f"{store.uri}: {MANY} artifacts, ") and len(lines) == MANY + 3
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from flows.tracking.registry import Registry, RegistryError, Subject
@@ -58,6 +59,20 @@ def test_a_model_of_another_program_has_no_place(registry: Registry) -> None:
     registry.client.create_model_version("foreign", "file:///somewhere")
     with pytest.raises(ConfigError, match="registered by another program"):
         registry.find("models:/foreign/1")
+
+
+@pytest.mark.parametrize("source", ["models:/{model}", "runs:/{run}/{name}"])
+def test_a_version_that_mlflow_itself_registered_has_the_place_of_its_logged_model(
+    recorded: Recorded, registry: Registry, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, registry.uri)
+    model = registry.client.get_logged_model(str(registry.find("models:/vectorclm-chat/1").model_id))
+    mlflow.register_model(source.format(model=model.model_id, run=model.source_run_id, name=model.name), "mine")
+    try:
+        assert registry.find("models:/mine/1").address == recorded.handles["finetune"]["uri"]
+    finally:
+        registry.client.delete_registered_model("mine")
 
 
 def test_a_scheduled_evaluation_becomes_history_and_one_by_hand_does_not(

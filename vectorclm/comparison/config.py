@@ -9,30 +9,38 @@ class Limits(Settings):
     """How much is measured."""
 
     items: int = Field(
-        0, ge=0, le=1_000_000, title="Questions", description="Questions of each task; 0 = as many as the suite asks"
+        default=0,
+        ge=0,
+        le=1_000_000,
+        title="Questions",
+        description="Questions of each task; 0 = as many as the suite asks",
     )
     documents: int = Field(
-        200,
+        default=200,
         ge=2,
         le=100_000,
         title="Held-out documents",
         description="Held-out documents of each source, 2 to 100,000",
     )
     prompts: int = Field(
-        0,
+        default=0,
         ge=0,
         le=100_000,
         title="Held-out conversations",
         description="Held-out conversations whose answers are checked; 0 = the suite's number",
     )
     max_new_tokens: int = Field(
-        0, ge=0, le=4096, title="Longest answer", description="Longest answer, in tokens, to 4,096; 0 = the suite's"
+        default=0,
+        ge=0,
+        le=4096,
+        title="Longest answer",
+        description="Longest answer, in tokens, to 4,096; 0 = the suite's",
     )
     template: bool = Field(
-        False, title="Chat template", description="Ask a chat model the benchmarks in its chat template"
+        default=False, title="Chat template", description="Ask a chat model the benchmarks in its chat template"
     )
     run_code: bool = Field(
-        False,
+        default=False,
         title="Run programs",
         description="Run the programs that the model writes (HumanEval), in a sandbox; without one, they do not run",
     )

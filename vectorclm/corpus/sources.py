@@ -38,14 +38,14 @@ class Source(Settings):
         description="Hub id, local folder or file, s3://…, "
         f"{', '.join(BUILDERS[:-1])} or {BUILDERS[-1]} (with data_files), or {' or '.join(GENERATED)}"
     )
-    name: str | None = Field(None, description="The hub's config")
-    split: str = Field("train", description="Split of the data set")
-    data_dir: str | None = Field(None, description="Folder of the files inside `path`")
-    data_files: str | list[str] | None = Field(None, description="Files, or patterns such as texts/*.jsonl")
+    name: str | None = Field(default=None, description="The hub's config")
+    split: str = Field(default="train", description="Split of the data set")
+    data_dir: str | None = Field(default=None, description="Folder of the files inside `path`")
+    data_files: str | list[str] | None = Field(default=None, description="Files, or patterns such as texts/*.jsonl")
     revision: str | None = Field(
-        None, description="Commit, branch or tag; if unset, the first run pins the commit in the lock file"
+        default=None, description="Commit, branch or tag; if unset, the first run pins the commit in the lock file"
     )
-    mirror: str | None = Field(None, description="Folder or file of this source inside `--data DIR`")
+    mirror: str | None = Field(default=None, description="Folder or file of this source inside `--data DIR`")
 
     @field_validator("label")
     @classmethod
@@ -79,13 +79,15 @@ class Source(Settings):
 class TextSource(Source):
     """A source of documents for training."""
 
-    text_column: str = Field("text", description="Column with the documents")
+    text_column: str = Field(default="text", description="Column with the documents")
     weight: float = Field(
         gt=0, le=LARGEST_WEIGHT, description="Share of the sample's bytes, relative to the other sources"
     )
-    filter: str | None = Field(None, description="Condition on the rows, such as int_score >= 3 and token_count < 8000")
-    min_bytes: int = Field(1, ge=1, description="Shorter documents are dropped (UTF-8 bytes)")
-    max_bytes: int = Field(10_000_000, ge=1, lt=2**31, description="Longer documents are dropped (UTF-8 bytes)")
+    filter: str | None = Field(
+        default=None, description="Condition on the rows, such as int_score >= 3 and token_count < 8000"
+    )
+    min_bytes: int = Field(default=1, ge=1, description="Shorter documents are dropped (UTF-8 bytes)")
+    max_bytes: int = Field(default=10_000_000, ge=1, lt=2**31, description="Longer documents are dropped (UTF-8 bytes)")
 
     @field_validator("filter")
     @classmethod
@@ -111,12 +113,12 @@ class CorpusConfig(Settings):
 
     sources: list[TextSource] = Field(min_length=1)
     bytes: int = Field(gt=0, description="UTF-8 bytes to draw from all sources together, divided by weight")
-    validation_share: float = Field(0.005, gt=0, lt=0.5, description="Share of documents held out")
+    validation_share: float = Field(default=0.005, gt=0, lt=0.5, description="Share of documents held out")
     decontaminate: bool = Field(
-        True, description="Drop documents and conversations that share 13 words in a row with a benchmark"
+        default=True, description="Drop documents and conversations that share 13 words in a row with a benchmark"
     )
     decontaminate_with: list[BenchmarkSource] = Field(
-        [], description="Further benchmarks, in addition to evaluate.tasks"
+        default=[], description="Further benchmarks, in addition to evaluate.tasks"
     )
 
     @model_validator(mode="after")
@@ -267,24 +269,24 @@ class TaskSource(Source):
     """A benchmark: a task defined by EleutherAI's lm-evaluation-harness, or rows of context, choices and answer."""
 
     task: str | None = Field(
-        None,
+        default=None,
         description="Task or group of lm-evaluation-harness; if unset, rows have context, choices (each choice begins "
         "with its space) and answer (an index from 0)",
     )
     columns: dict[str, str] = Field(
-        {},
+        default={},
         description="Columns that the task needs and the files lack, as Jinja expressions of their columns; with task, "
         "of a mirror's files only",
     )
-    subset: str | None = Field(None, description="For a group: the column that names the task of a row")
+    subset: str | None = Field(default=None, description="For a group: the column that names the task of a row")
     shots: int | None = Field(
-        None, ge=0, description="Worked examples before each item; if unset, the task's own number"
+        default=None, ge=0, description="Worked examples before each item; if unset, the task's own number"
     )
     runs_code: bool = Field(
-        False, description="Whether scoring executes programs that the model writes, which needs permission"
+        default=False, description="Whether scoring executes programs that the model writes, which needs permission"
     )
-    texts: list[str] = Field([], description="Columns to decontaminate the training text against; empty = all")
-    limit: int = Field(0, ge=0, description="Items to score, drawn with the seed; 0 = all")
+    texts: list[str] = Field(default=[], description="Columns to decontaminate the training text against; empty = all")
+    limit: int = Field(default=0, ge=0, description="Items to score, drawn with the seed; 0 = all")
 
     @property
     def text_columns(self) -> tuple[str, ...]:

@@ -60,10 +60,10 @@ WORLD_SETS = ("stories", "lessons", *CHATS, *QUESTIONS)
 class WorldConfig(Settings):
     """Size of the generated world."""
 
-    seed: int = Field(0, description="Seed of the table of kinds, the held-out pairs, and every text")
-    names: int = Field(40, ge=20, le=40, multiple_of=20, description="Names in use, each with 12 questions")
-    documents: int = Field(4000, ge=1, description="Documents in each of the two styles, stories and lessons")
-    conversations: int = Field(1500, ge=1, description="Conversations in each of the three chat sets")
+    seed: int = Field(default=0, description="Seed of the table of kinds, the held-out pairs, and every text")
+    names: int = Field(default=40, ge=20, le=40, multiple_of=20, description="Names in use, each with 12 questions")
+    documents: int = Field(default=4000, ge=1, description="Documents in each of the two styles, stories and lessons")
+    conversations: int = Field(default=1500, ge=1, description="Conversations in each of the three chat sets")
 
 
 class Pair(NamedTuple):

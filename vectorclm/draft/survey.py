@@ -236,4 +236,6 @@ def relative(place: str, folder: Path) -> str:
     if is_address(place) or not Path(place).is_absolute():
         return place
     inside = os.path.relpath(place, folder)
-    return place if inside.startswith("../..") else inside if inside.startswith("..") else f"./{inside}"
+    if inside.startswith("../.."):
+        return os.path.normpath(place)
+    return inside if inside.startswith("..") else f"./{inside}"

@@ -16,6 +16,7 @@ from vectorclm.evaluation.item_scores import ItemScores
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.nn.loss import IGNORE_INDEX
+from vectorclm.runtime.group import ALONE, Group
 from vectorclm.runtime.progress import Progress
 from vectorclm.shards.reader import ShardReader
 from vectorclm.tokenizer import BOS_ID, encode
@@ -56,22 +57,53 @@ class HeldOutWindows(NamedTuple):
     document_mask: bool = False  # whether a token sees only the tokens of its own document
 
 
+class WindowSums(NamedTuple):
+    """The loss of some windows, summed up; sums of parts can be added."""
+
+    nats: float
+    tokens: float
+    text_nats: float  # of tokens that stand for text
+    bytes: float
+
+
 def windows_scores(
     model: CausalLM, held_out: HeldOutWindows, micro_batch: int, limit: int = 0, found: ItemScores | None = None
 ) -> dict[str, dict[str, float]]:
     """Loss (nats per token) and bits per byte of text on the first `limit` windows of each source; 0 = all windows.
 
-    Bits per byte compare across tokenizers, losses do not. Special tokens stand for no text and count in the loss
-    alone. The score of each window is added to `found`.
+    The score of each window is added to `found`.
     """
+    sums = sum_windows(model, held_out, micro_batch, limit, found)
+    return {label: scores_of(each) for label, each in sums.items()}
+
+
+def scores_of(sums: WindowSums) -> dict[str, float]:
+    """Loss (nats per token) and bits per byte of text.
+
+    Bits per byte compare across tokenizers, losses do not. Special tokens stand for no text and count in the loss
+    alone.
+    """
+    loss, text = sums.nats / max(1, sums.tokens), sums.text_nats / math.log(2) / max(1, sums.bytes)
+    return {"loss": loss, "bits_per_byte": text}
+
+
+def sum_windows(
+    model: CausalLM,
+    held_out: HeldOutWindows,
+    micro_batch: int,
+    limit: int = 0,
+    found: ItemScores | None = None,
+    group: Group = ALONE,
+) -> dict[str, WindowSums]:
+    """Sum up the loss of this rank's share of the first `limit` windows of each source; 0 = all windows."""
     model.eval()
     device = model.model.embed_tokens.weight.device
     lengths_V = torch.tensor(held_out.token_lengths, device=device)
-    scores = {}
+    sums = {}
     for label, reader in held_out.sources.items():
         nats = text_nats = 0.0
         tokens = size = 0
-        for windows in reader.in_order(micro_batch, limit):
+        for windows in reader.in_order(micro_batch, limit, (group.rank, group.world_size)):
             batch = to_batch(windows, held_out.document_mask)
             targets_BT = batch.labels[:, 1:].to(device)
             documents = Documents.at(None if batch.position_ids is None else batch.position_ids[:, :-1], device)
@@ -85,11 +117,9 @@ def windows_scores(
                 nats_B, bytes_B = (losses_BT.double() * (bytes_BT > 0)).sum(1).tolist(), bytes_BT.sum(1).tolist()
                 for ids, window_nats, window_bytes in zip(batch.input_ids.numpy(), nats_B, bytes_B, strict=True):
                     found.add_text(label, ids.tobytes(), window_nats, window_bytes)
-        scores[label] = {
-            "loss": nats / max(1, tokens),
-            "bits_per_byte": text_nats / math.log(2) / max(1, size),
-        }
-    return scores
+            group.moved()
+        sums[label] = WindowSums(nats, tokens, text_nats, size)
+    return sums
 
 
 def scoring_windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]:

@@ -11,21 +11,21 @@ from vectorclm.settings import Settings
 class Questions(Settings):
     """The questions of an evaluation."""
 
-    tasks: list[TaskSource] = Field([], description="Benchmarks")
-    prompts: list[str] = Field([], description="Questions whose answers are shown")
+    tasks: list[TaskSource] = Field(default=[], description="Benchmarks")
+    prompts: list[str] = Field(default=[], description="Questions whose answers are shown")
     chat_prompts: int = Field(
-        100, ge=1, description="Held-out conversations whose answers are checked for the template"
+        default=100, ge=1, description="Held-out conversations whose answers are checked for the template"
     )
-    max_new_tokens: int = Field(128, ge=1, description="Longest answer to a prompt, in tokens")
+    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer to a prompt, in tokens")
     repetition_penalty: float = Field(
-        1.0,
+        default=1.0,
         ge=0.01,
         le=100,
         exclude_if=lambda penalty: penalty == 1,
         description="Of answers: above 1, tokens of the prompt and the answer become less likely",
     )
     instructions: int = Field(
-        0,
+        default=0,
         ge=0,
         le=200,
         exclude_if=lambda count: count == 0,

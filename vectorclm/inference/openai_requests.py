@@ -97,14 +97,14 @@ class GenerationRequest(RequestModel):
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = NEUTRAL
 
     model: str
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1)
-    n: int = Field(1, ge=1, le=CHOICES)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(default=None, ge=1)
+    n: int = Field(default=1, ge=1, le=CHOICES)
     stop: str | list[str] = Field(default_factory=list, max_length=1000)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -173,9 +173,9 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: list[Any] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=TOP_LOGPROBS)
+    top_logprobs: int = Field(default=0, ge=0, le=TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
 
     def read(self, model: LanguageModel) -> Generation:
@@ -213,9 +213,9 @@ class TextRequest(GenerationRequest):
     }
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=0)  # OpenAI's default; 0 with `echo` alone
+    max_tokens: int | None = Field(default=16, ge=0)  # OpenAI's default; 0 with `echo` alone
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
+    logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS)
 
     def read(self, model: LanguageModel) -> Generation:
         """The answers to generate. Raises Refusal with the field that is wrong."""

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vectorclm.errors import ConfigError, OutOfMemoryError
 from vectorclm.runtime.group import ALONE, Group
@@ -23,6 +23,8 @@ from vectorclm.settings import Settings
 if TYPE_CHECKING:
     import torch
 
+LITTLE_DATA = 32_000_000  # bytes that one process prepares in seconds
+MOST_WORKERS = 16  # by default: each needs memory
 ActivationCheckpointing = Literal["auto", "on", "off"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameter numbers of mallopt in glibc's malloc.h
 
@@ -31,72 +33,104 @@ class Runtime(Settings):
     """Settings of the machine, which do not change the result."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Device that torch runs on; auto uses a GPU if there is one"
+        default="auto", description="Device that torch runs on; auto uses a GPU if there is one"
     )
     processes: int = Field(
-        0, ge=0, description="Processes that train together under torchrun; 0 = one for each GPU, or one on a CPU"
+        default=0,
+        ge=0,
+        description="Processes of a node that train together under torchrun; 0 = one for each GPU, or one on a CPU",
     )
     threads: int = Field(
-        0, ge=0, description="CPU threads of torch in each process; 0 = the cores, divided by the processes"
+        default=0, ge=0, description="CPU threads of torch in each process; 0 = the cores, divided by the processes"
     )
     micro_batch_size: int = Field(
-        0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length and the memory"
+        default=0, ge=0, description="Windows in one forward pass; 0 = chosen from the sequence length and the memory"
     )
     activation_checkpointing: ActivationCheckpointing = Field(
-        "auto",
+        default="auto",
         description="Keep only the input of each layer, and compute the layer again for its gradients: a third more "
         "time, far less memory; auto = where otherwise too few windows fit. On a CPU the bytes stay the same",
     )
     loader_workers: int = Field(
-        0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
+        default=0, ge=0, description="Processes that read batches ahead; 0 = read in the training process"
+    )
+    data_workers: int = Field(
+        default=0,
+        ge=0,
+        description="Processes that build the files of a data set beside each other; 0 = one for each core, at most "
+        "16, or one for little data",
     )
     checkpoint_interval: int = Field(
-        0,
+        default=0,
         ge=0,
         description="Steps between checkpoints; 0 = a twentieth of the run, at least 25 and at most 1,000 steps",
     )
     keep_checkpoints: bool = Field(
-        False,
+        default=False,
         description="Keep every checkpoint, also after the training has finished, for "
         "`vectorclm evaluate --every-checkpoint`; `vectorclm store gc` removes them",
     )
     hang_seconds: float = Field(
-        600,
+        default=600,
         ge=0,
         description="Seconds without progress in a step after which all ranks end, so that the stage is tried again; "
         "0 = never",
     )
     deterministic: bool = Field(
-        False,
+        default=False,
         description="On a GPU, use only deterministic kernels, which take a sixth to a quarter more time; otherwise "
         "a repeated or resumed training differs by rounding. A CPU always produces the same bytes",
     )
-    parallel_stages: int = Field(0, ge=0, description="Stages that may run side by side; 0 = one for each two cores")
+    parallel_stages: int = Field(
+        default=0, ge=0, description="Stages that may run side by side; 0 = one for each two cores"
+    )
+    engine: Literal["local", "srun", "ray"] = Field(
+        default="local",
+        description="What starts a training on each node: local = this machine alone; srun = Slurm, inside an "
+        "allocation; ray = a Ray cluster that this machine belongs to",
+    )
+    nodes: tuple[int, int] = Field(
+        default=(1, 1),
+        description="The fewest and the most nodes that train together, each with its own processes; more than one "
+        "needs the engine srun or ray",
+    )
     placement: Literal["inline", "pools"] = Field(
-        "inline",
+        default="inline",
         description="Where the stages of a curriculum run: inline = on the curriculum's machine; pools = each as a "
         "run of its own on a worker of the pool cpu or gpu",
     )
     allow_unsandboxed: bool = Field(
-        False,
+        default=False,
         description="Run the programs that a model writes even where the system offers no sandbox: they have all your "
         "rights, and can cheat the tests",
     )
-    retries: int = Field(2, ge=0, description="How often a stage is retried after an error that a retry can fix")
+    retries: int = Field(
+        default=2, ge=0, description="How often a stage is retried after an error that a retry can fix"
+    )
     block_cache: str | None = Field(
-        None,
+        default=None,
         description="Local folder that caches the blocks of tokens that a training reads from a remote store; each "
         "read verifies them; default: no folder, blocks stay in memory only",
     )
     work_dir: str | None = Field(
-        None,
+        default=None,
         description="Local folder for work in progress; default: inside a local store, else the cache folder",
     )
+
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Self:
+        least, most = self.nodes
+        if not 1 <= least <= most:
+            raise ValueError(f"nodes is the fewest and the most, as in [1, 4], and not [{least}, {most}]")
+        if self.engine == "local" and most > 1:
+            raise ValueError(f"engine local is one machine, and cannot start {most} nodes: set engine to srun or ray")
+        return self
 
     def check(self, group: Group = ALONE) -> None:
         """Raise ConfigError where this machine cannot run these settings."""
         processes = max(self.processes, group.local_world_size)
-        if self.device == "cuda" or processes > 1:
+        here = self.engine == "local" or group.world_size > 1  # each node of another engine checks its own devices
+        if here and (self.device == "cuda" or processes > 1):
             import torch
 
             if self.device == "cuda" and not torch.cuda.is_available():
@@ -133,6 +167,10 @@ class Runtime(Settings):
         import torch
 
         return torch.cuda.device_count()
+
+    def data_processes(self, size: int) -> int:
+        """How many processes build a data set from so many bytes; starting a process costs seconds."""
+        return self.data_workers or (min(os.cpu_count() or 1, MOST_WORKERS) if size > LITTLE_DATA else 1)
 
     def threads_each(self, processes: int) -> int:
         """CPU threads of each process, for a number of processes on this machine."""

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from vectorclm.runtime.group import Group, PeerLostError, Value
-from vectorclm.runtime.watchdog import Watchdog, watch
+from vectorclm.runtime.watchdog import Watchdog, own_address, watch
 
 # The first rank reads, validates and publishes alone, while the others wait; watchdogs find what is lost.
 TIMEOUT = timedelta(hours=6)
@@ -51,14 +52,14 @@ class DistributedGroup(Group):
         with _peers():
             yield
 
-    def share(self, value: Value) -> Value:
-        """Broadcast the first rank's `value` and return it. The value travels as JSON, so no code can arrive."""
-        data = bytearray(json.dumps(value).encode() if self.rank == 0 else b"")
+    def share(self, value: Value, source: int = 0) -> Value:
+        """Broadcast the `value` of one rank and return it. The value travels as JSON, so no code can arrive."""
+        data = bytearray(json.dumps(value).encode() if self.rank == source else b"")
         size = torch.tensor([len(data)])
         with self._collective():
-            dist.broadcast(size, src=self._first, group=self._process_group)
+            dist.broadcast(size, src=self._first + source, group=self._process_group)
             text = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(text, src=self._first, group=self._process_group)
+            dist.broadcast(text, src=self._first + source, group=self._process_group)
         shared: Value = json.loads(bytes(text.tolist()))
         return shared
 
@@ -125,9 +126,12 @@ def connect(relay: bool = False) -> tuple[DistributedGroup, Any]:
     """
     ranks = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     rank, world_size, local_rank, local_world_size = ranks
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects only ranks that exchange, not each to each
     with _peers():
         store, _, _ = next(rendezvous("env://"))
         watchdog = watch(rank, world_size, store, relay, hardware(local_world_size))
+        if local_world_size < world_size and (interface := _interface(own_address())) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else it is that of the host's name
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         group = DistributedGroup(ranks, watchdog)
@@ -150,6 +154,14 @@ def hardware(local_world_size: int) -> dict[str, Any]:
         "CPU instructions": torch.backends.cpu.get_cpu_capability(),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+def _interface(address: str) -> str | None:
+    """The network interface that has an address; None where this machine does not know it."""
+    for name, known in psutil.net_if_addrs().items():
+        if address in (entry.address for entry in known):
+            return name
+    return None
 
 
 def disconnect() -> None:

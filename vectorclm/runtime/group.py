@@ -26,8 +26,8 @@ class Group:
         self.at_work = False
         self.node: Group = self  # the ranks of this machine
 
-    def share(self, value: Value) -> Value:
-        """Broadcast the first rank's `value` and return it."""
+    def share(self, value: Value, source: int = 0) -> Value:
+        """Broadcast the `value` of one rank, the first if none is named, and return it."""
         return value
 
     def call(self, task: str | None = None) -> str | None:

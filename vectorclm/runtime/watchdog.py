@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import secrets
 import socket
 import subprocess
@@ -29,6 +30,7 @@ JOIN_SECONDS = 300  # in which all ranks must connect
 ANSWER_SECONDS = 20  # in which a rank that has connected must answer
 UNREACHABLE_SECONDS = 20  # without an answer from another node's system, after which the node counts as lost
 CLOCK_SECONDS = 30  # by which the nodes' clocks may differ, as leases of a shared store last as long
+OTHER_FILES = 256  # that a rank opens besides a connection to each rank: shards, libraries, loaders
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pyarrow")
 
 
@@ -44,7 +46,8 @@ class Watchdog:
         files = [connection.fileno() for _, connection in peers.values()]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=files)
         named = [[peer, host, connection.fileno()] for peer, (host, connection) in peers.items()]
-        self._send({"rank": rank, "host": socket.gethostname(), "peers": named, "relay": relay})
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+        self._send({"rank": rank, "host": socket.gethostname(), "peers": named, "relay": relay, "launcher": launcher})
         for _, connection in peers.values():
             connection.close()  # the watchdog has it now
         threading.Thread(target=self._beat, daemon=True, name="watchdog").start()
@@ -97,20 +100,23 @@ def watch(rank: int, world_size: int, store: Any, relay: bool, hardware: Mapping
 
     Raises ConfigError, naming a host, where packages, code, `hardware` or clocks of the nodes differ.
     """
-    own = {**facts(), "hardware": hardware}
+    own = {**facts(), "hardware": hardware, "refused": _allow_connections(world_size)}
     peers = _accept(world_size, store, own) if rank == 0 else _connect(rank, store, own)
     return Watchdog(rank, peers, relay)
 
 
 def _accept(world_size: int, store: Any, mine: Mapping[str, Any]) -> dict[int, tuple[str, socket.socket]]:
     """Connections from all other ranks to the first, once their nodes are known to equal this one."""
-    address, token = _own_address(), secrets.token_hex(16)
+    address, token = own_address(), secrets.token_hex(16)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     peers: dict[int, tuple[str, socket.socket]] = {}
     problems: list[str] = []
+    if mine["refused"]:
+        store.set("watchdog", json.dumps([address, 0, "", mine["refused"]]))
+        raise ConfigError(mine["refused"])
     deadline = time.monotonic() + JOIN_SECONDS
     with socket.create_server((address, 0), family=family, backlog=world_size) as server:
-        store.set("watchdog", json.dumps([address, server.getsockname()[1], token]))
+        store.set("watchdog", json.dumps([address, server.getsockname()[1], token, None]))
         while len(peers) < world_size - 1:
             server.settimeout(max(0.0, deadline - time.monotonic()))
             try:
@@ -124,6 +130,8 @@ def _accept(world_size: int, store: Any, mine: Mapping[str, Any]) -> dict[int, t
                 send(connection, {"facts": True})
                 hello = json.loads(read_line(connection))
                 if secrets.compare_digest(str(hello["token"]), token):
+                    if other := hello["facts"]["refused"]:
+                        problems.append(other)
                     clock = (asked - hello["clock"], hello["clock"] - time.time())  # its time lies between the two
                     problems += differences(mine, hello["facts"], max(clock))
                     peers[int(hello["rank"])] = hello["facts"]["host"], connection
@@ -137,7 +145,9 @@ def _accept(world_size: int, store: Any, mine: Mapping[str, Any]) -> dict[int, t
 
 def _connect(rank: int, store: Any, own: Mapping[str, Any]) -> dict[int, tuple[str, socket.socket]]:
     """A connection to the first rank. Raises ConfigError where the first rank finds that a node differs."""
-    address, port, token = json.loads(store.get("watchdog"))
+    address, port, token, problem = json.loads(store.get("watchdog"))
+    if problem:
+        raise ConfigError(problem)
     try:
         connection = socket.create_connection((address, port), timeout=JOIN_SECONDS)
         _set_up(connection)
@@ -152,7 +162,24 @@ def _connect(rank: int, store: Any, own: Mapping[str, Any]) -> dict[int, tuple[s
     return {0: (answer["host"], connection)}
 
 
-def _own_address() -> str:
+def _allow_connections(world_size: int) -> str | None:
+    """Raise this process's limit of open files for a connection to each rank; what to do where the system forbids it.
+
+    The first rank's watchdog is connected to all others.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = world_size + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            return (
+                f"a process on {socket.gethostname()} may open {hard:,} files, and {world_size:,} ranks need "
+                f"{needed:,}: raise the limit on all nodes, for example by `ulimit -n {needed}` before torchrun"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return None
+
+
+def own_address() -> str:
     """This node's address on the network over which torchrun's nodes find each other."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]

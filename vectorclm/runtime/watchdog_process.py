@@ -13,11 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 12  # in which a rank may end by itself
 CAUSE_SECONDS = 2  # in which the cause arrives where a rank ended because of another
+UNNOTICED_SECONDS = 20  # without a rank, after which a launcher hangs; torchrun looks ten times a second
+LAUNCHER_SECONDS = 50  # in which a launcher may end its ranks or start them again
 LOST = "RankLostError"
 AGAIN = "run the same command again, which continues from the newest checkpoint"
 CLOSED = b""
@@ -40,12 +43,56 @@ class Member:
         return f"rank {self.rank} on {self.host}"
 
 
+class Launcher:
+    """The torchrun that started the rank: where another node is lost, it may wait for that node for minutes.
+
+    It is looked at in /proc, so on Linux alone.
+    """
+
+    def __init__(self, process: int) -> None:
+        self.process = process
+        self.started = self._stat(process)[1]
+
+    def hangs(self) -> bool:
+        """Wait until it ends, or lives on without any rank for UNNOTICED_SECONDS; True in the second case."""
+        end = time.monotonic() + LAUNCHER_SECONDS
+        since = time.monotonic()
+        while self._lives() and time.monotonic() < end:
+            if self._has_ranks():
+                since = time.monotonic()
+            elif time.monotonic() - since > UNNOTICED_SECONDS:
+                return True
+            time.sleep(0.5)
+        return False
+
+    def end(self) -> None:
+        """Kill it: in a call into its rendezvous store it hears no other signal."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(self.process, signal.SIGKILL)
+
+    def _lives(self) -> bool:
+        return self.started != "" and self._stat(self.process)[1] == self.started
+
+    def _has_ranks(self) -> bool:
+        numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        return any(self._stat(number)[0] == str(self.process) for number in numbers)
+
+    def _stat(self, process: int) -> tuple[str, str]:
+        """The parent and the start time of a living process; nothing for another."""
+        with suppress(OSError):
+            # The name of the program, in brackets, may have spaces.
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                return fields[1], fields[19]
+        return "", ""
+
+
 class Watch:
     """The loop of one watchdog process."""
 
     def __init__(self, head: Mapping[str, Any]) -> None:
         self.relay = head["relay"]
-        self.parent = os.getppid()
+        self.parent, self.launcher = os.getppid(), Launcher(head["launcher"])
         self.own = Member(head["rank"], head["host"], sys.stdin.fileno())
         self.peers = [Member(*peer) for peer in head["peers"]]
         self.beat, self.moved = time.monotonic(), time.monotonic()  # the own rank's last beat, any rank's last progress
@@ -156,6 +203,9 @@ class Watch:
         if os.getppid() == self.parent:
             with suppress(ProcessLookupError):
                 os.kill(self.parent, signal.SIGKILL)
+        if kind == LOST and self.launcher.hangs():
+            self.launcher.end()
+            self._print(kind, "all ranks of this node have ended, but torchrun waits for another node: it ends, too")
         sys.exit(0)
 
     def _print(self, kind: str, message: str) -> None:

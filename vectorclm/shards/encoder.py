@@ -44,7 +44,14 @@ SPACES = (" ", "\t", "\n", "\r\n", "\v", "\f", "\x1c", "\x85", "\u00a0", "\u2003
 
 
 class EncoderMismatch(Exception):
-    """The fast encoder does not encode as `tokenizers` does."""
+    """The fast encoder does not encode as `tokenizers` does, on a number of texts."""
+
+    def __init__(self, message: str, differing: int = 1) -> None:
+        super().__init__(message, differing)  # both, so that it can be pickled
+        self.message, self.differing = message, differing
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Gigatoken:
@@ -105,7 +112,6 @@ class Encoder:
             found = [self.fast.encode(text) for text in texts]
         except Exception as error:  # a text that the reference refuses, too, raises the reference's error
             self._by_reference(texts)
-            self.differed += 1
             raise EncoderMismatch(f"{self.name} fails on a text that tokenizers encodes ({error})") from error
         self._compare(texts[::JUDGE_EVERY], found[::JUDGE_EVERY])
         return found
@@ -121,6 +127,8 @@ class Encoder:
     def fall_back(self, why: object) -> None:
         """Encode by `tokenizers` from now on, and log the reason."""
         logger.warning("%s: tokenizers encodes everything", why)
+        if isinstance(why, EncoderMismatch):  # perhaps of another process
+            self.differed += why.differing
         self.fast, self.rejected = None, str(why)
 
     def _by_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -135,10 +143,10 @@ class Encoder:
             if not np.array_equal(ours, theirs)
         ]
         if different:
-            self.differed += len(different)
             raise EncoderMismatch(
                 f"{self.name} encodes {len(different)} of {len(texts)} texts differently from tokenizers, "
-                f"for example {different[0][:60]!r}"
+                f"for example {different[0][:60]!r}",
+                len(different),
             )
 
 

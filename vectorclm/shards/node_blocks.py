@@ -1,10 +1,11 @@
 """Blocks of a remote store that the processes of a node share: one fetches a block, the others read its copy."""
 
 import fcntl
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vectorclm.errors import CorruptBlockError
@@ -20,6 +21,10 @@ class NodeBlocks:
 
     folder: Path
     readers: int  # processes of this node, each of which reads a block once
+
+    def keeping(self) -> "NodeBlocks":
+        """The same folder for blocks that are read again and again, such as those of validations: they stay."""
+        return replace(self, readers=sys.maxsize)
 
     def read(self, name: str, fetch: Callable[[], bytes], check: Callable[[bytes], None]) -> bytes:
         """The bytes of a block: a copy that `check` accepts, or what `fetch` returns, which is kept for the others."""

@@ -95,11 +95,12 @@ class ShardReader:
                     if target is not None and column is not None:
                         target[rows[here]] = column[places[here]]
 
-    def in_order(self, count: int, limit: int = 0) -> Iterator[Windows]:
-        """Iterate over the first `limit` windows (0 = all), `count` at a time."""
-        limit, wanted = min(limit or len(self), len(self)), 0
+    def in_order(self, count: int, limit: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Windows]:
+        """Iterate over the first `limit` windows (0 = all), `count` at a time; of them, over part n of m (`share`)."""
+        limit, (number, shares) = min(limit or len(self), len(self)), share
+        wanted, limit = limit * number // shares, limit * (number + 1) // shares
         group = GROUP_BLOCKS * self.block_windows
-        for start in range(0, limit, count):
+        for start in range(wanted, limit, count):
             self.evict(start)
             while wanted < min(limit, start + group):
                 self.prefetch(wanted, [range(wanted, min(limit, wanted + group))])

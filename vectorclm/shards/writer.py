@@ -2,10 +2,10 @@
 
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,9 @@ from vectorclm.runtime.library_calls import interruptibly
 from vectorclm.runtime.progress import Progress
 from vectorclm.shards.audit import audit, check_round_trip, split_documents
 from vectorclm.shards.config import SPLITS, ShardsConfig
-from vectorclm.shards.encoder import JUDGE_EVERY, Encoder, EncoderMismatch, open_encoder
+from vectorclm.shards.encoder import JUDGE_EVERY, Encoder, EncoderMismatch, Gigatoken, open_encoder
 from vectorclm.shards.packing import pack
-from vectorclm.store.artifact import Artifact
+from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.durable import TEMPORARY
 from vectorclm.store.resumable import Slices
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -136,7 +136,7 @@ def write_shards(
 
     A document is BOS, its tokens, EOS; `vectorclm.shards.packing` packs documents into padded windows of
     `sequence_length`. Each file of the sample is a slice, packed on its own. `slices` keeps finished slices for a later
-    call, and must belong to these settings and this sample only.
+    call, and must belong to these settings and this sample only; its workers build slices beside each other.
     For a `Tokenizer`, `encoder` becomes the fastest encoder that agrees with it. If the encoder differs from the
     reference later, everything is written again without it, so the files never depend on the encoder.
 
@@ -151,17 +151,16 @@ def write_shards(
         slices = slices or Slices(Path(folder, "slices"), out)
         files = SampleFiles(sample)
         try:
-            return _write_sources(config, files, encoder, seed, slices)
+            return _write_sources(_SliceQueue(config, files, encoder, seed, slices, Path(folder, "first")))
         except EncoderMismatch as difference:
             encoder.fall_back(difference)
         slices.start_again()
-        return _write_sources(config, files, encoder, seed, slices)
+        return _write_sources(_SliceQueue(config, files, encoder, seed, slices, Path(folder, "second")))
 
 
-def _write_sources(
-    config: ShardsConfig, sample: SampleFiles, encoder: Encoder, seed: int, slices: Slices
-) -> dict[str, Any]:
+def _write_sources(queue: "_SliceQueue") -> dict[str, Any]:
     summary: dict[str, Any] = {}
+    config, sample, encoder = queue.config, queue.sample, queue.encoder
     with Progress("shards", sum(sample.bytes.values()), "compressed bytes") as progress:
         for label in sample.labels:
             policy = {"bos": BOS_ID, "eos": EOS_ID, "padding": PAD_ID, "packing": config.packing}
@@ -170,8 +169,7 @@ def _write_sources(
                 counts: Counter[str] = Counter()
                 ids = np.zeros(len(encoder.token_lengths), np.int64)
                 for number, name in enumerate(sample.names(label, split)):
-                    write = partial(_write_slice, config, sample, name, encoder, seed << 32 | number)
-                    done = slices.finish(f"{label}/{split}", number, write)
+                    done = queue.finish(f"{label}/{split}", number, name)
                     ids += np.array(done.pop("ids"))
                     counts.update(done)
                     progress.advance(sample.bytes[name])
@@ -192,6 +190,71 @@ def _write_sources(
                     "distinct_ids": int(np.count_nonzero(ids)) - int(ids[PAD_ID] > 0),
                 }
     return summary
+
+
+@dataclass
+class _SliceQueue:
+    """The slices of a sample in order; workers build them ahead, unless an earlier process has finished them."""
+
+    config: ShardsConfig
+    sample: SampleFiles
+    encoder: Encoder
+    seed: int
+    slices: Slices
+    folder: Path  # of slices that workers have built
+
+    def __post_init__(self) -> None:
+        sources = [(label, split) for label in self.sample.labels for split in SPLITS]
+        named = [(f"{label}/{split}", enumerate(self.sample.names(label, split))) for label, split in sources]
+        self._next = deque((where, *item) for where, items in named for item in items)
+        self._built: dict[str, tuple[Path, Callable[[], Any]]] = {}
+
+    def finish(self, source: str, number: int, name: str) -> dict[str, Any]:
+        """The counts of the next slice in order."""
+        while self._next and len(self._built) < self.slices.workers.ahead:
+            where, place, ahead = self._next.popleft()
+            if not self.slices.has(where, place):
+                out = self.folder / ahead
+                out.mkdir(parents=True)
+                job = (self.config, self._sample(), ahead, *self._encoder(), self.seed << 32 | place)
+                self._built[ahead] = out, self.slices.workers.submit(_write_slice_elsewhere, out, *job)
+        return self.slices.finish(source, number, partial(self._make, name, number))
+
+    def _make(self, name: str, number: int, out: Path) -> dict[str, Any]:
+        if name not in self._built:
+            return _write_slice(self.config, self.sample, name, self.encoder, self.seed << 32 | number, out)
+        folder, result = self._built.pop(name)
+        counts: dict[str, Any] = result()
+        for path in folder.iterdir():
+            path.rename(out / path.name)
+        return counts
+
+    def _sample(self) -> tuple[str, ...]:
+        """The address of the sample, which can be pickled."""
+        found = self.sample.sample
+        return (found.store.uri, found.stage, found.fingerprint) if isinstance(found, Artifact) else (str(found),)
+
+    def _encoder(self) -> tuple[str, bool]:
+        """The tokenizer, and whether gigatoken encodes, which this process has proved."""
+        return self.encoder.reference.to_str(), self.encoder.fast is not None
+
+
+def _write_slice_elsewhere(
+    out: Path, config: ShardsConfig, sample: tuple[str, ...], name: str, *rest: Any
+) -> dict[str, Any]:
+    """Write a slice in a worker; `rest` is the tokenizer, whether gigatoken encodes, and the seed."""
+    tokenizer, fast, seed = rest
+    found = Store(sample[0]).find(sample[1], sample[2]) if len(sample) > 1 else Path(sample[0])
+    if found is None:
+        raise CorruptArtifactError(f"the sample {'/'.join(sample)} is gone")
+    return _write_slice(config, SampleFiles(found), name, _opened(tokenizer, fast), seed, out)
+
+
+@lru_cache(maxsize=1)
+def _opened(tokenizer: str, fast: bool) -> Encoder:
+    """The encoder of a worker, for all its slices."""
+    reference = Tokenizer.from_str(tokenizer)
+    return Encoder(reference, Gigatoken(reference) if fast else None)
 
 
 def _write_slice(

@@ -69,10 +69,11 @@ def _list(store: Store, *, as_json: bool) -> None:
         print(json.dumps(found))
         return
     rows = (*found["artifacts"], *found["checkpoints"])
-    shown = table("stage", "fingerprint", "size >", "files >", "created", "used by")
+    shown = table("stage", "fingerprint", "size >", "files >", "created (UTC)", "used by")
     for row in rows:
         more = ", ".join(row["used_by"]) if "used_by" in row else f"at step {row['step']:,}"
-        place, state = (row["stage"], row["fingerprint"][:12]), row["created"] or row["state"]
+        made = (row["created"] or "")[:16].replace("T", " ")  # UTC
+        place, state = (row["stage"], row["fingerprint"][:12]), made or row["state"]
         shown.add_row(*place, readable_size(row["bytes"]), f"{row['files']:,}", state, escape(more))
     if rows:
         print_table(shown)

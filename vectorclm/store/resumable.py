@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from vectorclm.runtime.workers import IN_THIS_PROCESS, Workers
 from vectorclm.store.durable import TEMPORARY, sync_folder, sync_tree, temporary_beside
 from vectorclm.store.uploads import EarlyUpload
 
@@ -31,6 +32,7 @@ class Slices:
         self.out = out
         self.shards: Counter[str] = Counter()  # number of shards so far, by source
         self.placed: list[Path] = []
+        self.workers: Workers = IN_THIS_PROCESS  # who builds slices
         self.used = set(_slices(folder))  # slices of earlier processes, and those finished here
 
     def finish(self, source: str, number: int, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
@@ -41,6 +43,11 @@ class Slices:
             place(path, self.out / name)
             self.placed.append(self.out / name)
         return result
+
+    def has(self, source: str, number: int) -> bool:
+        """Whether an earlier process has finished a slice; the slice may be damaged, which `finish` finds."""
+        folder = self.folder / f"{source}-{number:05d}"
+        return any(folder.parent.glob(f"{folder.name}.*"))
 
     def start_again(self) -> None:
         """Count no slice as finished, and ignore all slices that were finished until now."""
@@ -94,6 +101,10 @@ class ResumableUpload(Slices):
             self.upload.note(work, done, names)
         self.shards[source] = done["shards"]
         return dict(done["result"])
+
+    def has(self, source: str, number: int) -> bool:
+        """Whether an earlier process has finished a slice."""
+        return self.upload.noted(f"{source}-{number:05d}") is not None
 
     def start_again(self) -> None:
         """Count no slice as finished."""

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.nn.tensor_files import save_tensors
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.layout import STEP
 from vectorclm.store.storage import explained
@@ -116,8 +117,8 @@ class Checkpoints:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with explained(str(folder)):
-            save_file(dict(saved.model), folder / "model.safetensors")
-            save_file(dict(saved.optimizers), folder / "optim.safetensors")
+            save_tensors(saved.model, folder / "model.safetensors")
+            save_tensors(saved.optimizers, folder / "optim.safetensors")
             (folder / "metrics.jsonl").write_text(saved.metrics)
         head = {"step": saved.step, "plan": self.spec.fingerprint, "order": saved.order, "data": self.data}
         self.store.publish_directory(f"{self.root}/{name}", folder, head)

@@ -27,18 +27,18 @@ class OptimizerConfig(Settings):
     learning_rate: float = Field(gt=0, description="Peak learning rate of the hidden matrices")
     adamw_learning_rate: float = Field(gt=0, description="Peak learning rate of embeddings and norms, under AdamW")
     matrices: MatrixOptimizer = Field(
-        "muon",
+        default="muon",
         exclude_if=lambda value: value == "muon",
         description="Optimizer of the hidden matrices, at learning_rate",
     )
-    momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov momentum of Muon")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Nesterov momentum of Muon")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean")
     weight_decay: float = Field(
-        0.0, ge=0, description="Decoupled decay of the hidden matrices, per unit of learning rate"
+        default=0.0, ge=0, description="Decoupled decay of the hidden matrices, per unit of learning rate"
     )
     cautious_weight_decay: bool = Field(
-        False,
+        default=False,
         exclude_if=lambda value: not value,
         description="Decay only the weights that the update moves towards zero as well; Muon only",
     )

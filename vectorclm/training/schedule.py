@@ -14,10 +14,12 @@ ScheduleKind = Literal["cosine", "warmup_stable_decay"]
 class ScheduleConfig(Settings):
     """The learning rate's factor over the steps: a linear warm-up, then a fall to the floor."""
 
-    kind: ScheduleKind = Field("cosine", description="Shape of the fall after the warm-up")
-    warmup: float = Field(0.02, ge=0, lt=1, description="Share of the steps in the warm-up")
-    floor: float = Field(0.1, ge=0, le=1, description="Learning rate of the last step, as a share of the peak")
-    decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in the decay; warmup_stable_decay only")
+    kind: ScheduleKind = Field(default="cosine", description="Shape of the fall after the warm-up")
+    warmup: float = Field(default=0.02, ge=0, lt=1, description="Share of the steps in the warm-up")
+    floor: float = Field(default=0.1, ge=0, le=1, description="Learning rate of the last step, as a share of the peak")
+    decay: float = Field(
+        default=0.2, gt=0, le=1, description="Share of the steps in the decay; warmup_stable_decay only"
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
