@@ -137,7 +137,6 @@ class Record:
 
     def summary(self) -> dict[str, Any]:
         """Losses, speed and the last validation scores."""
-        self.metrics.check_end()
         return {**self.metrics.summary(), "validation": self.scores}
 
 

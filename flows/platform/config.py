@@ -4,7 +4,6 @@ Each service is a process that outlives the command which starts it; its log and
 Passwords reach services by their environment or a pipe, never by arguments.
 """
 
-import logging
 import os
 import re
 import socket
@@ -31,7 +30,6 @@ from vectorclm.inference.guard import ALLOWED, allowed_hosts
 from vectorclm.settings import Settings, validate
 from vectorclm.store.artifact import Store
 
-logger = logging.getLogger(__name__)
 POOLS = ("cpu", "gpu")
 EVENTS_KEPT = "P30D"  # ISO 8601
 NO_STORE = (
@@ -302,8 +300,8 @@ def _read_file(env_file: Path) -> dict[str, Any]:
         if not binding.value and (name in SECRETS or name in RETIRED):
             raise ConfigError(f"{env_file}, line {line}: {binding.key} is empty: fill it in, or delete the line")
         values[name] = binding.value
-    if readable and (secrets := sorted(name.upper() for name in values if name in SECRETS and values[name])):
-        logger.warning("other users can read %s, which has %s: run chmod 600 '%s'", env_file, secrets[0], env_file)
+    if readable and (secret := next((name for name in values if name in SECRETS and values[name]), "")):
+        private.warn_of_readers(env_file, secret.upper())
     return values
 
 

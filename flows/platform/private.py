@@ -5,6 +5,7 @@ folder above may be shared: whoever replaces the folder there owns the new one. 
 """
 
 import errno
+import logging
 import os
 import pwd
 import stat
@@ -13,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vectorclm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def create_folder(folder: Path) -> None:
@@ -61,6 +64,11 @@ def read_settings(file: Path) -> tuple[str, bool]:
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise ConfigError(f"other users can write to {file}: check its settings, then run chmod go-w '{file}'")
         return text.read(), bool(found.st_mode & (stat.S_IRGRP | stat.S_IROTH))
+
+
+def warn_of_readers(file: Path, secret: str) -> None:
+    """Log that other users can read a file of settings, which has this secret."""
+    logger.warning("other users can read %s, which has %s: run chmod 600 '%s'", file, secret, file)
 
 
 @contextmanager

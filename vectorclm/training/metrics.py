@@ -129,7 +129,11 @@ class Metrics:
             file.write(json.dumps(line) + "\n")
 
     def summary(self) -> dict[str, float]:
-        """First and last loss, each a mean over up to ten steps, and the median speed."""
+        """First and last loss, each a mean over up to ten steps, and the median speed.
+
+        Raises DivergedError where the training ends far above its start.
+        """
+        self.check_end()
         speeds = sorted(self.speeds) or [0.0]
         first, last = self.losses[:10], self.losses[-10:]
         return {
