@@ -14,7 +14,8 @@ from importlib.metadata import entry_points
 import uvicorn
 from starlette.types import ASGIApp
 
-from flows.platform.mlflow_pages import TrainingPages
+from flows.platform.mlflow_pages import training_pages
+from flows.platform.page_script import LOGIN, PageScript, asks_first
 from flows.platform.password import is_complete
 from flows.platform.password_checks import remember_passwords
 from flows.platform.public_address import UiAddress
@@ -41,8 +42,9 @@ def prefect_app() -> ASGIApp:
     use_platform_policy()
     app: ASGIApp = Refusals(ScheduleUpdates(RunOrigin(create_app(final=True))))
     app = UiAddress(app, os.environ.get("VECTORCLM_URL") or None)
+    if (auth := get_current_settings().server.api.auth_string) is not None:
+        app = PageScript(app, LOGIN, asks_first)
     if store := os.environ.get("VECTORCLM_STORE"):
-        auth = get_current_settings().server.api.auth_string
         app = ReportPages(app, Store(store), auth.get_secret_value() if auth is not None else None)
     return Guard(app, allowed_hosts(os.environ))
 
@@ -51,7 +53,7 @@ def mlflow_app() -> ASGIApp:
     """MLflow's server without passwords, behind the guard."""
     from mlflow.server.fastapi_app import app
 
-    return Guard(TrainingPages(app), allowed_hosts(os.environ))
+    return Guard(training_pages(app), allowed_hosts(os.environ))
 
 
 def mlflow_app_with_users() -> ASGIApp:
@@ -59,7 +61,7 @@ def mlflow_app_with_users() -> ASGIApp:
     from mlflow.server.auth import create_app
 
     remember_passwords()
-    return Guard(TrainingPages(create_app()), allowed_hosts(os.environ))
+    return Guard(training_pages(create_app()), allowed_hosts(os.environ))
 
 
 def serve_prefect(arguments: Sequence[str]) -> None:

