@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pe
 
 LONG ?= long
 
-.PHONY: install run test long coverage check format bench pictures
+.PHONY: install run test long coverage check audit format bench pictures
 
 install: .venv/installed
 
@@ -52,6 +52,11 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_layout.py
+
+audit: # known advisories of the pinned versions; a version that no list answers for fails, too
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'
+	.venv-audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --desc
 
 pictures: install # those of the pages, taken anew from a real run in a real browser: minutes
 	$(BIN)/python -m tests.pictures

@@ -14,7 +14,9 @@ from cyclopts import App
 from flows import cli
 from tests.training.test_checkpoint import write_experiment
 from vectorclm import __main__ as core
+from vectorclm.command_line import run
 from vectorclm.config import load_experiment
+from vectorclm.errors import ConfigError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import run_stage
@@ -265,3 +267,11 @@ def test_a_wrong_file_of_settings_is_one_line(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == f"error: {file}, line 1: write NAME=value\n"
     assert core.main(["store", "ls", "--env-file", str(file)]) == 2
     assert "only the command `vectorclm` reads" in capsys.readouterr().err
+
+
+def test_an_error_moves_no_cursor_and_keeps_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise ConfigError("no \x1b[2J\x1b]0;title\x07model \x9b31mü\r🙂\nwrite its name")
+
+    assert run(fails) == 2
+    assert capsys.readouterr().err == "error: no [2J]0;titlemodel 31mü🙂\nwrite its name\n"

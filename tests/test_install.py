@@ -10,7 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 from prefect.states import AwaitingRetry
 
 from tests.conftest import KILLS, skip_or_fail
@@ -113,6 +115,32 @@ def test_every_dependency_is_locked_to_a_version_that_fits() -> None:
     for requirement in map(Requirement, wanted):
         if requirement.name != "vectorclm" and (requirement.marker is None or requirement.marker.evaluate()):
             assert requirement.specifier.contains(locked[_name(requirement.name)], prereleases=True), requirement
+
+
+# The first versions without an advisory that was known when they were written here.
+FLOORS = {"starlette": "1.3.1", "jinja2": "3.1.6", "filelock": "3.20.3", "h11": "0.16.0", "mlflow": "3.16.0"}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_no_version_with_a_known_advisory_is_installed(name: str) -> None:
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (wanted,) = (one for one in map(Requirement, lines) if _name(one.name) == name)
+    (lowest,) = (Version(one.version) for one in wanted.specifier if one.operator == ">=")
+    assert lowest >= Version(FLOORS[name])
+
+
+def test_the_workflow_audits_with_few_rights_and_actions_that_nobody_can_change() -> None:
+    files = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
+    text = "".join(file.read_text() for file in files)
+    for file in files:
+        workflow = yaml.safe_load(file.read_text())
+        jobs = workflow["jobs"].values()
+        assert workflow["permissions"] == {"contents": "read"} and not any("permissions" in job for job in jobs)
+    actions = re.findall(r"uses: *(\S+)", text)
+    assert actions and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in actions)
+    assert "run: make audit" in text
+    (audit,) = re.findall(r"\S*pip-audit --.*", _dry("audit"))
+    assert "--strict" in audit and "constraints.txt" in audit  # without --strict, what is not known passes
 
 
 def _name(text: str) -> str:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from flows.paths import local_folder
+from flows.platform.config import read_platform
+from flows.tracking.lookup import has_record
+from vectorclm.errors import ConfigError
 from vectorclm.store.artifact import Store
 
 
@@ -22,3 +25,22 @@ def test_databases_lie_in_a_local_store_and_beside_a_remote_one(
         assert local_folder(remote) == folder
     monkeypatch.setenv("VECTORCLM_HOME", "home")
     assert local_folder(local) == local_folder(remote) == tmp_path / "home"
+
+
+@pytest.mark.parametrize("name", ["a ?b", "a%20b", "a#b"])
+def test_a_folder_that_no_address_of_a_database_can_name_is_refused_before_anything_is_there(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("VECTORCLM_HOME", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    store = Store(str(tmp_path / name))
+    for folder in (lambda: local_folder(store), lambda: read_platform(None, vectorclm_store=store.uri).home):
+        with pytest.raises(ConfigError, match="set VECTORCLM_HOME to another folder"):
+            folder()
+    with pytest.raises(ConfigError, match="set VECTORCLM_HOME to another folder"):
+        _ = read_platform(None, vectorclm_store=str(tmp_path), vectorclm_home=str(tmp_path / name)).home
+    store.write("probe", b"x")  # the store itself may have the name
+    assert not has_record(store) and list(store.files("")) == ["probe"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    monkeypatch.setenv("VECTORCLM_HOME", str(tmp_path / "home"))
+    assert local_folder(store) == tmp_path / "home"

@@ -104,6 +104,23 @@ def test_a_divergence_is_told_with_the_windows_of_where_it_began(tmp_path: Path)
     assert (event["step"], event["tokens"], event["event"]["kind"]) == (21, 210, "divergence")
 
 
+def test_an_end_far_above_the_start_has_diverged_however_short_the_training(tmp_path: Path) -> None:
+    losses = [5.2, 88.0, 60.0, 40.0, 25.0, 20.0, *[15.0] * 4, *[11.1] * 10]
+    for number, values in enumerate((losses, losses[:5], [5.2, *[6.0] * 19], [88.0, *losses])):
+        metrics = Metrics(tmp_path / f"{number}.jsonl", lambda step: f"stories/train-00000.arrow {step}")
+        metrics.restart("")
+        for step, loss in enumerate(values, 1):
+            metrics.add(step, 10 * step, torch.tensor(loss), torch.tensor(1.0), 0.1)
+        metrics.flush()
+        if number > 1:
+            metrics.check_end()
+            continue
+        with pytest.raises(DivergedError, match=r"divergence in step 2: .* far above its first value 5\.200.* stories"):
+            metrics.check_end()
+        event = json.loads(metrics.text().splitlines()[-1])
+        assert (event["step"], event["tokens"], event["event"]["kind"]) == (2, 20, "divergence")
+
+
 def test_a_spike_is_logged_with_its_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", lambda step: f"lessons/train-00001.arrow {step}")
     metrics.restart("")

@@ -177,7 +177,12 @@ def explain(error: VectorCLMError, *, relay: bool = False) -> None:
         line = json.dumps({"error": {"type": type(error).__name__, "message": str(error)}})
         print(line + "\n", end="", flush=True)  # one write, because ranks share the pipe
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal could act on."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 def _reader_is_gone() -> bool:

@@ -93,7 +93,7 @@ def _orchestrated(experiment: ExperimentConfig, folder: Path, stages: tuple[str,
         if server is not None:
             server.wait()
 
-        @flow(name="bench")
+        @flow(name="bench", persist_result=False)
         def bench() -> None:
             with Stages(experiment, Runtime(), str(folder), data) as stage:
                 for name in stages:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -23,7 +24,7 @@ def run(arguments: list[str]) -> int:
     """Run torchrun; returns the exit code of the first failed rank, or 128 + n if signal n ended it or torchrun."""
     with temporary_folder() as folder:
         try:
-            main(["--log-dir", str(folder), *arguments])
+            main(["--log-dir", str(folder), *_without_listener(arguments, folder / "rendezvous")])
         except SignalException as error:
             return 128 + int(error.sigval)
         except ChildFailedError as error:
@@ -33,6 +34,22 @@ def run(arguments: list[str]) -> int:
             sys.stderr.write(f"rank {rank}: {failure.message}\n")
             return 128 - int(failure.exitcode)
     return 0
+
+
+def _without_listener(arguments: list[str], file: Path) -> list[str]:
+    """The arguments with a rendezvous in a file, which lies in a private folder, in place of `--standalone`.
+
+    `--standalone` listens on all interfaces without a password, and torchrun unpickles what others write there.
+    """
+    if "--standalone" not in arguments:
+        return arguments
+    options = [
+        "--rdzv-backend=c10d",
+        "--rdzv-conf=store_type=file",
+        f"--rdzv-endpoint={file}",
+        "--local-addr=127.0.0.1",
+    ]
+    return [*options, *(argument for argument in arguments if argument != "--standalone")]
 
 
 def end_with_ranks() -> None:

@@ -18,8 +18,8 @@ from dotenv.parser import parse_stream
 from pydantic import Field, SecretStr, model_validator
 
 from flows.net import HEARTBEAT_SECONDS, QUIET, answers, past_proxies
-from flows.paths import local_folder
-from flows.platform import password
+from flows.paths import check_name, local_folder
+from flows.platform import password, private
 from flows.platform.process import HOST, PREFECT, Service
 from flows.platform.public_address import host_of
 from flows.platform.retention import KEEP
@@ -142,7 +142,7 @@ class PlatformConfig(Settings):
     def home(self) -> Path:
         """The folder on this machine for databases, logs and locks."""
         if self.vectorclm_home is not None:
-            return Path(self.vectorclm_home).absolute()
+            return check_name(Path(self.vectorclm_home).absolute())
         return local_folder(Store(self.vectorclm_store))
 
     @property
@@ -285,7 +285,7 @@ def read_platform(env_file: Path | None, **options: Any) -> PlatformConfig:
 def _read_file(env_file: Path) -> dict[str, Any]:
     """The settings of a file of lines NAME=value. Raises ConfigError with the number of a wrong line."""
     try:
-        text = env_file.read_text(encoding="utf-8")
+        text, readable = private.read_settings(env_file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{env_file} cannot be read: {error}") from error
     values: dict[str, Any] = {}
@@ -300,6 +300,8 @@ def _read_file(env_file: Path) -> dict[str, Any]:
         if not binding.value and (name in SECRETS or name in RETIRED):
             raise ConfigError(f"{env_file}, line {line}: {binding.key} is empty: fill it in, or delete the line")
         values[name] = binding.value
+    if readable and (secret := next((name for name in values if name in SECRETS and values[name]), "")):
+        private.warn_of_readers(env_file, secret.upper())
     return values
 
 

@@ -5,6 +5,7 @@ folder above may be shared: whoever replaces the folder there owns the new one. 
 """
 
 import errno
+import logging
 import os
 import pwd
 import stat
@@ -13,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vectorclm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def create_folder(folder: Path) -> None:
@@ -47,6 +50,25 @@ def read_text(file: Path) -> str:
             raise ConfigError(f"{file} is not a file: remove it")
         with os.fdopen(descriptor, encoding="utf-8", closefd=False) as text:
             return text.read()
+
+
+def read_settings(file: Path) -> tuple[str, bool]:
+    """Read a file of settings that the user names; the second value is whether others can read it, too.
+
+    Raises ConfigError where others can write to it: its settings name commands, servers and receivers of messages.
+    """
+    with file.open(encoding="utf-8") as text:
+        found = os.fstat(text.fileno())
+        if not stat.S_ISREG(found.st_mode):  # a pipe of the shell
+            return text.read(), False
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ConfigError(f"other users can write to {file}: check its settings, then run chmod go-w '{file}'")
+        return text.read(), bool(found.st_mode & (stat.S_IRGRP | stat.S_IROTH))
+
+
+def warn_of_readers(file: Path, secret: str) -> None:
+    """Log that other users can read a file of settings, which has this secret."""
+    logger.warning("other users can read %s, which has %s: run chmod 600 '%s'", file, secret, file)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _steps(config: PlatformConfig, names: "Names") -> Iterator[tuple[str, Callab
             yield name, partial(_change_database, url or f"sqlite:///{config.home / file}", columns, names)
     store = Store(config.vectorclm_store)
     files = str(config.home / ARTIFACTS) if store.is_local else artifacts_destination(store, config.home)
-    yield "models", partial(_change_files, Storage(files), "models", MODEL_FILES, names)
+    yield "models", partial(_change_models, Storage(files), names)
     yield "reports", partial(_change_files, store, "reports", (".html",), names)
 
 
@@ -165,6 +165,12 @@ def _change_columns(engine: Engine, tables: Mapping[str, tuple[str, ...]], names
                 for place, found in connection.execute(text(asked), forms).fetchall():
                     if (changed := names(str(found))) != found:
                         connection.execute(text(change), {"new": changed, "row": place})
+
+
+def _change_models(storage: Storage, names: Names) -> None:
+    """Change the logged models: those of a server lie in the folder of their experiment, others beside each other."""
+    for folder in storage.list(""):
+        _change_files(storage, "models" if folder == "models" else f"{folder}/models", MODEL_FILES, names)
 
 
 def _change_files(storage: Storage, key: str, ends: tuple[str, ...], names: Names) -> None:

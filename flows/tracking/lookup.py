@@ -52,7 +52,11 @@ def _registered(address: str, store: Store) -> str:
 
 def has_record(store: Store) -> bool:
     """Whether there is an MLflow server or database that may know the models of a store."""
-    return "MLFLOW_TRACKING_URI" in os.environ or (local_folder(store) / "mlflow.db").exists()
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        return True
+    with suppress(ConfigError):  # a folder that cannot hold databases has none
+        return (local_folder(store) / "mlflow.db").exists()
+    return False
 
 
 def recorded(found: Lineage, store: Store) -> "tuple[Record | None, str]":

@@ -92,7 +92,9 @@ class Registry:
         tags, title = self.tags(version), f"{version.name} {version.version}"
         if not (recorded := tags.get("uri")):
             raise ConfigError(f"{title} was registered by another program: name the folder of its files instead")
-        if (match := _in_store(recorded)) is None or match["root"] == self.store.uri:
+        if (match := _in_store(recorded)) is None or match["fingerprint"] != tags.get("fingerprint"):
+            raise ConfigError(f"{title}: its tags name no artifact of a store: name the folder of its files instead")
+        if match["root"] == self.store.uri:
             return recorded
         here = self.store.look_up(match["stage"], match["fingerprint"])
         if here is not None:
@@ -102,6 +104,9 @@ class Registry:
                 f"{self.store.uri} has no {match['stage']}/{match['fingerprint']}, and {match['root']}, where {title} "
                 "was built, is gone: name its store with --store"
             )
+        there = Store(match["root"]).look_up(match["stage"], match["fingerprint"])
+        if there is None or there.manifest.get("fingerprint") != match["fingerprint"]:
+            raise ConfigError(f"{recorded}, where {title} was built, is another artifact: name its store with --store")
         return recorded
 
     def tags(self, version: ModelVersion) -> dict[str, str]:

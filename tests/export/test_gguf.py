@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -189,6 +190,16 @@ def test_another_file_is_never_overwritten(folder: Path, tmp_path: Path, capsys:
     assert main(["export", str(folder), "--format", "gguf", "--out", str(out)]) == 2
     assert "is there already, with other content: remove it" in capsys.readouterr().err
     assert out.read_text() == "mine" and list(tmp_path.iterdir()) == [out]
+
+
+def test_only_this_process_may_ask_llama_cpp(judge: LlamaCpp) -> None:
+    client = httpx.Client(base_url=judge._server.listening_address, headers={"Origin": "http://evil.test"})
+    asked = {"/tokenize": {"content": "a"}, "/completion": {"prompt": [0, 5], "n_predict": 1}, "/props": {"a": 1}}
+    for headers in ({}, {"Authorization": "Bearer guessed"}, {"X-Api-Key": "guessed"}):
+        for path, body in asked.items():
+            assert client.post(path, json=body, headers=headers).status_code == 401
+        assert client.get("/slots", headers=headers).status_code in (401, 403)
+    assert judge.tokenize("a")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 from starlette.responses import PlainTextResponse
 from starlette.routing import Router, WebSocketRoute
+from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 from websockets.exceptions import InvalidStatus
@@ -148,3 +149,32 @@ def test_a_websocket_is_refused_before_it_opens(guarded: int) -> None:
 def test_a_name_that_is_none_is_refused(names: str) -> None:
     with pytest.raises(ConfigError, match="VECTORCLM_ALLOWED_HOSTS"):
         allowed_hosts({"VECTORCLM_ALLOWED_HOSTS": names})
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("192.0.2.7:80", 200),
+        ("[2001:db8::1]", 200),
+        (socket.gethostname(), 200),
+        ("localhost:80", 200),
+        ("evil.test", 403),
+        ("192.0.2.7.evil.test", 403),
+        ("[192.0.2.7]", 403),
+        ("1.2.3", 403),
+        ("0x7f000001", 403),
+        ("2130706433", 403),
+    ],
+)
+def test_a_server_that_others_reach_answers_to_addresses_and_its_own_names_alone(host: str, status: int) -> None:
+    names, by_address = serve.host_names({}, "0.0.0.0")
+    client = TestClient(Guard(app, names, by_address=by_address))
+    assert client.get("/", headers={"Host": host}).status_code == status
+
+
+def test_names_that_are_set_are_the_only_ones() -> None:
+    assert serve.host_names({"VECTORCLM_ALLOWED_HOSTS": "a.example"}, "0.0.0.0") == (
+        ["localhost", "127.0.0.1", "[::1]", "a.example"],
+        False,
+    )
+    assert serve.host_names({}, "127.0.0.1") == (["localhost", "127.0.0.1", "[::1]"], False)

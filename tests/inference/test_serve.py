@@ -16,6 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
+from starlette.testclient import TestClient
 
 from tests.conftest import chromium
 from tests.inference.conftest import ANSWER, QUESTION, SECRET, Served
@@ -195,6 +196,20 @@ def test_http_is_read_by_what_limits_headers(chat_folder: Path, monkeypatch: pyt
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
     serve.serve(str(chat_folder), Runtime(threads=1), serve.ServerAddress("127.0.0.1", 0), None)
     assert [config.http for config in configs] == [LimitedHTTP]  # also where httptools, without limits, is installed
+
+
+def test_a_server_of_all_interfaces_refuses_names_of_strangers(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setenv(serve.KEY, SECRET)
+    monkeypatch.delenv("VECTORCLM_ALLOWED_HOSTS", raising=False)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    serve.serve(str(chat_folder), Runtime(threads=1), serve.ServerAddress("0.0.0.0", 0), None)
+    (config,) = configs
+    client = TestClient(config.app)
+    for host, status in (("192.0.2.7:8000", 200), ("localhost", 200), ("evil.test", 403)):
+        assert client.get("/health", headers={"Host": host}).status_code == status
 
 
 def test_help_imports_no_server() -> None:

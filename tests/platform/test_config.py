@@ -120,6 +120,26 @@ def test_a_file_of_settings_is_read_as_compose_reads_it(tmp_path: Path) -> None:
             read_platform(file)
 
 
+@pytest.mark.usefixtures("no_settings")
+def test_a_file_of_settings_that_others_may_change_is_refused_and_one_that_they_may_read_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "platform.env"
+    file.write_text("PREFECT_PORT=4300\n", encoding="utf-8")
+    for mode in (0o646, 0o664, 0o622):
+        file.chmod(mode)
+        with pytest.raises(ConfigError, match=f"other users can write to {file}.*chmod go-w"):
+            read_platform(file)
+    file.chmod(0o644)
+    assert read_platform(file).prefect_port == 4300 and caplog.text == ""  # it has no secret
+    file.write_text("PREFECT_AUTH=me:hunter2\n", encoding="utf-8")
+    for mode, warned in ((0o600, False), (0o640, True), (0o604, True)):
+        file.chmod(mode)
+        caplog.clear()
+        assert read_platform(file).prefect_password == "me:hunter2"
+        assert (f"chmod 600 '{file}'" in caplog.text) == warned and "hunter2" not in caplog.text
+
+
 def test_a_secret_left_empty_in_the_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "platform.env"
     file.write_text("PREFECT_PORT=4200\nPREFECT_AUTH=\n", encoding="utf-8")

@@ -43,6 +43,9 @@ def test_a_copy_of_a_platform_names_its_own_place(recorded: Recorded, tmp_path: 
         prefect.execute("insert into deployment_schedule values (?)", (json.dumps({"model": f"{old}/finetune/12"}),))
         prefect.execute("insert into artifact values (?, ?)", (json.dumps(f"[report]({PAGE})"), "of a run"))
     (new / "reports" / "a.html").write_text(f'<a href="{PAGE}">{old}/export/1</a>')
+    of_server = new / "mlartifacts" / "7" / "models" / "m-1" / "artifacts" / "MLmodel"
+    of_server.parent.mkdir(parents=True)
+    of_server.write_text(f"uri: {old}/finetune/12")
     about = {"store": old, "home": old, "prefect_page": "http://127.0.0.1:4200", "mlflow_page": "http://127.0.0.1:5000"}
     (new / "platform" / "about.json").write_text(json.dumps(about))
     for path in (new / "platform", new / "platform" / "about.json"):
@@ -58,6 +61,7 @@ def test_a_copy_of_a_platform_names_its_own_place(recorded: Recorded, tmp_path: 
     assert mentions(new / "mlflow.db", old) == [] and mentions(Path(old, "mlflow.db"), str(new)) == []
     for file in [*(new / "mlartifacts").rglob("*"), *(new / "reports").rglob("*")]:
         assert file.is_dir() or old.encode() not in file.read_bytes(), file
+    assert of_server.read_text() == f"uri: {new}/finetune/12"
     assert f'href="http://127.0.0.1:14200/runs/flow-run/1">{new}/export/1<' in (new / "reports" / "a.html").read_text()
     with sqlite3.connect(new / ".prefect" / "prefect.db") as prefect:
         ((data, description),) = prefect.execute("select data, description from artifact").fetchall()

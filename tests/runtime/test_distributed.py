@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,7 @@ def test_nothing_is_lost_and_nobody_left_after_kill_9(inputs: Path) -> None:
             until(lambda step=step: list(checkpoints.glob(f"step-{step:08d}-*/manifest.json")), running)
             launcher, *ranks = processes()
             assert len(ranks) == 2
+            assert listening(launcher) == {"127.0.0.1"}
             os.kill(ranks[1].pid if victim == "rank" else launcher.pid, signal.SIGKILL)
             with pytest.raises(StageInterruptedError, match=r"rank 1 on \S+ ended|SIGTERM"):
                 running.result()
@@ -191,6 +192,16 @@ def test_nothing_is_lost_and_nobody_left_after_kill_9(inputs: Path) -> None:
     models = [store / "pretrain" / fingerprint / "model.safetensors" for store in (whole, killed)]
     assert models[0].read_bytes() == models[1].read_bytes()
     assert not checkpoints.exists() and not list((killed / "leases").iterdir()) + list((killed / "work").iterdir())
+
+
+def listening(launcher: psutil.Process) -> set[str]:
+    """The addresses on which torchrun, its ranks and their watchdogs wait for connections."""
+    found = set[str]()
+    for process in (launcher, *launcher.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            connections = process.net_connections("inet")
+            found |= {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
+    return found
 
 
 def until(ready: Callable[[], Any], running: "Future[list[str]] | None" = None) -> None:

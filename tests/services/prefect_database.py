@@ -23,7 +23,12 @@ def release() -> None:
 
 
 def prepare(home: Path) -> None:
-    """Give a PREFECT_HOME the database that a server would make there when it starts for the first time."""
+    """Give a PREFECT_HOME the database that a server would make there when it starts for the first time.
+
+    Outside of a session, as for the pictures, the server makes it.
+    """
+    if PLACE not in os.environ:
+        return
     place = Path(os.environ[PLACE])
     with FileLock(place / "lock"):
         made = place / "prefect.db"

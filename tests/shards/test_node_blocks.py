@@ -76,7 +76,7 @@ def test_a_copy_that_is_damaged_or_cannot_be_kept_is_fetched_again(tmp_path: Pat
 
 
 class Counted:
-    """A proxy before the store that counts what is read: blocks of training windows, and files of checkpoints."""
+    """A proxy before the store that counts what is read: blocks of windows by their split, and files of checkpoints."""
 
     def __init__(self, s3: S3) -> None:
         place = urlsplit(s3.endpoint)
@@ -93,6 +93,8 @@ class Counted:
             with self.lock:
                 if method == "GET" and "/train-" in path:
                     self.reads["blocks"] += 1
+                elif method == "GET" and "/validation-" in path:
+                    self.reads["held out"] += 1
                 elif method == "GET" and "/step-" in path and ".safetensors" in path:
                     self.reads["checkpoints"] += 1
             return None
@@ -132,8 +134,8 @@ def test_two_nodes_of_two_ranks_fetch_what_two_readers_fetch(
         run_stage(stage, experiment, store, runtime, None)
     with counted.counting() as alone:
         made, _ = run_stage("pretrain", experiment, store, runtime, None)
-        blocks = alone["blocks"]
-    assert blocks
+        blocks, held_out = alone["blocks"], alone["held out"]
+    assert blocks and held_out
     store.remove(f"pretrain/{made.fingerprint}")  # so that it is trained again, from the checkpoint of step 10
     command = [sys.executable, "-m", "vectorclm", "pretrain", str(path), "--store", store.uri, "--relay"]
     command += ["--runtime", str(tmp_path / "runtime.json")]
@@ -143,6 +145,7 @@ def test_two_nodes_of_two_ranks_fetch_what_two_readers_fetch(
         assert [child.returncode for child in children] == [0, 0], said
     assert "step 10 of 20" in "".join(said)
     assert blocks <= reads["blocks"] <= 1.05 * 2 * blocks
+    assert held_out <= reads["held out"] <= 2 * held_out, "a node's ranks share what they validate on"
     assert 0 < reads["checkpoints"] <= 2, "one reader fetches weights and optimizer state, and sends them to all"
     found = store.find("pretrain", made.fingerprint)
     assert found is not None and found.manifest["environment"]["world_size"] == 4

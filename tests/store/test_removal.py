@@ -1,17 +1,27 @@
 """A model or an experiment is removed with what was built from it, and without what others need."""
 
+import json
 import logging
+import os
 import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.services.platform import until
 from vectorclm.errors import ConfigError, InUseError
+from vectorclm.store import gc, lease
 from vectorclm.store.artifact import StageSpec, Store, build
+from vectorclm.store.durable import TEMPORARY
+from vectorclm.store.gc import find_garbage
+from vectorclm.store.lease import Lease
 from vectorclm.store.listing import take_inventory
 from vectorclm.store.removal import claimed, plan_removal, protected, remove
 
@@ -131,6 +141,74 @@ def test_what_a_run_will_read_stays_between_its_stages(store: Store) -> None:
         assert found[key(BASE)] == found[key(SAMPLE)] == "a running process builds from it" and found[key(CHAT)] == ""
     assert {key(SAMPLE), key(BASE)} <= left(store) and store.list("leases") == []
     assert set(removed(store, key(BASE)).values()) == {""}
+
+
+@contextmanager
+def elsewhere(store: Store, spec: StageSpec, clock: float, inputs: list[str] | None) -> Iterator[None]:
+    """A process of another machine, whose clock differs, that holds and renews a lease."""
+    claim = Lease(store, f"leases/{spec.lease}.json", inputs)
+    own = claim._claim
+
+    def changed() -> bytes:
+        known = json.loads(own())
+        return json.dumps({**known, "host": "elsewhere", "renewed": known["renewed"] + clock}).encode()
+
+    claim._claim = changed  # type: ignore[method-assign]
+    claim.acquire()
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+@pytest.mark.parametrize("clock", [-86_400, 86_400])
+def test_a_holder_elsewhere_lives_by_its_renewals_whatever_its_clock_says(
+    store: Store, clock: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
+    new = StageSpec("finetune", 1, {"a": 3}, {"pretrain": BASE.fingerprint})
+    part = f"finetune/{new.fingerprint}/{TEMPORARY}0123456789abcdef"
+    store.write(part, b"half")
+    for path in Path(store.uri, "finetune", new.fingerprint).iterdir():
+        os.utime(path, (1e9, 1e9))
+    with elsewhere(store, new, clock, [BASE.fingerprint]):
+        assert set(removed(store, key(BASE)).values()) >= {"a running process builds from it"}
+        assert find_garbage(store, 0) == [] and store.read(part) == b"half"
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(1) as other:
+        with elsewhere(store, CHAT, clock, None):
+            run = other.submit(lambda: protected(store, [CHAT]).__enter__())
+            until(lambda: "is being removed or repaired: waiting" in caplog.text, "the run waits", 60)
+            assert not run.done()
+        run.result(60)
+
+
+@pytest.mark.parametrize("clock", [-86_400, 86_400])
+def test_a_dead_holder_elsewhere_protects_nothing_whatever_its_clock_said(
+    store: Store, clock: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.3)
+    dead = {"host": "elsewhere", "pid": 1, "token": "x", "renewed": time.time() + clock}
+    new = StageSpec("finetune", 1, {"a": 3}, {"pretrain": BASE.fingerprint})
+    store.write(f"leases/{new.lease}.json", json.dumps({**dead, "inputs": [BASE.fingerprint]}).encode())
+    store.write(f"leases/{CHAT.lease}.json", json.dumps(dead).encode())
+    with protected(store, [CHAT]):
+        pass
+    assert set(removed(store, "tiny").values()) == {""}
+
+
+@pytest.mark.parametrize("clock", [-8 * 86_400, 8 * 86_400])
+def test_a_young_file_is_no_garbage_by_the_clock_of_the_store(
+    store: Store, clock: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    young, old = (StageSpec("sample", 1, {"a": a}, {}) for a in (4, 5))
+    for spec in (young, old):
+        store.write(f"sample/{spec.fingerprint}/x.txt", b"half")
+    month = time.time() - 30 * 86_400
+    os.utime(Path(store.uri, "sample", old.fingerprint, "x.txt"), (month, month))
+    before, now = [name for name in store.files("") if "/" not in name], time.time
+    monkeypatch.setattr(gc, "time", SimpleNamespace(time=lambda: now() + clock))  # this machine's clock
+    assert [item.what for item in find_garbage(store, 86_400)] == [f"sample/{old.fingerprint}"]
+    assert [name for name in store.files("") if "/" not in name] == before
 
 
 def test_a_run_finds_a_whole_artifact_or_none_where_a_removal_has_begun(

@@ -61,6 +61,29 @@ def test_a_model_of_another_program_has_no_place(registry: Registry) -> None:
         registry.find("models:/foreign/1")
 
 
+def test_a_version_leads_only_to_the_artifact_that_its_tags_name(
+    recorded: Recorded, registry: Registry, tmp_path: Path
+) -> None:
+    version = registry.version("models:/vectorclm-chat/1")
+    known, chat = dict(version.tags), recorded.handles["finetune"]
+    other = tmp_path / "other" / "finetune" / ("0" * 64)
+    copy = tmp_path / "copy" / "finetune" / chat["fingerprint"]
+    for folder in (other, copy):
+        folder.mkdir(parents=True)
+    (other / "manifest.json").write_bytes(Path(chat["uri"], "manifest.json").read_bytes())
+    for uri, fingerprint in (
+        ("/etc", known["fingerprint"]),
+        (str(other), known["fingerprint"]),
+        (str(other), "0" * 64),
+        (f"{tmp_path}/none/finetune/{'1' * 64}", "1" * 64),
+    ):
+        version._tags = {**known, "uri": uri, "fingerprint": fingerprint}
+        with pytest.raises(ConfigError, match="name"):
+            registry.place(version)
+    version._tags = {**known, "uri": str(copy)}
+    assert registry.place(version) == chat["uri"]  # the store at hand has it
+
+
 @pytest.mark.parametrize("source", ["models:/{model}", "runs:/{run}/{name}"])
 def test_a_version_that_mlflow_itself_registered_has_the_place_of_its_logged_model(
     recorded: Recorded, registry: Registry, monkeypatch: pytest.MonkeyPatch, source: str

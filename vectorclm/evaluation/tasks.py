@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
 from vectorclm.corpus.counting import word_pair_baseline
 from vectorclm.corpus.source_reader import read_source
 from vectorclm.corpus.sources import TaskSource, is_remote
 from vectorclm.corpus.synthetic_world import WorldConfig, world_documents
 from vectorclm.errors import ConfigError, DataError
+from vectorclm.evaluation.expressions import compiled
 from vectorclm.evaluation.item_scores import ItemScores
 from vectorclm.runtime.devices import Runtime
 
@@ -61,9 +61,7 @@ def _with_columns(task: TaskSource, rows: Iterable[Mapping[str, Any]]) -> Iterat
 
 def _expression(task: TaskSource, text: str) -> Callable[..., Any]:
     try:
-        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).compile_expression(
-            text, undefined_to_none=False
-        )
+        return compiled(text)
     except TemplateError as error:
         raise ConfigError(f"{task.label}: columns: {text!r} is not a Jinja expression: {error}") from error
 

@@ -1,5 +1,6 @@
 """Run a GGUF file in llama.cpp, to compare llama.cpp's answers and scores with ours."""
 
+import secrets
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ SURE = 1000.0  # bias on a logit that forces a token
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp's own server, inside this process and on 127.0.0.1.
+    """A GGUF file in llama.cpp's own server, inside this process and on 127.0.0.1, with a key of its own.
 
     Keys, values and attention are in fp32, so that differences from our figures come from the file. Raises ConfigError
     where llama.cpp is not installed, DataError for a file that llama.cpp cannot open.
@@ -38,11 +39,14 @@ class LlamaCpp:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.warmup = False
+        key = secrets.token_urlsafe(24)  # else every user of this machine, and every page in a browser, may ask
+        params.api_keys = [key]
         try:
             self._server = xllamacpp.Server(params)  # ends with this object
         except RuntimeError as error:
             raise DataError(f"{file}: llama.cpp cannot open it: {error}") from error
-        self._client = httpx.Client(base_url=self._server.listening_address, timeout=600)
+        headers = {"Authorization": f"Bearer {key}"}
+        self._client = httpx.Client(base_url=self._server.listening_address, headers=headers, timeout=600)
         self._letter = self.tokenize("a")[0]
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
+from vectorclm.command_line import printable
 from vectorclm.errors import DataError
 from vectorclm.inference.config import GREEDY, SamplingParams
 from vectorclm.inference.generate import drop_oldest, generate
@@ -191,13 +192,13 @@ def talk(conversation: Conversation, sampling: SamplingParams, stop: Sequence[st
             if gone := conversation.ask(question):
                 _show(f"(the oldest {gone} turns are forgotten: {conversation.chat_model.context:,} tokens are full)\n")
         except DataError as error:
-            _show(f"({_harmless(str(error))})\n")
+            _show(f"({printable(str(error))})\n")
             continue
         _show("model> ")
         pieces = conversation.answer(sampling, stop)
         try:
             for piece in pieces:
-                _show(_harmless(piece.text))
+                _show(printable(piece.text))
                 if piece.finish == "length":
                     _show(f" (cut after {conversation.max_new_tokens:,} tokens)")
         except KeyboardInterrupt:
@@ -215,7 +216,7 @@ def _command(conversation: Conversation, line: str) -> None:
     elif name == "/system":
         conversation.begin(text)
     else:
-        unknown = "" if name == "/help" else f"(there is no command {_harmless(name)})\n"
+        unknown = "" if name == "/help" else f"(there is no command {printable(name)})\n"
         _show(f"{unknown}{HELP}\n")
         return
     _show("(a new conversation)\n")
@@ -234,8 +235,3 @@ def _read(prompt: str) -> str | None:
 
 def _show(text: str) -> None:
     print(text, end="", flush=True)  # noqa: T201
-
-
-def _harmless(text: str) -> str:
-    """The text without control characters, which a terminal could act on."""
-    return "".join(character for character in text if character.isprintable() or character in "\n\t")

@@ -30,12 +30,20 @@ POLICY_VIOLATION = 1008  # close code of a websocket
 class Guard:
     """Refuses requests with a Host outside `hosts`, or from another origin; without `hosts`, any Host is allowed.
 
+    With `by_address` a Host may also be any IP address: a name of a foreign page that resolves to this machine is none.
     Pages of `origins` have access, too ("*": those of any). Other sites may not show the pages in a frame either, where
     they could steal clicks.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str] | None, origins: Collection[str] = ()) -> None:
-        self.app, self.origins = app, origins
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Collection[str] | None,
+        origins: Collection[str] = (),
+        *,
+        by_address: bool = False,
+    ) -> None:
+        self.app, self.origins, self.by_address = app, origins, by_address
         self.hosts = None if hosts is None else {normalized(host) for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +74,7 @@ class Guard:
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if len(hosts) != 1 or (host := split_authority(hosts[0])) is None:
             return "a request must name this server, once, in its header Host"
-        if self.hosts is not None and host[0] not in self.hosts:
+        if self.hosts is not None and host[0] not in self.hosts and not (self.by_address and is_address(host[0])):
             return f"this server is not called {host[0]}: name it by its address, or list the name in {ALLOWED}"
         if origins:
             own = len(origins) == 1 and (is_own(origins[0], host) or not {"*", origins[0]}.isdisjoint(self.origins))
@@ -91,6 +99,15 @@ def normalized(name: str) -> str:
         return f"[{ipaddress.IPv6Address(name.removeprefix('[').removesuffix(']'))}]"
     except ValueError:
         return ""
+
+
+def is_address(name: str) -> bool:
+    """Whether a normalized host is an IP address."""
+    try:
+        ipaddress.IPv6Address(name[1:-1]) if name.startswith("[") else ipaddress.IPv4Address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def is_own(origin: str, host: tuple[str, int | None]) -> bool:

@@ -66,8 +66,10 @@ def served_model(request: Request) -> ServedModel:
 Served = Annotated[ServedModel, Depends(served_model)]
 
 
-def make_app(engine: Engine, name: str, key: str, hosts: Sequence[str] | None, origins: Sequence[str] = ()) -> ASGIApp:
-    """The ASGI application. It answers to the host names in `hosts`, or to any, and to pages of `origins`."""
+def make_app(
+    engine: Engine, name: str, key: str, hosts: Sequence[str], origins: Sequence[str] = (), *, by_address: bool = False
+) -> ASGIApp:
+    """The ASGI application. It answers to the host names in `hosts`, and to pages of `origins`; see `Guard`."""
     metrics = ServerMetrics(engine)
     page = files("vectorclm.inference").joinpath("chat.html").read_text(encoding="utf-8")
     api = FastAPI(title="VectorCLM", docs_url=None, redoc_url=None, openapi_url=None, strict_content_type=False)
@@ -80,7 +82,7 @@ def make_app(engine: Engine, name: str, key: str, hosts: Sequence[str] | None, o
         headers = ["Authorization", "Content-Type"]
         # Clients of OpenAI's name their system in headers of their own, so any header is allowed.
         app = CORSMiddleware(app, origins, ["GET", "POST"], [*headers, "*"], allow_private_network=True)
-    return RequestLog(ApiGuard(app, hosts, origins), metrics)
+    return RequestLog(ApiGuard(app, hosts, origins, by_address=by_address), metrics)
 
 
 @router.api_route("/", methods=READ)

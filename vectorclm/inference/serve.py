@@ -8,7 +8,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,18 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def host_names(environment: Mapping[str, str], host: str) -> tuple[list[str], bool]:
+    """The names of the server at an address, and whether it also answers to any IP address.
+
+    Where others can reach the server and no names are set, those are this machine's own. Raises ConfigError for a
+    setting that is not a host's name.
+    """
+    names = allowed_hosts(environment)
+    if is_loopback(host) or environment.get(ALLOWED):
+        return names, False
+    return [*names, socket.gethostname(), socket.getfqdn()], True
+
+
 class ServerAddress(NamedTuple):
     """Where a server listens, and the origins of web pages that may use it."""
 
@@ -83,9 +95,9 @@ def serve(address: str, runtime: Runtime, place: ServerAddress, name: str | None
     name = name or Path(address).absolute().name
     with listen(host, port) as listening:
         shown, port = f"[{host}]" if ":" in host else host, listening.getsockname()[1]
-        hosts = [*allowed_hosts(os.environ), shown] if is_loopback(host) or os.environ.get(ALLOWED) else None
+        hosts, by_address = host_names(os.environ, host)
         config = uvicorn.Config(
-            make_app(engine, name, key, hosts, origins),
+            make_app(engine, name, key, [*hosts, shown], origins, by_address=by_address),
             log_config=LOGGING,
             access_log=False,
             server_header=False,

@@ -2,9 +2,12 @@
 
 import json
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import psutil
@@ -18,6 +21,8 @@ from vectorclm.runtime.watchdog import Watchdog, own_address, watch
 
 # The first rank reads, validates and publishes alone, while the others wait; watchdogs find what is lost.
 TIMEOUT = timedelta(hours=6)
+STORE_TIMEOUT = timedelta(minutes=30)  # torch's own for the rendezvous
+LOOPBACK = "127.0.0.1"
 BUCKET = 2**23  # elements in one all-reduce
 
 
@@ -128,7 +133,7 @@ def connect(relay: bool = False) -> tuple[DistributedGroup, Any]:
     rank, world_size, local_rank, local_world_size = ranks
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects only ranks that exchange, not each to each
     with _peers():
-        store, _, _ = next(rendezvous("env://"))
+        store = _open_store(rank, world_size, local_world_size)
         watchdog = watch(rank, world_size, store, relay, hardware(local_world_size))
         if local_world_size < world_size and (interface := _interface(own_address())) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else it is that of the host's name
@@ -144,6 +149,27 @@ def connect(relay: bool = False) -> tuple[DistributedGroup, Any]:
             local = [local_rank, local_world_size, local_rank, local_world_size]
             group.node = DistributedGroup(local, watchdog, first, inside)
     return group, store
+
+
+def _open_store(rank: int, world_size: int, local_world_size: int) -> Any:
+    """The rendezvous store of all ranks; on one machine the first rank serves it on loopback alone.
+
+    torch itself listens on all interfaces, without a password.
+    """
+    if local_world_size < world_size or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(rendezvous("env://"))
+        return store
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    port = int(os.environ["MASTER_PORT"])
+    new_store = partial(dist.TCPStore, LOOPBACK, port, world_size, timeout=STORE_TIMEOUT)  # type: ignore[attr-defined]
+    if rank > 0:
+        return new_store(is_master=False)
+    try:
+        server = socket.create_server((LOOPBACK, port), backlog=world_size)
+    except OSError as error:
+        raise PeerLostError(f"cannot listen on {LOOPBACK}, port {port}: {error}") from error
+    return new_store(is_master=True, master_listen_fd=server.detach())  # the store closes the socket
 
 
 def hardware(local_world_size: int) -> dict[str, Any]:

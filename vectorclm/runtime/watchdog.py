@@ -182,12 +182,13 @@ def _allow_connections(world_size: int) -> str | None:
 def own_address() -> str:
     """This node's address on the network over which torchrun's nodes find each other."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE"):
+        return "127.0.0.1"  # all ranks are on this machine
     family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(place)  # sends nothing
         address = str(probe.getsockname()[0])
-    several = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
-    return socket.gethostname() if several and address.startswith("127.") else address
+    return socket.gethostname() if address.startswith("127.") else address
 
 
 def _set_up(connection: socket.socket) -> None:

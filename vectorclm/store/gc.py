@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,7 +25,7 @@ from vectorclm.store import s3
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.durable import OWN, is_temporary
 from vectorclm.store.layout import CURVES, TRAINED
-from vectorclm.store.lease import LEASE_SECONDS, read_claim
+from vectorclm.store.lease import LEASE_SECONDS, read_claim, watched
 from vectorclm.store.listing import (
     FINGERPRINT,
     LEASE,
@@ -43,6 +43,7 @@ from vectorclm.store.work import is_in_use
 logger = logging.getLogger(__name__)
 OLDER_THAN = "7d"
 YOUNG_SECONDS = LEASE_SECONDS  # a younger file may belong to a writer without a lease yet: it always stays
+CLOCK_SECONDS = 2.0  # a file system may keep whole seconds
 GIVEN_BACK_SECONDS = 86_400  # younger empty leases stay: a process may acquire them again
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 WRITTEN = (*STAGE_FOLDERS, "checkpoints", "leases", "reports", CURVES)  # folders that this product writes to
@@ -78,16 +79,34 @@ def seconds(age: str) -> float:
 
 def find_garbage(store: Store, older_than: float) -> list[Garbage]:
     """Leftovers without a manifest or a live holder, and not written to in the last `older_than` seconds."""
-    inventory, limit = take_inventory(store), time.time() - max(older_than, YOUNG_SECONDS)
+    ahead = _clock_difference(store)
+    inventory, limit = take_inventory(store, sure=True), time.time() - max(older_than, YOUNG_SECONDS)
     held = {Path(claim.key).stem for claim in inventory.leases if claim.alive}
+    stored = [*_folders(store, inventory), *_files(store, held), *_uploads(store)]
+    leases = _leases(store, inventory, time.time() + ahead)
     found = [
-        *_folders(store, inventory),
-        *_files(store, held),
-        *_work(store),
-        *_uploads(store),
-        *_leases(store, inventory),  # last: on a full disk, a lease can be written once the others are gone
+        *(replace(item, modified=item.modified - ahead) for item in stored),
+        *_work(store),  # by this machine's clock
+        # Last: on a full disk, a lease can be written once the others are gone.
+        *(replace(item, modified=item.modified - ahead) for item in leases),
     ]
     return [item for item in found if item.modified <= limit and not held.intersection(item.leases)]
+
+
+def _clock_difference(store: Store) -> float:
+    """By how many seconds the store's clock is ahead of this machine's; 0 where they agree but for CLOCK_SECONDS.
+
+    The times of stored files are the store's. Where nothing can be written, as on a full disk, the clocks count as
+    equal.
+    """
+    try:
+        key = store.write_probe()
+        (file,) = store.files(key).values()
+        store.delete(key)
+    except (OSError, StoreError, ValueError):
+        return 0.0
+    ahead = file.modified - time.time()
+    return ahead if abs(ahead) > CLOCK_SECONDS else 0.0
 
 
 def remove_garbage(store: Store, item: Garbage) -> bool:
@@ -118,7 +137,7 @@ def _claimed(store: Store, item: Garbage) -> Iterator[None]:
                 raise
             stack.close()
             stack.enter_context(store.locked())
-            if any(store.lease_holder(key) is not None for key in item.leases):
+            if watched(store, [f"leases/{key}.json" for key in item.leases]):
                 raise InUseError(f"{item.what} is in use") from None
             logger.warning("the disk takes no lease, so %s is removed under the lock of the store", item.what)
         yield
@@ -223,14 +242,14 @@ def _temporary(key: str) -> str | None:
     return None
 
 
-def _leases(store: Store, inventory: Inventory) -> Iterator[Garbage]:
+def _leases(store: Store, inventory: Inventory, now: float) -> Iterator[Garbage]:
     for claim in inventory.leases:
         if not claim.alive:  # acquiring and releasing the lease removes it
             why, leases = "lease of a process that has ended", [Path(claim.key).stem]
             remove = partial(_remove_claim, store, claim)
             yield Garbage(claim.key, why, claim.bytes, claim.modified, leases, remove)
     for key, file in store.files("leases").items() if store.is_s3 else ():
-        if LEASE.fullmatch(key) and not file.bytes and file.modified < time.time() - GIVEN_BACK_SECONDS:
+        if LEASE.fullmatch(key) and not file.bytes and file.modified < now - GIVEN_BACK_SECONDS:
             yield Garbage(key, "lease that was given back", 0, file.modified, [], partial(_remove_empty, store, key))
 
 

@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from typing import Any
@@ -137,11 +137,31 @@ def read_claim(claim: bytes) -> dict[str, Any]:
 def is_alive(holder: Mapping[str, Any]) -> bool:
     """Whether a lease's holder seems alive; on another machine by its last renewal, if the clocks agree.
 
-    This quick check is enough for display; `Lease.acquire` waits for a renewal before it takes a lease over.
+    This quick check is enough for display; `watched` and `Lease.acquire` wait for a renewal before they decide.
     """
     if is_here(holder):
         return find_process(holder) is not None
     return bool(time.time() - holder.get("renewed", 0) < LEASE_SECONDS)
+
+
+def watched(store: Storage, keys: Collection[str]) -> set[str]:
+    """Those of the leases with these keys whose holders live, whatever the clocks of their machines say.
+
+    A holder on this machine is judged by its process. All others are watched together, until each has changed its
+    claim, or for PATIENCE times LEASE_SECONDS. A claim that is gone by then was released.
+    """
+    claims = {key: store.read(key) or b"" for key in keys}
+    holders = {key: read_claim(claim) for key, claim in claims.items()}
+    alive = {key for key, holder in holders.items() if is_here(holder) and find_process(holder) is not None}
+    waiting = {key for key, holder in holders.items() if holder and not is_here(holder)}
+    began = time.monotonic()
+    while waiting and time.monotonic() - began < PATIENCE * LEASE_SECONDS:
+        time.sleep(LEASE_SECONDS / 60)
+        for key in sorted(waiting):
+            if (now := store.read(key) or b"") != claims[key]:
+                waiting.discard(key)
+                alive |= {key} if read_claim(now) else set()
+    return alive
 
 
 def check_held(store: Storage, name: str) -> None:

@@ -4,14 +4,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from vectorclm.errors import ConfigError, CorruptArtifactError
 from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store
 from vectorclm.store.layout import EXPORT, MEASURE, STAGES
-from vectorclm.store.lease import is_alive, read_claim
+from vectorclm.store.lease import is_alive, read_claim, watched
 from vectorclm.store.manifest import read_manifest
 from vectorclm.store.manifest_memory import ManifestMemory
 from vectorclm.store.storage import StoredFile
@@ -132,8 +132,11 @@ def _row(folder: Folder) -> dict[str, Any]:
     }
 
 
-def take_inventory(store: Store) -> Inventory:
-    """List the store's own folders and read all manifests. Raises StoreError where the store cannot be read."""
+def take_inventory(store: Store, *, sure: bool = False) -> Inventory:
+    """List the store's own folders and read all manifests; see `read_leases` for `sure`.
+
+    Raises StoreError where the store cannot be read.
+    """
     there = set(store.list(""))
     stages = [stage for stage in STAGE_FOLDERS if stage in there]
     memory = None if store.is_local else ManifestMemory(store.uri)
@@ -142,7 +145,7 @@ def take_inventory(store: Store) -> Inventory:
     checkpoints = _folders(store, "checkpoints", rf"checkpoints/{FINGERPRINT.pattern}/{STEP.pattern}", memory)
     if memory is not None:
         memory.save([folder.key for folder in (*artifacts, *checkpoints)])
-    return Inventory(artifacts, checkpoints, read_leases(store))
+    return Inventory(artifacts, checkpoints, read_leases(store, sure=sure))
 
 
 def _folders(store: Store, below: str, pattern: str, memory: ManifestMemory | None) -> list[Folder]:
@@ -185,14 +188,20 @@ def _known(store: Store, key: str, file: StoredFile, memory: ManifestMemory | No
     return None
 
 
-def read_leases(store: Store) -> list[Claim]:
-    """Read all leases. A lease that cannot be parsed has no holder; other files in the folder are ignored."""
+def read_leases(store: Store, *, sure: bool = False) -> list[Claim]:
+    """Read all leases. A lease that cannot be parsed has no holder; other files in the folder are ignored.
+
+    A holder on another machine counts as alive by its clock; with `sure`, by a renewal, for which this waits.
+    """
     claims = []
     for key, file in store.files("leases").items():
         if LEASE.fullmatch(key) is None or not file.bytes:  # an empty lease is released, see `Storage.withdraw`
             continue
         holder = read_claim(store.read(key) or b"")
         claims.append(Claim(key, holder, bool(holder) and is_alive(holder), file.bytes, file.modified))
+    if sure:
+        alive = watched(store, [claim.key for claim in claims if claim.holder])
+        claims = [replace(claim, alive=claim.key in alive) for claim in claims]
     return claims
 
 

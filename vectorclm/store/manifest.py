@@ -1,6 +1,7 @@
 """The manifest of an artifact or a checkpoint: size and SHA-256 of each file, sealed by a hash over the manifest."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +12,7 @@ from vectorclm.store.storage import sha256_of
 
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"  # the key of the hash over everything else in the manifest
+NAME, FINGERPRINT = re.compile(r"[a-z_]+"), re.compile(r"[0-9a-f]{64}")  # of an input
 Describe = Callable[[Path], Mapping[str, Any]]  # adds fields to a file's entry in a manifest
 
 
@@ -34,6 +36,8 @@ def sealed(manifest: Mapping[str, Any]) -> bytes:
 def read_manifest(data: bytes, uri: str) -> dict[str, Any]:
     """Parse a manifest; all its files must lie below its artifact and have a size and a SHA-256.
 
+    Its inputs, by which other artifacts are looked up, must be names and fingerprints.
+
     Raises CorruptArtifactError for any other content.
     """
     try:
@@ -47,6 +51,9 @@ def read_manifest(data: bytes, uri: str) -> dict[str, Any]:
                 path = PurePosixPath(place)
                 if path.is_absolute() or ".." in path.parts or "\\" in place:
                     raise ValueError(f"it names the file {place!r}, which is not below it")
+        for name, fingerprint in manifest.get("inputs", {}).items():
+            if not NAME.fullmatch(name) or not FINGERPRINT.fullmatch(fingerprint):
+                raise ValueError(f"its input {name!r} is no artifact of a store")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifactError(
             f"{uri}/{MANIFEST} is not a valid manifest ({error!r}): run its stage again"

@@ -12,7 +12,7 @@ from vectorclm.errors import ConfigError, InUseError, StoreError
 from vectorclm.store.artifact import StageSpec, Store
 from vectorclm.store.gc import is_linked, owners
 from vectorclm.store.layout import EXPORT, MEASURE
-from vectorclm.store.lease import Lease, is_here
+from vectorclm.store.lease import Lease, is_here, watched
 from vectorclm.store.listing import Claim, Folder, Inventory, read_leases, take_inventory
 from vectorclm.store.model_names import resolve_model
 from vectorclm.store.model_ref import ADDRESS
@@ -133,7 +133,7 @@ def claimed(store: Store, removal: Removal) -> Iterator[dict[str, str]]:
                 stays[folder.key] = "is a link: remove it by hand"
             elif not all(taken[lease] for lease in leases):
                 stays[folder.key] = "is in use"
-        inventory = take_inventory(store)  # from here on, no other process begins to build what goes
+        inventory = take_inventory(store, sure=True)  # from here on, no other process begins to build what goes
         read = inventory.behind(_read_now(inventory, [lease for lease, own in taken.items() if own]))
         going = {folder.fingerprint for folder in removal.folders if folder.key not in stays}
         staying = inventory.behind(inventory.inputs.keys() - going)
@@ -173,15 +173,18 @@ def protected(store: Store, specs: Collection[StageSpec]) -> Iterator[None]:
 def _wait_for_removals(store: Store, leases: Collection[str]) -> None:
     """Wait while another process holds one of these leases without inputs: it removes, and builds nothing."""
     warned = False
-    while found := [claim for claim in read_leases(store) if claim.name in leases and _removes(claim)]:
+    while found := _removals(store, leases):
         if not warned:
             logger.warning("%s is being removed or repaired: waiting for that to end", found[0].name)
         warned = True
         time.sleep(REMOVAL_SECONDS)
 
 
-def _removes(claim: Claim) -> bool:
-    return claim.alive and "inputs" not in claim.holder
+def _removals(store: Store, leases: Collection[str]) -> list[Claim]:
+    """The leases among these that a live process holds without inputs."""
+    claims = [claim for claim in read_leases(store) if claim.name in leases and "inputs" not in claim.holder]
+    alive = watched(store, [claim.key for claim in claims if claim.holder])
+    return [claim for claim in claims if claim.key in alive]
 
 
 def _acquired(stack: ExitStack, store: Store, lease: str) -> bool:

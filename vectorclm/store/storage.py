@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from vectorclm.errors import DiskFullError, StoreError, disk_error
 from vectorclm.store import s3
+from vectorclm.store.address import PROTOCOLS, normalized
 from vectorclm.store.durable import (
     OWN,
     TEMPORARY,
@@ -38,7 +39,6 @@ from vectorclm.store.s3 import GARBLED as GARBLED
 from vectorclm.store.s3 import TRIES as TRIES
 
 logger = logging.getLogger(__name__)
-PROTOCOLS = ("file", "local", "s3", "s3a", "gs", "gcs", "az", "abfs", "memory")  # protocols of a store's address
 LOCK = f"{OWN}lock"  # lock file of a local store, for compare-and-swap
 ATTEMPT = f"{OWN}file-"  # in a remote store, prefix of the folder of a file whose name was taken
 RACERS = 8  # threads that create one object at once, to detect a store that lets several succeed
@@ -62,6 +62,7 @@ class Storage:
         if "@" in urlsplit(uri).netloc:
             where = uri.partition("://")[0] + "://…" + uri.rpartition("@")[2]
             raise StoreError(f"store {where}: put credentials into the environment, not into the address")
+        uri = normalized(uri)
         # An address may come from a stranger: refuse web pages of this network, and archives that name other files.
         protocol = fsspec.core.split_protocol(uri)[0] or "file"
         if "::" in uri or protocol not in PROTOCOLS:

@@ -84,6 +84,21 @@ class Metrics:
         """Whether the ten losses up to this step were far above the first ten."""
         return steps > 10 and _is_far_above(self.losses[steps - 10 : steps], self.losses[:10])
 
+    def check_end(self) -> None:
+        """Raise DivergedError where the last losses are far above the very first, as after a few wild steps."""
+        last = self.losses[-10:][-max(1, len(self.losses) // 2) :]
+        if len(self.losses) < 2 or not _is_far_above(last, self.losses[:1]):
+            return
+        at = 1 + next(n for n, loss in enumerate(self.losses) if _is_far_above([loss], self.losses[:1]))
+        message = f"the loss ends at {fmean(last):.3f}, far above its first value {self.losses[0]:.3f}"
+        windows = self.describe(at - 1)
+        steps = len(self.losses)
+        event = {"kind": "divergence", "told": message, "windows": windows}
+        self.write({"step": at, "tokens": self.tokens // steps * at, "event": event})
+        raise DivergedError(
+            f"divergence in step {at}: {message}. Lower the learning rate, or check this step's windows: {windows}"
+        )
+
     def _check(self, step: int, tokens: int, loss: float, norm: float) -> None:
         """Compare a step with the steps before it; write an event for a spike or a divergence."""
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -114,7 +129,11 @@ class Metrics:
             file.write(json.dumps(line) + "\n")
 
     def summary(self) -> dict[str, float]:
-        """First and last loss, each a mean over up to ten steps, and the median speed."""
+        """First and last loss, each a mean over up to ten steps, and the median speed.
+
+        Raises DivergedError where the training ends far above its start.
+        """
+        self.check_end()
         speeds = sorted(self.speeds) or [0.0]
         first, last = self.losses[:10], self.losses[-10:]
         return {
