@@ -306,6 +306,7 @@ def test_slices_that_ray_builds_are_the_same_bytes(
         write_sample_text(folder, [f"{number} {text}" for text in tiny_text * (200 if killed else 1)], "train")
         (folder / "train-00000.parquet").rename(folder / f"train-{number + 1:05d}.parquet")
     write_sample_text(folder, tiny_text[:7], "validation")
+    (tmp_path / "tokenizer").mkdir()
     train_tokenizer(TokenizerConfig(vocab_size=310, bytes=20_000), tmp_path / "sample", 64, tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     expected = write_shards(ShardsConfig(sequence_length=32), tmp_path / "sample", tokenizer, tmp_path / "here")

@@ -60,8 +60,8 @@ def steps(store: Path) -> int:
 
 
 INTERRUPTIONS = {  # in the middle of a training
-    "notice": ("scancel", "--batch", "--signal=TERM"),  # as --signal in train.sbatch does before the time limit
     "requeue": ("scontrol", "requeue"),  # as preemption with PreemptMode=REQUEUE does
+    "notice": ("scancel", "--batch", "--signal=TERM"),  # as --signal in train.sbatch does before the time limit
 }
 
 
