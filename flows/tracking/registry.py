@@ -92,10 +92,11 @@ class Registry:
         tags, title = self.tags(version), f"{version.name} {version.version}"
         if not (recorded := tags.get("uri")):
             raise ConfigError(f"{title} was registered by another program: name the folder of its files instead")
-        if (match := _in_store(recorded)) is None or match["fingerprint"] != tags.get("fingerprint"):
-            raise ConfigError(f"{title}: its tags name no artifact of a store: name the folder of its files instead")
-        if match["root"] == self.store.uri:
+        match, named = _in_store(recorded), tags.get("fingerprint")
+        if match is not None and match["root"] == self.store.uri and named in (None, match["fingerprint"]):
             return recorded
+        if match is None or match["fingerprint"] != named:
+            raise ConfigError(f"{title}: its tags name no artifact of a store: name the folder of its files instead")
         here = self.store.look_up(match["stage"], match["fingerprint"])
         if here is not None:
             return here.uri

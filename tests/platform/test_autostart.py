@@ -31,6 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with characters that mean something to systemd."""
     (found := tmp_path / 'a $HOME 100% "quoted" \\ folder').mkdir()
     monkeypatch.chdir(found)
+    monkeypatch.setenv("VECTORCLM_HOME", str(tmp_path / "home"))  # of databases, which take no %
     return found
 
 
@@ -41,7 +42,6 @@ def settings(unit_text: str, key: str) -> list[str]:
 def test_systemd_finds_no_fault_in_the_unit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("systemd-analyze") is None:
         skip_or_fail("no systemd-analyze here: apt-get install systemd")
-    monkeypatch.setenv("VECTORCLM_HOME", str(folder / "home"))
     options = PlatformOptions(store=str(folder), env_file=folder / "platform.env", prefect_port=4300)
     text = unit(PlatformConfig(vectorclm_store=str(folder)), options)
     (file := tmp_path / "vectorclm.service").write_text(text, encoding="utf-8")
@@ -62,7 +62,8 @@ def test_the_unit_has_the_options_and_the_settings_of_the_environment(
     words = f"{sys.executable} -P -m flows.cli VERB --env-file=platform.env --mlflow-port=5300"
     assert settings(text, "ExecStart") == [words.replace("VERB", "up")]
     assert settings(text, "ExecStop") == [words.replace("VERB", "down")]
-    assert settings(text, "Environment") == ['"VECTORCLM_EXPERIMENTS=my experiments"']
+    home = os.environ["VECTORCLM_HOME"]
+    assert settings(text, "Environment") == [f"VECTORCLM_HOME={home}", '"VECTORCLM_EXPERIMENTS=my experiments"']
     words = unit_command(unit(PlatformConfig(), PlatformOptions(store=str(folder))), "ExecStart")
     assert words[-1] == f"--store={folder}"
     assert settings(text, "WorkingDirectory") == [str(folder).replace("%", "%%")]

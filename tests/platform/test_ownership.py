@@ -240,7 +240,7 @@ class NoKey(http.server.BaseHTTPRequestHandler):
 def test_up_checks_a_store_with_the_keys_of_its_settings(tmp_path: Path) -> None:
     with http.server.ThreadingHTTPServer((HOST, 0), NoKey) as server, ThreadPoolExecutor(1) as thread:
         thread.submit(server.serve_forever)
-        file = tmp_path / "platform.env"
+        (file := tmp_path / "platform.env").touch(0o600)
         keys = f"S3_ACCESS_KEY=of-a-test\nS3_SECRET_KEY=secret\nAWS_ENDPOINT_URL=http://{HOST}:{server.server_port}\n"
         file.write_text(f"VECTORCLM_STORE=s3://bucket/store\nVECTORCLM_HOME={tmp_path / 'home'}\n{keys}")
         ports = ["--prefect-port", free_port(), "--mlflow-port", free_port()]

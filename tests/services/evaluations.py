@@ -1,5 +1,6 @@
 """Evaluations on a platform for tests: start one, read its table, schedule one by the page, break the candidate."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from tests.services.browser import click, log_in
 from tests.services.platform import Platform, until
 from vectorclm.model import CausalLM
 from vectorclm.model_config import read_model_config
+from vectorclm.store.manifest import SEAL, sealed
 
 LIMITS = {"items": 40, "documents": 20, "prompts": 3, "max_new_tokens": 8}
 RUNTIME = {"threads": 1}
@@ -62,16 +64,24 @@ def _newest(platform: Platform, key: str) -> Artifact:
 
 
 def register_untrained(platform: Platform, mlflow: MlflowClient, folder: Path) -> None:
-    """The candidate's twin with random weights, as the new candidate."""
+    """The candidate's twin with random weights, an artifact of the store `folder`, as the new candidate."""
     version = mlflow.get_model_version_by_alias("vectorclm-chat", "candidate")
-    shutil.copytree(version.tags["uri"], folder)
-    config = json.loads((folder / "config.json").read_text())
+    fingerprint = hashlib.sha256(b"untrained").hexdigest()
+    place = folder / "finetune" / fingerprint
+    shutil.copytree(version.tags["uri"], place)
+    config = json.loads((place / "config.json").read_text())
     torch.manual_seed(0)
-    CausalLM(read_model_config(config, "config.json")).save_pretrained(folder)
+    CausalLM(read_model_config(config, "config.json")).save_pretrained(place)
+    manifest = json.loads((place / "manifest.json").read_text())
+    del manifest[SEAL]
+    content = {name: (place / name).read_bytes() for name in manifest["files"]}
+    files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()}
+    (place / "manifest.json").write_bytes(sealed(manifest | {"fingerprint": fingerprint, "files": files}))
     experiment = mlflow.get_experiment_by_name("tiny")
     model = mlflow.create_logged_model(experiment.experiment_id, name="untrained")
+    tags = {"uri": str(place), "fingerprint": fingerprint}
     made = mlflow.create_model_version(
-        "vectorclm-chat", f"models:/{model.model_id}", model_id=model.model_id, tags={"uri": str(folder)}
+        "vectorclm-chat", f"models:/{model.model_id}", model_id=model.model_id, tags=tags
     )
     mlflow.set_registered_model_alias("vectorclm-chat", "candidate", made.version)
 

@@ -37,4 +37,5 @@ def prepare(home: Path) -> None:
             command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
             subprocess.run(command, env={**clean, "PREFECT_HOME": str(place)}, check=True, capture_output=True)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    shutil.copyfile(made, home / "prefect.db")
+    if not (home / "prefect.db").exists():  # else a server has its records there
+        shutil.copyfile(made, home / "prefect.db")

@@ -18,6 +18,8 @@ def normalized(uri: str) -> str:
     uri = uri.strip(" \t\r\n")
     if any(ord(character) < 32 or ord(character) == 127 or "\ud800" <= character <= "\udfff" for character in uri):
         raise StoreError(f"store {uri!a} cannot be opened: its address has a control character or half a character")
+    if "::" in uri:  # a chain of file systems, which no store is; it may hold credentials
+        return uri
     if (wrong := ONE_SLASH.fullmatch(uri)) is not None:
         local = wrong["protocol"].lower() in ("file", "local")
         rest = wrong["rest"] if local else wrong["rest"].lstrip("/")

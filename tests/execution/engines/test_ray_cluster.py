@@ -188,9 +188,9 @@ def test_a_killed_part_costs_no_byte_and_leaves_no_process(
         again.run(launcher)
     the_same(whole, store / "pretrain" / trained.fingerprint)
     kept = sorted((store / "checkpoints" / trained.fingerprint).glob("step-*/manifest.json"))
-    assert [int(path.parent.name.split("-")[1]) for path in kept] == list(
-        range(5, STEPS, 5)
-    )  # the last step needs none
+    steps = {int(path.parent.name.split("-")[1]) for path in kept}
+    assert steps >= set(range(5, STEPS, 5))  # the last step needs none; the end of the first attempt may add its own
+    assert len(steps) == len(kept) <= STEPS // 5
 
 
 def test_sigterm_ends_all_nodes_after_a_checkpoint(cluster: RayCluster, trained: Trained, tmp_path: Path) -> None:
