@@ -189,7 +189,12 @@ def test_a_file_of_ones_own_is_offered_without_a_restart_and_the_command_line_st
     user = f"user: {getpass.getuser()}"
     assert {"experiment: own", "setting: pretrain.batch_size", "from: command line", user} <= set(started.tags)
     named = "own finetune.epochs=3 dry run"
-    until(lambda: any(named in run.name for run in platform.client.read_flow_runs()), "Prefect's own run is named")
+
+    def done_by_prefect() -> bool:
+        runs = [run for run in platform.client.read_flow_runs() if named in run.name]
+        return any(run.state is not None and run.state.is_final() for run in runs)
+
+    until(done_by_prefect, "Prefect's own run is named, and ends")  # a deployment with a run that waits stays
     assert on_platform(platform, "owl").returncode == 2
     (folder / "own.toml").unlink()
     until(lambda: offered(platform, "own") is None, "what is gone is offered no more", 60)
