@@ -18,10 +18,10 @@ import pytest
 from flows.execution.engines.choice import on_nodes
 from flows.execution.launch import Launcher, StageInterruptedError
 from flows.terminal import attached
-from tests.conftest import KILLS, SEED, one_of, skip_or_fail, write_sample_text
-from tests.runtime.test_nodes import finish
+from tests.conftest import KILLS, SEED, one_of, write_sample_text
+from tests.runtime.test_nodes import finish, nodes
 from tests.runtime.test_preemption import COUNTED, RUNTIME, START, STEPS, Trained, done
-from tests.services.nodes import NODES, Nodes, NodesMissingError, two_nodes
+from tests.services.nodes import Nodes
 from tests.services.ray_cluster import RayCluster, ray_cluster
 from tests.shards.test_writer import contents
 from tests.test_curriculum import mini
@@ -33,21 +33,14 @@ from vectorclm.shards.writer import write_shards
 from vectorclm.tokenizer import TokenizerConfig, load_tokenizer
 from vectorclm.train_tokenizer import train_tokenizer
 
+__all__ = ["nodes"]  # a fixture
+
 GONE = 25  # seconds after a kill in which all processes of the training end
 HEAD = 30  # seconds in which a dead head is noticed
 AGAIN = 120  # seconds in which a training goes on after the loss of a node
 PARTS = ("rank", "torchrun", "actor", "raylet", "driver")
 WORDS = {"rank": "--relay", "torchrun": "engines.node", "actor": "ray::Node", "raylet": "raylet/raylet"}
 CELLS = [(part, seed) for part in PARTS for seed in range(4)]
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    try:
-        with two_nodes() as found:
-            yield found
-    except NodesMissingError as error:
-        skip_or_fail(f"{NODES} ({error})")
 
 
 @pytest.fixture(scope="module")
