@@ -273,10 +273,21 @@ def test_an_error_of_the_first_rank_is_told_once(inputs: Path) -> None:
         run(on_two_ranks(inputs, "even", Path(store.uri)))
 
 
+SLOW_TO_TELL = """
+import sys, time
+from vectorclm import command_line
+from vectorclm.__main__ import main
+
+told = command_line.explain
+command_line.explain = lambda *values, **names: (time.sleep(3), told(*values, **names))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_other_stages_refuse_several_ranks(inputs: Path) -> None:
-    command = on_two_ranks(inputs, "even", inputs / "inputs", "shards")
+    command = on_two_ranks(inputs, "even", inputs / "inputs", "shards", "-c", SLOW_TO_TELL)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    (line,) = done.stdout.splitlines()  # of two ranks that refuse, one tells it
+    (line,) = done.stdout.splitlines()  # of two ranks that refuse, one tells it, which the other's end does not prevent
     assert json.loads(line)["error"] == {
         "type": "ConfigError",
         "message": "shards runs in one process: start it without torchrun",

@@ -11,6 +11,7 @@ import platform
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
@@ -72,7 +73,8 @@ def _together(relay: bool) -> Iterator[Group]:
         if os.environ["LOCAL_RANK"] == "0":
             raise
         record(error)
-        sys.exit(2)
+        _end_after_the_first()
+    silent = False
     try:
         yield group
         if group.at_work:
@@ -84,11 +86,14 @@ def _together(relay: bool) -> Iterator[Group]:
             group.leave(kind.__name__, str(error).partition("\n")[0])
         if isinstance(error, VectorCLMError) and not _is_first(store):
             record(error)
-            sys.exit(2)
-        raise
+            silent = True
+        else:
+            raise
     finally:
-        released = group.rank == 0 and not group.at_work
-        if released:
+        released = group.rank == 0 and not group.at_work and not silent
+        if silent:
+            signal.alarm(GRACE)
+        if released or (silent and group.rank and not group.at_work):  # the release ends only where all take part
             with suppress(PeerLostError):
                 group.call(None)
         if released or sys.exc_info()[0] is None:
@@ -96,6 +101,8 @@ def _together(relay: bool) -> Iterator[Group]:
         signal.alarm(GRACE)  # whatever the other ranks do
         disconnect()
         signal.alarm(0)
+    if silent:
+        _end_after_the_first()
 
 
 def record(error: Exception) -> None:
@@ -124,6 +131,17 @@ def _leave(group: Group, code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _end_after_the_first() -> NoReturn:
+    """End with exit code 2, after the rank that reports the error: torchrun ends all ranks as soon as one has ended.
+
+    torchrun's SIGTERM says that the other has ended. A rank on another node is not waited for longer than GRACE.
+    """
+    deadline = time.monotonic() + GRACE
+    while not preemption.requested and time.monotonic() < deadline:
+        time.sleep(0.1)
+    sys.exit(2)
 
 
 def _is_first(store: Any) -> bool:
