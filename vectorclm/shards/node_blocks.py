@@ -59,7 +59,8 @@ class NodeBlocks:
 def node_blocks(group: Group, *, is_local: bool, batch_size: int, workers: int) -> Iterator[NodeBlocks | None]:
     """What the ranks of this node share while the block runs; None where the store `is_local`, or this rank reads none.
 
-    One process alone keeps only what it reads again, so that validations ask the store once. Each of a rank's loader `workers` reads the blocks of all windows; a rank without a row of the batch reads none.
+    One process alone keeps only what it reads again, so that validations ask the store once. Each of a rank's loader
+    `workers` reads the blocks of all windows; a rank without a row of the batch reads none.
     """
     first = group.rank - group.local_rank
     readers = len(range(first, min(first + group.local_world_size, batch_size))) * max(1, workers)
