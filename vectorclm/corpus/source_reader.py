@@ -158,6 +158,13 @@ def read_source(
     return read_rows(_check_local(source, data, columns), tuple(columns))
 
 
+def local_bytes(source: Source, data: Path | None) -> int:
+    """The size of a source's files on this machine; 0 for another source."""
+    if source.is_generated or is_remote(source, data):
+        return 0
+    return sum(path.stat().st_size for path in local_files(source, data))
+
+
 def find_row(source: Source, data: Path | None, column: str, value: Any) -> str | None:
     """The file and number of the first row with this value in a column; None where the source has no local files."""
     if source.is_generated or is_remote(source, data):
