@@ -17,7 +17,7 @@ import xxhash
 import zstandard
 
 from tests.corpus.source_files import documents, source, write_parquet
-from vectorclm.corpus import sampler
+from vectorclm.corpus import candidates, sample_writer
 from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.sample_reader import read_texts
 from vectorclm.corpus.sampler import write_sample
@@ -118,8 +118,8 @@ def test_the_same_content_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) 
 def test_files_rotate_and_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "books" / "a.parquet", documents(400))
     sample(tmp_path / "one", tmp_path)
-    monkeypatch.setattr(sampler, "FILE_BYTES", 1500)
-    monkeypatch.setattr(sampler, "GROUP_DOCUMENTS", 20)
+    monkeypatch.setattr(sample_writer, "FILE_BYTES", 1500)
+    monkeypatch.setattr(sample_writer, "GROUP_DOCUMENTS", 20)
     sample(tmp_path / "many", tmp_path)
     files = sorted(path.name for path in (tmp_path / "many" / "books").glob("train-*"))
     assert files == [f"train-{number:05d}.parquet" for number in range(len(files))] and len(files) > 2
@@ -194,7 +194,7 @@ def test_what_is_forgotten_on_the_way_would_not_have_been_taken(
     write_parquet(tmp_path / "papers" / "a.parquet", [*texts, *texts[::2], *texts[::3]])
     both = {"sources": [source(), source(label="papers", path="owner/papers")], "bytes": 2000}
     first = sample(tmp_path / "first", tmp_path, **both)
-    monkeypatch.setattr(sampler._Reserve, "_forget", lambda self: None)
+    monkeypatch.setattr(candidates.Reserve, "_forget", lambda self: None)
     assert first == sample(tmp_path / "second", tmp_path, **both)
     assert tree(tmp_path / "first") == tree(tmp_path / "second")
     assert first["sources"]["papers"]["dropped"]["duplicate"] > 0

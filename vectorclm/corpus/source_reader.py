@@ -176,6 +176,11 @@ def find_row(source: Source, data: Path | None, column: str, value: Any) -> str 
     return None
 
 
+def checked_files(source: TextSource, data: Path | None) -> list[Path]:
+    """The files of a source on this machine that have rows. Raises DataError as `open_source` does."""
+    return _check_local(source, data, source.columns())
+
+
 def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[RowBatch]:
     """Read the texts of a source that pass its filter, some megabytes at a time.
 
@@ -184,7 +189,7 @@ def read_batches(source: TextSource, data: Path | None, world: WorldConfig | Non
     """
     condition = Filter(source.filter) if source.filter is not None else None
     if not (source.is_generated or is_remote(source, data)):
-        for path in _check_local(source, data, source.columns()):
+        for path in checked_files(source, data):
             yield from read_file_batches(path, source.text_column, condition)
         return
     stream = open_source(source, data, world, source.columns())

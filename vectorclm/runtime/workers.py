@@ -56,14 +56,18 @@ class Workers:
     """Builds slices in this process, when their results are wanted; the other kinds build them ahead."""
 
     ahead = 0  # slices that may be built or wait beside the one that is wanted
+    local = True  # whether they read and write this machine's files
 
     def share(self, value: Any) -> Shared:
         """A handle on a value, to be an argument of many slices; share a large value once."""
         return _Here(lambda: value)
 
-    def each(self, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """The results of `work(*arguments)`, which writes no files, for each call, in order.
+    def each(
+        self, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, with_files: bool = False
+    ) -> Iterator[Any]:
+        """The results of `work(*arguments)` for each call, in order.
 
+        With files, the first argument is a folder for them, as in `submit`; without, `work` returns a result alone.
         Calls are taken as far ahead as slices are built. An error of `calls` is raised after the results before it.
         """
         source, ended = iter(calls), list[Exception]()
@@ -71,7 +75,10 @@ class Workers:
         while True:
             while not ended and len(waiting) <= self.ahead:
                 try:
-                    waiting.append(self.submit(_without_files, Path(), work, *next(source)))
+                    call = next(source)
+                    waiting.append(
+                        self.submit(*((work, *call) if with_files else (_without_files, Path(), work, *call)))
+                    )
                 except Exception as error:  # also the end of the calls
                     ended.append(error)
             if not waiting:

@@ -93,6 +93,8 @@ def connect() -> None:
 class RayWorkers(Workers):
     """Builds slices as Ray tasks on all nodes, which a lost node does not end; their files come to this machine."""
 
+    local = False
+
     def __init__(self) -> None:
         import ray
 
