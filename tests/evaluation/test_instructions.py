@@ -148,7 +148,7 @@ def test_a_chat_model_answers_in_its_template_and_a_base_model_after_examples(
         sampling = SamplingParams(repetition_penalty=50.0)
         instruction_scores(model, partial(respond, max_new_tokens=12, sampling=sampling), asked[:1], out, ItemScores())
         (line,) = map(json.loads, (out / "instructions.jsonl").read_text().splitlines())
-        once = respond(asked[0].prompt, 12, sampling)[0]
+        once = respond(model, prompt=asked[0].prompt, max_new_tokens=12, sampling=sampling)[0]
         assert line["answer"] == once != lines[0]["answer"]
         held = Counter(one["kind"] for line in lines for one in line["checks"] if one["holds"])
         assert {kind: count["held"] for kind, count in scores["checks"].items() if count["held"]} == held
