@@ -80,9 +80,7 @@ def write_sample(
     one) and `contaminated` (shares words with `benchmarks`). A hash of the text decides whether a document is held out
     for validation. As each text occurs once, no text is in both splits.
 
-    The `current_workers` read the files of a source beside each other, look for the benchmarks and write the files of
-    the sample; what they do not share is the order of the documents.
-
+    The `current_workers` read the files of a source, look for the benchmarks and write the files of the sample.
     Memory use is 37 bytes for each document in reserve (three times as much while they are sorted), 24 bytes for each
     document of the sources before (also in each worker), and one batch. A folder beside `out` holds the texts in
     reserve: at first three times the source's share, and more where the source is far larger; and as much for each file
