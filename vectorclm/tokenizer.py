@@ -1,6 +1,8 @@
 """The model's tokenizer: its settings, special tokens, chat template, loading and encoding."""
 
+import copyreg
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field
@@ -89,10 +91,27 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     found = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     if found != list(range(len(SPECIAL_TOKENS))):
         raise DataError(f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}")
-    tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()  # transformers saves the last setting, and a truncated text would score far too well
     tokenizer.no_padding()
+    return _of_texts(tokenizer)
+
+
+def read_tokenizer(record: str) -> Tokenizer:
+    """A tokenizer from its JSON, as `Tokenizer.to_str` writes it in another process."""
+    return _of_texts(Tokenizer.from_str(record))
+
+
+def _of_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, which encodes special tokens in a text as text; its JSON does not record this setting."""
+    tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _reduced(tokenizer: Tokenizer) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
+    return read_tokenizer if tokenizer.encode_special_tokens else Tokenizer.from_str, (tokenizer.to_str(),)
+
+
+copyreg.pickle(Tokenizer, _reduced)  # its own pickle loses the setting
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

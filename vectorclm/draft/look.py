@@ -16,11 +16,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import zstandard
 
+from vectorclm.corpus.candidates import clean_texts
 from vectorclm.corpus.decontamination import strings
 from vectorclm.corpus.file_formats import PARQUET, TEXT, format_of, read_file_batches, read_rows
 from vectorclm.corpus.filters import Filter
 from vectorclm.corpus.lines import COMPRESSIONS, first_bytes, lines_of
-from vectorclm.corpus.sampler import clean_texts
 from vectorclm.corpus.sources import GENERATED, Source, TaskSource, TextSource, is_remote, local_files
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import DataError
