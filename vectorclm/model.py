@@ -11,19 +11,19 @@ Shape letters, used in names and docstrings here and in nn/:
     I, O  inputs and outputs of any linear projection                    1  a dimension of size 1
 """
 
-import json
 import math
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vectorclm.errors import DataError
+from vectorclm.errors import DataError, shortened
+from vectorclm.formats.files import size_of
+from vectorclm.formats.json_files import read_settings
+from vectorclm.formats.tensors import load_tensors
 from vectorclm.model_config import ModelConfig, read_model_config, write_config
 from vectorclm.nn.attention import AttentionMask, Documents, attention, left_padded
 from vectorclm.nn.layers import (
@@ -282,12 +282,9 @@ class CausalLM(nn.Module):
         """Load the model in a Hugging Face directory. Raises DataError for another architecture than ours."""
         directory = Path(directory)
         weights = directory / "model.safetensors"
-        try:
-            raw = json.loads((directory / "config.json").read_text())
-            size, tensors = weights.stat().st_size, load_file(weights)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise DataError(f"{directory} is not a model directory: {error}") from error
+        raw = read_settings(directory / "config.json", "the configuration of a model")
         config = read_model_config(raw, str(directory / "config.json"))
+        size, tensors = size_of(weights, "a file of tensors"), load_tensors(weights, floats=True)
         if config.parameters > size:  # checked before memory is allocated for a size that only config.json claims
             raise DataError(
                 f"{weights} does not fit its config.json: {config.parameters:,} parameters in {size:,} bytes"
@@ -297,5 +294,5 @@ class CausalLM(nn.Module):
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
-            raise DataError(f"{weights} does not fit its config.json: {error}") from error
+            raise DataError(f"{weights} does not fit its config.json: {shortened(error)}") from error
         return model

@@ -24,6 +24,7 @@ from vectorclm.corpus.sampler import clean_texts
 from vectorclm.corpus.sources import GENERATED, Source, TaskSource, TextSource, is_remote, local_files
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import DataError
+from vectorclm.formats.limits import XZ_MEMORY
 from vectorclm.shards.config import ChatSource
 from vectorclm.shards.conversations import find_fault, read_conversation, without_empty_system
 
@@ -149,7 +150,7 @@ def _unpacker(kind: str) -> Any:
         case "bz2":
             return bz2.BZ2Decompressor()
         case "xz":
-            return lzma.LZMADecompressor()
+            return lzma.LZMADecompressor(memlimit=XZ_MEMORY)
         case _:
             return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 

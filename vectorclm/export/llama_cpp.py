@@ -6,12 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import gguf
 import httpx
 
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.bits_per_byte import comparable_length, rates, scoring_windows
+from vectorclm.formats.gguf_files import read_gguf_fields
+from vectorclm.formats.templates import render
 from vectorclm.runtime.progress import Progress
+from vectorclm.tokenizer import CHAT_TEMPLATE
 
 INSTALL = "pip install 'vectorclm[llama]'"
 SURE = 1000.0  # bias on a logit that forces a token
@@ -30,6 +32,7 @@ class LlamaCpp:
         import xllamacpp
 
         fields = _fields(file)
+        self.file, self.template = file, str(fields.get("tokenizer.chat_template") or "")
         self.longest = comparable_length(int(fields["llama.context_length"]))  # tokens of the longest prompt
         self.vocab_size = int(fields["llama.vocab_size"])
         params = xllamacpp.CommonParams()
@@ -60,6 +63,8 @@ class LlamaCpp:
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> str:
         """Messages in the file's chat template, up to the beginning of an answer; llama.cpp itself adds the BOS."""
+        if self.template not in ("", CHAT_TEMPLATE):  # llama.cpp's own engine has no budget
+            render(self.template, messages, str(self.file))
         return str(self._ask("/apply-template", {"messages": list(messages)})["prompt"])
 
     def greedy(self, input_ids: Sequence[int], count: int) -> list[int]:
@@ -106,11 +111,7 @@ class LlamaCpp:
 
 def _fields(file: Path) -> dict[str, Any]:
     """The metadata of a GGUF file. Raises DataError where the file contains no Llama model."""
-    try:
-        reader = gguf.GGUFReader(file)
-        found = {name: field.contents() for name, field in reader.fields.items() if name.startswith("llama.")}
-    except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"{file} is not a GGUF file: {error}") from error
-    if "llama.context_length" not in found:
+    found = read_gguf_fields(file)
+    if any(type(found.get(f"llama.{name}")) is not int for name in ("context_length", "vocab_size")):
         raise DataError(f"{file} contains no Llama model")
     return found
