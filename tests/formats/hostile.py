@@ -249,7 +249,7 @@ def parquet_of_a_dictionary(folder: Path) -> Any:
 
 @case
 def parquet_of_a_page_bomb(folder: Path) -> Any:
-    table = pa.table({"text": ["a" * 1_900_000_000]})
+    table = pa.table({"text": ["a" * 400_000_000]})
     pq.write_table(table, folder / "a.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
     del table
     return rows(folder / "a.parquet")

@@ -160,7 +160,7 @@ def _chat_template(folder: Path) -> str | None:
     """
     own = folder / "chat_template.jinja"
     if own.is_file():
-        template = read_template(own)
+        template: Any = read_template(own)
     else:
         template = read_table(folder / "tokenizer_config.json").get("chat_template")
     if template == TRANSFORMERS_TEMPLATE:

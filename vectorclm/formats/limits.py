@@ -20,11 +20,12 @@ PARQUET_FOOTER = 64 * MIB
 PARQUET_COLUMNS = 10_000
 PARQUET_ROW_GROUPS = 100_000
 PAGE_BYTES = 2**28 + MIB  # of a page in memory: the longest text, in UTF-8
-BATCH_BYTES = 256 * MIB  # that a batch may have if all its rows hold the largest value of a dictionary
+BATCH_BYTES = 64 * MIB  # that a batch may have if all its rows hold the largest value of a dictionary
 TABLE_BYTES = 2**30  # of a small table that is read as a whole: items, texts, curves
 
 # Tensors
 TENSOR_HEADER = 16 * MIB
+TENSOR_VALUES = 2**22
 TENSORS = 50_000  # 512 layers have 4,600 weights, and AdamW three entries for each
 DIMENSIONS = 8
 ROTARY_ENTRIES = 2**28  # positions times the width of a head; 4 bytes each, twice

@@ -105,7 +105,7 @@ def batches(
             while True:
                 try:
                     batch = next(found, None)
-                except (OSError, pa.ArrowException, MemoryError) as error:
+                except (OSError, pa.ArrowException) as error:
                     raise failure(f"cannot read {where}: {error}; download it again") from error
                 if batch is None:
                     break

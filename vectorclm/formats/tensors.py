@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vectorclm.errors import DataError
 from vectorclm.formats.files import Failure, size_of
 from vectorclm.formats.json_files import parse_json
-from vectorclm.formats.limits import DIMENSIONS, SETTINGS_VALUES, TENSOR_HEADER, TENSORS
+from vectorclm.formats.limits import DIMENSIONS, TENSOR_HEADER, TENSOR_VALUES, TENSORS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ def check_tensors(path: Path, failure: Failure = DataError, *, floats: bool = Fa
             (length,) = struct.unpack("<Q", start)
             if length > min(TENSOR_HEADER, size - 8):
                 raise ValueError(f"its header claims {length:,} bytes, of {min(TENSOR_HEADER, size - 8):,} at most")
-            header = parse_json(file.read(length), SETTINGS_VALUES)
+            header = parse_json(file.read(length), TENSOR_VALUES)
         return _shapes(header, size - 8 - length, FLOATS if floats else WIDTHS)
     except OSError as error:
         raise failure(f"{path} is not a file of tensors: {error.strerror or error}") from error

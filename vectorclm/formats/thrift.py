@@ -51,7 +51,8 @@ class _Reader:
         if kind in (I16, I32, I64):
             self.number()
         elif kind in (BYTE, DOUBLE, BINARY):
-            self.at += {BYTE: 1, DOUBLE: 8}.get(kind) or self.number()
+            length = {BYTE: 1, DOUBLE: 8}.get(kind) or self.number()
+            self.at += length
         elif kind in (LIST, SET):
             self.entries(depth)
         elif kind == STRUCT:

@@ -39,8 +39,11 @@ LISTS = {"normalizers", "pretokenizers", "processors", "decoders"}  # of a Seque
 GROWS = {"NFD", "NFKD", "NFKC", "NFC", "Nmt", "ByteLevel", "Prepend"}  # normalizers; each once at most
 PATTERNS = {  # regular expressions whose time grows with the text alone
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    *(
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"""  # of Llama 3, and of Qwen
+        rf"""{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+        for digits in (r"\p{N}{1,3}", r"\p{N}")
+    ),
     r"""\s?\p{L}+|\s?\p{N}+|\s?[^\s\p{L}\p{N}]+|\s+""",
     r"\s+",
     r"\p{N}",
@@ -115,7 +118,8 @@ def _parts(part: Any, name: str, depth: int = 0) -> Iterator[dict[str, Any]]:
 def _check_part(part: dict[str, Any], name: str) -> None:
     kind = part["type"]
     if kind == "Replace":
-        pattern, content = part.get("pattern"), part.get("content")
+        pattern: Any = part.get("pattern")
+        content: Any = part.get("content")
         _require(isinstance(pattern, dict) and isinstance(pattern.get("String"), str), f"{name} replaces by a pattern")
         _require(isinstance(content, str), f"{name} replaces by no text")
         _require(bool(pattern["String"]), f"{name} replaces an empty text")
@@ -124,7 +128,7 @@ def _check_part(part: dict[str, Any], name: str) -> None:
     elif kind == "Prepend":
         _check_token(part.get("prepend"), f"{name}'s prefix")
     elif kind == "Split":
-        pattern = part.get("pattern")
+        pattern = part.get("pattern") or {}
         _require(isinstance(pattern, dict) and len(pattern) == 1, f"{name} has no pattern")
         expression, text = pattern.get("Regex"), pattern.get("String")
         _require(
@@ -132,28 +136,23 @@ def _check_part(part: dict[str, Any], name: str) -> None:
             f"{name} splits by {expression!r:.60}, which is none of the regular expressions that are read",
         )
     elif kind == "TemplateProcessing":
-        pieces = [part.get(key) for key in ("single", "pair")]
-        _require(
-            all(isinstance(one, list) and len(one) <= TOKENIZER_PARTS for one in pieces), f"{name} has no template"
-        )
+        for pieces in (part.get("single"), part.get("pair")):
+            _require(isinstance(pieces, list) and len(pieces) <= TOKENIZER_PARTS, f"{name} has no template")
 
 
 def _check_model(model: Any) -> None:
     _require(isinstance(model, dict), "it has no model")
     _require(model.get("type", "BPE") == "BPE", f"model.type is {model.get('type')!r:.40}, not 'BPE'")
     vocabulary, merges = model.get("vocab"), model.get("merges")
-    _require(
-        isinstance(vocabulary, dict) and len(vocabulary) <= VOCABULARY, f"model.vocab is no table of {VOCABULARY:,}"
-    )
+    _require(isinstance(vocabulary, dict), "model.vocab is no table of tokens")
+    _require(len(vocabulary) <= VOCABULARY, f"model.vocab has more than {VOCABULARY:,} tokens")
     for token, number in vocabulary.items():
         _check_token(token, "a token")
         _check_id(number, "a token")
     _require(isinstance(merges, list) and len(merges) <= VOCABULARY, f"model.merges is no list of {VOCABULARY:,}")
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        _require(
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair), "a merge is no pair"
-        )
+        _require(isinstance(pair, list) and [type(one) for one in pair] == [str, str], "a merge is no pair of texts")
         _require({*pair, "".join(pair)} <= vocabulary.keys(), "a merge joins what are no tokens")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         _require(not model.get(key), f"model.{key} is set, which is not read")
