@@ -282,9 +282,13 @@ class CausalLM(nn.Module):
         """Load the model in a Hugging Face directory. Raises DataError for another architecture than ours."""
         directory = Path(directory)
         weights = directory / "model.safetensors"
-        raw = read_settings(directory / "config.json", "the configuration of a model")
+
+        def no_model(message: str) -> DataError:
+            return DataError(f"{directory} is not a model directory: {message}")
+
+        raw = read_settings(directory / "config.json", "a model's configuration", no_model)
         config = read_model_config(raw, str(directory / "config.json"))
-        size, tensors = size_of(weights, "a file of tensors"), load_tensors(weights, floats=True)
+        size, tensors = size_of(weights, "a file of tensors", no_model), load_tensors(weights, no_model, floats=True)
         if config.parameters > size:  # checked before memory is allocated for a size that only config.json claims
             raise DataError(
                 f"{weights} does not fit its config.json: {config.parameters:,} parameters in {size:,} bytes"

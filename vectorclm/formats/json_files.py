@@ -13,6 +13,7 @@ from vectorclm.formats.files import Failure, read_bytes
 from vectorclm.formats.limits import (
     DEPTH,
     LINE_BYTES,
+    LINE_DEPTH,
     LINE_VALUES,
     MANIFEST_BYTES,
     MANIFEST_VALUES,
@@ -54,11 +55,11 @@ def check_json(text: str, values: int, depth: int = DEPTH) -> None:
 def parse_line(text: str) -> Any:
     """The value of a line of JSON Lines, or of a whole array. Raises ValueError with the reason."""
     if len(text) > 2 * LINE_VALUES:
-        check_json(text, LINE_VALUES)
+        check_json(text, LINE_VALUES, LINE_DEPTH)
     try:
         return from_json(text, cache_strings="keys")  # three times as fast as json
     except (ValueError, TypeError):  # json reads what from_json refuses: lone surrogates
-        check_json(text, LINE_VALUES)
+        check_json(text, LINE_VALUES, LINE_DEPTH)
         return _loads(text)
 
 

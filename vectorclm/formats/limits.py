@@ -9,7 +9,7 @@ MANIFEST_BYTES = 256 * MIB  # 10^5 shards with a few files each
 MANIFEST_VALUES = 2**23
 LINE_BYTES = 2**26  # characters of a line of JSON Lines, or of a file that is one JSON array
 LINE_VALUES = 2**22
-DEPTH = 200  # lists and tables inside one another
+DEPTH, LINE_DEPTH = 200, 500  # lists and tables inside one another, in files and in lines of JSON
 KEY_PARTS = 100  # of a dotted key of TOML
 
 # Compressed files

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+MAGIC = b"PAR1"
 USUAL_BYTES = 16 * 2**20  # of a batch in memory; a single larger row is read as a whole
 MOST_ROWS = 1000  # of a batch
 HEADER, LONG_HEADER = 512, 2**24  # bytes of a page's header: usually, and with long statistics
@@ -71,7 +72,7 @@ def _check_footer(source: Path | bytes, where: str, failure: Failure) -> None:
         end = source[-8:] if isinstance(source, bytes) else _end(source)
     except OSError as error:
         raise failure(f"cannot read {where}: {error.strerror or error}") from error
-    if len(end) == 8 and (size := int.from_bytes(end[:4], "little")) > PARQUET_FOOTER:
+    if end[4:] == MAGIC and (size := int.from_bytes(end[:4], "little")) > PARQUET_FOOTER:
         raise failure(f"cannot read {where}: its footer claims {size:,} bytes, {PARQUET_FOOTER:,} at most")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vectorclm.errors import ConfigError
-from vectorclm.formats.files import read_bytes
+from vectorclm.formats.files import read_bytes, size_of
 from vectorclm.formats.json_files import parse_json
 from vectorclm.formats.limits import DEPTH, KEY_PARTS, SETTINGS_BYTES, SETTINGS_VALUES
 
@@ -41,7 +41,12 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 def read_settings_file(path: Path) -> dict[str, Any]:
     """The table of a TOML or JSON file. Raises ConfigError with the place of a fault, or where it is too large."""
-    data = read_bytes(path, SETTINGS_BYTES, "a file of settings, which names files by patterns", ConfigError)
+    if (size := size_of(path, "a file of settings", ConfigError)) > SETTINGS_BYTES:
+        raise ConfigError(
+            f"{path} has {size:,} bytes, and a file of settings at most {SETTINGS_BYTES:,}: name files by a pattern "
+            "such as texts/*.jsonl"
+        )
+    data = read_bytes(path, SETTINGS_BYTES, "a file of settings", ConfigError)
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
         values = parse_json(text) if path.suffix == ".json" else parse_toml(text)

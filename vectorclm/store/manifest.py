@@ -47,14 +47,14 @@ def read_manifest(data: bytes, uri: str) -> dict[str, Any]:
         if SEAL in manifest and manifest[SEAL] != digest({k: v for k, v in manifest.items() if k != SEAL}):
             raise ValueError("its bytes are not those that were written")
         for name, file in manifest["files"].items():
-            if not FINGERPRINT.fullmatch(file["sha256"]) or type(file["bytes"]) is not int or file["bytes"] < 0:
-                raise ValueError(f"the entry of {name!r} lacks a size or a SHA-256")
             for place in (name, place_of(file, name)):
                 path = PurePosixPath(place)
                 if "\0" in place or not is_file_name(place):
                     raise ValueError(f"it names the file {place!r:.100}, which no file can be called")
                 if path.is_absolute() or ".." in path.parts or "\\" in place:
                     raise ValueError(f"it names the file {place!r}, which is not below it")
+            if not FINGERPRINT.fullmatch(file["sha256"]) or type(file["bytes"]) is not int or file["bytes"] < 0:
+                raise ValueError(f"the entry of {name!r} lacks a size or a SHA-256")
         for name, fingerprint in manifest.get("inputs", {}).items():
             if not NAME.fullmatch(name) or not FINGERPRINT.fullmatch(fingerprint):
                 raise ValueError(f"its input {name!r} is no artifact of a store")
