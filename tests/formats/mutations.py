@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.conftest import SEED
 
 CASES = int(os.environ.get("VECTORCLM_FUZZ", "1500"))  # of all properties together
-PROPERTIES = 20
+PROPERTIES = 34  # the shares of all together
 CPU_SECONDS = 10.0  # of one case
 counts: Counter[str] = Counter()  # cases that ran, by property
 

@@ -32,8 +32,6 @@ READS = {("pq", "read_table"), ("pq", "ParquetFile"), ("pq", "read_schema"), ("l
 NAMES = {"load_file", "safe_open", "GGUFReader", "load_tokenizer_from_file"}
 # Readers of what this program has written itself, or of other programs of this machine.
 OWN = {
-    "vectorclm/draft/look.py": "counts rows by a footer that `check_source` has read",
-    "vectorclm/comparison/compare.py": "",
     "flows/tracking/item_tables.py": "scores that `read_scored` has read",
 }
 

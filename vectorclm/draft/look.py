@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import zstandard
 
 from vectorclm.corpus.decontamination import strings
@@ -25,6 +24,7 @@ from vectorclm.corpus.sources import GENERATED, Source, TaskSource, TextSource, 
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import DataError
 from vectorclm.formats.limits import XZ_MEMORY
+from vectorclm.formats.parquet import open_parquet
 from vectorclm.shards.config import ChatSource
 from vectorclm.shards.conversations import find_fault, read_conversation, without_empty_system
 
@@ -126,7 +126,7 @@ def _lines(path: Path, count: int) -> Iterator[str]:
 
 
 def _parquet_rows(path: Path) -> int:
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path, str(path)) as file:
         return int(file.metadata.num_rows)
 
 

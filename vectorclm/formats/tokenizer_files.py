@@ -80,7 +80,7 @@ def _check(record: Any) -> None:
     """Raise ValueError with what is wrong."""
     _require(isinstance(record, dict), "it holds no table")
     _check_model(record.get("model"))
-    added = record.get("added_tokens") or []
+    added = [] if record.get("added_tokens") is None else record["added_tokens"]
     _require(isinstance(added, list) and len(added) <= VOCABULARY, "added_tokens is no list of tokens")
     for token in added:
         _require(isinstance(token, dict), "an added token is no table")
