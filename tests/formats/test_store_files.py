@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.formats.hostile import write_header
-from tests.formats.mutations import HOSTILE, VALUES, damaged_bytes, damaged_trees, fuzzed
+from tests.formats.mutations import CPU_SECONDS, HOSTILE, VALUES, damaged_bytes, damaged_trees, fuzzed
 from vectorclm.config import EXPERIMENTS, SUITES, load_experiment, load_suite, read_config
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, VectorCLMError
 from vectorclm.formats import json_files, toml_files
@@ -266,6 +267,19 @@ def test_the_limits_of_toml_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(toml_files, "SETTINGS_VALUES", 1)
         with pytest.raises(ConfigError, match="more than 1 values"):
             read_config(file)
+
+
+def test_limits_are_checked_in_a_time_that_grows_with_the_text() -> None:
+    began = time.process_time()
+    many = 10**6
+    for text in ('"' + '\\"' * many + "\\", '"' * many, '"\\' * many):
+        with contextlib.suppress(ValueError):
+            check_json("[" * 300 + text, 10 * many, 500)
+    hard = ("a" * many, ". " * many, '"""' + '\\"""' * many, "'''" + "''\n" * many, " " * many, '"""a\n' * many)
+    for text in (*hard, '"' * many, "'" * many, '"\\' * many):
+        with contextlib.suppress(ValueError):
+            toml_files.check_toml(text)
+    assert time.process_time() - began < CPU_SECONDS
 
 
 def test_names_that_no_file_can_have_are_refused() -> None:

@@ -21,9 +21,8 @@ from vectorclm.formats.limits import (
     SETTINGS_VALUES,
 )
 
-SMALL = 2**16  # characters whose values need no count: each takes two characters at least
-CHUNK = 2**20  # characters that are counted at once
-STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|$)|[\[\]{},]', re.DOTALL)
+# A text, also one without an end, so that no place is read twice; or a sign of the structure.
+STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 
 
 class _TooLarge(ValueError):
@@ -32,8 +31,7 @@ class _TooLarge(ValueError):
 
 def check_json(text: str, values: int, depth: int = DEPTH) -> None:
     """Raise ValueError where a text of JSON has more values or is deeper than allowed; its syntax is not checked."""
-    if len(text) <= SMALL and text.count("[") + text.count("{") <= depth:
-        return
+    # Each value takes two characters at least: a short text with few brackets needs no count.
     if len(text) <= 2 * values and text.count("[") + text.count("{") <= depth:
         return
     found = level = 0

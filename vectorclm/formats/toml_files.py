@@ -10,15 +10,21 @@ from vectorclm.formats.files import read_bytes, size_of
 from vectorclm.formats.json_files import parse_json
 from vectorclm.formats.limits import DEPTH, KEY_PARTS, SETTINGS_BYTES, SETTINGS_VALUES
 
-# A dotted key in a line of its own, a table's header, or an inline table; texts are left out first.
-TEXT = re.compile(r'"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*+"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL)
-KEY = re.compile(rf"(?:[\w-]*\s*\.\s*){{{KEY_PARTS},}}")
+# Texts and comments. A text may lack its end, so that no place is read twice.
+TEXT = re.compile(
+    r'"{3}(?:[^\\"]|\\.|"(?!""))*+(?:"{3,5}|\\?\Z)'
+    r"|'{3}(?:[^']|'(?!''))*+(?:'{3,5}|\Z)"
+    r'|"(?:[^"\\\n]|\\.)*+"?'
+    r"|'[^'\n]*+'?"
+    r"|#[^\n]*+",
+    re.DOTALL,
+)
 
 
 def check_toml(text: str) -> None:
     """Raise ValueError where a text of TOML is deeper, or has more values or parts of a key, than allowed."""
     plain = TEXT.sub("_", text)
-    if KEY.search(plain):
+    if any(part.count(".") >= KEY_PARTS for part in re.split(r"[=\n,{}\[\]]", plain)):
         raise ValueError(f"a key has more than {KEY_PARTS} parts")
     level = 0
     values = plain.count("=") + plain.count(",")
