@@ -12,8 +12,8 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from tests.formats.hostile import tokenizer_record, write_header, write_model
 from tests.formats.mutations import TEXTS, damaged_bytes, damaged_trees, fuzzed
+from tests.formats.samples import tokenizer_record, write_header, write_model
 from vectorclm.errors import DataError, VectorCLMError
 from vectorclm.formats import gguf_files, json_files, tensors
 from vectorclm.formats.gguf_files import read_gguf_fields

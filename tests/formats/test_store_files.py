@@ -14,8 +14,8 @@ import torch
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tests.formats.hostile import write_header
 from tests.formats.mutations import CPU_SECONDS, HOSTILE, VALUES, damaged_bytes, damaged_trees, fuzzed
+from tests.formats.samples import write_header
 from vectorclm.config import EXPERIMENTS, SUITES, load_experiment, load_suite, read_config
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, VectorCLMError
 from vectorclm.formats import json_files, toml_files
