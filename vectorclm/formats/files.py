@@ -54,3 +54,11 @@ def is_file_name(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or a folder; no name is too long, and none has a character that is not allowed."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

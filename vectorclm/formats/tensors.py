@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vectorclm.errors import DataError
+from vectorclm.errors import DataError, shortened
 from vectorclm.formats.files import Failure, size_of
 from vectorclm.formats.json_files import parse_json
 from vectorclm.formats.limits import DIMENSIONS, TENSOR_HEADER, TENSOR_VALUES, TENSORS
@@ -34,7 +34,7 @@ def load_tensors(path: Path, failure: Failure = DataError, *, floats: bool = Fal
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise failure(f"{path} is not a file of tensors: {error}") from error
+        raise failure(f"{path} is not a file of tensors: {shortened(error)}") from error
 
 
 def check_tensors(path: Path, failure: Failure = DataError, *, floats: bool = False) -> dict[str, tuple[int, ...]]:

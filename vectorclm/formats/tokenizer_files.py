@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vectorclm.errors import DataError
+from vectorclm.errors import DataError, shortened
 from vectorclm.formats.files import read_bytes
 from vectorclm.formats.json_files import parse_json
 from vectorclm.formats.limits import (
@@ -62,7 +62,7 @@ def load_tokenizer_file(path: Path) -> "Tokenizer":
     except BaseException as error:  # the library raises bare Exception, and panics are no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        raise DataError(f"{path} is not a tokenizer: {error}") from error
+        raise DataError(f"{path} is not a tokenizer: {shortened(error)}") from error
 
 
 def read_tokenizer_record(path: Path) -> dict[str, Any]:

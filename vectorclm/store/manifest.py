@@ -47,6 +47,8 @@ def read_manifest(data: bytes, uri: str) -> dict[str, Any]:
         if SEAL in manifest and manifest[SEAL] != digest({k: v for k, v in manifest.items() if k != SEAL}):
             raise ValueError("its bytes are not those that were written")
         for name, file in manifest["files"].items():
+            if not isinstance(file.get("place", name), str):
+                raise ValueError(f"the place of {name!r} is no name")
             for place in (name, place_of(file, name)):
                 path = PurePosixPath(place)
                 if "\0" in place or not is_file_name(place):
