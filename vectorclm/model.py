@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from vectorclm.errors import DataError, shortened
 from vectorclm.formats.files import size_of
 from vectorclm.formats.json_files import read_settings
-from vectorclm.formats.tensors import load_tensors
+from vectorclm.formats.tensors import check_tensors, load_tensors
 from vectorclm.model_config import ModelConfig, read_model_config, write_config
 from vectorclm.nn.attention import AttentionMask, Documents, attention, left_padded
 from vectorclm.nn.layers import (
@@ -287,12 +287,14 @@ class CausalLM(nn.Module):
             return DataError(f"{directory} is not a model directory: {message}")
 
         raw = read_settings(directory / "config.json", "a model's configuration", no_model)
+        check_tensors(weights, no_model, floats=True)
+        size = size_of(weights, "a file of tensors", no_model)
         config = read_model_config(raw, str(directory / "config.json"))
-        size, tensors = size_of(weights, "a file of tensors", no_model), load_tensors(weights, no_model, floats=True)
         if config.parameters > size:  # checked before memory is allocated for a size that only config.json claims
             raise DataError(
                 f"{weights} does not fit its config.json: {config.parameters:,} parameters in {size:,} bytes"
             )
+        tensors = load_tensors(weights, no_model, floats=True)
         model = cls(config)
         tensors.pop("lm_head.weight", None)
         try:
