@@ -9,6 +9,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
+from vectorclm.formats.tokenizer_files import load_tokenizer_file
 from vectorclm.runtime.library_calls import interruptibly
 from vectorclm.settings import Settings
 
@@ -84,10 +85,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises DataError where the file is missing or invalid, or has other special tokens.
     """
     path = directory / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer = load_tokenizer_file(path)
     found = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     if found != list(range(len(SPECIAL_TOKENS))):
         raise DataError(f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}")

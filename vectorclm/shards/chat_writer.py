@@ -1,6 +1,5 @@
 """Writes chat shards for instruction tuning: filters, renders and packs conversations, and holds some out."""
 
-import json
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer
 from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import DataError
+from vectorclm.formats.json_files import table_lines
 from vectorclm.runtime.progress import Progress
 from vectorclm.runtime.workers import Shared, current_workers
 from vectorclm.settings import canonical_json
@@ -278,6 +278,6 @@ def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfi
 
 def read_prompts(chat_shards: Artifact, limit: int, seed: int) -> list[tuple[list[Turn], str]]:
     """Draw `limit` held-out prompts over all sources by seed: turns up to the first answer, and the answer."""
-    rows = [json.loads(line) for line in chat_shards.read("prompts.jsonl").splitlines()]
+    rows = list(table_lines(chat_shards.read("prompts.jsonl"), f"{chat_shards.uri}/prompts.jsonl"))
     rows = random.Random(f"{seed} prompts").sample(rows, min(limit, len(rows)))
     return [(read_conversation(row["messages"], "prompts.jsonl"), row["answer"]) for row in rows]

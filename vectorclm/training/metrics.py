@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vectorclm.errors import DivergedError
+from vectorclm.errors import CorruptArtifactError, DivergedError
+from vectorclm.formats.json_files import table_lines
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,11 @@ class Metrics:
         self.speeds: list[float] = []
 
     def restart(self, text: str) -> None:
-        """Reset both files to the lines of a checkpoint."""
-        lines = [json.loads(line) for line in text.splitlines()]
+        """Reset both files to the lines of a checkpoint. Raises CorruptArtifactError where they are no metrics."""
+        lines = list(table_lines(text.encode(), "the metrics of the checkpoint"))
+        for line in lines:
+            if type(line.get("tokens")) is not int or not isinstance(line.get("loss", 0.0), float | int):
+                raise CorruptArtifactError(f"the metrics of the checkpoint have a line without figures: {line!r:.100}")
         samples = [line for line in lines if "samples" in line]
         self.path.write_text("".join(text.splitlines(keepends=True)[: len(lines) - len(samples)]))  # samples come last
         self.samples.unlink(missing_ok=True)
