@@ -11,6 +11,7 @@ VectorCLMError
 ├── OutOfMemoryError the tensors do not fit: lower micro_batch_size, a retry at the same size cannot help
 ├── PreemptedError   SIGTERM ended a training after a checkpoint: run the same command again
 ├── RankLostError    another rank of a training ended, cannot be reached or hangs: run the same command again
+├── WorkerLostError  a worker process of a stage ended: run the same command again
 ├── ReproducibilityError   a rebuilt artifact differs: compare versions and machines, a retry cannot help
 └── DivergedError    the loss is not finite: change the settings, a retry cannot help
 """
@@ -69,6 +70,10 @@ class PreemptedError(VectorCLMError):
 
 class RankLostError(VectorCLMError):
     """Another rank of a training, or its node, is lost; the same command resumes from the newest checkpoint."""
+
+
+class WorkerLostError(VectorCLMError, ChildProcessError):
+    """A process that worked for a stage was killed; the same command goes on with what is finished."""
 
 
 class ReproducibilityError(VectorCLMError):

@@ -37,6 +37,7 @@ class Campaign:
     seed: int
     minutes: float
     only: Sequence[str] = ()
+    most: int | None = None  # trials of this call
     results: Path | None = None  # kept and added to; None: a file in the work folder, removed at the end
     say: Callable[[str], None] = lambda line: None
     untried: dict[str, str] = field(default_factory=dict)  # kind -> why it cannot be tried here
@@ -81,13 +82,12 @@ class Campaign:
 
     def _go_on(self, place: Place, file: Path, outcomes: list[Outcome], deadline: float) -> None:
         kinds = self._kinds(place)
-        self.say("the experiment runs undisturbed once")
-        place.learn(Store(f"{self.own.uri}/undisturbed"), self.folder / "undisturbed.json")
         number = sum((each.store, each.seed) == (self.store_kind, self.seed) for each in outcomes)
-        while True:
+        tried = 0
+        while self.most is None or tried < self.most:
             turn, stage = number // len(place.stages), place.stages[number % len(place.stages)]
             kind = self._chosen(kinds, stage, number)
-            needed = MARGIN * place.undisturbed[stage].seconds + START_SECONDS + LONGEST.get(kind.name, 0)
+            needed = MARGIN * place.know(stage).seconds + START_SECONDS + LONGEST.get(kind.name, 0)
             if time.monotonic() + needed > deadline:
                 return
             store = Store(f"{self.own.uri}/round-{turn}")
@@ -96,7 +96,7 @@ class Campaign:
             add_outcome(file, outcome)
             outcomes.append(outcome)
             self.say(in_words(outcome))
-            number += 1
+            number, tried = number + 1, tried + 1
             if stage == place.stages[-1]:
                 self.own.remove(f"round-{turn}")
 
@@ -164,5 +164,8 @@ def in_words(outcome: Outcome) -> str:
 
 
 def untried_lines(untried: Mapping[str, str]) -> list[str]:
-    """A line for each kind that cannot be tried here."""
-    return [f"not tried: {name}: {why}" for name, why in untried.items()]
+    """A line for each reason why kinds cannot be tried here."""
+    return [
+        f"not tried: {', '.join(name for name, why in untried.items() if why == reason)}: {reason}"
+        for reason in dict.fromkeys(untried.values())
+    ]

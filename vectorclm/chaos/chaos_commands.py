@@ -49,7 +49,9 @@ def chaos(*, place: StoreOptions = StoreOptions(), options: ChaosOptions = Chaos
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    campaign = Campaign(Store(place.store), options.seed, options.minutes, options.only, options.results, say)
+    campaign = Campaign(
+        Store(place.store), options.seed, options.minutes, options.only, results=options.results, say=say
+    )
     try:
         outcomes = campaign.run()
     except KeyboardInterrupt:

@@ -72,24 +72,35 @@ class Place:
         """The finished artifact of a stage."""
         return store.find(stage, self.specs[stage].fingerprint)
 
-    def learn(self, store: Store, memory: Path) -> None:
-        """Run the experiment undisturbed, or remember an earlier run of the same specifications."""
+    def know(self, stage: str) -> Undisturbed:
+        """What an undisturbed run of a stage is like; the stage and those before are built once for that.
+
+        Raises StoreError where one fails.
+        """
+        memory = self.folder / "undisturbed.json"
         key = digest({name: spec.fingerprint for name, spec in self.specs.items()})
-        if memory.is_file() and (known := json.loads(memory.read_text(encoding="utf-8")))["key"] == key:
-            self.undisturbed = {name: Undisturbed(**values) for name, values in known["stages"].items()}
-            return
-        for stage in self.stages:
-            process, seconds = self.build(stage, store)
-            artifact = self.find(stage, store)
-            assert artifact is not None
-            steps = artifact.summary["steps"] if stage in TRAININGS else 0
-            begins = process.ticks[0][0] - process.began if process.ticks else seconds / 2
-            units = process.done / steps if steps else 0.0
-            self.undisturbed[stage] = Undisturbed(seconds, min(begins, seconds), contents(artifact), units)
-        text = {"key": key, "stages": {name: asdict(values) for name, values in self.undisturbed.items()}}
-        part = memory.with_suffix(".part")
-        part.write_text(json.dumps(text), encoding="utf-8")
-        part.rename(memory)
+        if not self.undisturbed and memory.is_file():  # an earlier call was interrupted
+            known = json.loads(memory.read_text(encoding="utf-8"))
+            if known["key"] == key:
+                self.undisturbed = {name: Undisturbed(**values) for name, values in known["stages"].items()}
+        for name in self.stages[: self.stages.index(stage) + 1]:
+            if name not in self.undisturbed:
+                self.undisturbed[name] = self._measure(name, Store(f"{self.store.uri}/undisturbed"))
+                text = {"key": key, "stages": {name: asdict(values) for name, values in self.undisturbed.items()}}
+                part = memory.with_suffix(".part")
+                part.write_text(json.dumps(text), encoding="utf-8")
+                part.rename(memory)
+        return self.undisturbed[stage]
+
+    def _measure(self, stage: str, store: Store) -> Undisturbed:
+        if self.find(stage, store) is not None:  # of a call that was interrupted before it could measure
+            store.remove(f"{stage}/{self.specs[stage].fingerprint}")
+        process, seconds = self.build(stage, store)
+        artifact = self.find(stage, store)
+        assert artifact is not None
+        steps = artifact.summary["steps"] if stage in TRAININGS else 0
+        begins = process.ticks[0][0] - process.began if process.ticks else seconds / 2
+        return Undisturbed(seconds, min(begins, seconds), contents(artifact), process.done / steps if steps else 0.0)
 
     def lost(self, stage: str, store: Store) -> list[str]:
         """What of a stage's artifact is missing, differs from the undisturbed one, or is there twice."""

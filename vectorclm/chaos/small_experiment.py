@@ -2,28 +2,27 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.lineage.pinning import pin
 
-SETTINGS: dict[str, Any] = {
-    "seed": 5,
-    "world.documents": 600,
-    "world.conversations": 120,
-    "sample.bytes": 400_000,
-    "shards.sequence_length": 64,
-    "model.num_hidden_layers": 2,
-    "model.hidden_size": 64,
-    "model.intermediate_size": 96,
-    "pretrain.phases": [{"tokens": 163_840}],
-    "pretrain.batch_size": 16,
-    "pretrain.validation_interval": 80,
-    "finetune.batch_size": 2,
-    "finetune.epochs": 2.0,
-    "evaluate.chat_prompts": 3,
-    "evaluate.max_new_tokens": 32,
-}
+SETTINGS = (
+    "seed=5",
+    "world.documents=600",
+    "world.conversations=120",
+    "sample.bytes=400_000",
+    "shards.sequence_length=64",
+    "model.num_hidden_layers=2",
+    "model.hidden_size=64",
+    "model.intermediate_size=96",
+    "pretrain.phases=[{ tokens = 163_840 }]",
+    "pretrain.batch_size=16",
+    "pretrain.validation_interval=80",
+    "finetune.batch_size=2",
+    "finetune.epochs=2.0",
+    "evaluate.chat_prompts=3",
+    "evaluate.max_new_tokens=32",
+)
 CHECKPOINT_STEPS = 20  # between two checkpoints of a training
 RUNTIME = {"device": "cpu", "threads": 1, "checkpoint_interval": CHECKPOINT_STEPS}
 
@@ -31,7 +30,7 @@ RUNTIME = {"device": "cpu", "threads": 1, "checkpoint_interval": CHECKPOINT_STEP
 def small_experiment() -> ExperimentConfig:
     """The experiment, ready to run: its sources are generated."""
     experiment, path = load_experiment("tiny")
-    changed = override(experiment, [f"{name}={json.dumps(value)}" for name, value in SETTINGS.items()])
+    changed = override(experiment, SETTINGS)
     return pin(changed, path, None, resolve=False)[0]
 
 

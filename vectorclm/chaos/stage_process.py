@@ -19,7 +19,7 @@ from vectorclm.runtime.progress import Tick, parse_tick
 MARK = "VECTORCLM_CHAOS"  # in the environment of every process that a trial starts
 TAIL_LINES = 40
 GONE_SECONDS = 10.0  # in which the processes of an ended stage must be gone
-WORKER = "spawn_main"  # in the command line of a worker process of Python
+SPAWNED, FORKED = "spawn_main", "multiprocessing.forkserver"  # in the command lines of Python's worker processes
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,13 @@ class StageProcess:
                 os.killpg(self.pid, number) if group else os.kill(self.pid, number)
 
     def workers(self) -> list[psutil.Process]:
-        """Its worker processes."""
+        """Its worker processes: those that it spawned, and those that Python's fork server forked for it."""
         found = []
         with suppress(psutil.Error):
             for child in psutil.Process(self.pid).children(recursive=True):
                 with suppress(psutil.Error):
-                    if any(WORKER in word for word in child.cmdline()):
+                    line = " ".join(child.cmdline())
+                    if SPAWNED in line or (FORKED in line and child.ppid() != self.pid):  # its child is the server
                         found.append(child)
         return found
 

@@ -29,7 +29,7 @@ class Outcome:
     struck: bool  # False: the stage had ended before the disturbance met it
     problems: tuple[str, ...]
     recomputed: int | None  # steps of a training that were done twice
-    seconds: float  # from the disturbance until the work was again where it had been
+    seconds: float  # from the disturbance, or the end that it caused, until the work was again where it had been
 
     @property
     def survived(self) -> bool:
@@ -39,7 +39,7 @@ class Outcome:
 
 def moment_of(place: Place, stage: str, kind: Disturbance, chance: random.Random) -> float:
     """A random moment of a stage, in seconds from the start of its process."""
-    known = place.undisturbed[stage]
+    known = place.know(stage)
     late = chance.random() < LATE_SHARE or kind.after_begin
     return chance.uniform(known.begins if late else 0.0, known.seconds)
 
@@ -69,6 +69,8 @@ def run_trial(place: Place, store: Store, stage: str, kind: Disturbance, identit
         for process in processes:
             process.end()
     problems += [f"left an orphan: {line}" for line in orphans(place.mark)]
+    if len(processes) > 1 and processes[1].began > first.ended:  # it ended by the disturbance, perhaps later
+        struck_at, before = first.ended, first.done
     recomputed = _recomputed(place, stage, processes, before)
     if recomputed is not None and recomputed > MOST_STEPS:
         problems.append(f"{recomputed} steps were done twice, with a checkpoint every {CHECKPOINT_STEPS}")
@@ -105,7 +107,7 @@ def _finish(processes: list[StageProcess], again: Callable[[], StageProcess]) ->
 
 def _recomputed(place: Place, stage: str, processes: list[StageProcess], before: int) -> int | None:
     """Steps of a training that its next process repeated; None for another stage, or where no process followed."""
-    units = place.undisturbed[stage].units_per_step
+    units = place.know(stage).units_per_step
     if not units or len(processes) == 1:
         return None
     ticks = [tick for _, tick in processes[1].ticks]
