@@ -25,6 +25,8 @@ FREE_SPACE = (
     "run, removes what killed processes left), then retry"
 )
 FAILED = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV)  # remounted read-only, broken, gone from the server
+NO_FILES = (errno.EMFILE, errno.ENFILE)  # no further file can be opened, by this process or by any
+MORE_FILES = "raise the limit of open files (`ulimit -n` shows it), then retry"
 CHECK_DISK = "check the disk or the share (`mount` and `dmesg` show its state), then retry"
 
 
@@ -85,9 +87,9 @@ class DivergedError(VectorCLMError):
 
 
 def disk_error(error: BaseException, where: str = "") -> StoreError | None:
-    """The error that says what to do about a disk that is full or fails; None where `error` has another cause.
+    """The error that says what to do about a disk that is full or fails, or about too many open files.
 
-    `where` is what was being written; without it, the file that `error` names.
+    None where `error` has another cause. `where` is what was being written; without it, the file that `error` names.
     """
     if isinstance(error, VectorCLMError):
         return None
@@ -95,6 +97,8 @@ def disk_error(error: BaseException, where: str = "") -> StoreError | None:
     name = where or getattr(error, "filename", None)
     if number in FULL or any(f"(os error {code})" in str(error) for code in FULL):
         return DiskFullError(f"no space left{f' while writing {name}' if name else ''}: {FREE_SPACE}")
+    if number in NO_FILES or any(f"(os error {code})" in str(error) for code in NO_FILES):
+        return StoreError(f"{name or 'a file'} cannot be opened (too many open files): {MORE_FILES}")
     if number in FAILED and name:
         return StoreError(f"{name} cannot be read or written ({os.strerror(number)}): {CHECK_DISK}")
     return None
