@@ -215,7 +215,7 @@ def _train(
     say = answer_text if run.stage == "finetune" else continuation
     run = replace(run, respond=lambda model, prompt, longest: say(model, tokenizer, prompt, longest))
     lengths, weights = token_lengths(tokenizer), {source.label: source.weight for source in experiment.sample.sources}
-    with memory_explained(run.runtime.micro_batch_size), lost_workers_explained():
+    with memory_explained(run.runtime.micro_batch_size), lost_workers_explained(run.runtime.loader_workers):
         if run.stage == "finetune":
             texts = (data["shards"], weights) if "shards" in data else None
             assert experiment.finetune is not None

@@ -20,9 +20,9 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 KEYS = ("of-the-tests", "secret-of-the-tests")
 
 
-def chaos(store: str, seed: str, minutes: str, environment: dict[str, str]) -> int:
+def chaos(store: str, options: list[str], environment: dict[str, str]) -> int:
     """Run the command; returns its exit code."""
-    command = [sys.executable, "-m", "vectorclm", "chaos", "--store", store, "--seed", seed, "--minutes", minutes]
+    command = [sys.executable, "-m", "vectorclm", "chaos", "--store", store, *options]
     return subprocess.run(
         [*command, "--results", str(RESULTS)], env={**os.environ, **environment}, check=False
     ).returncode
@@ -52,15 +52,16 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
             service.stop()
 
 
-def main(seed: str, minutes: str, where: str = "both") -> int:
+def main(seed: str, minutes: str, where: str = "both", *kinds: str) -> int:
     """Run on a disk, on S3, or on both; returns the larger exit code."""
     code = 0
+    options = ["--seed", seed, "--minutes", minutes, *(word for kind in kinds for word in ("--only", kind))]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         if where != "s3":
-            code = chaos(f"{name}/store", seed, minutes, {})
+            code = chaos(f"{name}/store", options, {})
         if where != "disk":
             with s3_server(Path(name)) as environment:
-                code = max(code, chaos("s3://chaos/store", seed, minutes, environment))
+                code = max(code, chaos("s3://chaos/store", options, environment))
     return code
 
 

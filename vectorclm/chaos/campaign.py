@@ -82,11 +82,14 @@ class Campaign:
 
     def _go_on(self, place: Place, file: Path, outcomes: list[Outcome], deadline: float) -> None:
         kinds = self._kinds(place)
-        number = sum((each.store, each.seed) == (self.store_kind, self.seed) for each in outcomes)
+        mine = [each.trial for each in outcomes if (each.store, each.seed) == (self.store_kind, self.seed)]
+        number = max(mine, default=-1) + 1
         tried = 0
         while self.most is None or tried < self.most:
             turn, stage = number // len(place.stages), place.stages[number % len(place.stages)]
-            kind = self._chosen(kinds, stage, number)
+            if (kind := self._chosen(kinds, stage, number)) is None:
+                number += 1
+                continue
             needed = MARGIN * place.know(stage).seconds + START_SECONDS + LONGEST.get(kind.name, 0)
             if time.monotonic() + needed > deadline:
                 return
@@ -114,9 +117,11 @@ class Campaign:
             raise ConfigError(f"none of these can be tried here: {'; '.join(self.untried.values())}")
         return found
 
-    def _chosen(self, kinds: Sequence[Disturbance], stage: str, number: int) -> Disturbance:
-        """The kind of a trial, by the seed and the number of the trial."""
-        fitting = [kind for kind in kinds if not kind.stages or stage in kind.stages] or list(kinds)
+    def _chosen(self, kinds: Sequence[Disturbance], stage: str, number: int) -> Disturbance | None:
+        """The kind of a trial, by the seed and the number of the trial; None where none of them suits the stage."""
+        fitting = [kind for kind in kinds if not kind.stages or stage in kind.stages]
+        if not fitting:
+            return None
         chance = random.Random(f"{self.seed}/{number}")
         return chance.choices(fitting, [kind.weight for kind in fitting])[0]
 

@@ -53,7 +53,7 @@ def chaos(*, place: StoreOptions = StoreOptions(), options: ChaosOptions = Chaos
         Store(place.store), options.seed, options.minutes, options.only, results=options.results, say=say
     )
     try:
-        outcomes = campaign.run()
+        outcomes = [each for each in campaign.run() if each.store == campaign.store_kind]
     except KeyboardInterrupt:
         say(f"interrupted: the same command continues; until then {campaign.own.uri} stays")
         raise

@@ -2,13 +2,13 @@
 
 import random
 import resource
+import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import psutil
 
@@ -209,8 +209,8 @@ def _linux(place: Place) -> str:
 
 
 def _bound(store: Store) -> str:
-    root = Path(store.root)
-    return f"mkdir -p '{root}' && mount --bind '{root}' '{root}' && cd '{root.parent}'"
+    root = shlex.quote(store.root)
+    return f"mkdir -p {root} && mount --bind {root} {root}"
 
 
 KINDS = (

@@ -39,7 +39,10 @@ class Ended:
     def in_words(self) -> str:
         """The end in one line."""
         said = self.error or next((line for line in reversed(self.output.splitlines()) if line.strip()), "no output")
-        return f"exit code {self.code}: {said[:400]}"
+        lines = self.output.splitlines()
+        places = [line.strip() for line in lines if line.startswith("  File ") or "Error" in line]
+        trace = f"; traceback: {' '.join(places[-3:])}" if "Traceback" in self.output else ""
+        return f"exit code {self.code}: {said[:400]}{trace}"
 
 
 class StageProcess:
