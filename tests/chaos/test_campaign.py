@@ -38,7 +38,7 @@ def options(*kinds: str) -> list[str]:
 def test_a_killed_call_goes_on_and_what_was_disturbed_is_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A seeded sample: every stage up to pretraining, each disturbed once."""
+    """A seeded sample: the first stages, with VECTORCLM_KILLS=10 all, each disturbed once."""
     store, results = tmp_path / "store", tmp_path / "results.jsonl"
     command = ["chaos", "--store", str(store), "--seed", str(SEED), "--minutes", "30", "--results", str(results)]
     command += options(*QUICK)
@@ -47,10 +47,10 @@ def test_a_killed_call_goes_on_and_what_was_disturbed_is_whole(
             assert child.poll() is None
             time.sleep(0.1)
         child.kill()
-    campaign = Campaign(Store(str(store)), SEED, 30, QUICK, most=9 if KILLS >= 10 else 4, results=results)
+    campaign = Campaign(Store(str(store)), SEED, 30, QUICK, most=9 if KILLS >= 10 else 3, results=results)
     assert campaign.own.files("")
     outcomes = campaign.run()
-    assert [outcome.trial for outcome in outcomes] == list(range(len(outcomes))) and len(outcomes) >= 5
+    assert [outcome.trial for outcome in outcomes] == list(range(len(outcomes))) and len(outcomes) >= 4
     assert [line for outcome in outcomes for line in outcome.problems] == []
     assert any(outcome.struck for outcome in outcomes)
     assert list(store.iterdir()) == [] and not campaign.folder.exists() and not marked(str(campaign.folder))

@@ -63,6 +63,8 @@ def run_trial(place: Place, store: Store, stage: str, kind: Disturbance, identit
         strike = Strike(place, store, stage, first, chance, again=again, struck=first.is_alive())
         if strike.struck:
             kind.strike(strike)
+        else:
+            place.know_faster(stage, first)
         problems = [*strike.problems, *_finish(processes, again)]
         problems += place.lost(stage, store)
     finally:
