@@ -8,8 +8,10 @@ TORCH ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt
 
 LONG ?= long
+# MINUTES of `make chaos` on a disk, and as many on S3; each call adds to tests/chaos/results.jsonl.
+MINUTES ?= 30
 
-.PHONY: install run test long coverage check audit format bench pictures
+.PHONY: install run test long chaos coverage check audit format bench pictures
 
 install: .venv/installed
 
@@ -32,7 +34,7 @@ SLOW := tests/store/test_publication.py tests/store/test_durable.py tests/store/
 	tests/runtime/test_preemption.py tests/runtime/test_nodes.py tests/platform/test_database.py tests/platform/test_platform.py \
 	tests/platform/test_backup.py tests/platform/test_upgrade.py tests/platform/test_walks.py tests/evaluation/test_code_judge.py tests/bench/test_orchestration.py tests/bench/test_tracking.py \
 	tests/platform/test_provision.py tests/platform/test_guard.py tests/lineage/test_chain.py tests/lineage/test_mlflow_walk.py tests/store/test_listing.py \
-	tests/runtime/test_world_sizes.py tests/runtime/test_distributed.py tests/shards/test_node_blocks.py tests/bench/test_training.py tests/planner/test_step.py tests/execution/engines/test_ray_cluster.py tests/execution/engines/test_srun.py tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py tests/test_install.py tests/formats/test_hostile.py tests/formats/test_data_files.py tests/formats/test_model_files.py tests/formats/test_store_files.py
+	tests/runtime/test_world_sizes.py tests/runtime/test_distributed.py tests/shards/test_node_blocks.py tests/bench/test_training.py tests/planner/test_step.py tests/execution/engines/test_ray_cluster.py tests/execution/engines/test_srun.py tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py tests/test_install.py tests/formats/test_hostile.py tests/formats/test_data_files.py tests/formats/test_model_files.py tests/formats/test_store_files.py tests/chaos/test_campaign.py
 long: install
 	@mkdir -p $(LONG)
 	@for file in $(SLOW); do \
@@ -42,6 +44,10 @@ long: install
 			&& { mv $$result.part $$result; echo "passed" >> $$result; echo "$$file: passed"; } \
 			|| { tail -n 20 $$result.part; exit 1; }; \
 	done
+	@$(MAKE) chaos
+
+chaos: install # `vectorclm chaos` on a disk and on a real S3 server; a second call goes on with further trials
+	$(BIN)/python -m tests.chaos.runs 1 $(MINUTES)
 
 coverage: install # the share of each module's lines of flows that the test of its name runs
 	$(BIN)/python -m tests.module_coverage

@@ -32,6 +32,7 @@ from flows.run_names import of_the_command_line
 from flows.terminal import LogLines, ProgressLines, attached, flush_logs, interruptible
 from flows.tracking import lookup
 from vectorclm.__main__ import ALONE, MODEL_COMMANDS
+from vectorclm.chaos.chaos_commands import chaos
 from vectorclm.command_line import Json, Place, Setting, StoreOptions, explain, new_app, parse, run
 from vectorclm.config import ExperimentConfig, assignments, experiment_here
 from vectorclm.draft.draft_commands import init
@@ -65,6 +66,7 @@ app.command(bench_app)
 app.command(schedule_app)
 app.update(models)
 app.update(planners)
+app.command(chaos, help_epilogue="Example: vectorclm chaos --store ./store --minutes 10")
 app.command(init, help_epilogue="Example: vectorclm init --text books/ --minutes 30")
 app.register_install_completion_command()
 

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vectorclm.chaos.chaos_commands import chaos
 from vectorclm.command_line import explain, new_app, parse, run
 from vectorclm.errors import VectorCLMError
 from vectorclm.model_commands import chat, compare, evaluate, export, models, serve
@@ -22,6 +23,7 @@ ALONE = [name for name in STAGES if name not in {command.__name__ for command in
 add_stages(app, ALONE, "python -m vectorclm")
 app.update(models)
 app.command(store_app)
+app.command(chaos, help_epilogue="Example: python -m vectorclm chaos --store ./store --minutes 10")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

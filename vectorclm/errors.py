@@ -11,6 +11,7 @@ VectorCLMError
 ├── OutOfMemoryError the tensors do not fit: lower micro_batch_size, a retry at the same size cannot help
 ├── PreemptedError   SIGTERM ended a training after a checkpoint: run the same command again
 ├── RankLostError    another rank of a training ended, cannot be reached or hangs: run the same command again
+├── WorkerLostError  a worker process of a stage ended: run the same command again
 ├── ReproducibilityError   a rebuilt artifact differs: compare versions and machines, a retry cannot help
 └── DivergedError    the loss is not finite: change the settings, a retry cannot help
 """
@@ -24,6 +25,8 @@ FREE_SPACE = (
     "run, removes what killed processes left), then retry"
 )
 FAILED = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV)  # remounted read-only, broken, gone from the server
+NO_FILES = (errno.EMFILE, errno.ENFILE)  # no further file can be opened, by this process or by any
+MORE_FILES = "raise the limit of open files (`ulimit -n` shows it), then retry"
 CHECK_DISK = "check the disk or the share (`mount` and `dmesg` show its state), then retry"
 
 
@@ -71,6 +74,10 @@ class RankLostError(VectorCLMError):
     """Another rank of a training, or its node, is lost; the same command resumes from the newest checkpoint."""
 
 
+class WorkerLostError(VectorCLMError, ChildProcessError):
+    """A process that worked for a stage was killed; the same command goes on with what is finished."""
+
+
 class ReproducibilityError(VectorCLMError):
     """A stage that was built again, with equal settings and inputs, produced other bytes."""
 
@@ -86,9 +93,9 @@ def shortened(error: object, most: int = 300) -> str:
 
 
 def disk_error(error: BaseException, where: str = "") -> StoreError | None:
-    """The error that says what to do about a disk that is full or fails; None where `error` has another cause.
+    """The error that says what to do about a disk that is full or fails, or about too many open files.
 
-    `where` is what was being written; without it, the file that `error` names.
+    None where `error` has another cause. `where` is what was being written; without it, the file that `error` names.
     """
     if isinstance(error, VectorCLMError):
         return None
@@ -96,6 +103,8 @@ def disk_error(error: BaseException, where: str = "") -> StoreError | None:
     name = where or getattr(error, "filename", None)
     if number in FULL or any(f"(os error {code})" in str(error) for code in FULL):
         return DiskFullError(f"no space left{f' while writing {name}' if name else ''}: {FREE_SPACE}")
+    if number in NO_FILES or any(f"(os error {code})" in str(error) for code in NO_FILES):
+        return StoreError(f"{name or 'a file'} cannot be opened (too many open files): {MORE_FILES}")
     if number in FAILED and name:
         return StoreError(f"{name} cannot be read or written ({os.strerror(number)}): {CHECK_DISK}")
     return None

@@ -16,6 +16,7 @@ from vectorclm.errors import ConfigError, DataError
 from vectorclm.export.hugging_face import export, write_model_files
 from vectorclm.runtime.devices import Runtime, memory_explained
 from vectorclm.runtime.group import Group
+from vectorclm.runtime.lost_workers import lost_workers_explained
 from vectorclm.settings import digest
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.layout import TRAINED
@@ -220,7 +221,7 @@ def _train(
     say = answer_text if run.stage == "finetune" else continuation
     run = replace(run, respond=lambda model, prompt, longest: say(model, tokenizer, prompt, longest))
     lengths, weights = token_lengths(tokenizer), {source.label: source.weight for source in experiment.sample.sources}
-    with memory_explained(run.runtime.micro_batch_size):
+    with memory_explained(run.runtime.micro_batch_size), lost_workers_explained(run.runtime.loader_workers):
         if run.stage == "finetune":
             texts = (data["shards"], weights) if "shards" in data else None
             assert experiment.finetune is not None

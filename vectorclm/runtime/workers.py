@@ -21,7 +21,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
-from vectorclm.errors import PreemptedError
+from vectorclm.errors import PreemptedError, WorkerLostError
 from vectorclm.runtime.library_calls import LOOK_SECONDS, ending
 from vectorclm.runtime.temporary import temporary_folder
 
@@ -205,7 +205,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except BrokenExecutor as error:
-        raise ChildProcessError(
+        raise WorkerLostError(
             "a worker process ended: run the same again, which keeps finished files; lower data_workers if the system "
             "ended it because memory ran out"
         ) from error

@@ -332,12 +332,13 @@ def rebuild(
         for name in set(built) & set(files):
             if sha256_of(built[name]) != files[name]["sha256"]:
                 has_speed = name == "metrics.jsonl"
-                if not has_speed or _without_speed(built[name].read_bytes()) != _without_speed(artifact.read(name)):
+                if not has_speed or without_speed(built[name].read_bytes()) != without_speed(artifact.read(name)):
                     different.add(name)
         return sorted(different)
 
 
-def _without_speed(metrics: bytes) -> list[dict[str, Any]]:
+def without_speed(metrics: bytes) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` by their steps, without the speed: what equal trainings have in common."""
     lines = [json.loads(line) for line in metrics.splitlines()]
     plain = [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
     return sorted(plain, key=lambda line: (line["step"], *line))
