@@ -37,7 +37,6 @@ from flows.handle import FELL, MAX_RESCUES, RUN_FAILED
 from flows.platform import provision
 from flows.platform.deployment_file import PREFECT_FILE
 from flows.platform.notify import NOTIFICATION, WHAT
-from flows.platform.provision import _notification
 from flows.tracking.registry import EVALUATIONS
 from tests.conftest import chromium, in_turn
 from tests.services.browser import says
@@ -61,8 +60,7 @@ CANDIDATE, OWN = "models:/vectorclm-chat@candidate", "vectorclm-chat@candidate o
 SMALL = {
     "pretrain": {"tokens": 32_768},
     "finetune": {"epochs": 0.02},
-    "evaluate": {"chat_prompts": 3},
-    # of its own evaluation; the suite is that of the file
+    "evaluate": {"chat_prompts": 3},  # of its own evaluation; the suite is that of the file
     "settings": {"evaluate.tasks.0.limit": 8, "evaluate.tasks.1.limit": 8},
 }
 QUICK = {"model": CANDIDATE, "suite": "tiny", "limits": LIMITS, "runtime": RUNTIME}  # of a scheduled evaluation
@@ -193,8 +191,8 @@ def test_a_block_for_messages_tells_a_fall_as_text(platform: Platform, inbox: In
         platform.config.model_copy(update={"vectorclm_notify": SecretStr(name)})
         for name in ("secret/words", "custom-webhook/words")
     )
-    assert _notification(platform.client, unknown, told.append) is not None  # no such block: nothing changes
-    assert _notification(platform.client, words, told.append) is None
+    assert provision._notification(platform.client, unknown, told.append) is not None  # no such block: nothing changes
+    assert provision._notification(platform.client, words, told.append) is None
     assert told == [f"automation repaired: {NOTIFICATION}"]
     inbox.messages.clear()
     payload = {"title": "this scores worse", "text": "this scores worse\nacc.world: 0.9 -> 0.4"}
