@@ -34,13 +34,13 @@ SLOW := tests/store/test_publication.py tests/store/test_durable.py tests/store/
 	tests/runtime/test_preemption.py tests/runtime/test_nodes.py tests/platform/test_database.py tests/platform/test_platform.py \
 	tests/platform/test_backup.py tests/platform/test_upgrade.py tests/platform/test_walks.py tests/evaluation/test_code_judge.py tests/bench/test_orchestration.py tests/bench/test_tracking.py \
 	tests/platform/test_provision.py tests/platform/test_guard.py tests/lineage/test_chain.py tests/lineage/test_mlflow_walk.py tests/store/test_listing.py \
-	tests/runtime/test_world_sizes.py tests/runtime/test_distributed.py tests/shards/test_node_blocks.py tests/bench/test_training.py tests/planner/test_step.py tests/execution/engines/test_ray_cluster.py tests/execution/engines/test_srun.py tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py tests/test_install.py tests/chaos/test_campaign.py
+	tests/runtime/test_world_sizes.py tests/runtime/test_distributed.py tests/shards/test_node_blocks.py tests/bench/test_training.py tests/planner/test_step.py tests/execution/engines/test_ray_cluster.py tests/execution/engines/test_srun.py tests/inference/test_clients.py tests/export/test_consumers.py tests/test_library.py tests/test_install.py tests/formats/test_hostile.py tests/formats/test_data_files.py tests/formats/test_model_files.py tests/formats/test_store_files.py tests/chaos/test_campaign.py
 long: install
 	@mkdir -p $(LONG)
 	@for file in $(SLOW); do \
 		result=$(LONG)/$$(basename $$file .py).txt; \
 		if grep -qs "^passed" $$result; then echo "$$file: done, see $$result"; continue; fi; \
-		VECTORCLM_KILLS=40 VECTORCLM_MATRIX=full VECTORCLM_HUMANEVAL=all VECTORCLM_CLIENTS=all $(BIN)/python -m pytest -v $$file > $$result.part 2>&1 \
+		VECTORCLM_KILLS=40 VECTORCLM_MATRIX=full VECTORCLM_HUMANEVAL=all VECTORCLM_CLIENTS=all VECTORCLM_FUZZ=120000 $(BIN)/python -m pytest -v $$file > $$result.part 2>&1 \
 			&& { mv $$result.part $$result; echo "passed" >> $$result; echo "$$file: passed"; } \
 			|| { tail -n 20 $$result.part; exit 1; }; \
 	done

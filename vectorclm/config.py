@@ -1,7 +1,5 @@
 """Experiment and suite files: one TOML file holds every setting that defines a result, and none of the machine."""
 
-import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +11,13 @@ from vectorclm.corpus.sources import CorpusConfig, anchored, benchmark_sources
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError
 from vectorclm.evaluation.config import EvaluateConfig, Questions
+from vectorclm.formats.toml_files import parse_toml, read_settings_file
 from vectorclm.model_config import ModelConfig
 from vectorclm.settings import NAME, NAME_LENGTH, Settings, validate
 from vectorclm.shards.config import MIX_BLOCK, ChatConfig, ChatSource, ShardsConfig
 from vectorclm.tokenizer import TokenizerConfig
 from vectorclm.train_config import FinetuneConfig, PretrainConfig, TrainingWork, too_small_to_mix
 
-LARGEST_FILE = 16 * 2**20  # bytes
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
@@ -176,17 +174,7 @@ def _anchored(experiment: ExperimentConfig, folder: Path) -> ExperimentConfig:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Parse a TOML or JSON file. Raises ConfigError with the place of a syntax error, or where it is too large."""
-    try:
-        if (size := path.stat().st_size) > LARGEST_FILE:
-            raise ConfigError(
-                f"{path} has {size:,} bytes, and a file of settings at most {LARGEST_FILE:,}: name files by a pattern "
-                "such as texts/*.jsonl"
-            )
-        text = path.read_text(encoding="utf-8-sig")
-        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return values
+    return read_settings_file(path)
 
 
 def override(experiment: ExperimentConfig, texts: Sequence[str]) -> ExperimentConfig:
@@ -205,8 +193,8 @@ def assignments(texts: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"{assignment}: write KEY=VALUE, such as finetune.epochs=2.0")
         try:
-            changes[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = parse_toml(f"value = {text}")["value"]
+        except ValueError:
             changes[key.strip()] = text
     return changes
 

@@ -86,6 +86,12 @@ class DivergedError(VectorCLMError):
     """The loss is no longer finite."""
 
 
+def shortened(error: object, most: int = 300) -> str:
+    """The message of a library's error in one line of at most so many characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def disk_error(error: BaseException, where: str = "") -> StoreError | None:
     """The error that says what to do about a disk that is full or fails, or about too many open files.
 

@@ -11,19 +11,19 @@ Shape letters, used in names and docstrings here and in nn/:
     I, O  inputs and outputs of any linear projection                    1  a dimension of size 1
 """
 
-import json
 import math
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vectorclm.errors import DataError
+from vectorclm.errors import DataError, shortened
+from vectorclm.formats.files import size_of
+from vectorclm.formats.json_files import read_settings
+from vectorclm.formats.tensors import check_tensors, load_tensors
 from vectorclm.model_config import ModelConfig, read_model_config, write_config
 from vectorclm.nn.attention import AttentionMask, Documents, attention, left_padded
 from vectorclm.nn.layers import (
@@ -282,20 +282,23 @@ class CausalLM(nn.Module):
         """Load the model in a Hugging Face directory. Raises DataError for another architecture than ours."""
         directory = Path(directory)
         weights = directory / "model.safetensors"
-        try:
-            raw = json.loads((directory / "config.json").read_text())
-            size, tensors = weights.stat().st_size, load_file(weights)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise DataError(f"{directory} is not a model directory: {error}") from error
+
+        def no_model(message: str) -> DataError:
+            return DataError(f"{directory} is not a model directory: {message}")
+
+        raw = read_settings(directory / "config.json", "a model's configuration", no_model)
+        check_tensors(weights, no_model, floats=True)
+        size = size_of(weights, "a file of tensors", no_model)
         config = read_model_config(raw, str(directory / "config.json"))
         if config.parameters > size:  # checked before memory is allocated for a size that only config.json claims
             raise DataError(
                 f"{weights} does not fit its config.json: {config.parameters:,} parameters in {size:,} bytes"
             )
+        tensors = load_tensors(weights, no_model, floats=True)
         model = cls(config)
         tensors.pop("lm_head.weight", None)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
-            raise DataError(f"{weights} does not fit its config.json: {error}") from error
+            raise DataError(f"{weights} does not fit its config.json: {shortened(error)}") from error
         return model

@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from vectorclm.errors import DataError
+from vectorclm.formats.limits import ROTARY_ENTRIES
 from vectorclm.nn.attention_kinds import ATTENTION_KINDS, AttentionConfig, AttentionKind
 from vectorclm.settings import Settings, validate
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -113,6 +114,8 @@ def read_model_config(raw: Any, where: str) -> ModelConfig:
         raise DataError(f"{where}: only models with tied embeddings (tie_word_embeddings = true) are supported")
     kind = kinds[model_type]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise DataError(f"{where}: rope_parameters or rope_scaling is {rope!r:.60}, not a table of settings")
     ours = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
     other = [f"{key} = {raw[key]!r}" for key, value in ours.items() if raw.get(key, value) != value]
     if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
@@ -124,4 +127,10 @@ def read_model_config(raw: Any, where: str) -> ModelConfig:
     known["attention"] = {"kind": kind, **settings}
     if "rope_theta" in rope:
         known["rope_theta"] = rope["rope_theta"]
-    return validate(ModelConfig, known, where)
+    config = validate(ModelConfig, known, where)
+    if (entries := config.max_position_embeddings * config.head_dim) > ROTARY_ENTRIES:
+        raise DataError(
+            f"{where}: {config.max_position_embeddings:,} positions of heads of {config.head_dim:,} need a table of "
+            f"{entries:,} rotary positions, {ROTARY_ENTRIES:,} at most"
+        )
+    return config

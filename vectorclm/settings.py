@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema
 
 from vectorclm.errors import ConfigError
 
-SUGGESTIONS = 3  # that a message names
+SUGGESTIONS, FAULTS = 3, 50  # that a message names
 NAME, NAME_LENGTH = r"^[a-z0-9][a-z0-9_.-]*$", 64  # of experiments, suites and sources: parts of file names and metrics
 LARGEST_WEIGHT = 1e15  # weights are relative; a sum of larger ones may leave the range of a number
 
@@ -56,8 +56,9 @@ def validate(cls: type[S], values: Mapping[str, Any], where: str) -> S:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(cls, item) for item in error.errors(include_url=False)]
-        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        lines = [_explain(cls, item) for item in error.errors(include_url=False)[:FAULTS]]
+        left = f"\n  and {error.error_count() - FAULTS:,} more" if error.error_count() > FAULTS else ""
+        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line:.2000}" for line in lines) + left) from None
 
 
 def _explain(cls: type[BaseModel], item: Any) -> str:

@@ -72,13 +72,16 @@ class StageJob:
 def build_sample(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw the documents of all text sources."""
     from vectorclm.corpus.sampler import write_sample
-    from vectorclm.corpus.source_reader import SourceRoots
+    from vectorclm.corpus.source_reader import SourceRoots, local_bytes
+    from vectorclm.runtime.workers import open_workers
 
     upload = job.upload
     sent = None if upload is None else lambda path: upload.send(path, path.relative_to(out).as_posix())
     config, world = job.experiment.sample, job.experiment.world
     roots = SourceRoots(job.data, world)
-    return write_sample(config, job.seed, out, roots, benchmarks=job.benchmarks(), finished=sent)
+    size = sum(local_bytes(source, job.data) for source in config.sources)
+    with open_workers(job.runtime.data_processes(size)):
+        return write_sample(config, job.seed, out, roots, benchmarks=job.benchmarks(), finished=sent)
 
 
 def build_tokenizer(job: StageJob, out: Path) -> Mapping[str, Any]:
@@ -109,7 +112,8 @@ def build_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
 
 def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
     """Draw, render and pack the conversations of all chat sources."""
-    from vectorclm.corpus.source_reader import draw, find_row, open_source
+    from vectorclm.corpus.source_reader import draw, find_row, local_bytes, open_source
+    from vectorclm.runtime.workers import open_workers
     from vectorclm.shards.chat_writer import MalformedRowError, write_chat_shards
 
     config, rows = job.experiment.chat, {}
@@ -119,8 +123,10 @@ def build_chat_shards(job: StageJob, out: Path) -> Mapping[str, Any]:
         shuffled = opened.shuffle(seed=job.seed, buffer_size=config.shuffle_buffer)
         rows[source.label] = _column(draw(source, shuffled), source.column)
     encoder = load_tokenizer(job.inputs["tokenizer"].local())
+    size = sum(local_bytes(source, job.data) for source in config.sources)
     try:
-        return write_chat_shards(config, rows, encoder, job.seed, out, job.benchmarks())
+        with open_workers(job.runtime.data_processes(size)):
+            return write_chat_shards(config, rows, encoder, job.seed, out, job.benchmarks())
     except MalformedRowError as error:  # drawn in a shuffled order, in which nobody finds the row
         place = find_row(error.source, job.data, error.source.column, error.row)
         raise (error.at(place) if place is not None else error) from error

@@ -1,12 +1,15 @@
 """The model's tokenizer: its settings, special tokens, chat template, loading and encoding."""
 
+import copyreg
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field
 from tokenizers import Tokenizer
 
 from vectorclm.errors import DataError
+from vectorclm.formats.tokenizer_files import load_tokenizer_file
 from vectorclm.runtime.library_calls import interruptibly
 from vectorclm.settings import Settings
 
@@ -82,17 +85,31 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises DataError where the file is missing or invalid, or has other special tokens.
     """
     path = directory / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer = load_tokenizer_file(path)
     found = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     if found != list(range(len(SPECIAL_TOKENS))):
         raise DataError(f"{path}: the special tokens {', '.join(SPECIAL_TOKENS)} must have the ids 0 to 4, not {found}")
-    tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()  # transformers saves the last setting, and a truncated text would score far too well
     tokenizer.no_padding()
+    return _of_texts(tokenizer)
+
+
+def read_tokenizer(record: str) -> Tokenizer:
+    """A tokenizer from its JSON, as `Tokenizer.to_str` writes it in another process."""
+    return _of_texts(Tokenizer.from_str(record))
+
+
+def _of_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, which encodes special tokens in a text as text; its JSON does not record this setting."""
+    tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _reduced(tokenizer: Tokenizer) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
+    return read_tokenizer if tokenizer.encode_special_tokens else Tokenizer.from_str, (tokenizer.to_str(),)
+
+
+copyreg.pickle(Tokenizer, _reduced)  # its own pickle loses the setting
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

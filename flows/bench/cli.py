@@ -59,6 +59,14 @@ def data(
     _show(data_layer(rounds, data, store), json)
 
 
+@bench_app.command(help_epilogue="Example: vectorclm bench workers --data DIR --rounds 1")
+def workers(*, rounds: Rounds = 3, data: Mirror = None, json: Json = False) -> None:
+    """Stages built by two processes against one."""
+    from vectorclm.bench.workers import stages_over_workers
+
+    _show(stages_over_workers(rounds, data), json)
+
+
 @bench_app.command(help_epilogue="Example: vectorclm bench train --rounds 5")
 def train(
     *,

@@ -314,7 +314,7 @@ class Stages:
         stage += ["--runtime", str(folder / RUNTIME)]
         stage += ["--data", str(self.data)] if self.data is not None else []
         stage += ["--again"] if name in self.again else []
-        if BY_NAME[name].sliced:
+        if self.runtime.engine == "ray" and BY_NAME[name].sliced:
             return with_workers(self.runtime, stage)
         if elsewhere:
             return on_nodes(self.runtime, stage, self.folder / EXPERIMENT)

@@ -4,7 +4,6 @@ The page is built from the artifacts of a store, and from the scores over time t
 documents is untrusted: the template escapes all of it.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -24,6 +23,7 @@ from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.instruction_checks import FOLLOWED
 from vectorclm.evaluation.statistics import Change, wilson_interval
+from vectorclm.formats.json_files import table_lines
 from vectorclm.lineage.chain import Lineage, Node, facts, lineage
 from vectorclm.model_config import ModelConfig
 from vectorclm.settings import validate
@@ -133,8 +133,7 @@ def lines_of(artifact: Artifact, name: str = "metrics.jsonl") -> list[dict[str, 
     """The lines of a training's `metrics.jsonl` or `samples.jsonl`; empty if it has none."""
     if name not in artifact.manifest["files"]:
         return []
-    kept = artifact.store.read(artifact.key(name)) or b""
-    return [json.loads(line) for line in kept.decode().splitlines()]
+    return list(table_lines(artifact.store.read(artifact.key(name)) or b"", artifact.store.uri_of(artifact.key(name))))
 
 
 def _training(node: Node) -> dict[str, Any]:

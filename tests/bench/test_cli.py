@@ -26,6 +26,7 @@ ROWS = [Row("fast", 2.0, 1.0, 2.0, "tokens/s", 1.5, True, "3 rounds"), could_not
         ("orchestration", "flows.bench.orchestration.orchestration", (3, None)),
         ("tracking --rounds 2", "flows.bench.tracking.tracking", (2, None)),
         ("data --data DIR --store s3://b/p", "vectorclm.bench.data.data_layer", (3, Path("DIR"), "s3://b/p")),
+        ("workers --rounds 1 --data DIR", "vectorclm.bench.workers.stages_over_workers", (1, Path("DIR"))),
         ("optimizer --rounds 1", "vectorclm.bench.training.optimizing", (1,)),
         ("generate", "vectorclm.bench.inference.generating", (3,)),
         ("evaluate --data DIR", "vectorclm.bench.inference.evaluating", (3, Path("DIR"))),

@@ -141,7 +141,7 @@ def test_labels_beside_a_file_are_its_label_column(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(LINES * 999, mtime=0)[:-20], "Truncated"),
         ("a.jsonl.zst", zstandard.compress(LINES)[:4] + LINES, "a.jsonl.zst"),
         ("a.parquet", b"PAR1nothing", "not a Parquet file or is cut short"),
-        ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "line 2: maximum recursion"),
+        ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000, "line 2: its lists and tables are more than 500 deep"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:

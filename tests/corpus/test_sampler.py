@@ -16,8 +16,9 @@ import pytest
 import xxhash
 import zstandard
 
+from tests.conftest import one_of
 from tests.corpus.source_files import documents, source, write_parquet
-from vectorclm.corpus import sampler
+from vectorclm.corpus import candidates, sample_writer
 from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.sample_reader import read_texts
 from vectorclm.corpus.sampler import write_sample
@@ -25,6 +26,7 @@ from vectorclm.corpus.source_reader import SourceRoots, open_source
 from vectorclm.corpus.sources import CorpusConfig
 from vectorclm.corpus.summary import summary_lines
 from vectorclm.errors import DataError
+from vectorclm.runtime.workers import open_workers
 
 
 def sample(out: Path, data: Path | None, seed: int = 1, **values: Any) -> dict[str, Any]:
@@ -118,8 +120,8 @@ def test_the_same_content_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) 
 def test_files_rotate_and_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "books" / "a.parquet", documents(400))
     sample(tmp_path / "one", tmp_path)
-    monkeypatch.setattr(sampler, "FILE_BYTES", 1500)
-    monkeypatch.setattr(sampler, "GROUP_DOCUMENTS", 20)
+    monkeypatch.setattr(sample_writer, "FILE_BYTES", 1500)
+    monkeypatch.setattr(sample_writer, "GROUP_DOCUMENTS", 20)
     sample(tmp_path / "many", tmp_path)
     files = sorted(path.name for path in (tmp_path / "many" / "books").glob("train-*"))
     assert files == [f"train-{number:05d}.parquet" for number in range(len(files))] and len(files) > 2
@@ -194,7 +196,7 @@ def test_what_is_forgotten_on_the_way_would_not_have_been_taken(
     write_parquet(tmp_path / "papers" / "a.parquet", [*texts, *texts[::2], *texts[::3]])
     both = {"sources": [source(), source(label="papers", path="owner/papers")], "bytes": 2000}
     first = sample(tmp_path / "first", tmp_path, **both)
-    monkeypatch.setattr(sampler._Reserve, "_forget", lambda self: None)
+    monkeypatch.setattr(candidates.Reserve, "_forget", lambda self: None)
     assert first == sample(tmp_path / "second", tmp_path, **both)
     assert tree(tmp_path / "first") == tree(tmp_path / "second")
     assert first["sources"]["papers"]["dropped"]["duplicate"] > 0
@@ -291,3 +293,30 @@ def test_real_text_is_sampled_from_a_mirror(tmp_path: Path) -> None:
     assert summary["bytes"] + summary["validation_bytes"] >= 500_000
     found = Counter(read_texts(tmp_path / "out" / "books", "train"))
     assert len(found) == summary["documents"] and max(found.values()) == 1
+
+
+@pytest.mark.parametrize("workers", one_of([2, 4]))
+def test_the_number_of_workers_changes_no_byte_of_a_sample(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several files with repetitions in and across sources, of which the budget takes a part, without benchmarks."""
+    monkeypatch.setattr(sample_writer, "FILE_BYTES", 4000)
+    monkeypatch.setattr(sample_writer, "GROUP_DOCUMENTS", 20)
+    question = "In which year did the otters of the long river move to the quiet lake behind the old mill?"
+    for number in range(5):
+        texts = [*documents(300, f"book {number % 4}"), f"{number}. {question}", "\0"]
+        write_parquet(tmp_path / "books" / f"{number}.parquet", texts)
+        write_parquet(tmp_path / "papers" / f"{number}.parquet", [*documents(80, f"book {number}"), *documents(9, "x")])
+    asked = {"sources": [source(weight=3.0), source(label="papers", path="owner/papers")], "bytes": 24_000}
+    config = CorpusConfig.model_validate({**asked, "validation_share": 0.2})
+    marks, found = Benchmarks({"quiz": [question]}), []
+    for count in (1, workers):
+        out, finished = tmp_path / str(count), list[Path]()
+        with open_workers(count):
+            made = write_sample(config, 1, out, SourceRoots(tmp_path), benchmarks=marks, finished=finished.append)
+        assert sorted(finished) == sorted(path for path in out.rglob("*") if path.is_file())
+        found.append((made, tree(out)))
+    assert found[0] == found[1]
+    books, papers = (found[0][0]["sources"][label] for label in ("books", "papers"))
+    assert books["dropped"]["nul"] == 5 and papers["dropped"]["duplicate"] > 8 and len(found[0][1]) > 6
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())

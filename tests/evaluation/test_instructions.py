@@ -136,19 +136,19 @@ def test_a_chat_model_answers_in_its_template_and_a_base_model_after_examples(
     asked = instructions(8)
     for folder, chat in ((base_folder, False), (chat_folder, True)):
         model, tokenizer = CausalLM.from_pretrained(folder), load_tokenizer(folder)
-        respond = partial(chat_answer if chat else base_answer, model, tokenizer)
+        respond = partial(chat_answer if chat else base_answer, tokenizer=tokenizer)
         out = tmp_path / str(chat)
         out.mkdir()
-        scores = instruction_scores(partial(respond, max_new_tokens=12), asked, out, ItemScores())
+        scores = instruction_scores(model, partial(respond, max_new_tokens=12), asked, out, ItemScores())
         lines = [json.loads(line) for line in (out / "instructions.jsonl").read_text().splitlines()]
         assert [line["prompt"] for line in lines] == [instruction.prompt for instruction in asked]
         for line, (prompt, checks) in zip(lines, asked, strict=True):
-            assert line["answer"] == respond(prompt, 12)[0]
+            assert line["answer"] == respond(model, prompt=prompt, max_new_tokens=12)[0]
             assert [one["holds"] for one in line["checks"]] == [holds(check, line["answer"]) for check in checks]
         sampling = SamplingParams(repetition_penalty=50.0)
-        instruction_scores(partial(respond, max_new_tokens=12, sampling=sampling), asked[:1], out, ItemScores())
+        instruction_scores(model, partial(respond, max_new_tokens=12, sampling=sampling), asked[:1], out, ItemScores())
         (line,) = map(json.loads, (out / "instructions.jsonl").read_text().splitlines())
-        once = respond(asked[0].prompt, 12, sampling)[0]
+        once = respond(model, prompt=asked[0].prompt, max_new_tokens=12, sampling=sampling)[0]
         assert line["answer"] == once != lines[0]["answer"]
         held = Counter(one["kind"] for line in lines for one in line["checks"] if one["holds"])
         assert {kind: count["held"] for kind, count in scores["checks"].items() if count["held"]} == held

@@ -28,7 +28,7 @@ from flows.platform.process import HOST, Service
 from flows.platform.schedules import overview, remove
 from flows.tracking.recorded_lineage import registered_names
 from flows.tracking.registry import Registry
-from tests.conftest import KILLS, skip_or_fail
+from tests.conftest import KILLS, in_turn, skip_or_fail
 from tests.kill_matrix import CHANGES, Cell, Killer, Reference
 from tests.platform.test_platform import REFUSED
 from tests.platform.test_provision import listening
@@ -136,6 +136,7 @@ def kill(*services: Service) -> None:
         process.wait(60)
 
 
+@in_turn(1, 2)
 def test_the_form_keeps_its_order_and_its_bounds(platform: Platform) -> None:
     """Postgres sorts the keys of nested objects by their length; the positions put them back."""
     check_form(platform, "tiny")
@@ -178,6 +179,7 @@ def queued(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Queu
     return Queued(wanted, cancelled)
 
 
+@in_turn(0, 2)
 def test_curricula_that_are_queued_at_once_are_done_in_order_and_once(platform: Platform, queued: Queued) -> None:
     check_order(platform, queued.done)
     check_made(platform, queued.done)
@@ -307,6 +309,7 @@ def test_the_secrets_show_nowhere(platform: Platform, servers: Servers) -> None:
         assert (platform.config.home / name).stat().st_mode & 0o077 == 0
 
 
+@in_turn(1, 2)
 def test_new_keys_are_taken_by_a_new_up(platform: Platform, servers: Servers) -> None:
     file = Path(platform.options[-1])
     before = file.read_text(encoding="utf-8")

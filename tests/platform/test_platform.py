@@ -77,6 +77,7 @@ def test_bad_values_are_refused_with_their_path(platform: Platform, parameters: 
     assert message in refused.value.response.text
 
 
+@in_turn(0, 2)
 def test_a_run_from_the_form_breaks_is_retried_and_reuses(platform: Platform, page: WebDriver) -> None:
     """A person opens the form, is refused, mends it, and starts; the disk breaks a stage, Retry goes on."""
     store = Path(platform.config.vectorclm_store)
@@ -230,6 +231,7 @@ def test_the_page_switches_a_schedule_on_and_off(platform: Platform, page: WebDr
         until(lambda on=on: click_to(on, number), f"the schedule's switch is {'on' if on else 'off'}", 60)
 
 
+@in_turn(1, 2)
 @in_turn(0, 3)
 def test_retry_from_the_command_line(platform: Platform) -> None:
     """With another setting what depends on it is made anew; with none, stages are made again and compared."""
@@ -255,6 +257,7 @@ def test_retry_from_the_command_line(platform: Platform) -> None:
 LONG = {"settings": {"pretrain.phases": [{"tokens": 40_000_000}]}}
 
 
+@in_turn(0, 2)
 def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDriver) -> None:
     """Another run waits for the devices meanwhile, shows so, and gets its turn."""
     run_id = platform.start(name="the first", changes=LONG, runtime={"threads": 1})
@@ -278,6 +281,7 @@ def test_a_cancelled_training_leaves_no_process(platform: Platform, page: WebDri
     until(lambda: not torch_processes(platform), "no process is left", 15)
 
 
+@in_turn(1, 2)
 @pytest.mark.parametrize("cell", one_of([Cell("flow", "pretrain"), Cell("flow", "finetune")]), ids=str)
 def test_a_killed_run_starts_again_by_itself_and_ends_in_the_same_model(
     platform: Platform, reference: Reference, cell: Cell

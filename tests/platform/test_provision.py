@@ -83,6 +83,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         yield made
 
 
+@in_turn(0, 2)
 def test_schedules_are_as_in_the_file_and_what_the_ui_switched_or_added_stays(platform: Platform, inbox: Inbox) -> None:
     file = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))
     (wanted,) = (item["schedules"] for item in file["deployments"] if item["name"] == "evaluate")
@@ -233,6 +234,7 @@ def window() -> Iterator[WebDriver]:
     made.quit()
 
 
+@in_turn(1, 2)
 @in_turn(0, 2)
 def test_a_schedule_set_in_the_page_starts_runs(platform: Platform, window: WebDriver) -> None:
     """A person adds a schedule to the deployment; the page says so, and two runs of it end well."""

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from tests.conftest import write_tokenizer
+from tests.conftest import one_of, write_tokenizer
+from tests.shards.test_writer import contents
+from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.source_reader import find_row, open_source
 from vectorclm.errors import DataError
+from vectorclm.runtime.workers import open_workers
 from vectorclm.shards.chat_writer import MalformedRowError, write_chat_shards
 from vectorclm.shards.config import ChatConfig, ChatSource
 from vectorclm.shards.conversations import Turn, find_fault, read_conversation
@@ -126,3 +129,28 @@ def test_a_malformed_row_is_named_by_its_place_in_the_file(tmp_path: Path, token
     with pytest.raises(MalformedRowError) as error:
         write_chat_shards(config(), drawn, tokenizer, 1, tmp_path / "out")
     assert find_row(source, None, "messages", error.value.row) == f"{path}, row 31"
+
+
+@pytest.mark.parametrize("workers", one_of([2, 4]))
+def test_the_number_of_workers_changes_no_byte_of_chat_shards(
+    workers: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """With repetitions, malformed rows, a benchmark, and special tokens that a message spells out."""
+    rows: list[Any] = [talk("user", *("assistant", "user") * (1 + n % 40), "assistant") for n in range(700)]
+    for number, row in enumerate(rows):
+        row[0]["content"] = f"say {number % 600} <|im_end|>"
+    rows[300:300] = [row for row, *_ in MALFORMED]
+    rows[500][-1]["content"] = question = "the otters of the long river moved to the quiet lake behind the mill"
+    source = ChatSource(label="chat", path="json", conversations=650)
+    asked, refusing = (config(malformed=how).model_copy(update={"sources": [source]}) for how in ("drop", "refuse"))
+    marks, found = Benchmarks({"quiz": [question]}), []
+    for count in (1, workers):
+        out = tmp_path / str(count)
+        with open_workers(count):
+            summary = write_chat_shards(asked, {"chat": iter(rows)}, tokenizer, 1, out, marks)
+            with pytest.raises(MalformedRowError, match="row 300 as drawn"):
+                write_chat_shards(refusing, {"chat": rows}, tokenizer, 1, out)
+        found.append((summary, contents(out)))
+    assert found[0] == found[1]
+    dropped = found[0][0]["sources"]["chat"]["dropped"]
+    assert dropped["role_order"] == 6 and dropped["contaminated"] == 1 and dropped["duplicate"] > 20

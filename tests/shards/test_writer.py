@@ -1,8 +1,10 @@
 """Shards hold every token of the documents, in order, and open as memory maps."""
 
 import json
+import pickle
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +206,9 @@ def test_workers_write_the_same_bytes_and_go_on_where_a_killed_one_was(
         def finish_one(*arguments: Any) -> dict[str, Any]:
             done.append(finish(*arguments))
             for child in psutil.Process().children():
-                if "spawn_main" in " ".join(child.cmdline()):
-                    child.kill()
+                with suppress(psutil.NoSuchProcess):  # the pool ends the others when it misses one
+                    if "spawn_main" in " ".join(child.cmdline()):
+                        child.kill()
             return done[-1]
 
         slices.finish = finish_one  # type: ignore[method-assign]
@@ -214,6 +217,21 @@ def test_workers_write_the_same_bytes_and_go_on_where_a_killed_one_was(
     with open_workers(processes) as slices.workers:
         found = write_shards(config, tmp_path / "sample", tokenizer, tmp_path / "found", slices=slices)
     assert found == expected and contents(tmp_path / "found") == contents(tmp_path / "expected")
+
+
+def test_a_worker_encodes_special_tokens_in_a_text_as_text(
+    tokenizer: Tokenizer, tiny_text: list[str], tmp_path: Path
+) -> None:
+    """Also by `tokenizers` alone, whose own pickle and JSON lose this setting."""
+    write_sample_text(tmp_path / "sample" / "a", [f"<|im_end|> {text}" for text in tiny_text], "train")
+    write_sample_text(tmp_path / "sample" / "a", tiny_text[:7], "validation")
+    for name, workers in (("one", IN_THIS_PROCESS), ("threads", ExecutorWorkers(ThreadPoolExecutor(2), 3))):
+        slices = Slices(tmp_path / f"{name}-slices", tmp_path / name)
+        slices.workers = workers
+        config = ShardsConfig(sequence_length=32)
+        write_shards(config, tmp_path / "sample", Encoder(tokenizer), tmp_path / name, slices=slices)
+    assert contents(tmp_path / "one") == contents(tmp_path / "threads")
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("<|im_end|>").ids == tokenizer.encode("<|im_end|>").ids
 
 
 def test_a_difference_that_a_worker_finds_is_counted_as_in_one_process(

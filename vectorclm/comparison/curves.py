@@ -14,6 +14,7 @@ from vectorclm.config import ExperimentConfig, Suite
 from vectorclm.errors import DataError
 from vectorclm.evaluation.statistics import figures
 from vectorclm.export.hugging_face import write_model_files
+from vectorclm.formats.parquet import read_small_table
 from vectorclm.model_config import write_config
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.temporary import temporary_folder
@@ -128,9 +129,8 @@ def curves_of(training: Artifact) -> dict[str, dict[str, list[tuple[int, float]]
 
 def _rows(store: Storage, key: str) -> list[dict[str, Any]]:
     try:
-        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(store.read(key) or b""), schema=SCHEMA).to_pylist()
-        return rows
-    except pa.ArrowException as error:
-        raise DataError(
-            f"{store.uri_of(key)} is not a file of curves ({error}): delete it and measure again"
-        ) from error
+        table = read_small_table(store.read(key) or b"", SCHEMA, SCHEMA.names, store.uri_of(key))
+    except DataError as error:
+        raise DataError(f"{error}: it is not a file of curves; delete it and measure again") from error
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows

@@ -4,23 +4,22 @@ To add a format, add one row to FORMATS.
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic_core import from_json
 
 from vectorclm.corpus.filters import Filter
 from vectorclm.corpus.lines import COMPRESSED_SUFFIXES, LONGEST, first_bytes, lines_of
 from vectorclm.corpus.row_batches import BATCH_ROWS, RowBatch, filtered, row_batches
 from vectorclm.corpus.text_files import text_batches, text_columns, text_rows
 from vectorclm.errors import DataError
+from vectorclm.formats.json_files import parse_line
+from vectorclm.formats.parquet import batches as parquet_batches
+from vectorclm.formats.parquet import open_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 PARQUET_MAGIC = b"PAR1"
 REFUSED = {
@@ -29,7 +28,6 @@ REFUSED = {
     **dict.fromkeys((".pdf", ".docx", ".doc", ".odt", ".epub", ".html", ".htm"), "a document with formatting"),
     **dict.fromkeys((".arrow", ".feather", ".xlsx", ".npy", ".bin", ".pt", ".safetensors"), "binary data"),
 }
-BATCH_BYTES = 16 * 1024 * 1024  # of Parquet in memory at once; a single larger row is read as a whole
 
 
 @dataclass(frozen=True)
@@ -124,52 +122,22 @@ def read_rows(files: Sequence[Path], columns: tuple[str, ...]) -> Iterator[dict[
 
 def read_parquet(source: Path | bytes, columns: tuple[str, ...], where: str) -> Iterator[dict[str, Any]]:
     """Read the rows of a Parquet file on disk or in memory; `where` names the file in errors. See `read_rows`."""
-    for batch in _parquet_batches(source, columns, where):
+    for batch in parquet_batches(source, columns, where):
         try:
             yield from batch.to_pylist()
         except UnicodeDecodeError as error:
             raise DataError(f"{where} holds text that is not UTF-8: {error}") from error
 
 
-def _parquet_batches(source: Path | bytes, columns: tuple[str, ...], where: str) -> "Iterator[pa.RecordBatch]":
-    import pyarrow as pa
-
-    with _parquet(source, where) as file:
-        for number in range(file.num_row_groups):
-            group = file.metadata.row_group(number)
-            rows = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
-            batches = file.iter_batches(
-                max(1, min(BATCH_ROWS, rows)), row_groups=[number], columns=list(columns) or None, use_threads=False
-            )
-            while True:
-                try:
-                    batch = next(batches, None)
-                except (OSError, pa.ArrowException) as error:
-                    raise DataError(f"cannot read {where}: {error}; download it again") from error
-                if batch is None:
-                    break
-                yield batch
-
-
-def _parquet(source: Path | bytes, where: str) -> "pq.ParquetFile":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"cannot read {where}: {error}; it is not a Parquet file or is cut short: download it again"
-        ) from error
-
-
 def _parquet_columns(path: Path) -> list[str]:
-    with _parquet(path, str(path)) as file:
+    with open_parquet(path, str(path)) as file:
         return list(file.schema_arrow.names) if file.metadata.num_rows else []
 
 
 def _parquet_type(path: Path, column: str) -> "pa.DataType | None":
-    with _parquet(path, str(path)) as file:
+    with open_parquet(path, str(path)) as file:
+        if column not in file.schema_arrow.names:
+            raise DataError(f"{path} has no column {column!r}")
         return file.schema_arrow.field(column).type
 
 
@@ -181,7 +149,7 @@ def _parquet_texts(path: Path, column: str, condition: Filter | None) -> Iterato
     import pyarrow as pa
 
     columns = tuple(dict.fromkeys([column, *(condition.columns if condition else [])]))
-    for batch in _parquet_batches(path, columns, str(path)):
+    for batch in parquet_batches(path, columns, str(path)):
         yield filtered(pa.Table.from_batches([batch]), column, condition, str(path))
 
 
@@ -257,11 +225,8 @@ def _whole(parts: list[str], lines: Iterator[str], path: Path) -> str:
 
 def _parsed(text: str, path: Path, line: int) -> Any:
     try:
-        try:
-            return from_json(text, cache_strings="keys")  # three times as fast as json
-        except (ValueError, TypeError):  # json reads what from_json refuses: lone surrogates, deep nesting
-            return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_line(text)
+    except ValueError as error:
         raise DataError(f"{path}, line {line}: {error}") from error
 
 

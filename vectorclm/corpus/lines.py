@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from vectorclm.errors import DataError
+from vectorclm.formats.compression import open_xz
+from vectorclm.formats.files import check_name
+from vectorclm.formats.limits import LINE_BYTES
 
-LONGEST = 2**26  # characters of a line, or of a file that is one JSON array; each is in memory as a whole
+LONGEST = LINE_BYTES  # characters of a line, or of a file that is one JSON array; each is in memory as a whole
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED_SUFFIXES = (".zst", ".gz", ".bz2", ".xz")
 
 
 def first_bytes(path: Path, count: int = 8) -> bytes:
     """The first bytes of a file as it is stored. Raises DataError where it cannot be read."""
+    check_name(path)
     try:
         with path.open("rb") as file:
             return file.read(count)
@@ -33,7 +37,7 @@ def open_decompressed(path: Path) -> BinaryIO:
     start = first_bytes(path)
     kind = next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
     if kind == "xz":
-        return cast(BinaryIO, lzma.open(path))
+        return open_xz(path)
     return cast(BinaryIO, pa.input_stream(str(path), compression=kind))
 
 
@@ -61,7 +65,7 @@ def lines_of(path: Path, errors: str = "strict") -> Iterator[str]:
             f"cannot read {path}: it is not UTF-8 ({error}); convert it, or download it again if it is cut short"
         ) from error
     except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
-        if "too much memory" in str(error):
+        if "too much memory" in str(error) or "Memory usage limit" in str(error):
             raise DataError(
                 f"cannot read {path}: it was compressed with a window above 128 MiB; "
                 f"compress it again without --long, or with --long=27 at most"

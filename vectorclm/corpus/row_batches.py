@@ -53,7 +53,10 @@ def filtered(table: "pa.Table", column: str, condition: Filter | None, where: st
             texts = texts.take(pa.array(condition.holds(table.select(condition.columns)), pa.int64()))
         except pa.ArrowException as error:
             raise _no_filter(condition, where, error) from error
-    return RowBatch(len(table), texts.cast(pa.large_binary()).to_pylist())
+    try:
+        return RowBatch(len(table), texts.cast(pa.large_binary()).to_pylist())
+    except pa.ArrowException as error:
+        raise DataError(f"{where}: the column {column!r} holds {texts.type}, not text") from error
 
 
 def _no_filter(condition: Filter, where: str, error: "pa.ArrowException") -> DataError:

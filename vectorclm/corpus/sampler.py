@@ -5,41 +5,38 @@ order. The order is a shuffle of the whole sample.
 """
 
 import math
-import mmap
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
-from numpy.typing import NDArray
 
+from vectorclm.corpus.candidates import (
+    KEY,
+    SPARE,
+    TEXTS,
+    Candidates,
+    Draw,
+    Index,
+    Reserve,
+    clean_texts,
+    read_candidates,
+)
 from vectorclm.corpus.decontamination import Benchmarks
-from vectorclm.corpus.row_batches import RowBatch
-from vectorclm.corpus.source_reader import SourceRoots, read_batches
+from vectorclm.corpus.sample_writer import divided, write_file
+from vectorclm.corpus.source_reader import SourceRoots, checked_files, read_batches
 from vectorclm.corpus.sources import CorpusConfig, TextSource, describe, is_remote
 from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import DataError
 from vectorclm.runtime.progress import Progress
+from vectorclm.runtime.workers import IN_THIS_PROCESS, Shared, current_workers
+from vectorclm.store.durable import TEMPORARY
 
-FILE_BYTES = 256 * 1024 * 1024  # text in one file of the sample
-GROUP_BYTES = 16 * 1024 * 1024  # text in a row group, at most; the writer holds one in memory
-GROUP_DOCUMENTS = 1000
-SPARE = 2  # times a source's share are kept in reserve, to replace contaminated documents
-SCHEMA = pa.schema([("text", pa.string()), ("id", pa.string())])
-KEY = np.dtype([("rank", "<u8"), ("low", "<u8"), ("high", "<u8")])  # a document's place in the order, and its id
-# A document's place in the reserve file, and its split.
-PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("held_out", "?")])
-
-Index = NDArray[Any]
+CHECKED_BYTES = 2 * 1024 * 1024  # text that a worker looks for in the benchmarks at a time
 
 
 @dataclass
@@ -83,10 +80,11 @@ def write_sample(
     one) and `contaminated` (shares words with `benchmarks`). A hash of the text decides whether a document is held out
     for validation. As each text occurs once, no text is in both splits.
 
+    The `current_workers` read the files of a source, look for the benchmarks and write the files of the sample.
     Memory use is 37 bytes for each document in reserve (three times as much while they are sorted), 24 bytes for each
-    document of the sources before, and one batch. An unnamed file in `out`'s parent folder holds the texts in reserve:
-    at first three times the source's share, and more where the source is far larger. `finished` is called with the
-    path of each complete file, and may move the file elsewhere.
+    document of the sources before (also in each worker), and one batch. A folder beside `out` holds the texts in
+    reserve: at first three times the source's share, and more where the source is far larger; and as much for each file
+    that is being read. `finished` is called with the path of each complete file, and may move the file elsewhere.
 
     Returns `{"documents", "bytes", "sources": {label: {"documents", "bytes", "validation_documents",
     "validation_bytes", "read", "dropped": {reason: count}, "contaminated": {benchmark: count}, "exhausted"}}}`.
@@ -97,14 +95,20 @@ def write_sample(
     total = sum(source.weight for source in config.sources)
     earlier = np.empty(0, KEY)
     drawn: dict[str, _Counts] = {}
-    with Progress("sample", config.bytes, "bytes") as progress:
+    index = current_workers().share(benchmarks)
+    with (
+        Progress("sample", config.bytes, "bytes") as progress,
+        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out.parent) as folder,
+    ):
         for source in config.sources:
             budget = max(1, round(config.bytes * source.weight / total))
             found = drawn[source.label] = _Counts()
-            draw = _SourceDraw(source, benchmarks, found, progress)
-            batches = read_batches(source, roots.data, roots.world, seed)
-            with _Reserve(out.parent, seed, config.validation_share, budget, earlier) as reserve:
-                chosen = draw.choose(reserve, batches, is_remote(source, roots.data))
+            draw = _SourceDraw(source, index, found, progress)
+            asked = Draw(source, seed, config.validation_share, budget, earlier)
+            with Reserve(Path(folder, "reserve"), *asked[1:]) as reserve:
+                chosen = draw.choose(
+                    reserve, _parts(asked, reserve, roots, Path(folder)), is_remote(source, roots.data)
+                )
                 draw.write(out / source.label, reserve, chosen, finished)
                 earlier = np.concatenate([earlier, reserve.keys[chosen]])
                 _check_split(source, found, config, partial(reserve.least_share, chosen))
@@ -115,118 +119,38 @@ def write_sample(
     }
 
 
-class _Reserve:
-    """The candidate documents of a source: texts in a temporary file, sort keys in memory.
+def _parts(draw: Draw, reserve: Reserve, roots: SourceRoots, folder: Path) -> Iterator[tuple[int, Counter[str]]]:
+    """Read a source into its reserve: the number of rows of each part, and the dropped ones by reason.
 
-    A document that comes after `SPARE` times the budget of other documents is discarded, so the reserve stays small.
+    Workers read local files; other sources are read here, as a part of them may be enough.
     """
+    source, workers = draw.source, current_workers()
+    if source.is_generated or is_remote(source, roots.data):
+        for batch in read_batches(source, roots.data, roots.world, draw.seed):
+            dropped = Counter(filter=batch.rows - len(batch.texts))
+            reserve.add(clean_texts(source, batch.texts, dropped))
+            yield batch.rows, dropped
+        return
+    shared, outs = workers.share(draw), deque[Path]()
 
-    def __init__(self, folder: Path, seed: int, validation_share: float, budget: int, earlier: Index) -> None:
-        self.seed, self.budget, self.earlier = seed, budget, earlier
-        self.limit = int(validation_share * 2**64)
-        self.last = 2**64  # the highest rank that is still a candidate
-        self.keys, self.places = np.empty(0, KEY), np.empty(0, PLACE)
-        self.bytes = self._end = 0
-        self._added: list[tuple[Index, Index]] = []
-        self._file: BinaryIO = cast(BinaryIO, tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+    def calls() -> Iterator[tuple[Path, Shared, Path, int]]:
+        for number, path in enumerate(checked_files(source, roots.data)):
+            outs.append(folder / f"{source.label}-{number}")
+            outs[-1].mkdir()
+            yield outs[-1], shared, path, reserve.last
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def add(self, texts: Iterable[bytes]) -> None:
-        """Add texts, except those whose rank is too high to be chosen."""
-        keys, places, kept = [], [], []
-        for text in texts:
-            keyed = xxhash.xxh3_128_intdigest(text, seed=self.seed)
-            rank = keyed >> 64
-            if rank > self.last:
-                continue
-            name = xxhash.xxh3_128_intdigest(text)
-            keys.append((rank, name & 0xFFFFFFFFFFFFFFFF, name >> 64))
-            places.append((self._end, len(text), keyed & 0xFFFFFFFFFFFFFFFF < self.limit))
-            kept.append(text)
-            self._end += len(text)
-            self.bytes += len(text)
-        self._file.write(b"".join(kept))
-        self._added.append((np.array(keys, KEY), np.array(places, PLACE)))
-        if self.bytes > (SPARE + 1) * self.budget:
-            self._forget()
-
-    def order(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Indices sorted by rank: of each text's first occurrence, and of repetitions (also of texts in `earlier`)."""
-        self.keys = np.concatenate([self.keys, *(keys for keys, _ in self._added)])
-        self.places = np.concatenate([self.places, *(places for _, places in self._added)])
-        self._added = []
-        keys = np.concatenate([self.earlier, self.keys])
-        order = np.lexsort((keys["high"], keys["low"], keys["rank"]))  # stable: texts of earlier sources come first
-        keys = keys[order]
-        again = np.zeros(len(keys), bool)
-        again[1:] = keys[1:] == keys[:-1]
-        number = order - len(self.earlier)
-        return number[(number >= 0) & ~again], number[(number >= 0) & again]
-
-    def least_share(self, numbers: Index) -> float | None:
-        """The smallest validation share that holds out one of some documents; None where none below a half does."""
-        ranks = [
-            xxhash.xxh3_128_intdigest(text, seed=self.seed) & 0xFFFFFFFFFFFFFFFF
-            for _, texts in self.texts(numbers)
-            for text in texts
-        ]
-        least = math.ceil((min(ranks, default=2**64) + 1) / 2**64 * 1e6 + 1e-6) / 1e6
-        return least if least < 0.5 and len(ranks) > 1 else None
-
-    def _forget(self) -> None:
-        first, _ = self.order()
-        spare = np.searchsorted(np.cumsum(self.places["size"][first]), SPARE * self.budget)
-        if spare < len(first):
-            self.last = int(self.keys["rank"][first[spare]])
-            kept = self.keys["rank"] <= self.last
-            self.keys, self.places = self.keys[kept], self.places[kept]
-            self.bytes = int(self.places["size"].sum())
-
-    def texts(self, numbers: Index) -> Iterator[tuple[Index, list[bytes]]]:
-        """Indices and texts of the given documents, about 16 MiB at a time."""
-        self._file.flush()
-        if not len(numbers):
-            return
-        parts = np.cumsum(self.places["size"][numbers], dtype=np.int64) // GROUP_BYTES
-        with closing(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)) as file:
-            for part in np.split(numbers, np.flatnonzero(np.diff(parts)) + 1):
-                ranges = zip(self.places["offset"][part].tolist(), self.places["size"][part].tolist(), strict=True)
-                yield part, [file[offset : offset + size] for offset, size in ranges]
+    for part in workers.each(read_candidates, calls(), with_files=True):
+        found: Candidates = part
+        texts = outs.popleft() / TEXTS
+        reserve.append(texts, found)
+        texts.unlink()
+        yield found.read, found.dropped
 
 
-def clean_texts(source: TextSource, texts: Sequence[Any], dropped: Counter[str]) -> Iterator[bytes]:
-    """The texts that are valid documents, in UTF-8; the others are counted as dropped."""
-    for text in texts:
-        try:
-            data = text if isinstance(text, bytes) else text.encode()
-            reason = _fault(source, data)
-        except AttributeError:
-            reason = "not_text"
-        except UnicodeError:
-            reason = "invalid_utf8"
-        if reason is None:
-            yield data
-        else:
-            dropped[reason] += 1
-
-
-def _fault(source: TextSource, text: bytes) -> str | None:
-    """The reason to drop a text, or None for a valid document. Raises UnicodeDecodeError where it is not UTF-8."""
-    if len(text) > source.max_bytes:
-        return "too_long"
-    if b"\0" in text:
-        return "nul"
-    decoded = text.decode()
-    if not decoded or decoded.isspace():
-        return "empty"
-    return "too_short" if len(text) < source.min_bytes else None
+def _labels(benchmarks: Shared, texts: list[bytes]) -> dict[int, set[str]]:
+    """The labels of the benchmarks that share words with each text, by its number."""
+    index: Benchmarks | None = benchmarks.value()
+    return {} if index is None else index.found(texts)
 
 
 @dataclass(frozen=True)
@@ -234,19 +158,18 @@ class _SourceDraw:
     """Chooses and writes the documents of one source."""
 
     source: TextSource
-    benchmarks: Benchmarks | None
+    benchmarks: Shared  # None, or `Benchmarks`
     found: _Counts
     progress: Progress
 
-    def choose(self, reserve: _Reserve, batches: Iterator[RowBatch], remote: bool) -> Index:
-        """Indices of the documents to take, in order. Reads as many batches as the choice needs."""
+    def choose(self, reserve: Reserve, parts: Iterator[tuple[int, Counter[str]]], remote: bool) -> Index:
+        """Indices of the documents to take, in order. Reads as many parts as the choice needs."""
         found, wanted = self.found, float(reserve.budget) if remote else np.inf
         while True:
             ended = True
-            for batch in batches:
-                found.read += batch.rows
-                found.dropped["filter"] += batch.rows - len(batch.texts)
-                reserve.add(clean_texts(self.source, batch.texts, found.dropped))
+            for rows, dropped in parts:
+                found.read += rows
+                found.dropped.update(dropped)
                 self.progress.at(self.progress.tick.done, f"{self.source.label}: {found.read:,} documents read")
                 if reserve.bytes >= wanted:
                     ended = False
@@ -260,7 +183,7 @@ class _SourceDraw:
             found.dropped, wanted = before, reserve.bytes + missing
             found.contaminated.clear()
 
-    def _first(self, reserve: _Reserve) -> tuple[Index, int]:
+    def _first(self, reserve: Reserve) -> tuple[Index, int]:
         """The first documents in order that fill the budget, and the number of bytes still missing."""
         found = self.found
         first, again = reserve.order()
@@ -269,9 +192,16 @@ class _SourceDraw:
         spare = int(np.searchsorted(ends, SPARE * reserve.budget)) + 1
         taken: list[Index] = [np.empty(0, np.int64)]
         missing = reserve.budget
-        for numbers, texts in reserve.texts(first[:spare]):
-            shared = self.benchmarks.found(texts) if self.benchmarks is not None else {}
-            clean = np.array([number not in shared for number in range(len(texts))])
+        groups = deque[Index]()
+
+        def calls() -> Iterator[tuple[Shared, list[bytes]]]:
+            for numbers, texts in reserve.texts(first[:spare], CHECKED_BYTES):
+                groups.append(numbers)
+                yield self.benchmarks, texts
+
+        for shared in current_workers().each(_labels, calls()):
+            numbers = groups.popleft()
+            clean = np.array([number not in shared for number in range(len(numbers))])
             enough = int(np.searchsorted(np.cumsum(sizes[numbers] * clean, dtype=np.int64), missing)) + 1
             for labels in (labels for number, labels in shared.items() if number < enough):
                 found.dropped["contaminated"] += 1
@@ -291,19 +221,29 @@ class _SourceDraw:
         found.dropped["duplicate"] += int((reserve.keys["rank"][again] <= last).sum())
         return chosen, missing
 
-    def write(self, folder: Path, reserve: _Reserve, chosen: Index, finished: Callable[[Path], None] | None) -> None:
+    def write(self, folder: Path, reserve: Reserve, chosen: Index, finished: Callable[[Path], None] | None) -> None:
         """Write the chosen documents to the files of their splits."""
         folder.mkdir(parents=True)
-        with _Writer(folder, "train", finished) as train, _Writer(folder, "validation", finished) as validation:
-            for numbers, texts in reserve.texts(chosen):
-                keys, sides = reserve.keys[numbers], reserve.places["held_out"][numbers].tolist()
-                names = zip(keys["high"].tolist(), keys["low"].tolist(), strict=True)
-                for text, (high, low), held_out in zip(texts, names, sides, strict=True):
-                    (validation if held_out else train).add(text, f"{high:016x}{low:016x}")
-                self.progress.advance(sum(map(len, texts)), folder.name)
-        found = self.found
-        found.documents, found.bytes = train.documents, train.bytes
-        found.validation_documents, found.validation_bytes = validation.documents, validation.bytes
+        held_out = reserve.places["held_out"][chosen]
+        sides = {"train": chosen[~held_out], "validation": chosen[held_out]}
+        workers = current_workers() if current_workers().local else IN_THIS_PROCESS  # the texts are here
+        files = [
+            (folder / f"{side}-{number:05d}.parquet", numbers[groups[0].start : groups[-1].stop], groups)
+            for side, numbers in sides.items()
+            for number, groups in enumerate(divided(reserve.places["size"][numbers]))
+        ]
+        calls = (
+            (path, reserve.path, reserve.keys[numbers], reserve.places[numbers], groups)
+            for path, numbers, groups in files
+        )
+        reserve.flush()
+        for (path, numbers, _), _ in zip(files, workers.each(write_file, calls), strict=True):
+            self.progress.advance(int(reserve.places["size"][numbers].sum()), folder.name)
+            if finished is not None:
+                finished(path)
+        found, sizes = self.found, reserve.places["size"]
+        found.documents, found.validation_documents = (len(numbers) for numbers in sides.values())
+        found.bytes, found.validation_bytes = (int(sizes[numbers].sum()) for numbers in sides.values())
 
 
 def _check_split(
@@ -334,55 +274,3 @@ def _check_split(
         f"{describe(source)} yields {found.documents:,} documents for training and {found.validation_documents:,} "
         f"for validation (dropped: {drop_counts(found.dropped, found.contaminated)}); {side} needs at least one: {todo}"
     )
-
-
-class _Writer:
-    """Writes the documents of one split as zstd Parquet, with a new file after every FILE_BYTES of text."""
-
-    def __init__(self, folder: Path, split: str, finished: Callable[[Path], None] | None) -> None:
-        self.folder, self.split, self.finished = folder, split, finished
-        self.documents = self.bytes = 0
-        self._files = self._in_file = self._in_group = 0
-        self._file: pq.ParquetWriter | None = None
-        self._texts: list[bytes] = []
-        self._ids: list[str] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def add(self, text: bytes, identifier: str) -> None:
-        """Add a document in UTF-8."""
-        self._texts.append(text)
-        self._ids.append(identifier)
-        self.documents += 1
-        self.bytes += len(text)
-        self._in_group += len(text)
-        if len(self._texts) >= GROUP_DOCUMENTS or self._in_group >= GROUP_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._texts:
-            return
-        if self._file is None:
-            path = self.folder / f"{self.split}-{self._files:05d}.parquet"
-            self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-            self._files += 1
-        self._file.write_table(pa.table([self._texts, self._ids], schema=SCHEMA))
-        self._in_file += self._in_group
-        self._texts, self._ids, self._in_group = [], [], 0
-        if self._in_file >= FILE_BYTES:
-            self._close()
-
-    def _close(self, complete: bool = True) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file, self._in_file = None, 0
-            if complete and self.finished is not None:
-                self.finished(self.folder / f"{self.split}-{self._files - 1:05d}.parquet")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._flush()
-        self._close(complete=error is None)

@@ -158,6 +158,13 @@ def read_source(
     return read_rows(_check_local(source, data, columns), tuple(columns))
 
 
+def local_bytes(source: Source, data: Path | None) -> int:
+    """The size of a source's files on this machine; 0 for another source."""
+    if source.is_generated or is_remote(source, data):
+        return 0
+    return sum(path.stat().st_size for path in local_files(source, data))
+
+
 def find_row(source: Source, data: Path | None, column: str, value: Any) -> str | None:
     """The file and number of the first row with this value in a column; None where the source has no local files."""
     if source.is_generated or is_remote(source, data):
@@ -169,6 +176,11 @@ def find_row(source: Source, data: Path | None, column: str, value: Any) -> str 
     return None
 
 
+def checked_files(source: TextSource, data: Path | None) -> list[Path]:
+    """The files of a source on this machine that have rows. Raises DataError as `open_source` does."""
+    return _check_local(source, data, source.columns())
+
+
 def read_batches(source: TextSource, data: Path | None, world: WorldConfig | None, seed: int) -> Iterator[RowBatch]:
     """Read the texts of a source that pass its filter, some megabytes at a time.
 
@@ -177,7 +189,7 @@ def read_batches(source: TextSource, data: Path | None, world: WorldConfig | Non
     """
     condition = Filter(source.filter) if source.filter is not None else None
     if not (source.is_generated or is_remote(source, data)):
-        for path in _check_local(source, data, source.columns()):
+        for path in checked_files(source, data):
             yield from read_file_batches(path, source.text_column, condition)
         return
     stream = open_source(source, data, world, source.columns())

@@ -15,6 +15,7 @@ from vectorclm.corpus.filters import Filter
 from vectorclm.corpus.remote_files import fetch, is_address
 from vectorclm.corpus.synthetic_world import rows as world_rows
 from vectorclm.errors import DataError
+from vectorclm.formats.files import is_there
 from vectorclm.settings import LARGEST_WEIGHT, NAME, NAME_LENGTH, Settings
 
 CHOICE_COLUMNS = ("context", "choices", "answer")  # columns of a benchmark that the harness does not define
@@ -255,7 +256,7 @@ def anchored(source: S, folder: Path) -> S:
         named = None if files is None else local(files) if isinstance(files, str) else [local(name) for name in files]
         return source.model_copy(update={"data_files": named})
     marked = source.path.startswith(("./", "../", "~")) or source.path in (".", "..")
-    if source.is_generated or is_address(source.path) or not (marked or (folder / source.path).exists()):
+    if source.is_generated or is_address(source.path) or not (marked or is_there(folder / source.path)):
         return source
     return source.model_copy(update={"path": local(source.path)})
 

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import zstandard
 
+from vectorclm.corpus.candidates import clean_texts
 from vectorclm.corpus.decontamination import strings
 from vectorclm.corpus.file_formats import PARQUET, TEXT, format_of, read_file_batches, read_rows
 from vectorclm.corpus.filters import Filter
 from vectorclm.corpus.lines import COMPRESSIONS, first_bytes, lines_of
-from vectorclm.corpus.sampler import clean_texts
 from vectorclm.corpus.sources import GENERATED, Source, TaskSource, TextSource, is_remote, local_files
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import DataError
+from vectorclm.formats.limits import XZ_MEMORY
+from vectorclm.formats.parquet import open_parquet
 from vectorclm.shards.config import ChatSource
 from vectorclm.shards.conversations import find_fault, read_conversation, without_empty_system
 
@@ -125,7 +126,7 @@ def _lines(path: Path, count: int) -> Iterator[str]:
 
 
 def _parquet_rows(path: Path) -> int:
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path, str(path)) as file:
         return int(file.metadata.num_rows)
 
 
@@ -149,7 +150,7 @@ def _unpacker(kind: str) -> Any:
         case "bz2":
             return bz2.BZ2Decompressor()
         case "xz":
-            return lzma.LZMADecompressor()
+            return lzma.LZMADecompressor(memlimit=XZ_MEMORY)
         case _:
             return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 

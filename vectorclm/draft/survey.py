@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from vectorclm.corpus.candidates import clean_texts
 from vectorclm.corpus.file_formats import (
     TEXT,
     column_type,
@@ -24,7 +25,6 @@ from vectorclm.corpus.file_formats import (
     suffix_format,
 )
 from vectorclm.corpus.remote_files import is_address
-from vectorclm.corpus.sampler import clean_texts
 from vectorclm.corpus.source_reader import read_batches, read_source
 from vectorclm.corpus.sources import HUB_ID, TextSource, left_out, local_files
 from vectorclm.corpus.summary import drop_counts

@@ -13,12 +13,14 @@ from torch import Tensor
 from vectorclm.dataset import to_batch
 from vectorclm.errors import DataError
 from vectorclm.evaluation.item_scores import ItemScores
+from vectorclm.inference.model_slices import by_model
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.runtime.group import ALONE, Group
 from vectorclm.runtime.progress import Progress
 from vectorclm.shards.reader import ShardReader
+from vectorclm.shards.writer import Windows
 from vectorclm.tokenizer import BOS_ID, encode
 
 
@@ -97,29 +99,39 @@ def sum_windows(
 ) -> dict[str, WindowSums]:
     """Sum up the loss of this rank's share of the first `limit` windows of each source; 0 = all windows."""
     model.eval()
-    device = model.model.embed_tokens.weight.device
-    lengths_V = torch.tensor(held_out.token_lengths, device=device)
+    lengths_V = torch.tensor(held_out.token_lengths)
     sums = {}
     for label, reader in held_out.sources.items():
         nats = text_nats = 0.0
         tokens = size = 0
-        for windows in reader.in_order(micro_batch, limit, (group.rank, group.world_size)):
-            batch = to_batch(windows, held_out.document_mask)
-            targets_BT = batch.labels[:, 1:].to(device)
-            documents = Documents.at(None if batch.position_ids is None else batch.position_ids[:, :-1], device)
-            losses_BT = token_losses(model, batch.input_ids[:, :-1].to(device), targets_BT, documents)
-            bytes_BT = lengths_V[targets_BT.clamp(min=0)] * (targets_BT != IGNORE_INDEX)
-            nats += float(losses_BT.double().sum())
-            tokens += int((targets_BT != IGNORE_INDEX).sum())
-            text_nats += float((losses_BT.double() * (bytes_BT > 0)).sum())
-            size += int(bytes_BT.sum())
+        batches = reader.in_order(micro_batch, limit, (group.rank, group.world_size))
+        calls = ((windows, held_out.document_mask) for windows in batches)
+        for batch, items in by_model(model, _sum_batch, calls, lengths_V):
+            nats, tokens = nats + batch.nats, tokens + batch.tokens
+            text_nats, size = text_nats + batch.text_nats, size + batch.bytes
             if found is not None:
-                nats_B, bytes_B = (losses_BT.double() * (bytes_BT > 0)).sum(1).tolist(), bytes_BT.sum(1).tolist()
-                for ids, window_nats, window_bytes in zip(batch.input_ids.numpy(), nats_B, bytes_B, strict=True):
-                    found.add_text(label, ids.tobytes(), window_nats, window_bytes)
+                for content, window_nats, window_bytes in items:
+                    found.add_text(label, content, window_nats, window_bytes)
             group.moved()
         sums[label] = WindowSums(nats, tokens, text_nats, size)
     return sums
+
+
+def _sum_batch(
+    model: CausalLM, lengths_V: Tensor, windows: Windows, document_mask: bool
+) -> tuple[WindowSums, list[tuple[bytes, float, int]]]:
+    """The sums over a batch of windows; and of each window its token ids, the nats of its text and its bytes."""
+    device = model.model.embed_tokens.weight.device
+    batch = to_batch(windows, document_mask)
+    targets_BT = batch.labels[:, 1:].to(device)
+    documents = Documents.at(None if batch.position_ids is None else batch.position_ids[:, :-1], device)
+    losses_BT = token_losses(model, batch.input_ids[:, :-1].to(device), targets_BT, documents)
+    bytes_BT = lengths_V.to(device)[targets_BT.clamp(min=0)] * (targets_BT != IGNORE_INDEX)
+    text_BT = losses_BT.double() * (bytes_BT > 0)
+    nats, tokens = float(losses_BT.double().sum()), int((targets_BT != IGNORE_INDEX).sum())
+    ids = [window.tobytes() for window in batch.input_ids.numpy()]
+    items = list(zip(ids, text_BT.sum(1).tolist(), bytes_BT.sum(1).tolist(), strict=True))
+    return WindowSums(nats, tokens, float(text_BT.sum()), int(bytes_BT.sum())), items
 
 
 def scoring_windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.bits_per_byte import text_scores
@@ -18,6 +19,8 @@ from vectorclm.evaluation.multiple_choice import Likelihood, Pair, log_likelihoo
 from vectorclm.inference.config import SamplingParams
 from vectorclm.inference.generate import generate, generate_batch
 from vectorclm.inference.load import open_model
+from vectorclm.inference.model_slices import by_model
+from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import Progress
 from vectorclm.settings import digest
@@ -88,9 +91,9 @@ class VectorCLM(LM):  # type: ignore[misc]
         """Log-likelihoods of whole texts in nats, each read on its own in windows that do not overlap."""
         found = []
         with Progress("evaluate texts", len(requests), "texts") as progress:
-            for request in requests:
-                (text,) = request.args
-                scores = text_scores(self.model, self.tokenizer, text, self._device) if text else None
+            calls = ((request.args[0], self._device) for request in requests)
+            scored = by_model(self.model, _text_scores, calls, self.tokenizer)
+            for request, scores in zip(requests, scored, strict=True):
                 found.append(-scores["nats_per_token"] * scores["tokens"] if scores else 0.0)
                 self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
                 progress.advance(1)
@@ -115,9 +118,10 @@ class VectorCLM(LM):  # type: ignore[misc]
                 settings = Generation.of(requests[numbers[0]].args[1], self.context)
                 prompts = {i: self._prompt(requests[i].args[0], self.context - settings.new_tokens) for i in numbers}
                 numbers.sort(key=lambda i: -len(prompts[i]))  # alike in length: little padding
-                for start in range(0, len(numbers), self.batch_size):
-                    group = numbers[start : start + self.batch_size]
-                    texts = self._answers([prompts[i] for i in group], [seeds[i] for i in group], settings)
+                groups = [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+                calls = (([prompts[i] for i in group], [seeds[i] for i in group]) for group in groups)
+                answered = by_model(self.model, _answers, calls, self.tokenizer, self.chat, settings)
+                for group, texts in zip(groups, answered, strict=True):
                     for i, text in zip(group, texts, strict=True):
                         answers[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -127,40 +131,6 @@ class VectorCLM(LM):  # type: ignore[misc]
     def _prompt(self, context: str, room: int) -> list[int]:
         conversation = self._conversations.get(context)
         return (conversation[0] if conversation else [BOS_ID, *encode(self.tokenizer, context)])[-room:]
-
-    def _answers(self, prompts: Sequence[list[int]], seeds: Sequence[int], settings: "Generation") -> list[str]:
-        """Generate an answer to each prompt, up to the first of the texts that end it; a sampled one by its seed."""
-        stop_ids = (IM_END_ID, EOS_ID) if self.chat else (EOS_ID,)
-
-        def ended(ids: Sequence[int]) -> bool:
-            text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-            return any(stop in text for stop in settings.until)
-
-        rows: list[list[int]] = []
-        if settings.sampling is not None:
-            for prompt, seed in zip(prompts, seeds, strict=True):
-                rows.append([])
-                sampling = settings.sampling.model_copy(update={"seed": seed})
-                sampled = generate(self.model, prompt, settings.new_tokens, stop_ids=stop_ids, sampling=sampling)
-                for token in sampled:
-                    rows[-1].append(token)
-                    if ended(rows[-1]):
-                        break
-        else:
-            longest = max(map(len, prompts))
-            padded = [[PAD_ID] * (longest - len(prompt)) + prompt for prompt in prompts]
-            padding = [longest - len(prompt) for prompt in prompts]
-            generated = generate_batch(
-                self.model,
-                torch.tensor(padded, device=self._device),
-                settings.new_tokens,
-                stop_ids=stop_ids,
-                padding_B=torch.tensor(padding, device=self._device) if any(padding) else None,
-                finished=lambda made_BN: torch.tensor([ended(row) for row in made_BN.tolist()], device=self._device),
-            )
-            rows = generated.tolist()
-        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-        return [_cut(text, settings.until) for text in texts]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation as one text, and remember its token ids for when the text comes back as a context.
@@ -204,6 +174,53 @@ class Generation(NamedTuple):
             raise ConfigError(f"generation here has no {', '.join(unknown)}: it knows {', '.join(SAMPLED)}")
         new_tokens = new_tokens if new_tokens < context else context // 2
         return cls([stop for stop in until if stop], new_tokens, SamplingParams(**known) if sampled else None)
+
+
+def _answers(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    chat: bool,
+    settings: Generation,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+) -> list[str]:
+    """Generate an answer to each prompt, up to the first of the texts that end it; a sampled one by its seed."""
+    device = model.model.embed_tokens.weight.device
+    stop_ids = (IM_END_ID, EOS_ID) if chat else (EOS_ID,)
+
+    def ended(ids: Sequence[int]) -> bool:
+        text = tokenizer.decode(list(ids), skip_special_tokens=True)
+        return any(stop in text for stop in settings.until)
+
+    rows: list[list[int]] = []
+    if settings.sampling is not None:
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            rows.append([])
+            sampling = settings.sampling.model_copy(update={"seed": seed})
+            sampled = generate(model, prompt, settings.new_tokens, stop_ids=stop_ids, sampling=sampling)
+            for token in sampled:
+                rows[-1].append(token)
+                if ended(rows[-1]):
+                    break
+    else:
+        longest = max(map(len, prompts))
+        padded = [[PAD_ID] * (longest - len(prompt)) + prompt for prompt in prompts]
+        padding = [longest - len(prompt) for prompt in prompts]
+        generated = generate_batch(
+            model,
+            torch.tensor(padded, device=device),
+            settings.new_tokens,
+            stop_ids=stop_ids,
+            padding_B=torch.tensor(padding, device=device) if any(padding) else None,
+            finished=lambda made_BN: torch.tensor([ended(row) for row in made_BN.tolist()], device=device),
+        )
+        rows = generated.tolist()
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    return [_cut(text, settings.until) for text in texts]
+
+
+def _text_scores(model: CausalLM, tokenizer: Tokenizer, text: str, device: torch.device) -> dict[str, float] | None:
+    return text_scores(model, tokenizer, text, device) if text else None
 
 
 def _seed(context: str, number: int) -> int:

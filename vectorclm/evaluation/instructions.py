@@ -16,12 +16,14 @@ from vectorclm.evaluation.item_scores import ItemScore, ItemScores
 from vectorclm.evaluation.statistics import share_stderr
 from vectorclm.inference.config import GREEDY, SamplingParams
 from vectorclm.inference.generate import answer, generate, plain_text
+from vectorclm.inference.model_slices import by_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.progress import Progress
 from vectorclm.settings import canonical_json
 from vectorclm.shards.conversations import Turn
 from vectorclm.tokenizer import BOS_ID, EOS_ID, IM_END_ID, SPECIAL_TOKENS, encode
 
+Respond = Callable[..., tuple[str, bool]]  # of a model and a `prompt`
 ANSWERS = "instructions.jsonl"
 STOP = "\n\nInstruction:"  # where a base model begins another instruction
 
@@ -66,17 +68,17 @@ def base_answer(
 
 
 def instruction_scores(
-    respond: Callable[[str], tuple[str, bool]], asked: Sequence[Instruction], out: Path, found: ItemScores
+    model: CausalLM, respond: Respond, asked: Sequence[Instruction], out: Path, found: ItemScores
 ) -> dict[str, Any]:
     """Answer every prompt, and score the answers as `judge` does; `instructions.jsonl` in `out` has all of them.
 
-    `respond` returns the answer to a prompt and whether the model ended the answer itself, as `chat_answer` and
+    `respond` returns the model's answer to a prompt and whether the model ended the answer itself, as `chat_answer` and
     `base_answer` do. `ended` counts the answers that the model ended.
     """
     answers, ended = [], 0
     with Progress("follow instructions", len(asked), "prompts") as progress:
-        for instruction in asked:
-            text, is_over = respond(instruction.prompt)
+        prompts = ((instruction.prompt,) for instruction in asked)
+        for text, is_over in by_model(model, _respond, prompts, respond):
             answers.append(text)
             ended += is_over
             progress.advance(1)
@@ -85,6 +87,10 @@ def instruction_scores(
             verdicts = [{"kind": check.kind, "what": check.what, "holds": holds(check, text)} for check in checks]
             file.write(canonical_json({"prompt": prompt, "answer": text, "checks": verdicts}) + "\n")
     return {**judge(asked, answers, found), "ended": ended, "prompts": len(asked)}
+
+
+def _respond(model: CausalLM, respond: Respond, prompt: str) -> tuple[str, bool]:
+    return respond(model, prompt=prompt)
 
 
 def judge(asked: Sequence[Instruction], answers: Sequence[str], found: ItemScores) -> dict[str, Any]:

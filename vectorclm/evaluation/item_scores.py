@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vectorclm.evaluation.statistics import Scored, ratio
+from vectorclm.formats.parquet import read_small_table
 
 ITEMS, TEXTS = "items.parquet", "texts.parquet"
 ITEMS_SCHEMA = pa.schema(
@@ -119,24 +120,27 @@ def read_scored(folder: Path) -> dict[str, Scored]:
     Instructions have no log-likelihoods, and one score, under the name of the task.
     """
     found = {}
-    for task, rows in _groups(folder / ITEMS, "task").items():
+    for task, rows in _groups(folder / ITEMS, ITEMS_SCHEMA, ("task", "item", "correct")).items():
         ones = np.ones(len(rows["item"]))
-        if rows["log_likelihoods"][0] is None:
+        if rows.get("log_likelihoods", [None])[0] is None:
             found[task] = Scored(rows["item"], np.array(rows["correct"], float), ones)
             continue
         for name, column in (("acc", "correct"), ("acc_norm", "correct_norm")):
-            if None not in rows[column]:
+            if None not in rows.get(column, [None]):
                 found[f"{name}.{task}"] = Scored(rows["item"], np.array(rows[column], float), ones)
-    for source, rows in _groups(folder / TEXTS, "source").items():
+    for source, rows in _groups(folder / TEXTS, TEXTS_SCHEMA, ("source", "item", "nats", "bytes")).items():
         bits = np.array(rows["nats"]) / math.log(2)
         found[f"bits_per_byte.{source}"] = Scored(rows["item"], bits, np.array(rows["bytes"], float))
     return found
 
 
-def _groups(path: Path, column: str) -> dict[str, dict[str, list[Any]]]:
-    """The rows of a file as columns, grouped by the value of one column, in the order of the file."""
-    table = pq.read_table(path)
-    names = table[column].to_numpy(zero_copy_only=False)
+def _groups(path: Path, schema: pa.Schema, filled: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """The rows of a file as columns, grouped by the value of the first column, in the order of the file.
+
+    Raises DataError where the file has columns of other types, or an empty place in the columns `filled`.
+    """
+    table = read_small_table(path, schema, filled, str(path))
+    names = table[filled[0]].to_numpy(zero_copy_only=False)
     return {name: table.filter(pa.array(names == name)).to_pydict() for name in dict.fromkeys(names)}
 
 

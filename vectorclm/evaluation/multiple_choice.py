@@ -15,6 +15,7 @@ from vectorclm.errors import DataError
 from vectorclm.evaluation.bits_per_byte import logits
 from vectorclm.evaluation.item_scores import ItemScore, ItemScores
 from vectorclm.evaluation.statistics import share_stderr
+from vectorclm.inference.model_slices import by_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.progress import Progress
 from vectorclm.tokenizer import BOS_ID, PAD_ID, encode
@@ -72,14 +73,14 @@ def log_likelihoods(
     The model reads what the pairs of a question share once, and logits are computed only where a text is scored.
     """
     model.eval()
-    device = model.model.embed_tokens.weight.device
     trees = [pair_tree(pairs) for pairs in questions]
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))  # similar lengths need little padding
     found: list[list[Likelihood]] = [[] for _ in trees]
     with Progress(f"evaluate {label}", len(trees), "questions") as progress:
-        for start in range(0, len(order), micro_batch):
-            group = order[start : start + micro_batch]
-            for i, values in zip(group, _tree_scores(model, [trees[i] for i in group], device), strict=True):
+        groups = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
+        scored = by_model(model, _tree_scores, (([trees[i] for i in group],) for group in groups))
+        for group, scores in zip(groups, scored, strict=True):
+            for i, values in zip(group, scores, strict=True):
                 found[i] = values
             progress.advance(len(group))
     return found
@@ -112,8 +113,9 @@ def pair_tree(pairs: Sequence[Pair]) -> Tree:
 
 
 @torch.inference_mode()
-def _tree_scores(model: CausalLM, trees: Sequence[Tree], device: torch.device) -> list[list[Likelihood]]:
+def _tree_scores(model: CausalLM, trees: Sequence[Tree]) -> list[list[Likelihood]]:
     """The likelihoods of the pairs of each tree. An id sees earlier shared ids and those of its own branch."""
+    device = model.model.embed_tokens.weight.device
     length = max(len(tree.ids) for tree in trees)
 
     def padded(rows: Iterable[list[int]], value: int) -> Tensor:

@@ -5,10 +5,13 @@ The evaluation stages and the measurements of any model share this one function.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, assert_never
 
+import psutil
+import torch
 from tokenizers import Tokenizer
 
 from vectorclm.corpus.decontamination import contaminated
@@ -22,12 +25,17 @@ from vectorclm.evaluation.tasks import MICRO_BATCH, TaskSetup, score_tasks
 from vectorclm.inference.config import SamplingParams
 from vectorclm.inference.generate import answer_text, continuation, template_scores
 from vectorclm.inference.load import LoadedModel
+from vectorclm.inference.model_slices import by_model
+from vectorclm.model import CausalLM
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.progress import Progress
+from vectorclm.runtime.workers import open_workers
 from vectorclm.shards.chat_writer import read_prompts
 from vectorclm.shards.reader import open_shards
 from vectorclm.store.artifact import Artifact
 from vectorclm.tokenizer import token_lengths
+
+SCORED_BYTES = 16  # the work of a parameter, as bytes of a data set: processes for models of 2 million and more
 
 
 class ShardWindows(NamedTuple):
@@ -63,7 +71,8 @@ def score_model(
     Progress is reported under the name `stage`. Returns the content of `scores.json`.
     """
     found, scores = ItemScores(), dict[str, Any]()
-    with Progress(stage, _text_parts(data.text) + len(questions.tasks) + 1, "parts") as progress:
+    parts = _text_parts(data.text) + len(questions.tasks) + 1
+    with scoring_workers(loaded.model, runtime) as runtime, Progress(stage, parts, "parts") as progress:
         scores |= {**_held_out_text(loaded, data, runtime, found, progress), "tasks": {}}
         if data.not_run:
             scores["not_run"] = list(data.not_run)
@@ -78,6 +87,27 @@ def score_model(
         progress.advance(1, "answers")
     write_scores(out, scores, found)
     return scores
+
+
+@contextmanager
+def scoring_workers(model: CausalLM, runtime: Runtime) -> Iterator[Runtime]:
+    """Workers that score on this machine's cores; on a GPU, this process alone. Yields the settings of each process."""
+    weight, threads = model.model.embed_tokens.weight, torch.get_num_threads()
+    if weight.device.type != "cpu":
+        yield runtime
+        return
+    parameters = sum(each.numel() for each in model.parameters())
+    processes = runtime.data_processes(SCORED_BYTES * parameters)
+    if not runtime.data_workers:  # as many copies of the model as fit, with as much again for the work
+        fitting = psutil.virtual_memory().available // (2 * weight.element_size() * parameters)
+        processes = max(1, min(processes, fitting))
+    each = runtime.model_copy(update={"threads": runtime.threads_each(processes)})
+    try:
+        with open_workers(processes):
+            torch.set_num_threads(each.threads)
+            yield each
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _text_parts(text: ShardWindows | SampleDocuments | None) -> int:
@@ -134,13 +164,14 @@ def _answers(
         prompts = read_prompts(data.conversations, questions.chat_prompts, data.setup.seed)
         scores["chat"] = template_scores(model, tokenizer, prompts, longest, sampling)
     if questions.instructions:
-        follow = partial(chat_answer if loaded.chat else base_answer, model, tokenizer)
+        follow = chat_answer if loaded.chat else base_answer
         asked = instructions(questions.instructions)
-        respond = partial(follow, max_new_tokens=longest, sampling=sampling)
-        scores["instructions"] = instruction_scores(respond, asked, out, found)
+        respond = partial(follow, tokenizer=tokenizer, max_new_tokens=longest, sampling=sampling)
+        scores["instructions"] = instruction_scores(model, respond, asked, out, found)
     say = answer_text if loaded.chat else continuation
+    answers = by_model(model, say, ((prompt, longest, sampling) for prompt in questions.prompts), tokenizer)
     scores["samples"] = [
-        {"prompt": prompt, "answer": say(model, tokenizer, prompt, longest, sampling)} for prompt in questions.prompts
+        {"prompt": prompt, "answer": text} for prompt, text in zip(questions.prompts, answers, strict=True)
     ]
     return scores
 
@@ -157,7 +188,7 @@ def documents_scores(loaded: LoadedModel, label: str, texts: Sequence[str], foun
 
     The score of each document is added to `found`.
     """
-    for text in texts:
-        scores = text_scores(loaded.model, loaded.tokenizer, text, loaded.device)
+    scored = by_model(loaded.model, text_scores, ((text, loaded.device) for text in texts), loaded.tokenizer)
+    for text, scores in zip(texts, scored, strict=True):
         found.add_text(label, text.encode(), scores["nats_per_token"] * scores["tokens"], int(scores["bytes"]))
     return found.text_scores(label, "documents")

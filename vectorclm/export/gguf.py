@@ -1,6 +1,5 @@
 """Export a model as one GGUF file for llama.cpp and the programs built on it."""
 
-import json
 from contextlib import suppress
 from filecmp import cmp
 from pathlib import Path
@@ -13,6 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vectorclm.errors import ConfigError, DataError
+from vectorclm.formats.json_files import read_table
+from vectorclm.formats.templates import read_template
+from vectorclm.formats.tokenizer_files import read_tokenizer_record
 from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
 from vectorclm.nn.attention_kinds import ATTENTION_KINDS
@@ -112,7 +114,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, *, chat: bool) -> None:
     vocabulary = load_tokenizer(folder).get_vocab()
     where = folder / "tokenizer.json"
-    raw = json.loads(where.read_text(encoding="utf-8"))
+    raw = read_tokenizer_record(where)
     if other := _differences(raw):
         raise DataError(f"{where}: llama.cpp would split texts differently from this tokenizer: {', '.join(other)}")
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -158,9 +160,9 @@ def _chat_template(folder: Path) -> str | None:
     """
     own = folder / "chat_template.jinja"
     if own.is_file():
-        template = own.read_text(encoding="utf-8")
+        template: Any = read_template(own)
     else:
-        template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        template = read_table(folder / "tokenizer_config.json").get("chat_template")
     if template == TRANSFORMERS_TEMPLATE:
         return CHAT_TEMPLATE
     return template if isinstance(template, str) else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vectorclm.export.model_card import model_card
+from vectorclm.formats.json_files import read_table
 from vectorclm.store.artifact import Artifact
 from vectorclm.tokenizer import (
     BOS_ID,
@@ -47,12 +48,12 @@ def adapt_to_consumers(folder: Path, *, chat: bool) -> None:
     named, because transformers 4 otherwise adds one that a Llama refuses. `config.json` names the token that ends a
     turn, and the chat template marks the assistant's tokens. A base model has no chat template.
     """
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer = read_table(folder / "tokenizer_config.json")
     tokenizer |= {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
     del tokenizer["chat_template"]
     if chat:
         tokenizer["chat_template"] = TRANSFORMERS_TEMPLATE
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_table(folder / "config.json")
         config["eos_token_id"] = IM_END_ID
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", encoding="utf-8")
@@ -68,7 +69,7 @@ def export(name: str, inputs: Mapping[str, Artifact], lineage: Mapping[str, Arti
         for file in MODEL_FILES:
             shutil.copyfile(source / file, folder / file)
         adapt_to_consumers(folder, chat=kind == "chat")
-        scores = json.loads((inputs[evaluation].local() / "scores.json").read_text(encoding="utf-8"))
+        scores = read_table(inputs[evaluation].local() / "scores.json")
         shutil.copyfile(inputs[evaluation].local() / "scores.json", folder / "scores.json")
         card = model_card(name, kind, folder, scores, lineage)
         (folder / "README.md").write_text(card, encoding="utf-8")

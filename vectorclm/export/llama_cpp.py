@@ -6,14 +6,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import gguf
 import httpx
 
 from vectorclm.errors import ConfigError, DataError
 from vectorclm.evaluation.bits_per_byte import comparable_length, rates, scoring_windows
+from vectorclm.formats.gguf_files import read_gguf_fields
+from vectorclm.formats.templates import render
 from vectorclm.runtime.progress import Progress
+from vectorclm.tokenizer import CHAT_TEMPLATE
 
 INSTALL = "pip install 'vectorclm[llama]'"
+PROBE = [{"role": role, "content": "Hello"} for role in ("user", "assistant", "user")]  # a conversation
 SURE = 1000.0  # bias on a logit that forces a token
 
 
@@ -30,6 +33,8 @@ class LlamaCpp:
         import xllamacpp
 
         fields = _fields(file)
+        self.file, self.template = file, str(fields.get("tokenizer.chat_template") or "")
+        self._check_template(PROBE)  # llama.cpp renders it as it starts
         self.longest = comparable_length(int(fields["llama.context_length"]))  # tokens of the longest prompt
         self.vocab_size = int(fields["llama.vocab_size"])
         params = xllamacpp.CommonParams()
@@ -60,6 +65,7 @@ class LlamaCpp:
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> str:
         """Messages in the file's chat template, up to the beginning of an answer; llama.cpp itself adds the BOS."""
+        self._check_template(messages)
         return str(self._ask("/apply-template", {"messages": list(messages)})["prompt"])
 
     def greedy(self, input_ids: Sequence[int], count: int) -> list[int]:
@@ -76,6 +82,11 @@ class LlamaCpp:
         found = self._complete(input_ids, n_predict=1, logit_bias=[[self._letter, SURE]], n_probs=self.vocab_size)
         listed = found["completion_probabilities"][0]["top_logprobs"]
         return next(float(one["logprob"]) for one in listed if one["id"] == token)
+
+    def _check_template(self, messages: Sequence[dict[str, str]]) -> None:
+        """Raise DataError where the file's chat template leaves its budget: llama.cpp's own engine has none."""
+        if self.template not in ("", CHAT_TEMPLATE):
+            render(self.template, messages, str(self.file))
 
     def text_scores(self, text: str) -> dict[str, float]:
         """Bits per byte and the other scores of `bits_per_byte.text_scores`, in windows of `longest` tokens.
@@ -106,11 +117,7 @@ class LlamaCpp:
 
 def _fields(file: Path) -> dict[str, Any]:
     """The metadata of a GGUF file. Raises DataError where the file contains no Llama model."""
-    try:
-        reader = gguf.GGUFReader(file)
-        found = {name: field.contents() for name, field in reader.fields.items() if name.startswith("llama.")}
-    except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"{file} is not a GGUF file: {error}") from error
-    if "llama.context_length" not in found:
+    found = read_gguf_fields(file)
+    if any(type(found.get(f"llama.{name}")) is not int for name in ("context_length", "vocab_size")):
         raise DataError(f"{file} contains no Llama model")
     return found

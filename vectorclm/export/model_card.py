@@ -1,6 +1,5 @@
 """The model card: the README.md of a model directory, with metadata that the Hugging Face hub reads."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vectorclm.corpus.sources import BUILDERS, GENERATED, HUB_ID
 from vectorclm.corpus.summary import drop_counts
 from vectorclm.evaluation.instruction_checks import FOLLOWED, PARTS
+from vectorclm.formats.json_files import read_table
 from vectorclm.store.artifact import Artifact
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def model_card(name: str, kind: str, folder: Path, scores: Mapping[str, Any], li
     from huggingface_hub import ModelCard, ModelCardData  # takes longer to import than most commands run
 
     title, is_chat = f"vectorclm-{name}-{kind}", kind == "chat"
-    sample, config = lineage["sample"], json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    sample, config = lineage["sample"], read_table(folder / "config.json")
     settings = {source["label"]: source for source in sample.manifest["config"]["sources"]}
     conversations = lineage["chat_shards"].manifest["config"]["sources"] if is_chat else []
     used = [*settings.values(), *conversations]

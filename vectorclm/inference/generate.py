@@ -9,6 +9,7 @@ from torch import Tensor
 from vectorclm.inference.config import GREEDY, SamplingParams
 from vectorclm.inference.decode import decoding
 from vectorclm.inference.grammar import Grammar
+from vectorclm.inference.model_slices import by_model
 from vectorclm.model import CausalLM
 from vectorclm.runtime.progress import Progress
 from vectorclm.shards.conversations import Turn, render_prompt
@@ -226,8 +227,9 @@ def template_scores(
     """
     ended = in_template = exact = 0
     with Progress("answer prompts", len(prompts), "prompts") as progress:
-        for conversation, reference in prompts:
-            ids = list(answer(model, tokenizer, conversation, max_new_tokens, sampling))
+        calls = ((conversation,) for conversation, _ in prompts)
+        answers = by_model(model, _whole_answer, calls, tokenizer, max_new_tokens, sampling)
+        for (_, reference), ids in zip(prompts, answers, strict=True):
             body = ids[:-1]
             finished = bool(ids) and ids[-1] == IM_END_ID
             ended += finished
@@ -236,3 +238,9 @@ def template_scores(
             exact += finished and text == reference
             progress.advance(1)
     return {"prompts": len(prompts), "ended": ended, "answered_in_template": in_template, "exact": exact}
+
+
+def _whole_answer(
+    model: CausalLM, tokenizer: Tokenizer, longest: int, sampling: SamplingParams, turns: Sequence[Turn]
+) -> list[int]:
+    return list(answer(model, tokenizer, turns, longest, sampling))

@@ -1,6 +1,5 @@
 """The form of an answer in requests of OpenAI's API (`response_format`), and the base class of a request's parts."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -8,6 +7,7 @@ from llguidance import LLMatcher
 from pydantic import ConfigDict, Field, model_validator
 
 from vectorclm.errors import DataError
+from vectorclm.formats.json_files import parse_json
 from vectorclm.inference.chat import LanguageModel
 from vectorclm.inference.openai_errors import Refusal
 from vectorclm.settings import Settings
@@ -28,8 +28,8 @@ def json_object(body: Any) -> Mapping[Any, Any]:
     """The object in a body; FastAPI hands over the bytes of a body that does not call itself JSON."""
     if isinstance(body, bytes):
         try:
-            body = json.loads(body)
-        except (ValueError, RecursionError) as error:
+            body = parse_json(body)
+        except ValueError as error:
             raise Refusal(f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(body, dict):
         raise ValueError("must be a JSON object")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.formats.limits import CHAIN, TREE
 from vectorclm.stages import BY_NAME, EVALUATED, EXPORTED, LANGUAGE_MODELS
 from vectorclm.store.artifact import MANIFEST, Artifact, StageSpec, Store, repair_advice
 from vectorclm.store.layout import EXPORT, MEASURE, STAGES
@@ -190,25 +191,37 @@ def _find(address: str, store: Store) -> tuple[Artifact, str, Path | None]:
 def _chain(artifact: Artifact) -> dict[str, Node]:
     """An artifact and all its direct and indirect inputs, by fingerprint, inputs first."""
     nodes: dict[str, Node] = {}
-    _node(artifact.store, artifact.stage, artifact.fingerprint, nodes)
+    _node(artifact.store, artifact.stage, artifact.fingerprint, nodes, CHAIN)
+    sizes: dict[str, int] = {}
+    for key, node in nodes.items():  # a tree repeats shared inputs, and a forged one would repeat them without end
+        sizes[key] = 1 + sum(sizes.get(part.fingerprint, 1) for part in node.inputs)
+        if sizes[key] > TREE:
+            raise CorruptArtifactError(f"{artifact.uri}: its tree of inputs has more than {TREE:,} artifacts")
     return nodes
 
 
-def _node(store: ArtifactStorage, stage: str, fingerprint: str, known: dict[str, Node]) -> Node:
-    """The node of an artifact. Raises CorruptArtifactError where a manifest is not a valid one of its stage."""
+def _node(store: ArtifactStorage, stage: str, fingerprint: str, known: dict[str, Node], deep: int) -> Node:
+    """The node of an artifact, of at most `deep` stages.
+
+    Raises CorruptArtifactError where a manifest is not a valid one of its stage, or the chain is longer.
+    """
     if fingerprint in known:
         return known[fingerprint]
+    if deep == 0:
+        raise CorruptArtifactError(f"{store.uri}/{stage}/{fingerprint} is the end of a chain of {CHAIN} artifacts")
     artifact = store.look_up(stage, fingerprint)
     if artifact is None:
         node = Node(stage, fingerprint, None)
     else:
         try:
             before = {**known, fingerprint: Node(stage, fingerprint, artifact)}  # a forged chain may be circular
-            inputs = [_node(store, name, print_, before) for name, print_ in artifact.manifest["inputs"].items()]
+            inputs = [
+                _node(store, name, print_, before, deep - 1) for name, print_ in artifact.manifest["inputs"].items()
+            ]
             known.update({key: node for key, node in before.items() if key != fingerprint})
             node = Node(stage, fingerprint, artifact, tuple(inputs), tuple(_sources(stage, artifact)))
             _described(node), facts(node), artifact.manifest["created"]  # raises where a reported value is missing
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorruptArtifactError(
                 f"{artifact.uri}/{MANIFEST} is not a manifest of {stage}: {error!r}; {repair_advice(artifact)}"
             ) from error

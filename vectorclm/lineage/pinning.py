@@ -28,6 +28,7 @@ from vectorclm.corpus.sources import (
 )
 from vectorclm.corpus.synthetic_world import WorldConfig
 from vectorclm.errors import ConfigError, DataError
+from vectorclm.formats.json_files import read_table
 from vectorclm.settings import digest
 from vectorclm.shards.config import ChatSource
 from vectorclm.store.durable import write_file
@@ -123,9 +124,9 @@ class Lock:
         self.commits: dict[str, str] = {}
         if path.exists():
             try:
-                self.commits = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                raise ConfigError(f"{path} is not a lock file ({error}): delete the file to pin again") from error
+                self.commits = read_table(path, "a lock file", ConfigError)
+            except ConfigError as error:
+                raise ConfigError(f"{error}: delete the file to pin again") from error
         for key, commit in self.commits.items():
             if not (isinstance(commit, str) and COMMIT.fullmatch(commit)):
                 raise ConfigError(f"{path}: {key} has {commit!r}, which is not a commit: delete the line to pin again")

@@ -57,8 +57,8 @@ class Runtime(Settings):
     data_workers: int = Field(
         default=0,
         ge=0,
-        description="Processes that build the files of a data set beside each other; 0 = one for each core, at most "
-        "16, or one for little data",
+        description="Processes that divide a stage among themselves: sample, shards, chat_shards, and on a CPU the "
+        "evaluations; 0 = one for each core, at most 16, or one for little data. The bytes stay the same",
     )
     checkpoint_interval: int = Field(
         default=0,

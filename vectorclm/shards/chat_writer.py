@@ -1,13 +1,12 @@
 """Writes chat shards for instruction tuning: filters, renders and packs conversations, and holds some out."""
 
-import json
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -17,7 +16,9 @@ from tokenizers import Tokenizer
 from vectorclm.corpus.decontamination import Benchmarks
 from vectorclm.corpus.summary import drop_counts
 from vectorclm.errors import DataError
+from vectorclm.formats.json_files import table_lines
 from vectorclm.runtime.progress import Progress
+from vectorclm.runtime.workers import Shared, current_workers
 from vectorclm.settings import canonical_json
 from vectorclm.shards.config import SPLITS, ChatConfig, ChatSource
 from vectorclm.shards.conversations import (
@@ -108,26 +109,24 @@ def write_chat_shards(
     """
     summary: dict[str, Any] = {"sources": {}, **{split: Counter[str]() for split in SPLITS}}
     kept: dict[str, dict[str, list[NDArray[Any]]]] = {}  # by folder and split, ids and supervision [2, n]
-    dtype = token_dtype(tokenizer.get_vocab_size())
     prompts: list[dict[str, Any]] = []
     seen: set[int] = set()
+    preparation = current_workers().share(_Preparation(config, tokenizer, seed, benchmarks))
     with Progress("chat_shards", sum(s.conversations for s in config.sources), "conversations") as progress:
         for source in config.sources:
             found, before, left = _Read(), progress.tick.done, config.budget(source)
             mine = kept.setdefault("chat" if left is None else source.label, {split: [] for split in SPLITS})
-            for conversation in _distinct(source, rows[source.label], config, benchmarks, seen, found):
+            for split, item in _distinct(source, rows[source.label], preparation, config.malformed, seen, found):
                 progress.at(before + found.read)
-                split = "validation" if _is_held_out(conversation, seed, config.validation_share) else "train"
-                item = fit(tokenizer, conversation, config.sequence_length)
                 if isinstance(item, str):
                     found.dropped[item] += 1
                     continue
                 found.splits[split] += 1
-                found.shortened += len(item.turns) < len(conversation)
-                mine[split].append(np.array([item.ids, item.supervised], dtype))
-                found.tokens[split] += len(item.ids)
-                if split == "validation":
-                    prompts.append(_prompt(source.label, item.turns))
+                found.shortened += item.shortened
+                mine[split].append(item.tokens)
+                found.tokens[split] += item.tokens.shape[1]
+                if item.prompt is not None:
+                    prompts.append({"source": source.label, **item.prompt})
                 if left is not None and found.tokens["train"] >= left:
                     found.drop_unread()
                     break
@@ -143,38 +142,98 @@ def write_chat_shards(
     return summary
 
 
-def _distinct(
-    source: ChatSource,
-    rows: Iterable[Any],
-    config: ChatConfig,
-    benchmarks: Benchmarks | None,
-    seen: set[int],
-    found: _Read,
-) -> Iterator[list[Turn]]:
-    """The well-formed, distinct conversations that share no words with a benchmark; the others are counted."""
-    drawn = islice(rows, source.conversations)
-    while batch := list(islice(drawn, BATCH)):
-        fresh = []
-        for number, row in enumerate(batch, found.read):
+class _Item(NamedTuple):
+    """A conversation that fits in a window."""
+
+    tokens: NDArray[Any]  # ids and supervision [2, n]
+    shortened: bool
+    prompt: dict[str, Any] | None  # of a held-out conversation
+
+
+class _Prepared(NamedTuple):
+    """A well-formed conversation: what is left to do depends on the conversations before it."""
+
+    key: int  # hash of the turns
+    labels: set[str]  # of benchmarks that share words with it
+    split: str
+    item: _Item | str  # or why it is dropped
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """Prepares batches of rows, each by itself."""
+
+    config: ChatConfig
+    tokenizer: Tokenizer
+    seed: int
+    benchmarks: Benchmarks | None
+
+    def rows(self, batch: Sequence[Any]) -> list[_Prepared | tuple[str, str]]:
+        """Each row as a conversation; of a malformed row, the reason and the message of the error."""
+        drops = self.config.malformed == "drop"
+        found: list[Any] = []
+        for row in batch:
             try:
-                conversation = _well_formed(row, drops=config.malformed == "drop")
+                found.append(_well_formed(row, drops=drops))
             except MalformedConversationError as error:
-                if config.malformed == "refuse":
-                    raise MalformedRowError(source, row, number, str(error)) from error
-                found.dropped[error.reason] += 1
-                continue
-            if (key := xxhash.xxh3_128_intdigest(canonical_json(conversation).encode())) in seen:
+                found.append((error.reason, str(error)))
+        fine = [number for number, one in enumerate(found) if isinstance(one, list)]
+        texts = ["\n".join(turn.content for turn in found[number]).encode() for number in fine]
+        shared = self.benchmarks.found(texts) if self.benchmarks is not None else {}
+        for place, number in enumerate(fine):
+            found[number] = self._prepared(found[number], shared.get(place, set()))
+        return found
+
+    def _prepared(self, conversation: list[Turn], labels: set[str]) -> _Prepared:
+        text = canonical_json(conversation).encode()
+        held_out = xxhash.xxh3_64_intdigest(text, seed=self.seed) < self.config.validation_share * 2**64
+        item = "contaminated" if labels else self._item(conversation, held_out)
+        return _Prepared(xxhash.xxh3_128_intdigest(text), labels, "validation" if held_out else "train", item)
+
+    def _item(self, conversation: list[Turn], held_out: bool) -> _Item | str:
+        fitted = fit(self.tokenizer, conversation, self.config.sequence_length)
+        if isinstance(fitted, str):
+            return fitted
+        tokens = np.array([fitted.ids, fitted.supervised], token_dtype(self.tokenizer.get_vocab_size()))
+        return _Item(tokens, len(fitted.turns) < len(conversation), _prompt(fitted.turns) if held_out else None)
+
+
+def _prepared_rows(preparation: Shared, batch: Sequence[Any]) -> list[_Prepared | tuple[str, str]]:
+    found: _Preparation = preparation.value()
+    return found.rows(batch)
+
+
+def _distinct(
+    source: ChatSource, rows: Iterable[Any], preparation: Shared, malformed: str, seen: set[int], found: _Read
+) -> Iterator[tuple[str, _Item | str]]:
+    """The split and the item of each distinct conversation that shares no words with a benchmark.
+
+    The others are counted. Batches are prepared by the workers.
+    """
+    drawn, batches = islice(rows, source.conversations), deque[Sequence[Any]]()
+
+    def calls() -> Iterator[tuple[Shared, Sequence[Any]]]:
+        while batch := list(islice(drawn, BATCH)):
+            batches.append(batch)
+            yield preparation, batch
+
+    for prepared in current_workers().each(_prepared_rows, calls()):
+        batch, fresh = batches.popleft(), list[_Prepared]()
+        for number, one in enumerate(prepared):
+            if not isinstance(one, _Prepared):
+                if malformed == "refuse":
+                    raise MalformedRowError(source, batch[number], found.read + number, one[1])
+                found.dropped[one[0]] += 1
+            elif one.key in seen:
                 found.dropped["duplicate"] += 1
-                continue
-            seen.add(key)
-            fresh.append(conversation)
+            else:
+                seen.add(one.key)
+                fresh.append(one)
         found.read += len(batch)
-        texts = ["\n".join(turn.content for turn in conversation).encode() for conversation in fresh]
-        shared = benchmarks.found(texts) if benchmarks is not None else {}
-        for labels in shared.values():
+        for one in (one for one in fresh if one.labels):
             found.dropped["contaminated"] += 1
-            found.contaminated.update(labels)
-        yield from (conversation for number, conversation in enumerate(fresh) if number not in shared)
+            found.contaminated.update(one.labels)
+        yield from ((one.split, one.item) for one in fresh if not one.labels)
 
 
 def _well_formed(row: Any, *, drops: bool) -> list[Turn]:
@@ -188,15 +247,11 @@ def _well_formed(row: Any, *, drops: bool) -> list[Turn]:
     return conversation
 
 
-def _is_held_out(conversation: Sequence[Turn], seed: int, share: float) -> bool:
-    return xxhash.xxh3_64_intdigest(canonical_json(conversation).encode(), seed=seed) < share * 2**64
-
-
-def _prompt(label: str, conversation: Sequence[Turn]) -> dict[str, Any]:
+def _prompt(conversation: Sequence[Turn]) -> dict[str, Any]:
     """The messages before the first answer, and this answer."""
     first = next(i for i, turn in enumerate(conversation) if turn.role == "assistant")
     messages = [{"role": turn.role, "content": turn.content} for turn in conversation[:first]]
-    return {"source": label, "messages": messages, "answer": conversation[first].content}
+    return {"messages": messages, "answer": conversation[first].content}
 
 
 def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfig, seed: int) -> dict[str, int]:
@@ -223,6 +278,6 @@ def _write_packed(prefix: Path, items: Sequence[NDArray[Any]], config: ChatConfi
 
 def read_prompts(chat_shards: Artifact, limit: int, seed: int) -> list[tuple[list[Turn], str]]:
     """Draw `limit` held-out prompts over all sources by seed: turns up to the first answer, and the answer."""
-    rows = [json.loads(line) for line in chat_shards.read("prompts.jsonl").splitlines()]
+    rows = list(table_lines(chat_shards.read("prompts.jsonl"), f"{chat_shards.uri}/prompts.jsonl"))
     rows = random.Random(f"{seed} prompts").sample(rows, min(limit, len(rows)))
     return [(read_conversation(row["messages"], "prompts.jsonl"), row["answer"]) for row in rows]

@@ -27,7 +27,7 @@ from vectorclm.shards.packing import pack
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.store.durable import TEMPORARY
 from vectorclm.store.resumable import Slices
-from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, read_tokenizer
 
 GROUP_DOCUMENTS = 512  # documents encoded at a time, at most
 GROUP_CHARACTERS = 4_000_000  # characters, after which a group of documents ends
@@ -253,7 +253,7 @@ def _write_slice_elsewhere(
 @lru_cache(maxsize=1)
 def _opened(tokenizer: str, fast: bool) -> Encoder:
     """The encoder of a worker, for all its slices."""
-    reference = Tokenizer.from_str(tokenizer)
+    reference = read_tokenizer(tokenizer)
     return Encoder(reference, Gigatoken(reference) if fast else None)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from vectorclm.errors import InUseError, StoreError
+from vectorclm.formats.json_files import parse_json
 from vectorclm.runtime.processes import find_process, process_identity, process_space
 from vectorclm.store.storage import Storage
 
@@ -130,7 +131,7 @@ class Lease:
 def read_claim(claim: bytes) -> dict[str, Any]:
     """Parse a holder's claim; empty where it cannot be parsed."""
     with suppress(ValueError, TypeError):
-        return dict(json.loads(claim))
+        return dict(parse_json(claim))
     return {}
 
 

@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vectorclm.errors import CorruptArtifactError
+from vectorclm.formats.files import is_file_name
+from vectorclm.formats.json_files import parse_manifest
 from vectorclm.settings import digest
 from vectorclm.store.storage import sha256_of
 
@@ -41,16 +43,20 @@ def read_manifest(data: bytes, uri: str) -> dict[str, Any]:
     Raises CorruptArtifactError for any other content.
     """
     try:
-        manifest: dict[str, Any] = json.loads(data)
+        manifest: dict[str, Any] = parse_manifest(data)
         if SEAL in manifest and manifest[SEAL] != digest({k: v for k, v in manifest.items() if k != SEAL}):
             raise ValueError("its bytes are not those that were written")
         for name, file in manifest["files"].items():
-            if not isinstance(file["sha256"], str) or not isinstance(file["bytes"], int):
-                raise ValueError(f"the entry of {name!r} lacks a size or a SHA-256")
+            if not isinstance(file.get("place", name), str):
+                raise ValueError(f"the place of {name!r} is no name")
             for place in (name, place_of(file, name)):
                 path = PurePosixPath(place)
+                if "\0" in place or not is_file_name(place):
+                    raise ValueError(f"it names the file {place!r:.100}, which no file can be called")
                 if path.is_absolute() or ".." in path.parts or "\\" in place:
                     raise ValueError(f"it names the file {place!r}, which is not below it")
+            if not FINGERPRINT.fullmatch(file["sha256"]) or type(file["bytes"]) is not int or file["bytes"] < 0:
+                raise ValueError(f"the entry of {name!r} lacks a size or a SHA-256")
         for name, fingerprint in manifest.get("inputs", {}).items():
             if not NAME.fullmatch(name) or not FINGERPRINT.fullmatch(fingerprint):
                 raise ValueError(f"its input {name!r} is no artifact of a store")

@@ -2,12 +2,12 @@
 
 import glob
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from vectorclm.errors import ConfigError, CorruptArtifactError, DataError, StoreError, VectorCLMError
+from vectorclm.formats.json_files import parse_json
 from vectorclm.settings import digest
 from vectorclm.store.artifact import MANIFEST, Artifact, Store, default_store, repair_advice
 from vectorclm.store.layout import STAGES
@@ -152,7 +152,7 @@ def _check_files(where: str, names: set[str]) -> None:
 def _is_chat(tokenizer_config: bytes, where: str) -> bool:
     """Whether the model's end-of-text token is the end of a turn."""
     try:
-        eos = json.loads(tokenizer_config)["eos_token"]
+        eos = parse_json(tokenizer_config)["eos_token"]
         return bool((eos["content"] if isinstance(eos, dict) else eos) == IM_END)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where}: tokenizer_config.json names no eos_token: {error!r}") from error

@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from vectorclm.formats.json_files import parse_json
 from vectorclm.runtime.workers import IN_THIS_PROCESS, Workers
 from vectorclm.store.durable import TEMPORARY, sync_folder, sync_tree, temporary_beside
 from vectorclm.store.uploads import EarlyUpload
@@ -156,7 +157,7 @@ def place(source: Path, target: Path) -> None:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = parse_json((folder / RECORD).read_bytes())
         whole = all(_hash(folder / name) == found for name, found in record["files"].items())
         return dict(record["result"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):

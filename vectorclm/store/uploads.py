@@ -1,12 +1,13 @@
 """Early uploads: files of an artifact go to a remote store during its build, with notes that let a rerun resume."""
 
-import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from vectorclm.formats.json_files import parse_json
+from vectorclm.formats.limits import MANIFEST_VALUES
 from vectorclm.settings import digest
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.durable import OWN
@@ -75,7 +76,7 @@ class EarlyUpload:
     def _read(self, key: str) -> dict[str, Any] | None:
         """A note that is intact and whose files are all in the store; None otherwise."""
         try:
-            found: dict[str, Any] = json.loads(self.store.read(key) or b"")
+            found: dict[str, Any] = parse_json(self.store.read(key) or b"", MANIFEST_VALUES)
             seal = found.pop(SEAL)
         except (ValueError, AttributeError, KeyError):
             return None

@@ -6,6 +6,7 @@ checkpoints of its successor. A resume uses the newest checkpoint that verifies.
 the hashes of the training order and of the data set, and a run with another order or data set does not resume from it.
 """
 
+import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,16 +17,17 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vectorclm.errors import CorruptArtifactError, DataError
+from vectorclm.errors import CorruptArtifactError, DataError, shortened
+from vectorclm.formats.tensors import load_tensors
 from vectorclm.nn.tensor_files import save_tensors
 from vectorclm.store.artifact import Artifact, StageSpec, Store
 from vectorclm.store.layout import STEP
 from vectorclm.store.storage import explained
 
 LOOK_SECONDS = 0.2  # between two checks whether the store is away
+ENTRY = re.compile(r"[0-9]{1,4}\.[0-9]{1,6}\.\w+", re.ASCII)  # of an optimizer: its number, a parameter's, a name
 KEEP = 2  # checkpoints; older ones are removed
 AGAIN = "again"  # subfolder for the checkpoints of a finished training that is rebuilt
 
@@ -55,7 +57,14 @@ def snapshot(
 
 
 def restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Load a snapshot into the model and the optimizers."""
+    """Load a snapshot into the model and the optimizers. Raises DataError where it belongs to another model."""
+    try:
+        _restore(saved, model, optimizers)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the checkpoint of step {saved.step:,} is of another model: {shortened(error)}") from error
+
+
+def _restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     model.load_state_dict(saved.model)
     for number, optimizer in enumerate(optimizers):
         entries: dict[int, dict[str, Tensor]] = {}
@@ -183,8 +192,12 @@ class Checkpoints:
         """Read a checkpoint; the files of a remote store are copied for as long as that takes."""
         self.work.mkdir(parents=True, exist_ok=True)
         with found.borrowed("model.safetensors", self.work) as file:
-            model = load_file(file)
+            model = load_tensors(file, CorruptArtifactError, floats=True)
         with found.borrowed("optim.safetensors", self.work) as file:
-            optimizers = load_file(file)
-        metrics = found.read("metrics.jsonl").decode()
-        return Snapshot(found.manifest["step"], model, optimizers, metrics, found.manifest["order"])
+            optimizers = load_tensors(file, CorruptArtifactError)
+        step = found.manifest.get("step")
+        if type(step) is not int or step < 0 or not all(ENTRY.fullmatch(name) for name in optimizers):
+            raise CorruptArtifactError(
+                f"{found.uri} is not a checkpoint: its step or its optimizer's entries are wrong"
+            )
+        return Snapshot(step, model, optimizers, found.read("metrics.jsonl").decode(), str(found.manifest["order"]))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
@@ -24,8 +25,7 @@ from vectorclm.command_line import explain, run
 from vectorclm.errors import ConfigError, RankLostError
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.preemption import ENDED
-from vectorclm.runtime.temporary import temporary_folder
-from vectorclm.runtime.workers import Workers, use_workers
+from vectorclm.runtime.workers import Shared, Workers, build_slice, use_workers
 
 ANSWER_SECONDS = 5  # in which the head must accept a connection
 TRIES = 4  # connections that the head may miss, one after another
@@ -93,10 +93,13 @@ def connect() -> None:
 class RayWorkers(Workers):
     """Builds slices as Ray tasks on all nodes, which a lost node does not end; their files come to this machine."""
 
+    local = False
+
     def __init__(self) -> None:
         import ray
 
         self.ahead = int(ray.cluster_resources().get("CPU", 0)) + 1
+        self.share = lambda value: Shared(partial(ray.get, ray.put(value)))  # type: ignore[method-assign]
 
     def submit(self, work: Callable[..., Any], out: Path, *arguments: Any) -> Callable[[], Any]:
         """Have `work(out, *arguments)` called; returns a function that waits for its result."""
@@ -111,12 +114,6 @@ class RayWorkers(Workers):
             return found
 
         return result
-
-
-def build_slice(work: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, bytes]]:
-    """Build a slice on a node: its result, and its files by name."""
-    with temporary_folder() as out:
-        return work(out, *arguments), {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def main() -> int:

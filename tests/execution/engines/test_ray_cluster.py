@@ -19,6 +19,7 @@ from flows.execution.engines.choice import on_nodes
 from flows.execution.launch import Launcher, StageInterruptedError
 from flows.terminal import attached
 from tests.conftest import KILLS, SEED, one_of, write_sample_text
+from tests.execution.engines.slices_of_stages import BUILDERS, SLICES_OF, prepare
 from tests.runtime.test_nodes import finish, nodes
 from tests.runtime.test_preemption import COUNTED, RUNTIME, START, STEPS, Trained, done
 from tests.services.nodes import Nodes
@@ -316,6 +317,56 @@ def test_slices_that_ray_builds_are_the_same_bytes(
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(expected))
     assert contents(tmp_path / "ray") == contents(tmp_path / "here")
+
+
+STAGES = """
+import json, os
+from pathlib import Path
+from flows.execution.engines.ray_cluster import RayWorkers, connect
+from tests.execution.engines.slices_of_stages import BUILDERS
+from vectorclm.runtime.workers import open_workers, use_workers
+folder, stage = Path(os.environ["FOLDER"]), os.environ["STAGE"]
+connect()
+workers = RayWorkers()
+use_workers(workers)
+submit = workers.submit
+def counted(*arguments):
+    wait = submit(*arguments)
+    def result():
+        found = wait()
+        (folder / "steps").open("a").write(".")
+        return found
+    return result
+workers.submit = counted
+with open_workers(1):
+    summary = BUILDERS[stage](folder, folder / "ray")
+(folder / "summary.json").write_text(json.dumps(summary))
+"""
+BUILT = [(stage, killed) for stage in BUILDERS for killed in (True, False)]
+
+
+@pytest.mark.parametrize(("stage", "killed"), one_of(BUILT))
+def test_each_stage_in_slices_is_the_same_bytes_by_ray(
+    cluster: RayCluster, tiny_text: list[str], tmp_path: Path, stage: str, killed: bool
+) -> None:
+    """Also where a raylet is killed when half of the slices are done."""
+    prepare(tmp_path, tiny_text)
+    expected = BUILDERS[stage](tmp_path, tmp_path / "here")
+    with ThreadPoolExecutor(1) as threads:
+        place = {"FOLDER": str(tmp_path), "STAGE": stage, "PYTHONPATH": str(Path(__file__).parents[3])}
+        running = threads.submit(cluster.run, STAGES, **place)
+        if killed:
+            steps = tmp_path / "steps"
+            until(lambda: steps.is_file() and steps.stat().st_size >= SLICES_OF[stage] // 2, running)  # type: ignore[arg-type]
+            cluster.kill(1)
+        done = running.result()
+    if killed:
+        cluster.start(1)
+        cluster.wait(2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(expected))
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
+    assert (tmp_path / "steps").stat().st_size >= SLICES_OF[stage]
 
 
 def test_no_dashboard_listens(cluster: RayCluster) -> None:
