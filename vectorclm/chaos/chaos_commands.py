@@ -35,9 +35,10 @@ class ChaosOptions:
 def chaos(*, place: StoreOptions = StoreOptions(), options: ChaosOptions = ChaosOptions(), json_: Json = False) -> int:
     """Disturb a small experiment in a store, again and again, and report whether anything is lost.
 
-    Kills, stops, signals, faults of the storage and changes of the clock meet each stage at random moments. The same
-    command then goes on, and every file must be that of an undisturbed run. All happens in a folder of its own in the
-    store, removed at the end. Interrupted, the same command continues. Exit code 1 if something was lost.
+    Kills, signals, storage faults and clock changes meet each stage at random moments.
+    The same command then goes on; every file must be that of an undisturbed run.
+    All happens in a folder of its own in the store, removed at the end.
+    Interrupted, the same command continues. Exit code 1 if something was lost.
     """
     if not options.minutes > 0:
         raise ConfigError(f"minutes is {options.minutes:g}: give the minutes to try, such as 10")
