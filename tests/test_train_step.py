@@ -1,7 +1,10 @@
 """A bad batch is skipped or ends the training, as the experiment says, and leaves no trace in the weights."""
 
 import json
+import logging
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tests.training.test_checkpoint import write_experiment
-from vectorclm.config import ExperimentConfig, load_experiment
+from vectorclm.config import ExperimentConfig, load_experiment, override
 from vectorclm.errors import DivergedError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
-from vectorclm.stages import run_stage
+from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Artifact, Store
 from vectorclm.train_step import TrainStep
 from vectorclm.training.metrics import SKIPPED, Metrics
@@ -23,10 +26,10 @@ RUNTIME = Runtime(device="cpu", threads=1, checkpoint_interval=1000)
 STEPS, BAD = 60, 56  # the rule needs 50 steps before
 
 
-def experiment(folder: Path, bad_batches: str) -> ExperimentConfig:
+def experiment(folder: Path, bad_batches: str, steps: int = STEPS) -> ExperimentConfig:
     path = write_experiment(folder)
     values = json.loads(path.read_text())
-    values["pretrain"] |= {"phases": [{"tokens": STEPS * 8 * 64}], "bad_batches": bad_batches}
+    values["pretrain"] |= {"phases": [{"tokens": steps * 8 * 64}], "bad_batches": bad_batches}
     path.write_text(json.dumps(values))
     return pin(load_experiment(str(path))[0], path, None, resolve=False)[0]
 
@@ -89,3 +92,35 @@ def test_many_bad_batches_are_no_single_one_also_after_a_resume(tmp_path: Path) 
     with pytest.raises(DivergedError, match=f"{SKIPPED} batches one after another stand out, the last in step 11"):
         metrics.accepts(SKIPPED + 1, 0, 3.0, math.inf, stop=False)
     assert metrics.accepts(SKIPPED + 2, 0, 3.0, 1.0, stop=False)
+
+
+def test_a_training_that_diverged_goes_on_from_the_checkpoint_before_with_a_smaller_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, calls = TrainStep.accumulate, [0]
+
+    def overflowing(self: TrainStep, *arguments: object) -> Tensor:
+        loss = made(self, *arguments)  # type: ignore[arg-type]
+        calls[0] += 1
+        return loss * (math.nan if calls[0] == 25 else 1)
+
+    config, runtime = experiment(tmp_path, "record", 40), RUNTIME.model_copy(update={"checkpoint_interval": 10})
+    stores = [Store(str(tmp_path / name)) for name in ("store", "other")]
+    for stage in ("sample", "tokenizer", "shards"):
+        run_stage(stage, config, stores[0], runtime, None)
+    shutil.copytree(stores[0].uri, stores[1].uri)
+    with monkeypatch.context() as patch, pytest.raises(DivergedError) as ended:
+        patch.setattr(TrainStep, "accumulate", overflowing)
+        run_stage("pretrain", config, stores[0], runtime, None)
+    (setting,) = re.findall(r"--set '(.+)'$", str(ended.value))
+    assert setting == "pretrain.schedule.changes=[{from_step=20, factor=0.5}]"
+    changed = override(config, [setting])
+    with caplog.at_level(logging.INFO):
+        found, again = [run_stage("pretrain", changed, store, runtime, None)[0] for store in stores]
+    told = [line.message for line in caplog.records if "goes on" in line.message]
+    assert told == ["the training goes on from step 20 of 40"]
+    assert len({each.manifest["files"]["model.safetensors"]["sha256"] for each in (found, again)}) == 1
+    lines = [json.loads(line) for line in found.read("metrics.jsonl").splitlines()]
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates[20] < 0.6 * rates[19]
+    assert plans(config)["pretrain"].fingerprint != found.fingerprint

@@ -147,6 +147,7 @@ def build_model(job: StageJob, out: Path) -> Mapping[str, Any]:
     data = {stage: artifact for stage, artifact in job.inputs.items() if stage in STREAMED}
     spec, keep = job.specs[job.name], job.runtime.keep_checkpoints
     with Checkpoints(job.store, spec, out.parent, _identity(data), keep_all=keep, again=job.again) as checkpoints:
+        checkpoints.earlier = _earlier(spec) if not job.again else ()
         run = TrainingRun(job.name, job.seed, out.parent, checkpoints, job.runtime, job.group)
         model, summary = _train(job.experiment, folders, data, run)
     if job.again or not keep:
@@ -243,6 +244,18 @@ def _training_of(experiment: ExperimentConfig, name: str) -> TrainConfig:
 
 def _no_training(name: str) -> ConfigError:
     return ConfigError(f"build_model trains pretrain and finetune only: stage {name} needs a builder of its own")
+
+
+def _earlier(spec: StageSpec) -> list[tuple[str, int]]:
+    """The same training without its last changes of the rates: each fingerprint, and up to which step it is equal."""
+    schedule, found = spec.config["schedule"], list[tuple[str, int]]()
+    changes = schedule.get("changes", [])
+    for kept in reversed(range(len(changes))):
+        before = {key: value for key, value in schedule.items() if key != "changes"}
+        before |= {"changes": changes[:kept]} if kept else {}
+        same = replace(spec, config={**spec.config, "schedule": before})
+        found.append((same.fingerprint, int(changes[kept]["from_step"])))
+    return found
 
 
 def _identity(data: Mapping[str, Artifact]) -> str:

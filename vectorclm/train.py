@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vectorclm.dataset import Batch, StreamingLanguageModelDataset
-from vectorclm.errors import PreemptedError
+from vectorclm.errors import DivergedError, PreemptedError
 from vectorclm.evaluation.bits_per_byte import HeldOutWindows
 from vectorclm.memory_plan import DeviceType, TrainingShape, plan_for
 from vectorclm.model import CausalLM
@@ -28,7 +28,7 @@ from vectorclm.shards.reader import ShardReader
 from vectorclm.store.artifact import Artifact
 from vectorclm.train_config import TrainConfig
 from vectorclm.train_step import TrainStep, loss_function, supervised_tokens
-from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot
+from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot, step_of
 from vectorclm.training.metrics import Metrics
 from vectorclm.training.optimizers import build_optimizers, set_learning_rates
 from vectorclm.training.schedule import schedule
@@ -94,15 +94,30 @@ class Record:
         """Record a finished step; return the progress bar's note."""
         self.metrics.add(step, step * self.step_tokens, loss, norm, learning_rate)
         if step % FLUSH_STEPS == 0 or step == self.steps:
-            self.metrics.flush()
+            with self._advised():
+                self.metrics.flush()
         self.complete = True
         return self.metrics.note
 
     def accepts(self, step: int, loss: Tensor, norm: Tensor) -> bool:
         """Judge a step by the steps before; False where its batch is skipped. Raises DivergedError where that ends."""
-        self.metrics.flush()
-        stop = self.bad_batches == "stop"
-        return self.metrics.accepts(step, step * self.step_tokens, float(loss), float(norm), stop=stop)
+        with self._advised():
+            self.metrics.flush()
+            stop = self.bad_batches == "stop"
+            return self.metrics.accepts(step, step * self.step_tokens, float(loss), float(norm), stop=stop)
+
+    @contextmanager
+    def _advised(self) -> Iterator[None]:
+        """Add to a DivergedError how the training goes on from the checkpoint before it."""
+        try:
+            yield
+        except DivergedError as error:
+            kept = [step_of(name) for name in self.run.checkpoints.known]
+            if not (before := [step for step in kept if step < (self.metrics.bad_step or 0)]):
+                raise
+            setting = f"{self.run.stage}.schedule.changes=[{{from_step={max(before)}, factor=0.5}}]"
+            advice = f"To go on from the checkpoint before it with half the rate: --set '{setting}'"
+            raise DivergedError(f"{error}. {advice}") from error
 
     def missing(self, step: int, due: Sequence[Kind]) -> list[Kind]:
         """What is due after a step and was not measured before an interruption."""

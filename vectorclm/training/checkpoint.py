@@ -75,12 +75,18 @@ def _restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim
         optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def step_of(name: str) -> int:
+    """The number of steps done at the checkpoint of this name."""
+    return int(name.split("-")[1])
+
+
 class Checkpoints:
     """The checkpoints of one stage specification, trained on the data set with the identity `data`.
 
     `save` returns at once and writes in a background thread. The next call raises the thread's error. While the store
     is away, the newest snapshot waits for it. With `keep_all`, older checkpoints stay. A rebuild (`again`) has
-    checkpoints of its own, so that it computes every step itself.
+    checkpoints of its own, so that it computes every step itself. `earlier` names trainings that equal this one up to a
+    step, by fingerprint and step: without a checkpoint of its own, this training goes on from theirs.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class Checkpoints:
         self.work = work
         self.data = data
         self.keep_all = keep_all
+        self.earlier: Sequence[tuple[str, int]] = ()
         self.root = f"checkpoints/{spec.fingerprint}" + (f"/{AGAIN}" if again else "")
         self.attempt = secrets.token_hex(4)
         self.known: list[str] = []  # names of this attempt's checkpoints and of those found at its start
@@ -176,6 +183,18 @@ class Checkpoints:
                 pass
             self.store.remove(f"{self.root}/{name}")
             self.known.remove(name)
+        return self._latest_of_earlier(order)
+
+    def _latest_of_earlier(self, order: str) -> Snapshot | None:
+        """The newest checkpoint of an earlier training that verifies, up to the step to which it equals this one."""
+        for fingerprint, last in self.earlier:
+            root = f"checkpoints/{fingerprint}"
+            for name in reversed([name for name in self.store.list(root) if STEP.fullmatch(name)]):
+                with suppress(CorruptArtifactError):
+                    found = self.store.find(root, name) if step_of(name) <= last else None
+                    if found is not None:
+                        self._check(found, order)
+                        return self._load(found)
         return None
 
     def _check(self, found: Artifact, order: str) -> None:

@@ -40,6 +40,7 @@ class Metrics:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.skipped = 0  # batches since the last step
+        self.bad_step: int | None = None  # with which a divergence began
         self.speeds: list[float] = []
 
     def restart(self, text: str) -> None:
@@ -107,6 +108,7 @@ class Metrics:
         steps = len(self.losses)
         event = {"kind": "divergence", "told": message, "windows": windows}
         self.write({"step": at, "tokens": self.tokens // steps * at, "event": event})
+        self.bad_step = at
         raise DivergedError(
             f"divergence in step {at}: {message}. Lower the learning rate, or check this step's windows: {windows}"
         )
@@ -130,6 +132,7 @@ class Metrics:
         if kind == "spike":
             logger.warning("%s; its windows are %s", headline, windows)
             return
+        self.bad_step = at
         raise DivergedError(
             f"{headline}. Lower the learning rate, or check this step's windows: {windows}. The last checkpoints "
             "before it are kept"
@@ -147,6 +150,7 @@ class Metrics:
         self.skipped += 1
         windows, kind = self.describe(step - 1), "stopped" if stop else "skipped"
         self.write({"step": step, "tokens": tokens, "event": {"kind": kind, "told": told, "windows": windows}})
+        self.bad_step = step
         if stop:
             raise DivergedError(
                 f"bad batch in step {step}: {told}. Check its windows: {windows}; lower the learning rate, or leave "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,13 @@ from pydantic import Field, model_validator
 from vectorclm.settings import Settings
 
 ScheduleKind = Literal["cosine", "warmup_stable_decay"]
+
+
+class RateChange(Settings):
+    """A change of all learning rates in the course of a training."""
+
+    from_step: int = Field(gt=0, description="Number of steps done when it begins")
+    factor: float = Field(gt=0, le=10, description="By which the rates are multiplied from then on")
 
 
 class ScheduleConfig(Settings):
@@ -20,11 +28,19 @@ class ScheduleConfig(Settings):
     decay: float = Field(
         default=0.2, gt=0, le=1, description="Share of the steps in the decay; warmup_stable_decay only"
     )
+    changes: list[RateChange] = Field(
+        default=[],
+        exclude_if=lambda changes: not changes,
+        description="Changes of the rates on the way, as after a divergence. The training goes on from a checkpoint of "
+        "the same training without the last change, if there is one before it",
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if self.kind == "warmup_stable_decay" and self.warmup + self.decay > 1 + 1e-9:
             raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are more than all steps: lower one")
+        if any(before.from_step >= after.from_step for before, after in pairwise(self.changes)):
+            raise ValueError("changes must be in the order of their from_step, each later than the one before")
         return self
 
 
@@ -54,6 +70,7 @@ def schedule(config: ScheduleConfig, step: int, steps: int) -> float:
     arXiv 2404.06395, section 4, with a linear decay.
     """
     warmup = max(1, round(config.warmup * steps))
+    changed = math.prod(change.factor for change in config.changes if step >= change.from_step)
     if step < warmup:
-        return (step + 1) / warmup
-    return SCHEDULES[config.kind](config, step, steps, warmup)
+        return changed * (step + 1) / warmup
+    return changed * SCHEDULES[config.kind](config, step, steps, warmup)
