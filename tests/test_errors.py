@@ -27,6 +27,7 @@ def test_too_many_open_files_are_named_with_what_to_do(tmp_path: Path, capsys: p
 @pytest.mark.parametrize("text", ["No space left (os error 28)", "Too many open files (os error 24)"])
 def test_errors_of_libraries_without_a_number_are_known_by_their_text(text: str) -> None:
     assert isinstance(disk_error(Exception(text)), StoreError)
+    assert isinstance(disk_error(RuntimeError("Unable to open /dev/urandom")), StoreError)  # torch's generator
     assert disk_error(Exception("something else (os error 2)")) is None
 
 

@@ -26,6 +26,7 @@ FREE_SPACE = (
 )
 FAILED = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV)  # remounted read-only, broken, gone from the server
 NO_FILES = (errno.EMFILE, errno.ENFILE)  # no further file can be opened, by this process or by any
+NO_FILES_TOLD = tuple(map(os.strerror, NO_FILES)) + ("Unable to open /dev/urandom",)  # by libraries; the last by torch
 MORE_FILES = "raise the limit of open files (`ulimit -n` shows it), then retry"
 CHECK_DISK = "check the disk or the share (`mount` and `dmesg` show its state), then retry"
 
@@ -103,7 +104,8 @@ def disk_error(error: BaseException, where: str = "") -> StoreError | None:
     name = where or getattr(error, "filename", None)
     if number in FULL or any(f"(os error {code})" in str(error) for code in FULL):
         return DiskFullError(f"no space left{f' while writing {name}' if name else ''}: {FREE_SPACE}")
-    if number in NO_FILES or any(f"(os error {code})" in str(error) for code in NO_FILES):
+    known = [*(f"(os error {code})" for code in NO_FILES), *NO_FILES_TOLD]
+    if number in NO_FILES or any(text in str(error) for text in known):
         return StoreError(f"{name or 'a file'} cannot be opened (too many open files): {MORE_FILES}")
     if number in FAILED and name:
         return StoreError(f"{name} cannot be read or written ({os.strerror(number)}): {CHECK_DISK}")

@@ -33,6 +33,7 @@ NAMES = {"load_file", "safe_open", "GGUFReader", "load_tokenizer_from_file"}
 # Readers of what this program has written itself, or of other programs of this machine.
 OWN = {
     "flows/tracking/item_tables.py": "scores that `read_scored` has read",
+    "vectorclm/bench/workers.py": "files that the measurement itself has written",
 }
 
 

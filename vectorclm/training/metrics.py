@@ -47,7 +47,7 @@ class Metrics:
         """Reset both files to the lines of a checkpoint. Raises CorruptArtifactError where they are no metrics."""
         lines = list(table_lines(text.encode(), "the metrics of the checkpoint"))
         for line in lines:
-            if type(line.get("tokens")) is not int or not isinstance(line.get("loss", 0.0), float | int):
+            if not _is_whole(line):
                 raise CorruptArtifactError(f"the metrics of the checkpoint have a line without figures: {line!r:.100}")
         samples = [line for line in lines if "samples" in line]
         self.path.write_text("".join(text.splitlines(keepends=True)[: len(lines) - len(samples)]))  # samples come last
@@ -182,6 +182,15 @@ class Metrics:
             "last_loss": sum(last) / len(last),
             "tokens_per_second": speeds[len(speeds) // 2],
         }
+
+
+def _is_whole(line: Mapping[str, Any]) -> bool:
+    """Whether a line of a checkpoint's metrics has the figures that a training goes on with."""
+    figures = [line.get("loss"), line.get("grad_norm")] if "loss" in line else []
+    event = line.get("event", {"kind": ""})
+    kind = event.get("kind") if isinstance(event, Mapping) else None
+    numbers = all(isinstance(figure, float | int) for figure in figures)
+    return type(line.get("tokens")) is int and numbers and isinstance(kind, str)
 
 
 def _outlier(name: str, before: Sequence[float], value: float) -> str | None:
