@@ -27,7 +27,7 @@ from vectorclm.shards.conversations import Fitted, Turn, fit, read_conversation,
 from vectorclm.shards.summary import summary_lines
 from vectorclm.shards.writer import read_windows
 from vectorclm.tokenizer import IM_END, IM_END_ID, IM_START_ID, load_tokenizer
-from vectorclm.train import TrainStep
+from vectorclm.train_step import TrainStep
 
 CONVERSATION = [
     Turn("system", "Be kind."),

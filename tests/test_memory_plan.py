@@ -20,7 +20,7 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.stages import plans, run_stage
 from vectorclm.store.artifact import Store
 from vectorclm.tokenizer import EOS_ID
-from vectorclm.train import TrainStep
+from vectorclm.train_step import TrainStep
 from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 BENCHMARKS = (Path(__file__).parents[1] / "BENCHMARKS.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from vectorclm.model import CausalLM
 from vectorclm.model_config import ModelConfig
 from vectorclm.nn.loss import CHUNK, IGNORE_INDEX, chunked_cross_entropy
 from vectorclm.tokenizer import PAD_ID
-from vectorclm.train import TrainStep
+from vectorclm.train_step import TrainStep
 from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 CONFIG = ModelConfig(

@@ -12,7 +12,7 @@ from vectorclm.dataset import Batch
 from vectorclm.errors import DivergedError
 from vectorclm.model import CausalLM
 from vectorclm.nn.loss import IGNORE_INDEX
-from vectorclm.train import TrainStep
+from vectorclm.train_step import TrainStep
 from vectorclm.training.metrics import DIVERGED_STEPS, SPIKE_STEPS, Metrics, is_divergence, is_spike
 from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 

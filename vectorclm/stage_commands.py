@@ -24,6 +24,7 @@ from vectorclm.runtime.ranks import end_together, joined, record
 from vectorclm.settings import validate
 from vectorclm.stages import BY_NAME, TRAININGS, follow_stage, rebuild_stage, run_stage, summary_lines
 from vectorclm.store.artifact import Store
+from vectorclm.store.patience import PatientStore
 
 STOPPING = f"""
 
@@ -92,7 +93,7 @@ def build_stage(stage: str, experiment: str, options: StageOptions) -> None:
         _check_shared(Store(options.place.store), group)
         try:
             if group.rank:
-                follow_stage(stage, Store(options.place.store), runtime, group)
+                follow_stage(stage, PatientStore(options.place.store), runtime, group)
             else:
                 _lead_stage(stage, experiment, options, runtime, group)
         except PreemptedError as error:
@@ -124,7 +125,7 @@ def _check_shared(store: Store, group: Group) -> None:
 
 
 def _lead_stage(stage: str, named: str, options: StageOptions, runtime: Runtime, group: Group) -> None:
-    store, data, relay, again = Store(options.place.store), options.place.data, options.relay, options.again
+    store, data, relay, again = PatientStore(options.place.store), options.place.data, options.relay, options.again
     experiment, path = chosen(named, options.settings)
     if not relay:  # the parent process has done both before the first stage
         store.check_writable()

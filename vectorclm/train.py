@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vectorclm.dataset import Batch, StreamingLanguageModelDataset
-from vectorclm.errors import DataError, PreemptedError
+from vectorclm.errors import PreemptedError
 from vectorclm.evaluation.bits_per_byte import HeldOutWindows
 from vectorclm.memory_plan import DeviceType, TrainingShape, plan_for
 from vectorclm.model import CausalLM
-from vectorclm.nn.attention import Documents, has_flash
-from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.group import ALONE, Group, PeerLostError
 from vectorclm.runtime.preemption import FINISH, ignore_sigterm, preemption
@@ -29,13 +27,13 @@ from vectorclm.shards.order import TrainingOrder
 from vectorclm.shards.reader import ShardReader
 from vectorclm.store.artifact import Artifact
 from vectorclm.train_config import TrainConfig
+from vectorclm.train_step import TrainStep, loss_function, supervised_tokens
 from vectorclm.training.checkpoint import Checkpoints, Snapshot, restore, snapshot
 from vectorclm.training.metrics import Metrics
 from vectorclm.training.optimizers import build_optimizers, set_learning_rates
 from vectorclm.training.schedule import schedule
 from vectorclm.validation import Kind, Measurements, Respond
 
-LossFunction = Callable[[Tensor, Tensor, Documents | None], Tensor]  # input_ids, labels, documents
 Scores = dict[str, dict[str, float]]
 logger = logging.getLogger(__name__)
 FLUSH_STEPS = 10  # steps between two reads of the metrics from the device
@@ -76,6 +74,7 @@ class Record:
         self.steps, self.step_tokens = dataset.steps, config.batch_size * dataset.window_tokens
         self.interval = run.runtime.steps_between_checkpoints(self.steps)
         self.metrics = Metrics(run.folder / "metrics.jsonl", dataset.describe)
+        self.bad_batches = config.bad_batches
         self.scores: Scores = {}
         self.complete = True  # whether the last step has its validation and its samples
         self._kept = 0  # step of the newest checkpoint
@@ -98,6 +97,12 @@ class Record:
             self.metrics.flush()
         self.complete = True
         return self.metrics.note
+
+    def accepts(self, step: int, loss: Tensor, norm: Tensor) -> bool:
+        """Judge a step by the steps before; False where its batch is skipped. Raises DivergedError where that ends."""
+        self.metrics.flush()
+        stop = self.bad_batches == "stop"
+        return self.metrics.accepts(step, step * self.step_tokens, float(loss), float(norm), stop=stop)
 
     def missing(self, step: int, due: Sequence[Kind]) -> list[Kind]:
         """What is due after a step and was not measured before an interruption."""
@@ -224,7 +229,7 @@ def _resume(
 
 
 def _run_steps(
-    step: "TrainStep",
+    step: TrainStep,
     dataset: StreamingLanguageModelDataset,
     batches: Iterator[Batch],
     measurements: Measurements,
@@ -253,11 +258,13 @@ def _run_steps(
             if total is None:
                 progress.stop()
                 return done, True
-            loss, norm = step.update(total)
+            norm = step.reduce(total)
+            accepted = config.bad_batches == "record" or _accepted(record, done + 1, total, norm, group)
+            step.apply(accepted)
             note = ""
-            if record is not None:
+            if record is not None and accepted:
                 with group.steps(expected=False):
-                    note = record.add(done + 1, loss, norm, factor * config.optimizer.learning_rate)
+                    note = record.add(done + 1, total, norm, factor * config.optimizer.learning_rate)
             _measure(measurements, done + 1, steps, record)
             if record is not None:
                 with group.steps(expected=False):
@@ -265,6 +272,13 @@ def _run_steps(
                 progress.at((done + 1) * step_tokens, note)
         _, stopped = group.agree(0, record is not None and not record.complete)
     return steps, stopped
+
+
+def _accepted(record: Record | None, step: int, loss: Tensor, norm: Tensor, group: Group) -> bool:
+    """Whether the weights follow this batch. The first rank judges it by the steps before, and waits for the device."""
+    with group.steps(expected=False):
+        judged = 1 if record is None else int(record.accepts(step, loss, norm))
+    return bool(group.share(judged))
 
 
 def _measure(measurements: Measurements, step: int, steps: int, record: Record | None) -> None:
@@ -310,91 +324,3 @@ def load(dataset: StreamingLanguageModelDataset, runtime: Runtime, device: torch
         multiprocessing_context="forkserver" if workers else None,  # a fork copies the locks of other threads
         worker_init_fn=ignore_sigterm,
     )
-
-
-def loss_function(model: CausalLM, device: torch.device) -> LossFunction:
-    """The model's loss, compiled on a GPU: as one graph, unless attention runs document by document.
-
-    The environment variable TORCHDYNAMO_DISABLE=1 switches the compiler off.
-    """
-    if device.type != "cuda":
-        return model.loss
-    whole = has_flash(device) and not model.config.attention_dropout
-    # A deterministic compiler chooses no kernel by its time, which differs between processes.
-    fixed = torch.are_deterministic_algorithms_enabled()
-    compiled: LossFunction = torch.compile(model.loss, fullgraph=whole, options={"deterministic": fixed})
-    return compiled
-
-
-def supervised_tokens(batch: Batch) -> int:
-    """The number of tokens of a batch that carry loss."""
-    return int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-
-
-@dataclass(frozen=True)
-class TrainStep:
-    """One optimizer step over a batch, with gradient accumulation over micro-batches and a sum over ranks.
-
-    The loss is the mean over the supervised tokens of the whole batch, for any number of ranks and micro-batches.
-    No method waits for the device.
-    """
-
-    model: CausalLM
-    optimizers: Sequence[torch.optim.Optimizer]
-    gradient_clipping: float
-    micro_batch: int  # windows in one forward and backward pass
-    group: Group = ALONE
-    loss_of: LossFunction | None = None  # the model's loss, compiled or not
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Train on a batch; return the mean loss (nats a supervised token) and the gradient's norm.
-
-        Raises DataError where the batch has no supervised token.
-        """
-        return self.update(self.accumulate(batch, self.group.total(supervised_tokens(batch))))
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model's weights."""
-        return self.model.model.embed_tokens.weight.device
-
-    def accumulate(self, batch: Batch, supervised: int) -> Tensor:
-        """Sum up a batch's gradients and its loss, each divided by the supervised tokens of all ranks.
-
-        Raises DataError where `supervised` is 0.
-        """
-        self.model.train()
-        if not supervised:
-            raise DataError(
-                "a batch has no supervised token: its labels are all -100, so there is nothing to learn from"
-            )
-        loss_of, device = self.loss_of or self.model.loss, self.device
-        total = torch.zeros((), device=device)
-        for start in range(0, len(batch.input_ids), self.micro_batch):
-            here = slice(start, start + self.micro_batch)
-            input_ids = batch.input_ids[here].to(device, non_blocking=True)
-            labels = batch.labels[here].to(device, non_blocking=True)
-            documents = Documents.at(None if batch.position_ids is None else batch.position_ids[here], device)
-            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                loss = loss_of(input_ids, labels, documents) / supervised
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-            self.group.moved()
-        return total
-
-    def update(self, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Change the weights by the gradients of all ranks; return the loss over all ranks and the gradient's norm."""
-        if self.group.world_size > 1:
-            self.group.add([total, *self._gradients()])
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clipping)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return total, norm
-
-    def _gradients(self) -> Iterator[Tensor]:
-        """Every parameter's gradient; zeros where this rank has no rows."""
-        for p in self.model.parameters():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            yield p.grad

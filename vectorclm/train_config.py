@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,13 @@ class TrainConfig(Settings):
     validation_interval: int = Field(gt=0, description="Steps between validations")
     validation_windows: int = Field(default=64, gt=0, description="Held-out windows of each source in a validation")
     document_mask: bool = Field(default=True, description="No attention between the documents of a window")
+    bad_batches: Literal["record", "skip", "stop"] = Field(
+        default="record",
+        exclude_if=lambda value: value == "record",
+        description="What becomes of a batch whose loss or gradient norm is 8 standard deviations above the 50 steps "
+        "before: record = a loss is reported; skip = the weights do not follow the batch; stop = the training ends. "
+        "Skip and stop wait for the device in each step. A value that is not finite ends the training, except by skip",
+    )
     samples: GenerationSamplesConfig | None = Field(
         default=None,
         exclude_if=lambda samples: samples is None,

@@ -40,7 +40,7 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import plans
 from vectorclm.store.artifact import Store
-from vectorclm.train import TrainStep
+from vectorclm.train_step import TrainStep
 from vectorclm.training.metrics import Metrics
 from vectorclm.training.optimizers import build_optimizers
 

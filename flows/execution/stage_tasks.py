@@ -54,8 +54,9 @@ from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.library_calls import ending
 from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.stages import BY_NAME, last_model, plans, rebuild_stage, run_stage, summary_lines
-from vectorclm.store.artifact import Artifact, Store, rebuilt_because
+from vectorclm.store.artifact import Artifact, rebuilt_because
 from vectorclm.store.layout import EXPORT
+from vectorclm.store.patience import PatientStore
 from vectorclm.store.removal import protected
 
 CURRICULUM = "curriculum"  # the name of its flow
@@ -82,7 +83,7 @@ class Stages:
         self.experiment, self.runtime, self.data = experiment, runtime, data
         if runtime.placement == "inline":
             check_engine(runtime)
-        self.store = Store(store)
+        self.store = PatientStore(store)
         self.plans = plans(experiment)
         self.again = {again_from} if again_from else set[str]()  # rebuilt and compared, with all that depends on it
         for name, spec in self.plans.items():

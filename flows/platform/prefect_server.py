@@ -93,7 +93,8 @@ class PrivateServer:
                 raise ServerError(f"the private Prefect server did not start: {why_not_started(self.log)}")
             time.sleep(0.05)
         self._lock.release()
-        psutil.Process(process.pid).nice(YIELDS)
+        with suppress(psutil.AccessDenied):  # this process runs with less priority than that
+            psutil.Process(process.pid).nice(YIELDS)
 
     def stop(self) -> None:
         """Stop the server; may be called twice."""

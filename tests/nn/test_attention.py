@@ -39,7 +39,7 @@ from vectorclm.shards.conversations import Turn, render
 from vectorclm.shards.reader import open_shards
 from vectorclm.shards.writer import Windows, read_windows, write_shards
 from vectorclm.tokenizer import BOS_ID, EOS_ID, PAD_ID, load_tokenizer
-from vectorclm.train import TrainStep
+from vectorclm.train_step import TrainStep
 
 CPU = torch.device("cpu")
 LENGTH = 96

@@ -18,7 +18,7 @@ from vectorclm.inference.decode import SteadyDecoding, decoding
 from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.nn.layers import StackedLinear
-from vectorclm.train import TrainStep, loss_function
+from vectorclm.train_step import TrainStep, loss_function
 from vectorclm.training.muon import Muon, WeightDecay
 
 IDS = torch.randint(5, CONFIG.vocab_size, (4, 32), generator=torch.Generator().manual_seed(3))
@@ -81,13 +81,13 @@ def test_the_loss_compiles_whole_and_is_the_same(again: bool, monkeypatch: pytes
 
 def test_an_environment_variable_leaves_the_loss_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss that a GPU would compile; without a compiler it then computes, by itself."""
-    monkeypatch.setattr("vectorclm.train.has_flash", lambda device: True)
+    monkeypatch.setattr("vectorclm.train_step.has_flash", lambda device: True)
     net, device = model(), torch.device("cuda")
     assert loss_function(net, device) != net.loss
     source = (
-        "import torch; from vectorclm import train; from tests.nn.test_gpu_path import IDS, model; "
-        "train.has_flash = lambda device: True; net = model(); "
-        "loss_of = train.loss_function(net, torch.device('cuda')); "
+        "import torch; from vectorclm import train_step; from tests.nn.test_gpu_path import IDS, model; "
+        "train_step.has_flash = lambda device: True; net = model(); "
+        "loss_of = train_step.loss_function(net, torch.device('cuda')); "
         "print(loss_of == net.loss, torch.equal(loss_of(IDS, IDS, None), net.loss(IDS, IDS, None)))"
     )
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "CXX": "no-compiler", "CC": "no-compiler"}

@@ -23,7 +23,7 @@ from vectorclm.memory_plan import TrainingShape
 from vectorclm.model import CausalLM
 from vectorclm.planner.measurement import measure_cpu, measure_link
 from vectorclm.runtime.ranks import joined
-from vectorclm.train import TrainStep
+from vectorclm.train_step import TrainStep
 from vectorclm.training.optimizers import OptimizerConfig, build_optimizers
 
 torch.set_num_threads(1)

@@ -117,7 +117,7 @@ from vectorclm.nn.loss import IGNORE_INDEX
 from vectorclm.model import CausalLM
 from vectorclm.training.optimizers import build_optimizers
 from vectorclm.training.optimizers import OptimizerConfig
-from vectorclm.train import TrainStep
+from vectorclm.train_step import TrainStep
 
 def steps(batch, group):
     torch.manual_seed(0)

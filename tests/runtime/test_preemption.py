@@ -37,13 +37,13 @@ SEEDS = range(10 if KILLS >= 10 else 1)
 COUNTED = """
 import os, sys, time
 from vectorclm import __main__, train
-made, path = train.TrainStep.update, os.environ["STEPS"] + "-" + str(os.getpid())
+made, path = train.TrainStep.apply, os.environ["STEPS"] + "-" + str(os.getpid())
 def counted(*arguments):
     done = made(*arguments)
     with open(path, "a") as file:
         file.write(".")
     return done
-train.TrainStep.update = counted
+train.TrainStep.apply = counted
 """
 STUCK = (
     COUNTED

@@ -8,7 +8,7 @@ import torch
 from tests.test_model import CONFIG
 from vectorclm.dataset import Batch
 from vectorclm.model import CausalLM
-from vectorclm.train import TrainStep
+from vectorclm.train_step import TrainStep
 from vectorclm.training.checkpoint import restore, snapshot
 from vectorclm.training.muon import Muon, WeightDecay, orthogonalise
 from vectorclm.training.optimizers import MATRIX_OPTIMIZERS, MatrixOptimizer, OptimizerConfig, build_optimizers

@@ -22,7 +22,7 @@ from vectorclm.model import CausalLM
 from vectorclm.nn.attention import Documents
 from vectorclm.runtime.devices import Runtime
 from vectorclm.tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS
-from vectorclm.train import TrainStep, loss_function
+from vectorclm.train_step import TrainStep, loss_function
 from vectorclm.training.optimizers import build_optimizers, set_learning_rates
 
 # Peak dense bf16 FLOP/s with fp32 sums, from the vendors' data sheets. The first name found in the device's applies.

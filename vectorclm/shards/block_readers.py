@@ -27,6 +27,7 @@ from vectorclm.shards.blocks import Column, Shard
 from vectorclm.shards.node_blocks import NodeBlocks
 from vectorclm.shards.writer import Windows
 from vectorclm.store.durable import temporary_file
+from vectorclm.store.patience import OUTAGE_SECONDS
 from vectorclm.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ class RetryPolicy:
 
     requests: int = 16  # concurrent requests
     deadline: float = 30.0  # seconds per request
-    total: float = 180.0  # seconds before failing while the store returns errors
+    total: float = OUTAGE_SECONDS  # before failing while the store returns errors
+    told: float = 20.0  # seconds after which a warning says that the store returns errors
     refused: float = 5.0  # seconds before failing while the store refuses the credentials
     refetches: int = 5  # of a corrupt block
 
@@ -126,6 +128,7 @@ class RemoteBlockReader:
         self.patience = patience
         self.cache = cache
         self.fetched = 0  # bytes
+        self.is_away = False  # whether a warning has said that the store returns errors
         self.lock = threading.Lock()
         self.opened: _Opened | None = None
 
@@ -191,6 +194,7 @@ class RemoteBlockReader:
             try:
                 data = self._request(opened.client, shard.path, first, last)
                 shard.check(column, block, data)
+                self.is_away = False
                 return data
             except FileNotFoundError as error:
                 raise CorruptArtifactError(f"{shard.uri} is missing: run its stage again") from error
@@ -209,6 +213,9 @@ class RemoteBlockReader:
                     f"{shard.uri}, block {block} of {column.name} cannot be read: {tries} attempts in {spent:.0f} s, "
                     f"the last failed with {type(problem).__name__}: {problem}{hint}"
                 ) from problem
+            if spent > self.patience.told and not self.is_away:
+                self.is_away = True
+                logger.warning("%s cannot be read (%s); tried again", shard.uri, problem)
             if tries > 1:  # a single failure, such as a closed connection, is retried without a pause
                 opened.closed.wait(random.uniform(0.5, 1) * min(10.0, 0.05 * 2**tries))
         raise AssertionError  # never

@@ -28,6 +28,8 @@ class NodeBlocks:
 
     def read(self, name: str, fetch: Callable[[], bytes], check: Callable[[bytes], None]) -> bytes:
         """The bytes of a block: a copy that `check` accepts, or what `fetch` returns, which is kept for the others."""
+        if self.readers < 2:
+            return fetch()
         try:
             lock = (self.folder / f"lock-{zlib.crc32(name.encode()) % LOCKS}").open("w")
         except OSError:  # the folder is removed, or the disk full
@@ -55,13 +57,14 @@ class NodeBlocks:
 
 @contextmanager
 def node_blocks(group: Group, *, is_local: bool, batch_size: int, workers: int) -> Iterator[NodeBlocks | None]:
-    """What the ranks of this node share while the block runs; None where the store `is_local` or one process reads.
+    """What the ranks of this node share while the block runs; None where the store `is_local`, or this rank reads none.
 
-    Each of a rank's loader `workers` reads the blocks of all windows; a rank without a row of the batch reads none.
+    One process alone keeps only what it reads again, so that validations ask the store once. Each of a rank's loader
+    `workers` reads the blocks of all windows; a rank without a row of the batch reads none.
     """
     first = group.rank - group.local_rank
     readers = len(range(first, min(first + group.local_world_size, batch_size))) * max(1, workers)
-    if is_local or readers < 2:
+    if is_local or not readers:
         yield None
     elif group.local_rank == 0:
         with temporary_folder("blocks-") as folder:

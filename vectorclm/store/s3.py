@@ -102,6 +102,19 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {message}"
 
 
+OUTAGES = {  # error codes of a server that cannot answer now, and classes of the errors of failed connections
+    *("500", "502", "503", "504", "InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout"),
+    *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"),
+    *("ConnectionError", "ClientConnectionError", "FSTimeoutError", "TimeoutError"),
+}
+
+
+def is_outage(error: StoreError) -> bool:
+    """Whether a store's error is one that passes: its server, or the network before it, is away."""
+    chain = [cause for cause in (error.__cause__, getattr(error.__cause__, "__cause__", None)) if cause is not None]
+    return any(not OUTAGES.isdisjoint({code(one), *(kind.__name__ for kind in type(one).__mro__)}) for one in chain)
+
+
 NO_CONDITIONS = ("NotImplemented", "501", "InvalidArgument")  # error codes of servers that do not know If-Match
 
 

@@ -58,6 +58,8 @@ class StoredFile:
 class Storage:
     """Read, write and list below a root URI; a key is a path below the root."""
 
+    is_away = False  # whether its server did not answer last, where `patience` asks it again
+
     def __init__(self, uri: str) -> None:
         if "@" in urlsplit(uri).netloc:
             where = uri.partition("://")[0] + "://…" + uri.rpartition("@")[2]

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from vectorclm.store.layout import STEP
 from vectorclm.store.storage import explained
 
 ENTRY = re.compile(r"[0-9]{1,4}\.[0-9]{1,6}\.\w+", re.ASCII)  # of an optimizer: its number, a parameter's, a name
+LOOK_SECONDS = 0.2  # between two checks whether the store is away
 KEEP = 2  # checkpoints; older ones are removed
 AGAIN = "again"  # subfolder for the checkpoints of a finished training that is rebuilt
 
@@ -77,8 +78,9 @@ def _restore(saved: Snapshot, model: nn.Module, optimizers: Sequence[torch.optim
 class Checkpoints:
     """The checkpoints of one stage specification, trained on the data set with the identity `data`.
 
-    `save` returns at once and writes in a background thread. The next call raises the thread's error. With `keep_all`,
-    older checkpoints stay. A rebuild (`again`) has checkpoints of its own, so that it computes every step itself.
+    `save` returns at once and writes in a background thread. The next call raises the thread's error. While the store
+    is away, the newest snapshot waits for it. With `keep_all`, older checkpoints stay. A rebuild (`again`) has
+    checkpoints of its own, so that it computes every step itself.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Checkpoints:
         self.known: list[str] = []  # names of this attempt's checkpoints and of those found at its start
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
+        self.newest: Snapshot | None = None  # that waits while an older one is written
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -107,20 +110,27 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until the last save is in the store; raise its error, if it failed."""
-        if self.pending is not None:
+        while self.pending is not None:
             self.pending.result()
-            self.pending = None
+            saved, self.newest = self.newest, None
+            self.pending = None if saved is None else self.writer.submit(self._write, saved)
 
     def save(self, saved: Snapshot) -> None:
         """Write a snapshot in the background, after the previous one is written.
 
-        Raises InUseError where another process has taken over the training.
+        While the store is away, the training goes on, and a newer snapshot replaces the one that waits. Raises
+        InUseError where another process has taken over the training.
         """
-        self.store.check_lease(self.spec.lease)
+        while self.pending is not None and not wait([self.pending], LOOK_SECONDS).done:
+            if self.store.is_away:
+                self.newest = saved
+                return
+        self.newest = None
         self.wait()
         self.pending = self.writer.submit(self._write, saved)
 
     def _write(self, saved: Snapshot) -> None:
+        self.store.check_lease(self.spec.lease)
         name = f"step-{saved.step:08d}-{self.attempt}"
         folder = self.work / name
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,7 @@ from vectorclm.formats.json_files import table_lines
 logger = logging.getLogger(__name__)
 
 SPIKE_STEPS, SPIKE = 50, 8.0  # a spike is 8 standard deviations above the mean of the 50 losses before it
+SKIPPED = 10  # batches one after another that are skipped; the cause is then not a batch
 DIVERGED_STEPS = 50  # steps with a high mean loss that count as a divergence
 
 
@@ -25,8 +26,8 @@ class Metrics:
     """Writer of `metrics.jsonl`: one line for each step and one for each event.
 
     The figures are read from the device several steps late. An event is
-    `{"step", "tokens", "event": {"kind", "told", "windows"}}`, of the kind spike, divergence or not_finite. Text
-    samples of the model are written to `samples.jsonl` in the same folder.
+    `{"step", "tokens", "event": {"kind", "told", "windows"}}`, of the kind spike, divergence, not_finite,
+    skipped or stopped. Text samples of the model are written to `samples.jsonl` in the same folder.
     """
 
     def __init__(self, path: Path, describe: Callable[[int], str]) -> None:
@@ -37,6 +38,8 @@ class Metrics:
         self.since, self.tokens = time.monotonic(), 0
         self.note = ""
         self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.skipped = 0  # batches since the last step
         self.speeds: list[float] = []
 
     def restart(self, text: str) -> None:
@@ -51,6 +54,9 @@ class Metrics:
         for line in samples:
             self.write(line)
         self.losses = [line["loss"] for line in lines if "loss" in line]
+        self.norms = [line["grad_norm"] for line in lines if "loss" in line]
+        kinds = ["" if "loss" in line else line["event"]["kind"] for line in lines if {"loss", "event"} & line.keys()]
+        self.skipped = next((n for n, kind in enumerate(reversed(kinds)) if kind != "skipped"), len(kinds))
         self.tokens = max((line["tokens"] for line in lines), default=0)
         self.since = time.monotonic()
 
@@ -76,6 +82,8 @@ class Metrics:
             line = {"step": step, "tokens": done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             self.write({**line, "tokens_per_second": round(speed, 1)})
             self.losses.append(loss)
+            self.norms.append(norm)
+            self.skipped = 0
         self.waiting.clear()
         self.note = f"loss {self.losses[-1]:.3f}  {speed:,.0f} tokens/s"
 
@@ -127,6 +135,31 @@ class Metrics:
             "before it are kept"
         )
 
+    def accepts(self, step: int, tokens: int, loss: float, norm: float, *, stop: bool) -> bool:
+        """Whether a step stands out neither in its loss (nats a token) nor in its gradient's norm; else write an event.
+
+        Every step before must have been flushed. Raises DivergedError with `stop`, or where SKIPPED batches one after
+        another stand out.
+        """
+        told = _outlier("loss", self.losses, loss) or _outlier("gradient norm", self.norms, norm)
+        if told is None:
+            return True
+        self.skipped += 1
+        windows, kind = self.describe(step - 1), "stopped" if stop else "skipped"
+        self.write({"step": step, "tokens": tokens, "event": {"kind": kind, "told": told, "windows": windows}})
+        if stop:
+            raise DivergedError(
+                f"bad batch in step {step}: {told}. Check its windows: {windows}; lower the learning rate, or leave "
+                'such batches out with bad_batches = "skip"'
+            )
+        logger.warning("step %d is skipped: %s; its windows are %s", step, told, windows)
+        if self.skipped == SKIPPED:
+            raise DivergedError(
+                f"{SKIPPED} batches one after another stand out, the last in step {step}: {told}. This is no single "
+                "bad batch: lower the learning rate"
+            )
+        return False
+
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to `samples.jsonl` if it has samples, else to `metrics.jsonl`."""
         with (self.samples if "samples" in line else self.path).open("a") as file:
@@ -145,6 +178,13 @@ class Metrics:
             "last_loss": sum(last) / len(last),
             "tokens_per_second": speeds[len(speeds) // 2],
         }
+
+
+def _outlier(name: str, before: Sequence[float], value: float) -> str | None:
+    """What stands out about a value; None where it is one of many."""
+    if not math.isfinite(value):
+        return f"{name} {value}"
+    return f"{name} {value:.3f}, after {before[-1]:.3f}" if is_spike(before, value) else None
 
 
 def is_spike(before: Sequence[float], loss: float) -> bool:
