@@ -126,6 +126,8 @@ def _pages(
 ) -> Pages:
     """The sizes of all pages of the columns in a row group. Raises `failure` for a page beyond PAGE_BYTES."""
     group = file.metadata.row_group(number)
+    if group.num_columns != file.metadata.num_columns:  # Arrow aborts the process on a column that the schema lacks
+        raise failure(f"cannot read {where}: row group {number} has {group.num_columns:,} columns; download it again")
     total = max(0, group.total_byte_size)
     largest = found = 0
     with _Bytes(source) as data:
