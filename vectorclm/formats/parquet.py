@@ -98,7 +98,10 @@ def batches(
             raise failure(f"{where} has no column {', '.join(map(repr, lost))}")
         for number in range(file.num_row_groups):
             rows = file.metadata.row_group(number).num_rows
-            pages = _pages(source, file, number, set(columns), where, failure)
+            try:
+                pages = _pages(source, file, number, set(columns), where, failure)
+            except UnicodeDecodeError as error:
+                raise failure(f"cannot read {where}: the name of a column is not UTF-8; download it again") from error
             few = min(USUAL_BYTES * rows // max(1, pages.total), BATCH_BYTES // max(1, pages.largest), MOST_ROWS)
             found = file.iter_batches(
                 max(1, few), row_groups=[number], columns=list(columns) or None, use_threads=False
