@@ -19,7 +19,7 @@ from vectorclm.formats.limits import (
     PARQUET_ROW_GROUPS,
     TABLE_BYTES,
 )
-from vectorclm.formats.thrift import page_header
+from vectorclm.formats.thrift import Chunk, column_chunks, page_header
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,7 +52,7 @@ def open_parquet(source: Path | bytes, where: str, failure: Failure = DataError)
             thrift_string_size_limit=PARQUET_FOOTER,
             thrift_container_size_limit=PARQUET_COLUMNS * 100,
         )
-    except (OSError, pa.ArrowException, MemoryError) as error:
+    except (OSError, pa.ArrowException, MemoryError, UnicodeDecodeError) as error:
         raise failure(
             f"cannot read {where}: {error}; it is not a Parquet file or is cut short: download it again"
         ) from error
@@ -96,13 +96,11 @@ def batches(
         known = set(file.schema_arrow.names)
         if lost := [name for name in columns if name not in known]:
             raise failure(f"{where} has no column {', '.join(map(repr, lost))}")
-        for number in range(file.num_row_groups):
-            rows = file.metadata.row_group(number).num_rows
-            try:
-                pages = _pages(source, file, number, set(columns), where, failure)
-            except UnicodeDecodeError as error:
-                raise failure(f"cannot read {where}: the name of a column is not UTF-8; download it again") from error
-            few = min(USUAL_BYTES * rows // max(1, pages.total), BATCH_BYTES // max(1, pages.largest), MOST_ROWS)
+        for number, chunks in enumerate(_chunks(source, file, where, failure)):
+            group = file.metadata.row_group(number)
+            pages = _pages(source, chunks, set(columns), where, failure)
+            total = max(1, pages.total, group.total_byte_size)
+            few = min(USUAL_BYTES * group.num_rows // total, BATCH_BYTES // max(1, pages.largest), MOST_ROWS)
             found = file.iter_batches(
                 max(1, few), row_groups=[number], columns=list(columns) or None, use_threads=False
             )
@@ -124,39 +122,47 @@ def _pieces(batch: "pa.RecordBatch") -> "Iterator[pa.RecordBatch]":
         yield batch.slice(start, step)
 
 
-def _pages(
-    source: Path | bytes, file: "pq.ParquetFile", number: int, columns: set[str], where: str, failure: Failure
-) -> Pages:
-    """The sizes of all pages of the columns in a row group. Raises `failure` for a page beyond PAGE_BYTES."""
-    group = file.metadata.row_group(number)
-    if group.num_columns != file.metadata.num_columns:  # Arrow aborts the process on a column that the schema lacks
-        raise failure(f"cannot read {where}: row group {number} has {group.num_columns:,} columns; download it again")
-    total = max(0, group.total_byte_size)
+def _pages(source: Path | bytes, chunks: Sequence[Chunk], columns: set[str], where: str, failure: Failure) -> Pages:
+    """The sizes of all pages of the columns among a row group's. Raises `failure` for a page beyond PAGE_BYTES."""
     largest = found = 0
     with _Bytes(source) as data:
-        for place in range(group.num_columns):
-            chunk = group.column(place)
-            if (
-                columns
-                and chunk.path_in_schema.partition(".")[0] not in columns
-                and chunk.path_in_schema not in columns
-            ):
+        for path, start, last in chunks:
+            if columns and path.partition(".")[0] not in columns and path not in columns:
                 continue
-            starts = [at for at in (chunk.dictionary_page_offset, chunk.data_page_offset) if at is not None and at > 0]
-            at, end = min(starts, default=0), min(starts, default=0) + chunk.total_compressed_size
-            while at < min(end, data.size):
+            at = start
+            while at < min(last, data.size):
                 try:
                     length, unpacked, packed = data.header(at)
                 except ValueError as error:
                     raise failure(f"cannot read {where}: {error}; download it again") from error
                 if unpacked > PAGE_BYTES:
                     raise failure(
-                        f"cannot read {where}: a page of {chunk.path_in_schema!r:.100} unpacks to {unpacked:,} bytes, "
+                        f"cannot read {where}: a page of {path!r:.100} unpacks to {unpacked:,} bytes, "
                         f"{PAGE_BYTES:,} at most"
                     )
                 largest, found = max(largest, unpacked), found + unpacked
                 at += length + packed
-    return Pages(max(total, found), largest)
+    return Pages(found, largest)
+
+
+def _chunks(source: Path | bytes, file: "pq.ParquetFile", where: str, failure: Failure) -> list[list[Chunk]]:
+    """The column chunks of each row group. Raises `failure` where the footer is damaged."""
+    try:
+        found = column_chunks(_footer(source))
+    except (IndexError, ValueError) as error:
+        raise failure(f"cannot read {where}: {error}; download it again") from error
+    if {len(chunks) for chunks in found} - {file.metadata.num_columns} or len(found) != file.num_row_groups:
+        raise failure(f"cannot read {where}: its footer names other columns than its schema; download it again")
+    return found
+
+
+def _footer(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[-8 - int.from_bytes(source[-8:-4], "little") : -8]
+    with source.open("rb") as file:
+        end = _end(source)
+        file.seek(-8 - int.from_bytes(end[:4], "little"), os.SEEK_END)
+        return file.read()[:-8]
 
 
 class _Bytes:
