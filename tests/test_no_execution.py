@@ -15,8 +15,9 @@ CALLS = {
     *(("builtins", name) for name in BUILTINS),
 }
 SWITCHES = {"trust_remote_code": True, "shell": True, "allow_pickle": True, "weights_only": False, "unsafe": True}
-ALLOWED = {  # the judge of programs, in a sandbox
-    "vectorclm/evaluation/code_judge.py": {"exec", "compile"},
+ALLOWED = {
+    "vectorclm/evaluation/code_judge.py": {"exec", "compile"},  # the judge of programs, in a sandbox
+    "vectorclm/runtime/workers.py": {"pickle"},  # what a process writes for its own workers, in a private folder
 }
 
 

@@ -26,7 +26,7 @@ FREE_SPACE = (
 )
 FAILED = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV)  # remounted read-only, broken, gone from the server
 NO_FILES = (errno.EMFILE, errno.ENFILE)  # no further file can be opened, by this process or by any
-NO_FILES_TOLD = tuple(map(os.strerror, NO_FILES)) + ("Unable to open /dev/urandom",)  # by libraries; the last by torch
+NO_FILES_TOLD = (*map(os.strerror, NO_FILES), "Unable to open /dev/urandom")  # by libraries; the last by torch
 MORE_FILES = "raise the limit of open files (`ulimit -n` shows it), then retry"
 CHECK_DISK = "check the disk or the share (`mount` and `dmesg` show its state), then retry"
 

@@ -25,8 +25,9 @@ def opened(address: str, store: Store) -> Lineage:
 def named_model(name: str | None, store: Store) -> str:
     """The address of the model that a person names, as `resolve_model`, or by a registered name.
 
-    A registered name may leave out `models:/`; without an alias or version, the champion is meant, or else the
-    candidate. Raises ConfigError where the registry does not know the name, and nothing is created.
+    A registered name may leave out `models:/`; without an alias or version, the champion is meant, or where there is
+    none, the candidate. Raises ConfigError where the registry does not know the name or where the files of what it
+    names are gone, and nothing is created.
     """
     if name and name.startswith(REGISTERED):
         return _registered(name, store)
@@ -36,9 +37,17 @@ def named_model(name: str | None, store: Store) -> str:
         if not name or re.fullmatch(r"[\w.-]+(@[\w.-]+|/[0-9]+)?", name) is None or not has_record(store):
             raise
         for address in [name] if "@" in name or "/" in name else [f"{name}@champion", f"{name}@candidate"]:
-            with suppress(ConfigError):
+            if _is_registered(REGISTERED + address, store):
                 return _registered(REGISTERED + address, store)
         raise
+
+
+def _is_registered(address: str, store: Store) -> bool:
+    from flows.tracking.registry import Registry
+
+    with suppress(ConfigError):
+        return bool(Registry(store).version(address))
+    return False
 
 
 def _registered(address: str, store: Store) -> str:

@@ -42,6 +42,9 @@ def test_a_registered_name_means_the_champion_or_else_the_candidate(recorded: Re
     try:
         assert named_model("vectorclm-base", recorded.store) == other
         assert named_model("vectorclm-base@candidate", recorded.store) == base
+        registry.client.set_model_version_tag("vectorclm-base", made.version, "uri", "file:///elsewhere")
+        with pytest.raises(ConfigError, match=f"vectorclm-base {made.version}: its tags name no artifact"):
+            named_model("vectorclm-base", recorded.store)  # the candidate is another model
     finally:
         registry.client.delete_registered_model_alias("vectorclm-base", "champion")
         registry.client.delete_model_version("vectorclm-base", made.version)

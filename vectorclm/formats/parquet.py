@@ -98,7 +98,10 @@ def batches(
             raise failure(f"{where} has no column {', '.join(map(repr, lost))}")
         for number in range(file.num_row_groups):
             rows = file.metadata.row_group(number).num_rows
-            pages = _pages(source, file, number, set(columns), where, failure)
+            try:
+                pages = _pages(source, file, number, set(columns), where, failure)
+            except UnicodeDecodeError as error:
+                raise failure(f"cannot read {where}: the name of a column is not UTF-8; download it again") from error
             few = min(USUAL_BYTES * rows // max(1, pages.total), BATCH_BYTES // max(1, pages.largest), MOST_ROWS)
             found = file.iter_batches(
                 max(1, few), row_groups=[number], columns=list(columns) or None, use_threads=False
@@ -126,6 +129,8 @@ def _pages(
 ) -> Pages:
     """The sizes of all pages of the columns in a row group. Raises `failure` for a page beyond PAGE_BYTES."""
     group = file.metadata.row_group(number)
+    if group.num_columns != file.metadata.num_columns:  # Arrow aborts the process on a column that the schema lacks
+        raise failure(f"cannot read {where}: row group {number} has {group.num_columns:,} columns; download it again")
     total = max(0, group.total_byte_size)
     largest = found = 0
     with _Bytes(source) as data:

@@ -111,9 +111,11 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.writer.shutdown(wait=True)
-        if kind is None:
-            self.wait()
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.writer.shutdown(wait=True)
 
     def wait(self) -> None:
         """Wait until the last save is in the store; raise its error, if it failed."""
