@@ -11,7 +11,7 @@ LONG ?= long
 # MINUTES of `make chaos` on a disk, and as many on S3; each call adds to tests/chaos/results.jsonl.
 MINUTES ?= 30
 
-.PHONY: install run test long chaos coverage check audit format bench pictures
+.PHONY: install run test long chaos coverage check audit sbom format bench pictures
 
 install: .venv/installed
 
@@ -63,6 +63,12 @@ audit: # known advisories of the pinned versions; a version that no list answers
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'
 	.venv-audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --desc
+
+# The packages of .venv with their versions and licences, as CycloneDX; the writer has an environment of its own.
+sbom: install
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check 'cyclonedx-bom>=7.2,<8'
+	.venv-audit/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --of JSON -o sbom.json $(BIN)/python
 
 pictures: install # those of the pages, taken anew from a real run in a real browser: minutes
 	$(BIN)/python -m tests.pictures

@@ -138,11 +138,19 @@ def down(
 
 
 @app.command(help_epilogue="Example: vectorclm doctor")
-def doctor(*, platform: PlatformOptions = PlatformOptions()) -> int:
+def doctor(
+    *,
+    platform: PlatformOptions = PlatformOptions(),
+    security: Annotated[bool, Parameter(help="Say instead what is open to others, and change nothing")] = False,
+) -> int:
     """Check every part of the platform and repair it where possible; exit code 1 if a problem is left."""
     from flows.platform import doctor as parts
 
     config, console = platform.config(), Console()
+    if security:
+        from flows.platform import security_checks
+
+        return 0 if security_checks.security(config, platform.env_file, console) else 1
     with parts.alone(config, console, starts=False):
         return 0 if parts.doctor(config, console) else 1
 

@@ -143,6 +143,13 @@ def test_the_workflow_audits_with_few_rights_and_actions_that_nobody_can_change(
     assert "--strict" in audit and "constraints.txt" in audit  # without --strict, what is not known passes
 
 
+def test_the_workflow_lists_the_installed_packages_as_a_file_that_is_not_committed() -> None:
+    assert "&& make sbom" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (command,) = re.findall(r"\S*cyclonedx-py .*", _dry("sbom"))
+    assert "--of JSON -o sbom.json" in command and command.endswith(".venv/bin/python")  # what is installed, not asked
+    assert "/sbom.json" in (ROOT / ".gitignore").read_text().splitlines()
+
+
 def _name(text: str) -> str:
     return re.sub(r"[-_.]+", "-", text.partition("[")[0].strip().lower())
 

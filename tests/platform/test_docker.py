@@ -4,6 +4,7 @@ import re
 import subprocess
 from typing import Any
 
+import pytest
 import yaml
 
 from flows.net import HEARTBEAT_SECONDS
@@ -71,6 +72,53 @@ def test_ports_are_published_on_loopback_only() -> None:
     assert len(ports) == 4
     assert all(port.startswith("127.0.0.1:") for port in ports)
     assert not any("network_mode" in service or service.get("privileged") for service in services.values())
+
+
+def _rights(services: dict[str, dict[str, Any]]) -> list[str]:
+    """What a service may do that it need not, and what it cannot write although it has to."""
+    found = []
+    for name, service in services.items():
+        user = re.fullmatch(r"(\d+):(\d+)", str(service.get("user", "")))
+        mounted = [volume.split(":")[1] for volume in service.get("volumes", [])]
+        mounted += [place.split(":")[0] for place in service.get("tmpfs", [])]
+        needed = {"/tmp"} | ({"/home/vectorclm"} if service["image"].startswith("vectorclm:") else set())
+        wrong = {
+            "root": user is None or "0" in user.groups(),
+            "root file system": service.get("read_only") is not True,
+            "mounts": len(mounted) != len(set(mounted)) or not needed <= set(mounted),
+            "capabilities": service.get("cap_drop") != ["ALL"] or bool(service.get("cap_add")),
+            "privileges": service.get("security_opt") != ["no-new-privileges:true"] or bool(service.get("privileged")),
+            "ports": not all(port.startswith("127.0.0.1:") for port in service.get("ports", [])),
+        }
+        found += [f"{name}: {what}" for what, is_wrong in wrong.items() if is_wrong]
+    return found
+
+
+def test_no_container_has_rights_that_it_need_not_have() -> None:
+    assert _rights(_services()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("user", None, "root"),
+        ("user", "0:0", "root"),
+        ("read_only", False, "root file system"),
+        ("tmpfs", [], "mounts"),
+        ("cap_drop", ["NET_RAW"], "capabilities"),
+        ("cap_add", ["SYS_ADMIN"], "capabilities"),
+        ("security_opt", [], "privileges"),
+        ("privileged", True, "privileges"),
+        ("ports", ["5432:5432"], "ports"),
+    ],
+)
+def test_each_right_too_many_is_seen(key: str, value: object, what: str) -> None:
+    for name in ("postgres", "s3", "prefect-server", "provision"):
+        services = _services()
+        services[name] = {**services[name], key: value} if value is not None else dict(services[name])
+        if value is None:
+            del services[name][key]
+        assert f"{name}: {what}" in _rights(services)
 
 
 def test_every_service_has_a_health_check_or_an_end() -> None:
