@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vectorclm.evaluation.statistics import Scored, ratio
@@ -140,8 +141,8 @@ def _groups(path: Path, schema: pa.Schema, filled: Sequence[str]) -> dict[str, d
     Raises DataError where the file has columns of other types, or an empty place in the columns `filled`.
     """
     table = read_small_table(path, schema, filled, str(path))
-    names = table[filled[0]].to_numpy(zero_copy_only=False)
-    return {name: table.filter(pa.array(names == name)).to_pydict() for name in dict.fromkeys(names)}
+    names = table[filled[0]]
+    return {name: table.filter(pc.equal(names, name)).to_pydict() for name in names.unique().to_pylist()}
 
 
 def write_scores(out: Path, scores: Mapping[str, Any], found: ItemScores) -> None:
