@@ -190,11 +190,13 @@ def test_a_killed_part_costs_no_byte_and_leaves_no_process(
 def test_sigterm_ends_all_nodes_after_a_checkpoint(cluster: RayCluster, trained: Trained, tmp_path: Path) -> None:
     store = trained.store("preempted")
     training = Training(cluster, trained, store, settings())
+    (slow := training.steps.with_suffix(".slow")).touch()
     with running(training, tmp_path) as first:
         until(lambda: len(found := done(training.steps)) == 2 and min(found) >= 5, first)
         training.part("driver", 0).send_signal(signal.SIGTERM)
         with pytest.raises(StageInterruptedError, match="checkpoint at step"):
             first.result(timeout=60)
+    slow.unlink()
     counts = done(training.steps)
     assert counts[0] == counts[1] and counts[0] - 1 <= trained.kept(store) <= counts[0]
 
