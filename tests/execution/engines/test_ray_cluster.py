@@ -306,19 +306,24 @@ def test_slices_that_ray_builds_are_the_same_bytes(
     train_tokenizer(TokenizerConfig(vocab_size=310, bytes=20_000), tmp_path / "sample", 64, tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     expected = write_shards(ShardsConfig(sequence_length=32), tmp_path / "sample", tokenizer, tmp_path / "here")
+    built_by_ray(cluster, SLICES, 5 if killed else None, FOLDER=str(tmp_path))
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(expected))
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
+
+
+def built_by_ray(cluster: RayCluster, program: str, killed: int | None, **environment: str) -> None:
+    """Run a program that builds slices; with `killed`, a raylet is killed after so many and then replaced."""
     with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(cluster.run, SLICES, FOLDER=str(tmp_path))
-        if killed:
-            steps = tmp_path / "steps"
-            until(lambda: steps.is_file() and steps.stat().st_size >= 5, running)  # type: ignore[arg-type]
+        running = threads.submit(cluster.run, program, **environment)
+        if killed is not None:
+            steps = Path(environment["FOLDER"], "steps")
+            until(lambda: steps.is_file() and steps.stat().st_size >= killed, running)  # type: ignore[arg-type]
             cluster.kill(1)
         done = running.result()
-    if killed:
+    if killed is not None:
         cluster.start(1)
         cluster.wait(2)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(expected))
-    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
 
 
 STAGES = """
@@ -354,18 +359,8 @@ def test_each_stage_in_slices_is_the_same_bytes_by_ray(
     """Also where a raylet is killed when half of the slices are done."""
     prepare(tmp_path, tiny_text)
     expected = BUILDERS[stage](tmp_path, tmp_path / "here")
-    with ThreadPoolExecutor(1) as threads:
-        place = {"FOLDER": str(tmp_path), "STAGE": stage, "PYTHONPATH": str(Path(__file__).parents[3])}
-        running = threads.submit(cluster.run, STAGES, **place)
-        if killed:
-            steps = tmp_path / "steps"
-            until(lambda: steps.is_file() and steps.stat().st_size >= SLICES_OF[stage] // 2, running)  # type: ignore[arg-type]
-            cluster.kill(1)
-        done = running.result()
-    if killed:
-        cluster.start(1)
-        cluster.wait(2)
-    assert done.returncode == 0, done.stderr
+    place = {"FOLDER": str(tmp_path), "STAGE": stage, "PYTHONPATH": str(Path(__file__).parents[3])}
+    built_by_ray(cluster, STAGES, SLICES_OF[stage] // 2 if killed else None, **place)
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(expected))
     assert contents(tmp_path / "ray") == contents(tmp_path / "here")
     assert (tmp_path / "steps").stat().st_size >= SLICES_OF[stage]
