@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from flows.handle import StageInterruptedError as StageInterruptedError
 from flows.net import SAFE_PATH, neutral
 from vectorclm import errors
 from vectorclm.errors import PreemptedError, RankLostError, VectorCLMError
+from vectorclm.runtime.processes import dying_with_parent
 from vectorclm.runtime.progress import parse_tick, say
 
 TURN_SECONDS = 1  # between two checks whether the devices are free
@@ -36,9 +36,6 @@ KILL_AFTER = 6  # seconds between the second SIGTERM, which asks for an end at o
 CANCEL_SECONDS = 2  # between the two SIGTERMs if a person cancels: enough for a small checkpoint
 PREEMPT_SECONDS = 30  # between the two SIGTERMs if a signal ends this process, as when its machine shuts down
 TAIL_LINES = 30  # log lines that an error message quotes
-
-# The same as `setpriv --pdeathsig TERM`, for systems without it: SIGTERM when the parent dies (prctl 1).
-PDEATHSIG = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 def device_names(dev: Path = Path("/dev")) -> list[str]:
@@ -188,15 +185,6 @@ class Launcher:
         finally:
             with self._lock:
                 self._children.discard(child)
-
-
-def dying_with_parent(command: Sequence[str]) -> list[str]:
-    """Wrap `command` so that it gets SIGTERM when the thread that started it dies, even by `kill -9` (on Linux)."""
-    if shutil.which("setpriv"):
-        return ["setpriv", "--pdeathsig", "TERM", *command]
-    if platform.system() == "Linux":
-        return [sys.executable, "-c", PDEATHSIG, *command]
-    return list(command)
 
 
 def under_torchrun(command: Sequence[str], processes: int, threads: int) -> list[str]:

@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 import psutil
 from filelock import FileLock
 
-from flows.execution.launch import dying_with_parent
 from flows.net import HEARTBEAT_SECONDS, QUIET, SAFE_PATH, answers, free_port, has_own_server, past_proxies
 from flows.platform import password, private
 from flows.platform.config import PlatformConfig
@@ -29,6 +28,7 @@ from flows.platform.process import PREFECT, Service
 from flows.platform.server_logs import why_not_started
 from vectorclm.errors import ConfigError, VectorCLMError
 from vectorclm.inference.guard import ALLOWED
+from vectorclm.runtime.processes import dying_with_parent
 
 logger = logging.getLogger(__name__)
 START_SECONDS = 120  # a cold start migrates a new database

@@ -19,11 +19,11 @@ from flows.execution.launch import (
     StageFailedError,
     StageInterruptedError,
     device_names,
-    dying_with_parent,
 )
 from flows.terminal import attached
 from vectorclm import errors
 from vectorclm.errors import ConfigError, DataError, StoreError
+from vectorclm.runtime.processes import dying_with_parent
 from vectorclm.runtime.progress import Tick
 
 

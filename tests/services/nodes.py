@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from flows.execution.launch import dying_with_parent
+from vectorclm.runtime.processes import dying_with_parent
 
 NODES = "two network namespaces cannot be made here: run as root, or apt-get install util-linux iproute2"
 HOSTS = "node-a", "node-b"

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from flows.execution.launch import dying_with_parent
 from tests.conftest import S3, in_turn
 from tests.services.upload_proxy import Fault, Proxy
 from tests.training.test_checkpoint import write_experiment
@@ -21,6 +20,7 @@ from vectorclm.config import load_experiment
 from vectorclm.errors import CorruptBlockError
 from vectorclm.lineage.pinning import pin
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.processes import dying_with_parent
 from vectorclm.shards.node_blocks import NodeBlocks
 from vectorclm.stages import run_stage
 from vectorclm.store.artifact import Store

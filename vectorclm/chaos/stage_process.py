@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from vectorclm.runtime.processes import dying_with_parent
 from vectorclm.runtime.progress import Tick, parse_tick
 
 MARK = "VECTORCLM_CHAOS"  # in the environment of every process that a trial starts
@@ -52,9 +52,8 @@ class StageProcess:
         self, command: Sequence[str], environment: Mapping[str, str], mark: str, prefix: Sequence[str] = ()
     ) -> None:
         self.began = self.ended = time.monotonic()
-        dying = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         self._popen = subprocess.Popen(
-            [*prefix, *dying, *command],  # a prefix changes namespaces, which clears the signal
+            [*prefix, *dying_with_parent(command)],  # a prefix changes namespaces, which clears the signal
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -152,4 +151,5 @@ def orphans(mark: str, seconds: float = GONE_SECONDS) -> list[str]:
         with suppress(psutil.Error):
             names.append(" ".join(process.cmdline())[:200])
             process.kill()
+    psutil.wait_procs(left, timeout=seconds)
     return names

@@ -1,12 +1,18 @@
-"""Process identity that survives pid reuse: pid, start time, machine and container."""
+"""Process identity that survives pid reuse (pid, start time, machine, container), and processes that end together."""
 
+import platform
+import shutil
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+# The same as `setpriv --pdeathsig TERM`, for systems without it: SIGTERM when the parent dies (prctl 1).
+PDEATHSIG = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 def process_identity(process: psutil.Process) -> dict[str, Any]:
@@ -59,3 +65,12 @@ def process_space() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return ""
+
+
+def dying_with_parent(command: Sequence[str]) -> list[str]:
+    """Wrap `command` so that it gets SIGTERM when the thread that started it dies, even by `kill -9` (on Linux)."""
+    if shutil.which("setpriv"):
+        return ["setpriv", "--pdeathsig", "TERM", *command]
+    if platform.system() == "Linux":
+        return [sys.executable, "-c", PDEATHSIG, *command]
+    return list(command)

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from flows.execution.launch import dying_with_parent
 from flows.net import SAFE_PATH
 from vectorclm.runtime.devices import Runtime
+from vectorclm.runtime.processes import dying_with_parent
 from vectorclm.runtime.temporary import temporary_folder
 from vectorclm.settings import validate
 

@@ -20,11 +20,11 @@ from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
 from flows.execution.engines.node import job_line, read_job, write_line
-from flows.execution.launch import dying_with_parent
 from vectorclm.command_line import explain, run
 from vectorclm.errors import ConfigError, RankLostError
 from vectorclm.runtime.devices import Runtime
 from vectorclm.runtime.preemption import ENDED
+from vectorclm.runtime.processes import dying_with_parent
 from vectorclm.runtime.workers import Shared, Workers, build_slice, use_workers
 
 ANSWER_SECONDS = 5  # in which the head must accept a connection
